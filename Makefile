@@ -1,0 +1,54 @@
+# `make` lists the targets. One cargo profile (release) builds everything, so that RocksDB is compiled once (docs/decisions/0002).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+
+# Build output outlives the checkout: a fresh clone on the same machine builds in seconds. A CARGO_TARGET_DIR that is set wins.
+export WEFT_CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/weft
+export CARGO_TARGET_DIR ?= $(WEFT_CACHE)/target
+export PATH := $(PATH):$(HOME)/.cargo/bin:$(WEFT_CACHE)/tools/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint fmt bench kafka
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what building Weft needs and this machine lacks
+	@scripts/setup.sh
+
+run: setup ## build, start on the embedded log in ./data, play the demo, stay up (ARGS="--listen …")
+	cargo build --release --bin weft
+	@exec "$$CARGO_TARGET_DIR/release/weft" serve --dev --demo $(ARGS)
+
+# The integration tests are one binary (tests/it) and run last, so that the output ends with one summary, theirs. Unit
+# tests and documentation examples come first; a failure in them stops the run before it.
+test: ## run every test, on both logs (ONLY=name: the integration tests whose name contains it)
+	@scripts/setup.sh test
+ifndef ONLY
+	cargo test --release --lib --bins
+	cargo test --release --doc
+endif
+	cargo test --release --test it -- $(ONLY)
+
+lint: ## formatting, clippy, licences and sources of dependencies, syntax of scripts, JSON and YAML
+	@scripts/setup.sh lint
+	cargo fmt --check
+	cargo clippy --release --all-targets --locked -- -D warnings
+	cargo deny --locked check bans licenses sources
+	scripts/check-files.sh
+
+fmt: ## format the Rust sources
+	cargo fmt
+
+bench: ## measure on both logs, beside what the log and the store can do bare
+	@scripts/setup.sh test
+	cargo build --release --bin weft
+	scripts/bench.sh $(ARGS)
+
+kafka: ## start a real Kafka broker (KRaft) in .kafka/ and print its address
+	@scripts/setup.sh test
+	@scripts/kafka.sh start
+	@echo "Weft on it:  cargo run --release -- serve --dev --log kafka"
+	@echo "Stop it:     scripts/kafka.sh stop"

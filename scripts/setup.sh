@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Installs what Weft needs and this machine lacks; says nothing and takes no time when all of it is there.
+#   setup.sh        to build and run
+#   setup.sh test   also for the tests, the benchmark and `make kafka`: Java and Maven, which fetch and run Kafka
+#   setup.sh lint   also for `make lint`: clippy, rustfmt, cargo-deny, Python's YAML reader
+# Made for Debian 12, as root or with sudo. Elsewhere it names what is missing and stops.
+set -euo pipefail
+
+what=${1:-build}
+case $what in
+  build | test | lint) ;;
+  *) echo "usage: setup.sh [test|lint]" >&2; exit 2 ;;
+esac
+
+cache=${WEFT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/weft}
+export PATH="$PATH:$HOME/.cargo/bin:$cache/tools/bin"
+
+has() { command -v "$1" >/dev/null 2>&1; }
+libclang() { # the library, and the compiler's own headers that bindgen reads through it
+  [ -n "${LIBCLANG_PATH:-}" ] && return
+  compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || PATH="$PATH:/sbin" ldconfig -p | grep libclang || return
+  compgen -G '/usr/lib/llvm-*/lib/clang/*/include/stddef.h' || compgen -G '/usr/lib*/clang/*/include/stddef.h'
+} >/dev/null
+java17() { has java && [ "$(java -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p')" -ge 17 ] 2>/dev/null; }
+yaml() { python3 -c 'import yaml' 2>/dev/null || /usr/bin/python3 -c 'import yaml' 2>/dev/null; }
+
+if ! has cargo; then
+  echo "Rust is missing. Install Rust 1.95 or later with rustup (or set PATH to where cargo is), then run this again." >&2
+  exit 1
+fi
+
+missing=()
+need() { # need PACKAGE TEST…: the package is missing when the test fails
+  local package=$1
+  shift
+  "$@" || missing+=("$package")
+}
+need build-essential eval 'has cc && has c++ && has make'
+need cmake has cmake
+need pkg-config has pkg-config
+need libclang-dev libclang
+need zlib1g-dev test -e /usr/include/zlib.h
+need libssl-dev test -e /usr/include/openssl/ssl.h
+need openssl has openssl
+need curl has curl
+need ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
+case $what in
+  test)
+    need openjdk-17-jre-headless java17
+    need maven has mvn
+    need procps has ps
+    ;;
+  lint) need python3-yaml yaml ;;
+esac
+
+if [ "${#missing[@]}" -gt 0 ]; then
+  if ! has apt-get; then
+    echo "Missing: ${missing[*]} (names as in Debian 12). This machine has no apt-get: install them, then run this again." >&2
+    exit 1
+  fi
+  as_root=()
+  if [ "$(id -u)" -ne 0 ]; then
+    if ! has sudo; then
+      echo "Missing: ${missing[*]}. Run this as root: apt-get install ${missing[*]}" >&2
+      exit 1
+    fi
+    as_root=(sudo)
+  fi
+  echo "Installing ${missing[*]} …" >&2
+  apt=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0)
+  "${apt[@]}" update >&2 || echo "The package lists could not be refreshed; trying with those that are there." >&2
+  "${apt[@]}" install -y --no-install-recommends "${missing[@]}" </dev/null >&2
+fi
+
+if [ "$what" = lint ]; then
+  for component in clippy fmt; do
+    cargo "$component" --version >/dev/null 2>&1 && continue
+    if ! has rustup; then
+      echo "cargo $component is missing, and so is rustup to install it." >&2
+      exit 1
+    fi
+    rustup component add "${component/fmt/rustfmt}" >&2
+  done
+  if ! has cargo-deny; then
+    echo "Installing cargo-deny (a few minutes, once) …" >&2
+    CARGO_TARGET_DIR="$cache/tools/build" cargo install --quiet --locked --root "$cache/tools" cargo-deny@0.20.2 </dev/null >&2
+    rm -rf "$cache/tools/build"
+  fi
+fi

@@ -1,0 +1,126 @@
+//! Who may do what. Pure: the facts come in, the answer goes out.
+
+use crate::error::{Code, Error};
+use crate::event::KindClass;
+use crate::identity::Scopes;
+use crate::log::Grant;
+
+/// What is known of a user's place in a thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    Member,
+    /// The thread exists, and the user is no member.
+    Stranger,
+    NoThread,
+}
+
+fn missing(scope: &'static str) -> Error {
+    Error::new(Code::Forbidden, format!("the token lacks scope {scope}"))
+}
+
+/// By which right an event of this class may be appended. `standing` is asked for only where it matters.
+pub fn publish(
+    scopes: Scopes,
+    class: KindClass,
+    standing: impl FnOnce() -> Result<Standing, Error>,
+) -> Result<Grant, Error> {
+    let agent_kind = matches!(class, KindClass::Agent { member_may: false, .. });
+    if !(scopes.publish || scopes.admin || (scopes.agent && class != KindClass::Custom)) {
+        return Err(missing("publish"));
+    }
+    if agent_kind && !(scopes.agent || scopes.admin) {
+        // A stranger is not told more than that there is no such thread.
+        return match standing()? {
+            Standing::Stranger => Err(Error::no_thread()),
+            _ => Err(missing("agent").at("kind")),
+        };
+    }
+    if scopes.admin || (scopes.agent && class != KindClass::Custom) {
+        return Ok(Grant::Scope);
+    }
+    match standing()? {
+        Standing::Member | Standing::NoThread => Ok(Grant::Member),
+        Standing::Stranger => Err(Error::no_thread()),
+    }
+}
+
+/// Whether the user reads by scope, member or not; or by membership, if at all.
+pub fn reads_by_scope(scopes: Scopes) -> bool {
+    scopes.analyst || scopes.admin
+}
+
+/// Whether the token allows reading.
+pub fn read(scopes: Scopes) -> Result<(), Error> {
+    if scopes.subscribe || reads_by_scope(scopes) {
+        Ok(())
+    } else {
+        Err(missing("subscribe"))
+    }
+}
+
+/// By which right a thread's members and title may be changed.
+pub fn manage(scopes: Scopes, standing: Standing) -> Result<Grant, Error> {
+    match standing {
+        Standing::Member if scopes.publish || scopes.admin => Ok(Grant::Member),
+        Standing::Member => Err(missing("publish")),
+        Standing::Stranger if scopes.admin => Ok(Grant::Scope),
+        Standing::Stranger | Standing::NoThread => Err(Error::no_thread()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const AGENT_EVENT: KindClass = KindClass::Agent {
+        member_may: false,
+        required: &[],
+    };
+    const RESUMED: KindClass = KindClass::Agent {
+        member_may: true,
+        required: &[],
+    };
+
+    fn judged(scope: &str, class: KindClass, standing: Standing) -> Result<Grant, Code> {
+        publish(Scopes::parse(Some(scope)), class, || Ok(standing)).map_err(|error| error.code)
+    }
+
+    #[test]
+    fn members_publish_and_strangers_find_nothing() {
+        assert_eq!(
+            judged("publish", KindClass::Message, Standing::Member),
+            Ok(Grant::Member)
+        );
+        assert_eq!(
+            judged("publish", KindClass::Message, Standing::NoThread),
+            Ok(Grant::Member)
+        );
+        assert_eq!(
+            judged("publish", KindClass::Message, Standing::Stranger),
+            Err(Code::NotFound)
+        );
+        assert_eq!(judged("publish", AGENT_EVENT, Standing::Stranger), Err(Code::NotFound));
+        assert_eq!(judged("publish", RESUMED, Standing::Member), Ok(Grant::Member));
+        assert_eq!(judged("publish", RESUMED, Standing::Stranger), Err(Code::NotFound));
+    }
+
+    #[test]
+    fn agent_events_need_the_scope_and_then_no_membership() {
+        assert_eq!(judged("publish", AGENT_EVENT, Standing::Member), Err(Code::Forbidden));
+        assert_eq!(judged("agent", AGENT_EVENT, Standing::Stranger), Ok(Grant::Scope));
+        assert_eq!(
+            judged("agent publish", KindClass::Custom, Standing::Stranger),
+            Err(Code::NotFound)
+        );
+    }
+
+    #[test]
+    fn a_token_without_the_scope_is_refused_before_anything_is_looked_up() {
+        let refused = publish(Scopes::parse(Some("subscribe")), KindClass::Message, || {
+            panic!("not looked up")
+        });
+        assert_eq!(refused.map_err(|error| error.code), Err(Code::Forbidden));
+        assert!(read(Scopes::parse(Some("publish"))).is_err());
+        assert!(read(Scopes::parse(None)).is_ok());
+    }
+}

@@ -1,0 +1,114 @@
+//! How many deliveries a second many readers of one thread get.
+
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinSet;
+
+use super::publisher::{Frame, Publisher};
+use super::reply::Reply;
+use super::report::Figure;
+use super::socket::Socket;
+use super::target::{Target, progress, raise_open_files};
+use crate::cli::common::Failure;
+
+const PATIENCE: Duration = Duration::from_secs(180);
+
+#[derive(Debug, Clone, clap::Args)]
+pub struct FanoutArgs {
+    #[arg(long, default_value_t = 1000)]
+    pub readers: usize,
+    /// Events to publish.
+    #[arg(long, default_value_t = 3000)]
+    pub events: u64,
+    /// Unanswered publishes.
+    #[arg(long, default_value_t = 64)]
+    pub window: usize,
+    /// Bytes of `data`.
+    #[arg(long, default_value_t = 256)]
+    pub payload: usize,
+}
+
+impl Default for FanoutArgs {
+    fn default() -> FanoutArgs {
+        FanoutArgs {
+            readers: 1000,
+            events: 3000,
+            window: 64,
+            payload: 256,
+        }
+    }
+}
+
+pub async fn run(target: &Target, args: &FanoutArgs) -> Result<Vec<Figure>, Failure> {
+    let name = format!("fanout to {} readers", args.readers);
+    progress(&name);
+    raise_open_files(args.readers + 100)?;
+    let (thread, owner) = (
+        target.name("fanout", args.readers),
+        target.name("fanout-owner", args.readers),
+    );
+    let users: Vec<_> = (0..args.readers)
+        .map(|number| target.name("fanout-reader", number))
+        .collect();
+    target.thread(&thread, &owner, &users).await?;
+    let sockets = target
+        .many(args.readers, async |number| {
+            reader(target, &thread, &users[number]).await
+        })
+        .await?;
+    let frame = Frame::publish(&thread, args.payload, false);
+    let mut publisher = Publisher::open(target, &owner, frame, args.window).await?;
+
+    let begin = Instant::now();
+    let mut readers = JoinSet::new();
+    for (socket, after) in sockets {
+        readers.spawn_local(read(socket, after, args.events));
+    }
+    let all = async {
+        publisher.run(|sent| sent < args.events, |_, _| ()).await?;
+        let mut lagged = 0;
+        while let Some(done) = readers.join_next().await {
+            lagged += done??;
+        }
+        Ok::<_, Failure>(lagged)
+    };
+    let lagged = tokio::time::timeout(PATIENCE, all).await??;
+    let deliveries = args.events as f64 * args.readers as f64;
+    Ok(vec![
+        Figure::more(&name, deliveries / begin.elapsed().as_secs_f64(), "deliveries/s"),
+        Figure::less(&format!("{name}: fell behind"), lagged as f64, "times"),
+    ])
+}
+
+/// A reader that has caught up, and the seq it stands behind.
+async fn reader(target: &Target, thread: &str, user: &str) -> Result<(Socket, u64), Failure> {
+    let mut socket = target.socket(user).await?;
+    socket.queue_text(&format!(r#"{{"type":"subscribe","id":1,"thread":"{thread}"}}"#));
+    let after = socket
+        .wait_for(|reply| match reply {
+            Reply::CaughtUp { seq } => Some(seq),
+            _ => None,
+        })
+        .await?;
+    Ok((socket, after))
+}
+
+/// Reads so many events behind `after`, without a hole; tells how often the session fell behind.
+async fn read(mut socket: Socket, after: u64, events: u64) -> Result<u64, Failure> {
+    let (mut last, mut lagged) = (after, 0);
+    while last < after + events {
+        socket
+            .exchange(|reply| {
+                match reply {
+                    Reply::Event { seq, .. } if seq == last + 1 => last = seq,
+                    Reply::Lagged => lagged += 1,
+                    // After falling behind it catches up once more.
+                    Reply::CaughtUp { .. } => {}
+                    other => return Err(format!("behind seq {last} came {other:?}").into()),
+                }
+                Ok(())
+            })
+            .await?;
+    }
+    Ok(lagged)
+}

@@ -1,0 +1,59 @@
+//! What a connection costs the server in memory that does nothing: authenticated, subscribed to a thread, silent.
+
+use super::publisher::{Frame, Publisher};
+use super::reply::Reply;
+use super::report::Figure;
+use super::socket::Socket;
+use super::target::{Target, progress, raise_open_files};
+use crate::cli::common::Failure;
+
+const MEMORY: &str = "process_resident_memory_bytes";
+
+#[derive(Debug, Clone, clap::Args)]
+pub struct IdleArgs {
+    /// Connections, each of a user of its own with a thread of its own.
+    #[arg(long, default_value_t = 5000)]
+    pub connections: usize,
+}
+
+impl Default for IdleArgs {
+    fn default() -> IdleArgs {
+        IdleArgs { connections: 5000 }
+    }
+}
+
+pub async fn run(target: &Target, args: &IdleArgs) -> Result<Vec<Figure>, Failure> {
+    let name = format!("memory per connection, {} idle", args.connections);
+    progress(&name);
+    raise_open_files(args.connections + 100)?;
+    // The threads are made by connections that end again, so that only what is held is counted.
+    target
+        .many(args.connections, async |number| first_words(target, number).await)
+        .await?;
+    let before = target.metric(MEMORY).await?;
+    let sockets = target
+        .many(args.connections, async |number| subscribed(target, number).await)
+        .await?;
+    let after = target.metric(MEMORY).await?;
+    let bytes = (after - before) / sockets.len() as f64;
+    Ok(vec![Figure::less(&name, bytes / 1000.0, "KB")])
+}
+
+async fn first_words(target: &Target, number: usize) -> Result<(), Failure> {
+    let user = target.name("idle", number);
+    let frame = Frame::publish(&user, 256, false);
+    Publisher::open(target, &user, frame, 1)
+        .await?
+        .run(|sent| sent < 1, |_, _| ())
+        .await
+}
+
+async fn subscribed(target: &Target, number: usize) -> Result<Socket, Failure> {
+    let user = target.name("idle", number);
+    let mut socket = target.socket(&user).await?;
+    socket.queue_text(&format!(r#"{{"type":"subscribe","id":1,"thread":"{user}"}}"#));
+    socket
+        .wait_for(|reply| matches!(reply, Reply::CaughtUp { .. }).then_some(()))
+        .await?;
+    Ok(socket)
+}

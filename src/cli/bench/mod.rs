@@ -1,0 +1,157 @@
+//! `weft bench`: what the server does for real clients over real sockets, from a process of its own.
+//!
+//! All the load comes from one thread, so that it takes no more than it must of the cores it shares with the server. Every
+//! bench checks what it counts: each publish is answered once, each reader sees each seq once and in order. One error
+//! frame, close or hole fails it.
+
+mod ack;
+mod bare;
+mod bare_embedded;
+mod bare_kafka;
+mod fanout;
+mod idle;
+mod latency;
+mod publisher;
+mod rebuild;
+mod replay;
+mod reply;
+mod report;
+mod socket;
+mod target;
+
+use std::future::Future;
+
+use tokio::runtime::Builder;
+use tokio::task::LocalSet;
+
+use super::common::{Failure, Out};
+use report::Report;
+use target::{Target, TargetArgs};
+
+pub use rebuild::{Rebuild, RebuildArgs};
+pub use report::LogKind;
+
+#[derive(Debug, clap::Args)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    pub bench: Bench,
+    /// The log behind the server: which limits the figures are held against.
+    #[arg(long, global = true, env = "WEFT_LOG", value_enum, default_value = "embedded")]
+    pub log: LogKind,
+    /// Print one JSON object.
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub enum Bench {
+    /// Publishes answered a second, with a window of unanswered ones.
+    Ack(#[command(flatten)] With<ack::AckArgs>),
+    /// As ack, each client waiting for the answer before it sends the next.
+    OneAtATime(#[command(flatten)] With<ack::OneArgs>),
+    /// From the moment a publish was due until its answer, and until its delivery at the other user.
+    Latency(#[command(flatten)] With<latency::LatencyArgs>),
+    /// Deliveries a second to many readers of one thread.
+    Fanout(#[command(flatten)] With<fanout::FanoutArgs>),
+    /// The server's memory for a connection that is subscribed and silent.
+    Idle(#[command(flatten)] With<idle::IdleArgs>),
+    /// Events a second from the store, from a thread's start until caught up.
+    Replay(#[command(flatten)] With<replay::ReplayArgs>),
+    /// Events a second from the log into new projections; the server must not run.
+    Rebuild(rebuild::RebuildArgs),
+    /// What the log and the store can do bare, without a server.
+    Bare(bare::BareArgs),
+    /// Everything that asks a server.
+    All(TargetArgs),
+    /// One table of several --json outputs, with each figure's ratio to what is possible bare.
+    Report(report::ReportArgs),
+}
+
+/// A bench's own arguments and those of the server it asks.
+#[derive(Debug, clap::Args)]
+pub struct With<T: clap::Args> {
+    #[command(flatten)]
+    pub args: T,
+    #[command(flatten)]
+    pub target: TargetArgs,
+}
+
+/// `rebuild` is what `weft bench rebuild` measures.
+pub async fn run(args: BenchArgs, rebuild: Rebuild) -> Result<(), Failure> {
+    let BenchArgs { bench, log, json } = args;
+    if let Bench::Report(files) = bench {
+        return report::combine(&files);
+    }
+    let report = on_one_thread(move || measure(bench, log, rebuild)).await?;
+    Out::new().line(if json { report.json()? } else { report.table(&[]) })?;
+    match report.failures.as_slice() {
+        [] => Ok(()),
+        failures => Err(failures.join("; ").into()),
+    }
+}
+
+async fn on_one_thread<T, F>(bench: impl FnOnce() -> F + Send + 'static) -> Result<T, Failure>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, Failure>>,
+{
+    let thread = tokio::task::spawn_blocking(move || {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        LocalSet::new().block_on(&runtime, bench())
+    });
+    thread.await?
+}
+
+async fn measure(bench: Bench, log: LogKind, rebuild: Rebuild) -> Result<Report, Failure> {
+    let figures = match bench {
+        Bench::All(target) => return all(&Target::new(&target)?, log).await,
+        Bench::Ack(with) => ack::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::OneAtATime(with) => ack::run(&Target::new(&with.target)?, &with.args.into()).await?,
+        Bench::Latency(with) => latency::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::Fanout(with) => fanout::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::Idle(with) => idle::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::Replay(with) => replay::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::Rebuild(args) => rebuild::run(&args, log, rebuild)?,
+        Bench::Bare(args) => bare::run(&args, log).await?,
+        Bench::Report(_) => return Err("a report is no bench".into()),
+    };
+    Ok(Report {
+        log,
+        figures,
+        failures: Vec::new(),
+    })
+}
+
+/// One bench that fails does not keep the others from being measured. `idle` comes first: memory that a server has once
+/// used it does not give back at once.
+async fn all(target: &Target, log: LogKind) -> Result<Report, Failure> {
+    let mut report = Report {
+        log,
+        figures: Vec::new(),
+        failures: Vec::new(),
+    };
+    report.take("idle", idle::run(target, &idle::IdleArgs::default()).await);
+    let windows: &[(usize, usize)] = match log {
+        LogKind::Embedded => &[(1, 1024), (32, 64), (1, 64)],
+        LogKind::Kafka => &[(1, 4096), (32, 128)],
+    };
+    for &(clients, window) in windows {
+        let args = ack::AckArgs {
+            clients,
+            window,
+            ..ack::AckArgs::default()
+        };
+        report.take("ack", ack::run(target, &args).await);
+    }
+    report.take("one-at-a-time", ack::run(target, &ack::OneArgs::default().into()).await);
+    for users in [30, 1000] {
+        let args = latency::LatencyArgs {
+            users,
+            ..latency::LatencyArgs::default()
+        };
+        report.take("latency", latency::run(target, &args).await);
+    }
+    report.take("fanout", fanout::run(target, &fanout::FanoutArgs::default()).await);
+    report.take("replay", replay::run(target, &replay::ReplayArgs::default()).await);
+    Ok(report)
+}

@@ -1,0 +1,136 @@
+//! What a server's frame says, as far as a bench wants to know.
+
+use serde_json::Value;
+
+use crate::cli::common::Failure;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reply<'a> {
+    Welcome,
+    Subscribed {
+        after: u64,
+    },
+    Published {
+        id: u64,
+        seq: u64,
+    },
+    /// `raw` is the whole frame.
+    Event {
+        seq: u64,
+        raw: &'a [u8],
+    },
+    CaughtUp {
+        seq: u64,
+    },
+    /// Fell behind; the events come all the same, from the store.
+    Lagged,
+}
+
+impl Reply<'_> {
+    /// Fails on an error frame, on a duplicate, and on what is no frame of Weft.
+    pub fn read(frame: &[u8]) -> Result<Reply<'_>, Failure> {
+        match published(frame).or_else(|| event(frame)) {
+            Some(reply) => Ok(reply),
+            None => parsed(frame),
+        }
+    }
+}
+
+/// The two frames that come in masses, in the order of fields that the server has. Threads have no character that JSON
+/// escapes.
+fn published(frame: &[u8]) -> Option<Reply<'_>> {
+    let (id, rest) = number(frame.strip_prefix(br#"{"type":"published","id":"#)?)?;
+    let rest = behind_quote(rest.strip_prefix(br#","thread":""#)?)?;
+    let (seq, rest) = number(rest.strip_prefix(br#","seq":"#)?)?;
+    rest.ends_with(br#","duplicate":false}"#)
+        .then_some(Reply::Published { id, seq })
+}
+
+fn event(frame: &[u8]) -> Option<Reply<'_>> {
+    let rest = behind_quote(frame.strip_prefix(br#"{"type":"event","thread":""#)?)?;
+    let (seq, _) = number(rest.strip_prefix(br#","seq":"#)?)?;
+    Some(Reply::Event { seq, raw: frame })
+}
+
+fn behind_quote(bytes: &[u8]) -> Option<&[u8]> {
+    let quote = bytes.iter().position(|byte| *byte == b'"')?;
+    Some(&bytes[quote + 1..])
+}
+
+fn number(bytes: &[u8]) -> Option<(u64, &[u8])> {
+    let digits = bytes.iter().position(|byte| !byte.is_ascii_digit())?;
+    // Nineteen digits always fit; no seq and no id of a bench is longer.
+    if digits == 0 || digits > 19 {
+        return None;
+    }
+    let value = bytes[..digits]
+        .iter()
+        .fold(0, |sum, digit| sum * 10 + u64::from(digit - b'0'));
+    Some((value, &bytes[digits..]))
+}
+
+fn parsed(raw: &[u8]) -> Result<Reply<'_>, Failure> {
+    let frame: Value = serde_json::from_slice(raw)?;
+    let field = |name: &str| {
+        frame[name]
+            .as_u64()
+            .ok_or_else(|| Failure::from(format!("no {name} in {frame}")))
+    };
+    match frame["type"].as_str() {
+        Some("welcome") => Ok(Reply::Welcome),
+        Some("subscribed") => Ok(Reply::Subscribed {
+            after: field("after").unwrap_or_default(),
+        }),
+        Some("published") if frame["duplicate"] == false => Ok(Reply::Published {
+            id: field("id")?,
+            seq: field("seq")?,
+        }),
+        Some("event") => Ok(Reply::Event {
+            seq: field("seq")?,
+            raw,
+        }),
+        Some("caught_up") => Ok(Reply::CaughtUp { seq: field("seq")? }),
+        Some("lagged") => Ok(Reply::Lagged),
+        _ => Err(format!("the server answered {frame}").into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_short_way_and_the_long_way_read_alike() {
+        for (frame, want) in [
+            (
+                r#"{"type":"published","id":1000000007,"thread":"a-1","seq":8,"event":"e","duplicate":false}"#,
+                Reply::Published {
+                    id: 1_000_000_007,
+                    seq: 8,
+                },
+            ),
+            (
+                r#"{"type":"caught_up","thread":"a-1","seq":12}"#,
+                Reply::CaughtUp { seq: 12 },
+            ),
+        ] {
+            assert_eq!(Reply::read(frame.as_bytes()).unwrap(), want);
+            assert_eq!(parsed(frame.as_bytes()).unwrap(), want);
+        }
+        let event = br#"{"type":"event","thread":"a-1","seq":9,"kind":"user_message","data":{}}"#;
+        assert_eq!(super::event(event), Some(Reply::Event { seq: 9, raw: event }));
+        assert_eq!(parsed(event).unwrap(), Reply::Event { seq: 9, raw: event });
+    }
+
+    #[test]
+    fn errors_and_duplicates_fail() {
+        for frame in [
+            r#"{"type":"error","id":1,"code":"forbidden","message":"no","temporary":false}"#,
+            r#"{"type":"published","id":1,"thread":"a","seq":8,"event":"e","duplicate":true}"#,
+            r#"{"type":"published","id":1,"thread":"a"}"#,
+            "nonsense",
+        ] {
+            assert!(Reply::read(frame.as_bytes()).is_err(), "{frame}");
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! The server under load, and its users: as many as a bench wants, all made from the server's secret.
+
+use std::io::IsTerminal;
+
+use futures_util::future::try_join_all;
+use serde_json::json;
+
+use super::socket::Socket;
+use crate::cli::common::{Failure, mint};
+use crate::client::{Address, Http};
+use crate::clock;
+
+/// Connections made at the same time: enough to be quick, few enough for any backlog.
+const AT_ONCE: usize = 64;
+
+#[derive(Debug, Clone, clap::Args)]
+pub struct TargetArgs {
+    /// Where the server is.
+    #[arg(long, env = "WEFT_URL", default_value = "http://127.0.0.1:8080")]
+    pub url: String,
+    /// The secret that the server checks tokens with.
+    #[arg(long, env = "WEFT_JWT_SECRET", hide_env_values = true)]
+    pub jwt_secret: String,
+    /// The tenant of the bench's users.
+    #[arg(long, default_value = "bench")]
+    pub tenant: String,
+}
+
+pub struct Target {
+    args: TargetArgs,
+    authority: String,
+    /// Keeps the threads and users of one run apart from those of another.
+    run: String,
+}
+
+impl Target {
+    pub fn new(args: &TargetArgs) -> Result<Target, Failure> {
+        let authority = args.url.parse::<Address>()?.authority().to_owned();
+        let run = clock::random_id().simple().to_string()[..8].to_owned();
+        Ok(Target {
+            args: args.clone(),
+            authority,
+            run,
+        })
+    }
+
+    /// The name of a user or a thread in this run.
+    pub fn name(&self, what: &str, number: usize) -> String {
+        format!("{what}-{}-{number}", self.run)
+    }
+
+    fn token(&self, user: &str) -> Result<String, Failure> {
+        mint(
+            &self.args.jwt_secret,
+            &self.args.tenant,
+            user,
+            "publish subscribe",
+            24 * 3600,
+        )
+    }
+
+    pub async fn socket(&self, user: &str) -> Result<Socket, Failure> {
+        Socket::connect(&self.authority, &self.token(user)?).await
+    }
+
+    /// What `each` makes of the numbers 0…count-1, some at a time.
+    pub async fn many<T>(
+        &self,
+        count: usize,
+        each: impl AsyncFn(usize) -> Result<T, Failure>,
+    ) -> Result<Vec<T>, Failure> {
+        let mut made = Vec::with_capacity(count);
+        while made.len() < count {
+            let first = made.len();
+            let batch = first..count.min(first + AT_ONCE);
+            made.extend(try_join_all(batch.map(|number| each(number))).await?);
+        }
+        Ok(made)
+    }
+
+    /// Makes a thread of `owner`'s with these members.
+    pub async fn thread(&self, thread: &str, owner: &str, members: &[String]) -> Result<(), Failure> {
+        let mut http = self.http(owner).await?;
+        http.put(&format!("/v1/threads/{thread}"), &json!({})).await?;
+        for member in members {
+            http.put(&format!("/v1/threads/{thread}/members/{member}"), &json!({}))
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn http(&self, user: &str) -> Result<Http, Failure> {
+        Ok(Http::connect(&self.args.url, &self.token(user)?).await?)
+    }
+
+    /// The server's own figure, from its `/metrics`.
+    pub async fn metric(&self, name: &str) -> Result<f64, Failure> {
+        let text = self.http("observer").await?.get_text("/metrics").await?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(value
+            .ok_or_else(|| format!("the server's /metrics has no {name}"))?
+            .trim()
+            .parse()?)
+    }
+}
+
+/// Tells a person who waits what is going on.
+pub fn progress(what: &str) {
+    if std::io::stderr().is_terminal() {
+        eprintln!("{what} …");
+    }
+}
+
+/// Makes room for `needed` open files in this process.
+pub fn raise_open_files(needed: usize) -> Result<(), Failure> {
+    let allowed = rlimit::increase_nofile_limit(needed as u64)?;
+    if allowed < needed as u64 {
+        return Err(format!("{needed} open files are needed, and {allowed} are allowed (ulimit -Hn)").into());
+    }
+    Ok(())
+}

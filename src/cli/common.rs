@@ -1,0 +1,106 @@
+//! What the commands share: where the server is and who asks, tokens, colours.
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal, Write};
+
+use crate::clock;
+use crate::identity::jwt::{self, Claims};
+
+/// Why a command failed, in words for the person who typed it.
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Makes a token for a user (`sub`) with a scope.
+pub type Mint<'a> = &'a (dyn Fn(&str, &str) -> Result<String, Failure> + Sync);
+
+/// Which server to talk to, as whom.
+#[derive(Debug, clap::Args)]
+pub struct Server {
+    /// Where the server is.
+    #[arg(long, env = "WEFT_URL", default_value = "http://127.0.0.1:8080")]
+    pub url: String,
+    /// The token to show it (`weft token` makes one).
+    #[arg(long, env = "WEFT_TOKEN", hide_env_values = true)]
+    pub token: String,
+}
+
+/// A token that is good for `ttl_s` seconds.
+pub fn mint(secret: &str, tenant: &str, sub: &str, scope: &str, ttl_s: u64) -> Result<String, Failure> {
+    let now = clock::now_s();
+    let claims = Claims {
+        sub: sub.to_owned(),
+        tenant: tenant.to_owned(),
+        exp: now + ttl_s,
+        scope: Some(scope.to_owned()).filter(|scope| !scope.is_empty()),
+        nbf: None,
+        iss: None,
+        aud: None,
+        iat: Some(now),
+    };
+    Ok(jwt::mint(secret, &claims)?)
+}
+
+/// Standard output, with colours when a person reads it. A reader that goes away (`| head`) is the end, not an error.
+pub struct Out {
+    colours: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub enum Style {
+    Bold,
+    Dim,
+    Red,
+    Green,
+    Yellow,
+    Blue,
+    Magenta,
+    Cyan,
+}
+
+impl Out {
+    pub fn new() -> Out {
+        let colours = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+        Out { colours }
+    }
+
+    pub fn is_terminal(&self) -> bool {
+        io::stdout().is_terminal()
+    }
+
+    pub fn paint(&self, style: Style, text: impl Display) -> String {
+        if !self.colours {
+            return text.to_string();
+        }
+        let code = match style {
+            Style::Bold => 1,
+            Style::Dim => 2,
+            Style::Red => 31,
+            Style::Green => 32,
+            Style::Yellow => 33,
+            Style::Blue => 34,
+            Style::Magenta => 35,
+            Style::Cyan => 36,
+        };
+        format!("\x1b[{code}m{text}\x1b[0m")
+    }
+
+    /// Writes a line; false when nobody reads any more.
+    pub fn line(&self, text: impl Display) -> Result<bool, Failure> {
+        let mut out = io::stdout().lock();
+        match writeln!(out, "{text}").and_then(|()| out.flush()) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl Default for Out {
+    fn default() -> Out {
+        Out::new()
+    }
+}
+
+/// Text from other people, safe to print: a terminal must not obey what they wrote.
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}

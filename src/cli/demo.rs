@@ -1,0 +1,310 @@
+//! `weft demo`: a conversation of two people and an agent over real WebSockets, to be followed in a terminal.
+//!
+//! In the middle Ben's socket is dropped without a word; he comes back and resumes behind the last seq he saw. At the end
+//! each reader must have seen 1…n, each once and in order, or the demo fails.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::time::{sleep, timeout};
+
+use super::common::{Failure, Mint, Out, Style, mint};
+use super::tail::summary;
+use crate::client::{Draft, Event, Http, Item, Resuming, Start};
+use crate::clock;
+
+/// How long one event may take to reach a reader.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Between two lines on a terminal, so that a person can follow.
+const READING_PAUSE: Duration = Duration::from_millis(350);
+
+#[derive(Debug, clap::Args)]
+pub struct DemoArgs {
+    /// Where the server is.
+    #[arg(long, env = "WEFT_URL", default_value = "http://127.0.0.1:8080")]
+    pub url: String,
+    /// The secret that the server checks tokens with.
+    #[arg(long, env = "WEFT_JWT_SECRET", hide_env_values = true)]
+    pub jwt_secret: String,
+    /// The tenant to play in.
+    #[arg(long, default_value = "demo")]
+    pub tenant: String,
+}
+
+pub async fn run(args: DemoArgs) -> Result<(), Failure> {
+    let mint = |sub: &str, scope: &str| mint(&args.jwt_secret, &args.tenant, sub, scope, 600);
+    play(&args.url, &mint).await?;
+    Ok(())
+}
+
+/// Plays the demo against the server at `url`; gives the thread it played in.
+pub async fn play(url: &str, mint: Mint<'_>) -> Result<String, Failure> {
+    let id = clock::random_id().simple().to_string();
+    // A UUID has 32 digits; eight are enough to keep one demo apart from another.
+    let thread = format!("demo-{}", &id[..8]);
+    let mut stage = Stage::open(url, mint, &thread).await?;
+    stage.question().await?;
+    stage.work().await?;
+    stage.answer().await?;
+    stage.verify()?;
+    stage.leave().await;
+    Ok(thread)
+}
+
+struct Reader {
+    name: &'static str,
+    style: Style,
+    events: Resuming,
+    seen: Vec<u64>,
+    away: bool,
+}
+
+struct Stage {
+    out: Out,
+    thread: String,
+    readers: Vec<Reader>,
+    /// The newest seq that was published.
+    head: u64,
+}
+
+const ADA: usize = 0;
+const BEN: usize = 1;
+const SCOUT: usize = 2;
+const CAST: [(&str, Style, &str); 3] = [
+    ("ada", Style::Cyan, "publish subscribe"),
+    ("ben", Style::Magenta, "publish subscribe"),
+    ("scout", Style::Yellow, "publish subscribe agent"),
+];
+
+impl Stage {
+    async fn open(url: &str, mint: Mint<'_>, thread: &str) -> Result<Stage, Failure> {
+        let out = Out::new();
+        out.line(out.paint(
+            Style::Bold,
+            format_args!("thread {thread}: ada, ben and the agent scout"),
+        ))?;
+        let mut http = Http::connect(url, &mint(CAST[ADA].0, CAST[ADA].2)?).await?;
+        http.put(
+            &format!("/v1/threads/{thread}"),
+            &json!({ "title": "The nightly import" }),
+        )
+        .await?;
+        for member in [BEN, SCOUT] {
+            http.put(&format!("/v1/threads/{thread}/members/{}", CAST[member].0), &json!({}))
+                .await?;
+        }
+        let made = http.get(&format!("/v1/threads/{thread}")).await?;
+        let head = made["head"]
+            .as_u64()
+            .ok_or("the server told no head of the new thread")?;
+
+        let mut stage = Stage {
+            out,
+            thread: thread.to_owned(),
+            readers: Vec::new(),
+            head,
+        };
+        for (name, style, scope) in CAST {
+            let events = Resuming::connect(url, &mint(name, scope)?, thread, Start::After(0)).await?;
+            stage.readers.push(Reader {
+                name,
+                style,
+                events,
+                seen: Vec::new(),
+                away: false,
+            });
+        }
+        stage.gather(1).await?;
+        Ok(stage)
+    }
+
+    async fn question(&mut self) -> Result<(), Failure> {
+        self.say(ADA, "The nightly import failed twice this week. Do you know why, Ben?")
+            .await?;
+        self.say(BEN, "No. Scout, can you find out what the two nights have in common?")
+            .await
+    }
+
+    async fn work(&mut self) -> Result<(), Failure> {
+        self.agent(
+            "agent_started",
+            json!({"agent": "scout", "input": "what do the two nights have in common?"}),
+        )
+        .await?;
+        self.agent(
+            "agent_thinking",
+            json!({"content": "The logs first, then the changes."}),
+        )
+        .await?;
+        let arguments = json!({"service": "import", "level": "error", "days": 7});
+        self.agent(
+            "tool_executing",
+            json!({"tool": "search_logs", "call": "c1", "arguments": arguments}),
+        )
+        .await?;
+        self.cut_ben()?;
+        let result = json!({"hits": 2, "message": "disk quota exceeded"});
+        self.agent("tool_completed", json!({"call": "c1", "result": result}))
+            .await?;
+        let arguments = json!({"path": "/srv/import"});
+        self.agent(
+            "tool_executing",
+            json!({"tool": "disk_usage", "call": "c2", "arguments": arguments}),
+        )
+        .await?;
+        let result = json!({"used": "98%", "largest": "/srv/import/archive"});
+        self.agent("tool_completed", json!({"call": "c2", "result": result}))
+            .await?;
+        self.bring_ben_back().await
+    }
+
+    async fn answer(&mut self) -> Result<(), Failure> {
+        let text = "Both nights ran out of disk: the archive in /srv/import is never pruned.";
+        self.agent("agent_message", json!({ "content": text })).await?;
+        self.agent("agent_completed", json!({"output": "found the cause"}))
+            .await?;
+        self.say(
+            BEN,
+            "I had lost my connection, and it's all here. I'll prune the archive.",
+        )
+        .await?;
+        self.say(ADA, "Thank you both.").await
+    }
+
+    async fn say(&mut self, who: usize, text: &str) -> Result<(), Failure> {
+        self.publish(who, "user_message", json!({ "content": text }), None)
+            .await
+    }
+
+    async fn agent(&mut self, kind: &str, data: Value) -> Result<(), Failure> {
+        self.publish(SCOUT, kind, data, Some("run-1")).await
+    }
+
+    /// Publishes, and shows the event once everybody who is connected has it.
+    async fn publish(&mut self, who: usize, kind: &str, data: Value, run: Option<&str>) -> Result<(), Failure> {
+        let draft = Draft {
+            thread: self.thread.clone(),
+            kind: kind.to_owned(),
+            data,
+            run: run.map(str::to_owned),
+            ..Draft::default()
+        };
+        let late = |_| format!("{kind} by {} was not answered within {PATIENCE:?}", CAST[who].0);
+        let published = timeout(PATIENCE, self.readers[who].events.publish(draft))
+            .await
+            .map_err(late)??;
+        let seq = published.seq.ok_or("the server told no seq")?;
+        let next = self.head + 1;
+        self.head = seq;
+        self.gather(next).await
+    }
+
+    /// Waits until every connected reader has seen the head, and shows the events from `from` on.
+    async fn gather(&mut self, from: u64) -> Result<(), Failure> {
+        let mut shown = Vec::new();
+        for reader in self.readers.iter_mut().filter(|reader| !reader.away) {
+            let events = reader.read_up_to(self.head).await?;
+            if shown.is_empty() {
+                shown = events;
+            }
+        }
+        for event in shown.iter().filter(|event| event.seq >= Some(from)) {
+            self.show(event).await?;
+        }
+        Ok(())
+    }
+
+    async fn show(&self, event: &Event) -> Result<(), Failure> {
+        if self.out.is_terminal() {
+            sleep(READING_PAUSE).await;
+        }
+        let out = &self.out;
+        let style = self
+            .readers
+            .iter()
+            .find(|r| r.name == event.from)
+            .map_or(Style::Dim, |r| r.style);
+        let here: Vec<_> = self.readers.iter().filter(|r| !r.away).map(|r| r.name).collect();
+        let seen = out.paint(Style::Green, format_args!("seen by {}", here.join(" ")));
+        out.line(format_args!("{}  {seen}", self.row(event, style)))?;
+        Ok(())
+    }
+
+    fn row(&self, event: &Event, style: Style) -> String {
+        let place = format!("#{}", event.seq.unwrap_or_default());
+        let from = self.out.paint(style, format_args!("{:<6}", event.from));
+        let kind = self.out.paint(Style::Dim, format_args!("{:<15}", event.kind));
+        format!("{place:>4}  {from} {kind} {}", summary(event))
+    }
+
+    fn cut_ben(&mut self) -> Result<(), Failure> {
+        let ben = &mut self.readers[BEN];
+        ben.events.cut();
+        ben.away = true;
+        let last = ben.seen.last().copied().unwrap_or_default();
+        let line = format!("  ✂   ben's socket is cut, without a close; the last he saw is #{last}");
+        self.out.line(self.out.paint(Style::Red, line))?;
+        Ok(())
+    }
+
+    async fn bring_ben_back(&mut self) -> Result<(), Failure> {
+        let head = self.head;
+        let ben = &mut self.readers[BEN];
+        let after = ben.seen.last().copied().unwrap_or_default();
+        let missed = ben.read_up_to(head).await?;
+        ben.away = false;
+        let line = format!("  ↻   ben is back and resumes with \"after\": {after}");
+        self.out.line(self.out.paint(Style::Green, line))?;
+        for event in &missed {
+            let row = self.row(event, self.readers[SCOUT].style);
+            self.out.line(format_args!(
+                "{row}  {}",
+                self.out.paint(Style::Green, "ben catches up")
+            ))?;
+        }
+        Ok(())
+    }
+
+    fn verify(&self) -> Result<(), Failure> {
+        self.out.line("")?;
+        for reader in &self.readers {
+            if !reader.seen.iter().copied().eq(1..=self.head) {
+                let name = reader.name;
+                return Err(format!("{name} should have seen 1…{} but saw {:?}", self.head, reader.seen).into());
+            }
+            let name = self.out.paint(reader.style, reader.name);
+            self.out
+                .line(format_args!("{name} saw 1…{}, each once and in order", self.head))?;
+        }
+        Ok(())
+    }
+
+    /// The conversation is over and checked: a connection that fails now takes nothing with it.
+    async fn leave(self) {
+        for reader in self.readers {
+            if let Err(error) = reader.events.close().await {
+                tracing::debug!(%error, "on leaving");
+            }
+        }
+    }
+}
+
+impl Reader {
+    async fn read_up_to(&mut self, seq: u64) -> Result<Vec<Event>, Failure> {
+        let late = |_| format!("{} has not seen #{seq} within {PATIENCE:?}", self.name);
+        let mut events = Vec::new();
+        let reading = async {
+            while self.seen.last().is_none_or(|last| *last < seq) {
+                if let Item::Event(event) = self.events.next().await?
+                    && let Some(seq) = event.seq
+                {
+                    self.seen.push(seq);
+                    events.push(*event);
+                }
+            }
+            Ok::<_, Failure>(())
+        };
+        timeout(PATIENCE, reading).await.map_err(late)??;
+        Ok(events)
+    }
+}

@@ -1,0 +1,58 @@
+//! The command `weft`: one file a command.
+
+pub mod bench;
+pub mod common;
+pub mod demo;
+pub mod rebuild;
+pub mod schemas;
+pub mod serve;
+pub mod tail;
+pub mod threads;
+pub mod token;
+
+use clap::{Parser, Subcommand};
+
+use common::Failure;
+
+/// An event-sourced messaging backend for AI platforms.
+#[derive(Debug, Parser)]
+#[command(name = "weft", version, max_term_width = 120)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the server
+    Serve(serve::Args),
+    /// Play a conversation against a running server
+    Demo(demo::DemoArgs),
+    /// Print a token and nothing else
+    Token(token::TokenArgs),
+    /// List my threads
+    Threads(threads::ThreadsArgs),
+    /// Follow a thread, or "*" for all of mine
+    Tail(tail::TailArgs),
+    /// Make the projections anew from the log, of a stopped server
+    Rebuild(rebuild::Args),
+    /// Measure a server, or what it stands on
+    Bench(bench::BenchArgs),
+    /// Write the contract as JSON Schemas
+    Schemas(schemas::Args),
+}
+
+impl Cli {
+    pub async fn run(self) -> Result<(), Failure> {
+        match self.command {
+            Command::Serve(args) => serve::run(args).await,
+            Command::Demo(args) => demo::run(args).await,
+            Command::Token(args) => token::run(args).await,
+            Command::Threads(args) => threads::run(args).await,
+            Command::Tail(args) => tail::run(args).await,
+            Command::Rebuild(args) => rebuild::run(args).await,
+            Command::Bench(args) => bench::run(args, rebuild::for_bench).await,
+            Command::Schemas(args) => schemas::run(&args),
+        }
+    }
+}

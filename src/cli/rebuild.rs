@@ -1,0 +1,68 @@
+//! `weft rebuild`: the projections anew from the log.
+
+use std::io::{IsTerminal, Write};
+use std::time::Instant;
+
+use super::bench::{LogKind, RebuildArgs};
+use super::common::Failure;
+use crate::config::{Config, LogChoice, StorageArgs};
+use crate::rebuild;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    storage: StorageArgs,
+    /// Change nothing: rebuild beside the projections and compare row by row
+    #[arg(long)]
+    check: bool,
+}
+
+pub async fn run(args: Args) -> Result<(), Failure> {
+    let config = Config::load(args.storage.config.as_deref(), &args.storage)?;
+    let begin = Instant::now();
+    let terminal = std::io::stderr().is_terminal();
+    let progress = move |records: u64| {
+        if terminal {
+            // Only for the eye: a terminal that cannot be written to loses nothing.
+            let _ = write!(std::io::stderr(), "\r{records} records");
+        }
+    };
+    let check = args.check;
+    let work = move || {
+        if check {
+            rebuild::check(&config, progress)
+        } else {
+            rebuild::rebuild(&config, progress)
+        }
+    };
+    let rebuilt = tokio::task::spawn_blocking(work).await??;
+    if terminal {
+        eprintln!();
+    }
+    let done = if check {
+        "the projections equal the log's"
+    } else {
+        "rebuilt"
+    };
+    println!(
+        "{done}: {} records in {:.1} s",
+        rebuilt.records,
+        begin.elapsed().as_secs_f64()
+    );
+    Ok(())
+}
+
+/// A rebuild for `weft bench`; gives the number of records.
+pub fn for_bench(args: &RebuildArgs, log: LogKind) -> Result<u64, Failure> {
+    let log = match log {
+        LogKind::Embedded => LogChoice::Embedded,
+        LogKind::Kafka => LogChoice::Kafka,
+    };
+    let storage = StorageArgs {
+        data: Some(args.data.clone()),
+        log: Some(log),
+        brokers: Some(args.brokers.clone()),
+        ..StorageArgs::default()
+    };
+    Ok(rebuild::rebuild(&Config::load(None, &storage)?, |_| {})?.records)
+}

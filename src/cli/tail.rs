@@ -1,0 +1,104 @@
+//! `weft tail`: a thread's events as they come, through every loss of the connection.
+
+use serde_json::Value;
+
+use super::common::{Failure, Out, Server, Style, printable};
+use crate::client::{Event, Item, Resuming, Start};
+
+#[derive(Debug, clap::Args)]
+pub struct TailArgs {
+    /// The thread, or "*" for all that I am a member of.
+    pub thread: String,
+    #[command(flatten)]
+    pub server: Server,
+    /// Begin behind this seq; 0 is the start.
+    #[arg(long, conflicts_with = "last")]
+    pub after: Option<u64>,
+    /// Begin with the newest N.
+    #[arg(long, value_name = "N")]
+    pub last: Option<u64>,
+    /// One JSON object a line.
+    #[arg(long)]
+    pub json: bool,
+}
+
+pub async fn run(args: TailArgs) -> Result<(), Failure> {
+    let start = match (args.after, args.last) {
+        (Some(seq), _) => Start::After(seq),
+        (None, Some(count)) => Start::Last(count),
+        (None, None) => Start::Now,
+    };
+    let out = Out::new();
+    let mut events = Resuming::connect(&args.server.url, &args.server.token, &args.thread, start).await?;
+    let mut connected = true;
+    loop {
+        let item = tokio::select! {
+            item = events.next() => item?,
+            stop = tokio::signal::ctrl_c() => {
+                stop?;
+                return Ok(events.close().await?);
+            }
+        };
+        // What is no event goes to standard error, so that `--json` can be piped.
+        match item {
+            Item::Event(event) => {
+                let text = if args.json {
+                    serde_json::to_string(&event)?
+                } else {
+                    line(&out, &args, &event)
+                };
+                if !out.line(text)? {
+                    return Ok(events.close().await?);
+                }
+            }
+            Item::Lost(error) if connected => {
+                connected = false;
+                eprintln!("weft tail: {error}; connecting again");
+            }
+            Item::Resumed => {
+                connected = true;
+                eprintln!("weft tail: connected again, nothing was missed");
+            }
+            Item::Lost(_) | Item::CaughtUp { .. } => {}
+        }
+    }
+}
+
+fn line(out: &Out, args: &TailArgs, event: &Event) -> String {
+    let thread = if args.thread == "*" {
+        format!("{} ", event.thread)
+    } else {
+        String::new()
+    };
+    let place = event.seq.map_or_else(|| "~".to_owned(), |seq| format!("#{seq}"));
+    // Hours, minutes and seconds of an RFC 3339 time; what is not one is shown as it is.
+    let time = event.at.get(11..19).unwrap_or(&event.at);
+    let from = out.paint(Style::Cyan, format_args!("{:<10}", printable(&event.from)));
+    let kind = out.paint(Style::Dim, format_args!("{:<15}", printable(&event.kind)));
+    format!("{thread}{place:>6} {time} {from} {kind} {}", summary(event))
+}
+
+/// The event's payload in a few words: its text where it has one, otherwise its JSON.
+pub fn summary(event: &Event) -> String {
+    let data = &event.data;
+    let text = |field: &str| data[field].as_str().map(printable);
+    let shown = match event.kind.as_str() {
+        "tool_executing" => text("tool").map(|tool| format!("{tool} {}", compact(&data["arguments"]))),
+        "tool_completed" => Some(compact(data.get("result").unwrap_or(&data["error"]))),
+        "agent_started" => text("agent").map(|agent| format!("{agent}: {}", compact(&data["input"]))),
+        "agent_token" => text("text"),
+        "thread_created" => Some(text("title").unwrap_or_default()),
+        "agent_completed" => Some(compact(&data["output"])),
+        "member_added" | "member_removed" => text("user").or_else(|| text("member")),
+        _ => text("content"),
+    };
+    shown.unwrap_or_else(|| compact(data))
+}
+
+fn compact(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::String(text) => printable(text),
+        other => printable(&other.to_string()),
+    }
+}

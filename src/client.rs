@@ -1,0 +1,459 @@
+//! A client of Weft: one WebSocket, commands out, frames in.
+//!
+//! [`Client`] is one connection. [`Resuming`] outlives connections: it reconnects and resumes behind the last seq it has
+//! seen, so that its reader gets each event once and in order. [`Http`] is what else a command line needs.
+//!
+//! No TLS here: in front of a server that is not on this machine stands something that ends it.
+
+mod http;
+mod resuming;
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::net::TcpStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::http::{HeaderValue, header::AUTHORIZATION};
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, frame::coding::CloseCode};
+use tokio_tungstenite::tungstenite::{self, Message};
+
+pub use http::Http;
+pub use resuming::{Item, Resuming, Start};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where a server is. Reads `http://host:port`, `ws://host:port` and `ws://host:port/v1/ws` alike.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address {
+    authority: String,
+}
+
+impl Address {
+    /// `host:port`, as a socket or a `Host` header wants it.
+    pub fn authority(&self) -> &str {
+        &self.authority
+    }
+
+    pub fn socket_url(&self) -> String {
+        format!("ws://{}/v1/ws", self.authority)
+    }
+}
+
+impl FromStr for Address {
+    type Err = ClientError;
+
+    fn from_str(url: &str) -> Result<Address, ClientError> {
+        let refuse = || ClientError::Address(url.to_owned());
+        let rest = url
+            .strip_prefix("http://")
+            .or_else(|| url.strip_prefix("ws://"))
+            .ok_or_else(refuse)?;
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        if authority.is_empty() || authority.contains('@') || !matches!(path, "" | "v1/ws") {
+            return Err(refuse());
+        }
+        let has_port = authority
+            .rsplit_once(':')
+            .is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+        let authority = if has_port {
+            authority.to_owned()
+        } else {
+            format!("{authority}:80")
+        };
+        Ok(Address { authority })
+    }
+}
+
+/// Why a connection or a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    #[error("{0:?} is no address like http://127.0.0.1:8080 or ws://127.0.0.1:8080/v1/ws")]
+    Address(String),
+    #[error("the token holds characters that no token has")]
+    Token,
+    #[error("cannot connect to {to}: {source}")]
+    Connect { to: String, source: std::io::Error },
+    #[error("the server refused: HTTP {status}{}", detail(.body))]
+    Refused { status: u16, body: String },
+    #[error("the connection was closed: {code}{}", detail(.reason))]
+    Closed { code: u16, reason: String },
+    #[error("the server has been silent for {0:?}")]
+    Silent(Duration),
+    #[error("the connection was lost: {0}")]
+    Lost(Box<dyn std::error::Error + Send + Sync>),
+    #[error("{0}")]
+    Command(Box<ErrorFrame>),
+    #[error("the server sent what is not understood: {0}")]
+    Malformed(String),
+    #[error("the log is another one (epoch {0}): what was seen so far says nothing about it; start again")]
+    OtherLog(String),
+    #[error("{thread} has a hole: after seq {after} came {seq}")]
+    Hole { thread: String, after: u64, seq: u64 },
+}
+
+impl ClientError {
+    /// Whether a new connection may do better: the other kind needs something mended first.
+    pub fn reconnects(&self) -> bool {
+        match self {
+            ClientError::Connect { .. } | ClientError::Silent(_) | ClientError::Lost(_) => true,
+            ClientError::Closed { code, .. } => matches!(code, 1001 | 1006 | 1011..=1013 | 4000..=4499),
+            ClientError::Refused { status, .. } => matches!(status, 408 | 429 | 500..=599),
+            ClientError::Command(error) => error.temporary,
+            _ => false,
+        }
+    }
+}
+
+fn detail(text: &str) -> String {
+    if text.is_empty() {
+        String::new()
+    } else {
+        format!(" ({text})")
+    }
+}
+
+impl From<tungstenite::Error> for ClientError {
+    fn from(error: tungstenite::Error) -> ClientError {
+        match error {
+            tungstenite::Error::Http(answer) => ClientError::Refused {
+                status: answer.status().as_u16(),
+                body: String::from_utf8_lossy(answer.body().as_deref().unwrap_or_default()).into_owned(),
+            },
+            other => ClientError::Lost(Box::new(other)),
+        }
+    }
+}
+
+/// What the server sends. Fields and types that this client does not know are left alone.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Frame {
+    Welcome(Welcome),
+    Subscribed(Subscribed),
+    Event(Event),
+    CaughtUp {
+        thread: String,
+        #[serde(default)]
+        seq: u64,
+    },
+    Published(Published),
+    Position {
+        thread: String,
+        seq: u64,
+    },
+    Lagged {
+        thread: String,
+        from: u64,
+        to: u64,
+    },
+    Work(Work),
+    Signal {
+        thread: String,
+        kind: String,
+        from: String,
+        #[serde(default)]
+        data: Value,
+    },
+    Expiring {
+        expires_at: String,
+    },
+    Error(ErrorFrame),
+    Refreshed {
+        id: i64,
+    },
+    Unsubscribed {
+        id: i64,
+    },
+    Consuming {
+        id: i64,
+    },
+    Settled {
+        id: i64,
+    },
+    Pong {
+        id: i64,
+    },
+    #[serde(other)]
+    Unknown,
+}
+
+impl Frame {
+    /// The id of the command that this frame answers.
+    fn answers(&self) -> Option<i64> {
+        match self {
+            Frame::Published(published) => Some(published.id),
+            Frame::Subscribed(subscribed) => Some(subscribed.id),
+            Frame::Refreshed { id }
+            | Frame::Unsubscribed { id }
+            | Frame::Consuming { id }
+            | Frame::Settled { id }
+            | Frame::Pong { id } => Some(*id),
+            _ => None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Welcome {
+    pub connection: String,
+    pub user: String,
+    pub tenant: String,
+    pub epoch: String,
+    pub heartbeat_ms: u64,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Subscribed {
+    pub id: i64,
+    pub thread: String,
+    pub epoch: String,
+    /// A number for one thread; for `"*"` each thread has its own.
+    #[serde(default)]
+    pub head: Value,
+    #[serde(default)]
+    pub after: Value,
+    #[serde(default = "yes")]
+    pub recovered: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Published {
+    pub id: i64,
+    pub thread: String,
+    /// None for a token piece: its place is in the message.
+    pub seq: Option<u64>,
+    #[serde(default)]
+    pub duplicate: bool,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Event {
+    pub thread: String,
+    /// None for a token piece: its place is in the message.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seq: Option<u64>,
+    pub kind: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub event: Option<String>,
+    #[serde(default)]
+    pub from: String,
+    #[serde(default)]
+    pub at: String,
+    #[serde(default)]
+    pub data: Value,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<u32>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Work {
+    pub delivery: Value,
+    pub group: String,
+    #[serde(default)]
+    pub attempt: u32,
+    pub event: Event,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct ErrorFrame {
+    pub id: Option<i64>,
+    pub code: String,
+    #[serde(default)]
+    pub message: String,
+    pub field: Option<String>,
+    #[serde(default)]
+    pub temporary: bool,
+    pub retry_after_ms: Option<u64>,
+    pub outcome: Option<String>,
+}
+
+impl fmt::Display for ErrorFrame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code, self.message)?;
+        match &self.field {
+            Some(field) => write!(f, " ({field})"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// An event to publish.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Draft {
+    pub thread: String,
+    pub kind: String,
+    pub data: Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub run: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parent: Option<u64>,
+}
+
+/// What to subscribe to, and from where.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Subscription {
+    pub thread: String,
+    /// A seq; with thread `"*"` an object of thread to seq.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub after: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Command<'a, T> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    id: i64,
+    #[serde(flatten)]
+    body: &'a T,
+}
+
+/// One connection, welcomed. Dropping it cuts the socket without a word; [`Client::close`] takes leave.
+pub struct Client {
+    socket: WebSocketStream<TcpStream>,
+    welcome: Welcome,
+    /// Frames that came while an answer was awaited.
+    waiting: VecDeque<Frame>,
+    next_id: i64,
+}
+
+impl Client {
+    pub async fn connect(url: &str, token: &str) -> Result<Client, ClientError> {
+        let address: Address = url.parse()?;
+        let silent = |_| ClientError::Silent(CONNECT_TIMEOUT);
+        tokio::time::timeout(CONNECT_TIMEOUT, Client::open(&address, token))
+            .await
+            .map_err(silent)?
+    }
+
+    async fn open(address: &Address, token: &str) -> Result<Client, ClientError> {
+        let mut request = address.socket_url().into_client_request()?;
+        let bearer = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| ClientError::Token)?;
+        request.headers_mut().insert(AUTHORIZATION, bearer);
+
+        let refused = |source| ClientError::Connect {
+            to: address.authority().to_owned(),
+            source,
+        };
+        let stream = TcpStream::connect(address.authority()).await.map_err(refused)?;
+        stream.set_nodelay(true).map_err(refused)?;
+        let (mut socket, _) = tokio_tungstenite::client_async(request, stream).await?;
+        match next_frame(&mut socket, CONNECT_TIMEOUT).await? {
+            Frame::Welcome(welcome) => Ok(Client {
+                socket,
+                welcome,
+                waiting: VecDeque::new(),
+                next_id: 1,
+            }),
+            Frame::Error(error) => Err(ClientError::Command(Box::new(error))),
+            other => Err(ClientError::Malformed(format!("{other:?} instead of a welcome"))),
+        }
+    }
+
+    pub fn welcome(&self) -> &Welcome {
+        &self.welcome
+    }
+
+    /// Sends one command, or an array of them, as it is.
+    pub async fn send(&mut self, command: &impl Serialize) -> Result<(), ClientError> {
+        let text = serde_json::to_string(command).map_err(|error| ClientError::Malformed(error.to_string()))?;
+        Ok(self.socket.send(Message::text(text)).await?)
+    }
+
+    /// The next frame. May be dropped while it waits: nothing gets lost.
+    pub async fn recv(&mut self) -> Result<Frame, ClientError> {
+        match self.waiting.pop_front() {
+            Some(frame) => Ok(frame),
+            None => self.read().await,
+        }
+    }
+
+    async fn read(&mut self) -> Result<Frame, ClientError> {
+        // Two missed heartbeats and some grace: a network that died silently would keep us waiting for ever.
+        let patience = Duration::from_millis(self.welcome.heartbeat_ms) * 2 + CONNECT_TIMEOUT;
+        next_frame(&mut self.socket, patience).await
+    }
+
+    pub async fn publish(&mut self, draft: &Draft) -> Result<Published, ClientError> {
+        match self.ask("publish", draft).await? {
+            Frame::Published(published) => Ok(published),
+            other => Err(ClientError::Malformed(format!("{other:?} answers a publish"))),
+        }
+    }
+
+    pub async fn subscribe(&mut self, subscription: &Subscription) -> Result<Subscribed, ClientError> {
+        match self.ask("subscribe", subscription).await? {
+            Frame::Subscribed(subscribed) => Ok(subscribed),
+            other => Err(ClientError::Malformed(format!("{other:?} answers a subscribe"))),
+        }
+    }
+
+    /// Sends a command and reads its answer; what comes before is kept for [`Client::recv`].
+    async fn ask(&mut self, kind: &'static str, body: &impl Serialize) -> Result<Frame, ClientError> {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.send(&Command { kind, id, body }).await?;
+        loop {
+            match self.read().await? {
+                Frame::Error(error) if error.id == Some(id) => return Err(ClientError::Command(Box::new(error))),
+                frame if frame.answers() == Some(id) => return Ok(frame),
+                other => self.waiting.push_back(other),
+            }
+        }
+    }
+
+    pub async fn close(mut self) -> Result<(), ClientError> {
+        let farewell = CloseFrame {
+            code: CloseCode::Normal,
+            reason: "".into(),
+        };
+        Ok(self.socket.close(Some(farewell)).await?)
+    }
+}
+
+async fn next_frame(socket: &mut WebSocketStream<TcpStream>, patience: Duration) -> Result<Frame, ClientError> {
+    loop {
+        let next = tokio::time::timeout(patience, socket.next()).await;
+        match next.map_err(|_| ClientError::Silent(patience))? {
+            Some(Ok(Message::Text(text))) => {
+                return serde_json::from_str(&text).map_err(|error| ClientError::Malformed(format!("{error}: {text}")));
+            }
+            Some(Ok(Message::Close(frame))) => {
+                let (code, reason) = frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
+                return Err(ClientError::Closed { code, reason });
+            }
+            // The socket answers pings by itself; they only show that the server lives.
+            Some(Ok(_)) => {}
+            Some(Err(error)) => return Err(error.into()),
+            None => {
+                return Err(ClientError::Closed {
+                    code: 1006,
+                    reason: String::new(),
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Plain HTTP/1.1 on one connection that is kept open: what the WebSocket has no command for.
+
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper::{Method, Request, header};
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use tokio::net::TcpStream;
+
+use super::{Address, ClientError};
+
+pub struct Http {
+    requests: SendRequest<Full<Bytes>>,
+    authority: String,
+    token: String,
+}
+
+impl Http {
+    pub async fn connect(url: &str, token: &str) -> Result<Http, ClientError> {
+        let address: Address = url.parse()?;
+        let authority = address.authority().to_owned();
+        let refused = |source| ClientError::Connect {
+            to: authority.clone(),
+            source,
+        };
+        let stream = TcpStream::connect(&authority).await.map_err(refused)?;
+        stream.set_nodelay(true).map_err(refused)?;
+        let (requests, connection) = handshake(TokioIo::new(stream)).await.map_err(lost)?;
+        // Ends with `requests`; its error is also the answer of the request that failed.
+        tokio::spawn(async move { drop(connection.await) });
+        Ok(Http {
+            requests,
+            authority,
+            token: token.to_owned(),
+        })
+    }
+
+    pub async fn get(&mut self, path: &str) -> Result<Value, ClientError> {
+        json(&self.ask(Method::GET, path, None).await?)
+    }
+
+    /// For what is no JSON, as `/metrics`.
+    pub async fn get_text(&mut self, path: &str) -> Result<String, ClientError> {
+        let body = self.ask(Method::GET, path, None).await?;
+        Ok(String::from_utf8_lossy(&body).into_owned())
+    }
+
+    pub async fn put(&mut self, path: &str, body: &Value) -> Result<Value, ClientError> {
+        json(&self.ask(Method::PUT, path, Some(body)).await?)
+    }
+
+    async fn ask(&mut self, method: Method, path: &str, body: Option<&Value>) -> Result<Bytes, ClientError> {
+        let mut request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, &self.authority)
+            .header(header::AUTHORIZATION, format!("Bearer {}", self.token));
+        if body.is_some() {
+            request = request.header(header::CONTENT_TYPE, "application/json");
+        }
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let request = request.body(Full::from(body)).map_err(|_| ClientError::Token)?;
+
+        self.requests.ready().await.map_err(lost)?;
+        let answer = self.requests.send_request(request).await.map_err(lost)?;
+        let status = answer.status();
+        let body = answer.into_body().collect().await.map_err(lost)?.to_bytes();
+        if status.is_success() {
+            return Ok(body);
+        }
+        Err(ClientError::Refused {
+            status: status.as_u16(),
+            body: String::from_utf8_lossy(&body).into_owned(),
+        })
+    }
+}
+
+fn lost(error: hyper::Error) -> ClientError {
+    ClientError::Lost(Box::new(error))
+}
+
+/// An empty answer (204) is `null`.
+fn json(body: &[u8]) -> Result<Value, ClientError> {
+    if body.is_empty() {
+        return Ok(Value::Null);
+    }
+    serde_json::from_slice(body).map_err(|error| ClientError::Malformed(error.to_string()))
+}

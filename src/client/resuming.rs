@@ -1,0 +1,294 @@
+//! A reader that outlives its connections.
+//!
+//! Invariant: what [`Resuming::next`] gives as [`Item::Event`] is, thread by thread, dense in seq and without a repeat,
+//! however often the connection was lost between two of them. A hole is an error, never passed over.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::{Client, ClientError, Draft, Event, Frame, Http, Published, Subscription};
+use crate::clock;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// Where reading begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// With what comes next.
+    Now,
+    After(u64),
+    /// With the newest so many.
+    Last(u64),
+}
+
+#[derive(Debug)]
+pub enum Item {
+    Event(Box<Event>),
+    CaughtUp {
+        thread: String,
+        seq: u64,
+    },
+    /// The connection is gone; the next call makes a new one.
+    Lost(ClientError),
+    /// Connected again, and reading on behind what was seen.
+    Resumed,
+}
+
+pub struct Resuming {
+    url: String,
+    token: String,
+    /// A thread, or `"*"`.
+    thread: String,
+    start: Start,
+    client: Option<Client>,
+    epoch: Option<String>,
+    /// The last seq seen of each thread.
+    seen: HashMap<String, u64>,
+    /// Connections in a row that gave nothing.
+    failures: u32,
+    next_key: u64,
+}
+
+impl Resuming {
+    /// Connects for the first time; here every failure is told at once, since it is most likely a wrong address or token.
+    pub async fn connect(url: &str, token: &str, thread: &str, start: Start) -> Result<Resuming, ClientError> {
+        let mut resuming = Resuming {
+            url: url.to_owned(),
+            token: token.to_owned(),
+            thread: thread.to_owned(),
+            start,
+            client: None,
+            epoch: None,
+            seen: HashMap::new(),
+            failures: 0,
+            next_key: 1,
+        };
+        resuming.open().await?;
+        Ok(resuming)
+    }
+
+    /// The last seq seen of `thread`.
+    pub fn seen(&self, thread: &str) -> Option<u64> {
+        self.seen.get(thread).copied()
+    }
+
+    /// Drops the socket without a word, as a failing network does.
+    pub fn cut(&mut self) {
+        self.client = None;
+    }
+
+    pub async fn close(self) -> Result<(), ClientError> {
+        match self.client {
+            Some(client) => client.close().await,
+            None => Ok(()),
+        }
+    }
+
+    /// What comes next. May be dropped while it waits: nothing gets lost.
+    pub async fn next(&mut self) -> Result<Item, ClientError> {
+        let Some(client) = &mut self.client else {
+            return self.reopen().await;
+        };
+        loop {
+            let frame = match client.recv().await {
+                Ok(frame) => frame,
+                Err(error) => return self.lost(error),
+            };
+            self.failures = 0;
+            match frame {
+                Frame::Event(event) if advance(&mut self.seen, &event)? => return Ok(Item::Event(Box::new(event))),
+                Frame::CaughtUp { thread, seq } => return Ok(Item::CaughtUp { thread, seq }),
+                Frame::Error(error) => return Err(ClientError::Command(Box::new(error))),
+                _ => {}
+            }
+        }
+    }
+
+    /// Publishes under a key of its own, and again under the same key when a connection is lost before the answer: it
+    /// becomes one event whatever happens.
+    pub async fn publish(&mut self, mut draft: Draft) -> Result<Published, ClientError> {
+        if draft.key.is_none() {
+            draft.key = Some(format!("{}-{}", random(), self.next_key));
+            self.next_key += 1;
+        }
+        loop {
+            let Some(client) = &mut self.client else {
+                if let Item::Lost(error) = self.reopen().await? {
+                    tracing::debug!(%error, "publishing waits for a connection");
+                }
+                continue;
+            };
+            match client.publish(&draft).await {
+                Ok(published) => return Ok(published),
+                Err(ClientError::Command(refusal)) if refusal.temporary => {
+                    let advised = refusal.retry_after_ms.map(Duration::from_millis);
+                    tokio::time::sleep(advised.unwrap_or(FIRST_PAUSE)).await;
+                }
+                // What was received but not read yet goes with the connection, and comes again behind `seen`.
+                Err(error) => drop(self.lost(error)?),
+            }
+        }
+    }
+
+    fn lost(&mut self, error: ClientError) -> Result<Item, ClientError> {
+        self.client = None;
+        if error.reconnects() {
+            Ok(Item::Lost(error))
+        } else {
+            Err(error)
+        }
+    }
+
+    async fn reopen(&mut self) -> Result<Item, ClientError> {
+        if self.failures > 0 {
+            tokio::time::sleep(pause(self.failures)).await;
+        }
+        self.failures = self.failures.saturating_add(1);
+        match self.open().await {
+            Ok(()) => Ok(Item::Resumed),
+            Err(error) => self.lost(error),
+        }
+    }
+
+    /// Being connected is no success yet: a server that welcomes everybody and then closes must not be hammered.
+    async fn open(&mut self) -> Result<(), ClientError> {
+        let mut client = Client::connect(&self.url, &self.token).await?;
+        if self.thread == "*" {
+            self.learn_threads().await?;
+        }
+        let subscribed = client.subscribe(&self.subscription()).await?;
+        if !subscribed.recovered || self.epoch.as_ref().is_some_and(|known| *known != subscribed.epoch) {
+            return Err(ClientError::OtherLog(subscribed.epoch));
+        }
+        if let Some(after) = subscribed.after.as_u64() {
+            self.seen.entry(self.thread.clone()).or_insert(after);
+        }
+        for (thread, after) in subscribed.after.as_object().into_iter().flatten() {
+            if let Some(after) = after.as_u64() {
+                self.seen.entry(thread.clone()).or_insert(after);
+            }
+        }
+        self.epoch = Some(subscribed.epoch);
+        self.client = Some(client);
+        Ok(())
+    }
+
+    fn subscription(&self) -> Subscription {
+        let mut subscription = Subscription {
+            thread: self.thread.clone(),
+            epoch: self.epoch.clone(),
+            ..Subscription::default()
+        };
+        let all = self.thread == "*";
+        match (self.seen.get(&self.thread), self.start) {
+            _ if all => subscription.after = Some(json!(self.seen)),
+            (Some(seen), _) => subscription.after = Some(json!(seen)),
+            (None, Start::After(seq)) => subscription.after = Some(json!(seq)),
+            (None, Start::Last(count)) => subscription.last = Some(count),
+            (None, Start::Now) => {}
+        }
+        subscription
+    }
+
+    /// For `"*"`: a place in every thread, so that none loses events while there is no connection. A thread that has come
+    /// up since the first time is read from its start.
+    async fn learn_threads(&mut self) -> Result<(), ClientError> {
+        let first_time = self.epoch.is_none();
+        let mut http = Http::connect(&self.url, &self.token).await?;
+        let mut path = "/v1/threads?limit=1000".to_owned();
+        loop {
+            let page = http.get(&path).await?;
+            for row in page["threads"].as_array().into_iter().flatten() {
+                let (Some(thread), Some(head)) = (row["thread"].as_str(), row["head"].as_u64()) else {
+                    return Err(ClientError::Malformed(format!("{row} in the list of threads")));
+                };
+                let begin = if first_time { self.start.behind(head) } else { 0 };
+                self.seen.entry(thread.to_owned()).or_insert(begin);
+            }
+            match page["next"].as_str() {
+                Some(cursor) => path = format!("/v1/threads?limit=1000&cursor={cursor}"),
+                None => return Ok(()),
+            }
+        }
+    }
+}
+
+impl Start {
+    fn behind(self, head: u64) -> u64 {
+        match self {
+            Start::Now => head,
+            Start::After(seq) => seq.min(head),
+            Start::Last(count) => head.saturating_sub(count),
+        }
+    }
+}
+
+/// Whether the event is new. Token pieces have no seq and always are.
+fn advance(seen: &mut HashMap<String, u64>, event: &Event) -> Result<bool, ClientError> {
+    let Some(seq) = event.seq else {
+        return Ok(true);
+    };
+    let Some(last) = seen.get_mut(&event.thread) else {
+        seen.insert(event.thread.clone(), seq);
+        return Ok(true);
+    };
+    if seq <= *last {
+        return Ok(false);
+    }
+    if seq != *last + 1 {
+        return Err(ClientError::Hole {
+            thread: event.thread.clone(),
+            after: *last,
+            seq,
+        });
+    }
+    *last = seq;
+    Ok(true)
+}
+
+/// Doubles up to [`LONGEST_PAUSE`]; the upper half is chance, so that clients of one server don't come back all at once.
+fn pause(failures: u32) -> Duration {
+    let whole = FIRST_PAUSE
+        .saturating_mul(1 << failures.min(10).saturating_sub(1))
+        .min(LONGEST_PAUSE);
+    let half = whole / 2;
+    half + half.mul_f64(f64::from(random()) / f64::from(u32::MAX))
+}
+
+/// The last 32 bits of a random UUID are all chance.
+fn random() -> u32 {
+    clock::random_id().as_u128() as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(seq: u64) -> Event {
+        let text = json!({"thread": "t", "seq": seq, "kind": "user_message"}).to_string();
+        serde_json::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn each_event_passes_once_and_a_hole_is_an_error() {
+        let mut seen = HashMap::from([("t".to_owned(), 4)]);
+        assert!(!advance(&mut seen, &event(4)).unwrap());
+        assert!(advance(&mut seen, &event(5)).unwrap());
+        assert!(!advance(&mut seen, &event(5)).unwrap());
+        assert!(matches!(
+            advance(&mut seen, &event(7)),
+            Err(ClientError::Hole { after: 5, seq: 7, .. })
+        ));
+    }
+
+    #[test]
+    fn pauses_grow_and_end() {
+        for (failures, whole) in [(1, 100), (2, 200), (7, 6400), (8, 10_000), (u32::MAX, 10_000)] {
+            let pause = pause(failures).as_millis();
+            assert!((whole / 2..=whole).contains(&pause), "{pause} ms after {failures}");
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! The one door through which wall time and new ids come in.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use uuid::Uuid;
+
+/// Wall time in milliseconds since the Unix epoch.
+pub fn now_ms() -> u64 {
+    // A clock before 1970 is taken as 1970: nothing here depends on it being right, only on it being a number.
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_millis() as u64)
+}
+
+/// Wall time in seconds since the Unix epoch, as JWT has it.
+pub fn now_s() -> u64 {
+    now_ms() / 1000
+}
+
+/// A new event id: UUIDv7, so that ids sort by time.
+pub fn event_id() -> Uuid {
+    Uuid::now_v7()
+}
+
+/// A new random id.
+pub fn random_id() -> Uuid {
+    Uuid::new_v4()
+}
+
+/// RFC 3339 with milliseconds, UTC: `2026-11-22T12:37:00.000Z`.
+pub fn rfc3339(ms: u64) -> String {
+    humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(ms)).to_string()
+}
+
+/// Milliseconds since the Unix epoch of an RFC 3339 text in UTC.
+pub fn parse_rfc3339(text: &str) -> Option<u64> {
+    let time = humantime::parse_rfc3339(text).ok()?;
+    Some(time.duration_since(UNIX_EPOCH).ok()?.as_millis() as u64)
+}

@@ -1,0 +1,402 @@
+//! What a client may ask over its WebSocket: parsed from a frame, bounded, with errors that name the field.
+//!
+//! The types here are the contract: `schemas/` is generated from them.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::value::RawValue;
+
+use crate::error::{Code, Error};
+use crate::event::Priority;
+use crate::ids;
+
+/// The most commands one array frame may hold.
+pub const MAX_COMMANDS: usize = 1_000;
+/// The largest `data` of a publish, in bytes.
+pub const MAX_DATA: usize = 64 * 1024;
+/// The largest frame and HTTP body, in bytes.
+pub const MAX_FRAME: usize = 256 * 1024;
+
+/// The `type` of a command struct: which one it is was decided before it is parsed.
+type Tag = IgnoredAny;
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Connect<'a> {
+    #[serde(rename = "type")]
+    #[schemars(with = "String", extend("const" = "connect"))]
+    _type: Tag,
+    pub id: i64,
+    /// A JWT.
+    #[serde(borrow)]
+    pub token: Cow<'a, str>,
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Refresh<'a> {
+    #[serde(rename = "type")]
+    #[schemars(with = "String", extend("const" = "refresh"))]
+    _type: Tag,
+    pub id: i64,
+    /// A JWT of the same `sub` and `tenant`.
+    #[serde(borrow)]
+    pub token: Cow<'a, str>,
+}
+
+/// Where a subscription begins: behind this seq, or for `"*"` behind one for each thread.
+#[derive(Debug, Deserialize, JsonSchema, PartialEq, Eq)]
+#[serde(untagged)]
+pub enum After {
+    Seq(u64),
+    Each(BTreeMap<String, u64>),
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Subscribe<'a> {
+    #[serde(rename = "type")]
+    #[schemars(with = "String", extend("const" = "subscribe"))]
+    _type: Tag,
+    pub id: i64,
+    /// A thread, or `"*"`: all that the user is a member of, now and later.
+    #[serde(borrow)]
+    pub thread: Cow<'a, str>,
+    #[serde(default)]
+    pub after: Option<After>,
+    /// Begin with the n newest events.
+    #[serde(default)]
+    pub last: Option<u64>,
+    /// The log's epoch that `after` belongs to.
+    #[serde(borrow, default)]
+    pub epoch: Option<Cow<'a, str>>,
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Unsubscribe<'a> {
+    #[serde(rename = "type")]
+    #[schemars(with = "String", extend("const" = "unsubscribe"))]
+    _type: Tag,
+    pub id: i64,
+    #[serde(borrow)]
+    pub thread: Cow<'a, str>,
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Publish<'a> {
+    #[serde(rename = "type")]
+    #[schemars(with = "String", extend("const" = "publish"))]
+    _type: Tag,
+    pub id: i64,
+    #[serde(borrow)]
+    pub thread: Cow<'a, str>,
+    #[serde(borrow)]
+    pub kind: Cow<'a, str>,
+    #[serde(borrow)]
+    #[schemars(with = "serde_json::Value")]
+    pub data: &'a RawValue,
+    /// Idempotency key, at most 128 characters.
+    #[serde(borrow, default)]
+    pub key: Option<Cow<'a, str>>,
+    #[serde(default)]
+    pub priority: Option<Priority>,
+    /// The run an agent event belongs to, 1–128 characters.
+    #[serde(borrow, default)]
+    pub run: Option<Cow<'a, str>>,
+    /// The seq this replies to.
+    #[serde(default)]
+    pub parent: Option<u64>,
+}
+
+/// The body of `POST /v1/threads/{t}/events`; the key comes in `Idempotency-Key`.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PublishBody<'a> {
+    #[serde(borrow)]
+    pub kind: Cow<'a, str>,
+    #[serde(borrow)]
+    #[schemars(with = "serde_json::Value")]
+    pub data: &'a RawValue,
+    #[serde(default)]
+    pub priority: Option<Priority>,
+    #[serde(borrow, default)]
+    pub run: Option<Cow<'a, str>>,
+    #[serde(default)]
+    pub parent: Option<u64>,
+}
+
+/// The body of `PUT /v1/threads/{t}`.
+#[derive(Debug, Deserialize, JsonSchema, Default)]
+#[serde(deny_unknown_fields)]
+pub struct ThreadBody {
+    #[serde(default)]
+    pub title: Option<String>,
+    /// Users to add; the caller is a member of a thread it creates in any case.
+    #[serde(default)]
+    pub members: Option<Vec<String>>,
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Ping {
+    #[serde(rename = "type")]
+    #[schemars(with = "String", extend("const" = "ping"))]
+    _type: Tag,
+    pub id: i64,
+}
+
+/// One command, borrowed from its frame.
+#[derive(Debug)]
+pub enum Command<'a> {
+    Connect(Connect<'a>),
+    Refresh(Refresh<'a>),
+    Subscribe(Subscribe<'a>),
+    Unsubscribe(Unsubscribe<'a>),
+    Publish(Publish<'a>),
+    Ping(Ping),
+}
+
+impl Command<'_> {
+    /// The command's `type`, for metrics.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Command::Connect(_) => "connect",
+            Command::Refresh(_) => "refresh",
+            Command::Subscribe(_) => "subscribe",
+            Command::Unsubscribe(_) => "unsubscribe",
+            Command::Publish(_) => "publish",
+            Command::Ping(_) => "ping",
+        }
+    }
+}
+
+/// A command that was refused, with its `id` where that could be read.
+#[derive(Debug)]
+pub struct BadCommand {
+    pub id: Option<i64>,
+    pub error: Error,
+}
+
+/// The commands of one frame: a single object, or an array of up to 1,000. `None`: the frame is not JSON of either shape.
+pub fn split(frame: &str) -> Option<Result<Commands<'_>, Error>> {
+    let text = frame.trim_ascii_start();
+    if text.starts_with('{') {
+        return serde_json::from_str::<&RawValue>(text)
+            .ok()
+            .map(|one| Ok(Commands::One(one)));
+    }
+    if !text.starts_with('[') {
+        return None;
+    }
+    let all: Vec<&RawValue> = serde_json::from_str(text).ok()?;
+    Some(match all.len() {
+        0 => Err(Error::new(
+            Code::BadRequest,
+            "an array frame holds at least one command",
+        )),
+        n if n > MAX_COMMANDS => Err(Error::new(
+            Code::TooLarge,
+            format!("an array frame holds at most {MAX_COMMANDS} commands, not {n}"),
+        )),
+        _ => Ok(Commands::Many(all)),
+    })
+}
+
+/// The commands of one frame, not parsed yet: each fails on its own.
+pub enum Commands<'a> {
+    One(&'a RawValue),
+    Many(Vec<&'a RawValue>),
+}
+
+impl<'a> Commands<'a> {
+    pub fn as_slice(&self) -> &[&'a RawValue] {
+        match self {
+            Commands::One(one) => std::slice::from_ref(one),
+            Commands::Many(many) => many,
+        }
+    }
+}
+
+/// Parses one command and checks its values.
+pub fn parse(text: &str) -> Result<Command<'_>, BadCommand> {
+    #[derive(Deserialize)]
+    struct Head<'a> {
+        #[serde(borrow)]
+        r#type: Cow<'a, str>,
+        #[serde(borrow, default)]
+        id: Option<&'a RawValue>,
+    }
+    let head: Head = from_json(text).map_err(|error| BadCommand { id: None, error })?;
+    let id = head.id.and_then(|id| id.get().parse().ok());
+    let command = match &*head.r#type {
+        "publish" => from_json(text).and_then(check_publish).map(Command::Publish),
+        "subscribe" => from_json(text).and_then(check_subscribe).map(Command::Subscribe),
+        "unsubscribe" => from_json(text).map(Command::Unsubscribe),
+        "ping" => from_json(text).map(Command::Ping),
+        "connect" => from_json(text).map(Command::Connect),
+        "refresh" => from_json(text).map(Command::Refresh),
+        other => Err(Error::field("type", format!("there is no command {other:.40}"))),
+    };
+    command.map_err(|error| BadCommand { id, error })
+}
+
+fn check_publish(publish: Publish<'_>) -> Result<Publish<'_>, Error> {
+    ids::check_thread(&publish.thread)?;
+    check_content(
+        publish.data,
+        publish.key.as_deref(),
+        publish.run.as_deref(),
+        publish.parent,
+    )?;
+    Ok(publish)
+}
+
+/// What holds for a publish over either interface.
+pub fn check_content(data: &RawValue, key: Option<&str>, run: Option<&str>, parent: Option<u64>) -> Result<(), Error> {
+    if data.get().len() > MAX_DATA {
+        return Err(Error::new(
+            Code::TooLarge,
+            format!("data is {} bytes, more than {MAX_DATA}", data.get().len()),
+        )
+        .at("data"));
+    }
+    key.map_or(Ok(()), |key| ids::check_text("key", key))?;
+    run.map_or(Ok(()), |run| ids::check_text("run", run))?;
+    if parent == Some(0) {
+        return Err(Error::field("parent", "parent is a seq; the first one is 1"));
+    }
+    Ok(())
+}
+
+fn check_subscribe(subscribe: Subscribe<'_>) -> Result<Subscribe<'_>, Error> {
+    let all = subscribe.thread == "*";
+    if !all {
+        ids::check_thread(&subscribe.thread)?;
+    }
+    match (&subscribe.after, subscribe.last) {
+        (Some(_), Some(_)) => Err(Error::field("last", "give after or last, not both")),
+        (Some(After::Each(_)), _) if !all => Err(Error::field(
+            "after",
+            "after is a seq; only with \"*\" is it an object of thread → seq",
+        )),
+        (Some(After::Seq(_)), _) if all => Err(Error::field("after", "with \"*\" after is an object of thread → seq")),
+        _ => Ok(subscribe),
+    }
+}
+
+/// Deserialises strictly; an error names the field at fault.
+pub fn from_json<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, Error> {
+    serde_json::from_str(text).map_err(|error| name_the_field::<T>(text, &error.to_string()))
+}
+
+/// Finds the field a serde error is about. Off the fast path: the text is parsed once more, with its path kept.
+fn name_the_field<'a, T: Deserialize<'a>>(text: &'a str, message: &str) -> Error {
+    // serde's own words for an unknown, missing or duplicate field, with the name in backticks.
+    for (start, says) in [
+        ("unknown field `", "unknown field"),
+        ("missing field `", "missing field"),
+        ("duplicate field `", "duplicate field"),
+    ] {
+        if let Some(name) = message.strip_prefix(start).and_then(|rest| rest.split('`').next()) {
+            return Error::field(name.to_owned(), format!("{says} {name:.60}"));
+        }
+    }
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    let path = match serde_path_to_error::deserialize::<_, T>(&mut deserializer) {
+        Err(error) => error.path().to_string(),
+        Ok(_) => ".".to_owned(),
+    };
+    // "… at line 1 column 20" tells nothing about a frame that a program wrote.
+    let what = message.split(" at line ").next().unwrap_or(message);
+    if path == "." {
+        Error::new(Code::BadRequest, what.to_owned())
+    } else {
+        Error::field(path.clone(), format!("{path}: {what}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bad(text: &str) -> (Option<i64>, Code, String) {
+        let refused = parse(text).expect_err(text);
+        (
+            refused.id,
+            refused.error.code,
+            refused.error.field.map(|f| f.to_string()).unwrap_or_default(),
+        )
+    }
+
+    #[test]
+    fn errors_carry_the_id_and_name_the_field() {
+        let cases = [
+            (r#"{"type":"ping","id":1,"extra":1}"#, "extra"),
+            (r#"{"type":"subscribe","id":1}"#, "thread"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","thread":"t"}"#, "thread"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","after":-1}"#, "after"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","after":"x"}"#, "after"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","last":1.5}"#, "last"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","after":1,"last":1}"#, "last"),
+            (r#"{"type":"subscribe","id":1,"thread":"*","after":1}"#, "after"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","after":{"t":1}}"#, "after"),
+            (r#"{"type":"subscribe","id":1,"thread":"@me"}"#, "thread"),
+            (r#"{"type":"nonsense","id":1}"#, "type"),
+            (r#"{"type":"publish","id":1,"thread":"t","kind":5,"data":{}}"#, "kind"),
+            (
+                r#"{"type":"publish","id":1,"thread":"t","data":{"content":"x"},"kind":5}"#,
+                "kind",
+            ),
+            (r#"{"type":"publish","id":1,"thread":"t","kind":"x.y"}"#, "data"),
+            (
+                r#"{"type":"publish","id":1,"thread":"t","kind":"x.y","data":{},"parent":0}"#,
+                "parent",
+            ),
+            (
+                r#"{"type":"publish","id":1,"thread":"t","kind":"x.y","data":{},"priority":"urgent"}"#,
+                "priority",
+            ),
+            (
+                r#"{"type":"publish","id":1,"thread":"t","kind":"x.y","data":{},"key":""}"#,
+                "key",
+            ),
+        ];
+        for (text, field) in cases {
+            assert_eq!(bad(text), (Some(1), Code::BadRequest, field.to_owned()), "{text}");
+        }
+        assert_eq!(bad(r#"{"id":1}"#).2, "type");
+        assert_eq!(
+            bad(r#"{"type":"ping","id":"one"}"#),
+            (None, Code::BadRequest, "id".to_owned())
+        );
+        assert_eq!(bad(r#"{"type":"ping"}"#).2, "id");
+    }
+
+    #[test]
+    fn null_stands_for_an_absent_optional_field() {
+        let text = r#"{"type":"publish","id":1,"thread":"t","kind":"x.y","data":null,"key":null,"run":null}"#;
+        assert!(matches!(parse(text), Ok(Command::Publish(Publish { key: None, .. }))));
+    }
+
+    #[test]
+    fn a_frame_is_one_command_or_an_array_of_them() {
+        assert!(matches!(split(r#" {"type":"ping"}"#), Some(Ok(Commands::One(_)))));
+        assert!(matches!(split("[{},{}]"), Some(Ok(Commands::Many(all))) if all.len() == 2));
+        assert!(matches!(split("[]"), Some(Err(_))));
+        assert!(split("{").is_none() && split("5").is_none() && split("{} {}").is_none() && split("").is_none());
+        let many = format!("[{}]", vec!["{}"; MAX_COMMANDS + 1].join(","));
+        assert!(matches!(
+            split(&many),
+            Some(Err(Error {
+                code: Code::TooLarge,
+                ..
+            }))
+        ));
+    }
+}

@@ -1,0 +1,243 @@
+//! Every setting, in one list: a flag, an environment variable and a key of `weft.toml`, in that order of precedence.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use figment::Figment;
+use figment::providers::{Format, Serialized, Toml};
+use serde::{Deserialize, Serialize};
+
+use crate::identity::jwt::{Key, Verifier};
+
+/// Which log to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogChoice {
+    Embedded,
+    Kafka,
+}
+
+/// Where the log and the projections are. `None` means: not said here.
+#[derive(Debug, Clone, Default, Serialize, clap::Args)]
+pub struct StorageArgs {
+    /// A file of settings, if it is not ./weft.toml
+    #[arg(long, env = "WEFT_CONFIG", value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// The data folder: log/ (the embedded log, the truth) and projections/ (may be deleted while stopped) [default: ./data]
+    #[arg(long, env = "WEFT_DATA", value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<PathBuf>,
+    /// Which log to use [default: embedded]
+    #[arg(long, env = "WEFT_LOG")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log: Option<LogChoice>,
+    /// Kafka's brokers, with commas between them [default: 127.0.0.1:9092]
+    #[arg(long, env = "WEFT_BROKERS", value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub brokers: Option<String>,
+    /// Partitions of the log, fixed when it is created [default: 16]
+    #[arg(long, env = "WEFT_PARTITIONS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partitions: Option<u32>,
+    /// What the topics' names begin with; another prefix is another log on the same brokers [default: weft.]
+    #[arg(long, env = "WEFT_TOPIC_PREFIX", value_name = "PREFIX")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub topic_prefix: Option<String>,
+}
+
+/// The settings of `weft serve`.
+#[derive(Debug, Clone, Default, Serialize, clap::Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub storage: StorageArgs,
+    /// The address to listen on [default: 127.0.0.1:8080]
+    #[arg(long, env = "WEFT_LISTEN", value_name = "IP:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen: Option<SocketAddr>,
+    /// The secret of the tokens' HMAC (HS256, HS384, HS512)
+    #[arg(long, env = "WEFT_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jwt_secret: Option<String>,
+    /// A file with the PEM public key of the tokens' signature (RSA, EC or Ed25519)
+    #[arg(long, env = "WEFT_JWT_KEY", value_name = "FILE", conflicts_with = "jwt_secret")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jwt_key: Option<PathBuf>,
+    /// Tokens must have this `iss`
+    #[arg(long, env = "WEFT_JWT_ISSUER", value_name = "ISS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jwt_issuer: Option<String>,
+    /// Tokens must have this `aud`
+    #[arg(long, env = "WEFT_JWT_AUDIENCE", value_name = "AUD")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jwt_audience: Option<String>,
+    /// Origins that browsers may come from beside our own, with commas between them; * for all
+    #[arg(long, env = "WEFT_ALLOW_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_origin: Option<Vec<String>>,
+    /// Connections in all [default: 100000]
+    #[arg(long, env = "WEFT_MAX_CONNECTIONS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_connections: Option<usize>,
+    /// Development: makes a secret, prints a token, and listens on loopback only
+    #[arg(long, env = "WEFT_DEV", num_args = 0..=1, default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dev: Option<bool>,
+}
+
+/// The settings, complete.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub listen: SocketAddr,
+    pub data: PathBuf,
+    pub log: LogChoice,
+    pub brokers: String,
+    pub partitions: u32,
+    pub topic_prefix: String,
+    #[serde(default)]
+    pub jwt_secret: Option<String>,
+    #[serde(default)]
+    pub jwt_key: Option<PathBuf>,
+    #[serde(default)]
+    pub jwt_issuer: Option<String>,
+    #[serde(default)]
+    pub jwt_audience: Option<String>,
+    pub allow_origin: Vec<String>,
+    pub max_connections: usize,
+    pub dev: bool,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            data: "./data".into(),
+            log: LogChoice::Embedded,
+            brokers: "127.0.0.1:9092".into(),
+            partitions: 16,
+            topic_prefix: "weft.".into(),
+            jwt_secret: None,
+            jwt_key: None,
+            jwt_issuer: None,
+            jwt_audience: None,
+            allow_origin: Vec::new(),
+            max_connections: 100_000,
+            dev: false,
+        }
+    }
+}
+
+/// A setting that cannot be used; the message names it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(String);
+
+impl Config {
+    /// The settings from a file, overlaid with what was said by flag or variable.
+    pub fn load(file: Option<&Path>, said: &impl Serialize) -> Result<Config, ConfigError> {
+        if let Some(file) = file
+            && !file.is_file()
+        {
+            return Err(ConfigError(format!("--config: there is no file {}", file.display())));
+        }
+        let mut figment = Figment::from(Serialized::defaults(Config::default()));
+        let file = file.unwrap_or(Path::new("weft.toml"));
+        if file.is_file() {
+            figment = figment.merge(Toml::file_exact(file));
+        }
+        let config: Config = figment
+            .merge(Serialized::defaults(said))
+            .extract()
+            .map_err(|error| ConfigError(error.to_string()))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let refuse = |why: &str| Err(ConfigError(why.to_owned()));
+        if !(1..=10_000).contains(&self.partitions) {
+            return refuse("--partitions must be 1 to 10000");
+        }
+        if self.max_connections == 0 {
+            return refuse("--max-connections must be at least 1");
+        }
+        if self.dev && !self.listen.ip().is_loopback() {
+            return refuse("--dev listens on loopback only: change --listen, or leave --dev out");
+        }
+        if self.jwt_secret.is_some() && self.jwt_key.is_some() {
+            return refuse("give --jwt-secret or --jwt-key, not both: the key decides the algorithms");
+        }
+        Ok(())
+    }
+
+    pub fn log_dir(&self) -> PathBuf {
+        self.data.join("log")
+    }
+
+    pub fn projections_dir(&self) -> PathBuf {
+        self.data.join("projections")
+    }
+
+    /// The verifier of tokens; without a key `serve` refuses to start.
+    pub fn verifier(&self) -> Result<Verifier, ConfigError> {
+        let key = match (&self.jwt_secret, &self.jwt_key) {
+            (Some(secret), _) => Key::Secret(secret.clone()),
+            (None, Some(file)) => Key::Pem(
+                std::fs::read(file).map_err(|error| ConfigError(format!("--jwt-key {}: {error}", file.display())))?,
+            ),
+            (None, None) => {
+                return Err(ConfigError(
+                    "nobody could log in: give --jwt-secret, --jwt-key or --dev".into(),
+                ));
+            }
+        };
+        Verifier::new(&key, self.jwt_issuer.as_deref(), self.jwt_audience.as_deref()).map_err(ConfigError)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_beats_the_file_and_the_file_beats_the_default() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let file = dir.path().join("weft.toml");
+        std::fs::write(&file, "partitions = 4\nbrokers = \"file:1\"").expect("the file is written");
+        let said = StorageArgs {
+            brokers: Some("said:2".into()),
+            ..StorageArgs::default()
+        };
+        let config = Config::load(Some(&file), &said).expect("good settings");
+        assert_eq!(
+            (config.partitions, &*config.brokers, config.max_connections),
+            (4, "said:2", 100_000)
+        );
+    }
+
+    #[test]
+    fn an_unknown_key_in_the_file_is_refused_by_name() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let file = dir.path().join("weft.toml");
+        std::fs::write(&file, "partitoins = 4").expect("the file is written");
+        let refused = Config::load(Some(&file), &StorageArgs::default()).expect_err("a misspelt key");
+        assert!(refused.to_string().contains("partitoins"), "{refused}");
+    }
+
+    #[test]
+    fn development_mode_stays_on_loopback() {
+        let said = ServeArgs {
+            dev: Some(true),
+            listen: Some(SocketAddr::from(([0, 0, 0, 0], 1))),
+            ..ServeArgs::default()
+        };
+        assert!(
+            Config::load(None, &said)
+                .expect_err("an open address")
+                .to_string()
+                .contains("--listen")
+        );
+    }
+}

@@ -1,0 +1,244 @@
+//! The HTTP interface: every route, in one list.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use futures_util::Stream;
+use serde_json::value::RawValue;
+use warp::filters::BoxedFilter;
+use warp::http::{HeaderMap, Method, StatusCode, header};
+use warp::hyper::upgrade::OnUpgrade;
+use warp::{Buf, Filter, Rejection};
+
+use super::Context;
+use super::listener::{self, Place};
+use super::reply::{self, Reply, body, header_text, json, problem, segment};
+use super::threads;
+use super::upgrade::upgrade;
+use crate::command::{self, PublishBody};
+use crate::error::{Code, Error};
+use crate::event;
+use crate::identity::Principal;
+use crate::ids;
+use crate::submit::{Draft, draft};
+use crate::{access, telemetry};
+
+/// What a handler gets of a request.
+pub struct Request {
+    pub ctx: Arc<Context>,
+    pub headers: HeaderMap,
+    pub query: String,
+}
+
+impl Request {
+    pub fn who(&self) -> Result<Principal, Error> {
+        authenticate(&self.ctx, &self.headers)
+    }
+}
+
+/// The user of `Authorization: Bearer …`.
+pub fn authenticate(ctx: &Context, headers: &HeaderMap) -> Result<Principal, Error> {
+    let refuse = |why| Error::new(Code::Unauthenticated, why).at("Authorization");
+    let value = header_text(headers, "Authorization")?.ok_or_else(|| refuse("there is no Authorization header"))?;
+    let (scheme, token) = value
+        .split_once(' ')
+        .ok_or_else(|| refuse("the Authorization header is not Bearer <token>"))?;
+    if !scheme.eq_ignore_ascii_case("bearer") {
+        return Err(refuse("the Authorization header is not Bearer <token>"));
+    }
+    ctx.verifier.verify(token.trim())
+}
+
+/// Everything a client can ask for over HTTP.
+pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
+    let with = {
+        let ctx = ctx.clone();
+        let raw = warp::query::raw().or_else(async |_| Ok::<_, Rejection>((String::new(),)));
+        warp::any()
+            .map(move || ctx.clone())
+            .and(warp::header::headers_cloned())
+            .and(raw)
+            .map(|ctx, headers, query| Request { ctx, headers, query })
+            .boxed()
+    };
+    let ws = warp::path!("v1" / "ws")
+        .and(warp::get())
+        .and(with.clone())
+        .and(warp::ext::optional::<OnUpgrade>())
+        .and(listener::place())
+        .map(|it: Request, on: Option<OnUpgrade>, place: Option<Place>| {
+            counted("ws", upgrade(&it.ctx, &it.headers, on, place))
+        })
+        .boxed();
+    let list = warp::path!("v1" / "threads")
+        .and(warp::get())
+        .and(with.clone())
+        .then(async |it: Request| answer("threads", threads::list(it).await))
+        .boxed();
+    let thread = warp::path!("v1" / "threads" / String).and(with.clone());
+    let read = thread
+        .clone()
+        .and(warp::get())
+        .then(async |id: String, it: Request| answer("thread", threads::read(it, &id).await))
+        .boxed();
+    let put = thread
+        .and(warp::put())
+        .and(warp::body::stream())
+        .then(async |id: String, it: Request, body| answer("thread", threads::put(it, &id, body).await))
+        .boxed();
+    let member = warp::path!("v1" / "threads" / String / "members" / String)
+        .and(warp::method())
+        .and(with.clone())
+        .then(async |id: String, user: String, method: Method, it: Request| {
+            answer("member", threads::member(it, &id, &user, &method).await)
+        })
+        .boxed();
+    let events = warp::path!("v1" / "threads" / String / "events").and(with.clone());
+    let page = events
+        .clone()
+        .and(warp::get())
+        .then(async |id: String, it: Request| answer("events", threads::page(it, &id).await))
+        .boxed();
+    let publish = events
+        .and(warp::post())
+        .and(warp::body::stream())
+        .then(async |id: String, it: Request, body| answer("publish", publish(it, &id, body).await))
+        .boxed();
+    let healthz = warp::path!("healthz")
+        .and(warp::get())
+        .map(|| counted("healthz", json(StatusCode::OK, &serde_json::json!({"alive": true}))))
+        .boxed();
+    let readyz = warp::path!("readyz")
+        .and(warp::get())
+        .and(with.clone())
+        .map(|it: Request| counted("readyz", ready(&it.ctx)))
+        .boxed();
+    let metrics = warp::path!("metrics")
+        .and(warp::get())
+        .and(with)
+        .map(|it: Request| metrics_text(&it.ctx))
+        .boxed();
+    let all = ws
+        .or(publish)
+        .unify()
+        .or(page)
+        .unify()
+        .or(list)
+        .unify()
+        .or(read)
+        .unify()
+        .or(put)
+        .unify()
+        .or(member)
+        .unify()
+        .boxed();
+    let all = all.or(healthz).unify().or(readyz).unify().or(metrics).unify().boxed();
+    all.recover(no_route).map(warp::Reply::into_response).boxed()
+}
+
+fn counted(route: &'static str, reply: Reply) -> Reply {
+    telemetry::http_requests(route, reply.status().as_u16()).increment(1);
+    reply
+}
+
+fn answer(route: &'static str, result: Result<Reply, Error>) -> Reply {
+    counted(route, result.unwrap_or_else(|error| problem(&error)))
+}
+
+/// Rejections mean only that no route took the request.
+async fn no_route(rejection: Rejection) -> Result<Reply, Infallible> {
+    let mut reply = problem(&Error::new(Code::NotFound, "there is no such resource"));
+    if rejection.find::<warp::reject::MethodNotAllowed>().is_some() {
+        reply = problem(&Error::new(Code::BadRequest, "the resource has no such method"));
+        *reply.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+    }
+    Ok(counted("none", reply))
+}
+
+fn ready(ctx: &Context) -> Reply {
+    let store = ctx
+        .store
+        .head("readyz", "readyz")
+        .map(drop)
+        .map_err(|error| error.to_string());
+    let ready = ctx.health.ready(store);
+    json(
+        if ready.ready {
+            StatusCode::OK
+        } else {
+            StatusCode::SERVICE_UNAVAILABLE
+        },
+        &ready,
+    )
+}
+
+fn metrics_text(ctx: &Context) -> Reply {
+    telemetry::outbox_bytes().set(ctx.sessions.outbox_bytes() as f64);
+    let mut reply = Reply::new(telemetry::render(&ctx.metrics));
+    reply.headers_mut().insert(
+        header::CONTENT_TYPE,
+        header::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"),
+    );
+    reply
+}
+
+/// `POST /v1/threads/{t}/events`
+async fn publish<B: Buf, E>(
+    it: Request,
+    thread: &str,
+    stream: impl Stream<Item = Result<B, E>>,
+) -> Result<Reply, Error> {
+    let who = it.who()?;
+    reply::query(&it.query, &[])?;
+    let thread = segment("thread", thread)?;
+    ids::check_thread(&thread)?;
+    let text = body(stream).await?;
+    let publish: PublishBody = command::from_json(&text)?;
+    let key = header_text(&it.headers, "Idempotency-Key")?;
+    command::check_content(publish.data, key, publish.run.as_deref(), publish.parent)?;
+    let class = event::classify(&publish.kind)?;
+    event::check_data(class, publish.data)?;
+    let grant = access::publish(who.scopes, class, || it.ctx.standing(&who, &thread))?;
+    event::check_run(class, publish.run.as_deref())?;
+    let mut event = draft(&who.tenant, &who.user, &thread, &publish.kind, publish.data);
+    event.key = key.map(Into::into);
+    event.run = publish.run.as_deref().map(Into::into);
+    event.parent = publish.parent;
+    event.priority = publish.priority;
+    let published = it
+        .ctx
+        .submit
+        .publish(&Draft {
+            event,
+            grant,
+            traceparent: traceparent(&it.headers)?,
+        })
+        .await?;
+    let status = if published.duplicate {
+        StatusCode::OK
+    } else {
+        StatusCode::CREATED
+    };
+    Ok(json(
+        status,
+        &serde_json::json!({"thread": thread, "seq": published.seq, "event": published.event, "duplicate": published.duplicate}),
+    ))
+}
+
+pub fn traceparent(headers: &HeaderMap) -> Result<Option<String>, Error> {
+    Ok(header_text(headers, "traceparent")?.map(str::to_owned))
+}
+
+/// Runs what walks a range of the store where it may block.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+    // Fails only if the work panicked or the runtime is going down.
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|_| Err(Error::new(Code::Internal, "the request was not finished")))
+}
+
+/// `data` made by the server.
+pub fn raw(value: &serde_json::Value) -> Box<RawValue> {
+    // A JSON value's text is JSON.
+    RawValue::from_string(value.to_string()).unwrap_or_else(|_| RawValue::NULL.to_owned())
+}

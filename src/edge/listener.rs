@@ -1,0 +1,152 @@
+//! Our own accept loop under warp's filters: deadlines, bounds and a connection limit, which `warp::serve` does not have.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+use warp::Filter;
+use warp::filters::BoxedFilter;
+use warp::hyper;
+use warp::reply::Response;
+
+use crate::telemetry;
+
+/// Time for the first byte and for all headers of a request.
+const HEADERS_WITHIN: Duration = Duration::from_secs(5);
+const MAX_HEADERS: usize = 64;
+const HEADER_BYTES: usize = 16 << 10;
+/// Connections that may wait to be accepted.
+const BACKLOG: u32 = 4_096;
+/// The longest pause after a failed accept.
+const MAX_PAUSE: Duration = Duration::from_secs(1);
+
+/// A connection's place under the limit; a WebSocket session keeps it.
+pub type Place = Arc<OwnedSemaphorePermit>;
+
+pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// Accepts until `stop`, then lets requests under way finish.
+pub async fn serve(
+    listener: TcpListener,
+    routes: BoxedFilter<(Response,)>,
+    limit: usize,
+    mut stop: watch::Receiver<bool>,
+) {
+    let places = Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS)));
+    let mut connections = JoinSet::new();
+    let mut pause = Duration::from_millis(5);
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+            () = stopped(&mut stop) => break,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                pause = Duration::from_millis(5);
+                match places.clone().try_acquire_owned() {
+                    Ok(place) => {
+                        drop(connections.spawn(connection(stream, peer, routes.clone(), Arc::new(place), stop.clone())))
+                    }
+                    Err(_) => drop(connections.spawn(refuse(stream))),
+                }
+            }
+            // This connection's own trouble, over with it.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset
+                ) => {}
+            // Out of descriptors or memory: others must end first, and asking at once would only burn the processor.
+            Err(error) => {
+                telemetry::refused("accept_failed").increment(1);
+                tracing::warn!(%error, ?pause, "cannot accept");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(MAX_PAUSE);
+            }
+        }
+    }
+    while connections.join_next().await.is_some() {}
+}
+
+async fn connection(
+    stream: TcpStream,
+    peer: SocketAddr,
+    routes: BoxedFilter<(Response,)>,
+    place: Place,
+    mut stop: watch::Receiver<bool>,
+) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, %peer, "no nodelay");
+    }
+    let service = TowerToHyperService::new(warp::service(routes));
+    let service = hyper::service::service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(place.clone());
+        hyper::service::Service::call(&service, request)
+    });
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(HEADERS_WITHIN)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(HEADER_BYTES);
+    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service).with_upgrades());
+    let result = tokio::select! {
+        result = connection.as_mut() => result,
+        () = stopped(&mut stop) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = result {
+        tracing::debug!(%error, %peer, "a connection ended");
+    }
+}
+
+/// Waits for the word to stop; a sender that is gone says it as well.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    drop(stop.wait_for(|stop| *stop).await);
+}
+
+/// Over the limit: says so, which costs less than leaving the client to guess.
+async fn refuse(mut stream: TcpStream) {
+    telemetry::refused("connection_limit").increment(1);
+    let body = r#"{"title":"unavailable","status":503,"code":"unavailable","detail":"the connection limit is reached","retry_after_ms":1000}"#;
+    let reply = format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let say = async { stream.write_all(reply.as_bytes()).await };
+    // Whether the client still listens is its own affair.
+    if tokio::time::timeout(HEADERS_WITHIN, say)
+        .await
+        .is_ok_and(|said| said.is_ok())
+    {
+        super::socket::Socket::new(stream).linger().await;
+    }
+}
+
+/// Whether an address is reached from this machine only.
+pub fn is_loopback(address: &SocketAddr) -> bool {
+    address.ip().is_loopback() || address.ip() == std::net::IpAddr::V4(Ipv4Addr::LOCALHOST)
+}
+
+/// A connection's place, for routes.
+pub fn place() -> impl Filter<Extract = (Option<Place>,), Error = std::convert::Infallible> + Clone {
+    warp::ext::optional::<Place>()
+}

@@ -1,0 +1,315 @@
+//! A session's subscriptions: where each one stands, and how it comes from the store to the live feed.
+//!
+//! A subscription is a cursor. Behind the head it reads chunks from the store; when a chunk ends at the head it attaches to
+//! the hub and reads once more what was committed meanwhile (the seam), then it is live. While any subscription is in its
+//! seam, live events wait in the outbox, so that order holds; what arrives twice is dropped by its seq. `lagged` is the
+//! same road, taken again.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use metrics::Counter;
+use tokio_tungstenite::tungstenite::Utf8Bytes;
+
+use crate::edge::Context;
+use crate::error::{Code, Error};
+use crate::identity::Principal;
+use crate::ids::log_key;
+use crate::outbox::{Answer, Outbox, SubId};
+use crate::store::{EventRange, StoredEvent};
+use crate::wire::ServerFrame;
+use crate::{access, telemetry};
+
+/// Events of one read from the store.
+const CHUNK_EVENTS: usize = 256;
+/// Bytes of one read from the store; two such reads at most are in memory for a session.
+const CHUNK_BYTES: usize = 64 << 10;
+/// Reads that a session may have under way.
+const READS: usize = 2;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stage {
+    /// Reads from the store, not attached.
+    Behind,
+    /// Attached; reads up to the head of that moment.
+    Seam {
+        to: u64,
+    },
+    Live,
+}
+
+struct Subscription {
+    thread: String,
+    /// `tenant/thread`.
+    key: Arc<str>,
+    /// The newest seq handed to the socket, or to come from there on.
+    cursor: u64,
+    stage: Stage,
+}
+
+pub struct Subscriptions {
+    ctx: Arc<Context>,
+    outbox: Arc<Outbox>,
+    by_id: HashMap<SubId, Subscription>,
+    by_thread: HashMap<String, SubId>,
+    next: SubId,
+    /// Set by `"*"`.
+    pub all: bool,
+    /// Subscriptions with something to read, in turn.
+    queue: VecDeque<SubId>,
+    reads: usize,
+    seams: usize,
+    /// Frames from the store, ready to be sent.
+    replay: VecDeque<Utf8Bytes>,
+    replay_bytes: usize,
+    replayed: Counter,
+}
+
+impl Subscriptions {
+    pub fn new(ctx: Arc<Context>, outbox: Arc<Outbox>) -> Subscriptions {
+        Subscriptions {
+            ctx,
+            outbox,
+            by_id: HashMap::new(),
+            by_thread: HashMap::new(),
+            next: 0,
+            all: false,
+            queue: VecDeque::new(),
+            reads: 0,
+            seams: 0,
+            replay: VecDeque::new(),
+            replay_bytes: 0,
+            replayed: telemetry::replayed_events(),
+        }
+    }
+
+    pub fn contains(&self, thread: &str) -> bool {
+        self.by_thread.contains_key(thread)
+    }
+
+    /// Live events must wait while a subscription is in its seam.
+    pub fn gate_open(&self) -> bool {
+        self.seams == 0
+    }
+
+    /// Adds a subscription that begins behind `cursor`.
+    pub fn add(&mut self, who: &Principal, thread: &str, cursor: u64) -> Result<(), Error> {
+        let id = self.next;
+        self.next += 1;
+        let key = log_key(&who.tenant, thread).into();
+        self.by_thread.insert(thread.to_owned(), id);
+        self.by_id.insert(
+            id,
+            Subscription {
+                thread: thread.to_owned(),
+                key,
+                cursor,
+                stage: Stage::Behind,
+            },
+        );
+        let result = self.approach(who, id);
+        if result.is_err() {
+            self.drop_sub(id);
+        }
+        self.read_on(who);
+        result
+    }
+
+    /// Ends a subscription; `false` if there is none.
+    pub fn remove(&mut self, thread: &str) -> bool {
+        match self.by_thread.get(thread) {
+            Some(&id) => self.drop_sub(id).is_some(),
+            None => false,
+        }
+    }
+
+    /// Ends a subscription by its number and returns its thread.
+    pub fn drop_sub(&mut self, id: SubId) -> Option<String> {
+        let sub = self.by_id.remove(&id)?;
+        self.by_thread.remove(&sub.thread);
+        self.queue.retain(|queued| *queued != id);
+        if matches!(sub.stage, Stage::Seam { .. }) {
+            self.seams -= 1;
+        }
+        if sub.stage != Stage::Behind {
+            self.ctx.hub.detach(&sub.key, &self.outbox, id);
+        }
+        Some(sub.thread)
+    }
+
+    pub fn clear(&mut self) {
+        let ids: Vec<SubId> = self.by_id.keys().copied().collect();
+        for id in ids {
+            self.drop_sub(id);
+        }
+        self.queue.clear();
+    }
+
+    /// A live event: `true` if it is to be sent.
+    pub fn pass(&mut self, who: &Principal, id: SubId, seq: u64) -> bool {
+        let Some(sub) = self.by_id.get_mut(&id) else {
+            return false;
+        };
+        if seq <= sub.cursor {
+            return false;
+        }
+        if seq != sub.cursor + 1 {
+            // Cannot happen while the hub delivers in order; if it ever does, the store has what is missing.
+            tracing::error!(expected = sub.cursor + 1, seq, "a hole in the live feed");
+            self.ctx.hub.detach(&sub.key, &self.outbox, id);
+            self.lagged(who, id);
+            return false;
+        }
+        sub.cursor = seq;
+        true
+    }
+
+    /// The hub dropped the subscription because the outbox was full: it goes on from the store.
+    pub fn lagged(&mut self, who: &Principal, id: SubId) {
+        let Some(sub) = self.by_id.get_mut(&id) else { return };
+        sub.stage = Stage::Behind;
+        let from = sub.cursor + 1;
+        // Only told, not relied upon: without an answer from the store the notice names what is known to be missing.
+        let to = self.ctx.store.head(&who.tenant, &sub.thread).unwrap_or(from).max(from);
+        let frame = ServerFrame::Lagged {
+            thread: &sub.thread,
+            from,
+            to,
+        }
+        .encode();
+        self.push_frame(frame.into());
+        self.queue.push_back(id);
+        self.read_on(who);
+    }
+
+    /// The next frame from the store.
+    pub fn next_replayed(&mut self, who: &Principal) -> Option<Utf8Bytes> {
+        let frame = self.replay.pop_front()?;
+        self.replay_bytes -= frame.len();
+        if self.replay.is_empty() && self.replay.capacity() > 64 {
+            self.replay = VecDeque::new();
+        }
+        self.read_on(who);
+        Some(frame)
+    }
+
+    /// Takes what a read brought. An error ends the subscription and is returned with its thread.
+    pub fn chunk(
+        &mut self,
+        who: &Principal,
+        id: SubId,
+        events: Result<Vec<StoredEvent>, Error>,
+    ) -> Result<(), (String, Error)> {
+        self.reads -= 1;
+        let result = events
+            .and_then(|events| self.take(who, id, events))
+            .or_else(|error| match self.drop_sub(id) {
+                Some(thread) => Err((thread, error)),
+                None => Ok(()),
+            });
+        self.read_on(who);
+        result
+    }
+
+    fn take(&mut self, who: &Principal, id: SubId, events: Vec<StoredEvent>) -> Result<(), Error> {
+        let Some(sub) = self.by_id.get_mut(&id) else {
+            return Ok(());
+        };
+        // Something to read was the reason to read.
+        let last = events
+            .last()
+            .ok_or_else(|| Error::new(Code::Internal, "the store lacks events that it should have"))?;
+        sub.cursor = last.seq;
+        let (stage, cursor) = (sub.stage, sub.cursor);
+        self.replayed.increment(events.len() as u64);
+        for event in events {
+            self.push_frame(event.frame);
+        }
+        match stage {
+            Stage::Seam { to } if cursor < to => self.queue.push_front(id),
+            Stage::Seam { .. } | Stage::Live => self.go_live(id),
+            Stage::Behind => self.approach(who, id)?,
+        }
+        Ok(())
+    }
+
+    /// Attaches once the head is near, and goes live if there is nothing to read; else has the store read.
+    fn approach(&mut self, who: &Principal, id: SubId) -> Result<(), Error> {
+        let Some(sub) = self.by_id.get_mut(&id) else {
+            return Ok(());
+        };
+        let mut head = self.ctx.store.head(&who.tenant, &sub.thread)?;
+        // Far behind there is no use in attaching: the outbox would only overflow.
+        if head <= sub.cursor + CHUNK_EVENTS as u64 {
+            self.ctx.hub.attach(
+                &sub.key,
+                &self.outbox,
+                id,
+                &who.user,
+                access::reads_by_scope(who.scopes),
+            );
+            // Looked up after attaching: what is committed from here on comes through the hub, a removal too.
+            head = self.ctx.store.head(&who.tenant, &sub.thread)?;
+            sub.stage = Stage::Seam { to: head };
+            self.seams += 1;
+            may_read(&self.ctx, who, &sub.thread)?;
+        }
+        if head <= sub.cursor {
+            self.go_live(id);
+        } else {
+            // The seam first: the other subscriptions wait for it.
+            self.queue.push_front(id);
+        }
+        Ok(())
+    }
+
+    fn go_live(&mut self, id: SubId) {
+        let Some(sub) = self.by_id.get_mut(&id) else { return };
+        if matches!(sub.stage, Stage::Seam { .. }) {
+            self.seams -= 1;
+        }
+        sub.stage = Stage::Live;
+        let frame = ServerFrame::CaughtUp {
+            thread: &sub.thread,
+            seq: sub.cursor,
+        }
+        .encode();
+        self.push_frame(frame.into());
+    }
+
+    fn push_frame(&mut self, frame: Utf8Bytes) {
+        self.replay_bytes += frame.len();
+        self.replay.push_back(frame);
+    }
+
+    /// Starts reads while there is room for what they bring.
+    fn read_on(&mut self, who: &Principal) {
+        while self.reads < READS && self.replay_bytes < CHUNK_BYTES {
+            let Some(id) = self.queue.pop_front() else { return };
+            let Some(sub) = self.by_id.get(&id) else { continue };
+            self.reads += 1;
+            let (ctx, outbox, who) = (self.ctx.clone(), self.outbox.clone(), who.clone());
+            let (thread, from) = (sub.thread.clone(), sub.cursor + 1);
+            tokio::task::spawn_blocking(move || {
+                let range = EventRange {
+                    from,
+                    limit: CHUNK_EVENTS,
+                    bytes: CHUNK_BYTES,
+                    ..EventRange::all()
+                };
+                let events = may_read(&ctx, &who, &thread)
+                    .and_then(|()| ctx.store.events(&who.tenant, &thread, range).map_err(Error::from));
+                outbox.push_answer(Answer::Chunk { sub: id, events });
+            });
+        }
+    }
+}
+
+/// Whether the user may read the thread now.
+pub fn may_read(ctx: &Context, who: &Principal, thread: &str) -> Result<(), Error> {
+    if access::reads_by_scope(who.scopes) || ctx.store.is_member(&who.tenant, thread, &who.user)? {
+        Ok(())
+    } else {
+        Err(Error::no_thread())
+    }
+}

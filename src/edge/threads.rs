@@ -1,0 +1,425 @@
+//! Threads over HTTP: list, read, create, members, pages of events.
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use futures_util::Stream;
+use serde::Serialize;
+use serde_json::json as value;
+use serde_json::value::RawValue;
+use warp::Buf;
+use warp::http::{Method, StatusCode};
+
+use super::Context;
+use super::http::{Request, blocking, raw, traceparent};
+use super::reply::{Reply, body, json, query, raw_json, segment};
+use super::subscriptions::may_read;
+use crate::access::{self, Standing};
+use crate::clock;
+use crate::command::{self, ThreadBody};
+use crate::error::{Code, Error};
+use crate::event::{MEMBER_ADDED, MEMBER_REMOVED, THREAD_CREATED, THREAD_UPDATED, without_type};
+use crate::identity::Principal;
+use crate::ids;
+use crate::log::Grant;
+use crate::store::{EventRange, Store, StoredEvent, ThreadRow};
+use crate::submit::{Draft, Published, draft};
+
+/// The most events one page looks at; with a filter on kinds the rest is the next page's.
+const SCAN: usize = 10_000;
+/// Bytes of events in one page; the first event comes in any case.
+const PAGE_BYTES: usize = 4 << 20;
+const MAX_TITLE: usize = 512;
+/// Members that one `PUT` may name.
+const MAX_MEMBERS: usize = 1_000;
+
+/// A thread as a list has it.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct ThreadItem {
+    thread: String,
+    head: u64,
+    /// Events that the user has not acknowledged.
+    unread: u64,
+    members: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    title: Option<String>,
+    /// The newest event.
+    #[schemars(with = "Option<serde_json::Value>")]
+    last: Option<Box<RawValue>>,
+}
+
+/// A thread on its own.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct ThreadDetail {
+    thread: String,
+    epoch: String,
+    head: u64,
+    members: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    title: Option<String>,
+    created_at: String,
+    /// The head's link of the hash chain, BLAKE3, in hex.
+    hash: String,
+}
+
+/// `GET /v1/threads`
+pub async fn list(it: Request) -> Result<Reply, Error> {
+    let who = it.who()?;
+    access::read(who.scopes)?;
+    let query = query(&it.query, &["cursor", "limit"])?;
+    let limit = query.limit()?;
+    let behind = query.text("cursor").map(|text| Cursor::open(&who, text)).transpose()?;
+    blocking(move || {
+        let ctx = &it.ctx;
+        let mut rows = Vec::new();
+        for thread in ctx.store.threads_of(&who.tenant, &who.user)? {
+            if let Some(row) = ctx.store.thread(&who.tenant, &thread)? {
+                rows.push((
+                    Cursor {
+                        last_at: row.last_at,
+                        thread,
+                    },
+                    row,
+                ));
+            }
+        }
+        rows.sort_by(|a, b| a.0.cmp(&b.0));
+        let mut page: Vec<_> = rows
+            .into_iter()
+            .filter(|(at, _)| behind.as_ref().is_none_or(|behind| at > behind))
+            .take(limit + 1)
+            .collect();
+        let more = page.len() > limit;
+        page.truncate(limit);
+        let next = page.last().filter(|_| more).map(|(at, _)| at.seal(&who));
+        let threads = page
+            .into_iter()
+            .map(|(at, row)| item(&ctx.store, &who, at.thread, row))
+            .collect::<Result<Vec<_>, Error>>()?;
+        Ok(json(
+            StatusCode::OK,
+            &with_next(value!({"threads": threads}), next.map(Into::into)),
+        ))
+    })
+    .await
+}
+
+fn with_next(mut page: serde_json::Value, next: Option<serde_json::Value>) -> serde_json::Value {
+    if let Some(next) = next {
+        page["next"] = next;
+    }
+    page
+}
+
+fn item(store: &Store, who: &Principal, thread: String, row: ThreadRow) -> Result<ThreadItem, Error> {
+    let last = store
+        .newest(&who.tenant, &thread)?
+        .and_then(|event| RawValue::from_string(without_type(&event.frame)).ok());
+    let members = store.members(&who.tenant, &thread)?;
+    Ok(ThreadItem {
+        head: row.head,
+        unread: row.head,
+        members,
+        title: row.title,
+        last,
+        thread,
+    })
+}
+
+/// A place in the list of threads: newest activity first, then by id.
+#[derive(PartialEq, Eq)]
+struct Cursor {
+    last_at: u64,
+    thread: String,
+}
+
+impl Ord for Cursor {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        other
+            .last_at
+            .cmp(&self.last_at)
+            .then_with(|| self.thread.cmp(&other.thread))
+    }
+}
+
+impl PartialOrd for Cursor {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Cursor {
+    /// Bound to its user, so that one user's cursor is not valid for another.
+    fn tag(&self, who: &Principal) -> [u8; 8] {
+        let mut hasher = blake3::Hasher::new_derive_key("weft 2026-11 cursor of the list of threads");
+        hasher
+            .update(who.key.as_bytes())
+            .update(&[0])
+            .update(&self.last_at.to_be_bytes())
+            .update(self.thread.as_bytes());
+        let mut tag = [0; 8];
+        tag.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+        tag
+    }
+
+    fn seal(&self, who: &Principal) -> String {
+        URL_SAFE_NO_PAD.encode([&self.tag(who)[..], &self.last_at.to_be_bytes(), self.thread.as_bytes()].concat())
+    }
+
+    fn open(who: &Principal, text: &str) -> Result<Cursor, Error> {
+        let refuse = || Error::new(Code::CursorInvalid, "the cursor is not of this list").at("cursor");
+        let bytes = URL_SAFE_NO_PAD.decode(text).map_err(|_| refuse())?;
+        let (tag, rest) = bytes.split_first_chunk::<8>().ok_or_else(refuse)?;
+        let (last_at, thread) = rest.split_first_chunk::<8>().ok_or_else(refuse)?;
+        let thread = String::from_utf8(thread.to_vec()).map_err(|_| refuse())?;
+        let cursor = Cursor {
+            last_at: u64::from_be_bytes(*last_at),
+            thread,
+        };
+        if cursor.tag(who) == *tag {
+            Ok(cursor)
+        } else {
+            Err(refuse())
+        }
+    }
+}
+
+/// `GET /v1/threads/{t}`
+pub async fn read(it: Request, thread: &str) -> Result<Reply, Error> {
+    let who = it.who()?;
+    access::read(who.scopes)?;
+    query(&it.query, &[])?;
+    let thread = thread_id(thread)?;
+    may_read(&it.ctx, &who, &thread)?;
+    blocking(move || Ok(json(StatusCode::OK, &detail(&it.ctx, &who, thread)?))).await
+}
+
+fn detail(ctx: &Context, who: &Principal, thread: String) -> Result<ThreadDetail, Error> {
+    let row = ctx.store.thread(&who.tenant, &thread)?.ok_or_else(Error::no_thread)?;
+    Ok(ThreadDetail {
+        epoch: ctx.epoch.clone(),
+        head: row.head,
+        members: ctx.store.members(&who.tenant, &thread)?,
+        title: row.title,
+        created_at: clock::rfc3339(row.created_at),
+        hash: blake3::Hash::from_bytes(row.hash).to_hex().to_string(),
+        thread,
+    })
+}
+
+fn thread_id(raw: &str) -> Result<String, Error> {
+    let thread = segment("thread", raw)?;
+    ids::check_thread(&thread)?;
+    Ok(thread)
+}
+
+/// `PUT /v1/threads/{t}`: creates the thread, or retitles it and adds members.
+pub async fn put<B: Buf, E>(
+    it: Request,
+    thread: &str,
+    stream: impl Stream<Item = Result<B, E>>,
+) -> Result<Reply, Error> {
+    let who = it.who()?;
+    query(&it.query, &[])?;
+    let thread = thread_id(thread)?;
+    let text = body(stream).await?;
+    let wanted: ThreadBody = if text.trim().is_empty() {
+        ThreadBody::default()
+    } else {
+        command::from_json(&text)?
+    };
+    check_wanted(&wanted)?;
+    let created = it.ctx.standing(&who, &thread)? == Standing::NoThread && create(&it, &who, &thread, &wanted).await?;
+    if !created {
+        change(&it, &who, &thread, &wanted).await?;
+    }
+    let status = if created { StatusCode::CREATED } else { StatusCode::OK };
+    blocking(move || Ok(json(status, &detail(&it.ctx, &who, thread)?))).await
+}
+
+fn check_wanted(wanted: &ThreadBody) -> Result<(), Error> {
+    if wanted
+        .title
+        .as_ref()
+        .is_some_and(|title| title.chars().count() > MAX_TITLE)
+    {
+        return Err(Error::field(
+            "title",
+            format!("title has at most {MAX_TITLE} characters"),
+        ));
+    }
+    let members = wanted.members.as_deref().unwrap_or_default();
+    if members.len() > MAX_MEMBERS {
+        return Err(Error::new(Code::TooLarge, format!("at most {MAX_MEMBERS} members at once")).at("members"));
+    }
+    members.iter().try_for_each(|member| ids::check_name("members", member))
+}
+
+/// `false` if somebody else was first.
+async fn create(it: &Request, who: &Principal, thread: &str, wanted: &ThreadBody) -> Result<bool, Error> {
+    if !(who.scopes.publish || who.scopes.admin) {
+        return Err(Error::new(Code::Forbidden, "the token lacks scope publish"));
+    }
+    let mut data = serde_json::Map::new();
+    if let Some(title) = &wanted.title {
+        data.insert("title".into(), title.clone().into());
+    }
+    data.insert("members".into(), wanted.members.clone().unwrap_or_default().into());
+    match append(it, who, thread, THREAD_CREATED, &data.into(), Grant::Member).await {
+        Ok(_) => Ok(true),
+        Err(error) if matches!(error.code, Code::Conflict | Code::NotFound) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+async fn change(it: &Request, who: &Principal, thread: &str, wanted: &ThreadBody) -> Result<(), Error> {
+    let grant = access::manage(who.scopes, it.ctx.standing(who, thread)?)?;
+    if let Some(title) = &wanted.title {
+        append(it, who, thread, THREAD_UPDATED, &value!({"title": title}), grant).await?;
+    }
+    for member in wanted.members.iter().flatten() {
+        append(it, who, thread, MEMBER_ADDED, &value!({"user": member}), grant).await?;
+    }
+    Ok(())
+}
+
+/// Writes an event of the server's own kinds.
+async fn append(
+    it: &Request,
+    who: &Principal,
+    thread: &str,
+    kind: &str,
+    data: &serde_json::Value,
+    grant: Grant,
+) -> Result<Published, Error> {
+    let data = raw(data);
+    let event = draft(&who.tenant, &who.user, thread, kind, &data);
+    it.ctx
+        .submit
+        .publish(&Draft {
+            event,
+            grant,
+            traceparent: traceparent(&it.headers)?,
+        })
+        .await
+}
+
+/// `PUT` and `DELETE /v1/threads/{t}/members/{user}`
+pub async fn member(it: Request, thread: &str, user: &str, method: &Method) -> Result<Reply, Error> {
+    let kind = match *method {
+        Method::PUT => MEMBER_ADDED,
+        Method::DELETE => MEMBER_REMOVED,
+        _ => {
+            let mut reply = super::reply::problem(&Error::new(Code::BadRequest, "a member is PUT or DELETEd"));
+            *reply.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+            return Ok(reply);
+        }
+    };
+    let who = it.who()?;
+    query(&it.query, &[])?;
+    let (thread, user) = (thread_id(thread)?, segment("user", user)?);
+    ids::check_name("user", &user)?;
+    let grant = access::manage(who.scopes, it.ctx.standing(&who, &thread)?)?;
+    let done = append(&it, &who, &thread, kind, &value!({"user": user}), grant).await?;
+    let status = if kind == MEMBER_ADDED && !done.duplicate {
+        StatusCode::CREATED
+    } else {
+        StatusCode::OK
+    };
+    Ok(json(
+        status,
+        &value!({"thread": thread, "user": user, "member": kind == MEMBER_ADDED, "seq": done.seq, "changed": !done.duplicate}),
+    ))
+}
+
+/// What one page of events shall hold.
+struct Page {
+    after: u64,
+    /// Exclusive.
+    before: u64,
+    limit: usize,
+    kinds: Option<Vec<String>>,
+    newest_first: bool,
+}
+
+/// `GET /v1/threads/{t}/events`
+pub async fn page(it: Request, thread: &str) -> Result<Reply, Error> {
+    let who = it.who()?;
+    access::read(who.scopes)?;
+    let thread = thread_id(thread)?;
+    let query = query(&it.query, &["after", "before", "limit", "kinds", "order"])?;
+    let newest_first = match query.text("order") {
+        None | Some("asc") => false,
+        Some("desc") => true,
+        Some(_) => return Err(Error::field("order", "order is asc or desc")),
+    };
+    let page = Page {
+        after: query.number("after")?.unwrap_or(0),
+        before: query.number("before")?.unwrap_or(u64::MAX),
+        limit: query.limit()?,
+        kinds: query
+            .text("kinds")
+            .map(|list| list.split(',').map(str::to_owned).collect()),
+        newest_first,
+    };
+    may_read(&it.ctx, &who, &thread)?;
+    blocking(move || read_page(&it.ctx, &who, &thread, &page)).await
+}
+
+fn read_page(ctx: &Context, who: &Principal, thread: &str, page: &Page) -> Result<Reply, Error> {
+    let head = ctx
+        .store
+        .thread(&who.tenant, thread)?
+        .ok_or_else(Error::no_thread)?
+        .head;
+    if page.after > head {
+        return Err(Error::new(
+            Code::CursorInvalid,
+            format!("after is behind the thread's head, {head}"),
+        )
+        .at("after"));
+    }
+    let (mut from, mut to) = (page.after.saturating_add(1), page.before.saturating_sub(1).min(head));
+    let (mut found, mut bytes, mut looked) = (Vec::new(), 0, 0);
+    while from <= to && found.len() < page.limit && looked < SCAN && bytes < PAGE_BYTES {
+        let limit = if page.kinds.is_some() {
+            1_000
+        } else {
+            page.limit - found.len()
+        };
+        let range = EventRange {
+            from,
+            to,
+            limit,
+            bytes: PAGE_BYTES - bytes,
+            newest_first: page.newest_first,
+        };
+        let events = ctx.store.events(&who.tenant, thread, range)?;
+        if events.is_empty() {
+            break;
+        }
+        for event in events {
+            if found.len() == page.limit {
+                break;
+            }
+            looked += 1;
+            if page.newest_first {
+                to = event.seq - 1
+            } else {
+                from = event.seq + 1
+            }
+            if page.kinds.as_ref().is_none_or(|kinds| kinds.contains(&event.kind)) {
+                bytes += event.frame.len();
+                found.push(event);
+            }
+        }
+    }
+    let next = (from <= to).then_some(if page.newest_first { to + 1 } else { from - 1 });
+    Ok(raw_json(StatusCode::OK, page_body(&found, head, next)))
+}
+
+/// The page, with its events as they are stored.
+fn page_body(events: &[StoredEvent], head: u64, next: Option<u64>) -> String {
+    let events: Vec<String> = events.iter().map(|event| without_type(&event.frame)).collect();
+    let next = next.map_or(String::new(), |next| format!(r#","next":{next}"#));
+    format!(r#"{{"events":[{}],"head":{head}{next}}}"#, events.join(","))
+}

@@ -1,0 +1,122 @@
+//! How each part is doing: `/readyz`, and the lag as metrics.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use metrics::Gauge;
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use crate::log::Log;
+use crate::projector::Status;
+use crate::{clock, telemetry};
+
+/// How often the lag is measured.
+const EVERY: Duration = Duration::from_secs(1);
+
+pub struct Health {
+    log: Arc<dyn Log>,
+    projector: Arc<Status>,
+    draining: AtomicBool,
+    lag_records: AtomicU64,
+}
+
+/// The body of `/readyz`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Ready {
+    pub ready: bool,
+    pub draining: bool,
+    pub log: Part,
+    pub projector: Projector,
+    pub store: Part,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Part {
+    pub ok: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Projector {
+    pub ok: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Whether it has seen all that was in the log at the start.
+    pub caught_up: bool,
+    pub lag_records: u64,
+    pub lag_seconds: f64,
+}
+
+impl Part {
+    fn of(result: Result<(), String>) -> Part {
+        Part {
+            ok: result.is_ok(),
+            error: result.err(),
+        }
+    }
+}
+
+impl Health {
+    pub fn new(log: Arc<dyn Log>, projector: Arc<Status>) -> Health {
+        Health {
+            log,
+            projector,
+            draining: AtomicBool::new(false),
+            lag_records: AtomicU64::new(0),
+        }
+    }
+
+    pub fn set_draining(&self) {
+        self.draining.store(true, Ordering::Release);
+    }
+
+    /// Each part's state; `store` is the outcome of a lookup in it.
+    pub fn ready(&self, store: Result<(), String>) -> Ready {
+        let draining = self.draining.load(Ordering::Acquire);
+        let log = Part::of(self.log.health());
+        let error = self.projector.failing();
+        let caught_up = self.projector.caught_up();
+        let projector = Projector {
+            ok: error.is_none(),
+            error,
+            caught_up,
+            lag_records: self.lag_records.load(Ordering::Relaxed),
+            lag_seconds: self.lag_seconds(),
+        };
+        let store = Part::of(store);
+        Ready {
+            ready: !draining && log.ok && projector.ok && caught_up && store.ok,
+            draining,
+            log,
+            projector,
+            store,
+        }
+    }
+
+    fn lag_seconds(&self) -> f64 {
+        if self.lag_records.load(Ordering::Relaxed) == 0 {
+            return 0.0;
+        }
+        clock::now_ms().saturating_sub(self.projector.newest()) as f64 / 1000.0
+    }
+
+    /// Measures the lag every second. A log that does not answer keeps the figure that it had.
+    pub async fn watch(ctx: Arc<crate::edge::Context>) {
+        let gauges: (Gauge, Gauge) = (telemetry::lag_records(), telemetry::lag_seconds());
+        let mut every = tokio::time::interval(EVERY);
+        loop {
+            every.tick().await;
+            let asked = ctx.clone();
+            let lag =
+                tokio::task::spawn_blocking(move || asked.health.log.lag(&asked.health.projector.positions())).await;
+            if let Ok(Ok(lag)) = lag {
+                ctx.health.lag_records.store(lag, Ordering::Relaxed);
+                gauges.0.set(lag as f64);
+                gauges.1.set(ctx.health.lag_seconds());
+            }
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Reading: from a place that is ours, record by record, past whatever is not.
+
+use std::ffi::CStr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{BorrowedMessage, Message};
+use rdkafka::{Offset, TopicPartitionList, bindings};
+
+use super::setup::marker_epoch;
+use super::{ASK, KafkaConfig, Quiet, Shared, TICK, consumer_config, place, unavailable};
+use crate::log::{Bounds, Entry, Foreign, Grant, LogError, Position, Positions, RECORD_VERSION, Reader, Record};
+
+pub(super) const KIND: &CStr = c"weft-kind";
+const VERSION: &CStr = c"weft-version";
+const GRANT: &CStr = c"weft-grant";
+const TRACEPARENT: &CStr = c"traceparent";
+
+pub(super) struct KafkaReader {
+    shared: Arc<Shared>,
+    consumer: BaseConsumer<Quiet>,
+    at: Positions,
+    /// Why the consumer stopped where it was. It never goes on by itself then, lest it goes on elsewhere.
+    lost: Option<KafkaError>,
+}
+
+impl Reader for KafkaReader {
+    fn next(&mut self, max: usize, wait: Duration) -> Result<Vec<Entry>, LogError> {
+        if self.shared.closed.load(Ordering::Acquire) {
+            return Err(LogError::Unavailable("closed".to_owned()));
+        }
+        if self.lost.is_some() {
+            self.resume()?;
+        }
+        let until = Instant::now() + wait;
+        let mut entries = Vec::with_capacity(max.min(1024));
+        while entries.len() < max {
+            let patience = if entries.is_empty() {
+                until.saturating_duration_since(Instant::now())
+            } else {
+                Duration::ZERO
+            };
+            match self.consumer.poll(patience) {
+                None => break,
+                Some(Ok(message)) => {
+                    let Some(at) = place(message.partition(), message.offset()) else {
+                        continue;
+                    };
+                    if let Some(next) = self.at.get_mut(at.partition as usize) {
+                        *next = at.offset + 1;
+                    }
+                    if marker_epoch(&message).is_none() {
+                        entries.push(Entry {
+                            at,
+                            record: decode(&message),
+                        });
+                    }
+                }
+                Some(Err(error)) if stops_reading(&error) => {
+                    self.lost = Some(error);
+                    break;
+                }
+                // An outage: the consumer connects again and goes on where it was.
+                Some(Err(error)) => tracing::debug!(%error, "reading from Kafka"),
+            }
+        }
+        if entries.is_empty() {
+            if let Some(error) = &self.lost {
+                return Err(self.explain(error));
+            }
+            self.step_over_holes();
+        }
+        Ok(entries)
+    }
+
+    fn positions(&self) -> &Positions {
+        &self.at
+    }
+}
+
+impl KafkaReader {
+    pub(super) fn open(shared: Arc<Shared>, from: &[u64]) -> Result<KafkaReader, LogError> {
+        let consumer = new_reader(&shared.config, &shared.topic, from).map_err(unavailable)?;
+        Ok(KafkaReader {
+            shared,
+            consumer,
+            at: from.to_vec(),
+            lost: None,
+        })
+    }
+
+    /// Another program's transactions leave records that only Kafka sees. One at the very end would keep a reader that has
+    /// read all from ever being at the end.
+    fn step_over_holes(&mut self) {
+        let Ok(list) = self.consumer.position() else { return };
+        for element in list.elements() {
+            if let Some(Position { partition, offset }) = element
+                .offset()
+                .to_raw()
+                .and_then(|raw| place(element.partition(), raw))
+                && let Some(at) = self.at.get_mut(partition as usize)
+            {
+                *at = offset.max(*at);
+            }
+        }
+    }
+
+    /// A new consumer at the old place, if that place still exists.
+    fn resume(&mut self) -> Result<(), LogError> {
+        self.shared.check(&self.at)?;
+        self.consumer = new_reader(&self.shared.config, &self.shared.topic, &self.at).map_err(unavailable)?;
+        self.lost = None;
+        Ok(())
+    }
+
+    fn explain(&self, error: &KafkaError) -> LogError {
+        use RDKafkaErrorCode as Code;
+        match (self.shared.check(&self.at), error.rdkafka_error_code()) {
+            (Err(outside), _) => outside,
+            (Ok(()), Some(Code::BadMessage | Code::InvalidMessage)) => LogError::Damaged(error.to_string()),
+            (Ok(()), _) => LogError::Unavailable(error.to_string()),
+        }
+    }
+}
+
+/// Whether the consumer does not go on after this error, or went on past something that it could not read.
+fn stops_reading(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode as Code;
+    matches!(error, KafkaError::MessageConsumptionFatal(_))
+        || matches!(
+            error.rdkafka_error_code(),
+            Some(
+                Code::AutoOffsetReset
+                    | Code::OffsetOutOfRange
+                    | Code::BadMessage
+                    | Code::InvalidMessage
+                    | Code::UnknownTopic
+                    | Code::UnknownTopicOrPartition
+                    | Code::UnknownPartition
+                    | Code::TopicAuthorizationFailed
+            )
+        )
+}
+
+fn decode(message: &BorrowedMessage<'_>) -> Result<Record, Foreign> {
+    let foreign = |why: &str| Foreign {
+        why: why.to_owned(),
+        key: message.key().map(Bytes::copy_from_slice),
+        value: message.payload().map(Bytes::copy_from_slice),
+    };
+    let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
+
+    let version = header(message, VERSION).ok_or_else(|| foreign("it has no header weft-version"))?;
+    if std::str::from_utf8(version).ok().and_then(|v| v.parse().ok()) != Some(RECORD_VERSION) {
+        return Err(foreign("its weft-version is not one that this server knows"));
+    }
+    let kind = header(message, KIND)
+        .and_then(text)
+        .ok_or_else(|| foreign("it has no header weft-kind"))?;
+    let grant = header(message, GRANT)
+        .and_then(Grant::parse)
+        .ok_or_else(|| foreign("it has no valid header weft-grant"))?;
+    let key = message
+        .key()
+        .and_then(text)
+        .ok_or_else(|| foreign("it has no key, or one that is not UTF-8"))?;
+    let value = message.payload().ok_or_else(|| foreign("it has no value"))?;
+    let traceparent = header(message, TRACEPARENT).and_then(text);
+    Ok(Record {
+        key,
+        kind,
+        grant,
+        traceparent,
+        value: Bytes::copy_from_slice(value),
+    })
+}
+
+/// The last header of that name. Not through rdkafka's own iterator, which panics over a name that is not UTF-8; and a
+/// stranger may write any.
+pub(super) fn header<'m>(message: &'m BorrowedMessage<'_>, name: &CStr) -> Option<&'m [u8]> {
+    let ok = bindings::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR;
+    let (mut headers, mut value, mut len) = (std::ptr::null_mut(), std::ptr::null(), 0);
+    // SAFETY: the message lives as long as the borrow, and owns its headers and their values; both calls write the
+    // pointers they are given only when they return `ok`, and a null value is sorted out before it is read.
+    unsafe {
+        if bindings::rd_kafka_message_headers(message.ptr(), &mut headers) != ok
+            || bindings::rd_kafka_header_get_last(headers, name.as_ptr(), &mut value, &mut len) != ok
+            || value.is_null()
+        {
+            return None;
+        }
+        Some(std::slice::from_raw_parts(value.cast(), len))
+    }
+}
+
+fn new_reader(config: &KafkaConfig, topic: &str, from: &[u64]) -> Result<BaseConsumer<Quiet>, KafkaError> {
+    let consumer: BaseConsumer<Quiet> = consumer_config(config)
+        .set("fetch.wait.max.ms", "50")
+        .set("fetch.queue.backoff.ms", "5")
+        .set("queued.max.messages.kbytes", "32768")
+        .create_with_context(Quiet)?;
+    consumer.assign(&assignment(topic, from)?)?;
+    Ok(consumer)
+}
+
+pub(super) fn assignment(topic: &str, positions: &[u64]) -> Result<TopicPartitionList, KafkaError> {
+    let mut list = TopicPartitionList::with_capacity(positions.len());
+    for (partition, &offset) in (0..).zip(positions) {
+        // An offset that i64 does not hold exists on no Kafka; its largest is out of range as well.
+        list.add_partition_offset(
+            topic,
+            partition,
+            Offset::Offset(i64::try_from(offset).unwrap_or(i64::MAX)),
+        )?;
+    }
+    Ok(list)
+}
+
+pub(super) fn watermarks(side: &BaseConsumer<Quiet>, topic: &str, partition: u32) -> Result<Bounds, LogError> {
+    use RDKafkaErrorCode as Code;
+    let until = Instant::now() + ASK;
+    loop {
+        let error = match side.fetch_watermarks(topic, partition as i32, ASK) {
+            Ok((start, end)) => match (u64::try_from(start), u64::try_from(end)) {
+                (Ok(start), Ok(end)) => return Ok(Bounds { start, end }),
+                _ => {
+                    return Err(LogError::Unavailable(format!(
+                        "Kafka does not say what partition {partition} holds"
+                    )));
+                }
+            },
+            Err(error) => error,
+        };
+        // A partition that is new, or whose leader has just changed, is known a moment later.
+        let soon = matches!(
+            error.rdkafka_error_code(),
+            Some(Code::NotLeaderForPartition | Code::LeaderNotAvailable | Code::UnknownTopicOrPartition)
+        );
+        if !soon || Instant::now() >= until {
+            return Err(unavailable(error));
+        }
+        side.poll(TICK);
+    }
+}

@@ -1,0 +1,189 @@
+//! The log: the append-only record of everything, and the only source of truth.
+//!
+//! Two implementations stand behind one trait: [`embedded`] (RocksDB, needs no setup) and [`kafka`]. One contract suite
+//! (`tests/it/log_contract.rs`) holds both to the duties written here.
+//!
+//! Invariants, on either log:
+//! - records with one key land in one partition, in the order in which they were appended;
+//! - a position, once given, names that record for ever; positions of a partition only grow, with holes allowed;
+//! - a reader sees only what is durable: nothing that it returned can be taken back by a crash;
+//! - what is not ours does not stop anybody: it is handed out as [`Foreign`], and reading goes on.
+
+pub mod embedded;
+pub mod kafka;
+
+use std::fmt;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+/// The version of the record's shape, sent along with each record (on Kafka as the header `weft-version`).
+pub const RECORD_VERSION: u16 = 1;
+
+/// One record as it is appended: the event's JSON and what is needed to route and judge it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// `tenant/thread`. Chooses the partition, so that a thread has one order.
+    pub key: String,
+    /// The event's kind (header `weft-kind`), for people who look at the log with other tools.
+    pub kind: String,
+    /// By what right it was written (header `weft-grant`).
+    pub grant: Grant,
+    /// W3C trace context, passed on as it came (header `traceparent`).
+    pub traceparent: Option<String>,
+    /// One JSON object: the event without its seq, with its tenant.
+    pub value: Bytes,
+}
+
+/// By what right a record was written. The edge knows the token, the projector only the record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Grant {
+    /// The writer must be a member of the thread when the record's turn comes.
+    Member,
+    /// The writer's token allows it in every thread of its tenant.
+    Scope,
+}
+
+impl Grant {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Grant::Member => "member",
+            Grant::Scope => "scope",
+        }
+    }
+
+    pub fn parse(text: &[u8]) -> Option<Grant> {
+        match text {
+            b"member" => Some(Grant::Member),
+            b"scope" => Some(Grant::Scope),
+            _ => None,
+        }
+    }
+}
+
+/// Where a record stands. Stays inside the server: clients see seqs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Position {
+    pub partition: u32,
+    pub offset: u64,
+}
+
+/// For each partition the offset to read next; the index is the partition.
+pub type Positions = Vec<u64>;
+
+/// The offsets a partition holds: `start` is the oldest, `end` the one the next record will get (at least).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    pub start: u64,
+    pub end: u64,
+}
+
+/// Called exactly once for each record handed to [`Log::append`], on a thread of the log's; it must not block.
+pub type Done = Box<dyn FnOnce(Result<Position, AppendError>) + Send>;
+
+/// A record and the one who waits for it.
+pub struct Append {
+    pub record: Record,
+    pub done: Done,
+}
+
+/// What a reader gets: a record of ours, or something else that stood at that position.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    pub at: Position,
+    pub record: Result<Record, Foreign>,
+}
+
+/// A record that is not ours: another writer's mistake, or damage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Foreign {
+    pub why: String,
+    pub key: Option<Bytes>,
+    pub value: Option<Bytes>,
+}
+
+/// Why a record was not, or perhaps not, appended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AppendError {
+    /// The log's queue is full. The record will never appear.
+    #[error("the log's queue is full")]
+    QueueFull,
+    /// The log could not take it. The record will never appear.
+    #[error("the log is unavailable: {0}")]
+    Unavailable(String),
+    /// The log did not say. The record may appear or not; sent again with its key it appears once.
+    #[error("the log did not confirm in time: {0}")]
+    Unknown(String),
+}
+
+/// Why a log could not be opened or read.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    #[error(
+        "the log has {found} partitions, but {configured} are configured (--partitions); the number is fixed when the log is created"
+    )]
+    PartitionMismatch { found: u32, configured: u32 },
+    #[error("position {at} is outside of what the log holds ({}..{})", bounds.start, bounds.end)]
+    OutOfRange { at: Position, bounds: Bounds },
+    #[error("the log is unavailable: {0}")]
+    Unavailable(String),
+    #[error("the log is damaged: {0}")]
+    Damaged(String),
+}
+
+/// An append-only log of [`Record`]s in a fixed number of partitions.
+pub trait Log: Send + Sync + 'static {
+    /// The log's identity: another log, another epoch. Never changes while the log exists.
+    fn epoch(&self) -> &str;
+
+    /// How many partitions there are; fixed when the log is created.
+    fn partitions(&self) -> u32;
+
+    /// Appends records, in order, and returns at once. Each one is answered on its own through its `done`: `Ok` once it is
+    /// durable, and within 5 seconds in any case. What does not fit the log's bounded queue is answered
+    /// [`AppendError::QueueFull`]; after [`Log::close`] every record is answered [`AppendError::Unavailable`].
+    fn append(&self, batch: Vec<Append>);
+
+    /// A reader of all partitions that begins at `from`. Fails with [`LogError::OutOfRange`] when a position is older or
+    /// newer than what the log holds: it is from another log, and guessing would lose events.
+    fn reader(&self, from: &[u64]) -> Result<Box<dyn Reader>, LogError>;
+
+    /// What each partition holds now. May ask over the network: not for the way of an event.
+    fn bounds(&self) -> Result<Vec<Bounds>, LogError>;
+
+    /// How many records stand behind `positions`.
+    fn lag(&self, positions: &[u64]) -> Result<u64, LogError> {
+        Ok(self
+            .bounds()?
+            .iter()
+            .zip(positions)
+            .map(|(bounds, next)| bounds.end.saturating_sub(*next.max(&bounds.start)))
+            .sum())
+    }
+
+    /// Tells the log how far its reader's effects are durable, for the log's own tools (Kafka's group lag). Best effort.
+    fn committed(&self, positions: &[u64]);
+
+    /// `Err` with the reason while the log cannot take or give records. It recovers by itself.
+    fn health(&self) -> Result<(), String>;
+
+    /// Takes no more, makes what was taken durable or answers it, and releases files and connections. Idempotent.
+    fn close(&self);
+}
+
+/// A place in the log that moves forward. Owned by one thread; blocks it.
+pub trait Reader: Send {
+    /// Up to `max` entries from the current place on, in order within each partition; waits at most `wait` for the first
+    /// one, and returns none when it did not come. An error leaves the place where it was, so that the call can be
+    /// repeated.
+    fn next(&mut self, max: usize, wait: Duration) -> Result<Vec<Entry>, LogError>;
+
+    /// Where the next call goes on: behind all that was returned. A reader opened there returns the same as this one.
+    fn positions(&self) -> &Positions;
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.partition, self.offset)
+    }
+}

@@ -1,0 +1,42 @@
+//! The contract as machines read it: JSON Schemas (2020-12), generated from the types that are on the wire.
+
+use schemars::{JsonSchema, Schema, generate::SchemaSettings};
+
+use crate::command::{Connect, Ping, Publish, PublishBody, Refresh, Subscribe, ThreadBody, Unsubscribe};
+use crate::edge::threads::{ThreadDetail, ThreadItem};
+use crate::event::{EventFrame, LogEvent};
+use crate::health::Ready;
+use crate::wire::{Problem, ServerFrame};
+
+/// Each schema's file name without its ending, and the schema.
+pub fn all() -> Vec<(&'static str, Schema)> {
+    vec![
+        ("command.connect", of::<Connect>()),
+        ("command.refresh", of::<Refresh>()),
+        ("command.subscribe", of::<Subscribe>()),
+        ("command.unsubscribe", of::<Unsubscribe>()),
+        ("command.publish", of::<Publish>()),
+        ("command.ping", of::<Ping>()),
+        ("frame.event", of::<EventFrame>()),
+        ("frame.server", of::<ServerFrame>()),
+        ("http.publish", of::<PublishBody>()),
+        ("http.thread", of::<ThreadBody>()),
+        ("http.thread-detail", of::<ThreadDetail>()),
+        ("http.thread-item", of::<ThreadItem>()),
+        ("http.problem", of::<Problem>()),
+        ("http.readyz", of::<Ready>()),
+        ("log.event", of::<LogEvent>()),
+    ]
+}
+
+fn of<T: JsonSchema>() -> Schema {
+    SchemaSettings::draft2020_12()
+        .into_generator()
+        .into_root_schema_for::<T>()
+}
+
+/// A schema as its file holds it.
+pub fn text(schema: &Schema) -> String {
+    // A schema is a JSON value; those always serialise.
+    serde_json::to_string_pretty(schema).unwrap_or_default() + "\n"
+}

@@ -1,0 +1,67 @@
+//! Keys of the projections: parts separated by NUL (no name holds one), numbers big-endian, so that order on disk is order
+//! in meaning.
+
+/// `parts` joined by NUL.
+pub fn joined(parts: &[&str]) -> Vec<u8> {
+    let mut key = Vec::with_capacity(parts.iter().map(|part| part.len() + 1).sum::<usize>() + 8);
+    for (i, part) in parts.iter().enumerate() {
+        if i > 0 {
+            key.push(0);
+        }
+        key.extend_from_slice(part.as_bytes());
+    }
+    key
+}
+
+/// The prefix of all keys that begin with these parts.
+pub fn prefix(parts: &[&str]) -> Vec<u8> {
+    let mut key = joined(parts);
+    key.push(0);
+    key
+}
+
+/// An event's key.
+pub fn event(tenant: &str, thread: &str, seq: u64) -> Vec<u8> {
+    let mut key = prefix(&[tenant, thread]);
+    key.extend_from_slice(&seq.to_be_bytes());
+    key
+}
+
+/// The seq at the end of an event's key.
+pub fn seq_of(key: &[u8]) -> Option<u64> {
+    Some(u64::from_be_bytes(*key.last_chunk()?))
+}
+
+/// The row of `key_times` for an idempotency key's row.
+pub fn key_time(partition: u32, at: u64, key: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(12 + key.len());
+    out.extend_from_slice(&partition.to_be_bytes());
+    out.extend_from_slice(&at.to_be_bytes());
+    out.extend_from_slice(key);
+    out
+}
+
+/// The first key that does not begin with `prefix`; prefixes end in NUL or a number, never in all 0xff.
+pub fn behind(mut prefix: Vec<u8>) -> Vec<u8> {
+    while let Some(last) = prefix.pop() {
+        if last < u8::MAX {
+            prefix.push(last + 1);
+            break;
+        }
+    }
+    prefix
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_sort_by_seq_and_stay_in_their_thread() {
+        assert!(event("t", "a", 255) < event("t", "a", 256));
+        assert!(event("t", "a", u64::MAX) < event("t", "a.b", 1));
+        assert!(event("t", "a", 1) < behind(prefix(&["t", "a"])));
+        assert!(behind(prefix(&["t", "a"])) <= event("t", "a-", 1));
+        assert_eq!(seq_of(&event("t", "a", 77)), Some(77));
+    }
+}

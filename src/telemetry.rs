@@ -1,0 +1,248 @@
+//! Every metric Weft has, in one list, and the recorder behind `/metrics`. None carries a tenant, user or thread.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use metrics::{
+    Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+/// Buckets of durations, in seconds: 50 µs to 10 s.
+const SECONDS: &[f64] = &[
+    0.000_05, 0.000_1, 0.000_2, 0.000_4, 0.000_6, 0.000_8, 0.001, 0.001_5, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1,
+    0.25, 0.5, 1.0, 5.0, 10.0,
+];
+/// Buckets of batch sizes, in records.
+const RECORDS: &[f64] = &[
+    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1_000.0, 2_000.0, 5_000.0,
+];
+
+enum Type {
+    Counter,
+    Gauge,
+    Seconds,
+    Records,
+}
+
+/// The catalogue: name, type, what it says.
+const METRICS: &[(&str, Type, &str)] = &[
+    ("weft_connections", Type::Gauge, "Open WebSocket sessions"),
+    (
+        "weft_connections_total",
+        Type::Counter,
+        "WebSocket sessions since the start",
+    ),
+    (
+        "weft_connections_refused_total",
+        Type::Counter,
+        "Connections refused, by reason",
+    ),
+    (
+        "weft_closes_total",
+        Type::Counter,
+        "WebSocket sessions ended, by close code",
+    ),
+    ("weft_commands_total", Type::Counter, "Commands, by type and outcome"),
+    (
+        "weft_http_requests_total",
+        Type::Counter,
+        "HTTP requests, by route and status",
+    ),
+    (
+        "weft_append_seconds",
+        Type::Seconds,
+        "From handing a record to the log until it was durable",
+    ),
+    (
+        "weft_append_batch_records",
+        Type::Records,
+        "Records the log made durable at once",
+    ),
+    (
+        "weft_append_errors_total",
+        Type::Counter,
+        "Records the log did not take, by outcome",
+    ),
+    (
+        "weft_project_seconds",
+        Type::Seconds,
+        "Judging and committing one batch",
+    ),
+    ("weft_project_batch_records", Type::Records, "Records projected at once"),
+    ("weft_project_events_total", Type::Counter, "Events that got their seq"),
+    (
+        "weft_project_refused_total",
+        Type::Counter,
+        "Records refused by the projector, by code",
+    ),
+    (
+        "weft_publish_seconds",
+        Type::Seconds,
+        "From taking a publish off its socket until its answer was ready",
+    ),
+    (
+        "weft_lag_records",
+        Type::Gauge,
+        "Records in the log that are not projected yet",
+    ),
+    (
+        "weft_lag_seconds",
+        Type::Gauge,
+        "Age of the newest projected record while there are others behind it",
+    ),
+    (
+        "weft_foreign_records_total",
+        Type::Counter,
+        "Records in the log that are not ours, skipped",
+    ),
+    ("weft_deliveries_total", Type::Counter, "Event frames handed to sockets"),
+    (
+        "weft_outbox_bytes",
+        Type::Gauge,
+        "Bytes of events waiting for sockets, all sessions",
+    ),
+    (
+        "weft_lagged_total",
+        Type::Counter,
+        "Subscriptions that fell behind and went on from the store",
+    ),
+    (
+        "weft_replayed_events_total",
+        Type::Counter,
+        "Events read from the store for subscriptions",
+    ),
+    (
+        "weft_pending_publishes",
+        Type::Gauge,
+        "Publishes waiting for their answer",
+    ),
+    (
+        "weft_unknown_outcomes_total",
+        Type::Counter,
+        "Publishes answered with outcome unknown",
+    ),
+];
+
+/// Installs the recorder, once a process. Without it (in tools) every metric is a no-op.
+pub fn install() -> PrometheusHandle {
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+    HANDLE.get_or_init(build).clone()
+}
+
+fn build() -> PrometheusHandle {
+    let mut builder = PrometheusBuilder::new();
+    for (name, kind, _) in METRICS {
+        let buckets = match kind {
+            Type::Seconds => SECONDS,
+            Type::Records => RECORDS,
+            Type::Counter | Type::Gauge => continue,
+        };
+        // Fails only for an empty list of buckets.
+        builder = builder
+            .set_buckets_for_metric(Matcher::Full((*name).into()), buckets)
+            .expect("the buckets above are not empty");
+    }
+    // Fails only when the process already has a recorder, which `install` rules out.
+    let handle = builder.install_recorder().expect("the recorder is installed once");
+    for (name, kind, says) in METRICS {
+        match kind {
+            Type::Counter => describe_counter!(*name, Unit::Count, *says),
+            Type::Gauge => describe_gauge!(*name, *says),
+            Type::Seconds => describe_histogram!(*name, Unit::Seconds, *says),
+            Type::Records => describe_histogram!(*name, Unit::Count, *says),
+        }
+    }
+    metrics_process::Collector::default().describe();
+    handle
+}
+
+/// Keeps the recorder's histograms from growing; call it every few seconds.
+pub async fn upkeep(handle: PrometheusHandle) {
+    let mut every = tokio::time::interval(Duration::from_secs(5));
+    loop {
+        every.tick().await;
+        handle.run_upkeep();
+    }
+}
+
+/// The Prometheus text, with the process's own figures of this moment.
+pub fn render(handle: &PrometheusHandle) -> String {
+    metrics_process::Collector::default().collect();
+    handle.render()
+}
+
+/// The names in the catalogue, for the check that dashboards and docs use no others.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    METRICS.iter().map(|(name, _, _)| *name)
+}
+
+pub fn connections() -> Gauge {
+    gauge!("weft_connections")
+}
+pub fn connections_total() -> Counter {
+    counter!("weft_connections_total")
+}
+pub fn refused(reason: &'static str) -> Counter {
+    counter!("weft_connections_refused_total", "reason" => reason)
+}
+pub fn closed(code: u16) -> Counter {
+    counter!("weft_closes_total", "code" => code.to_string())
+}
+pub fn commands(name: &'static str, outcome: &'static str) -> Counter {
+    counter!("weft_commands_total", "type" => name, "outcome" => outcome)
+}
+pub fn http_requests(route: &'static str, status: u16) -> Counter {
+    counter!("weft_http_requests_total", "route" => route, "status" => status.to_string())
+}
+pub fn append_seconds() -> Histogram {
+    histogram!("weft_append_seconds")
+}
+pub fn append_batch_records() -> Histogram {
+    histogram!("weft_append_batch_records")
+}
+pub fn append_errors(outcome: &'static str) -> Counter {
+    counter!("weft_append_errors_total", "outcome" => outcome)
+}
+pub fn project_seconds() -> Histogram {
+    histogram!("weft_project_seconds")
+}
+pub fn project_batch_records() -> Histogram {
+    histogram!("weft_project_batch_records")
+}
+pub fn project_events() -> Counter {
+    counter!("weft_project_events_total")
+}
+pub fn project_refused(code: &'static str) -> Counter {
+    counter!("weft_project_refused_total", "code" => code)
+}
+pub fn publish_seconds() -> Histogram {
+    histogram!("weft_publish_seconds")
+}
+pub fn lag_records() -> Gauge {
+    gauge!("weft_lag_records")
+}
+pub fn lag_seconds() -> Gauge {
+    gauge!("weft_lag_seconds")
+}
+pub fn foreign_records() -> Counter {
+    counter!("weft_foreign_records_total")
+}
+pub fn deliveries() -> Counter {
+    counter!("weft_deliveries_total")
+}
+pub fn outbox_bytes() -> Gauge {
+    gauge!("weft_outbox_bytes")
+}
+pub fn lagged() -> Counter {
+    counter!("weft_lagged_total")
+}
+pub fn replayed_events() -> Counter {
+    counter!("weft_replayed_events_total")
+}
+pub fn pending_publishes() -> Gauge {
+    gauge!("weft_pending_publishes")
+}
+pub fn unknown_outcomes() -> Counter {
+    counter!("weft_unknown_outcomes_total")
+}

@@ -1,0 +1,159 @@
+//! The server's frames, as they are on the wire. Kept apart from what makes them, so that `schemas/` is generated from here.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use crate::error::{Code, Error};
+
+/// A seq, or for `"*"` one for each thread.
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Seqs {
+    One(u64),
+    Each(BTreeMap<String, u64>),
+}
+
+/// What a session may do at most; sent with `welcome`.
+#[derive(Debug, Clone, Copy, Serialize, JsonSchema)]
+pub struct Limits {
+    /// Bytes of one frame.
+    pub frame_bytes: usize,
+    /// Bytes of one publish's `data`.
+    pub data_bytes: usize,
+    /// Commands in one array frame.
+    pub commands: usize,
+    /// Publishes that may wait for their answer; beyond that the server stops reading the socket.
+    pub publishes_in_flight: usize,
+    /// Bytes of events that may wait for a slow socket; beyond that they come from the store.
+    pub outbox_bytes: usize,
+}
+
+/// The answers and notices of the server, all but `event`, which is [`crate::event::EventFrame`].
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ServerFrame<'a> {
+    Welcome {
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<i64>,
+        connection: &'a str,
+        user: &'a str,
+        tenant: &'a str,
+        epoch: &'a str,
+        heartbeat_ms: u64,
+        /// RFC 3339.
+        expires_at: &'a str,
+        limits: Limits,
+    },
+    Refreshed {
+        id: i64,
+        expires_at: &'a str,
+    },
+    Expiring {
+        expires_at: &'a str,
+    },
+    Subscribed {
+        id: i64,
+        thread: &'a str,
+        epoch: &'a str,
+        head: Seqs,
+        after: Seqs,
+        recovered: bool,
+    },
+    Unsubscribed {
+        id: i64,
+    },
+    CaughtUp {
+        thread: &'a str,
+        seq: u64,
+    },
+    Position {
+        thread: &'a str,
+        seq: u64,
+    },
+    Lagged {
+        thread: &'a str,
+        from: u64,
+        to: u64,
+    },
+    Published {
+        id: i64,
+        thread: &'a str,
+        seq: u64,
+        event: uuid::Uuid,
+        duplicate: bool,
+    },
+    Pong {
+        id: i64,
+        /// RFC 3339.
+        at: &'a str,
+    },
+    Error {
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<i64>,
+        code: Code,
+        message: &'a str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        field: Option<&'a str>,
+        /// The thread whose subscription ended with this error.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        thread: Option<&'a str>,
+        temporary: bool,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        retry_after_ms: Option<u64>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        outcome: Option<&'static str>,
+    },
+}
+
+impl ServerFrame<'_> {
+    pub fn encode(&self) -> String {
+        // Strings, numbers and maps with string keys always serialise.
+        serde_json::to_string(self).unwrap_or_default()
+    }
+}
+
+/// The `error` frame for a refusal.
+pub fn error_frame(id: Option<i64>, thread: Option<&str>, error: &Error) -> String {
+    ServerFrame::Error {
+        id,
+        code: error.code,
+        message: &error.message,
+        field: error.field.as_deref(),
+        thread,
+        temporary: error.code.temporary(),
+        retry_after_ms: error.retry_after_ms,
+        outcome: error.outcome_unknown.then_some("unknown"),
+    }
+    .encode()
+}
+
+/// The body of an HTTP refusal: `application/problem+json` (RFC 9457).
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Problem<'a> {
+    pub title: &'static str,
+    pub status: u16,
+    pub code: Code,
+    pub detail: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub field: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retry_after_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<&'static str>,
+}
+
+impl<'a> Problem<'a> {
+    pub fn of(error: &'a Error) -> Problem<'a> {
+        Problem {
+            title: error.code.as_str(),
+            status: error.code.status(),
+            code: error.code,
+            detail: &error.message,
+            field: error.field.as_deref(),
+            retry_after_ms: error.retry_after_ms,
+            outcome: error.outcome_unknown.then_some("unknown"),
+        }
+    }
+}

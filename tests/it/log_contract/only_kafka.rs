@@ -1,0 +1,524 @@
+//! What only a real broker can show: outages, other programs in the topic, and Kafka's own tools.
+
+use std::sync::Barrier;
+
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions};
+use rdkafka::bindings::{self, rd_kafka_resp_err_t, rd_kafka_vtype_t};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::mocking::MockCluster;
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+use rdkafka::{Offset, TopicPartitionList};
+
+use super::*;
+use crate::support::kafka::Broker;
+
+/// What another program writes into the topic.
+pub fn produce(
+    brokers: &str,
+    topic: &str,
+    partition: Option<u32>,
+    key: Option<&[u8]>,
+    value: Option<&[u8]>,
+    headers: Option<OwnedHeaders>,
+) {
+    let producer: BaseProducer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .create()
+        .expect("a producer");
+    let mut out: BaseRecord<'_, [u8], [u8]> = BaseRecord::to(topic);
+    (out.partition, out.key, out.payload, out.headers) = (partition.map(|p| p as i32), key, value, headers);
+    producer.send(out).map_err(|(e, _)| e).expect("the producer takes it");
+    producer.flush(PATIENCE).expect("the broker takes it");
+}
+
+/// Kafka takes any bytes as a header's name; rdkafka's own types give and take only text.
+fn produce_with_a_header_that_is_no_text(brokers: &str, topic: &str) {
+    let producer: BaseProducer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .create()
+        .expect("a producer");
+    let topic = std::ffi::CString::new(topic).expect("no NUL in it");
+    // SAFETY: the arguments come in the groups that the call is documented to take, each after its type, up to END;
+    // all pointers are to NUL-terminated texts that outlive the call, which copies them.
+    let error = unsafe {
+        bindings::rd_kafka_producev(
+            producer.client().native_ptr(),
+            rd_kafka_vtype_t::RD_KAFKA_VTYPE_TOPIC,
+            topic.as_ptr(),
+            rd_kafka_vtype_t::RD_KAFKA_VTYPE_PARTITION,
+            0_i32,
+            rd_kafka_vtype_t::RD_KAFKA_VTYPE_MSGFLAGS,
+            bindings::RD_KAFKA_MSG_F_COPY,
+            rd_kafka_vtype_t::RD_KAFKA_VTYPE_VALUE,
+            c"{}".as_ptr(),
+            2_usize,
+            rd_kafka_vtype_t::RD_KAFKA_VTYPE_HEADER,
+            c"\xff\xfe".as_ptr(),
+            c"x".as_ptr(),
+            1_isize,
+            rd_kafka_vtype_t::RD_KAFKA_VTYPE_END,
+        )
+    };
+    assert_eq!(error, rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR);
+    producer.flush(PATIENCE).expect("the broker takes it");
+}
+
+/// Waits until the log says that it is well, or not.
+fn wait_for_health(log: &dyn Log, well: bool) {
+    let until = Instant::now() + PATIENCE;
+    while log.health().is_ok() != well {
+        assert!(Instant::now() < until, "health is still {:?}", log.health());
+        std::thread::park_timeout(Duration::from_millis(10));
+    }
+}
+
+fn in_time(log: &dyn Log, records: Vec<Record>) -> Vec<Answer> {
+    let begin = Instant::now();
+    let answers = append(log, records);
+    assert!(
+        begin.elapsed() < Duration::from_secs(5),
+        "answered after {:?}",
+        begin.elapsed()
+    );
+    answers
+}
+
+/// Breaks the broker, watches the log through it, mends the broker, and sees that nothing is lost.
+fn survives(break_it: fn(&Broker), mend_it: fn(&Broker)) {
+    let broker = Broker::own();
+    let place = Place::on(&broker.brokers());
+    let log = place.open(4);
+    let mut reader = log.reader(&starts(&*log)).expect("the log can be read from its start");
+    let key = |n: usize| format!("k{}", n % 5);
+    append_ok(&*log, (0..100).map(|n| numbered(&key(n), n)).collect());
+    read(&mut *reader, 100);
+
+    break_it(&broker);
+    for answer in in_time(&*log, (100..200).map(|n| numbered(&key(n), n)).collect()) {
+        let error = answer.expect_err("nobody can have acknowledged it");
+        assert!(
+            matches!(error, AppendError::Unknown(_) | AppendError::Unavailable(_)),
+            "{error:?}"
+        );
+    }
+    wait_for_health(&*log, false);
+    let begin = Instant::now();
+    for answer in append(&*log, vec![numbered("refused", 1)]) {
+        assert!(matches!(answer, Err(AppendError::Unavailable(_))), "{answer:?}");
+    }
+    assert!(
+        begin.elapsed() < Duration::from_secs(1),
+        "what is known to fail is refused at once"
+    );
+    let meanwhile = reader.next(10, Duration::from_millis(100));
+    assert!(matches!(&meanwhile, Ok(none) if none.is_empty()) || matches!(meanwhile, Err(LogError::Unavailable(_))));
+    assert!(matches!(log.bounds(), Err(LogError::Unavailable(_))));
+
+    mend_it(&broker);
+    wait_for_health(&*log, true);
+    append_ok(&*log, (200..300).map(|n| numbered(&key(n), n)).collect());
+    // The reader from before goes on by itself. Of what was answered `Unknown` it may see some, each once.
+    let until = Instant::now() + PATIENCE;
+    let mut found: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    while found.values().flatten().filter(|n| **n >= 200).count() < 100 {
+        assert!(Instant::now() < until, "{found:?}");
+        for entry in reader.next(100, Duration::from_millis(200)).unwrap_or_default() {
+            let value: serde_json::Value = serde_json::from_slice(&ours(&entry).value).expect("JSON");
+            let n = value["n"].as_u64().expect("a number") as usize;
+            found.entry(ours(&entry).key.clone()).or_default().push(n);
+        }
+    }
+    assert!(!found.contains_key("refused"), "what was refused never appears");
+    for (key, numbers) in &found {
+        assert!(numbers.is_sorted_by(|a, b| a < b), "{key}: {numbers:?}");
+    }
+    let all = read_all(&*log);
+    let kept = all.iter().filter(|e| (0..5).any(|n| ours(e).key == key(n))).count();
+    assert_eq!(kept, 100 + found.values().map(Vec::len).sum::<usize>());
+}
+
+#[test]
+fn a_paused_broker_is_answered_for_within_5_seconds_and_taken_up_again() {
+    survives(Broker::pause, Broker::resume);
+}
+
+#[test]
+fn a_killed_broker_is_answered_for_within_5_seconds_and_taken_up_again() {
+    survives(Broker::kill, Broker::start);
+}
+
+#[test]
+fn a_stopped_broker_is_answered_for_within_5_seconds_and_taken_up_again() {
+    survives(Broker::stop, Broker::start);
+}
+
+#[test]
+fn a_full_queue_is_said_at_once_and_closing_ends_in_time_without_a_broker() {
+    let broker = Broker::own();
+    let log = Place::on(&broker.brokers()).open(2);
+    let reader = log.reader(&starts(&*log)).expect("the log can be read from its start");
+    log.committed(&ends(&*log));
+    broker.pause();
+    let answers = append_later(&*log, (0..150_000).map(|n| numbered("k", n)).collect());
+    let full = answers
+        .try_iter()
+        .filter(|(_, answer)| *answer == Err(AppendError::QueueFull))
+        .count();
+    assert!(full >= 40_000, "{full}");
+    let begin = Instant::now();
+    log.close();
+    drop(reader);
+    assert!(
+        begin.elapsed() < Duration::from_secs(10),
+        "closed after {:?}",
+        begin.elapsed()
+    );
+    assert_eq!(full + answers.try_iter().count(), 150_000);
+}
+
+#[test]
+fn without_a_broker_opening_fails_with_a_reason() {
+    let error = Place::on("127.0.0.1:1")
+        .try_open(2)
+        .err()
+        .expect("nothing listens there");
+    assert!(matches!(error, LogError::Unavailable(_)), "{error:?}");
+}
+
+#[test]
+fn keys_land_where_murmur2_says() {
+    let log = Place::kafka().open(12);
+    // From Kafka's own tests of murmur2.
+    let known = [
+        ("21", -973932308),
+        ("foobar", -790332482),
+        ("a-little-bit-long-string", -985981536),
+        ("a-little-bit-longer-string", -1486304829),
+        ("lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58897971),
+        ("abc", 479470107),
+    ];
+    for (key, hash) in known {
+        let partition = (hash & 0x7fff_ffff) % 12;
+        assert_eq!(
+            append_ok(&*log, vec![record(key, "{}")])[0].partition,
+            partition as u32,
+            "{key}"
+        );
+    }
+}
+
+#[test]
+fn kafkas_own_producer_agrees_on_partitions_and_its_records_are_foreign() {
+    let place = Place::kafka();
+    let log = place.open(12);
+    let keys: Vec<String> = (0..40).map(|n| format!("acme/thread-{n}")).collect();
+    let ours_at = append_ok(&*log, keys.iter().map(|key| record(key, "{}")).collect());
+    let lines: String = keys.iter().map(|key| format!("{key};by hand\n")).collect();
+    let topic = place.topic();
+    let options = ["--bootstrap-server", kafka::brokers(), "--topic", &topic];
+    let options = [
+        &options[..],
+        &["--property", "parse.key=true", "--property", "key.separator=;"],
+    ]
+    .concat();
+    kafka::tool("org.apache.kafka.tools.ConsoleProducer", &options, &lines);
+    let mut found = HashMap::new();
+    for entry in read_all(&*log) {
+        if let Err(foreign) = entry.record {
+            assert_eq!(foreign.value.as_deref(), Some(&b"by hand"[..]));
+            found.insert(foreign.key.expect("it was given a key"), entry.at.partition);
+        }
+    }
+    for (key, at) in keys.iter().zip(ours_at) {
+        assert_eq!(found.get(key.as_bytes()), Some(&at.partition), "{key}");
+    }
+}
+
+#[test]
+fn whatever_another_program_writes_is_foreign_and_stops_nobody() {
+    let place = Place::kafka();
+    let log = place.open(1);
+    let (brokers, topic) = (kafka::brokers(), place.topic());
+    let headers = |version: &str, grant: &str| {
+        OwnedHeaders::new()
+            .insert(Header {
+                key: "weft-kind",
+                value: Some("message"),
+            })
+            .insert(Header {
+                key: "weft-version",
+                value: Some(version),
+            })
+            .insert(Header {
+                key: "weft-grant",
+                value: Some(grant),
+            })
+    };
+    let (key, value) = (Some(&b"acme/t"[..]), Some(&b"{}"[..]));
+    let cases = [
+        (key, value, None),
+        (
+            key,
+            value,
+            Some(OwnedHeaders::new().insert(Header {
+                key: "weft-version",
+                value: None::<&str>,
+            })),
+        ),
+        (key, value, Some(headers("2", "member"))),
+        (key, value, Some(headers("one", "member"))),
+        (key, value, Some(headers("1", "root"))),
+        (None, value, Some(headers("1", "member"))),
+        (Some(&b"\xff"[..]), value, Some(headers("1", "member"))),
+        (key, None, Some(headers("1", "member"))),
+    ];
+    let count = cases.len();
+    for (key, value, headers) in cases {
+        produce(brokers, &topic, Some(0), key, value, headers);
+    }
+    produce_with_a_header_that_is_no_text(brokers, &topic);
+    append_ok(&*log, vec![numbered("k", 1)]);
+    let found = read_all(&*log);
+    assert!(found[..=count].iter().all(|e| e.record.is_err()));
+    assert_eq!(ours(&found[count + 1]), &numbered("k", 1));
+}
+
+#[test]
+fn the_topic_reads_well_with_kafkas_own_console_consumer() {
+    let place = Place::kafka();
+    let log = place.open(1);
+    append_ok(&*log, vec![record("acme/t1", r#"{"kind":"message","text":"Grüße"}"#)]);
+    let topic = place.topic();
+    let options = [
+        "--bootstrap-server",
+        kafka::brokers(),
+        "--topic",
+        &topic,
+        "--from-beginning",
+    ];
+    let print = [
+        "--property",
+        "print.key=true",
+        "--property",
+        "print.headers=true",
+        "--max-messages",
+        "2",
+    ];
+    let out = kafka::tool(
+        "org.apache.kafka.tools.consumer.ConsoleConsumer",
+        &[&options[..], &print].concat(),
+        "",
+    );
+    let lines: Vec<&str> = out.lines().collect();
+    assert!(
+        lines[0].contains("weft-kind:log_created") && lines[0].contains(log.epoch()),
+        "{out}"
+    );
+    let expected =
+        "weft-kind:message,weft-version:1,weft-grant:member\tacme/t1\t{\"kind\":\"message\",\"text\":\"Grüße\"}";
+    assert_eq!(lines[1], expected);
+}
+
+#[test]
+fn kafkas_own_tools_show_how_far_we_have_read() {
+    let place = Place::kafka();
+    let log = place.open(1);
+    append_ok(&*log, (0..10).map(|n| numbered("k", n)).collect());
+    log.committed(&[4]);
+    log.committed(&[7]);
+    log.close();
+    let Place::Kafka { prefix, .. } = &place else { return };
+    let group = format!("{prefix}node");
+    let options = ["--bootstrap-server", kafka::brokers(), "--describe", "--group", &group];
+    let out = kafka::tool(
+        "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand",
+        &options,
+        "",
+    );
+    let line = out
+        .lines()
+        .find(|line| line.contains(&place.topic()))
+        .expect("our group is listed");
+    let columns: Vec<&str> = line.split_whitespace().skip(2).take(4).collect();
+    // The eleventh record is the marker in front.
+    assert_eq!(columns, ["0", "7", "11", "4"], "partition, committed, end, lag");
+}
+
+#[test]
+fn two_nodes_that_start_at_once_agree_on_the_epoch_and_read_one_order() {
+    let place = Place::kafka();
+    let together = Barrier::new(3);
+    let nodes: Vec<Opened> = std::thread::scope(|scope| {
+        let open = || {
+            together.wait();
+            place.open(4)
+        };
+        let nodes: Vec<_> = (0..3).map(|_| scope.spawn(open)).collect();
+        nodes.into_iter().map(|node| node.join().expect("it opens")).collect()
+    });
+    assert!(nodes.iter().all(|node| node.epoch() == nodes[0].epoch()));
+    for n in 0..60 {
+        append_ok(&*nodes[n % 3], vec![numbered(&format!("k{}", n % 7), n)]);
+    }
+    let first = in_order(&*nodes[0], 60);
+    assert!(nodes.iter().all(|node| in_order(&**node, 60) == first));
+    assert_eq!(read_all(&*nodes[0]).len(), 60, "markers are no entries");
+}
+
+#[test]
+fn holes_left_by_another_programs_transactions_are_stepped_over() {
+    let place = Place::kafka();
+    let log = place.open(1);
+    let topic = place.topic();
+    let producer: BaseProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka::brokers())
+        .set("transactional.id", &topic)
+        .create()
+        .expect("a producer");
+    producer
+        .init_transactions(PATIENCE)
+        .expect("the broker has transactions");
+    let transaction = |commit: bool| {
+        producer.begin_transaction().expect("a transaction begins");
+        let foreign = BaseRecord::<(), str>::to(&topic).payload("x");
+        producer.send(foreign).map_err(|(e, _)| e).expect("it is taken");
+        producer.flush(PATIENCE).expect("it is written");
+        if commit {
+            producer.commit_transaction(PATIENCE)
+        } else {
+            producer.abort_transaction(PATIENCE)
+        }
+        .expect("it ends");
+    };
+    transaction(false);
+    transaction(true);
+    let at = append_ok(&*log, vec![numbered("k", 1)])[0].offset;
+    transaction(false);
+    // The aborted record and the mark of its end, which the broker writes after it answered.
+    let until = Instant::now() + PATIENCE;
+    while ends(&*log)[0] < at + 3 {
+        assert!(Instant::now() < until, "the transaction does not end");
+    }
+    let found = read_all(&*log);
+    assert_eq!(found.len(), 2, "the committed one, and ours");
+    assert!(found[0].record.is_err() && found[1].record.is_ok());
+}
+
+#[test]
+fn a_reader_whose_place_was_deleted_says_so_and_never_jumps() {
+    let place = Place::kafka();
+    let log = place.open(1);
+    // More than a reader fetches ahead, and nothing that could be compressed.
+    let mut noise = blake3::Hasher::new().finalize_xof();
+    let mut big = vec![0; 900_000];
+    let mut records = Vec::new();
+    for _ in 0..80 {
+        noise.fill(&mut big);
+        records.push(record("k", big.clone()));
+    }
+    append_ok(&*log, records);
+    let mut reader = log.reader(&[0]).expect("the start is there");
+    let first = read(&mut *reader, 1)[0].at.offset;
+    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
+        .set("bootstrap.servers", kafka::brokers())
+        .create()
+        .expect("an admin client");
+    let mut list = TopicPartitionList::new();
+    list.add_partition_offset(&place.topic(), 0, Offset::End)
+        .expect("an offset");
+    let deleted = admin.delete_records(&list, &AdminOptions::new());
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(deleted).expect("the broker deletes");
+
+    let until = Instant::now() + PATIENCE;
+    let mut next = first + 1;
+    let error = loop {
+        assert!(Instant::now() < until, "it neither reads on nor fails");
+        match reader.next(10, Duration::from_millis(200)) {
+            Ok(entries) => entries.iter().for_each(|entry| {
+                assert_eq!(entry.at.offset, next, "it jumped");
+                next += 1;
+            }),
+            Err(error) => break error,
+        }
+    };
+    let LogError::OutOfRange { at, bounds } = error else {
+        panic!("{error:?}")
+    };
+    assert_eq!((at.offset, bounds.start), (next, 81));
+    assert!(
+        matches!(reader.next(10, Duration::ZERO), Err(LogError::OutOfRange { .. })),
+        "and it stays so"
+    );
+    assert!(matches!(log.reader(&[next]), Err(LogError::OutOfRange { .. })));
+}
+
+#[test]
+fn partitions_added_behind_our_back_stop_appends_before_keys_move() {
+    let place = Place::kafka();
+    let log = place.open(2);
+    let topic = place.topic();
+    let options = [
+        "--bootstrap-server",
+        kafka::brokers(),
+        "--alter",
+        "--topic",
+        &topic,
+        "--partitions",
+        "5",
+    ];
+    kafka::tool("org.apache.kafka.tools.TopicCommand", &options, "");
+    wait_for_health(&*log, false);
+    let why = log.health().expect_err("it is not well");
+    assert!(why.contains('5') && why.contains('2'), "{why}");
+    assert!(matches!(
+        append(&*log, vec![numbered("k", 1)])[0],
+        Err(AppendError::Unavailable(_))
+    ));
+}
+
+#[test]
+fn a_compacted_topic_is_refused_since_it_forgets() {
+    let place = Place::kafka();
+    place.open(1).close();
+    let topic = place.topic();
+    let options = [
+        "--bootstrap-server",
+        kafka::brokers(),
+        "--alter",
+        "--entity-type",
+        "topics",
+        "--entity-name",
+        &topic,
+    ];
+    let options = [&options[..], &["--add-config", "cleanup.policy=compact"]].concat();
+    kafka::tool("kafka.admin.ConfigCommand", &options, "");
+    let error = place.try_open(1).err().expect("it forgets");
+    assert!(error.to_string().contains("cleanup.policy"), "{error}");
+}
+
+#[test]
+fn a_producer_that_failed_for_good_is_replaced_by_itself() {
+    let cluster = MockCluster::new(1).expect("a mock cluster");
+    for topic in ["events", "receipts", "dead-letters"] {
+        cluster.create_topic(&format!("mock.{topic}"), 1, 1).expect("a topic");
+    }
+    let log = open_kafka(&cluster.bootstrap_servers(), "mock.", 1).expect("the log opens");
+    append_ok(&*log, vec![numbered("k", 1)]);
+    // What the producer numbered and what the broker counted differ: with idempotence the end of the producer.
+    let error = rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER;
+    cluster.request_errors(rdkafka::types::RDKafkaApiKey::Produce, &[error]);
+    let answer = append(&*log, vec![numbered("k", 2)]).remove(0);
+    assert!(
+        matches!(answer, Err(AppendError::Unknown(_) | AppendError::Unavailable(_))),
+        "{answer:?}"
+    );
+    let until = Instant::now() + PATIENCE;
+    while append(&*log, vec![numbered("k", 3)])[0].is_err() {
+        assert!(Instant::now() < until, "there is no new producer");
+    }
+}

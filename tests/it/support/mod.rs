@@ -1,0 +1,433 @@
+//! What every test starts from: a real server process on a free port and a temporary folder, and a plain client that
+//! shows what is on the wire. Nothing waits by sleeping; every wait is for something, with a limit that only a hang meets.
+
+pub mod kafka;
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use futures_util::{SinkExt, StreamExt};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::http::HeaderValue;
+use tokio_tungstenite::tungstenite::{Error as WsError, Message};
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+use weft::identity::jwt::{Claims, mint};
+
+pub const SECRET: &str = "the tests' own secret, long enough for HS256";
+pub const TENANT: &str = "acme";
+/// What only a hang exceeds.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs a test body on both logs: `on_both_logs!(name, |log| async move { … })` makes `name::embedded` and `name::kafka`.
+#[macro_export]
+macro_rules! on_both_logs {
+    ($(#[$attribute:meta])* $name:ident, $body:expr) => {
+        mod $name {
+            use super::*;
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn embedded() {
+                let body: fn($crate::support::LogKind) -> _ = $body;
+                body($crate::support::LogKind::embedded()).await
+            }
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn kafka() {
+                let body: fn($crate::support::LogKind) -> _ = $body;
+                body($crate::support::LogKind::kafka()).await
+            }
+        }
+    };
+}
+
+/// Which log a server runs on.
+#[derive(Debug, Clone)]
+pub enum LogKind {
+    Embedded,
+    /// Brokers, and a prefix of topics that no other test uses.
+    Kafka {
+        brokers: String,
+        prefix: String,
+    },
+}
+
+impl LogKind {
+    pub fn embedded() -> LogKind {
+        LogKind::Embedded
+    }
+
+    pub fn kafka() -> LogKind {
+        LogKind::Kafka {
+            brokers: kafka::brokers().to_owned(),
+            prefix: kafka::fresh_prefix(),
+        }
+    }
+
+    pub fn arguments(&self) -> Vec<String> {
+        match self {
+            LogKind::Embedded => vec!["--log".into(), "embedded".into()],
+            LogKind::Kafka { brokers, prefix } => ["--log", "kafka", "--brokers", brokers, "--topic-prefix", prefix]
+                .map(String::from)
+                .to_vec(),
+        }
+    }
+}
+
+/// The binary under test.
+pub fn weft() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_weft"));
+    // Settings of the machine must not reach the tests.
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("WEFT_")) {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// A server process.
+pub struct Server {
+    child: Option<Child>,
+    /// `http://127.0.0.1:PORT`
+    pub url: String,
+    log: LogKind,
+    more: Vec<String>,
+    data: PathBuf,
+    _folder: TempDir,
+}
+
+impl Server {
+    pub fn start(log: LogKind) -> Server {
+        Server::start_with(log, &[])
+    }
+
+    /// Starts a server with further arguments.
+    pub fn start_with(log: LogKind, more: &[&str]) -> Server {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("data");
+        let more: Vec<String> = more.iter().map(|it| (*it).to_owned()).collect();
+        let mut server = Server {
+            child: None,
+            url: String::new(),
+            log,
+            more,
+            data,
+            _folder: folder,
+        };
+        server.up();
+        server
+    }
+
+    /// Starts the process, and returns once it listens.
+    pub fn up(&mut self) {
+        let mut command = weft();
+        command
+            .args(["serve", "--listen", "127.0.0.1:0", "--data"])
+            .arg(&self.data)
+            .args(self.log.arguments())
+            .args(&self.more);
+        if !self.more.iter().any(|it| it.starts_with("--jwt")) {
+            command.args(["--jwt-secret", SECRET]);
+        }
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // Read to the end, so that the server never waits for its own log.
+        let mut errors = BufReader::new(child.stderr.take().unwrap());
+        let said = std::thread::spawn(move || {
+            let mut text = String::new();
+            while errors.read_line(&mut text).is_ok_and(|n| n > 0) {}
+            text
+        });
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let Some(Ok(line)) = lines.next() else {
+            panic!("the server did not start: {}", said.join().unwrap());
+        };
+        self.url = line
+            .split_whitespace()
+            .nth(4)
+            .unwrap_or_else(|| panic!("no address in {line:?}"))
+            .to_owned();
+        self.child = Some(child);
+    }
+
+    pub fn data(&self) -> &Path {
+        &self.data
+    }
+
+    pub fn log(&self) -> &LogKind {
+        &self.log
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().unwrap().id()
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    pub fn signal(&self, name: &str) {
+        let sent = Command::new("kill")
+            .args([format!("-{name}"), self.pid().to_string()])
+            .status()
+            .unwrap();
+        assert!(sent.success());
+    }
+
+    /// Waits for the process to end by itself.
+    pub async fn ended(&mut self) -> ExitStatus {
+        let mut child = self.child.take().unwrap();
+        let waited = tokio::task::spawn_blocking(move || child.wait().unwrap());
+        tokio::time::timeout(PATIENCE, waited)
+            .await
+            .expect("the server ends")
+            .unwrap()
+    }
+
+    /// SIGTERM, and the orderly end.
+    pub async fn stop(&mut self) {
+        self.signal("TERM");
+        assert!(self.ended().await.success());
+    }
+
+    pub async fn connect(&self, user: &str) -> Socket {
+        Socket::open(&self.url, &token(user, "")).await
+    }
+
+    pub async fn connect_as(&self, user: &str, scope: &str) -> Socket {
+        Socket::open(&self.url, &token(user, scope)).await
+    }
+
+    /// A request with a user's token; gives the status and the body as JSON.
+    pub async fn http(&self, method: &str, path: &str, user: &str, body: Option<Value>) -> (u16, Value) {
+        self.http_with(method, path, &token(user, ""), body, &[]).await
+    }
+
+    pub async fn http_with(
+        &self,
+        method: &str,
+        path: &str,
+        token: &str,
+        body: Option<Value>,
+        headers: &[(&str, &str)],
+    ) -> (u16, Value) {
+        let client = reqwest::Client::new();
+        let mut request = client
+            .request(method.parse().unwrap(), format!("{}{path}", self.url))
+            .bearer_auth(token);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        if let Some(body) = body {
+            request = request.body(body.to_string());
+        }
+        let reply = request.send().await.unwrap();
+        let status = reply.status().as_u16();
+        (
+            status,
+            serde_json::from_str(&reply.text().await.unwrap()).unwrap_or(Value::Null),
+        )
+    }
+
+    /// The sum of a metric's series.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let text = reqwest::get(format!("{}/metrics", self.url))
+            .await
+            .unwrap()
+            .text()
+            .await
+            .unwrap();
+        let of = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
+        text.lines()
+            .filter(of)
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum()
+    }
+
+    /// Waits until `/readyz` says 200.
+    pub async fn ready(&self) {
+        eventually("the server is ready", async || {
+            self.http("GET", "/readyz", "x", None).await.0 == 200
+        })
+        .await;
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Asks again until something holds.
+pub async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let begin = Instant::now();
+    while !holds().await {
+        assert!(begin.elapsed() < PATIENCE, "in vain: {what}");
+        tokio::task::yield_now().await;
+    }
+}
+
+pub fn claims(user: &str, scope: &str) -> Claims {
+    Claims {
+        sub: user.into(),
+        tenant: TENANT.into(),
+        exp: weft::clock::now_s() + 3_600,
+        scope: Some(scope.to_owned()).filter(|scope| !scope.is_empty()),
+        ..Claims::default()
+    }
+}
+
+/// A token of the tests' tenant; with an empty scope the default ones.
+pub fn token(user: &str, scope: &str) -> String {
+    mint(SECRET, &claims(user, scope)).unwrap()
+}
+
+pub fn token_of(tenant: &str, user: &str) -> String {
+    mint(
+        SECRET,
+        &Claims {
+            tenant: tenant.into(),
+            ..claims(user, "")
+        },
+    )
+    .unwrap()
+}
+
+/// A WebSocket as it is on the wire: frames in, frames out, as JSON.
+pub struct Socket {
+    pub ws: WebSocketStream<MaybeTlsStream<TcpStream>>,
+    next_id: i64,
+}
+
+impl Socket {
+    /// Connects with a token and takes the `welcome`.
+    pub async fn open(url: &str, token: &str) -> Socket {
+        let mut socket = Socket::raw(url, &[("Authorization", &format!("Bearer {token}"))])
+            .await
+            .unwrap();
+        let welcome = socket.recv().await;
+        assert_eq!(welcome["type"], "welcome", "{welcome}");
+        socket
+    }
+
+    /// Connects with these headers and nothing else.
+    pub async fn raw(url: &str, headers: &[(&str, &str)]) -> Result<Socket, WsError> {
+        let mut request = format!("{}/v1/ws", url.replace("http://", "ws://"))
+            .into_client_request()
+            .unwrap();
+        for (name, value) in headers {
+            let name: tokio_tungstenite::tungstenite::http::HeaderName = name.parse().unwrap();
+            request
+                .headers_mut()
+                .insert(name, HeaderValue::from_str(value).unwrap());
+        }
+        let (ws, _) = tokio_tungstenite::connect_async(request).await?;
+        Ok(Socket { ws, next_id: 1 })
+    }
+
+    pub async fn send(&mut self, command: &Value) {
+        self.send_text(&command.to_string()).await;
+    }
+
+    pub async fn send_text(&mut self, text: &str) {
+        self.ws.send(Message::text(text)).await.unwrap();
+    }
+
+    /// The next text frame, or how the connection ended.
+    pub async fn next(&mut self) -> Result<Value, u16> {
+        loop {
+            let message = tokio::time::timeout(PATIENCE, self.ws.next())
+                .await
+                .expect("a frame, or the end");
+            match message {
+                Some(Ok(Message::Text(text))) => return Ok(serde_json::from_str(&text).unwrap()),
+                Some(Ok(Message::Close(close))) => return Err(close.map_or(1005, |close| close.code.into())),
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return Err(1006),
+            }
+        }
+    }
+
+    pub async fn recv(&mut self) -> Value {
+        self.next().await.unwrap_or_else(|code| panic!("closed with {code}"))
+    }
+
+    /// The next frame of a type; others before it are passed over.
+    pub async fn recv_type(&mut self, wanted: &str) -> Value {
+        loop {
+            let frame = self.recv().await;
+            assert!(frame["type"] != "error" || wanted == "error", "{frame}");
+            if frame["type"] == wanted {
+                return frame;
+            }
+        }
+    }
+
+    /// How the connection ends; frames before that are passed over.
+    pub async fn closed(&mut self) -> u16 {
+        loop {
+            if let Err(code) = self.next().await {
+                return code;
+            }
+        }
+    }
+
+    /// Sends a command with an id of its own and gives the answer with that id; events before it are passed over.
+    pub async fn ask(&mut self, mut command: Value) -> Value {
+        let id = self.next_id;
+        self.next_id += 1;
+        command["id"] = json!(id);
+        self.send(&command).await;
+        loop {
+            let frame = self.recv().await;
+            if frame["id"] == json!(id) {
+                return frame;
+            }
+        }
+    }
+
+    /// Publishes a `user_message` and gives its seq.
+    pub async fn say(&mut self, thread: &str, content: &str) -> u64 {
+        let answer = self
+            .ask(json!({"type": "publish", "thread": thread, "kind": "user_message", "data": {"content": content}}))
+            .await;
+        answer["seq"].as_u64().unwrap_or_else(|| panic!("{answer}"))
+    }
+
+    pub async fn subscribe(&mut self, thread: &str, after: Option<u64>) -> Value {
+        let mut command = json!({"type": "subscribe", "thread": thread});
+        if let Some(after) = after {
+            command["after"] = json!(after);
+        }
+        let answer = self.ask(command).await;
+        assert_eq!(answer["type"], "subscribed", "{answer}");
+        answer
+    }
+
+    /// The next `n` events.
+    pub async fn events(&mut self, n: usize) -> Vec<Value> {
+        let mut events = Vec::with_capacity(n);
+        while events.len() < n {
+            events.push(self.recv_type("event").await);
+        }
+        events
+    }
+}
+
+/// The seqs of events.
+pub fn seqs(events: &[Value]) -> Vec<u64> {
+    events.iter().map(|event| event["seq"].as_u64().unwrap()).collect()
+}
+
+/// A publish without its id.
+pub fn publish(thread: &str, kind: &str, data: Value) -> Value {
+    json!({"type": "publish", "thread": thread, "kind": kind, "data": data})
+}
