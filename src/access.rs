@@ -51,11 +51,7 @@ pub fn reads_by_scope(scopes: Scopes) -> bool {
 
 /// Whether the token allows reading.
 pub fn read(scopes: Scopes) -> Result<(), Error> {
-    if scopes.subscribe || reads_by_scope(scopes) {
-        Ok(())
-    } else {
-        Err(missing("subscribe"))
-    }
+    if scopes.subscribe || reads_by_scope(scopes) { Ok(()) } else { Err(missing("subscribe")) }
 }
 
 /// By which right a thread's members and title may be changed.
@@ -72,14 +68,8 @@ pub fn manage(scopes: Scopes, standing: Standing) -> Result<Grant, Error> {
 mod tests {
     use super::*;
 
-    const AGENT_EVENT: KindClass = KindClass::Agent {
-        member_may: false,
-        required: &[],
-    };
-    const RESUMED: KindClass = KindClass::Agent {
-        member_may: true,
-        required: &[],
-    };
+    const AGENT_EVENT: KindClass = KindClass::Agent { member_may: false, required: &[] };
+    const RESUMED: KindClass = KindClass::Agent { member_may: true, required: &[] };
 
     fn judged(scope: &str, class: KindClass, standing: Standing) -> Result<Grant, Code> {
         publish(Scopes::parse(Some(scope)), class, || Ok(standing)).map_err(|error| error.code)
@@ -87,18 +77,9 @@ mod tests {
 
     #[test]
     fn members_publish_and_strangers_find_nothing() {
-        assert_eq!(
-            judged("publish", KindClass::Message, Standing::Member),
-            Ok(Grant::Member)
-        );
-        assert_eq!(
-            judged("publish", KindClass::Message, Standing::NoThread),
-            Ok(Grant::Member)
-        );
-        assert_eq!(
-            judged("publish", KindClass::Message, Standing::Stranger),
-            Err(Code::NotFound)
-        );
+        assert_eq!(judged("publish", KindClass::Message, Standing::Member), Ok(Grant::Member));
+        assert_eq!(judged("publish", KindClass::Message, Standing::NoThread), Ok(Grant::Member));
+        assert_eq!(judged("publish", KindClass::Message, Standing::Stranger), Err(Code::NotFound));
         assert_eq!(judged("publish", AGENT_EVENT, Standing::Stranger), Err(Code::NotFound));
         assert_eq!(judged("publish", RESUMED, Standing::Member), Ok(Grant::Member));
         assert_eq!(judged("publish", RESUMED, Standing::Stranger), Err(Code::NotFound));
@@ -108,17 +89,12 @@ mod tests {
     fn agent_events_need_the_scope_and_then_no_membership() {
         assert_eq!(judged("publish", AGENT_EVENT, Standing::Member), Err(Code::Forbidden));
         assert_eq!(judged("agent", AGENT_EVENT, Standing::Stranger), Ok(Grant::Scope));
-        assert_eq!(
-            judged("agent publish", KindClass::Custom, Standing::Stranger),
-            Err(Code::NotFound)
-        );
+        assert_eq!(judged("agent publish", KindClass::Custom, Standing::Stranger), Err(Code::NotFound));
     }
 
     #[test]
     fn a_token_without_the_scope_is_refused_before_anything_is_looked_up() {
-        let refused = publish(Scopes::parse(Some("subscribe")), KindClass::Message, || {
-            panic!("not looked up")
-        });
+        let refused = publish(Scopes::parse(Some("subscribe")), KindClass::Message, || panic!("not looked up"));
         assert_eq!(refused.map_err(|error| error.code), Err(Code::Forbidden));
         assert!(read(Scopes::parse(Some("publish"))).is_err());
         assert!(read(Scopes::parse(None)).is_ok());

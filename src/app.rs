@@ -34,10 +34,7 @@ pub enum StartError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("cannot listen on {address}: {source}")]
-    Listen {
-        address: SocketAddr,
-        source: std::io::Error,
-    },
+    Listen { address: SocketAddr, source: std::io::Error },
     #[error("cannot start a thread: {0}")]
     Thread(#[from] std::io::Error),
     #[error("the start was interrupted")]
@@ -133,9 +130,7 @@ impl App {
             stop: stop_projecting.clone(),
             publish: publish(committer),
         };
-        let projecting = std::thread::Builder::new()
-            .name("projector".into())
-            .spawn(move || projector.run())?;
+        let projecting = std::thread::Builder::new().name("projector".into()).spawn(move || projector.run())?;
 
         let ctx = Arc::new(Context {
             store,
@@ -154,17 +149,12 @@ impl App {
             tokio::spawn(Health::watch(ctx.clone())),
             tokio::spawn(telemetry::upkeep(metrics)),
         ];
-        Ok(App {
-            address,
-            ctx,
-            log,
-            stop_accepting,
-            accepting,
-            delivering,
-            chores,
-            projecting,
-            stop_projecting,
-        })
+        Ok(App { address, ctx, log, stop_accepting, accepting, delivering, chores, projecting, stop_projecting })
+    }
+
+    /// Waits until the server answers: the projections have what the log had at the start.
+    pub async fn ready(&self) {
+        self.ctx.health.caught_up().await;
     }
 
     /// Stops everything, from the outside in: no new connections, sessions finish what was accepted, then the projector,
@@ -173,10 +163,7 @@ impl App {
         self.ctx.health.set_draining();
         self.stop_accepting.send_replace(true);
         self.ctx.sessions.drain();
-        if tokio::time::timeout(DRAIN_WITHIN, self.ctx.sessions.emptied())
-            .await
-            .is_err()
-        {
+        if tokio::time::timeout(DRAIN_WITHIN, self.ctx.sessions.emptied()).await.is_err() {
             tracing::warn!("some sessions did not end in time; their clients will resume");
         }
         // Requests under way have the same verdicts to wait for as sessions had, and nothing longer.
@@ -213,11 +200,6 @@ fn accept(
 ) -> Result<(SocketAddr, watch::Sender<bool>, JoinHandle<()>), StartError> {
     let address = listening.local_addr()?;
     let (stop, stopped) = watch::channel(false);
-    let accepting = tokio::spawn(listener::serve(
-        listening,
-        http::routes(ctx),
-        config.max_connections,
-        stopped,
-    ));
+    let accepting = tokio::spawn(listener::serve(listening, http::routes(ctx), config.max_connections, stopped));
     Ok((address, stop, accepting))
 }

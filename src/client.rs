@@ -50,22 +50,13 @@ impl FromStr for Address {
 
     fn from_str(url: &str) -> Result<Address, ClientError> {
         let refuse = || ClientError::Address(url.to_owned());
-        let rest = url
-            .strip_prefix("http://")
-            .or_else(|| url.strip_prefix("ws://"))
-            .ok_or_else(refuse)?;
+        let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("ws://")).ok_or_else(refuse)?;
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
         if authority.is_empty() || authority.contains('@') || !matches!(path, "" | "v1/ws") {
             return Err(refuse());
         }
-        let has_port = authority
-            .rsplit_once(':')
-            .is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-        let authority = if has_port {
-            authority.to_owned()
-        } else {
-            format!("{authority}:80")
-        };
+        let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+        let authority = if has_port { authority.to_owned() } else { format!("{authority}:80") };
         Ok(Address { authority })
     }
 }
@@ -111,11 +102,7 @@ impl ClientError {
 }
 
 fn detail(text: &str) -> String {
-    if text.is_empty() {
-        String::new()
-    } else {
-        format!(" ({text})")
-    }
+    if text.is_empty() { String::new() } else { format!(" ({text})") }
 }
 
 impl From<tungstenite::Error> for ClientError {
@@ -344,9 +331,7 @@ impl Client {
     pub async fn connect(url: &str, token: &str) -> Result<Client, ClientError> {
         let address: Address = url.parse()?;
         let silent = |_| ClientError::Silent(CONNECT_TIMEOUT);
-        tokio::time::timeout(CONNECT_TIMEOUT, Client::open(&address, token))
-            .await
-            .map_err(silent)?
+        tokio::time::timeout(CONNECT_TIMEOUT, Client::open(&address, token)).await.map_err(silent)?
     }
 
     async fn open(address: &Address, token: &str) -> Result<Client, ClientError> {
@@ -354,20 +339,12 @@ impl Client {
         let bearer = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| ClientError::Token)?;
         request.headers_mut().insert(AUTHORIZATION, bearer);
 
-        let refused = |source| ClientError::Connect {
-            to: address.authority().to_owned(),
-            source,
-        };
+        let refused = |source| ClientError::Connect { to: address.authority().to_owned(), source };
         let stream = TcpStream::connect(address.authority()).await.map_err(refused)?;
         stream.set_nodelay(true).map_err(refused)?;
         let (mut socket, _) = tokio_tungstenite::client_async(request, stream).await?;
         match next_frame(&mut socket, CONNECT_TIMEOUT).await? {
-            Frame::Welcome(welcome) => Ok(Client {
-                socket,
-                welcome,
-                waiting: VecDeque::new(),
-                next_id: 1,
-            }),
+            Frame::Welcome(welcome) => Ok(Client { socket, welcome, waiting: VecDeque::new(), next_id: 1 }),
             Frame::Error(error) => Err(ClientError::Command(Box::new(error))),
             other => Err(ClientError::Malformed(format!("{other:?} instead of a welcome"))),
         }
@@ -426,10 +403,7 @@ impl Client {
     }
 
     pub async fn close(mut self) -> Result<(), ClientError> {
-        let farewell = CloseFrame {
-            code: CloseCode::Normal,
-            reason: "".into(),
-        };
+        let farewell = CloseFrame { code: CloseCode::Normal, reason: "".into() };
         Ok(self.socket.close(Some(farewell)).await?)
     }
 }
@@ -449,10 +423,7 @@ async fn next_frame(socket: &mut WebSocketStream<TcpStream>, patience: Duration)
             Some(Ok(_)) => {}
             Some(Err(error)) => return Err(error.into()),
             None => {
-                return Err(ClientError::Closed {
-                    code: 1006,
-                    reason: String::new(),
-                });
+                return Err(ClientError::Closed { code: 1006, reason: String::new() });
             }
         }
     }

@@ -7,9 +7,7 @@ use uuid::Uuid;
 /// Wall time in milliseconds since the Unix epoch.
 pub fn now_ms() -> u64 {
     // A clock before 1970 is taken as 1970: nothing here depends on it being right, only on it being a number.
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_millis() as u64)
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }
 
 /// Wall time in seconds since the Unix epoch, as JWT has it.

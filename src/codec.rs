@@ -40,10 +40,7 @@ pub fn decode<'a, T: BorrowDecode<'a, ()>>(schema: u8, bytes: &'a [u8]) -> Resul
         return Err(CodecError::NoFrame);
     };
     if *codec != BINCODE_2 || *found != schema {
-        return Err(CodecError::UnknownVersion {
-            codec: *codec,
-            schema: *found,
-        });
+        return Err(CodecError::UnknownVersion { codec: *codec, schema: *found });
     }
     if crc32fast::hash(payload) != u32::from_be_bytes([*c0, *c1, *c2, *c3]) {
         return Err(CodecError::Checksum);
@@ -73,10 +70,7 @@ mod tests {
         let mut flipped = good.clone();
         *flipped.last_mut().expect("a frame is never empty") ^= 1;
         assert_eq!(decode::<String>(1, &flipped), Err(CodecError::Checksum));
-        assert_eq!(
-            decode::<String>(2, &good),
-            Err(CodecError::UnknownVersion { codec: 1, schema: 1 })
-        );
+        assert_eq!(decode::<String>(2, &good), Err(CodecError::UnknownVersion { codec: 1, schema: 1 }));
         assert_eq!(decode::<String>(1, b"{}"), Err(CodecError::NoFrame));
         assert!(matches!(decode::<u8>(1, &good), Err(CodecError::Payload(_))));
     }

@@ -187,23 +187,17 @@ pub struct BadCommand {
 pub fn split(frame: &str) -> Option<Result<Commands<'_>, Error>> {
     let text = frame.trim_ascii_start();
     if text.starts_with('{') {
-        return serde_json::from_str::<&RawValue>(text)
-            .ok()
-            .map(|one| Ok(Commands::One(one)));
+        return serde_json::from_str::<&RawValue>(text).ok().map(|one| Ok(Commands::One(one)));
     }
     if !text.starts_with('[') {
         return None;
     }
     let all: Vec<&RawValue> = serde_json::from_str(text).ok()?;
     Some(match all.len() {
-        0 => Err(Error::new(
-            Code::BadRequest,
-            "an array frame holds at least one command",
-        )),
-        n if n > MAX_COMMANDS => Err(Error::new(
-            Code::TooLarge,
-            format!("an array frame holds at most {MAX_COMMANDS} commands, not {n}"),
-        )),
+        0 => Err(Error::new(Code::BadRequest, "an array frame holds at least one command")),
+        n if n > MAX_COMMANDS => {
+            Err(Error::new(Code::TooLarge, format!("an array frame holds at most {MAX_COMMANDS} commands, not {n}")))
+        }
         _ => Ok(Commands::Many(all)),
     })
 }
@@ -248,23 +242,16 @@ pub fn parse(text: &str) -> Result<Command<'_>, BadCommand> {
 
 fn check_publish(publish: Publish<'_>) -> Result<Publish<'_>, Error> {
     ids::check_thread(&publish.thread)?;
-    check_content(
-        publish.data,
-        publish.key.as_deref(),
-        publish.run.as_deref(),
-        publish.parent,
-    )?;
+    check_content(publish.data, publish.key.as_deref(), publish.run.as_deref(), publish.parent)?;
     Ok(publish)
 }
 
 /// What holds for a publish over either interface.
 pub fn check_content(data: &RawValue, key: Option<&str>, run: Option<&str>, parent: Option<u64>) -> Result<(), Error> {
     if data.get().len() > MAX_DATA {
-        return Err(Error::new(
-            Code::TooLarge,
-            format!("data is {} bytes, more than {MAX_DATA}", data.get().len()),
-        )
-        .at("data"));
+        return Err(
+            Error::new(Code::TooLarge, format!("data is {} bytes, more than {MAX_DATA}", data.get().len())).at("data")
+        );
     }
     key.map_or(Ok(()), |key| ids::check_text("key", key))?;
     run.map_or(Ok(()), |run| ids::check_text("run", run))?;
@@ -281,10 +268,9 @@ fn check_subscribe(subscribe: Subscribe<'_>) -> Result<Subscribe<'_>, Error> {
     }
     match (&subscribe.after, subscribe.last) {
         (Some(_), Some(_)) => Err(Error::field("last", "give after or last, not both")),
-        (Some(After::Each(_)), _) if !all => Err(Error::field(
-            "after",
-            "after is a seq; only with \"*\" is it an object of thread → seq",
-        )),
+        (Some(After::Each(_)), _) if !all => {
+            Err(Error::field("after", "after is a seq; only with \"*\" is it an object of thread → seq"))
+        }
         (Some(After::Seq(_)), _) if all => Err(Error::field("after", "with \"*\" after is an object of thread → seq")),
         _ => Ok(subscribe),
     }
@@ -327,11 +313,7 @@ mod tests {
 
     fn bad(text: &str) -> (Option<i64>, Code, String) {
         let refused = parse(text).expect_err(text);
-        (
-            refused.id,
-            refused.error.code,
-            refused.error.field.map(|f| f.to_string()).unwrap_or_default(),
-        )
+        (refused.id, refused.error.code, refused.error.field.map(|f| f.to_string()).unwrap_or_default())
     }
 
     #[test]
@@ -349,32 +331,17 @@ mod tests {
             (r#"{"type":"subscribe","id":1,"thread":"@me"}"#, "thread"),
             (r#"{"type":"nonsense","id":1}"#, "type"),
             (r#"{"type":"publish","id":1,"thread":"t","kind":5,"data":{}}"#, "kind"),
-            (
-                r#"{"type":"publish","id":1,"thread":"t","data":{"content":"x"},"kind":5}"#,
-                "kind",
-            ),
+            (r#"{"type":"publish","id":1,"thread":"t","data":{"content":"x"},"kind":5}"#, "kind"),
             (r#"{"type":"publish","id":1,"thread":"t","kind":"x.y"}"#, "data"),
-            (
-                r#"{"type":"publish","id":1,"thread":"t","kind":"x.y","data":{},"parent":0}"#,
-                "parent",
-            ),
-            (
-                r#"{"type":"publish","id":1,"thread":"t","kind":"x.y","data":{},"priority":"urgent"}"#,
-                "priority",
-            ),
-            (
-                r#"{"type":"publish","id":1,"thread":"t","kind":"x.y","data":{},"key":""}"#,
-                "key",
-            ),
+            (r#"{"type":"publish","id":1,"thread":"t","kind":"x.y","data":{},"parent":0}"#, "parent"),
+            (r#"{"type":"publish","id":1,"thread":"t","kind":"x.y","data":{},"priority":"urgent"}"#, "priority"),
+            (r#"{"type":"publish","id":1,"thread":"t","kind":"x.y","data":{},"key":""}"#, "key"),
         ];
         for (text, field) in cases {
             assert_eq!(bad(text), (Some(1), Code::BadRequest, field.to_owned()), "{text}");
         }
         assert_eq!(bad(r#"{"id":1}"#).2, "type");
-        assert_eq!(
-            bad(r#"{"type":"ping","id":"one"}"#),
-            (None, Code::BadRequest, "id".to_owned())
-        );
+        assert_eq!(bad(r#"{"type":"ping","id":"one"}"#), (None, Code::BadRequest, "id".to_owned()));
         assert_eq!(bad(r#"{"type":"ping"}"#).2, "id");
     }
 
@@ -391,12 +358,6 @@ mod tests {
         assert!(matches!(split("[]"), Some(Err(_))));
         assert!(split("{").is_none() && split("5").is_none() && split("{} {}").is_none() && split("").is_none());
         let many = format!("[{}]", vec!["{}"; MAX_COMMANDS + 1].join(","));
-        assert!(matches!(
-            split(&many),
-            Some(Err(Error {
-                code: Code::TooLarge,
-                ..
-            }))
-        ));
+        assert!(matches!(split(&many), Some(Err(Error { code: Code::TooLarge, .. }))));
     }
 }

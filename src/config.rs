@@ -147,10 +147,8 @@ impl Config {
         if file.is_file() {
             figment = figment.merge(Toml::file_exact(file));
         }
-        let config: Config = figment
-            .merge(Serialized::defaults(said))
-            .extract()
-            .map_err(|error| ConfigError(error.to_string()))?;
+        let config: Config =
+            figment.merge(Serialized::defaults(said)).extract().map_err(|error| ConfigError(error.to_string()))?;
         config.check()?;
         Ok(config)
     }
@@ -188,9 +186,7 @@ impl Config {
                 std::fs::read(file).map_err(|error| ConfigError(format!("--jwt-key {}: {error}", file.display())))?,
             ),
             (None, None) => {
-                return Err(ConfigError(
-                    "nobody could log in: give --jwt-secret, --jwt-key or --dev".into(),
-                ));
+                return Err(ConfigError("nobody could log in: give --jwt-secret, --jwt-key or --dev".into()));
             }
         };
         Verifier::new(&key, self.jwt_issuer.as_deref(), self.jwt_audience.as_deref()).map_err(ConfigError)
@@ -206,15 +202,9 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let file = dir.path().join("weft.toml");
         std::fs::write(&file, "partitions = 4\nbrokers = \"file:1\"").expect("the file is written");
-        let said = StorageArgs {
-            brokers: Some("said:2".into()),
-            ..StorageArgs::default()
-        };
+        let said = StorageArgs { brokers: Some("said:2".into()), ..StorageArgs::default() };
         let config = Config::load(Some(&file), &said).expect("good settings");
-        assert_eq!(
-            (config.partitions, &*config.brokers, config.max_connections),
-            (4, "said:2", 100_000)
-        );
+        assert_eq!((config.partitions, &*config.brokers, config.max_connections), (4, "said:2", 100_000));
     }
 
     #[test]
@@ -228,16 +218,8 @@ mod tests {
 
     #[test]
     fn development_mode_stays_on_loopback() {
-        let said = ServeArgs {
-            dev: Some(true),
-            listen: Some(SocketAddr::from(([0, 0, 0, 0], 1))),
-            ..ServeArgs::default()
-        };
-        assert!(
-            Config::load(None, &said)
-                .expect_err("an open address")
-                .to_string()
-                .contains("--listen")
-        );
+        let said =
+            ServeArgs { dev: Some(true), listen: Some(SocketAddr::from(([0, 0, 0, 0], 1))), ..ServeArgs::default() };
+        assert!(Config::load(None, &said).expect_err("an open address").to_string().contains("--listen"));
     }
 }

@@ -48,10 +48,7 @@ impl Code {
 
     /// Whether the same request may work later, unchanged.
     pub fn temporary(self) -> bool {
-        matches!(
-            self,
-            Code::RateLimited | Code::QueueFull | Code::Unavailable | Code::Timeout | Code::Internal
-        )
+        matches!(self, Code::RateLimited | Code::QueueFull | Code::Unavailable | Code::Timeout | Code::Internal)
     }
 
     /// The HTTP status that goes with the code.
@@ -86,13 +83,7 @@ pub struct Error {
 
 impl Error {
     pub fn new(code: Code, message: impl Into<Cow<'static, str>>) -> Error {
-        Error {
-            code,
-            message: message.into(),
-            field: None,
-            retry_after_ms: None,
-            outcome_unknown: false,
-        }
+        Error { code, message: message.into(), field: None, retry_after_ms: None, outcome_unknown: false }
     }
 
     /// A `bad_request` that names the field at fault.

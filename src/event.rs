@@ -160,28 +160,15 @@ pub enum KindClass {
     /// `user_message`, `agent_message`, `system_message`: `data.content` is checked.
     Message,
     /// An agent event: needs `run` and scope `agent`, except the two that any member may write.
-    Agent {
-        member_may: bool,
-        required: &'static [&'static str],
-    },
+    Agent { member_may: bool, required: &'static [&'static str] },
     /// `x.<name>`: kept as it is.
     Custom,
 }
 
 /// The class of a kind that a client wants to publish.
 pub fn classify(kind: &str) -> Result<KindClass, Error> {
-    let agent = |required| {
-        Ok(KindClass::Agent {
-            member_may: false,
-            required,
-        })
-    };
-    let member = |required| {
-        Ok(KindClass::Agent {
-            member_may: true,
-            required,
-        })
-    };
+    let agent = |required| Ok(KindClass::Agent { member_may: false, required });
+    let member = |required| Ok(KindClass::Agent { member_may: true, required });
     match kind {
         "user_message" | "agent_message" | "system_message" => Ok(KindClass::Message),
         "agent_started" => agent(&["agent"]),
@@ -194,23 +181,12 @@ pub fn classify(kind: &str) -> Result<KindClass, Error> {
         "agent_cancelled" => agent(&[]),
         "agent_resumed" => member(&[]),
         "agent_cancel_requested" => member(&[]),
-        "agent_token" => Err(Error::field(
-            "kind",
-            "agent_token is not served yet: publish the whole agent_message",
-        )),
+        "agent_token" => Err(Error::field("kind", "agent_token is not served yet: publish the whole agent_message")),
         THREAD_CREATED | THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED => {
             Err(Error::field("kind", format!("{kind} is written by the server alone")))
         }
-        _ if kind
-            .strip_prefix("x.")
-            .is_some_and(|name| !name.is_empty() && kind.len() <= 128) =>
-        {
-            Ok(KindClass::Custom)
-        }
-        _ => Err(Error::field(
-            "kind",
-            "kind is none of the contract's kinds and not x.<name> of at most 128 bytes",
-        )),
+        _ if kind.strip_prefix("x.").is_some_and(|name| !name.is_empty() && kind.len() <= 128) => Ok(KindClass::Custom),
+        _ => Err(Error::field("kind", "kind is none of the contract's kinds and not x.<name> of at most 128 bytes")),
     }
 }
 
@@ -262,10 +238,7 @@ fn check_agent(required: &[&'static str], data: &RawValue) -> Result<(), Error> 
         serde_json::from_str(data.get()).map_err(|_| Error::field("data", "data must be an object"))?;
     for name in required {
         if !fields.get(*name).is_some_and(|value| value.get().starts_with('"')) {
-            return Err(Error::field(
-                format!("data.{name}"),
-                format!("data.{name} must be a string"),
-            ));
+            return Err(Error::field(format!("data.{name}"), format!("data.{name} must be a string")));
         }
     }
     Ok(())
@@ -313,17 +286,11 @@ mod tests {
         assert!(check("user_message", r#"{"content":"hi","more":1}"#).is_ok());
         assert!(check("user_message", r#"{"content":[{"type":"text","text":"hi"}]}"#).is_ok());
         for bad in ["{}", r#"{"content":1}"#, r#"{"content":[{}]}"#, "[]", "\"hi\"", "null"] {
-            assert_eq!(
-                check("user_message", bad).expect_err(bad).field.as_deref(),
-                Some("data.content")
-            );
+            assert_eq!(check("user_message", bad).expect_err(bad).field.as_deref(), Some("data.content"));
         }
         assert!(check("tool_executing", r#"{"tool":"t","call":"c"}"#).is_ok());
         assert_eq!(
-            check("tool_executing", r#"{"tool":"t"}"#)
-                .expect_err("call is missing")
-                .field
-                .as_deref(),
+            check("tool_executing", r#"{"tool":"t"}"#).expect_err("call is missing").field.as_deref(),
             Some("data.call")
         );
     }

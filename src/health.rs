@@ -8,6 +8,7 @@ use metrics::Gauge;
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use crate::error::{Code, Error};
 use crate::log::Log;
 use crate::projector::Status;
 use crate::{clock, telemetry};
@@ -52,25 +53,33 @@ pub struct Projector {
 
 impl Part {
     fn of(result: Result<(), String>) -> Part {
-        Part {
-            ok: result.is_ok(),
-            error: result.err(),
-        }
+        Part { ok: result.is_ok(), error: result.err() }
     }
 }
 
 impl Health {
     pub fn new(log: Arc<dyn Log>, projector: Arc<Status>) -> Health {
-        Health {
-            log,
-            projector,
-            draining: AtomicBool::new(false),
-            lag_records: AtomicU64::new(0),
-        }
+        Health { log, projector, draining: AtomicBool::new(false), lag_records: AtomicU64::new(0) }
     }
 
     pub fn set_draining(&self) {
         self.draining.store(true, Ordering::Release);
+    }
+
+    /// Refuses while the projections lack what the log had at the start: their answers would be wrong, not merely old.
+    pub fn check_caught_up(&self) -> Result<(), Error> {
+        if self.projector.caught_up() {
+            return Ok(());
+        }
+        Err(Error::new(Code::Unavailable, "the server is starting: it still reads its log").retry_after(1_000))
+    }
+
+    /// Waits until the projections have what the log had at the start.
+    pub async fn caught_up(&self) {
+        let mut every = tokio::time::interval(Duration::from_millis(5));
+        while !self.projector.caught_up() {
+            every.tick().await;
+        }
     }
 
     /// Each part's state; `store` is the outcome of a lookup in it.
@@ -87,13 +96,7 @@ impl Health {
             lag_seconds: self.lag_seconds(),
         };
         let store = Part::of(store);
-        Ready {
-            ready: !draining && log.ok && projector.ok && caught_up && store.ok,
-            draining,
-            log,
-            projector,
-            store,
-        }
+        Ready { ready: !draining && log.ok && projector.ok && caught_up && store.ok, draining, log, projector, store }
     }
 
     fn lag_seconds(&self) -> f64 {

@@ -48,10 +48,7 @@ pub type Committer = mpsc::Sender<Committed>;
 impl Hub {
     /// The hub, and the task that delivers what comes in through the returned sender until that is dropped.
     pub fn start(pending: Arc<Pending>) -> (Arc<Hub>, Committer, tokio::task::JoinHandle<()>) {
-        let hub = Arc::new(Hub {
-            table: Mutex::default(),
-            lagged: telemetry::lagged(),
-        });
+        let hub = Arc::new(Hub { table: Mutex::default(), lagged: telemetry::lagged() });
         let (sender, mut commits) = mpsc::channel(QUEUE);
         let deliverer = hub.clone();
         let task = tokio::spawn(async move {
@@ -68,12 +65,7 @@ impl Hub {
 
     /// From now on the thread's events go to the outbox.
     pub fn attach(&self, key: &Arc<str>, outbox: &Arc<Outbox>, sub: SubId, user: &Arc<str>, by_scope: bool) {
-        let subscriber = Subscriber {
-            outbox: outbox.clone(),
-            sub,
-            user: user.clone(),
-            by_scope,
-        };
+        let subscriber = Subscriber { outbox: outbox.clone(), sub, user: user.clone(), by_scope };
         self.lock().threads.entry(key.clone()).or_default().push(subscriber);
     }
 
@@ -89,11 +81,7 @@ impl Hub {
 
     /// From now on the session hears of threads that its user joins. `user` is `tenant/user`.
     pub fn follow(&self, user: &Arc<str>, outbox: &Arc<Outbox>) {
-        self.lock()
-            .followers
-            .entry(user.clone())
-            .or_default()
-            .push(outbox.clone());
+        self.lock().followers.entry(user.clone()).or_default().push(outbox.clone());
     }
 
     pub fn unfollow(&self, user: &str, outbox: &Arc<Outbox>) {
@@ -146,10 +134,7 @@ impl Table {
                 for user in users {
                     if let Some(sessions) = self.followers.get_mut(&*log_key(tenant, user)) {
                         sessions.retain(|outbox| {
-                            outbox.push_notice(Item::Joined {
-                                thread: thread.to_owned(),
-                                before: event.seq - 1,
-                            })
+                            outbox.push_notice(Item::Joined { thread: thread.to_owned(), before: event.seq - 1 })
                         });
                     }
                 }

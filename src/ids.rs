@@ -13,10 +13,7 @@ pub fn check_name(field: &'static str, name: &str) -> Result<(), Error> {
     if fits {
         Ok(())
     } else {
-        Err(Error::field(
-            field,
-            format!("{field} must be 1–128 printable ASCII characters without space or /"),
-        ))
+        Err(Error::field(field, format!("{field} must be 1–128 printable ASCII characters without space or /")))
     }
 }
 
@@ -26,25 +23,14 @@ pub fn check_thread(thread: &str) -> Result<(), Error> {
     let fits = thread.len() <= MAX
         && bytes.next().is_some_and(|b| b.is_ascii_alphanumeric())
         && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b':' | b'-'));
-    if fits {
-        Ok(())
-    } else {
-        Err(Error::field(
-            "thread",
-            "thread must match [A-Za-z0-9][A-Za-z0-9._:-]{0,127}",
-        ))
-    }
+    if fits { Ok(()) } else { Err(Error::field("thread", "thread must match [A-Za-z0-9][A-Za-z0-9._:-]{0,127}")) }
 }
 
 /// A free text with a bound in characters: idempotency keys and runs.
 pub fn check_text(field: &'static str, text: &str) -> Result<(), Error> {
     // Bytes bound characters from above, so most texts are never counted.
     let fits = !text.is_empty() && (text.len() <= MAX || text.chars().count() <= MAX);
-    if fits {
-        Ok(())
-    } else {
-        Err(Error::field(field, format!("{field} must be 1–128 characters")))
-    }
+    if fits { Ok(()) } else { Err(Error::field(field, format!("{field} must be 1–128 characters"))) }
 }
 
 /// The log's key for a thread.

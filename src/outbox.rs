@@ -94,11 +94,7 @@ impl Outbox {
         let fits = inner.event_bytes + size <= EVENT_BYTES || inner.event_bytes == 0;
         if fits {
             inner.event_bytes += size;
-            inner.items.push_back(Item::Event {
-                sub,
-                seq,
-                frame: frame.clone(),
-            });
+            inner.items.push_back(Item::Event { sub, seq, frame: frame.clone() });
         } else {
             inner.items.push_back(Item::Lagged { sub });
         }
@@ -164,10 +160,7 @@ impl Outbox {
     /// Nothing is taken any more, and what waits is dropped.
     pub fn close(&self) {
         let mut inner = self.lock();
-        *inner = Inner {
-            closed: true,
-            ..Inner::default()
-        };
+        *inner = Inner { closed: true, ..Inner::default() };
     }
 }
 

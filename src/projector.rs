@@ -78,13 +78,7 @@ pub struct Projector {
 
 impl Projector {
     pub fn new(store: Arc<Store>, epoch: &str, progress: Vec<Progress>) -> Projector {
-        Projector {
-            store,
-            epoch: epoch.to_owned(),
-            progress,
-            threads: HashMap::new(),
-            keys: HashMap::new(),
-        }
+        Projector { store, epoch: epoch.to_owned(), progress, threads: HashMap::new(), keys: HashMap::new() }
     }
 
     /// For each partition the offset to read next.
@@ -94,11 +88,7 @@ impl Projector {
 
     /// The newest time in the log so far, in milliseconds.
     pub fn log_time(&self) -> u64 {
-        self.progress
-            .iter()
-            .map(|progress| progress.log_time)
-            .max()
-            .unwrap_or(0)
+        self.progress.iter().map(|progress| progress.log_time).max().unwrap_or(0)
     }
 
     /// Judges and commits the first entries, as many as go together, and returns how many that were; `positions` is where
@@ -156,11 +146,7 @@ impl Projector {
         first: bool,
     ) -> Result<bool, StoreError> {
         let partition = entry.at.partition;
-        let read = entry
-            .record
-            .as_ref()
-            .map_err(Foreign::clone)
-            .and_then(|record| Ok((record, read_event(record)?)));
+        let read = entry.record.as_ref().map_err(Foreign::clone).and_then(|record| Ok((record, read_event(record)?)));
         if let Ok((_, (_, at))) = &read {
             let progress = &mut self.progress[partition as usize];
             let log_time = progress.log_time.max(*at);
@@ -207,18 +193,13 @@ impl Projector {
             Some(thread) => thread,
             None => {
                 let row = store.thread(&event.tenant, &event.thread)?;
-                self.threads
-                    .entry(record.key.clone())
-                    .or_insert_with(|| Thread::new(&record.key, row, at))
+                self.threads.entry(record.key.clone()).or_insert_with(|| Thread::new(&record.key, row, at))
             }
         };
         if thread.row.head > 0 && record.grant == Grant::Member && !thread.is_member(&store, event, &event.from)? {
             return Ok(Err(Error::no_thread()));
         }
-        let key = event
-            .key
-            .as_deref()
-            .map(|key| keys::joined(&[&event.tenant, &event.thread, &event.from, key]));
+        let key = event.key.as_deref().map(|key| keys::joined(&[&event.tenant, &event.thread, &event.from, key]));
         if let Some(key) = &key {
             let taken = match self.keys.get(key) {
                 Some(row) => Some(row.clone()),
@@ -238,44 +219,23 @@ impl Projector {
             &event.tenant,
             &event.thread,
             seq,
-            &EventRow {
-                kind: &event.kind,
-                hash: thread.row.hash,
-                frame: &frame,
-            },
+            &EventRow { kind: &event.kind, hash: thread.row.hash, frame: &frame },
         );
         thread.apply(&change, event, seq, batch);
         if let Some(key) = key {
-            let row = KeyRow {
-                seq,
-                event: *event.event.as_bytes(),
-                at: log_time,
-                content: event.content_digest(),
-            };
+            let row = KeyRow { seq, event: *event.event.as_bytes(), at: log_time, content: event.content_digest() };
             batch.put_key(partition, &key, &row);
             self.keys.insert(key, row);
         }
-        out.events.push(CommittedEvent {
-            key: thread.key.clone(),
-            seq,
-            frame: frame.into(),
-            change,
-        });
-        Ok(Ok(Published {
-            seq,
-            event: event.event,
-            duplicate: false,
-        }))
+        out.events.push(CommittedEvent { key: thread.key.clone(), seq, frame: frame.into(), change });
+        Ok(Ok(Published { seq, event: event.event, duplicate: false }))
     }
 }
 
 /// The event in a record, and its time in milliseconds; or why it is not ours.
 fn read_event(record: &Record) -> Result<(LogEvent<'_>, u64), Foreign> {
-    let foreign = |why: String| Foreign {
-        why,
-        key: Some(record.key.clone().into()),
-        value: Some(record.value.clone()),
-    };
+    let foreign =
+        |why: String| Foreign { why, key: Some(record.key.clone().into()), value: Some(record.value.clone()) };
     let event: LogEvent = serde_json::from_slice(&record.value)
         .map_err(|error| foreign(format!("the value is not an event: {error}")))?;
     let names = ids::check_name("tenant", &event.tenant)
@@ -293,34 +253,17 @@ fn read_event(record: &Record) -> Result<(LogEvent<'_>, u64), Foreign> {
 /// The answer to a key that is already taken.
 fn repeated(event: &LogEvent<'_>, taken: &KeyRow) -> Verdict {
     if taken.content != event.content_digest() {
-        return Err(Error::new(
-            Code::Conflict,
-            format!("this key was used for another content, seq {}", taken.seq),
-        )
-        .at("key"));
+        return Err(
+            Error::new(Code::Conflict, format!("this key was used for another content, seq {}", taken.seq)).at("key")
+        );
     }
-    Ok(Published {
-        seq: taken.seq,
-        event: Uuid::from_bytes(taken.event),
-        duplicate: true,
-    })
+    Ok(Published { seq: taken.seq, event: Uuid::from_bytes(taken.event), duplicate: true })
 }
 
 impl Thread {
     fn new(key: &str, row: Option<ThreadRow>, at: u64) -> Thread {
-        let row = row.unwrap_or(ThreadRow {
-            head: 0,
-            hash: [0; 32],
-            created_at: at,
-            last_at: at,
-            title: None,
-        });
-        Thread {
-            key: key.into(),
-            row,
-            changed: false,
-            members: HashMap::new(),
-        }
+        let row = row.unwrap_or(ThreadRow { head: 0, hash: [0; 32], created_at: at, last_at: at, title: None });
+        Thread { key: key.into(), row, changed: false, members: HashMap::new() }
     }
 
     fn is_member(&mut self, store: &Store, event: &LogEvent<'_>, user: &str) -> Result<bool, StoreError> {
@@ -335,11 +278,7 @@ impl Thread {
     /// What the event changes about who may read; or the verdict, if there is nothing to append.
     fn change(&mut self, store: &Store, event: &LogEvent<'_>) -> Result<Result<Option<Change>, Verdict>, StoreError> {
         let exists = self.row.head > 0;
-        let unchanged = Err(Ok(Published {
-            seq: self.row.head,
-            event: event.event,
-            duplicate: true,
-        }));
+        let unchanged = Err(Ok(Published { seq: self.row.head, event: event.event, duplicate: true }));
         Ok(match &*event.kind {
             THREAD_CREATED if exists => Err(Err(Error::new(Code::Conflict, "the thread exists already").at("thread"))),
             THREAD_CREATED => match data::<Created>(event).and_then(|created| created.members_with(&event.from)) {
@@ -363,10 +302,9 @@ impl Thread {
                 }
                 Err(error) => Err(Err(error)),
             },
-            _ if event.parent.is_some_and(|parent| parent > self.row.head) => Err(Err(Error::field(
-                "parent",
-                format!("parent is behind the thread's head, {}", self.row.head),
-            ))),
+            _ if event.parent.is_some_and(|parent| parent > self.row.head) => {
+                Err(Err(Error::field("parent", format!("parent is behind the thread's head, {}", self.row.head))))
+            }
             _ if !exists => Ok(Some(Change::Joined(vec![event.from.to_string()]))),
             _ => Ok(None),
         })
@@ -398,10 +336,7 @@ impl Thread {
         }
         if matches!(&*event.kind, THREAD_CREATED | THREAD_UPDATED) {
             // Checked when the change was decided.
-            self.row.title = data::<Created>(event)
-                .ok()
-                .and_then(|created| created.title)
-                .map(Cow::into_owned);
+            self.row.title = data::<Created>(event).ok().and_then(|created| created.title).map(Cow::into_owned);
         }
     }
 }
@@ -418,15 +353,9 @@ struct Created<'a> {
 impl Created<'_> {
     /// The members, the creator among them, each once.
     fn members_with(&self, creator: &str) -> Result<Vec<String>, Error> {
-        self.members
-            .iter()
-            .try_for_each(|member| ids::check_name("members", member))?;
-        let mut members: Vec<String> = self
-            .members
-            .iter()
-            .map(|member| member.to_string())
-            .chain([creator.to_owned()])
-            .collect();
+        self.members.iter().try_for_each(|member| ids::check_name("members", member))?;
+        let mut members: Vec<String> =
+            self.members.iter().map(|member| member.to_string()).chain([creator.to_owned()]).collect();
         members.sort();
         members.dedup();
         Ok(members)
@@ -507,11 +436,8 @@ impl Loop {
     pub fn run(mut self) {
         let _stopped = Stopped(self.status.clone());
         let mut ends = self.ends();
-        let (seconds, records, events) = (
-            telemetry::project_seconds(),
-            telemetry::project_batch_records(),
-            telemetry::project_events(),
-        );
+        let (seconds, records, events) =
+            (telemetry::project_seconds(), telemetry::project_batch_records(), telemetry::project_events());
         loop {
             self.look_around(&mut ends);
             let stopping = self.stop.load(Ordering::Acquire);
@@ -566,21 +492,14 @@ impl Loop {
     /// Notes the position, and whether the end that the log had at the start has been reached.
     fn look_around(&self, ends: &mut Option<Positions>) {
         let positions = self.reader.positions();
-        self.status
-            .positions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone_from(positions);
+        self.status.positions.lock().unwrap_or_else(PoisonError::into_inner).clone_from(positions);
         if self.status.caught_up() {
             return;
         }
         if ends.is_none() {
             *ends = self.ends();
         }
-        if ends
-            .as_ref()
-            .is_some_and(|ends| positions.iter().zip(ends).all(|(next, end)| next >= end))
-        {
+        if ends.as_ref().is_some_and(|ends| positions.iter().zip(ends).all(|(next, end)| next >= end)) {
             self.status.caught_up.store(true, Ordering::Release);
         }
     }

@@ -79,12 +79,7 @@ fn project_all(log: &dyn Log, path: &Path, mut progress: impl FnMut(u64)) -> Res
     let mut projector = Projector::new(store.clone(), log.epoch(), begin);
     let mut reader = log.reader(&starts)?;
     let mut records = 0;
-    while reader
-        .positions()
-        .iter()
-        .zip(&bounds)
-        .any(|(next, bounds)| *next < bounds.end)
-    {
+    while reader.positions().iter().zip(&bounds).any(|(next, bounds)| *next < bounds.end) {
         let entries = reader.next(BATCH, WAIT)?;
         if entries.is_empty() {
             return Err(LogError::Unavailable("the log does not give what it holds".into()).into());
@@ -108,10 +103,7 @@ pub fn compare(a: &Store, b: &Store) -> Result<(), RebuildError> {
             (x, y) if x == y => {}
             (x, y) => {
                 let (family, key, _) = x.or(y).unwrap_or_default();
-                return Err(RebuildError::Differs(format!(
-                    "family {family}, key {:?}",
-                    String::from_utf8_lossy(&key)
-                )));
+                return Err(RebuildError::Differs(format!("family {family}, key {:?}", String::from_utf8_lossy(&key))));
             }
         }
     }

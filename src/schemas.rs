@@ -30,9 +30,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
 }
 
 fn of<T: JsonSchema>() -> Schema {
-    SchemaSettings::draft2020_12()
-        .into_generator()
-        .into_root_schema_for::<T>()
+    SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<T>()
 }
 
 /// A schema as its file holds it.

@@ -113,11 +113,7 @@ fn refusal(error: AppendError) -> Error {
 
 fn unknown(why: &str) -> Error {
     telemetry::unknown_outcomes().increment(1);
-    Error::new(
-        Code::Timeout,
-        format!("the log did not answer: {why}; send it again with its key"),
-    )
-    .unknown_outcome()
+    Error::new(Code::Timeout, format!("the log did not answer: {why}; send it again with its key")).unknown_outcome()
 }
 
 const SHARDS: usize = 16;
@@ -147,19 +143,11 @@ impl Default for Pending {
 impl Pending {
     fn shard(&self, id: &Uuid) -> std::sync::MutexGuard<'_, HashMap<Uuid, Waiter>> {
         // The last byte of a UUIDv7 is random. A holder that panicked left a whole map.
-        self.shards[usize::from(id.as_bytes()[15]) % SHARDS]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.shards[usize::from(id.as_bytes()[15]) % SHARDS].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn insert(&self, id: Uuid, reply: Reply) {
-        self.shard(&id).insert(
-            id,
-            Waiter {
-                since: Instant::now(),
-                reply,
-            },
-        );
+        self.shard(&id).insert(id, Waiter { since: Instant::now(), reply });
     }
 
     /// Answers whoever waits for the event; on other nodes, and after a timeout, nobody does.
@@ -194,10 +182,7 @@ impl Pending {
     }
 
     pub fn len(&self) -> usize {
-        self.shards
-            .iter()
-            .map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner).len())
-            .sum()
+        self.shards.iter().map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner).len()).sum()
     }
 
     pub fn is_empty(&self) -> bool {

@@ -14,9 +14,7 @@ const SECONDS: &[f64] = &[
     0.25, 0.5, 1.0, 5.0, 10.0,
 ];
 /// Buckets of batch sizes, in records.
-const RECORDS: &[f64] = &[
-    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1_000.0, 2_000.0, 5_000.0,
-];
+const RECORDS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1_000.0, 2_000.0, 5_000.0];
 
 enum Type {
     Counter,
@@ -28,100 +26,28 @@ enum Type {
 /// The catalogue: name, type, what it says.
 const METRICS: &[(&str, Type, &str)] = &[
     ("weft_connections", Type::Gauge, "Open WebSocket sessions"),
-    (
-        "weft_connections_total",
-        Type::Counter,
-        "WebSocket sessions since the start",
-    ),
-    (
-        "weft_connections_refused_total",
-        Type::Counter,
-        "Connections refused, by reason",
-    ),
-    (
-        "weft_closes_total",
-        Type::Counter,
-        "WebSocket sessions ended, by close code",
-    ),
+    ("weft_connections_total", Type::Counter, "WebSocket sessions since the start"),
+    ("weft_connections_refused_total", Type::Counter, "Connections refused, by reason"),
+    ("weft_closes_total", Type::Counter, "WebSocket sessions ended, by close code"),
     ("weft_commands_total", Type::Counter, "Commands, by type and outcome"),
-    (
-        "weft_http_requests_total",
-        Type::Counter,
-        "HTTP requests, by route and status",
-    ),
-    (
-        "weft_append_seconds",
-        Type::Seconds,
-        "From handing a record to the log until it was durable",
-    ),
-    (
-        "weft_append_batch_records",
-        Type::Records,
-        "Records the log made durable at once",
-    ),
-    (
-        "weft_append_errors_total",
-        Type::Counter,
-        "Records the log did not take, by outcome",
-    ),
-    (
-        "weft_project_seconds",
-        Type::Seconds,
-        "Judging and committing one batch",
-    ),
+    ("weft_http_requests_total", Type::Counter, "HTTP requests, by route and status"),
+    ("weft_append_seconds", Type::Seconds, "From handing a record to the log until it was durable"),
+    ("weft_append_batch_records", Type::Records, "Records the log made durable at once"),
+    ("weft_append_errors_total", Type::Counter, "Records the log did not take, by outcome"),
+    ("weft_project_seconds", Type::Seconds, "Judging and committing one batch"),
     ("weft_project_batch_records", Type::Records, "Records projected at once"),
     ("weft_project_events_total", Type::Counter, "Events that got their seq"),
-    (
-        "weft_project_refused_total",
-        Type::Counter,
-        "Records refused by the projector, by code",
-    ),
-    (
-        "weft_publish_seconds",
-        Type::Seconds,
-        "From taking a publish off its socket until its answer was ready",
-    ),
-    (
-        "weft_lag_records",
-        Type::Gauge,
-        "Records in the log that are not projected yet",
-    ),
-    (
-        "weft_lag_seconds",
-        Type::Gauge,
-        "Age of the newest projected record while there are others behind it",
-    ),
-    (
-        "weft_foreign_records_total",
-        Type::Counter,
-        "Records in the log that are not ours, skipped",
-    ),
+    ("weft_project_refused_total", Type::Counter, "Records refused by the projector, by code"),
+    ("weft_publish_seconds", Type::Seconds, "From taking a publish off its socket until its answer was ready"),
+    ("weft_lag_records", Type::Gauge, "Records in the log that are not projected yet"),
+    ("weft_lag_seconds", Type::Gauge, "Age of the newest projected record while there are others behind it"),
+    ("weft_foreign_records_total", Type::Counter, "Records in the log that are not ours, skipped"),
     ("weft_deliveries_total", Type::Counter, "Event frames handed to sockets"),
-    (
-        "weft_outbox_bytes",
-        Type::Gauge,
-        "Bytes of events waiting for sockets, all sessions",
-    ),
-    (
-        "weft_lagged_total",
-        Type::Counter,
-        "Subscriptions that fell behind and went on from the store",
-    ),
-    (
-        "weft_replayed_events_total",
-        Type::Counter,
-        "Events read from the store for subscriptions",
-    ),
-    (
-        "weft_pending_publishes",
-        Type::Gauge,
-        "Publishes waiting for their answer",
-    ),
-    (
-        "weft_unknown_outcomes_total",
-        Type::Counter,
-        "Publishes answered with outcome unknown",
-    ),
+    ("weft_outbox_bytes", Type::Gauge, "Bytes of events waiting for sockets, all sessions"),
+    ("weft_lagged_total", Type::Counter, "Subscriptions that fell behind and went on from the store"),
+    ("weft_replayed_events_total", Type::Counter, "Events read from the store for subscriptions"),
+    ("weft_pending_publishes", Type::Gauge, "Publishes waiting for their answer"),
+    ("weft_unknown_outcomes_total", Type::Counter, "Publishes answered with outcome unknown"),
 ];
 
 /// Installs the recorder, once a process. Without it (in tools) every metric is a no-op.

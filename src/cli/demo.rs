@@ -79,101 +79,55 @@ const CAST: [(&str, Style, &str); 3] = [
 impl Stage {
     async fn open(url: &str, mint: Mint<'_>, thread: &str) -> Result<Stage, Failure> {
         let out = Out::new();
-        out.line(out.paint(
-            Style::Bold,
-            format_args!("thread {thread}: ada, ben and the agent scout"),
-        ))?;
+        out.line(out.paint(Style::Bold, format_args!("thread {thread}: ada, ben and the agent scout")))?;
         let mut http = Http::connect(url, &mint(CAST[ADA].0, CAST[ADA].2)?).await?;
-        http.put(
-            &format!("/v1/threads/{thread}"),
-            &json!({ "title": "The nightly import" }),
-        )
-        .await?;
+        http.put(&format!("/v1/threads/{thread}"), &json!({ "title": "The nightly import" })).await?;
         for member in [BEN, SCOUT] {
-            http.put(&format!("/v1/threads/{thread}/members/{}", CAST[member].0), &json!({}))
-                .await?;
+            http.put(&format!("/v1/threads/{thread}/members/{}", CAST[member].0), &json!({})).await?;
         }
         let made = http.get(&format!("/v1/threads/{thread}")).await?;
-        let head = made["head"]
-            .as_u64()
-            .ok_or("the server told no head of the new thread")?;
+        let head = made["head"].as_u64().ok_or("the server told no head of the new thread")?;
 
-        let mut stage = Stage {
-            out,
-            thread: thread.to_owned(),
-            readers: Vec::new(),
-            head,
-        };
+        let mut stage = Stage { out, thread: thread.to_owned(), readers: Vec::new(), head };
         for (name, style, scope) in CAST {
             let events = Resuming::connect(url, &mint(name, scope)?, thread, Start::After(0)).await?;
-            stage.readers.push(Reader {
-                name,
-                style,
-                events,
-                seen: Vec::new(),
-                away: false,
-            });
+            stage.readers.push(Reader { name, style, events, seen: Vec::new(), away: false });
         }
         stage.gather(1).await?;
         Ok(stage)
     }
 
     async fn question(&mut self) -> Result<(), Failure> {
-        self.say(ADA, "The nightly import failed twice this week. Do you know why, Ben?")
-            .await?;
-        self.say(BEN, "No. Scout, can you find out what the two nights have in common?")
-            .await
+        self.say(ADA, "The nightly import failed twice this week. Do you know why, Ben?").await?;
+        self.say(BEN, "No. Scout, can you find out what the two nights have in common?").await
     }
 
     async fn work(&mut self) -> Result<(), Failure> {
-        self.agent(
-            "agent_started",
-            json!({"agent": "scout", "input": "what do the two nights have in common?"}),
-        )
-        .await?;
-        self.agent(
-            "agent_thinking",
-            json!({"content": "The logs first, then the changes."}),
-        )
-        .await?;
+        self.agent("agent_started", json!({"agent": "scout", "input": "what do the two nights have in common?"}))
+            .await?;
+        self.agent("agent_thinking", json!({"content": "The logs first, then the changes."})).await?;
         let arguments = json!({"service": "import", "level": "error", "days": 7});
-        self.agent(
-            "tool_executing",
-            json!({"tool": "search_logs", "call": "c1", "arguments": arguments}),
-        )
-        .await?;
+        self.agent("tool_executing", json!({"tool": "search_logs", "call": "c1", "arguments": arguments})).await?;
         self.cut_ben()?;
         let result = json!({"hits": 2, "message": "disk quota exceeded"});
-        self.agent("tool_completed", json!({"call": "c1", "result": result}))
-            .await?;
+        self.agent("tool_completed", json!({"call": "c1", "result": result})).await?;
         let arguments = json!({"path": "/srv/import"});
-        self.agent(
-            "tool_executing",
-            json!({"tool": "disk_usage", "call": "c2", "arguments": arguments}),
-        )
-        .await?;
+        self.agent("tool_executing", json!({"tool": "disk_usage", "call": "c2", "arguments": arguments})).await?;
         let result = json!({"used": "98%", "largest": "/srv/import/archive"});
-        self.agent("tool_completed", json!({"call": "c2", "result": result}))
-            .await?;
+        self.agent("tool_completed", json!({"call": "c2", "result": result})).await?;
         self.bring_ben_back().await
     }
 
     async fn answer(&mut self) -> Result<(), Failure> {
         let text = "Both nights ran out of disk: the archive in /srv/import is never pruned.";
         self.agent("agent_message", json!({ "content": text })).await?;
-        self.agent("agent_completed", json!({"output": "found the cause"}))
-            .await?;
-        self.say(
-            BEN,
-            "I had lost my connection, and it's all here. I'll prune the archive.",
-        )
-        .await?;
+        self.agent("agent_completed", json!({"output": "found the cause"})).await?;
+        self.say(BEN, "I had lost my connection, and it's all here. I'll prune the archive.").await?;
         self.say(ADA, "Thank you both.").await
     }
 
     async fn say(&mut self, who: usize, text: &str) -> Result<(), Failure> {
-        self.publish(who, "user_message", json!({ "content": text }), None)
-            .await
+        self.publish(who, "user_message", json!({ "content": text }), None).await
     }
 
     async fn agent(&mut self, kind: &str, data: Value) -> Result<(), Failure> {
@@ -190,9 +144,7 @@ impl Stage {
             ..Draft::default()
         };
         let late = |_| format!("{kind} by {} was not answered within {PATIENCE:?}", CAST[who].0);
-        let published = timeout(PATIENCE, self.readers[who].events.publish(draft))
-            .await
-            .map_err(late)??;
+        let published = timeout(PATIENCE, self.readers[who].events.publish(draft)).await.map_err(late)??;
         let seq = published.seq.ok_or("the server told no seq")?;
         let next = self.head + 1;
         self.head = seq;
@@ -219,11 +171,7 @@ impl Stage {
             sleep(READING_PAUSE).await;
         }
         let out = &self.out;
-        let style = self
-            .readers
-            .iter()
-            .find(|r| r.name == event.from)
-            .map_or(Style::Dim, |r| r.style);
+        let style = self.readers.iter().find(|r| r.name == event.from).map_or(Style::Dim, |r| r.style);
         let here: Vec<_> = self.readers.iter().filter(|r| !r.away).map(|r| r.name).collect();
         let seen = out.paint(Style::Green, format_args!("seen by {}", here.join(" ")));
         out.line(format_args!("{}  {seen}", self.row(event, style)))?;
@@ -257,10 +205,7 @@ impl Stage {
         self.out.line(self.out.paint(Style::Green, line))?;
         for event in &missed {
             let row = self.row(event, self.readers[SCOUT].style);
-            self.out.line(format_args!(
-                "{row}  {}",
-                self.out.paint(Style::Green, "ben catches up")
-            ))?;
+            self.out.line(format_args!("{row}  {}", self.out.paint(Style::Green, "ben catches up")))?;
         }
         Ok(())
     }
@@ -273,8 +218,7 @@ impl Stage {
                 return Err(format!("{name} should have seen 1…{} but saw {:?}", self.head, reader.seen).into());
             }
             let name = self.out.paint(reader.style, reader.name);
-            self.out
-                .line(format_args!("{name} saw 1…{}, each once and in order", self.head))?;
+            self.out.line(format_args!("{name} saw 1…{}, each once and in order", self.head))?;
         }
         Ok(())
     }

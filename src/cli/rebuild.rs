@@ -29,26 +29,14 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     };
     let check = args.check;
     let work = move || {
-        if check {
-            rebuild::check(&config, progress)
-        } else {
-            rebuild::rebuild(&config, progress)
-        }
+        if check { rebuild::check(&config, progress) } else { rebuild::rebuild(&config, progress) }
     };
     let rebuilt = tokio::task::spawn_blocking(work).await??;
     if terminal {
         eprintln!();
     }
-    let done = if check {
-        "the projections equal the log's"
-    } else {
-        "rebuilt"
-    };
-    println!(
-        "{done}: {} records in {:.1} s",
-        rebuilt.records,
-        begin.elapsed().as_secs_f64()
-    );
+    let done = if check { "the projections equal the log's" } else { "rebuilt" };
+    println!("{done}: {} records in {:.1} s", rebuilt.records, begin.elapsed().as_secs_f64());
     Ok(())
 }
 

@@ -43,6 +43,11 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     let data = config.data.clone();
     let app = App::start(config).await?;
     let url = format!("http://{}", app.address);
+    tokio::select! {
+        () = app.ready() => {}
+        _ = term.recv() => return stop(app).await,
+        _ = interrupt.recv() => return stop(app).await,
+    }
     tracing::info!(address = %app.address, data = %data.display(), "weft is up");
     println!("weft is up on {url} (WebSocket: ws://{}/v1/ws)", app.address);
     if let (true, Some(secret)) = (dev, &secret) {
@@ -55,6 +60,10 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         _ = term.recv() => {}
         _ = interrupt.recv() => {}
     }
+    stop(app).await
+}
+
+async fn stop(app: App) -> Result<(), Failure> {
     tracing::info!("draining");
     app.stop().await;
     tracing::info!("weft is down");
@@ -64,22 +73,15 @@ pub async fn run(args: Args) -> Result<(), Failure> {
 /// Plays the demo if wanted, and prints what a newcomer needs.
 async fn welcome(url: &str, secret: &str, play: bool) -> Result<(), Failure> {
     let mint = |sub: &str, scope: &str| mint(secret, DEV_TENANT, sub, scope, DEV_TTL);
-    let thread = if play {
-        demo::play(url, &mint).await?
-    } else {
-        "*".to_owned()
-    };
+    let thread = if play { demo::play(url, &mint).await? } else { "*".to_owned() };
     let token = mint(DEV_USER, "")?;
     let out = Out::new();
     out.line("")?;
     out.line(format!("{}  {url}", out.paint(Style::Bold, "address")))?;
     out.line(format!("{}    {token}", out.paint(Style::Bold, "token")))?;
     out.line(
-        format!(
-            "{}  WEFT_TOKEN={token} weft tail --url {url} '{thread}' --after 0",
-            out.paint(Style::Bold, "try it")
-        )
-        .replace(" '*' --after 0", " '*'"),
+        format!("{}  WEFT_TOKEN={token} weft tail --url {url} '{thread}' --after 0", out.paint(Style::Bold, "try it"))
+            .replace(" '*' --after 0", " '*'"),
     )?;
     out.line(out.paint(Style::Dim, "stop with Ctrl-C"))?;
     Ok(())

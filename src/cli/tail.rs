@@ -42,11 +42,7 @@ pub async fn run(args: TailArgs) -> Result<(), Failure> {
         // What is no event goes to standard error, so that `--json` can be piped.
         match item {
             Item::Event(event) => {
-                let text = if args.json {
-                    serde_json::to_string(&event)?
-                } else {
-                    line(&out, &args, &event)
-                };
+                let text = if args.json { serde_json::to_string(&event)? } else { line(&out, &args, &event) };
                 if !out.line(text)? {
                     return Ok(events.close().await?);
                 }
@@ -65,11 +61,7 @@ pub async fn run(args: TailArgs) -> Result<(), Failure> {
 }
 
 fn line(out: &Out, args: &TailArgs, event: &Event) -> String {
-    let thread = if args.thread == "*" {
-        format!("{} ", event.thread)
-    } else {
-        String::new()
-    };
+    let thread = if args.thread == "*" { format!("{} ", event.thread) } else { String::new() };
     let place = event.seq.map_or_else(|| "~".to_owned(), |seq| format!("#{seq}"));
     // Hours, minutes and seconds of an RFC 3339 time; what is not one is shown as it is.
     let time = event.at.get(11..19).unwrap_or(&event.at);

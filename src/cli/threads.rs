@@ -49,9 +49,7 @@ fn table(threads: &[Value]) -> Table {
     table.load_preset(presets::NOTHING);
     table.set_header(["thread", "title", "head", "unread", "members", "last"]);
     for row in threads {
-        let members = row["members"]
-            .as_array()
-            .map_or_else(|| text(&row["members"]), |m| m.len().to_string());
+        let members = row["members"].as_array().map_or_else(|| text(&row["members"]), |m| m.len().to_string());
         let last = row["last"].get("at").unwrap_or(&row["last"]);
         table.add_row([
             text(&row["thread"]),

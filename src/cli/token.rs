@@ -24,13 +24,7 @@ pub struct TokenArgs {
 }
 
 pub async fn run(args: TokenArgs) -> Result<(), Failure> {
-    let token = mint(
-        &args.jwt_secret,
-        &args.tenant,
-        &args.sub,
-        &args.scope,
-        args.ttl.as_secs(),
-    )?;
+    let token = mint(&args.jwt_secret, &args.tenant, &args.sub, &args.scope, args.ttl.as_secs())?;
     Out::new().line(token)?;
     Ok(())
 }

@@ -20,20 +20,13 @@ impl Http {
     pub async fn connect(url: &str, token: &str) -> Result<Http, ClientError> {
         let address: Address = url.parse()?;
         let authority = address.authority().to_owned();
-        let refused = |source| ClientError::Connect {
-            to: authority.clone(),
-            source,
-        };
+        let refused = |source| ClientError::Connect { to: authority.clone(), source };
         let stream = TcpStream::connect(&authority).await.map_err(refused)?;
         stream.set_nodelay(true).map_err(refused)?;
         let (requests, connection) = handshake(TokioIo::new(stream)).await.map_err(lost)?;
         // Ends with `requests`; its error is also the answer of the request that failed.
         tokio::spawn(async move { drop(connection.await) });
-        Ok(Http {
-            requests,
-            authority,
-            token: token.to_owned(),
-        })
+        Ok(Http { requests, authority, token: token.to_owned() })
     }
 
     pub async fn get(&mut self, path: &str) -> Result<Value, ClientError> {
@@ -69,10 +62,7 @@ impl Http {
         if status.is_success() {
             return Ok(body);
         }
-        Err(ClientError::Refused {
-            status: status.as_u16(),
-            body: String::from_utf8_lossy(&body).into_owned(),
-        })
+        Err(ClientError::Refused { status: status.as_u16(), body: String::from_utf8_lossy(&body).into_owned() })
     }
 }
 

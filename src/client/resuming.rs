@@ -135,11 +135,7 @@ impl Resuming {
 
     fn lost(&mut self, error: ClientError) -> Result<Item, ClientError> {
         self.client = None;
-        if error.reconnects() {
-            Ok(Item::Lost(error))
-        } else {
-            Err(error)
-        }
+        if error.reconnects() { Ok(Item::Lost(error)) } else { Err(error) }
     }
 
     async fn reopen(&mut self) -> Result<Item, ClientError> {
@@ -177,11 +173,8 @@ impl Resuming {
     }
 
     fn subscription(&self) -> Subscription {
-        let mut subscription = Subscription {
-            thread: self.thread.clone(),
-            epoch: self.epoch.clone(),
-            ..Subscription::default()
-        };
+        let mut subscription =
+            Subscription { thread: self.thread.clone(), epoch: self.epoch.clone(), ..Subscription::default() };
         let all = self.thread == "*";
         match (self.seen.get(&self.thread), self.start) {
             _ if all => subscription.after = Some(json!(self.seen)),
@@ -239,11 +232,7 @@ fn advance(seen: &mut HashMap<String, u64>, event: &Event) -> Result<bool, Clien
         return Ok(false);
     }
     if seq != *last + 1 {
-        return Err(ClientError::Hole {
-            thread: event.thread.clone(),
-            after: *last,
-            seq,
-        });
+        return Err(ClientError::Hole { thread: event.thread.clone(), after: *last, seq });
     }
     *last = seq;
     Ok(true)
@@ -251,9 +240,7 @@ fn advance(seen: &mut HashMap<String, u64>, event: &Event) -> Result<bool, Clien
 
 /// Doubles up to [`LONGEST_PAUSE`]; the upper half is chance, so that clients of one server don't come back all at once.
 fn pause(failures: u32) -> Duration {
-    let whole = FIRST_PAUSE
-        .saturating_mul(1 << failures.min(10).saturating_sub(1))
-        .min(LONGEST_PAUSE);
+    let whole = FIRST_PAUSE.saturating_mul(1 << failures.min(10).saturating_sub(1)).min(LONGEST_PAUSE);
     let half = whole / 2;
     half + half.mul_f64(f64::from(random()) / f64::from(u32::MAX))
 }
@@ -278,10 +265,7 @@ mod tests {
         assert!(!advance(&mut seen, &event(4)).unwrap());
         assert!(advance(&mut seen, &event(5)).unwrap());
         assert!(!advance(&mut seen, &event(5)).unwrap());
-        assert!(matches!(
-            advance(&mut seen, &event(7)),
-            Err(ClientError::Hole { after: 5, seq: 7, .. })
-        ));
+        assert!(matches!(advance(&mut seen, &event(7)), Err(ClientError::Hole { after: 5, seq: 7, .. })));
     }
 
     #[test]

@@ -32,7 +32,8 @@ pub struct Request {
 
 impl Request {
     pub fn who(&self) -> Result<Principal, Error> {
-        authenticate(&self.ctx, &self.headers)
+        let who = authenticate(&self.ctx, &self.headers)?;
+        self.ctx.health.check_caught_up().map(|()| who)
     }
 }
 
@@ -40,9 +41,8 @@ impl Request {
 pub fn authenticate(ctx: &Context, headers: &HeaderMap) -> Result<Principal, Error> {
     let refuse = |why| Error::new(Code::Unauthenticated, why).at("Authorization");
     let value = header_text(headers, "Authorization")?.ok_or_else(|| refuse("there is no Authorization header"))?;
-    let (scheme, token) = value
-        .split_once(' ')
-        .ok_or_else(|| refuse("the Authorization header is not Bearer <token>"))?;
+    let (scheme, token) =
+        value.split_once(' ').ok_or_else(|| refuse("the Authorization header is not Bearer <token>"))?;
     if !scheme.eq_ignore_ascii_case("bearer") {
         return Err(refuse("the Authorization header is not Bearer <token>"));
     }
@@ -113,11 +113,7 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
         .and(with.clone())
         .map(|it: Request| counted("readyz", ready(&it.ctx)))
         .boxed();
-    let metrics = warp::path!("metrics")
-        .and(warp::get())
-        .and(with)
-        .map(|it: Request| metrics_text(&it.ctx))
-        .boxed();
+    let metrics = warp::path!("metrics").and(warp::get()).and(with).map(|it: Request| metrics_text(&it.ctx)).boxed();
     let all = ws
         .or(publish)
         .unify()
@@ -156,29 +152,17 @@ async fn no_route(rejection: Rejection) -> Result<Reply, Infallible> {
 }
 
 fn ready(ctx: &Context) -> Reply {
-    let store = ctx
-        .store
-        .head("readyz", "readyz")
-        .map(drop)
-        .map_err(|error| error.to_string());
+    let store = ctx.store.head("readyz", "readyz").map(drop).map_err(|error| error.to_string());
     let ready = ctx.health.ready(store);
-    json(
-        if ready.ready {
-            StatusCode::OK
-        } else {
-            StatusCode::SERVICE_UNAVAILABLE
-        },
-        &ready,
-    )
+    json(if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &ready)
 }
 
 fn metrics_text(ctx: &Context) -> Reply {
     telemetry::outbox_bytes().set(ctx.sessions.outbox_bytes() as f64);
     let mut reply = Reply::new(telemetry::render(&ctx.metrics));
-    reply.headers_mut().insert(
-        header::CONTENT_TYPE,
-        header::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"),
-    );
+    reply
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
     reply
 }
 
@@ -205,20 +189,8 @@ async fn publish<B: Buf, E>(
     event.run = publish.run.as_deref().map(Into::into);
     event.parent = publish.parent;
     event.priority = publish.priority;
-    let published = it
-        .ctx
-        .submit
-        .publish(&Draft {
-            event,
-            grant,
-            traceparent: traceparent(&it.headers)?,
-        })
-        .await?;
-    let status = if published.duplicate {
-        StatusCode::OK
-    } else {
-        StatusCode::CREATED
-    };
+    let published = it.ctx.submit.publish(&Draft { event, grant, traceparent: traceparent(&it.headers)? }).await?;
+    let status = if published.duplicate { StatusCode::OK } else { StatusCode::CREATED };
     Ok(json(
         status,
         &serde_json::json!({"thread": thread, "seq": published.seq, "event": published.event, "duplicate": published.duplicate}),

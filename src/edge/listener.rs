@@ -31,11 +31,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(1);
 pub type Place = Arc<OwnedSemaphorePermit>;
 
 pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() {
-        TcpSocket::new_v4()?
-    } else {
-        TcpSocket::new_v6()?
-    };
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
@@ -68,11 +64,8 @@ pub async fn serve(
                 }
             }
             // This connection's own trouble, over with it.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset
-                ) => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {
+            }
             // Out of descriptors or memory: others must end first, and asking at once would only burn the processor.
             Err(error) => {
                 telemetry::refused("accept_failed").increment(1);
@@ -133,10 +126,7 @@ async fn refuse(mut stream: TcpStream) {
     );
     let say = async { stream.write_all(reply.as_bytes()).await };
     // Whether the client still listens is its own affair.
-    if tokio::time::timeout(HEADERS_WITHIN, say)
-        .await
-        .is_ok_and(|said| said.is_ok())
-    {
+    if tokio::time::timeout(HEADERS_WITHIN, say).await.is_ok_and(|said| said.is_ok()) {
         super::socket::Socket::new(stream).linger().await;
     }
 }

@@ -46,20 +46,13 @@ impl Context {
         if self.store.is_member(&who.tenant, thread, &who.user)? {
             return Ok(Standing::Member);
         }
-        Ok(if self.store.thread(&who.tenant, thread)?.is_some() {
-            Standing::Stranger
-        } else {
-            Standing::NoThread
-        })
+        Ok(if self.store.thread(&who.tenant, thread)?.is_some() { Standing::Stranger } else { Standing::NoThread })
     }
 
     /// The user's threads with their newest seqs. Walks a range: for blocking threads.
     pub fn threads_with_heads(&self, who: &Principal) -> Result<Vec<(String, u64)>, Error> {
         let threads = self.store.threads_of(&who.tenant, &who.user)?;
-        threads
-            .into_iter()
-            .map(|thread| Ok((thread.clone(), self.store.head(&who.tenant, &thread)?)))
-            .collect()
+        threads.into_iter().map(|thread| Ok((thread.clone(), self.store.head(&who.tenant, &thread)?))).collect()
     }
 }
 
@@ -141,10 +134,7 @@ impl Context {
         sessions.count.send_modify(|count| *count += 1);
         sessions.gauge.increment(1.0);
         sessions.total.increment(1);
-        Entered {
-            sessions: self.clone(),
-            id,
-        }
+        Entered { sessions: self.clone(), id }
     }
 }
 

@@ -26,9 +26,7 @@ pub fn raw_json(status: StatusCode, body: String) -> Reply {
 pub fn with_type(status: StatusCode, content_type: &'static str, body: String) -> Reply {
     let mut reply = Response::new(body);
     *reply.status_mut() = status;
-    reply
-        .headers_mut()
-        .insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
+    reply.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
     reply
 }
 
@@ -37,10 +35,7 @@ pub fn problem(error: &Error) -> Reply {
     let status = StatusCode::from_u16(error.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut reply = json(status, &Problem::of(error));
     let headers = reply.headers_mut();
-    headers.insert(
-        header::CONTENT_TYPE,
-        header::HeaderValue::from_static("application/problem+json"),
-    );
+    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/problem+json"));
     if error.code == Code::Unauthenticated {
         headers.insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
     }
@@ -55,10 +50,7 @@ pub fn query<'a>(raw: &'a str, known: &[&'static str]) -> Result<Query<'a>, Erro
     let mut found = HashMap::new();
     for (name, value) in form_urlencoded::parse(raw.as_bytes()) {
         let Some(name) = known.iter().find(|known| **known == name) else {
-            return Err(Error::field(
-                name.clone().into_owned(),
-                format!("unknown parameter {name:.60}"),
-            ));
+            return Err(Error::field(name.clone().into_owned(), format!("unknown parameter {name:.60}")));
         };
         if found.insert(*name, value).is_some() {
             return Err(Error::field(*name, format!("{name} is given twice")));
@@ -76,8 +68,7 @@ impl Query<'_> {
 
     pub fn number(&self, name: &'static str) -> Result<Option<u64>, Error> {
         let parse = |text: &str| {
-            text.parse()
-                .map_err(|_| Error::field(name, format!("{name} must be a whole number, 0 or more")))
+            text.parse().map_err(|_| Error::field(name, format!("{name} must be a whole number, 0 or more")))
         };
         self.text(name).map(parse).transpose()
     }
@@ -95,9 +86,7 @@ impl Query<'_> {
 /// A header's text, if it is there.
 pub fn header_text<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Option<&'a str>, Error> {
     let text = |value: &'a header::HeaderValue| {
-        value
-            .to_str()
-            .map_err(|_| Error::field(name, format!("{name} is not ASCII text")))
+        value.to_str().map_err(|_| Error::field(name, format!("{name} is not ASCII text")))
     };
     headers.get(name).map(text).transpose()
 }
@@ -109,10 +98,7 @@ pub async fn body<B: Buf, E>(stream: impl Stream<Item = Result<B, E>>) -> Result
     while let Some(chunk) = stream.next().await {
         let mut chunk = chunk.map_err(|_| Error::new(Code::BadRequest, "the body was cut off"))?;
         if body.len() + chunk.remaining() > MAX_FRAME {
-            return Err(Error::new(
-                Code::TooLarge,
-                format!("the body is larger than {MAX_FRAME} bytes"),
-            ));
+            return Err(Error::new(Code::TooLarge, format!("the body is larger than {MAX_FRAME} bytes")));
         }
         let bytes: Bytes = chunk.copy_to_bytes(chunk.remaining());
         body.extend_from_slice(&bytes);
@@ -123,6 +109,5 @@ pub async fn body<B: Buf, E>(stream: impl Stream<Item = Result<B, E>>) -> Result
 /// A part of the path, percent-decoded.
 pub fn segment(field: &'static str, raw: &str) -> Result<String, Error> {
     let text = percent_encoding::percent_decode_str(raw).decode_utf8();
-    text.map(|text| text.into_owned())
-        .map_err(|_| Error::field(field, format!("{field} is not UTF-8")))
+    text.map(|text| text.into_owned()).map_err(|_| Error::field(field, format!("{field} is not UTF-8")))
 }

@@ -291,10 +291,7 @@ impl Session {
                 None => break,
             }
         }
-        self.subs
-            .next_replayed(who)
-            .map(Message::Text)
-            .inspect(|_| self.deliveries.increment(1))
+        self.subs.next_replayed(who).map(Message::Text).inspect(|_| self.deliveries.increment(1))
     }
 
     fn note_stall(&mut self) {
@@ -322,10 +319,7 @@ impl Session {
 
     fn on_text(&mut self, text: &str) -> Result<(), End> {
         match command::split(text) {
-            None => Err(End::Close(
-                4501,
-                "the frame is neither a JSON object nor an array of them",
-            )),
+            None => Err(End::Close(4501, "the frame is neither a JSON object nor an array of them")),
             Some(Err(error)) => {
                 self.refuse(None, &error);
                 Ok(())
@@ -334,8 +328,7 @@ impl Session {
                 let commands = commands.as_slice();
                 for (i, command) in commands.iter().enumerate() {
                     if !self.on_command(command)? {
-                        self.backlog
-                            .extend(commands[i..].iter().map(|&command| command.to_owned()));
+                        self.backlog.extend(commands[i..].iter().map(|&command| command.to_owned()));
                         break;
                     }
                 }
@@ -369,19 +362,12 @@ impl Session {
                 (unsubscribe.id, self.unsubscribe(unsubscribe.id, &unsubscribe.thread))
             }
             Command::Ping(ping) => {
-                self.answer(&ServerFrame::Pong {
-                    id: ping.id,
-                    at: &clock::rfc3339(clock::now_ms()),
-                });
+                self.answer(&ServerFrame::Pong { id: ping.id, at: &clock::rfc3339(clock::now_ms()) });
                 (ping.id, Ok(()))
             }
             Command::Publish(_) => return Ok(true), // handled above
         };
-        telemetry::commands(
-            name,
-            result.as_ref().map_or_else(|error| error.code.as_str(), |()| "ok"),
-        )
-        .increment(1);
+        telemetry::commands(name, result.as_ref().map_or_else(|error| error.code.as_str(), |()| "ok")).increment(1);
         if let Err(error) = result {
             self.answers.push_back(text(error_frame(Some(id), None, &error)));
         }
@@ -398,9 +384,7 @@ impl Session {
     }
 
     fn who(&self) -> Result<&Principal, Error> {
-        self.who
-            .as_ref()
-            .ok_or_else(|| Error::new(Code::Unauthenticated, "connect first"))
+        self.who.as_ref().ok_or_else(|| Error::new(Code::Unauthenticated, "connect first"))
     }
 
     fn welcome(&mut self, id: Option<i64>) {
@@ -421,18 +405,10 @@ impl Session {
 
     fn connect(&mut self, id: i64, token: &str) -> Result<(), End> {
         if self.who.is_some() {
-            self.refuse(
-                Some(id),
-                &Error::new(Code::Conflict, "the session is connected already; use refresh"),
-            );
+            self.refuse(Some(id), &Error::new(Code::Conflict, "the session is connected already; use refresh"));
             return Ok(());
         }
-        self.who = Some(
-            self.ctx
-                .verifier
-                .verify(token)
-                .map_err(|_| End::Close(4500, "the token is not valid"))?,
-        );
+        self.who = Some(self.ctx.verifier.verify(token).map_err(|_| End::Close(4500, "the token is not valid"))?);
         telemetry::commands("connect", "ok").increment(1);
         self.welcome(Some(id));
         Ok(())
@@ -443,11 +419,7 @@ impl Session {
             self.refuse(Some(id), &Error::new(Code::Unauthenticated, "connect first"));
             return Ok(());
         };
-        let new = self
-            .ctx
-            .verifier
-            .verify(token)
-            .map_err(|_| End::Close(4500, "the token is not valid"))?;
+        let new = self.ctx.verifier.verify(token).map_err(|_| End::Close(4500, "the token is not valid"))?;
         if new.key != old.key {
             return Err(End::Close(4500, "the token is another user's"));
         }
@@ -456,10 +428,7 @@ impl Session {
         self.told_expiring = false;
         self.reset_timer();
         telemetry::commands("refresh", "ok").increment(1);
-        self.answer(&ServerFrame::Refreshed {
-            id,
-            expires_at: &expires_at,
-        });
+        self.answer(&ServerFrame::Refreshed { id, expires_at: &expires_at });
         Ok(())
     }
 
@@ -472,8 +441,7 @@ impl Session {
             }
             Err(error) => {
                 telemetry::commands("publish", error.code.as_str()).increment(1);
-                self.answers
-                    .push_back(text(error_frame(Some(publish.id), None, &error)));
+                self.answers.push_back(text(error_frame(Some(publish.id), None, &error)));
             }
         }
     }
@@ -491,14 +459,7 @@ impl Session {
         event.priority = publish.priority;
         let (outbox, id, thread) = (self.outbox.clone(), publish.id, Box::from(&*publish.thread));
         let reply = Box::new(move |verdict| outbox.push_answer(Answer::Publish { id, thread, verdict }));
-        Ok(self.ctx.submit.prepare(
-            &Draft {
-                event,
-                grant,
-                traceparent: self.traceparent.clone(),
-            },
-            reply,
-        ))
+        Ok(self.ctx.submit.prepare(&Draft { event, grant, traceparent: self.traceparent.clone() }, reply))
     }
 
     fn subscribe(&mut self, subscribe: Subscribe<'_>) -> Result<(), Error> {
@@ -510,24 +471,12 @@ impl Session {
                 Some(After::Each(after)) => Some(after),
                 _ => None,
             };
-            return self.list_threads(
-                &who,
-                All {
-                    id: subscribe.id,
-                    after,
-                    last: subscribe.last,
-                    recovered,
-                },
-            );
+            return self.list_threads(&who, All { id: subscribe.id, after, last: subscribe.last, recovered });
         }
         if self.subs.contains(&subscribe.thread) {
             return Err(Error::new(Code::Conflict, "the session is subscribed to this thread already").at("thread"));
         }
-        let row = self
-            .ctx
-            .store
-            .thread(&who.tenant, &subscribe.thread)?
-            .ok_or_else(Error::no_thread)?;
+        let row = self.ctx.store.thread(&who.tenant, &subscribe.thread)?.ok_or_else(Error::no_thread)?;
         may_read(&self.ctx, &who, &subscribe.thread)?;
         let after = match subscribe.after {
             Some(After::Seq(after)) => Some(after),
@@ -570,10 +519,7 @@ impl Session {
                     begin(head, after, all.last, all.recovered).map_err(|error| error.at(format!("after.{thread}")))?;
                 Ok((thread, (head, cursor)))
             };
-            threads
-                .into_iter()
-                .map(begin)
-                .collect::<Result<BTreeMap<_, _>, Error>>()
+            threads.into_iter().map(begin).collect::<Result<BTreeMap<_, _>, Error>>()
         });
         let begun = match begun {
             Ok(begun) => begun,
@@ -588,26 +534,11 @@ impl Session {
             id: all.id,
             thread: "*",
             epoch: &self.ctx.epoch.clone(),
-            head: Seqs::Each(
-                begun
-                    .iter()
-                    .map(|(thread, (head, _))| (thread.clone(), *head))
-                    .collect(),
-            ),
-            after: Seqs::Each(
-                begun
-                    .iter()
-                    .map(|(thread, (_, cursor))| (thread.clone(), *cursor))
-                    .collect(),
-            ),
+            head: Seqs::Each(begun.iter().map(|(thread, (head, _))| (thread.clone(), *head)).collect()),
+            after: Seqs::Each(begun.iter().map(|(thread, (_, cursor))| (thread.clone(), *cursor)).collect()),
             recovered: all.recovered,
         });
-        for thread in all
-            .after
-            .iter()
-            .flat_map(BTreeMap::keys)
-            .filter(|thread| !begun.contains_key(*thread))
-        {
+        for thread in all.after.iter().flat_map(BTreeMap::keys).filter(|thread| !begun.contains_key(*thread)) {
             self.answers.push_back(text(error_frame(
                 None,
                 Some(thread),
@@ -702,9 +633,7 @@ impl Session {
                 if wall + EXPIRING_BEFORE >= who.expires_at && !self.told_expiring {
                     self.told_expiring = true;
                     let expires_at = clock::rfc3339(who.expires_at * 1000);
-                    self.answer(&ServerFrame::Expiring {
-                        expires_at: &expires_at,
-                    });
+                    self.answer(&ServerFrame::Expiring { expires_at: &expires_at });
                 }
             }
         }
@@ -769,12 +698,7 @@ impl Session {
                 while let Some(frame) = self.answers.pop_front() {
                     self.ws.feed(frame).await?;
                 }
-                self.ws
-                    .send(Message::Close(Some(CloseFrame {
-                        code: code.into(),
-                        reason: reason.into(),
-                    })))
-                    .await
+                self.ws.send(Message::Close(Some(CloseFrame { code: code.into(), reason: reason.into() }))).await
             };
             // A socket that takes nothing does not get its close frame either.
             let _ = tokio::time::timeout(CLOSE_WITHIN, goodbye).await;
@@ -806,10 +730,9 @@ fn begin(head: u64, after: Option<u64>, last: Option<u64>, recovered: bool) -> R
     match after {
         // Another log's cursor says nothing about this one.
         _ if !recovered => Ok(head),
-        Some(after) if after > head => Err(Error::new(
-            Code::CursorInvalid,
-            format!("after is behind the thread's head, {head}"),
-        )),
+        Some(after) if after > head => {
+            Err(Error::new(Code::CursorInvalid, format!("after is behind the thread's head, {head}")))
+        }
         Some(after) => Ok(after),
         None => Ok(head - last.unwrap_or(0).min(head)),
     }

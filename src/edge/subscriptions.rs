@@ -98,15 +98,7 @@ impl Subscriptions {
         self.next += 1;
         let key = log_key(&who.tenant, thread).into();
         self.by_thread.insert(thread.to_owned(), id);
-        self.by_id.insert(
-            id,
-            Subscription {
-                thread: thread.to_owned(),
-                key,
-                cursor,
-                stage: Stage::Behind,
-            },
-        );
+        self.by_id.insert(id, Subscription { thread: thread.to_owned(), key, cursor, stage: Stage::Behind });
         let result = self.approach(who, id);
         if result.is_err() {
             self.drop_sub(id);
@@ -171,12 +163,7 @@ impl Subscriptions {
         let from = sub.cursor + 1;
         // Only told, not relied upon: without an answer from the store the notice names what is known to be missing.
         let to = self.ctx.store.head(&who.tenant, &sub.thread).unwrap_or(from).max(from);
-        let frame = ServerFrame::Lagged {
-            thread: &sub.thread,
-            from,
-            to,
-        }
-        .encode();
+        let frame = ServerFrame::Lagged { thread: &sub.thread, from, to }.encode();
         self.push_frame(frame.into());
         self.queue.push_back(id);
         self.read_on(who);
@@ -201,12 +188,10 @@ impl Subscriptions {
         events: Result<Vec<StoredEvent>, Error>,
     ) -> Result<(), (String, Error)> {
         self.reads -= 1;
-        let result = events
-            .and_then(|events| self.take(who, id, events))
-            .or_else(|error| match self.drop_sub(id) {
-                Some(thread) => Err((thread, error)),
-                None => Ok(()),
-            });
+        let result = events.and_then(|events| self.take(who, id, events)).or_else(|error| match self.drop_sub(id) {
+            Some(thread) => Err((thread, error)),
+            None => Ok(()),
+        });
         self.read_on(who);
         result
     }
@@ -216,9 +201,8 @@ impl Subscriptions {
             return Ok(());
         };
         // Something to read was the reason to read.
-        let last = events
-            .last()
-            .ok_or_else(|| Error::new(Code::Internal, "the store lacks events that it should have"))?;
+        let last =
+            events.last().ok_or_else(|| Error::new(Code::Internal, "the store lacks events that it should have"))?;
         sub.cursor = last.seq;
         let (stage, cursor) = (sub.stage, sub.cursor);
         self.replayed.increment(events.len() as u64);
@@ -241,13 +225,7 @@ impl Subscriptions {
         let mut head = self.ctx.store.head(&who.tenant, &sub.thread)?;
         // Far behind there is no use in attaching: the outbox would only overflow.
         if head <= sub.cursor + CHUNK_EVENTS as u64 {
-            self.ctx.hub.attach(
-                &sub.key,
-                &self.outbox,
-                id,
-                &who.user,
-                access::reads_by_scope(who.scopes),
-            );
+            self.ctx.hub.attach(&sub.key, &self.outbox, id, &who.user, access::reads_by_scope(who.scopes));
             // Looked up after attaching: what is committed from here on comes through the hub, a removal too.
             head = self.ctx.store.head(&who.tenant, &sub.thread)?;
             sub.stage = Stage::Seam { to: head };
@@ -269,11 +247,7 @@ impl Subscriptions {
             self.seams -= 1;
         }
         sub.stage = Stage::Live;
-        let frame = ServerFrame::CaughtUp {
-            thread: &sub.thread,
-            seq: sub.cursor,
-        }
-        .encode();
+        let frame = ServerFrame::CaughtUp { thread: &sub.thread, seq: sub.cursor }.encode();
         self.push_frame(frame.into());
     }
 
@@ -291,12 +265,7 @@ impl Subscriptions {
             let (ctx, outbox, who) = (self.ctx.clone(), self.outbox.clone(), who.clone());
             let (thread, from) = (sub.thread.clone(), sub.cursor + 1);
             tokio::task::spawn_blocking(move || {
-                let range = EventRange {
-                    from,
-                    limit: CHUNK_EVENTS,
-                    bytes: CHUNK_BYTES,
-                    ..EventRange::all()
-                };
+                let range = EventRange { from, limit: CHUNK_EVENTS, bytes: CHUNK_BYTES, ..EventRange::all() };
                 let events = may_read(&ctx, &who, &thread)
                     .and_then(|()| ctx.store.events(&who.tenant, &thread, range).map_err(Error::from));
                 outbox.push_answer(Answer::Chunk { sub: id, events });

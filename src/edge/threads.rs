@@ -73,13 +73,7 @@ pub async fn list(it: Request) -> Result<Reply, Error> {
         let mut rows = Vec::new();
         for thread in ctx.store.threads_of(&who.tenant, &who.user)? {
             if let Some(row) = ctx.store.thread(&who.tenant, &thread)? {
-                rows.push((
-                    Cursor {
-                        last_at: row.last_at,
-                        thread,
-                    },
-                    row,
-                ));
+                rows.push((Cursor { last_at: row.last_at, thread }, row));
             }
         }
         rows.sort_by(|a, b| a.0.cmp(&b.0));
@@ -95,10 +89,7 @@ pub async fn list(it: Request) -> Result<Reply, Error> {
             .into_iter()
             .map(|(at, row)| item(&ctx.store, &who, at.thread, row))
             .collect::<Result<Vec<_>, Error>>()?;
-        Ok(json(
-            StatusCode::OK,
-            &with_next(value!({"threads": threads}), next.map(Into::into)),
-        ))
+        Ok(json(StatusCode::OK, &with_next(value!({"threads": threads}), next.map(Into::into))))
     })
     .await
 }
@@ -111,18 +102,10 @@ fn with_next(mut page: serde_json::Value, next: Option<serde_json::Value>) -> se
 }
 
 fn item(store: &Store, who: &Principal, thread: String, row: ThreadRow) -> Result<ThreadItem, Error> {
-    let last = store
-        .newest(&who.tenant, &thread)?
-        .and_then(|event| RawValue::from_string(without_type(&event.frame)).ok());
+    let last =
+        store.newest(&who.tenant, &thread)?.and_then(|event| RawValue::from_string(without_type(&event.frame)).ok());
     let members = store.members(&who.tenant, &thread)?;
-    Ok(ThreadItem {
-        head: row.head,
-        unread: row.head,
-        members,
-        title: row.title,
-        last,
-        thread,
-    })
+    Ok(ThreadItem { head: row.head, unread: row.head, members, title: row.title, last, thread })
 }
 
 /// A place in the list of threads: newest activity first, then by id.
@@ -134,10 +117,7 @@ struct Cursor {
 
 impl Ord for Cursor {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        other
-            .last_at
-            .cmp(&self.last_at)
-            .then_with(|| self.thread.cmp(&other.thread))
+        other.last_at.cmp(&self.last_at).then_with(|| self.thread.cmp(&other.thread))
     }
 }
 
@@ -171,15 +151,8 @@ impl Cursor {
         let (tag, rest) = bytes.split_first_chunk::<8>().ok_or_else(refuse)?;
         let (last_at, thread) = rest.split_first_chunk::<8>().ok_or_else(refuse)?;
         let thread = String::from_utf8(thread.to_vec()).map_err(|_| refuse())?;
-        let cursor = Cursor {
-            last_at: u64::from_be_bytes(*last_at),
-            thread,
-        };
-        if cursor.tag(who) == *tag {
-            Ok(cursor)
-        } else {
-            Err(refuse())
-        }
+        let cursor = Cursor { last_at: u64::from_be_bytes(*last_at), thread };
+        if cursor.tag(who) == *tag { Ok(cursor) } else { Err(refuse()) }
     }
 }
 
@@ -222,11 +195,7 @@ pub async fn put<B: Buf, E>(
     query(&it.query, &[])?;
     let thread = thread_id(thread)?;
     let text = body(stream).await?;
-    let wanted: ThreadBody = if text.trim().is_empty() {
-        ThreadBody::default()
-    } else {
-        command::from_json(&text)?
-    };
+    let wanted: ThreadBody = if text.trim().is_empty() { ThreadBody::default() } else { command::from_json(&text)? };
     check_wanted(&wanted)?;
     let created = it.ctx.standing(&who, &thread)? == Standing::NoThread && create(&it, &who, &thread, &wanted).await?;
     if !created {
@@ -237,15 +206,8 @@ pub async fn put<B: Buf, E>(
 }
 
 fn check_wanted(wanted: &ThreadBody) -> Result<(), Error> {
-    if wanted
-        .title
-        .as_ref()
-        .is_some_and(|title| title.chars().count() > MAX_TITLE)
-    {
-        return Err(Error::field(
-            "title",
-            format!("title has at most {MAX_TITLE} characters"),
-        ));
+    if wanted.title.as_ref().is_some_and(|title| title.chars().count() > MAX_TITLE) {
+        return Err(Error::field("title", format!("title has at most {MAX_TITLE} characters")));
     }
     let members = wanted.members.as_deref().unwrap_or_default();
     if members.len() > MAX_MEMBERS {
@@ -293,14 +255,7 @@ async fn append(
 ) -> Result<Published, Error> {
     let data = raw(data);
     let event = draft(&who.tenant, &who.user, thread, kind, &data);
-    it.ctx
-        .submit
-        .publish(&Draft {
-            event,
-            grant,
-            traceparent: traceparent(&it.headers)?,
-        })
-        .await
+    it.ctx.submit.publish(&Draft { event, grant, traceparent: traceparent(&it.headers)? }).await
 }
 
 /// `PUT` and `DELETE /v1/threads/{t}/members/{user}`
@@ -320,11 +275,7 @@ pub async fn member(it: Request, thread: &str, user: &str, method: &Method) -> R
     ids::check_name("user", &user)?;
     let grant = access::manage(who.scopes, it.ctx.standing(&who, &thread)?)?;
     let done = append(&it, &who, &thread, kind, &value!({"user": user}), grant).await?;
-    let status = if kind == MEMBER_ADDED && !done.duplicate {
-        StatusCode::CREATED
-    } else {
-        StatusCode::OK
-    };
+    let status = if kind == MEMBER_ADDED && !done.duplicate { StatusCode::CREATED } else { StatusCode::OK };
     Ok(json(
         status,
         &value!({"thread": thread, "user": user, "member": kind == MEMBER_ADDED, "seq": done.seq, "changed": !done.duplicate}),
@@ -356,9 +307,7 @@ pub async fn page(it: Request, thread: &str) -> Result<Reply, Error> {
         after: query.number("after")?.unwrap_or(0),
         before: query.number("before")?.unwrap_or(u64::MAX),
         limit: query.limit()?,
-        kinds: query
-            .text("kinds")
-            .map(|list| list.split(',').map(str::to_owned).collect()),
+        kinds: query.text("kinds").map(|list| list.split(',').map(str::to_owned).collect()),
         newest_first,
     };
     may_read(&it.ctx, &who, &thread)?;
@@ -366,33 +315,15 @@ pub async fn page(it: Request, thread: &str) -> Result<Reply, Error> {
 }
 
 fn read_page(ctx: &Context, who: &Principal, thread: &str, page: &Page) -> Result<Reply, Error> {
-    let head = ctx
-        .store
-        .thread(&who.tenant, thread)?
-        .ok_or_else(Error::no_thread)?
-        .head;
+    let head = ctx.store.thread(&who.tenant, thread)?.ok_or_else(Error::no_thread)?.head;
     if page.after > head {
-        return Err(Error::new(
-            Code::CursorInvalid,
-            format!("after is behind the thread's head, {head}"),
-        )
-        .at("after"));
+        return Err(Error::new(Code::CursorInvalid, format!("after is behind the thread's head, {head}")).at("after"));
     }
     let (mut from, mut to) = (page.after.saturating_add(1), page.before.saturating_sub(1).min(head));
     let (mut found, mut bytes, mut looked) = (Vec::new(), 0, 0);
     while from <= to && found.len() < page.limit && looked < SCAN && bytes < PAGE_BYTES {
-        let limit = if page.kinds.is_some() {
-            1_000
-        } else {
-            page.limit - found.len()
-        };
-        let range = EventRange {
-            from,
-            to,
-            limit,
-            bytes: PAGE_BYTES - bytes,
-            newest_first: page.newest_first,
-        };
+        let limit = if page.kinds.is_some() { 1_000 } else { page.limit - found.len() };
+        let range = EventRange { from, to, limit, bytes: PAGE_BYTES - bytes, newest_first: page.newest_first };
         let events = ctx.store.events(&who.tenant, thread, range)?;
         if events.is_empty() {
             break;

@@ -38,9 +38,7 @@ pub fn upgrade(ctx: &Arc<Context>, headers: &HeaderMap, upgrade: Option<OnUpgrad
             let mut reply = problem(&error);
             if error.field.as_deref() == Some("Sec-WebSocket-Version") {
                 *reply.status_mut() = StatusCode::UPGRADE_REQUIRED;
-                reply
-                    .headers_mut()
-                    .insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+                reply.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
             }
             reply
         }
@@ -54,19 +52,11 @@ fn accept(
     place: Option<Place>,
 ) -> Result<Reply, Error> {
     let has = |name, token: &str| {
-        let values = headers
-            .get_all(name)
-            .iter()
-            .filter_map(|value: &HeaderValue| value.to_str().ok());
-        values
-            .flat_map(|value| value.split(','))
-            .any(|it| it.trim().eq_ignore_ascii_case(token))
+        let values = headers.get_all(name).iter().filter_map(|value: &HeaderValue| value.to_str().ok());
+        values.flat_map(|value| value.split(',')).any(|it| it.trim().eq_ignore_ascii_case(token))
     };
-    let (true, true, Some(upgrade)) = (
-        has(header::CONNECTION, "upgrade"),
-        has(header::UPGRADE, "websocket"),
-        upgrade,
-    ) else {
+    let (true, true, Some(upgrade)) = (has(header::CONNECTION, "upgrade"), has(header::UPGRADE, "websocket"), upgrade)
+    else {
         return Err(Error::field(
             "Upgrade",
             "this is a WebSocket: ask with Connection: Upgrade and Upgrade: websocket",
@@ -81,6 +71,7 @@ fn accept(
     let offered: Vec<&str> = header_text(headers, "Sec-WebSocket-Protocol")?
         .map_or(Vec::new(), |list| list.split(',').map(str::trim).collect());
     let who = credentials(ctx, headers, &offered)?;
+    ctx.health.check_caught_up()?;
     let versions = || offered.iter().filter(|it| it.starts_with("weft.v"));
     let unsupported = versions().next().is_some() && !versions().any(|it| *it == PROTOCOL);
     let traceparent = header_text(headers, "traceparent")?.map(str::to_owned);
@@ -105,11 +96,7 @@ fn accept(
         let _place = place;
         if let Some(ws) = websocket(upgrade).await {
             let session = Session::new(ctx, ws, who, traceparent);
-            if unsupported {
-                session.refuse_version().await
-            } else {
-                session.run().await
-            }
+            if unsupported { session.refuse_version().await } else { session.run().await }
         }
     });
     Ok(reply)
@@ -117,10 +104,7 @@ fn accept(
 
 /// The WebSocket on the connection's own TCP stream, once the 101 is out.
 async fn websocket(upgrade: OnUpgrade) -> Option<WebSocketStream<Socket>> {
-    let upgraded = upgrade
-        .await
-        .inspect_err(|error| tracing::debug!(%error, "an upgrade did not happen"))
-        .ok()?;
+    let upgraded = upgrade.await.inspect_err(|error| tracing::debug!(%error, "an upgrade did not happen")).ok()?;
     let parts = upgraded
         .downcast::<TokioIo<TcpStream>>()
         .inspect_err(|_| tracing::error!("an upgrade on no TCP stream"))
@@ -149,17 +133,9 @@ fn check_origin(ctx: &Context, headers: &HeaderMap) -> Result<(), Error> {
     let Some(origin) = header_text(headers, "Origin")? else {
         return Ok(());
     };
-    let own = header_text(headers, "Host")?.is_some_and(|host| {
-        origin
-            .split_once("://")
-            .is_some_and(|(_, it)| it.eq_ignore_ascii_case(host))
-    });
-    if own
-        || ctx
-            .origins
-            .iter()
-            .any(|allowed| allowed == "*" || allowed.eq_ignore_ascii_case(origin))
-    {
+    let own = header_text(headers, "Host")?
+        .is_some_and(|host| origin.split_once("://").is_some_and(|(_, it)| it.eq_ignore_ascii_case(host)));
+    if own || ctx.origins.iter().any(|allowed| allowed == "*" || allowed.eq_ignore_ascii_case(origin)) {
         Ok(())
     } else {
         Err(Error::new(Code::Forbidden, format!("the origin {origin:.100} is not allowed")).at("Origin"))

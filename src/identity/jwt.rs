@@ -87,17 +87,11 @@ impl Verifier {
         let claims = jsonwebtoken::decode::<Wanted>(token, &self.key, &self.validation)
             .map_err(|error| refuse(format!("the token is not valid: {error}")))?
             .claims;
-        let tenant = claims
-            .tenant
-            .ok_or_else(|| refuse("the token is not valid: Missing required claim: tenant".into()))?;
+        let tenant =
+            claims.tenant.ok_or_else(|| refuse("the token is not valid: Missing required claim: tenant".into()))?;
         ids::check_name("sub", &claims.sub).map_err(|error| refuse(error.message.into_owned()))?;
         ids::check_name("tenant", &tenant).map_err(|error| refuse(error.message.into_owned()))?;
-        Ok(Principal::new(
-            &tenant,
-            &claims.sub,
-            Scopes::parse(claims.scope.as_deref()),
-            claims.exp,
-        ))
+        Ok(Principal::new(&tenant, &claims.sub, Scopes::parse(claims.scope.as_deref()), claims.exp))
     }
 }
 

@@ -50,12 +50,6 @@ pub struct Principal {
 
 impl Principal {
     pub fn new(tenant: &str, user: &str, scopes: Scopes, expires_at: u64) -> Principal {
-        Principal {
-            tenant: tenant.into(),
-            user: user.into(),
-            key: log_key(tenant, user).into(),
-            scopes,
-            expires_at,
-        }
+        Principal { tenant: tenant.into(), user: user.into(), key: log_key(tenant, user).into(), scopes, expires_at }
     }
 }

@@ -96,14 +96,7 @@ impl EmbeddedLog {
         let db = DB::open_cf_descriptors(&tuning(), dir, descriptors).map_err(|error| open_error(dir, &error))?;
         let epoch = identity(&db, partitions)?;
         let end = last_offset(&db)?.map_or(0, |last| last + 1);
-        let tail = Tail {
-            entries: VecDeque::new(),
-            bytes: VecDeque::new(),
-            total_bytes: 0,
-            first: 0,
-            start: end,
-            end,
-        };
+        let tail = Tail { entries: VecDeque::new(), bytes: VecDeque::new(), total_bytes: 0, first: 0, start: end, end };
         let shared = Arc::new(Shared {
             db,
             epoch,
@@ -119,10 +112,7 @@ impl EmbeddedLog {
             .name("log-writer".into())
             .spawn(move || writer.run())
             .map_err(|error| LogError::Unavailable(format!("cannot start the log writer: {error}")))?;
-        Ok(EmbeddedLog {
-            shared,
-            writer: Mutex::new(Some(handle)),
-        })
+        Ok(EmbeddedLog { shared, writer: Mutex::new(Some(handle)) })
     }
 
     /// Puts bytes that are no record of ours into a partition, as damage or another program would: for tests.
@@ -138,9 +128,7 @@ impl EmbeddedLog {
         };
         let done: Done = Box::new(move |result| drop(sender.send(result)));
         self.append(vec![Append { record, done }]);
-        answer
-            .recv()
-            .unwrap_or_else(|_| Err(AppendError::Unknown("the writer stopped".into())))
+        answer.recv().unwrap_or_else(|_| Err(AppendError::Unknown("the writer stopped".into())))
     }
 }
 
@@ -180,10 +168,7 @@ fn identity(db: &DB, partitions: u32) -> Result<String, LogError> {
             .and_then(|bytes| Some(u32::from_be_bytes(bytes.try_into().ok()?)))
             .ok_or_else(|| LogError::Damaged("the number of partitions is missing".into()))?;
         if found != partitions {
-            return Err(LogError::PartitionMismatch {
-                found,
-                configured: partitions,
-            });
+            return Err(LogError::PartitionMismatch { found, configured: partitions });
         }
         return String::from_utf8(epoch).map_err(|_| LogError::Damaged("the epoch is not text".into()));
     }
@@ -191,8 +176,7 @@ fn identity(db: &DB, partitions: u32) -> Result<String, LogError> {
     let mut batch = WriteBatch::default();
     batch.put("epoch", &epoch);
     batch.put("partitions", partitions.to_be_bytes());
-    db.write_opt(batch, &synced())
-        .map_err(|error| LogError::Unavailable(error.to_string()))?;
+    db.write_opt(batch, &synced()).map_err(|error| LogError::Unavailable(error.to_string()))?;
     Ok(epoch)
 }
 
@@ -252,11 +236,7 @@ fn decode(bytes: &[u8]) -> Result<Record, Foreign> {
 }
 
 fn foreign(why: String, bytes: &[u8]) -> Foreign {
-    Foreign {
-        why,
-        key: None,
-        value: Some(Bytes::copy_from_slice(bytes)),
-    }
+    Foreign { why, key: None, value: Some(Bytes::copy_from_slice(bytes)) }
 }
 
 impl Log for EmbeddedLog {
@@ -300,28 +280,15 @@ impl Log for EmbeddedLog {
     fn reader(&self, from: &[u64]) -> Result<Box<dyn Reader>, LogError> {
         let end = lock(&self.shared.tail).end;
         if from.len() != self.shared.partitions as usize {
-            return Err(LogError::PartitionMismatch {
-                found: self.shared.partitions,
-                configured: from.len() as u32,
-            });
+            return Err(LogError::PartitionMismatch { found: self.shared.partitions, configured: from.len() as u32 });
         }
         for (partition, offset) in from.iter().enumerate() {
             if *offset > end {
-                let at = Position {
-                    partition: partition as u32,
-                    offset: *offset,
-                };
-                return Err(LogError::OutOfRange {
-                    at,
-                    bounds: Bounds { start: 0, end },
-                });
+                let at = Position { partition: partition as u32, offset: *offset };
+                return Err(LogError::OutOfRange { at, bounds: Bounds { start: 0, end } });
             }
         }
-        Ok(Box::new(EmbeddedReader {
-            shared: self.shared.clone(),
-            positions: from.to_vec(),
-            batch: None,
-        }))
+        Ok(Box::new(EmbeddedReader { shared: self.shared.clone(), positions: from.to_vec(), batch: None }))
     }
 
     fn bounds(&self) -> Result<Vec<Bounds>, LogError> {
@@ -331,9 +298,7 @@ impl Log for EmbeddedLog {
 
     /// Offsets count over all partitions, so the partition that is furthest behind says it all.
     fn lag(&self, positions: &[u64]) -> Result<u64, LogError> {
-        Ok(lock(&self.shared.tail)
-            .end
-            .saturating_sub(positions.iter().copied().min().unwrap_or(0)))
+        Ok(lock(&self.shared.tail).end.saturating_sub(positions.iter().copied().min().unwrap_or(0)))
     }
 
     fn committed(&self, _: &[u64]) {}
@@ -427,26 +392,14 @@ impl Writer {
     /// The record at its place, and the bytes that go to disk.
     fn place(&self, record: Record, offset: u64) -> (Entry, Vec<u8>) {
         if let Some(partition) = record.key.strip_prefix(FOREIGN) {
-            let at = Position {
-                partition: partition.parse().unwrap_or(0),
-                offset,
-            };
+            let at = Position { partition: partition.parse().unwrap_or(0), offset };
             let row = record.value.to_vec();
-            let entry = Entry {
-                at,
-                record: decode(&row),
-            };
+            let entry = Entry { at, record: decode(&row) };
             return (entry, row);
         }
         let partition = crc32fast::hash(record.key.as_bytes()) % self.shared.partitions;
         let row = encode(&record);
-        (
-            Entry {
-                at: Position { partition, offset },
-                record: Ok(record),
-            },
-            row,
-        )
+        (Entry { at: Position { partition, offset }, record: Ok(record) }, row)
     }
 
     /// Durable: readers may have it, and each appender is answered.
@@ -489,11 +442,7 @@ impl Writer {
         for key in &self.leftover {
             deletes.delete_cf(&records(&self.shared.db), key);
         }
-        let result = self
-            .shared
-            .db
-            .write_opt(deletes, &synced())
-            .map_err(|error| error.to_string());
+        let result = self.shared.db.write_opt(deletes, &synced()).map_err(|error| error.to_string());
         if result.is_ok() {
             self.leftover.clear();
         }
@@ -556,12 +505,7 @@ impl EmbeddedReader {
         let mut tail = lock(&self.shared.tail);
         while tail.end <= from {
             let left = deadline.checked_duration_since(Instant::now())?;
-            tail = self
-                .shared
-                .grown
-                .wait_timeout(tail, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            tail = self.shared.grown.wait_timeout(tail, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         Some((from, tail.end))
     }
@@ -581,27 +525,14 @@ impl EmbeddedReader {
                 room = room.saturating_sub(batch.len());
                 fits
             };
-            let batches: Vec<_> = tail
-                .entries
-                .iter()
-                .skip((next - tail.first) as usize)
-                .take_while(fits)
-                .cloned()
-                .collect();
+            let batches: Vec<_> =
+                tail.entries.iter().skip((next - tail.first) as usize).take_while(fits).cloned().collect();
             self.batch = Some(next + batches.len() as u64);
             batches
         };
-        let end = batches
-            .last()
-            .and_then(|batch| batch.last())
-            .map(|entry| entry.at.offset + 1)?;
+        let end = batches.last().and_then(|batch| batch.last()).map(|entry| entry.at.offset + 1)?;
         let unread = |entry: &&Entry| entry.at.offset >= self.positions[entry.at.partition as usize];
-        let found = batches
-            .iter()
-            .flat_map(|batch| batch.iter())
-            .filter(unread)
-            .cloned()
-            .collect();
+        let found = batches.iter().flat_map(|batch| batch.iter()).filter(unread).cloned().collect();
         self.advance(end);
         Some(found)
     }
@@ -617,20 +548,14 @@ impl EmbeddedReader {
         rows.seek(from.to_be_bytes());
         while let Some((key, value)) = rows.item() {
             let Some(at) = parse_key(key).filter(|at| at.partition < self.shared.partitions) else {
-                return Err(LogError::Damaged(format!(
-                    "a key of {} bytes among the records",
-                    key.len()
-                )));
+                return Err(LogError::Damaged(format!("a key of {} bytes among the records", key.len())));
             };
             if found.len() == max {
                 next = at.offset;
                 break;
             }
             if at.offset >= self.positions[at.partition as usize] {
-                found.push(Entry {
-                    at,
-                    record: decode(value),
-                });
+                found.push(Entry { at, record: decode(value) });
             }
             rows.next();
         }

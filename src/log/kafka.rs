@@ -10,7 +10,7 @@ mod setup;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -78,9 +78,7 @@ struct Trouble {
 impl KafkaLog {
     /// Connects, creates what is missing, and finds out which log this is. Blocks while it does.
     pub fn open(config: KafkaConfig) -> Result<KafkaLog, LogError> {
-        let side: BaseConsumer<Quiet> = consumer_config(&config)
-            .create_with_context(Quiet)
-            .map_err(unavailable)?;
+        let side: BaseConsumer<Quiet> = consumer_config(&config).create_with_context(Quiet).map_err(unavailable)?;
         let topic = format!("{}events", config.topic_prefix);
         ensure_topics(&config, &side)?;
 
@@ -106,11 +104,7 @@ impl KafkaLog {
             trouble: ArcSwapOption::empty(),
             progress: Mutex::new(None),
         });
-        let log = KafkaLog {
-            shared,
-            epoch,
-            threads: Mutex::new(Vec::new()),
-        };
+        let log = KafkaLog { shared, epoch, threads: Mutex::new(Vec::new()) };
         log.spawn("weft-kafka-out", Shared::run_out)?;
         log.spawn("weft-kafka-care", Shared::run_care)?;
         Ok(log)
@@ -143,10 +137,7 @@ impl Log for KafkaLog {
     fn reader(&self, from: &[u64]) -> Result<Box<dyn Reader>, LogError> {
         let partitions = self.shared.config.partitions;
         if from.len() != partitions as usize {
-            return Err(LogError::PartitionMismatch {
-                found: partitions,
-                configured: from.len() as u32,
-            });
+            return Err(LogError::PartitionMismatch { found: partitions, configured: from.len() as u32 });
         }
         self.shared.check(from)?;
         Ok(Box::new(KafkaReader::open(self.shared.clone(), from)?))
@@ -271,6 +262,16 @@ impl Shared {
         }
         self.commit(&side);
         *lock(&self.side) = None;
+        // A consumer goes down only after its last commit is answered, which without a broker takes minutes. The commit
+        // gets its chance; nobody waits longer for it.
+        let (sender, gone) = mpsc::sync_channel(1);
+        let down = move || {
+            drop(side);
+            sender.send(())
+        };
+        if thread::Builder::new().name("weft-kafka-end".to_owned()).spawn(down).is_ok() {
+            let _ = gone.recv_timeout(PROBE);
+        }
     }
 
     fn probe(&self, side: &BaseConsumer<Quiet>) -> Option<Trouble> {
@@ -280,35 +281,22 @@ impl Shared {
             // Records were acknowledged meanwhile: the brokers are busy, not away.
             Err(_) if self.pending.delivered.load(Ordering::Relaxed) > before => return None,
             Err(e) => {
-                return Some(Trouble {
-                    why: format!("no Kafka broker answers ({e})"),
-                    refuse: true,
-                });
+                return Some(Trouble { why: format!("no Kafka broker answers ({e})"), refuse: true });
             }
         };
         let topic = metadata.topics().first()?;
         if let Some(e) = topic.error() {
             let e = RDKafkaErrorCode::from(e);
-            return Some(Trouble {
-                why: format!("topic {} cannot be used ({e})", self.topic),
-                refuse: true,
-            });
+            return Some(Trouble { why: format!("topic {} cannot be used ({e})", self.topic), refuse: true });
         }
         let found = topic.partitions().len() as u32;
         if found != self.config.partitions {
             // Somebody added partitions: keys would land elsewhere than their history, where nobody reads them.
-            let why = LogError::PartitionMismatch {
-                found,
-                configured: self.config.partitions,
-            }
-            .to_string();
+            let why = LogError::PartitionMismatch { found, configured: self.config.partitions }.to_string();
             return Some(Trouble { why, refuse: true });
         }
         let orphan = topic.partitions().iter().find(|p| p.leader() < 0)?;
-        Some(Trouble {
-            why: format!("partition {} of {} has no leader", orphan.id(), self.topic),
-            refuse: false,
-        })
+        Some(Trouble { why: format!("partition {} of {} has no leader", orphan.id(), self.topic), refuse: false })
     }
 
     fn set_trouble(&self, now: Option<Trouble>) {
@@ -332,26 +320,19 @@ impl Shared {
     }
 
     fn side(&self) -> Result<Arc<BaseConsumer<Quiet>>, LogError> {
-        lock(&self.side)
-            .clone()
-            .ok_or_else(|| LogError::Unavailable("closed".to_owned()))
+        lock(&self.side).clone().ok_or_else(|| LogError::Unavailable("closed".to_owned()))
     }
 
     fn bounds(&self) -> Result<Vec<Bounds>, LogError> {
         let side = self.side()?;
-        (0..self.config.partitions)
-            .map(|partition| watermarks(&side, &self.topic, partition))
-            .collect()
+        (0..self.config.partitions).map(|partition| watermarks(&side, &self.topic, partition)).collect()
     }
 
     /// Whether every position is one that the log holds, or its end.
     fn check(&self, positions: &[u64]) -> Result<(), LogError> {
         for ((partition, bounds), &offset) in (0..).zip(self.bounds()?).zip(positions) {
             if !(bounds.start..=bounds.end).contains(&offset) {
-                return Err(LogError::OutOfRange {
-                    at: Position { partition, offset },
-                    bounds,
-                });
+                return Err(LogError::OutOfRange { at: Position { partition, offset }, bounds });
             }
         }
         Ok(())
@@ -384,9 +365,7 @@ impl Pending {
         let since = Instant::now();
         let mut queue = lock(&self.queue);
         let id = queue.first + queue.slots.len() as u64;
-        queue
-            .slots
-            .extend(waiting.into_iter().map(|done| Some(Waiting { since, done })));
+        queue.slots.extend(waiting.into_iter().map(|done| Some(Waiting { since, done })));
         id
     }
 
@@ -485,10 +464,7 @@ fn new_producer(config: &KafkaConfig, pending: &Arc<Pending>) -> Result<BaseProd
         .set("message.timeout.ms", ANSWER_WITHIN.as_millis().to_string())
         .set("queue.buffering.max.messages", "100000")
         .set("queue.buffering.max.kbytes", "131072")
-        .create_with_context(Producing {
-            pending: pending.clone(),
-            append_seconds: telemetry::append_seconds(),
-        })
+        .create_with_context(Producing { pending: pending.clone(), append_seconds: telemetry::append_seconds() })
 }
 
 fn send(
@@ -498,10 +474,7 @@ fn send(
     record: &Record,
     id: u64,
 ) -> Result<(), AppendError> {
-    let header = |key, value| Header {
-        key,
-        value: Some(value),
-    };
+    let header = |key, value| Header { key, value: Some(value) };
     let version = RECORD_VERSION.to_string();
     let mut headers = OwnedHeaders::new_with_capacity(4)
         .insert(header("weft-kind", record.kind.as_str()))
@@ -515,21 +488,16 @@ fn send(
         .payload(&record.value[..])
         .headers(headers);
     out.partition = partition;
-    producer
-        .send(out)
-        .map_err(|(error, _)| match error.rdkafka_error_code() {
-            Some(RDKafkaErrorCode::QueueFull) => AppendError::QueueFull,
-            // Not taken at all, whatever the reason.
-            _ => AppendError::Unavailable(error.to_string()),
-        })
+    producer.send(out).map_err(|(error, _)| match error.rdkafka_error_code() {
+        Some(RDKafkaErrorCode::QueueFull) => AppendError::QueueFull,
+        // Not taken at all, whatever the reason.
+        _ => AppendError::Unavailable(error.to_string()),
+    })
 }
 
 /// None for the negative numbers with which librdkafka says that it does not know.
 fn place(partition: i32, offset: i64) -> Option<Position> {
-    Some(Position {
-        partition: partition.try_into().ok()?,
-        offset: offset.try_into().ok()?,
-    })
+    Some(Position { partition: partition.try_into().ok()?, offset: offset.try_into().ok()? })
 }
 
 /// librdkafka's own log and errors. Outages are told once, by the care thread, not once a try.

@@ -46,10 +46,7 @@ const BLOCK_CACHE: usize = 64 << 20;
 
 pub fn descriptors() -> Vec<ColumnFamilyDescriptor> {
     let cache = Cache::new_lru_cache(BLOCK_CACHE);
-    FAMILIES
-        .iter()
-        .map(|(name, work)| ColumnFamilyDescriptor::new(*name, tuning(*work, &cache)))
-        .collect()
+    FAMILIES.iter().map(|(name, work)| ColumnFamilyDescriptor::new(*name, tuning(*work, &cache))).collect()
 }
 
 fn tuning(work: Work, cache: &Cache) -> Options {

@@ -128,11 +128,9 @@ impl Store {
                 return Ok((store, found.progress));
             }
             Ok(None) => {}
-            Ok(Some(found)) => tracing::warn!(
-                found.epoch,
-                epoch,
-                "the projections belong to another log: rebuilding them"
-            ),
+            Ok(Some(found)) => {
+                tracing::warn!(found.epoch, epoch, "the projections belong to another log: rebuilding them")
+            }
             Err(error) => tracing::warn!(%error, "the projections cannot be read by this version: rebuilding them"),
         }
         drop(store);
@@ -152,18 +150,14 @@ impl Store {
 
     fn family(&self, name: &'static str) -> Arc<BoundColumnFamily<'_>> {
         // Opened with every family of the catalogue in `open`, which fails without one.
-        self.db
-            .cf_handle(name)
-            .expect("the store was opened with its catalogue")
+        self.db.cf_handle(name).expect("the store was opened with its catalogue")
     }
 
     fn get<T: for<'a> BorrowDecode<'a, ()>>(&self, family: &'static str, key: &[u8]) -> Result<Option<T>, StoreError> {
         let Some(bytes) = self.db.get_pinned_cf(&self.family(family), key)? else {
             return Ok(None);
         };
-        codec::decode::<T>(SCHEMA, &bytes)
-            .map(Some)
-            .map_err(|source| StoreError::Damaged { family, source })
+        codec::decode::<T>(SCHEMA, &bytes).map(Some).map_err(|source| StoreError::Damaged { family, source })
     }
 
     fn identity(&self) -> Result<Option<Identity>, StoreError> {
@@ -180,10 +174,7 @@ impl Store {
     }
 
     pub fn is_member(&self, tenant: &str, thread: &str, user: &str) -> Result<bool, StoreError> {
-        Ok(self
-            .db
-            .get_pinned_cf(&self.family(MEMBERS), keys::joined(&[tenant, thread, user]))?
-            .is_some())
+        Ok(self.db.get_pinned_cf(&self.family(MEMBERS), keys::joined(&[tenant, thread, user]))?.is_some())
     }
 
     pub fn key(&self, key: &[u8]) -> Result<Option<KeyRow>, StoreError> {
@@ -205,25 +196,15 @@ impl Store {
         let prefix = keys::prefix(parts);
         let mut options = ReadOptions::default();
         options.set_iterate_upper_bound(keys::behind(prefix.clone()));
-        let rows = self.db.iterator_cf_opt(
-            &self.family(family),
-            options,
-            IteratorMode::From(&prefix, Direction::Forward),
-        );
-        rows.map(|row| Ok(String::from_utf8_lossy(&row?.0[prefix.len()..]).into_owned()))
-            .collect()
+        let rows =
+            self.db.iterator_cf_opt(&self.family(family), options, IteratorMode::From(&prefix, Direction::Forward));
+        rows.map(|row| Ok(String::from_utf8_lossy(&row?.0[prefix.len()..]).into_owned())).collect()
     }
 
     /// Events of a thread with seqs in `from..=to`, at most `limit` of them and (but for the first) `bytes` of frames;
     /// newest first if `newest_first`.
     pub fn events(&self, tenant: &str, thread: &str, seqs: EventRange) -> Result<Vec<StoredEvent>, StoreError> {
-        let EventRange {
-            from,
-            to,
-            limit,
-            bytes,
-            newest_first,
-        } = seqs;
+        let EventRange { from, to, limit, bytes, newest_first } = seqs;
         let mut found = Vec::new();
         if from > to || limit == 0 {
             return Ok(found);
@@ -262,24 +243,11 @@ impl Store {
 
     /// The newest event's frame.
     pub fn newest(&self, tenant: &str, thread: &str) -> Result<Option<StoredEvent>, StoreError> {
-        Ok(self
-            .events(
-                tenant,
-                thread,
-                EventRange {
-                    limit: 1,
-                    newest_first: true,
-                    ..EventRange::all()
-                },
-            )?
-            .pop())
+        Ok(self.events(tenant, thread, EventRange { limit: 1, newest_first: true, ..EventRange::all() })?.pop())
     }
 
     pub fn batch(&self) -> Batch<'_> {
-        Batch {
-            store: self,
-            rows: WriteBatch::default(),
-        }
+        Batch { store: self, rows: WriteBatch::default() }
     }
 
     /// Makes a batch visible. Durable with the next flush.
@@ -292,9 +260,7 @@ impl Store {
     /// Makes durable what has been committed, so that the next start reads no more of the log than it must.
     pub fn flush(&self) -> Result<(), StoreError> {
         let families: Vec<_> = catalogue::names().map(|name| self.family(name)).collect();
-        Ok(self
-            .db
-            .flush_cfs_opt(&families.iter().collect::<Vec<_>>(), &Default::default())?)
+        Ok(self.db.flush_cfs_opt(&families.iter().collect::<Vec<_>>(), &Default::default())?)
     }
 
     /// Every row of every family, in order: to compare two stores.
@@ -310,9 +276,7 @@ impl Store {
         let mut options = ReadOptions::default();
         options.set_iterate_lower_bound(keys::key_time(partition, from, &[]));
         options.set_iterate_upper_bound(keys::key_time(partition, before, &[]));
-        let rows = self
-            .db
-            .iterator_cf_opt(&self.family(KEY_TIMES), options, IteratorMode::Start);
+        let rows = self.db.iterator_cf_opt(&self.family(KEY_TIMES), options, IteratorMode::Start);
         rows.map(|row| Ok(row?.0.into_vec())).collect()
     }
 }
@@ -332,31 +296,17 @@ pub struct EventRange {
 
 impl EventRange {
     pub fn all() -> EventRange {
-        EventRange {
-            from: 1,
-            to: u64::MAX,
-            limit: usize::MAX,
-            bytes: usize::MAX,
-            newest_first: false,
-        }
+        EventRange { from: 1, to: u64::MAX, limit: usize::MAX, bytes: usize::MAX, newest_first: false }
     }
 }
 
 impl Batch<'_> {
     fn put<T: Encode>(&mut self, family: &'static str, key: &[u8], row: &T) {
-        self.rows
-            .put_cf(&self.store.family(family), key, codec::encode(SCHEMA, row));
+        self.rows.put_cf(&self.store.family(family), key, codec::encode(SCHEMA, row));
     }
 
     pub fn put_progress(&mut self, epoch: &str, progress: &[Progress]) {
-        self.put(
-            META,
-            b"identity",
-            &Identity {
-                epoch: epoch.to_owned(),
-                progress: progress.to_vec(),
-            },
-        );
+        self.put(META, b"identity", &Identity { epoch: epoch.to_owned(), progress: progress.to_vec() });
     }
 
     pub fn put_thread(&mut self, tenant: &str, thread: &str, row: &ThreadRow) {
@@ -369,27 +319,17 @@ impl Batch<'_> {
 
     pub fn put_member(&mut self, tenant: &str, thread: &str, user: &str, row: &MemberRow) {
         self.put(MEMBERS, &keys::joined(&[tenant, thread, user]), row);
-        self.rows.put_cf(
-            &self.store.family(MEMBERSHIPS),
-            keys::joined(&[tenant, user, thread]),
-            [],
-        );
+        self.rows.put_cf(&self.store.family(MEMBERSHIPS), keys::joined(&[tenant, user, thread]), []);
     }
 
     pub fn delete_member(&mut self, tenant: &str, thread: &str, user: &str) {
-        self.rows
-            .delete_cf(&self.store.family(MEMBERS), keys::joined(&[tenant, thread, user]));
-        self.rows
-            .delete_cf(&self.store.family(MEMBERSHIPS), keys::joined(&[tenant, user, thread]));
+        self.rows.delete_cf(&self.store.family(MEMBERS), keys::joined(&[tenant, thread, user]));
+        self.rows.delete_cf(&self.store.family(MEMBERSHIPS), keys::joined(&[tenant, user, thread]));
     }
 
     pub fn put_key(&mut self, partition: u32, key: &[u8], row: &KeyRow) {
         self.put(KEYS, key, row);
-        self.rows.put_cf(
-            &self.store.family(KEY_TIMES),
-            keys::key_time(partition, row.at, key),
-            [],
-        );
+        self.rows.put_cf(&self.store.family(KEY_TIMES), keys::key_time(partition, row.at, key), []);
     }
 
     /// Deletes the idempotency keys of a partition with `at` in `from..before`. Only what has been committed is seen.

@@ -56,10 +56,7 @@ async fn tokens_that_are_not_valid_get_401_at_the_upgrade_4500_in_a_frame_and_40
         ("not a token", "nonsense".into()),
         ("alg none", unsigned.clone()),
         ("alg none with a signature", format!("{unsigned}{}", parts[2])),
-        (
-            "another secret",
-            signed(&good, Algorithm::HS256, &EncodingKey::from_secret(b"another secret")),
-        ),
+        ("another secret", signed(&good, Algorithm::HS256, &EncodingKey::from_secret(b"another secret"))),
         ("expired", with("exp", json!(now - 60))),
         ("not yet valid", with("nbf", json!(now + 600))),
         ("no sub", without("sub")),
@@ -80,10 +77,7 @@ async fn tokens_that_are_not_valid_get_401_at_the_upgrade_4500_in_a_frame_and_40
     }
     for (what, token) in [
         ("good", hmac(&good)),
-        (
-            "HS512",
-            signed(&good, Algorithm::HS512, &EncodingKey::from_secret(SECRET.as_bytes())),
-        ),
+        ("HS512", signed(&good, Algorithm::HS512, &EncodingKey::from_secret(SECRET.as_bytes()))),
         ("expired within the leeway", with("exp", json!(now - 10))),
         ("valid within the leeway", with("nbf", json!(now + 10))),
     ] {
@@ -92,11 +86,7 @@ async fn tokens_that_are_not_valid_get_401_at_the_upgrade_4500_in_a_frame_and_40
 }
 
 fn openssl(folder: &Path, arguments: &[&str]) {
-    let output = Command::new("openssl")
-        .current_dir(folder)
-        .args(arguments)
-        .output()
-        .unwrap();
+    let output = Command::new("openssl").current_dir(folder).args(arguments).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -112,16 +102,8 @@ fn key_pair(folder: &Path, name: &str, arguments: &[&str]) -> (PathBuf, Vec<u8>)
 async fn public_keys_verify_their_own_algorithms_and_never_serve_as_a_shared_secret() {
     let folder = tempfile::tempdir().unwrap();
     let good = json!({"sub": "ada", "tenant": "acme", "exp": weft::clock::now_s() + 600});
-    let rsa = key_pair(
-        folder.path(),
-        "rsa",
-        &["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"],
-    );
-    let ec = key_pair(
-        folder.path(),
-        "ec",
-        &["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
-    );
+    let rsa = key_pair(folder.path(), "rsa", &["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"]);
+    let ec = key_pair(folder.path(), "ec", &["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"]);
     let ed = key_pair(folder.path(), "ed", &["-algorithm", "ED25519"]);
     let sign = [
         signed(&good, Algorithm::RS256, &EncodingKey::from_rsa_pem(&rsa.1).unwrap()),
@@ -131,22 +113,10 @@ async fn public_keys_verify_their_own_algorithms_and_never_serve_as_a_shared_sec
     for (n, public) in [rsa.0, ec.0, ed.0].iter().enumerate() {
         let server = Server::start_with(LogKind::embedded(), &["--jwt-key", public.to_str().unwrap()]);
         for (m, token) in sign.iter().enumerate() {
-            assert_eq!(
-                upgrade_status(&server.url, token).await,
-                if n == m { 101 } else { 401 },
-                "key {n}, token {m}"
-            );
+            assert_eq!(upgrade_status(&server.url, token).await, if n == m { 101 } else { 401 }, "key {n}, token {m}");
         }
-        let as_secret = signed(
-            &good,
-            Algorithm::HS256,
-            &EncodingKey::from_secret(&std::fs::read(public).unwrap()),
-        );
-        assert_eq!(
-            upgrade_status(&server.url, &as_secret).await,
-            401,
-            "the public key {n} as a secret"
-        );
+        let as_secret = signed(&good, Algorithm::HS256, &EncodingKey::from_secret(&std::fs::read(public).unwrap()));
+        assert_eq!(upgrade_status(&server.url, &as_secret).await, 401, "the public key {n} as a secret");
     }
 }
 
@@ -154,43 +124,23 @@ async fn public_keys_verify_their_own_algorithms_and_never_serve_as_a_shared_sec
 async fn issuer_and_audience_are_required_when_configured() {
     let server = Server::start_with(LogKind::embedded(), &["--jwt-issuer", "us", "--jwt-audience", "weft"]);
     let mint = |iss: Option<&str>, aud: Option<&str>| {
-        mint(
-            SECRET,
-            &Claims {
-                iss: iss.map(Into::into),
-                aud: aud.map(Into::into),
-                ..claims("ada", "")
-            },
-        )
-        .unwrap()
+        mint(SECRET, &Claims { iss: iss.map(Into::into), aud: aud.map(Into::into), ..claims("ada", "") }).unwrap()
     };
     assert_eq!(upgrade_status(&server.url, &mint(Some("us"), Some("weft"))).await, 101);
-    for (iss, aud) in [
-        (None, Some("weft")),
-        (Some("us"), None),
-        (Some("them"), Some("weft")),
-        (Some("us"), Some("others")),
-    ] {
-        assert_eq!(
-            upgrade_status(&server.url, &mint(iss, aud)).await,
-            401,
-            "{iss:?} {aud:?}"
-        );
+    for (iss, aud) in
+        [(None, Some("weft")), (Some("us"), None), (Some("them"), Some("weft")), (Some("us"), Some("others"))]
+    {
+        assert_eq!(upgrade_status(&server.url, &mint(iss, aud)).await, 401, "{iss:?} {aud:?}");
     }
 }
 
 #[tokio::test]
 async fn a_token_comes_by_header_by_subprotocol_or_by_a_connect_frame_and_never_by_the_query() {
     let server = Server::start(LogKind::embedded());
-    let mut by_protocol = Socket::raw(
-        &server.url,
-        &[(
-            "Sec-WebSocket-Protocol",
-            &format!("weft.v1, weft.bearer.{}", token("ada", "")),
-        )],
-    )
-    .await
-    .unwrap();
+    let mut by_protocol =
+        Socket::raw(&server.url, &[("Sec-WebSocket-Protocol", &format!("weft.v1, weft.bearer.{}", token("ada", "")))])
+            .await
+            .unwrap();
     let welcome = by_protocol.recv().await;
     assert_eq!(
         (&welcome["type"], &welcome["user"], &welcome["tenant"]),
@@ -203,30 +153,16 @@ async fn a_token_comes_by_header_by_subprotocol_or_by_a_connect_frame_and_never_
     let mut by_frame = Socket::raw(&server.url, &[]).await.unwrap();
     let early = by_frame.ask(json!({"type": "subscribe", "thread": "t"})).await;
     assert_eq!(early["code"], "unauthenticated", "{early}");
-    let early = by_frame
-        .ask(publish("t", "user_message", json!({"content": "hi"})))
-        .await;
+    let early = by_frame.ask(publish("t", "user_message", json!({"content": "hi"}))).await;
     assert_eq!(early["code"], "unauthenticated", "{early}");
-    let welcome = by_frame
-        .ask(json!({"type": "connect", "token": token("ben", "")}))
-        .await;
+    let welcome = by_frame.ask(json!({"type": "connect", "token": token("ben", "")})).await;
     assert_eq!((&welcome["type"], &welcome["user"]), (&json!("welcome"), &json!("ben")));
-    assert_eq!(
-        by_frame
-            .ask(json!({"type": "connect", "token": token("ben", "")}))
-            .await["code"],
-        "conflict"
-    );
-    let reply = reqwest::get(format!("{}/v1/threads?token={}", server.url, token("ada", "")))
-        .await
-        .unwrap();
+    assert_eq!(by_frame.ask(json!({"type": "connect", "token": token("ben", "")})).await["code"], "conflict");
+    let reply = reqwest::get(format!("{}/v1/threads?token={}", server.url, token("ada", ""))).await.unwrap();
     assert_eq!(reply.status(), 401);
     let mut other_version = Socket::raw(
         &server.url,
-        &[
-            ("Sec-WebSocket-Protocol", "weft.v1"),
-            ("Authorization", &format!("Bearer {}", token("ada", ""))),
-        ],
+        &[("Sec-WebSocket-Protocol", "weft.v1"), ("Authorization", &format!("Bearer {}", token("ada", "")))],
     )
     .await
     .unwrap();
@@ -235,10 +171,7 @@ async fn a_token_comes_by_header_by_subprotocol_or_by_a_connect_frame_and_never_
 
 #[tokio::test]
 async fn a_page_of_another_origin_is_refused() {
-    let server = Server::start_with(
-        LogKind::embedded(),
-        &["--allow-origin", "https://app.example,https://b.example"],
-    );
+    let server = Server::start_with(LogKind::embedded(), &["--allow-origin", "https://app.example,https://b.example"]);
     let bearer = format!("Bearer {}", token("ada", ""));
     let status =
         async |origin: &str| match Socket::raw(&server.url, &[("Authorization", &bearer), ("Origin", origin)]).await {
@@ -259,10 +192,7 @@ async fn a_bad_command_gets_its_code_and_field_and_the_session_lives_on() {
     let mut socket = server.connect("ada").await;
     let message = |more: Value| {
         let mut command = publish("t", "user_message", json!({"content": "x"}));
-        command
-            .as_object_mut()
-            .unwrap()
-            .extend(more.as_object().unwrap().clone());
+        command.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         command
     };
     let cases = [
@@ -270,54 +200,26 @@ async fn a_bad_command_gets_its_code_and_field_and_the_session_lives_on() {
         (json!({"type": "ping", "loud": true}), "bad_request", "loud"),
         (json!({"type": "subscribe"}), "bad_request", "thread"),
         (json!({"type": "subscribe", "thread": "a b"}), "bad_request", "thread"),
-        (
-            json!({"type": "subscribe", "thread": "t", "after": -1}),
-            "bad_request",
-            "after",
-        ),
-        (
-            json!({"type": "subscribe", "thread": "t", "after": 0, "last": 1}),
-            "bad_request",
-            "last",
-        ),
+        (json!({"type": "subscribe", "thread": "t", "after": -1}), "bad_request", "after"),
+        (json!({"type": "subscribe", "thread": "t", "after": 0, "last": 1}), "bad_request", "last"),
         (json!({"type": "subscribe", "thread": "nowhere"}), "not_found", "thread"),
-        (
-            json!({"type": "unsubscribe", "thread": "nowhere"}),
-            "not_found",
-            "thread",
-        ),
+        (json!({"type": "unsubscribe", "thread": "nowhere"}), "not_found", "thread"),
         (message(json!({"thread": "@tenant"})), "bad_request", "thread"),
         (message(json!({"thread": 5})), "bad_request", "thread"),
         (message(json!({"kind": "nonsense"})), "bad_request", "kind"),
         (message(json!({"kind": "x."})), "bad_request", "kind"),
-        (
-            message(json!({"kind": "member_added", "data": {"user": "eve"}})),
-            "bad_request",
-            "kind",
-        ),
+        (message(json!({"kind": "member_added", "data": {"user": "eve"}})), "bad_request", "kind"),
         (message(json!({"data": "text"})), "bad_request", "data.content"),
         (message(json!({"data": {}})), "bad_request", "data.content"),
-        (
-            message(json!({"data": {"content": [{"text": "no type"}]}})),
-            "bad_request",
-            "data.content",
-        ),
-        (
-            message(json!({"data": {"content": "x".repeat(70_000)}})),
-            "too_large",
-            "data",
-        ),
+        (message(json!({"data": {"content": [{"text": "no type"}]}})), "bad_request", "data.content"),
+        (message(json!({"data": {"content": "x".repeat(70_000)}})), "too_large", "data"),
         (message(json!({"key": "k".repeat(129)})), "bad_request", "key"),
         (message(json!({"priority": "urgent"})), "bad_request", "priority"),
         (message(json!({"parent": 0})), "bad_request", "parent"),
         (message(json!({"parent": 99})), "bad_request", "parent"),
         (message(json!({"run": ""})), "bad_request", "run"),
         (message(json!({"colour": "red"})), "bad_request", "colour"),
-        (
-            message(json!({"kind": "agent_started", "run": "r", "data": {"agent": "a"}})),
-            "forbidden",
-            "kind",
-        ),
+        (message(json!({"kind": "agent_started", "run": "r", "data": {"agent": "a"}})), "forbidden", "kind"),
     ];
     socket.say("t", "so that the thread is there").await;
     for (command, code, field) in cases {
@@ -327,45 +229,27 @@ async fn a_bad_command_gets_its_code_and_field_and_the_session_lives_on() {
             (&json!("error"), &json!(code), &json!(field)),
             "{command}: {answer}"
         );
-        assert!(
-            answer["message"].is_string() && answer["temporary"] == false,
-            "{answer}"
-        );
+        assert!(answer["message"].is_string() && answer["temporary"] == false, "{answer}");
     }
     let mut agent = server.connect_as("bot", "agent publish").await;
     for (command, field) in [
-        (
-            json!({"type": "publish", "thread": "t", "kind": "agent_started", "data": {"agent": "a"}}),
-            "run",
-        ),
-        (
-            json!({"type": "publish", "thread": "t", "kind": "agent_started", "run": "r", "data": {}}),
-            "data.agent",
-        ),
+        (json!({"type": "publish", "thread": "t", "kind": "agent_started", "data": {"agent": "a"}}), "run"),
+        (json!({"type": "publish", "thread": "t", "kind": "agent_started", "run": "r", "data": {}}), "data.agent"),
         (
             json!({"type": "publish", "thread": "t", "kind": "tool_executing", "run": "r", "data": {"tool": "t"}}),
             "data.call",
         ),
     ] {
         let answer = agent.ask(command).await;
-        assert_eq!(
-            (&answer["code"], &answer["field"]),
-            (&json!("bad_request"), &json!(field)),
-            "{answer}"
-        );
+        assert_eq!((&answer["code"], &answer["field"]), (&json!("bad_request"), &json!(field)), "{answer}");
     }
     // Duplicate fields cannot be made with a JSON library.
     socket.send_text(r#"{"type":"ping","id":77,"id":78}"#).await;
     let answer = socket.recv().await;
-    assert_eq!(
-        (&answer["code"], &answer["field"]),
-        (&json!("bad_request"), &json!("id"))
-    );
+    assert_eq!((&answer["code"], &answer["field"]), (&json!("bad_request"), &json!("id")));
     socket.send_text("[]").await;
     assert_eq!(socket.recv().await["code"], "bad_request");
-    socket
-        .send(&Value::Array(vec![json!({"type": "ping", "id": 1}); 1_001]))
-        .await;
+    socket.send(&Value::Array(vec![json!({"type": "ping", "id": 1}); 1_001])).await;
     assert_eq!(socket.recv().await["code"], "too_large");
     assert_eq!(socket.say("t", "still here").await, 2);
 }
@@ -396,10 +280,7 @@ async fn an_array_s_commands_are_answered_each_on_its_own_and_take_effect_in_ord
     }
     assert_eq!(answers[&1]["seq"], 1);
     assert_eq!(answers[&2]["field"], "kind");
-    assert_eq!(
-        answers[&3]["type"], "subscribed",
-        "the thread was made by the command before"
-    );
+    assert_eq!(answers[&3]["type"], "subscribed", "the thread was made by the command before");
     assert_eq!(answers[&4]["seq"], 2);
     assert_eq!(answers[&5]["type"], "pong");
     assert_eq!(events, [1, 2]);
@@ -417,31 +298,15 @@ async fn a_malformed_frame_closes_with_the_code_that_says_what_it_was() {
     binary.ws.send(Message::binary(b"{}".to_vec())).await.unwrap();
     assert_eq!(binary.closed().await, 1003);
     let mut no_utf8 = server.connect("ada").await;
-    no_utf8
-        .ws
-        .send(Message::Frame(Frame::message(
-            vec![0xff, 0xfe],
-            OpCode::Data(Data::Text),
-            true,
-        )))
-        .await
-        .unwrap();
+    no_utf8.ws.send(Message::Frame(Frame::message(vec![0xff, 0xfe], OpCode::Data(Data::Text), true))).await.unwrap();
     assert_eq!(no_utf8.closed().await, 1007);
     let mut too_large = server.connect("ada").await;
     // The server may close before it has read all of it.
     let _ = too_large.ws.send(Message::text("x".repeat(300_000))).await;
     assert_eq!(too_large.closed().await, 1009);
     let mut reserved = server.connect("ada").await;
-    let header = FrameHeader {
-        rsv1: true,
-        opcode: OpCode::Data(Data::Text),
-        ..FrameHeader::default()
-    };
-    reserved
-        .ws
-        .send(Message::Frame(Frame::from_payload(header, "{}".into())))
-        .await
-        .unwrap();
+    let header = FrameHeader { rsv1: true, opcode: OpCode::Data(Data::Text), ..FrameHeader::default() };
+    reserved.ws.send(Message::Frame(Frame::from_payload(header, "{}".into()))).await.unwrap();
     assert_eq!(reserved.closed().await, 1002);
     assert_eq!(server.metric("weft_connections").await, 0.0);
 }
@@ -452,24 +317,8 @@ async fn a_frame_cut_into_fragments_is_one_frame() {
     let mut socket = server.connect("ada").await;
     let text = json!({"type": "ping", "id": 5}).to_string();
     let (head, tail) = text.split_at(7);
-    socket
-        .ws
-        .send(Message::Frame(Frame::message(
-            head.to_owned(),
-            OpCode::Data(Data::Text),
-            false,
-        )))
-        .await
-        .unwrap();
-    socket
-        .ws
-        .send(Message::Frame(Frame::message(
-            tail.to_owned(),
-            OpCode::Data(Data::Continue),
-            true,
-        )))
-        .await
-        .unwrap();
+    socket.ws.send(Message::Frame(Frame::message(head.to_owned(), OpCode::Data(Data::Text), false))).await.unwrap();
+    socket.ws.send(Message::Frame(Frame::message(tail.to_owned(), OpCode::Data(Data::Continue), true))).await.unwrap();
     assert_eq!(socket.recv().await["id"], 5);
 }
 
@@ -483,28 +332,15 @@ async fn a_session_without_credentials_is_closed_4004() {
 #[tokio::test]
 async fn a_token_s_end_is_announced_refresh_moves_it_and_without_one_the_session_is_closed_4003() {
     let server = Server::start(LogKind::embedded());
-    let ends = |user: &str, exp: u64| {
-        mint(
-            SECRET,
-            &Claims {
-                exp,
-                ..claims(user, "")
-            },
-        )
-        .unwrap()
-    };
+    let ends = |user: &str, exp: u64| mint(SECRET, &Claims { exp, ..claims(user, "") }).unwrap();
     let now = weft::clock::now_s();
     let mut dying = Socket::open(&server.url, &ends("ada", now - 27)).await;
     let mut refreshed = Socket::open(&server.url, &ends("ada", now - 27)).await;
     let mut stranger = Socket::open(&server.url, &ends("ada", now + 600)).await;
-    let answer = refreshed
-        .ask(json!({"type": "refresh", "token": token("ada", "")}))
-        .await;
+    let answer = refreshed.ask(json!({"type": "refresh", "token": token("ada", "")})).await;
     assert_eq!(answer["type"], "refreshed", "{answer}");
     assert!(answer["expires_at"].is_string());
-    stranger
-        .send(&json!({"type": "refresh", "id": 1, "token": token("ben", "")}))
-        .await;
+    stranger.send(&json!({"type": "refresh", "id": 1, "token": token("ben", "")})).await;
     assert_eq!(stranger.closed().await, 4500, "another user's token");
     assert_eq!(dying.recv().await["type"], "expiring");
     assert_eq!(dying.closed().await, 4003);
@@ -526,25 +362,16 @@ fn raw_http(server: &Server, bytes: &[u8]) -> String {
 async fn slow_and_oversized_headers_do_not_hold_a_connection() {
     let server = Server::start(LogKind::embedded());
     let many: String = (0..70).map(|n| format!("x-{n}: 1\r\n")).collect();
-    let reply = raw_http(
-        &server,
-        format!("GET /healthz HTTP/1.1\r\nhost: x\r\n{many}\r\n").as_bytes(),
-    );
+    let reply = raw_http(&server, format!("GET /healthz HTTP/1.1\r\nhost: x\r\n{many}\r\n").as_bytes());
     assert!(reply.starts_with("HTTP/1.1 431"), "{reply}");
-    let reply = raw_http(
-        &server,
-        format!("GET /healthz HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "y".repeat(20_000)).as_bytes(),
-    );
+    let reply =
+        raw_http(&server, format!("GET /healthz HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "y".repeat(20_000)).as_bytes());
     assert!(reply.starts_with("HTTP/1.1 431"), "{reply}");
     // These return only because the server gives up: nothing sent at all, and a request that never ends.
     raw_http(&server, b"");
     raw_http(&server, b"GET /healthz HTTP/1.1\r\nhost: x\r\n");
     assert!(
-        raw_http(
-            &server,
-            b"GET /healthz HTTP/1.1\r\nconnection: close\r\nhost: x\r\n\r\n"
-        )
-        .starts_with("HTTP/1.1 200")
+        raw_http(&server, b"GET /healthz HTTP/1.1\r\nconnection: close\r\nhost: x\r\n\r\n").starts_with("HTTP/1.1 200")
     );
 }
 
@@ -553,20 +380,11 @@ async fn beyond_the_connection_limit_a_client_is_told_and_a_place_that_is_left_i
     let server = Server::start_with(LogKind::embedded(), &["--max-connections", "2"]);
     let first = server.connect("ada").await;
     let mut second = server.connect("ada").await;
-    let refused = Socket::raw(
-        &server.url,
-        &[("Authorization", &format!("Bearer {}", token("ada", "")))],
-    )
-    .await;
+    let refused = Socket::raw(&server.url, &[("Authorization", &format!("Bearer {}", token("ada", "")))]).await;
     assert!(matches!(refused, Err(WsError::Http(reply)) if reply.status() == 503));
     drop(first);
     crate::support::eventually("the place is free", async || {
-        Socket::raw(
-            &server.url,
-            &[("Authorization", &format!("Bearer {}", token("ada", "")))],
-        )
-        .await
-        .is_ok()
+        Socket::raw(&server.url, &[("Authorization", &format!("Bearer {}", token("ada", "")))]).await.is_ok()
     })
     .await;
     assert_eq!(second.ask(json!({"type": "ping"})).await["type"], "pong");
@@ -597,10 +415,8 @@ async fn sigterm_under_load_loses_no_answer_and_closes_1001() {
             }
         }));
     }
-    crate::support::eventually("the load is on", async || {
-        server.metric("weft_project_events_total").await > 2_000.0
-    })
-    .await;
+    crate::support::eventually("the load is on", async || server.metric("weft_project_events_total").await > 2_000.0)
+        .await;
     server.signal("TERM");
     let begin = std::time::Instant::now();
     let mut answered = Vec::new();
@@ -614,12 +430,7 @@ async fn sigterm_under_load_loses_no_answer_and_closes_1001() {
     server.up();
     server.ready().await;
     for (n, answered) in answered.iter().enumerate() {
-        let head = server.http("GET", &format!("/v1/threads/t{n}"), "ada", None).await.1["head"]
-            .as_u64()
-            .unwrap();
-        assert_eq!(
-            head, *answered,
-            "what was accepted was answered, and what was answered is there"
-        );
+        let head = server.http("GET", &format!("/v1/threads/t{n}"), "ada", None).await.1["head"].as_u64().unwrap();
+        assert_eq!(head, *answered, "what was accepted was answered, and what was answered is there");
     }
 }

@@ -37,10 +37,7 @@ impl Place {
     }
 
     fn on(brokers: &str) -> Place {
-        Place::Kafka {
-            brokers: brokers.to_owned(),
-            prefix: kafka::fresh_prefix(),
-        }
+        Place::Kafka { brokers: brokers.to_owned(), prefix: kafka::fresh_prefix() }
     }
 
     fn topic(&self) -> String {
@@ -64,14 +61,12 @@ impl Place {
     /// How to find it from another process.
     fn arguments(&self) -> [(&str, String); 2] {
         match self {
-            Place::Embedded(dir) => [
-                ("WEFT_TEST_DIR", dir.path().display().to_string()),
-                ("WEFT_TEST_PREFIX", String::new()),
-            ],
-            Place::Kafka { brokers, prefix } => [
-                ("WEFT_TEST_BROKERS", brokers.clone()),
-                ("WEFT_TEST_PREFIX", prefix.clone()),
-            ],
+            Place::Embedded(dir) => {
+                [("WEFT_TEST_DIR", dir.path().display().to_string()), ("WEFT_TEST_PREFIX", String::new())]
+            }
+            Place::Kafka { brokers, prefix } => {
+                [("WEFT_TEST_BROKERS", brokers.clone()), ("WEFT_TEST_PREFIX", prefix.clone())]
+            }
         }
     }
 }
@@ -139,9 +134,8 @@ type Answer = Result<Position, AppendError>;
 fn append(log: &dyn Log, records: Vec<Record>) -> Vec<Answer> {
     let count = records.len();
     let answers = append_later(log, records);
-    let mut answers: Vec<(usize, Answer)> = (0..count)
-        .map(|_| answers.recv_timeout(PATIENCE).expect("every record is answered"))
-        .collect();
+    let mut answers: Vec<(usize, Answer)> =
+        (0..count).map(|_| answers.recv_timeout(PATIENCE).expect("every record is answered")).collect();
     answers.sort_by_key(|(n, _)| *n);
     answers.into_iter().map(|(_, answer)| answer).collect()
 }
@@ -151,36 +145,22 @@ fn append_later(log: &dyn Log, records: Vec<Record>) -> mpsc::Receiver<(usize, A
     let batch = records.into_iter().enumerate().map(|(n, record)| {
         let sender = sender.clone();
         // The receiver may be gone: a test that failed.
-        Append {
-            record,
-            done: Box::new(move |answer| drop(sender.send((n, answer)))),
-        }
+        Append { record, done: Box::new(move |answer| drop(sender.send((n, answer)))) }
     });
     log.append(batch.collect());
     answers
 }
 
 fn append_ok(log: &dyn Log, records: Vec<Record>) -> Vec<Position> {
-    append(log, records)
-        .into_iter()
-        .map(|answer| answer.expect("the record is taken"))
-        .collect()
+    append(log, records).into_iter().map(|answer| answer.expect("the record is taken")).collect()
 }
 
 fn starts(log: &dyn Log) -> Positions {
-    log.bounds()
-        .expect("the log tells its bounds")
-        .iter()
-        .map(|b| b.start)
-        .collect()
+    log.bounds().expect("the log tells its bounds").iter().map(|b| b.start).collect()
 }
 
 fn ends(log: &dyn Log) -> Positions {
-    log.bounds()
-        .expect("the log tells its bounds")
-        .iter()
-        .map(|b| b.end)
-        .collect()
+    log.bounds().expect("the log tells its bounds").iter().map(|b| b.end).collect()
 }
 
 fn read(reader: &mut dyn Reader, count: usize) -> Vec<Entry> {
@@ -188,11 +168,7 @@ fn read(reader: &mut dyn Reader, count: usize) -> Vec<Entry> {
     let mut entries = Vec::new();
     while entries.len() < count {
         assert!(Instant::now() < until, "{} of {count} entries came", entries.len());
-        entries.extend(
-            reader
-                .next(count - entries.len(), Duration::from_millis(200))
-                .expect("the log can be read"),
-        );
+        entries.extend(reader.next(count - entries.len(), Duration::from_millis(200)).expect("the log can be read"));
     }
     entries
 }
@@ -204,16 +180,8 @@ fn read_all(log: &dyn Log) -> Vec<Entry> {
     let until = Instant::now() + PATIENCE;
     let mut entries = Vec::new();
     while reader.positions().iter().zip(&ends).any(|(at, end)| at < end) {
-        assert!(
-            Instant::now() < until,
-            "reading stopped at {:?} of {ends:?}",
-            reader.positions()
-        );
-        entries.extend(
-            reader
-                .next(10_000, Duration::from_millis(200))
-                .expect("the log can be read"),
-        );
+        assert!(Instant::now() < until, "reading stopped at {:?} of {ends:?}", reader.positions());
+        entries.extend(reader.next(10_000, Duration::from_millis(200)).expect("the log can be read"));
     }
     entries
 }
@@ -223,10 +191,7 @@ fn in_order(log: &dyn Log, count: usize) -> BTreeMap<u32, Vec<Record>> {
     let mut reader = log.reader(&starts(log)).expect("the log can be read from its start");
     let mut by_partition: BTreeMap<u32, Vec<Record>> = BTreeMap::new();
     for entry in read(&mut *reader, count) {
-        by_partition
-            .entry(entry.at.partition)
-            .or_default()
-            .push(ours(&entry).clone());
+        by_partition.entry(entry.at.partition).or_default().push(ours(&entry).clone());
     }
     by_partition
 }
@@ -304,21 +269,13 @@ mod contract {
         for entry in read_all(&*log) {
             let record = ours(&entry);
             let value = String::from_utf8_lossy(&record.value).into_owned();
-            by_key
-                .entry(record.key.clone())
-                .or_default()
-                .push((entry.at.partition, value));
+            by_key.entry(record.key.clone()).or_default().push((entry.at.partition, value));
         }
         assert_eq!(by_key.len(), 20);
         for (key, found) in by_key {
-            let first: usize = key
-                .trim_start_matches("acme/t")
-                .parse()
-                .expect("the key ends with a number");
+            let first: usize = key.trim_start_matches("acme/t").parse().expect("the key ends with a number");
             let partition = found[0].0;
-            let expected: Vec<_> = (0..250)
-                .map(|n| (partition, format!(r#"{{"n":{}}}"#, first + n * 20)))
-                .collect();
+            let expected: Vec<_> = (0..250).map(|n| (partition, format!(r#"{{"n":{}}}"#, first + n * 20))).collect();
             assert_eq!(found, expected, "{key}");
         }
     }
@@ -327,12 +284,8 @@ mod contract {
         let log = place.open(4);
         let mut answered = Vec::new();
         for batch in 0..10 {
-            answered.extend(append_ok(
-                &*log,
-                (0..50)
-                    .map(|n| numbered(&format!("k{}", n % 13), batch * 50 + n))
-                    .collect(),
-            ));
+            answered
+                .extend(append_ok(&*log, (0..50).map(|n| numbered(&format!("k{}", n % 13), batch * 50 + n)).collect()));
         }
         let mut last: HashMap<u32, u64> = HashMap::new();
         for at in &answered {
@@ -369,12 +322,7 @@ mod contract {
                 let log = &log;
                 scope.spawn(move || {
                     for batch in 0..20 {
-                        append_ok(
-                            &**log,
-                            (0..50)
-                                .map(|n| numbered(&format!("w{writer}"), batch * 50 + n))
-                                .collect(),
-                        );
+                        append_ok(&**log, (0..50).map(|n| numbered(&format!("w{writer}"), batch * 50 + n)).collect());
                     }
                 });
             }
@@ -393,9 +341,7 @@ mod contract {
         let log = place.open(1);
         let positions = append_ok(&*log, (0..100).map(|n| numbered("k", n)).collect());
         for first in [0, 1, 50, 99] {
-            let mut reader = log
-                .reader(&[positions[first].offset])
-                .expect("a position that was given");
+            let mut reader = log.reader(&[positions[first].offset]).expect("a position that was given");
             let found = read(&mut *reader, 100 - first);
             let expected: Vec<Record> = (first..100).map(|n| numbered("k", n)).collect();
             assert_eq!(found.iter().map(|e| ours(e).clone()).collect::<Vec<_>>(), expected);
@@ -430,10 +376,7 @@ mod contract {
             let answered = Instant::now();
             let (woken, found) = waiting.join().expect("the reader does not panic");
             assert_eq!(found.len(), 1);
-            assert!(
-                woken.saturating_duration_since(answered) < Duration::from_secs(5),
-                "it slept on"
-            );
+            assert!(woken.saturating_duration_since(answered) < Duration::from_secs(5), "it slept on");
         });
     }
 
@@ -470,14 +413,8 @@ mod contract {
                     (0..50).for_each(|n| drop(append_ok(&**log, vec![numbered(&format!("w{writer}.{}", n % 7), n)])));
                 });
             }
-            let (one, two) = (
-                scope.spawn(|| in_order(&*log, 200)),
-                scope.spawn(|| in_order(&*log, 200)),
-            );
-            assert_eq!(
-                one.join().expect("the reader does not panic"),
-                two.join().expect("the reader does not panic")
-            );
+            let (one, two) = (scope.spawn(|| in_order(&*log, 200)), scope.spawn(|| in_order(&*log, 200)));
+            assert_eq!(one.join().expect("the reader does not panic"), two.join().expect("the reader does not panic"));
         });
     }
 
@@ -500,13 +437,7 @@ mod contract {
         for beyond in [bounds[1].end + 1, u64::MAX] {
             match log.reader(&[bounds[0].start, beyond]).err() {
                 Some(LogError::OutOfRange { at, bounds: named }) => {
-                    assert_eq!(
-                        at,
-                        Position {
-                            partition: 1,
-                            offset: beyond
-                        }
-                    );
+                    assert_eq!(at, Position { partition: 1, offset: beyond });
                     assert_eq!(named, bounds[1]);
                 }
                 other => panic!("{other:?}"),
@@ -517,16 +448,7 @@ mod contract {
     pub fn another_number_of_partitions_is_refused_and_both_numbers_named(place: Place) {
         place.open(3).close();
         let error = place.try_open(5).err().expect("5 partitions are not 3");
-        assert!(
-            matches!(
-                error,
-                LogError::PartitionMismatch {
-                    found: 3,
-                    configured: 5
-                }
-            ),
-            "{error:?}"
-        );
+        assert!(matches!(error, LogError::PartitionMismatch { found: 3, configured: 5 }), "{error:?}");
         let text = error.to_string();
         assert!(text.contains('3') && text.contains('5'), "{text}");
     }
@@ -561,21 +483,13 @@ mod contract {
         let mut positions = Vec::new();
         for round in 0..3 {
             let log = place.open(2);
-            positions.extend(append_ok(
-                &*log,
-                (0..10).map(|n| numbered("k", round * 10 + n)).collect(),
-            ));
+            positions.extend(append_ok(&*log, (0..10).map(|n| numbered("k", round * 10 + n)).collect()));
             log.close();
         }
         let log = place.open(2);
         let found = read_all(&*log);
         assert_eq!(found.iter().map(|e| e.at).collect::<Vec<_>>(), positions);
-        assert!(
-            found
-                .iter()
-                .map(|e| ours(e).clone())
-                .eq((0..30).map(|n| numbered("k", n)))
-        );
+        assert!(found.iter().map(|e| ours(e).clone()).eq((0..30).map(|n| numbered("k", n))));
     }
 
     pub fn after_close_every_append_is_answered_unavailable(place: Place) {
@@ -608,19 +522,10 @@ mod contract {
             // Gone only when the test has failed already.
             let Some(log) = again.upgrade() else { return };
             let done = Box::new(move |answer: Answer| drop(sender.send(answer)));
-            log.append(vec![Append {
-                record: numbered("k", 2),
-                done,
-            }]);
+            log.append(vec![Append { record: numbered("k", 2), done }]);
         });
-        log.append(vec![Append {
-            record: numbered("k", 1),
-            done,
-        }]);
-        answer
-            .recv_timeout(PATIENCE)
-            .expect("the second is answered")
-            .expect("the second is taken");
+        log.append(vec![Append { record: numbered("k", 1), done }]);
+        answer.recv_timeout(PATIENCE).expect("the second is answered").expect("the second is taken");
     }
 
     pub fn a_killed_process_loses_no_acknowledged_record(place: Place) {
@@ -637,15 +542,10 @@ mod contract {
             let (mut line, mut found) = (String::new(), 0);
             while found < 2000 || line.ends_with('\n') {
                 line.clear();
-                assert!(
-                    out.read_line(&mut line).is_ok_and(|n| n > 0) || found >= 2000,
-                    "the child ended too soon"
-                );
+                assert!(out.read_line(&mut line).is_ok_and(|n| n > 0) || found >= 2000, "the child ended too soon");
                 // A line that was cut off by the kill says nothing.
-                if let Some((_, n)) = line
-                    .trim_end_matches('\n')
-                    .split_once("acknowledged=")
-                    .filter(|_| line.ends_with('\n'))
+                if let Some((_, n)) =
+                    line.trim_end_matches('\n').split_once("acknowledged=").filter(|_| line.ends_with('\n'))
                 {
                     acknowledged.push(n.parse::<usize>().expect("a number"));
                     found += 1;
@@ -699,17 +599,11 @@ fn appends_until_it_is_killed() {
             answer.expect("the record is taken");
             // In one write, so that the kill cuts no line in two with another one behind it.
             let line = format!("\nacknowledged={n}\n");
-            std::io::stdout()
-                .lock()
-                .write_all(line.as_bytes())
-                .expect("the parent reads");
+            std::io::stdout().lock().write_all(line.as_bytes()).expect("the parent reads");
             // Nobody waits for room when the process ends.
             let _ = room.send(());
         });
-        log.append(vec![Append {
-            record: numbered(&format!("k{}", n % 7), n),
-            done,
-        }]);
+        log.append(vec![Append { record: numbered(&format!("k{}", n % 7), n), done }]);
     }
 }
 

@@ -6,57 +6,38 @@ use weft::event::chain;
 use crate::on_both_logs;
 use crate::support::{LogKind, Server, publish, weft};
 
-on_both_logs!(
-    a_publish_sent_again_with_its_key_becomes_one_event_also_after_a_kill,
-    |log| async move {
-        let mut server = Server::start(log);
-        let keyed = |content: &str| {
-            let mut command = publish("t", "user_message", json!({"content": content}));
-            command["key"] = json!("k1");
-            command
-        };
-        let first = server.connect("ada").await.ask(keyed("hello")).await;
-        assert_eq!(
-            (&first["seq"], &first["duplicate"]),
-            (&json!(1), &json!(false)),
-            "{first}"
-        );
-        let again = server.connect("ada").await.ask(keyed("hello")).await;
-        assert_eq!(
-            (&again["seq"], &again["duplicate"], &again["event"]),
-            (&json!(1), &json!(true), &first["event"])
-        );
-        server.kill();
-        server.up();
-        server.ready().await;
-        let after_kill = server.connect("ada").await.ask(keyed("hello")).await;
-        assert_eq!(
-            (&after_kill["seq"], &after_kill["duplicate"]),
-            (&json!(1), &json!(true))
-        );
-        let conflict = server.connect("ada").await.ask(keyed("another content")).await;
-        assert_eq!(
-            (&conflict["code"], &conflict["field"]),
-            (&json!("conflict"), &json!("key"))
-        );
-        // White space is not content, and HTTP is the same thread as WebSocket.
-        let body = r#"{"kind":"user_message","data":{ "content" : "hello" }}"#;
-        let reply = server
-            .http_with(
-                "POST",
-                "/v1/threads/t/events",
-                &crate::support::token("ada", ""),
-                serde_json::from_str(body).ok(),
-                &[("Idempotency-Key", "k1")],
-            )
-            .await;
-        assert_eq!(
-            (reply.0, &reply.1["seq"], &reply.1["duplicate"]),
-            (200, &json!(1), &json!(true))
-        );
-        assert_eq!(server.http("GET", "/v1/threads/t", "ada", None).await.1["head"], 1);
-    }
-);
+on_both_logs!(a_publish_sent_again_with_its_key_becomes_one_event_also_after_a_kill, |log| async move {
+    let mut server = Server::start(log);
+    let keyed = |content: &str| {
+        let mut command = publish("t", "user_message", json!({"content": content}));
+        command["key"] = json!("k1");
+        command
+    };
+    let first = server.connect("ada").await.ask(keyed("hello")).await;
+    assert_eq!((&first["seq"], &first["duplicate"]), (&json!(1), &json!(false)), "{first}");
+    let again = server.connect("ada").await.ask(keyed("hello")).await;
+    assert_eq!((&again["seq"], &again["duplicate"], &again["event"]), (&json!(1), &json!(true), &first["event"]));
+    server.kill();
+    server.up();
+    server.ready().await;
+    let after_kill = server.connect("ada").await.ask(keyed("hello")).await;
+    assert_eq!((&after_kill["seq"], &after_kill["duplicate"]), (&json!(1), &json!(true)));
+    let conflict = server.connect("ada").await.ask(keyed("another content")).await;
+    assert_eq!((&conflict["code"], &conflict["field"]), (&json!("conflict"), &json!("key")));
+    // White space is not content, and HTTP is the same thread as WebSocket.
+    let body = r#"{"kind":"user_message","data":{ "content" : "hello" }}"#;
+    let reply = server
+        .http_with(
+            "POST",
+            "/v1/threads/t/events",
+            &crate::support::token("ada", ""),
+            serde_json::from_str(body).ok(),
+            &[("Idempotency-Key", "k1")],
+        )
+        .await;
+    assert_eq!((reply.0, &reply.1["seq"], &reply.1["duplicate"]), (200, &json!(1), &json!(true)));
+    assert_eq!(server.http("GET", "/v1/threads/t", "ada", None).await.1["head"], 1);
+});
 
 #[tokio::test]
 async fn a_key_belongs_to_its_user_and_thread() {
@@ -69,10 +50,7 @@ async fn a_key_belongs_to_its_user_and_thread() {
     let mut ada = server.connect("ada").await;
     assert_eq!(ada.ask(keyed("t1")).await["duplicate"], false);
     assert_eq!(ada.ask(keyed("t2")).await["duplicate"], false);
-    assert_eq!(
-        server.http("PUT", "/v1/threads/t1/members/ben", "ada", None).await.0,
-        201
-    );
+    assert_eq!(server.http("PUT", "/v1/threads/t1/members/ben", "ada", None).await.0, 201);
     let mut ben = server.connect("ben").await;
     assert_eq!(ben.ask(keyed("t1")).await["duplicate"], false);
 }
@@ -87,14 +65,7 @@ on_both_logs!(rebuilt_projections_equal_the_live_ones_row_by_row, |log| async mo
             ada.ask(command).await;
         }
     }
-    server
-        .http(
-            "PUT",
-            "/v1/threads/a",
-            "ada",
-            Some(json!({"title": "A", "members": ["ben", "cid"]})),
-        )
-        .await;
+    server.http("PUT", "/v1/threads/a", "ada", Some(json!({"title": "A", "members": ["ben", "cid"]}))).await;
     server.http("DELETE", "/v1/threads/a/members/ben", "ada", None).await;
     let before = server.http("GET", "/v1/threads/a", "ada", None).await.1;
     server.stop().await;
@@ -151,25 +122,13 @@ async fn another_number_of_partitions_is_refused_with_both_numbers() {
     let mut server = Server::start(LogKind::embedded());
     server.stop().await;
     let output = weft()
-        .args([
-            "serve",
-            "--listen",
-            "127.0.0.1:0",
-            "--jwt-secret",
-            "s",
-            "--partitions",
-            "5",
-            "--data",
-        ])
+        .args(["serve", "--listen", "127.0.0.1:0", "--jwt-secret", "s", "--partitions", "5", "--data"])
         .arg(server.data())
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1));
-    assert!(
-        said.contains("16 partitions") && said.contains("5 are configured"),
-        "{said}"
-    );
+    assert!(said.contains("16 partitions") && said.contains("5 are configured"), "{said}");
 }
 
 #[tokio::test]
@@ -187,11 +146,7 @@ async fn a_record_that_is_not_ours_is_counted_and_the_rest_is_served() {
     assert_eq!(server.connect("ada").await.say("t", "after").await, 2);
     assert_eq!(server.metric("weft_foreign_records_total").await, 1.0);
     let page = server.http("GET", "/v1/threads/t/events", "ada", None).await.1;
-    let contents: Vec<&Value> = page["events"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|event| &event["data"]["content"])
-        .collect();
+    let contents: Vec<&Value> =
+        page["events"].as_array().unwrap().iter().map(|event| &event["data"]["content"]).collect();
     assert_eq!(contents, ["before", "after"]);
 }

@@ -14,11 +14,7 @@ async fn every_door_is_shut(server: &Server, token: &str, thread: &str) -> Vec<V
         json!({"type": "subscribe", "thread": thread, "last": 5}),
     ] {
         let mut answer = socket.ask(command).await;
-        assert_eq!(
-            (&answer["type"], &answer["code"]),
-            (&json!("error"), &json!("not_found")),
-            "{answer}"
-        );
+        assert_eq!((&answer["type"], &answer["code"]), (&json!("error"), &json!("not_found")), "{answer}");
         answer["id"] = json!(0);
         answers.push(answer);
     }
@@ -29,11 +25,7 @@ async fn every_door_is_shut(server: &Server, token: &str, thread: &str) -> Vec<V
         ("DELETE", format!("/v1/threads/{thread}/members/ada"), None),
     ] {
         let (status, body) = server.http_with(method, &path, token, body, &[]).await;
-        assert_eq!(
-            (status, &body["code"]),
-            (404, &json!("not_found")),
-            "{method} {path}: {body}"
-        );
+        assert_eq!((status, &body["code"]), (404, &json!("not_found")), "{method} {path}: {body}");
         answers.push(body);
     }
     answers
@@ -48,29 +40,12 @@ async fn a_user_who_is_no_member_gets_not_found_on_every_door_and_cannot_tell_th
     assert_eq!(there, nowhere);
     // Publishing and putting would make a thread that is not there; one that is there stays shut.
     let mut eve = server.connect("eve").await;
-    let answer = eve
-        .ask(publish("secret", "user_message", json!({"content": "hi"})))
-        .await;
+    let answer = eve.ask(publish("secret", "user_message", json!({"content": "hi"}))).await;
     assert_eq!(answer["code"], "not_found", "{answer}");
     let body = json!({"kind": "user_message", "data": {"content": "hi"}});
-    assert_eq!(
-        server
-            .http("POST", "/v1/threads/secret/events", "eve", Some(body))
-            .await
-            .0,
-        404
-    );
-    assert_eq!(
-        server
-            .http("PUT", "/v1/threads/secret", "eve", Some(json!({"title": "mine"})))
-            .await
-            .0,
-        404
-    );
-    assert_eq!(
-        server.http("GET", "/v1/threads", "eve", None).await.1["threads"],
-        json!([])
-    );
+    assert_eq!(server.http("POST", "/v1/threads/secret/events", "eve", Some(body)).await.0, 404);
+    assert_eq!(server.http("PUT", "/v1/threads/secret", "eve", Some(json!({"title": "mine"}))).await.0, 404);
+    assert_eq!(server.http("GET", "/v1/threads", "eve", None).await.1["threads"], json!([]));
 }
 
 #[tokio::test]
@@ -80,10 +55,7 @@ async fn a_token_of_another_tenant_sees_nothing() {
     ada.say("t", "ours").await;
     let other = token_of("umbrella", "ada");
     every_door_is_shut(&server, &other, "t").await;
-    assert_eq!(
-        server.http_with("GET", "/v1/threads", &other, None, &[]).await.1["threads"],
-        json!([])
-    );
+    assert_eq!(server.http_with("GET", "/v1/threads", &other, None, &[]).await.1["threads"], json!([]));
     // The same name in another tenant is another thread, and neither hears of the other.
     ada.subscribe("t", None).await;
     let mut theirs = Socket::open(&server.url, &other).await;
@@ -94,17 +66,11 @@ async fn a_token_of_another_tenant_sees_nothing() {
     assert_eq!(ada.events(1).await[0]["data"]["content"], "ours again");
     let admin = weft::identity::jwt::mint(
         crate::support::SECRET,
-        &weft::identity::jwt::Claims {
-            tenant: "umbrella".into(),
-            ..crate::support::claims("root", "admin analyst")
-        },
+        &weft::identity::jwt::Claims { tenant: "umbrella".into(), ..crate::support::claims("root", "admin analyst") },
     )
     .unwrap();
     assert_eq!(
-        server
-            .http_with("GET", "/v1/threads/t/events", &admin, None, &[])
-            .await
-            .1["events"][0]["data"]["content"],
+        server.http_with("GET", "/v1/threads/t/events", &admin, None, &[]).await.1["events"][0]["data"]["content"],
         "theirs"
     );
 }
@@ -112,18 +78,13 @@ async fn a_token_of_another_tenant_sees_nothing() {
 #[tokio::test]
 async fn a_removed_member_gets_nothing_more_and_is_told() {
     let server = Server::start(LogKind::embedded());
-    server
-        .http("PUT", "/v1/threads/t", "ada", Some(json!({"members": ["ben"]})))
-        .await;
+    server.http("PUT", "/v1/threads/t", "ada", Some(json!({"members": ["ben"]}))).await;
     let mut ada = server.connect("ada").await;
     let mut ben = server.connect("ben").await;
     ben.subscribe("t", None).await;
     ben.recv_type("caught_up").await;
     ada.subscribe("t", None).await;
-    assert_eq!(
-        server.http("DELETE", "/v1/threads/t/members/ben", "ada", None).await.0,
-        200
-    );
+    assert_eq!(server.http("DELETE", "/v1/threads/t/members/ben", "ada", None).await.0, 200);
     assert_eq!(ada.say("t", "without ben").await, 3);
     assert_eq!(seqs(&ada.events(2).await), [2, 3]);
     let told = ben.recv().await;
@@ -134,15 +95,8 @@ async fn a_removed_member_gets_nothing_more_and_is_told() {
     );
     let answer = ben.ask(json!({"type": "ping"})).await;
     assert_eq!(answer["type"], "pong", "nothing of the thread came in between");
-    assert_eq!(
-        ben.ask(publish("t", "user_message", json!({"content": "let me in"})))
-            .await["code"],
-        "not_found"
-    );
-    assert_eq!(
-        ben.ask(json!({"type": "subscribe", "thread": "t"})).await["code"],
-        "not_found"
-    );
+    assert_eq!(ben.ask(publish("t", "user_message", json!({"content": "let me in"}))).await["code"], "not_found");
+    assert_eq!(ben.ask(json!({"type": "subscribe", "thread": "t"})).await["code"], "not_found");
 }
 
 #[tokio::test]
@@ -157,63 +111,39 @@ async fn a_star_subscription_follows_all_threads_also_those_joined_later() {
     assert_eq!(answer["head"], json!({"a": 1, "b": 2}));
     assert_eq!(answer["after"], json!({"a": 1, "b": 2}));
     ada.say("c", "a thread of my own, made later").await;
-    server
-        .http("PUT", "/v1/threads/d", "ben", Some(json!({"members": ["ada"]})))
-        .await;
+    server.http("PUT", "/v1/threads/d", "ben", Some(json!({"members": ["ada"]}))).await;
     server.connect("ben").await.say("d", "from ben").await;
     ada.say("a", "2").await;
     let mut seen: Vec<(String, u64)> = Vec::new();
     for event in star.events(4).await {
-        seen.push((
-            event["thread"].as_str().unwrap().to_owned(),
-            event["seq"].as_u64().unwrap(),
-        ));
+        seen.push((event["thread"].as_str().unwrap().to_owned(), event["seq"].as_u64().unwrap()));
     }
     seen.sort();
-    assert_eq!(
-        seen,
-        [("a".into(), 2), ("c".into(), 1), ("d".into(), 1), ("d".into(), 2)]
-    );
+    assert_eq!(seen, [("a".into(), 2), ("c".into(), 1), ("d".into(), 1), ("d".into(), 2)]);
     // A resume: behind what is named, and from the start where the client has nothing.
     let mut resumed = server.connect("ada").await;
-    let answer = resumed
-        .ask(json!({"type": "subscribe", "thread": "*", "after": {"a": 1, "b": 2, "c": 1, "gone": 7}}))
-        .await;
+    let answer =
+        resumed.ask(json!({"type": "subscribe", "thread": "*", "after": {"a": 1, "b": 2, "c": 1, "gone": 7}})).await;
     assert_eq!(answer["after"], json!({"a": 1, "b": 2, "c": 1, "d": 0}), "{answer}");
     let mut seen: Vec<(String, u64)> = Vec::new();
     let mut gone = 0;
     while seen.len() < 3 {
         let frame = resumed.recv().await;
         match frame["type"].as_str().unwrap() {
-            "event" => seen.push((
-                frame["thread"].as_str().unwrap().to_owned(),
-                frame["seq"].as_u64().unwrap(),
-            )),
+            "event" => seen.push((frame["thread"].as_str().unwrap().to_owned(), frame["seq"].as_u64().unwrap())),
             "error" => {
-                assert_eq!(
-                    (&frame["thread"], &frame["field"]),
-                    (&json!("gone"), &json!("after.gone"))
-                );
+                assert_eq!((&frame["thread"], &frame["field"]), (&json!("gone"), &json!("after.gone")));
                 gone += 1;
             }
             _ => {}
         }
     }
     seen.sort();
-    assert_eq!(
-        (seen, gone),
-        (vec![("a".into(), 2), ("d".into(), 1), ("d".into(), 2)], 1)
-    );
+    assert_eq!((seen, gone), (vec![("a".into(), 2), ("d".into(), 1), ("d".into(), 2)], 1));
     let refused = resumed.ask(json!({"type": "subscribe", "thread": "a"})).await;
     assert_eq!(refused["code"], "conflict");
-    assert_eq!(
-        resumed.ask(json!({"type": "unsubscribe", "thread": "*"})).await["type"],
-        "unsubscribed"
-    );
-    assert_eq!(
-        resumed.ask(json!({"type": "unsubscribe", "thread": "a"})).await["code"],
-        "not_found"
-    );
+    assert_eq!(resumed.ask(json!({"type": "unsubscribe", "thread": "*"})).await["type"], "unsubscribed");
+    assert_eq!(resumed.ask(json!({"type": "unsubscribe", "thread": "a"})).await["code"], "not_found");
 }
 
 #[tokio::test]
@@ -223,19 +153,8 @@ async fn an_analyst_reads_every_thread_of_the_tenant_and_writes_none() {
     let mut analyst = server.connect_as("ana", "analyst").await;
     analyst.subscribe("t", Some(0)).await;
     assert_eq!(seqs(&analyst.events(1).await), [1]);
-    assert_eq!(
-        analyst
-            .ask(publish("t", "user_message", json!({"content": "hi"})))
-            .await["code"],
-        "forbidden"
-    );
-    assert_eq!(
-        server
-            .http_with("PUT", "/v1/threads/t/members/ana", &token("ana", "analyst"), None, &[])
-            .await
-            .0,
-        404
-    );
+    assert_eq!(analyst.ask(publish("t", "user_message", json!({"content": "hi"}))).await["code"], "forbidden");
+    assert_eq!(server.http_with("PUT", "/v1/threads/t/members/ana", &token("ana", "analyst"), None, &[]).await.0, 404);
 }
 
 #[tokio::test]

@@ -8,31 +8,17 @@ use crate::support::{LogKind, SECRET, Server, TENANT, publish, seqs, token, weft
 async fn a_publish_over_http_is_the_same_event_as_over_websocket() {
     let server = Server::start(LogKind::embedded());
     let body = json!({"kind": "user_message", "data": {"content": "hello", "more": [1]}, "priority": "high"});
-    let (status, reply) = server
-        .http("POST", "/v1/threads/t/events", "ada", Some(body.clone()))
-        .await;
+    let (status, reply) = server.http("POST", "/v1/threads/t/events", "ada", Some(body.clone())).await;
     assert_eq!(
         (status, &reply["thread"], &reply["seq"], &reply["duplicate"]),
         (201, &json!("t"), &json!(1), &json!(false))
     );
     let (status, first) = server
-        .http_with(
-            "POST",
-            "/v1/threads/t/events",
-            &token("ada", ""),
-            Some(body.clone()),
-            &[("Idempotency-Key", "k")],
-        )
+        .http_with("POST", "/v1/threads/t/events", &token("ada", ""), Some(body.clone()), &[("Idempotency-Key", "k")])
         .await;
     assert_eq!((status, &first["seq"]), (201, &json!(2)));
     let (status, again) = server
-        .http_with(
-            "POST",
-            "/v1/threads/t/events",
-            &token("ada", ""),
-            Some(body),
-            &[("Idempotency-Key", "k")],
-        )
+        .http_with("POST", "/v1/threads/t/events", &token("ada", ""), Some(body), &[("Idempotency-Key", "k")])
         .await;
     assert_eq!(
         (status, &again["seq"], &again["duplicate"], &again["event"]),
@@ -46,9 +32,7 @@ async fn a_publish_over_http_is_the_same_event_as_over_websocket() {
         (&events[0]["priority"], &events[0]["from"], &events[1]["key"]),
         (&json!("high"), &json!("ada"), &json!("k"))
     );
-    let reply = socket
-        .ask(publish("t", "user_message", json!({"content": "a reply"})))
-        .await;
+    let reply = socket.ask(publish("t", "user_message", json!({"content": "a reply"}))).await;
     assert_eq!(reply["seq"], 3);
 }
 
@@ -57,13 +41,10 @@ async fn pages_of_events_go_both_ways_filter_by_kind_and_tell_where_to_go_on() {
     let server = Server::start(LogKind::embedded());
     let mut ada = server.connect("ada").await;
     for n in 1..=30 {
-        ada.ask(publish("t", if n % 3 == 0 { "x.third" } else { "x.other" }, json!(n)))
-            .await;
+        ada.ask(publish("t", if n % 3 == 0 { "x.third" } else { "x.other" }, json!(n))).await;
     }
     let page = async |query: &str| {
-        let (status, page) = server
-            .http("GET", &format!("/v1/threads/t/events{query}"), "ada", None)
-            .await;
+        let (status, page) = server.http("GET", &format!("/v1/threads/t/events{query}"), "ada", None).await;
         assert_eq!(status, 200, "{page}");
         assert_eq!(page["head"], 30);
         (seqs(page["events"].as_array().unwrap()), page["next"].as_u64())
@@ -73,18 +54,12 @@ async fn pages_of_events_go_both_ways_filter_by_kind_and_tell_where_to_go_on() {
     assert_eq!(page("?limit=10&after=10").await, ((11..=20).collect(), Some(20)));
     assert_eq!(page("?limit=10&after=20").await, ((21..=30).collect(), None));
     assert_eq!(page("?limit=4&order=desc").await, (vec![30, 29, 28, 27], Some(27)));
-    assert_eq!(
-        page("?limit=4&order=desc&before=27").await,
-        (vec![26, 25, 24, 23], Some(23))
-    );
+    assert_eq!(page("?limit=4&order=desc&before=27").await, (vec![26, 25, 24, 23], Some(23)));
     assert_eq!(page("?after=5&before=9").await, (vec![6, 7, 8], None));
     assert_eq!(page("?before=1").await, (vec![], None));
     assert_eq!(page("?after=30").await, (vec![], None));
     assert_eq!(page("?kinds=x.third").await, ((1..=10).map(|n| n * 3).collect(), None));
-    assert_eq!(
-        page("?kinds=x.third,x.other&limit=2&after=3").await,
-        (vec![4, 5], Some(5))
-    );
+    assert_eq!(page("?kinds=x.third,x.other&limit=2&after=3").await, (vec![4, 5], Some(5)));
     for (query, code, field) in [
         ("?limit=0", "bad_request", "limit"),
         ("?limit=1001", "bad_request", "limit"),
@@ -95,79 +70,34 @@ async fn pages_of_events_go_both_ways_filter_by_kind_and_tell_where_to_go_on() {
         ("?colour=red", "bad_request", "colour"),
         ("?limit=1&limit=2", "bad_request", "limit"),
     ] {
-        let (status, body) = server
-            .http("GET", &format!("/v1/threads/t/events{query}"), "ada", None)
-            .await;
-        assert_eq!(
-            (status, &body["code"], &body["field"]),
-            (400, &json!(code), &json!(field)),
-            "{query}: {body}"
-        );
+        let (status, body) = server.http("GET", &format!("/v1/threads/t/events{query}"), "ada", None).await;
+        assert_eq!((status, &body["code"], &body["field"]), (400, &json!(code), &json!(field)), "{query}: {body}");
     }
 }
 
 #[tokio::test]
 async fn threads_are_made_retitled_listed_and_shared() {
     let server = Server::start(LogKind::embedded());
-    let (status, made) = server
-        .http(
-            "PUT",
-            "/v1/threads/t1",
-            "ada",
-            Some(json!({"title": "Plans", "members": ["ben"]})),
-        )
-        .await;
+    let (status, made) =
+        server.http("PUT", "/v1/threads/t1", "ada", Some(json!({"title": "Plans", "members": ["ben"]}))).await;
     assert_eq!(
         (status, &made["head"], &made["members"], &made["title"]),
         (201, &json!(1), &json!(["ada", "ben"]), &json!("Plans"))
     );
     assert_eq!(made["hash"].as_str().unwrap().len(), 64);
     assert!(made["epoch"].is_string());
-    let (status, same) = server
-        .http(
-            "PUT",
-            "/v1/threads/t1",
-            "ben",
-            Some(json!({"title": "Plans", "members": ["ada"]})),
-        )
-        .await;
-    assert_eq!(
-        (status, &same["head"]),
-        (200, &json!(1)),
-        "nothing to change, nothing written"
-    );
-    let (status, retitled) = server
-        .http(
-            "PUT",
-            "/v1/threads/t1",
-            "ben",
-            Some(json!({"title": "Better plans", "members": ["cid"]})),
-        )
-        .await;
-    assert_eq!(
-        (status, &retitled["head"], &retitled["title"]),
-        (200, &json!(3), &json!("Better plans"))
-    );
+    let (status, same) =
+        server.http("PUT", "/v1/threads/t1", "ben", Some(json!({"title": "Plans", "members": ["ada"]}))).await;
+    assert_eq!((status, &same["head"]), (200, &json!(1)), "nothing to change, nothing written");
+    let (status, retitled) =
+        server.http("PUT", "/v1/threads/t1", "ben", Some(json!({"title": "Better plans", "members": ["cid"]}))).await;
+    assert_eq!((status, &retitled["head"], &retitled["title"]), (200, &json!(3), &json!("Better plans")));
     assert_eq!(retitled["members"], json!(["ada", "ben", "cid"]));
-    assert_eq!(
-        server.http("PUT", "/v1/threads/t1", "ada", None).await.0,
-        200,
-        "an empty body asks for nothing"
-    );
+    assert_eq!(server.http("PUT", "/v1/threads/t1", "ada", None).await.0, 200, "an empty body asks for nothing");
     let (status, added) = server.http("PUT", "/v1/threads/t1/members/dan", "cid", None).await;
-    assert_eq!(
-        (status, &added["seq"], &added["changed"]),
-        (201, &json!(4), &json!(true))
-    );
-    assert_eq!(
-        server.http("PUT", "/v1/threads/t1/members/dan", "cid", None).await.0,
-        200
-    );
-    assert_eq!(
-        server.http("DELETE", "/v1/threads/t1/members/dan", "dan", None).await.0,
-        200,
-        "one may leave"
-    );
+    assert_eq!((status, &added["seq"], &added["changed"]), (201, &json!(4), &json!(true)));
+    assert_eq!(server.http("PUT", "/v1/threads/t1/members/dan", "cid", None).await.0, 200);
+    assert_eq!(server.http("DELETE", "/v1/threads/t1/members/dan", "dan", None).await.0, 200, "one may leave");
     assert_eq!(server.http("GET", "/v1/threads/t1", "dan", None).await.0, 404);
     for n in 2..=5 {
         server.connect("ada").await.say(&format!("t{n}"), "hello").await;
@@ -175,46 +105,25 @@ async fn threads_are_made_retitled_listed_and_shared() {
     server.connect("ada").await.say("t1", "newest").await;
     let (mut all, mut cursor) = (Vec::new(), String::new());
     loop {
-        let (status, page) = server
-            .http("GET", &format!("/v1/threads?limit=2{cursor}"), "ada", None)
-            .await;
+        let (status, page) = server.http("GET", &format!("/v1/threads?limit=2{cursor}"), "ada", None).await;
         assert_eq!(status, 200, "{page}");
         all.extend(page["threads"].as_array().unwrap().clone());
         let Some(next) = page["next"].as_str() else { break };
         cursor = format!("&cursor={next}");
-        let foreign = server
-            .http("GET", &format!("/v1/threads?limit=2{cursor}"), "ben", None)
-            .await;
-        assert_eq!(
-            (foreign.0, &foreign.1["code"]),
-            (400, &json!("cursor_invalid")),
-            "another user's cursor"
-        );
+        let foreign = server.http("GET", &format!("/v1/threads?limit=2{cursor}"), "ben", None).await;
+        assert_eq!((foreign.0, &foreign.1["code"]), (400, &json!("cursor_invalid")), "another user's cursor");
     }
     let ids: Vec<&str> = all.iter().map(|thread| thread["thread"].as_str().unwrap()).collect();
     assert_eq!(ids, ["t1", "t5", "t4", "t3", "t2"], "newest activity first");
-    assert_eq!(
-        (&all[0]["title"], &all[0]["last"]["data"]["content"]),
-        (&json!("Better plans"), &json!("newest"))
-    );
-    assert_eq!(
-        (&all[0]["head"], &all[0]["members"]),
-        (&json!(6), &json!(["ada", "ben", "cid"]))
-    );
+    assert_eq!((&all[0]["title"], &all[0]["last"]["data"]["content"]), (&json!("Better plans"), &json!("newest")));
+    assert_eq!((&all[0]["head"], &all[0]["members"]), (&json!(6), &json!(["ada", "ben", "cid"])));
 }
 
 #[tokio::test]
 async fn refusals_over_http_are_problems_that_name_the_field() {
     let server = Server::start(LogKind::embedded());
     let cases = [
-        (
-            "POST",
-            "/v1/threads/t/events",
-            json!({"kind": "user_message"}),
-            400,
-            "bad_request",
-            "data",
-        ),
+        ("POST", "/v1/threads/t/events", json!({"kind": "user_message"}), 400, "bad_request", "data"),
         (
             "POST",
             "/v1/threads/t/events",
@@ -223,14 +132,7 @@ async fn refusals_over_http_are_problems_that_name_the_field() {
             "bad_request",
             "colour",
         ),
-        (
-            "POST",
-            "/v1/threads/t/events",
-            json!({"kind": "member_added", "data": {}}),
-            400,
-            "bad_request",
-            "kind",
-        ),
+        ("POST", "/v1/threads/t/events", json!({"kind": "member_added", "data": {}}), 400, "bad_request", "kind"),
         (
             "POST",
             "/v1/threads/t/events",
@@ -239,38 +141,10 @@ async fn refusals_over_http_are_problems_that_name_the_field() {
             "too_large",
             "data",
         ),
-        (
-            "POST",
-            "/v1/threads/.bad/events",
-            json!({"kind": "x.a", "data": 1}),
-            400,
-            "bad_request",
-            "thread",
-        ),
-        (
-            "PUT",
-            "/v1/threads/t",
-            json!({"titel": "x"}),
-            400,
-            "bad_request",
-            "titel",
-        ),
-        (
-            "PUT",
-            "/v1/threads/t",
-            json!({"members": ["a b"]}),
-            400,
-            "bad_request",
-            "members",
-        ),
-        (
-            "PUT",
-            "/v1/threads/t",
-            json!({"title": "x".repeat(600)}),
-            400,
-            "bad_request",
-            "title",
-        ),
+        ("POST", "/v1/threads/.bad/events", json!({"kind": "x.a", "data": 1}), 400, "bad_request", "thread"),
+        ("PUT", "/v1/threads/t", json!({"titel": "x"}), 400, "bad_request", "titel"),
+        ("PUT", "/v1/threads/t", json!({"members": ["a b"]}), 400, "bad_request", "members"),
+        ("PUT", "/v1/threads/t", json!({"title": "x".repeat(600)}), 400, "bad_request", "title"),
     ];
     for (method, path, body, status, code, field) in cases {
         let (got, problem) = server.http(method, path, "ada", Some(body.clone())).await;
@@ -281,9 +155,7 @@ async fn refusals_over_http_are_problems_that_name_the_field() {
         );
         assert!(problem["detail"].is_string());
     }
-    let (status, problem) = server
-        .http("POST", "/v1/threads/t/events", "ada", Some(json!("x".repeat(300_000))))
-        .await;
+    let (status, problem) = server.http("POST", "/v1/threads/t/events", "ada", Some(json!("x".repeat(300_000)))).await;
     assert_eq!((status, &problem["code"]), (413, &json!("too_large")));
     let (status, problem) = server.http("GET", "/v1/nothing", "ada", None).await;
     assert_eq!((status, &problem["code"]), (404, &json!("not_found")));
@@ -302,10 +174,7 @@ async fn health_tells_each_part_s_state_and_metrics_count_each_step() {
         (status, &ready["ready"], &ready["log"]["ok"], &ready["store"]["ok"]),
         (200, &json!(true), &json!(true), &json!(true))
     );
-    assert_eq!(
-        (&ready["projector"]["caught_up"], &ready["projector"]["lag_records"]),
-        (&json!(true), &json!(0))
-    );
+    assert_eq!((&ready["projector"]["caught_up"], &ready["projector"]["lag_records"]), (&json!(true), &json!(0)));
     assert_eq!(server.http("GET", "/healthz", "x", None).await.0, 200);
     let mut socket = server.connect("ada").await;
     socket.say("t", "one").await;
@@ -339,14 +208,11 @@ async fn dashboards_and_docs_name_no_metric_that_is_not_there() {
     for file in ["grafana/weft.json", "grafana/alerts.yml", "docs/OPERATIONS.md"] {
         let text = std::fs::read_to_string(root.join(file)).unwrap();
         let mut found = 0;
-        for word in text
-            .split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
-            .filter(|word| word.starts_with("weft_"))
+        for word in
+            text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).filter(|word| word.starts_with("weft_"))
         {
-            let base = ["_bucket", "_count", "_sum"]
-                .iter()
-                .find_map(|suffix| word.strip_suffix(suffix))
-                .unwrap_or(word);
+            let base =
+                ["_bucket", "_count", "_sum"].iter().find_map(|suffix| word.strip_suffix(suffix)).unwrap_or(word);
             assert!(known.contains(&word) || known.contains(&base), "{file} names {word}");
             found += 1;
         }
@@ -368,10 +234,8 @@ fn the_schemas_in_the_repository_are_those_of_the_types() {
         assert_eq!(stored, weft::schemas::text(&schema), "{file}: run `weft schemas`");
         names.push(file);
     }
-    let mut stored: Vec<String> = std::fs::read_dir(&folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut stored: Vec<String> =
+        std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     stored.retain(|name| name.ends_with(".json"));
     names.sort();
     stored.sort();
@@ -381,25 +245,16 @@ fn the_schemas_in_the_repository_are_those_of_the_types() {
 #[tokio::test]
 async fn what_is_on_the_wire_is_what_the_schemas_say() {
     let schema = |wanted: &str| {
-        let (_, schema) = weft::schemas::all()
-            .into_iter()
-            .find(|(name, _)| *name == wanted)
-            .unwrap();
+        let (_, schema) = weft::schemas::all().into_iter().find(|(name, _)| *name == wanted).unwrap();
         jsonschema::validator_for(&serde_json::to_value(schema).unwrap()).unwrap()
     };
-    let (event, frame, publish_schema, subscribe) = (
-        schema("frame.event"),
-        schema("frame.server"),
-        schema("command.publish"),
-        schema("command.subscribe"),
-    );
+    let (event, frame, publish_schema, subscribe) =
+        (schema("frame.event"), schema("frame.server"), schema("command.publish"), schema("command.subscribe"));
     let server = Server::start(LogKind::embedded());
-    let mut socket = crate::support::Socket::raw(
-        &server.url,
-        &[("Authorization", &format!("Bearer {}", token("ada", "")))],
-    )
-    .await
-    .unwrap();
+    let mut socket =
+        crate::support::Socket::raw(&server.url, &[("Authorization", &format!("Bearer {}", token("ada", "")))])
+            .await
+            .unwrap();
     let mut command = publish("t", "user_message", json!({"content": "hi"}));
     command["id"] = json!(1);
     command["key"] = json!("k");
@@ -423,15 +278,7 @@ async fn what_is_on_the_wire_is_what_the_schemas_say() {
         assert!(schema.is_valid(&got), "{got}");
         types.insert(kind);
     }
-    let wanted = [
-        "caught_up",
-        "error",
-        "event",
-        "pong",
-        "published",
-        "subscribed",
-        "welcome",
-    ];
+    let wanted = ["caught_up", "error", "event", "pong", "published", "subscribed", "welcome"];
     assert_eq!(types.into_iter().collect::<Vec<_>>(), wanted);
     let (_, ready) = server.http("GET", "/readyz", "x", None).await;
     assert!(schema("http.readyz").is_valid(&ready), "{ready}");
@@ -444,27 +291,13 @@ async fn what_is_on_the_wire_is_what_the_schemas_say() {
 fn run(arguments: &[&str]) -> (i32, String, String) {
     let output = weft().args(arguments).output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (
-        output.status.code().unwrap(),
-        text(&output.stdout),
-        text(&output.stderr),
-    )
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_command_mints_tokens_lists_threads_and_follows_them() {
     let server = Server::start(LogKind::embedded());
-    let (code, token, _) = run(&[
-        "token",
-        "--jwt-secret",
-        SECRET,
-        "--sub",
-        "ada",
-        "--tenant",
-        TENANT,
-        "--ttl",
-        "10m",
-    ]);
+    let (code, token, _) = run(&["token", "--jwt-secret", SECRET, "--sub", "ada", "--tenant", TENANT, "--ttl", "10m"]);
     assert_eq!((code, token.lines().count()), (0, 1), "a token and nothing else");
     let token = token.trim();
     assert_eq!(server.http_with("GET", "/v1/threads", token, None, &[]).await.0, 200);
@@ -472,22 +305,9 @@ async fn the_command_mints_tokens_lists_threads_and_follows_them() {
     ada.say("t", "one").await;
     let (code, listed, said) = run(&["threads", "--url", &server.url, "--token", token, "--json"]);
     assert_eq!(code, 0, "{said}");
-    assert!(
-        listed.contains(r#""thread":"t""#) || listed.contains(r#""thread": "t""#),
-        "{listed}"
-    );
+    assert!(listed.contains(r#""thread":"t""#) || listed.contains(r#""thread": "t""#), "{listed}");
     let mut tail = weft()
-        .args([
-            "tail",
-            "t",
-            "--url",
-            &server.url,
-            "--token",
-            token,
-            "--after",
-            "0",
-            "--json",
-        ])
+        .args(["tail", "t", "--url", &server.url, "--token", token, "--after", "0", "--json"])
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();
@@ -505,13 +325,7 @@ async fn the_demo_plays_against_a_running_server() {
     let server = Server::start(LogKind::embedded());
     let (code, said, errors) = run(&["demo", "--url", &server.url, "--jwt-secret", SECRET, "--tenant", TENANT]);
     assert_eq!(code, 0, "{said}{errors}");
-    for kind in [
-        "agent_started",
-        "agent_thinking",
-        "tool_executing",
-        "tool_completed",
-        "agent_completed",
-    ] {
+    for kind in ["agent_started", "agent_thinking", "tool_executing", "tool_completed", "agent_completed"] {
         assert!(said.contains(kind), "{kind} in {said}");
     }
 }

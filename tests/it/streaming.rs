@@ -8,69 +8,53 @@ use serde_json::{Value, json};
 use crate::on_both_logs;
 use crate::support::{Server, Socket, publish, seqs, token};
 
-on_both_logs!(
-    a_conversation_of_two_users_and_an_agent_reaches_all_of_them_in_one_order,
-    |log| async move {
-        let server = Server::start(log);
-        let members = json!({"title": "Lunch", "members": ["ben", "scout"]});
-        assert_eq!(server.http("PUT", "/v1/threads/t1", "ada", Some(members)).await.0, 201);
-        let mut ada = server.connect("ada").await;
-        let mut ben = server.connect("ben").await;
-        let mut scout = server.connect_as("scout", "publish subscribe agent").await;
-        for reader in [&mut ada, &mut ben, &mut scout] {
-            let subscribed = reader.subscribe("t1", Some(0)).await;
-            assert_eq!(
-                (&subscribed["head"], &subscribed["after"], &subscribed["recovered"]),
-                (&json!(1), &json!(0), &json!(true))
-            );
-            assert_eq!(reader.recv_type("event").await["kind"], "thread_created");
-            assert_eq!(reader.recv_type("caught_up").await["seq"], 1);
-        }
-        ada.send(&json!({"type": "publish", "id": 900, "thread": "t1", "kind": "user_message", "data": {"content": "Where shall we eat?"}})).await;
-        let run = |kind: &str, data: Value| json!({"type": "publish", "id": 1, "thread": "t1", "kind": kind, "run": "r1", "data": data});
-        let steps = [
-            run("agent_started", json!({"agent": "scout"})),
-            run("agent_thinking", json!({"content": "places nearby"})),
-            run(
-                "tool_executing",
-                json!({"tool": "map", "call": "c1", "arguments": {"near": "here"}}),
-            ),
-            run("tool_completed", json!({"call": "c1", "result": ["Noodles", "Soup"]})),
-            run("tool_executing", json!({"tool": "hours", "call": "c2"})),
-            run("tool_completed", json!({"call": "c2", "result": "open"})),
-            run("agent_message", json!({"content": "Noodles, they are open."})),
-            run("agent_completed", json!({"output": "Noodles"})),
-        ];
-        assert_eq!(scout.recv_type("event").await["data"]["content"], "Where shall we eat?");
-        scout.send(&Value::Array(steps.to_vec())).await;
-        let kinds: Vec<&str> = steps.iter().map(|step| step["kind"].as_str().unwrap()).collect();
-        let mut all = Vec::new();
-        for reader in [&mut ada, &mut ben] {
-            let events = reader.events(1 + steps.len()).await;
-            assert_eq!(seqs(&events), (2..=10).collect::<Vec<_>>());
-            assert_eq!(
-                events[1..]
-                    .iter()
-                    .map(|event| event["kind"].as_str().unwrap())
-                    .collect::<Vec<_>>(),
-                kinds
-            );
-            assert!(
-                events[1..]
-                    .iter()
-                    .all(|event| event["from"] == "scout" && event["run"] == "r1")
-            );
-            all.push(events);
-        }
-        assert_eq!(all[0], all[1], "both readers get the same frames");
-        let page = server.http("GET", "/v1/threads/t1/events?after=1", "ben", None).await.1;
-        for (stored, live) in page["events"].as_array().unwrap().iter().zip(&all[0]) {
-            let mut live = live.clone();
-            live.as_object_mut().unwrap().remove("type");
-            assert_eq!(stored, &live, "history has what was live");
-        }
+on_both_logs!(a_conversation_of_two_users_and_an_agent_reaches_all_of_them_in_one_order, |log| async move {
+    let server = Server::start(log);
+    let members = json!({"title": "Lunch", "members": ["ben", "scout"]});
+    assert_eq!(server.http("PUT", "/v1/threads/t1", "ada", Some(members)).await.0, 201);
+    let mut ada = server.connect("ada").await;
+    let mut ben = server.connect("ben").await;
+    let mut scout = server.connect_as("scout", "publish subscribe agent").await;
+    for reader in [&mut ada, &mut ben, &mut scout] {
+        let subscribed = reader.subscribe("t1", Some(0)).await;
+        assert_eq!(
+            (&subscribed["head"], &subscribed["after"], &subscribed["recovered"]),
+            (&json!(1), &json!(0), &json!(true))
+        );
+        assert_eq!(reader.recv_type("event").await["kind"], "thread_created");
+        assert_eq!(reader.recv_type("caught_up").await["seq"], 1);
     }
-);
+    ada.send(&json!({"type": "publish", "id": 900, "thread": "t1", "kind": "user_message", "data": {"content": "Where shall we eat?"}})).await;
+    let run = |kind: &str, data: Value| json!({"type": "publish", "id": 1, "thread": "t1", "kind": kind, "run": "r1", "data": data});
+    let steps = [
+        run("agent_started", json!({"agent": "scout"})),
+        run("agent_thinking", json!({"content": "places nearby"})),
+        run("tool_executing", json!({"tool": "map", "call": "c1", "arguments": {"near": "here"}})),
+        run("tool_completed", json!({"call": "c1", "result": ["Noodles", "Soup"]})),
+        run("tool_executing", json!({"tool": "hours", "call": "c2"})),
+        run("tool_completed", json!({"call": "c2", "result": "open"})),
+        run("agent_message", json!({"content": "Noodles, they are open."})),
+        run("agent_completed", json!({"output": "Noodles"})),
+    ];
+    assert_eq!(scout.recv_type("event").await["data"]["content"], "Where shall we eat?");
+    scout.send(&Value::Array(steps.to_vec())).await;
+    let kinds: Vec<&str> = steps.iter().map(|step| step["kind"].as_str().unwrap()).collect();
+    let mut all = Vec::new();
+    for reader in [&mut ada, &mut ben] {
+        let events = reader.events(1 + steps.len()).await;
+        assert_eq!(seqs(&events), (2..=10).collect::<Vec<_>>());
+        assert_eq!(events[1..].iter().map(|event| event["kind"].as_str().unwrap()).collect::<Vec<_>>(), kinds);
+        assert!(events[1..].iter().all(|event| event["from"] == "scout" && event["run"] == "r1"));
+        all.push(events);
+    }
+    assert_eq!(all[0], all[1], "both readers get the same frames");
+    let page = server.http("GET", "/v1/threads/t1/events?after=1", "ben", None).await.1;
+    for (stored, live) in page["events"].as_array().unwrap().iter().zip(&all[0]) {
+        let mut live = live.clone();
+        live.as_object_mut().unwrap().remove("type");
+        assert_eq!(stored, &live, "history has what was live");
+    }
+});
 
 on_both_logs!(
     readers_that_resume_anywhere_while_others_publish_at_full_speed_see_each_event_once_in_order,
@@ -93,10 +77,7 @@ on_both_logs!(
         let total = writer.await.unwrap();
         let mut last = server.connect("ada").await;
         last.subscribe("busy", Some(0)).await;
-        assert_eq!(
-            seqs(&last.events(total as usize).await),
-            (1..=total).collect::<Vec<_>>()
-        );
+        assert_eq!(seqs(&last.events(total as usize).await), (1..=total).collect::<Vec<_>>());
         assert_eq!(last.recv_type("caught_up").await["seq"], total);
     }
 );
@@ -143,11 +124,7 @@ async fn resume_again_and_again(server: Arc<Server>, reader: usize, times: usize
     for _ in 0..times {
         let head = published.load(Ordering::Acquire);
         // Mostly near the head, where the seam is; sometimes far behind it.
-        let after = if next(4) == 0 {
-            head.saturating_sub(next(5_000))
-        } else {
-            head.saturating_sub(next(50))
-        };
+        let after = if next(4) == 0 { head.saturating_sub(next(5_000)) } else { head.saturating_sub(next(50)) };
         let mut socket = Socket::open(&server.url, &token("ada", "")).await;
         let subscribed = socket.subscribe("busy", Some(after)).await;
         let behind = subscribed["head"].as_u64().unwrap() - after;
@@ -182,10 +159,7 @@ async fn a_subscription_can_begin_at_the_head_behind_a_seq_or_with_the_newest_ev
     let begun = async |more: Value| {
         let mut socket = server.connect("ada").await;
         let mut command = json!({"type": "subscribe", "thread": "t"});
-        command
-            .as_object_mut()
-            .unwrap()
-            .extend(more.as_object().unwrap().clone());
+        command.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let answer = socket.ask(command).await;
         assert_eq!(answer["head"], 5);
         let mut seen = Vec::new();
@@ -199,25 +173,13 @@ async fn a_subscription_can_begin_at_the_head_behind_a_seq_or_with_the_newest_ev
         }
     };
     assert_eq!(begun(json!({})).await, (json!(5), json!(true), vec![]));
-    assert_eq!(
-        begun(json!({"after": 0})).await,
-        (json!(0), json!(true), vec![1, 2, 3, 4, 5])
-    );
+    assert_eq!(begun(json!({"after": 0})).await, (json!(0), json!(true), vec![1, 2, 3, 4, 5]));
     assert_eq!(begun(json!({"after": 3})).await, (json!(3), json!(true), vec![4, 5]));
     assert_eq!(begun(json!({"last": 2})).await, (json!(3), json!(true), vec![4, 5]));
-    assert_eq!(
-        begun(json!({"last": 100})).await,
-        (json!(0), json!(true), vec![1, 2, 3, 4, 5])
-    );
-    assert_eq!(
-        begun(json!({"after": 3, "epoch": "another log's"})).await,
-        (json!(5), json!(false), vec![])
-    );
+    assert_eq!(begun(json!({"last": 100})).await, (json!(0), json!(true), vec![1, 2, 3, 4, 5]));
+    assert_eq!(begun(json!({"after": 3, "epoch": "another log's"})).await, (json!(5), json!(false), vec![]));
     let refused = ada.ask(json!({"type": "subscribe", "thread": "t", "after": 6})).await;
-    assert_eq!(
-        (&refused["code"], &refused["field"]),
-        (&json!("cursor_invalid"), &json!("after"))
-    );
+    assert_eq!((&refused["code"], &refused["field"]), (&json!("cursor_invalid"), &json!("after")));
 }
 
 #[tokio::test]

@@ -45,52 +45,27 @@ pub struct OneArgs {
 
 impl Default for AckArgs {
     fn default() -> AckArgs {
-        AckArgs {
-            clients: 1,
-            window: 1024,
-            seconds: 8,
-            payload: 256,
-            keys: false,
-        }
+        AckArgs { clients: 1, window: 1024, seconds: 8, payload: 256, keys: false }
     }
 }
 
 impl Default for OneArgs {
     fn default() -> OneArgs {
-        OneArgs {
-            clients: 1,
-            seconds: 8,
-            payload: 256,
-        }
+        OneArgs { clients: 1, seconds: 8, payload: 256 }
     }
 }
 
 impl From<OneArgs> for AckArgs {
     fn from(args: OneArgs) -> AckArgs {
-        AckArgs {
-            clients: args.clients,
-            window: 1,
-            seconds: args.seconds,
-            payload: args.payload,
-            keys: false,
-        }
+        AckArgs { clients: args.clients, window: 1, seconds: args.seconds, payload: args.payload, keys: false }
     }
 }
 
 pub async fn run(target: &Target, args: &AckArgs) -> Result<Vec<Figure>, Failure> {
-    let name = format!(
-        "ack {}x{}{}",
-        args.clients,
-        args.window,
-        if args.keys { " keys" } else { "" }
-    );
+    let name = format!("ack {}x{}{}", args.clients, args.window, if args.keys { " keys" } else { "" });
     progress(&name);
     raise_open_files(args.clients + 100)?;
-    let publishers = target
-        .many(args.clients, async |number| {
-            publisher(target, args, &name, number).await
-        })
-        .await?;
+    let publishers = target.many(args.clients, async |number| publisher(target, args, &name, number).await).await?;
 
     let from = Instant::now() + WARM_UP;
     let until = from + Duration::from_secs(args.seconds);

@@ -62,11 +62,7 @@ fn synced(dir: &Path, batch: u64, each: Duration) -> Result<Vec<Figure>, Failure
         written += batch;
     }
     let rate = written as f64 / begin.elapsed().as_secs_f64();
-    let mut figures = vec![Figure::more(
-        &format!("bare synced appends of {batch}"),
-        rate,
-        "records/s",
-    )];
+    let mut figures = vec![Figure::more(&format!("bare synced appends of {batch}"), rate, "records/s")];
     if batch == 1 {
         for (name, quantile) in [("P50", 0.5), ("P99", 0.99)] {
             let value = millis(latency.value_at_quantile(quantile));
@@ -140,11 +136,7 @@ fn appended(dir: &Path, each: Duration) -> Result<Figure, Failure> {
     }
     let rate = done as f64 / begin.elapsed().as_secs_f64();
     log.close();
-    Ok(Figure::more(
-        "embedded log appends, 1024 outstanding",
-        rate,
-        "records/s",
-    ))
+    Ok(Figure::more("embedded log appends, 1024 outstanding", rate, "records/s"))
 }
 
 type Answer = Result<crate::log::Position, crate::log::AppendError>;

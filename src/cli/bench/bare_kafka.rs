@@ -52,11 +52,7 @@ fn measure(brokers: &str, topic: &str, each: Duration) -> Result<Vec<Figure>, Fa
         Figure::more("bare Kafka produce, one at a time", one as f64 / seconds, "records/s"),
         Figure::less("bare Kafka produce P50", millis(latency.value_at_quantile(0.5)), "ms"),
         Figure::less("bare Kafka produce P99", millis(latency.value_at_quantile(0.99)), "ms"),
-        Figure::more(
-            "bare Kafka produce, 4096 outstanding",
-            many as f64 / seconds,
-            "records/s",
-        ),
+        Figure::more("bare Kafka produce, 4096 outstanding", many as f64 / seconds, "records/s"),
         Figure::more("bare Kafka consume", consumed, "records/s"),
     ])
 }
@@ -89,11 +85,7 @@ impl ProducerContext for Deliveries {
 
 /// How many records were answered with `window` of them unanswered at any time, and their latencies.
 fn produce(brokers: &str, topic: &str, window: usize, each: Duration) -> Result<(u64, Histogram<u64>), Failure> {
-    let seen = Seen {
-        answered: 0,
-        latency: micros()?,
-        failed: None,
-    };
+    let seen = Seen { answered: 0, latency: micros()?, failed: None };
     let producer: BaseProducer<Deliveries> = config(brokers)
         .set("enable.idempotence", "true")
         .set("acks", "all")
@@ -103,18 +95,15 @@ fn produce(brokers: &str, topic: &str, window: usize, each: Duration) -> Result<
         .create_with_context(Deliveries { seen: Mutex::new(seen) })?;
     let value = record_value();
     // Finding the broker and getting a producer id is not producing.
-    let first = BaseRecord::with_opaque_to(topic, Box::new(Instant::now()))
-        .key("bench/thread-1")
-        .payload(&value);
+    let first = BaseRecord::with_opaque_to(topic, Box::new(Instant::now())).key("bench/thread-1").payload(&value);
     producer.send(first).map_err(|(error, _)| error)?;
     producer.flush(PATIENCE)?;
     let (mut sent, mut answered) = (1, state(&producer)?);
     let begin = Instant::now();
     while begin.elapsed() < each {
         while sent < answered + window {
-            let record = BaseRecord::with_opaque_to(topic, Box::new(Instant::now()))
-                .key("bench/thread-1")
-                .payload(&value);
+            let record =
+                BaseRecord::with_opaque_to(topic, Box::new(Instant::now())).key("bench/thread-1").payload(&value);
             producer.send(record).map_err(|(error, _)| error)?;
             sent += 1;
         }
@@ -122,11 +111,7 @@ fn produce(brokers: &str, topic: &str, window: usize, each: Duration) -> Result<
         answered = state(&producer)?;
     }
     producer.flush(PATIENCE)?;
-    let seen = producer
-        .context()
-        .seen
-        .lock()
-        .map_err(|_| "a delivery callback panicked")?;
+    let seen = producer.context().seen.lock().map_err(|_| "a delivery callback panicked")?;
     if seen.answered != sent {
         return Err(format!("{sent} records were sent, and {} answered", seen.answered).into());
     }
@@ -135,11 +120,7 @@ fn produce(brokers: &str, topic: &str, window: usize, each: Duration) -> Result<
 
 /// How many are answered so far; fails if one failed.
 fn state(producer: &BaseProducer<Deliveries>) -> Result<usize, Failure> {
-    let seen = producer
-        .context()
-        .seen
-        .lock()
-        .map_err(|_| "a delivery callback panicked")?;
+    let seen = producer.context().seen.lock().map_err(|_| "a delivery callback panicked")?;
     match &seen.failed {
         Some(error) => Err(error.clone().into()),
         None => Ok(seen.answered),

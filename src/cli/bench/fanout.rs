@@ -30,12 +30,7 @@ pub struct FanoutArgs {
 
 impl Default for FanoutArgs {
     fn default() -> FanoutArgs {
-        FanoutArgs {
-            readers: 1000,
-            events: 3000,
-            window: 64,
-            payload: 256,
-        }
+        FanoutArgs { readers: 1000, events: 3000, window: 64, payload: 256 }
     }
 }
 
@@ -43,19 +38,10 @@ pub async fn run(target: &Target, args: &FanoutArgs) -> Result<Vec<Figure>, Fail
     let name = format!("fanout to {} readers", args.readers);
     progress(&name);
     raise_open_files(args.readers + 100)?;
-    let (thread, owner) = (
-        target.name("fanout", args.readers),
-        target.name("fanout-owner", args.readers),
-    );
-    let users: Vec<_> = (0..args.readers)
-        .map(|number| target.name("fanout-reader", number))
-        .collect();
+    let (thread, owner) = (target.name("fanout", args.readers), target.name("fanout-owner", args.readers));
+    let users: Vec<_> = (0..args.readers).map(|number| target.name("fanout-reader", number)).collect();
     target.thread(&thread, &owner, &users).await?;
-    let sockets = target
-        .many(args.readers, async |number| {
-            reader(target, &thread, &users[number]).await
-        })
-        .await?;
+    let sockets = target.many(args.readers, async |number| reader(target, &thread, &users[number]).await).await?;
     let frame = Frame::publish(&thread, args.payload, false);
     let mut publisher = Publisher::open(target, &owner, frame, args.window).await?;
 

@@ -27,13 +27,9 @@ pub async fn run(target: &Target, args: &IdleArgs) -> Result<Vec<Figure>, Failur
     progress(&name);
     raise_open_files(args.connections + 100)?;
     // The threads are made by connections that end again, so that only what is held is counted.
-    target
-        .many(args.connections, async |number| first_words(target, number).await)
-        .await?;
+    target.many(args.connections, async |number| first_words(target, number).await).await?;
     let before = target.metric(MEMORY).await?;
-    let sockets = target
-        .many(args.connections, async |number| subscribed(target, number).await)
-        .await?;
+    let sockets = target.many(args.connections, async |number| subscribed(target, number).await).await?;
     let after = target.metric(MEMORY).await?;
     let bytes = (after - before) / sockets.len() as f64;
     Ok(vec![Figure::less(&name, bytes / 1000.0, "KB")])
@@ -42,18 +38,13 @@ pub async fn run(target: &Target, args: &IdleArgs) -> Result<Vec<Figure>, Failur
 async fn first_words(target: &Target, number: usize) -> Result<(), Failure> {
     let user = target.name("idle", number);
     let frame = Frame::publish(&user, 256, false);
-    Publisher::open(target, &user, frame, 1)
-        .await?
-        .run(|sent| sent < 1, |_, _| ())
-        .await
+    Publisher::open(target, &user, frame, 1).await?.run(|sent| sent < 1, |_, _| ()).await
 }
 
 async fn subscribed(target: &Target, number: usize) -> Result<Socket, Failure> {
     let user = target.name("idle", number);
     let mut socket = target.socket(&user).await?;
     socket.queue_text(&format!(r#"{{"type":"subscribe","id":1,"thread":"{user}"}}"#));
-    socket
-        .wait_for(|reply| matches!(reply, Reply::CaughtUp { .. }).then_some(()))
-        .await?;
+    socket.wait_for(|reply| matches!(reply, Reply::CaughtUp { .. }).then_some(())).await?;
     Ok(socket)
 }

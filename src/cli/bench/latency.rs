@@ -39,12 +39,7 @@ pub struct LatencyArgs {
 
 impl Default for LatencyArgs {
     fn default() -> LatencyArgs {
-        LatencyArgs {
-            users: 30,
-            rate: 1000,
-            seconds: 10,
-            payload: 256,
-        }
+        LatencyArgs { users: 30, rate: 1000, seconds: 10, payload: 256 }
     }
 }
 
@@ -90,10 +85,7 @@ pub async fn run(target: &Target, args: &LatencyArgs) -> Result<Vec<Figure>, Fai
     raise_open_files(args.users + 100)?;
     let mut readers = Vec::new();
     let mut mouths = Vec::new();
-    for pair in target
-        .many(args.users / 2, async |pair| pair_up(target, args, &name, pair).await)
-        .await?
-    {
+    for pair in target.many(args.users / 2, async |pair| pair_up(target, args, &name, pair).await).await? {
         for (reader, writer, frame) in pair {
             readers.push(reader);
             mouths.push((writer, frame));
@@ -142,24 +134,15 @@ async fn pair_up(target: &Target, args: &LatencyArgs, name: &str, pair: usize) -
     for user in &users {
         let mut socket = target.socket(user).await?;
         socket.queue_text(&subscribe);
-        socket
-            .wait_for(|reply| matches!(reply, Reply::CaughtUp { .. }).then_some(()))
-            .await?;
-        voices.push((
-            socket.reader,
-            socket.writer,
-            Frame::publish(&thread, args.payload, false),
-        ));
+        socket.wait_for(|reply| matches!(reply, Reply::CaughtUp { .. }).then_some(())).await?;
+        voices.push((socket.reader, socket.writer, Frame::publish(&thread, args.payload, false)));
     }
     voices.try_into().map_err(|_| "a pair is two".into())
 }
 
 /// Reads until every event of the pair and every answer to this user has come.
 async fn listen(mut reader: Reader, user: u64, plan: Plan) -> Result<Measured, Failure> {
-    let mut measured = Measured {
-        published: micros()?,
-        delivered: micros()?,
-    };
+    let mut measured = Measured { published: micros()?, delivered: micros()? };
     let (mut answers, mut events) = (plan.of(user), plan.of(user) + plan.of(user ^ 1));
     let mut last_seq = None;
     while answers > 0 || events > 0 {
@@ -197,10 +180,7 @@ fn record(histogram: &mut Histogram<u64>, plan: Plan, number: u64) {
 }
 
 async fn gather(mut listeners: JoinSet<Result<Measured, Failure>>) -> Result<Measured, Failure> {
-    let mut all = Measured {
-        published: micros()?,
-        delivered: micros()?,
-    };
+    let mut all = Measured { published: micros()?, delivered: micros()? };
     while let Some(done) = listeners.join_next().await {
         let measured = done??;
         all.published.add(measured.published)?;
@@ -244,12 +224,7 @@ mod tests {
 
     #[test]
     fn every_publish_is_somebodys() {
-        let plan = Plan {
-            start: Instant::now(),
-            rate: 1000,
-            users: 30,
-            total: 11_007,
-        };
+        let plan = Plan { start: Instant::now(), rate: 1000, users: 30, total: 11_007 };
         let counted: u64 = (0..30).map(|user| plan.of(user)).sum();
         assert_eq!(counted, plan.total);
         assert_eq!(plan.of(3), (0..plan.total).filter(|n| plan.by(*n) == 3).count() as u64);

@@ -115,40 +115,25 @@ async fn measure(bench: Bench, log: LogKind, rebuild: Rebuild) -> Result<Report,
         Bench::Bare(args) => bare::run(&args, log).await?,
         Bench::Report(_) => return Err("a report is no bench".into()),
     };
-    Ok(Report {
-        log,
-        figures,
-        failures: Vec::new(),
-    })
+    Ok(Report { log, figures, failures: Vec::new() })
 }
 
 /// One bench that fails does not keep the others from being measured. `idle` comes first: memory that a server has once
 /// used it does not give back at once.
 async fn all(target: &Target, log: LogKind) -> Result<Report, Failure> {
-    let mut report = Report {
-        log,
-        figures: Vec::new(),
-        failures: Vec::new(),
-    };
+    let mut report = Report { log, figures: Vec::new(), failures: Vec::new() };
     report.take("idle", idle::run(target, &idle::IdleArgs::default()).await);
     let windows: &[(usize, usize)] = match log {
         LogKind::Embedded => &[(1, 1024), (32, 64), (1, 64)],
         LogKind::Kafka => &[(1, 4096), (32, 128)],
     };
     for &(clients, window) in windows {
-        let args = ack::AckArgs {
-            clients,
-            window,
-            ..ack::AckArgs::default()
-        };
+        let args = ack::AckArgs { clients, window, ..ack::AckArgs::default() };
         report.take("ack", ack::run(target, &args).await);
     }
     report.take("one-at-a-time", ack::run(target, &ack::OneArgs::default().into()).await);
     for users in [30, 1000] {
-        let args = latency::LatencyArgs {
-            users,
-            ..latency::LatencyArgs::default()
-        };
+        let args = latency::LatencyArgs { users, ..latency::LatencyArgs::default() };
         report.take("latency", latency::run(target, &args).await);
     }
     report.take("fanout", fanout::run(target, &fanout::FanoutArgs::default()).await);

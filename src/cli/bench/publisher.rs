@@ -27,9 +27,7 @@ impl Frame {
             r#"{{"type":"publish","id":1000000000,"thread":"{thread}","kind":"user_message",{key}"data":{head}{filling}"}}}}"#
         );
         let bytes = text_frame(text.as_bytes());
-        let numbers = (0..bytes.len())
-            .filter(|at| bytes[*at..].starts_with(PLACEHOLDER))
-            .collect();
+        let numbers = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(PLACEHOLDER)).collect();
         Frame { bytes, numbers }
     }
 
@@ -49,8 +47,7 @@ impl Frame {
 
 /// The number of the publish that `id` answers.
 pub fn number_of(id: u64) -> Result<u64, Failure> {
-    id.checked_sub(BASE)
-        .ok_or_else(|| format!("an answer to {id}, which nobody sent").into())
+    id.checked_sub(BASE).ok_or_else(|| format!("an answer to {id}, which nobody sent").into())
 }
 
 /// The number that an event carries in its data.
@@ -75,14 +72,7 @@ pub struct Publisher {
 impl Publisher {
     pub async fn open(target: &Target, user: &str, frame: Frame, window: usize) -> Result<Publisher, Failure> {
         let socket = target.socket(user).await?;
-        Ok(Publisher {
-            socket,
-            frame,
-            open: vec![None; window.max(1)],
-            next: 0,
-            answered: 0,
-            first_seq: None,
-        })
+        Ok(Publisher { socket, frame, open: vec![None; window.max(1)], next: 0, answered: 0, first_seq: None })
     }
 
     /// Publishes as long as `more` agrees, given how many were sent; then waits for the last answers. `each` gets when
@@ -103,13 +93,7 @@ impl Publisher {
             if self.answered == self.next {
                 return Ok(());
             }
-            let Publisher {
-                socket,
-                open,
-                answered,
-                first_seq,
-                ..
-            } = self;
+            let Publisher { socket, open, answered, first_seq, .. } = self;
             socket
                 .exchange(|reply| {
                     let Reply::Published { id, seq } = reply else {

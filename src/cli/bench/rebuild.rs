@@ -27,9 +27,5 @@ pub fn run(args: &RebuildArgs, log: LogKind, rebuild: Rebuild) -> Result<Vec<Fig
     if records == 0 {
         return Err("the log is empty: there is nothing to measure".into());
     }
-    Ok(vec![Figure::more(
-        "rebuild",
-        records as f64 / begin.elapsed().as_secs_f64(),
-        "events/s",
-    )])
+    Ok(vec![Figure::more("rebuild", records as f64 / begin.elapsed().as_secs_f64(), "events/s")])
 }

@@ -29,26 +29,15 @@ pub struct ReplayArgs {
 
 impl Default for ReplayArgs {
     fn default() -> ReplayArgs {
-        ReplayArgs {
-            events: 500_000,
-            readers: 1,
-            payload: 256,
-        }
+        ReplayArgs { events: 500_000, readers: 1, payload: 256 }
     }
 }
 
 pub async fn run(target: &Target, args: &ReplayArgs) -> Result<Vec<Figure>, Failure> {
-    let name = format!(
-        "replay to {} reader{}",
-        args.readers,
-        if args.readers == 1 { "" } else { "s" }
-    );
+    let name = format!("replay to {} reader{}", args.readers, if args.readers == 1 { "" } else { "s" });
     progress(&format!("filling a thread with {} events", args.events));
     raise_open_files(args.readers + 100)?;
-    let (thread, user) = (
-        target.name("replay", args.readers),
-        target.name("replay-user", args.readers),
-    );
+    let (thread, user) = (target.name("replay", args.readers), target.name("replay-user", args.readers));
     let frame = Frame::publish(&thread, args.payload, false);
     let mut publisher = Publisher::open(target, &user, frame, FILL_WINDOW).await?;
     tokio::time::timeout(PATIENCE, publisher.run(|sent| sent < args.events, |_, _| ())).await??;
@@ -60,17 +49,11 @@ pub async fn run(target: &Target, args: &ReplayArgs) -> Result<Vec<Figure>, Fail
     let readers = try_join_all(sockets.iter_mut().map(|socket| replay(socket, &thread, head)));
     tokio::time::timeout(PATIENCE, readers).await??;
     let events = head as f64 * args.readers as f64;
-    Ok(vec![Figure::more(
-        &name,
-        events / begin.elapsed().as_secs_f64(),
-        "events/s",
-    )])
+    Ok(vec![Figure::more(&name, events / begin.elapsed().as_secs_f64(), "events/s")])
 }
 
 async fn replay(socket: &mut Socket, thread: &str, head: u64) -> Result<(), Failure> {
-    socket.queue_text(&format!(
-        r#"{{"type":"subscribe","id":1,"thread":"{thread}","after":0}}"#
-    ));
+    socket.queue_text(&format!(r#"{{"type":"subscribe","id":1,"thread":"{thread}","after":0}}"#));
     let (mut last, mut done) = (0, false);
     while !done {
         socket

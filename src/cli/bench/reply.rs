@@ -42,8 +42,7 @@ fn published(frame: &[u8]) -> Option<Reply<'_>> {
     let (id, rest) = number(frame.strip_prefix(br#"{"type":"published","id":"#)?)?;
     let rest = behind_quote(rest.strip_prefix(br#","thread":""#)?)?;
     let (seq, rest) = number(rest.strip_prefix(br#","seq":"#)?)?;
-    rest.ends_with(br#","duplicate":false}"#)
-        .then_some(Reply::Published { id, seq })
+    rest.ends_with(br#","duplicate":false}"#).then_some(Reply::Published { id, seq })
 }
 
 fn event(frame: &[u8]) -> Option<Reply<'_>> {
@@ -63,32 +62,20 @@ fn number(bytes: &[u8]) -> Option<(u64, &[u8])> {
     if digits == 0 || digits > 19 {
         return None;
     }
-    let value = bytes[..digits]
-        .iter()
-        .fold(0, |sum, digit| sum * 10 + u64::from(digit - b'0'));
+    let value = bytes[..digits].iter().fold(0, |sum, digit| sum * 10 + u64::from(digit - b'0'));
     Some((value, &bytes[digits..]))
 }
 
 fn parsed(raw: &[u8]) -> Result<Reply<'_>, Failure> {
     let frame: Value = serde_json::from_slice(raw)?;
-    let field = |name: &str| {
-        frame[name]
-            .as_u64()
-            .ok_or_else(|| Failure::from(format!("no {name} in {frame}")))
-    };
+    let field = |name: &str| frame[name].as_u64().ok_or_else(|| Failure::from(format!("no {name} in {frame}")));
     match frame["type"].as_str() {
         Some("welcome") => Ok(Reply::Welcome),
-        Some("subscribed") => Ok(Reply::Subscribed {
-            after: field("after").unwrap_or_default(),
-        }),
-        Some("published") if frame["duplicate"] == false => Ok(Reply::Published {
-            id: field("id")?,
-            seq: field("seq")?,
-        }),
-        Some("event") => Ok(Reply::Event {
-            seq: field("seq")?,
-            raw,
-        }),
+        Some("subscribed") => Ok(Reply::Subscribed { after: field("after").unwrap_or_default() }),
+        Some("published") if frame["duplicate"] == false => {
+            Ok(Reply::Published { id: field("id")?, seq: field("seq")? })
+        }
+        Some("event") => Ok(Reply::Event { seq: field("seq")?, raw }),
         Some("caught_up") => Ok(Reply::CaughtUp { seq: field("seq")? }),
         Some("lagged") => Ok(Reply::Lagged),
         _ => Err(format!("the server answered {frame}").into()),
@@ -104,15 +91,9 @@ mod tests {
         for (frame, want) in [
             (
                 r#"{"type":"published","id":1000000007,"thread":"a-1","seq":8,"event":"e","duplicate":false}"#,
-                Reply::Published {
-                    id: 1_000_000_007,
-                    seq: 8,
-                },
+                Reply::Published { id: 1_000_000_007, seq: 8 },
             ),
-            (
-                r#"{"type":"caught_up","thread":"a-1","seq":12}"#,
-                Reply::CaughtUp { seq: 12 },
-            ),
+            (r#"{"type":"caught_up","thread":"a-1","seq":12}"#, Reply::CaughtUp { seq: 12 }),
         ] {
             assert_eq!(Reply::read(frame.as_bytes()).unwrap(), want);
             assert_eq!(parsed(frame.as_bytes()).unwrap(), want);

@@ -41,21 +41,11 @@ pub struct Figure {
 
 impl Figure {
     pub fn more(name: &str, value: f64, unit: &str) -> Figure {
-        Figure {
-            name: name.to_owned(),
-            value,
-            unit: unit.to_owned(),
-            better: Better::More,
-        }
+        Figure { name: name.to_owned(), value, unit: unit.to_owned(), better: Better::More }
     }
 
     pub fn less(name: &str, value: f64, unit: &str) -> Figure {
-        Figure {
-            name: name.to_owned(),
-            value,
-            unit: unit.to_owned(),
-            better: Better::Less,
-        }
+        Figure { name: name.to_owned(), value, unit: unit.to_owned(), better: Better::Less }
     }
 
     /// How many times as good as `other`: above 1 is better, whichever way the unit runs.
@@ -96,16 +86,8 @@ const BARE: &[(LogKind, &str, &str)] = &[
     (LogKind::Embedded, "ack 1x1", "bare synced appends of 1"),
     (LogKind::Embedded, "ack 1x1 P50", "bare synced append P50"),
     (LogKind::Embedded, "ack 1x1 P99", "bare synced append P99"),
-    (
-        LogKind::Embedded,
-        "published P50, 30 users 1000/s",
-        "bare synced append P50",
-    ),
-    (
-        LogKind::Embedded,
-        "published P99, 30 users 1000/s",
-        "bare synced append P99",
-    ),
+    (LogKind::Embedded, "published P50, 30 users 1000/s", "bare synced append P50"),
+    (LogKind::Embedded, "published P99, 30 users 1000/s", "bare synced append P99"),
     (LogKind::Embedded, "replay to 1 reader", "bare store reads"),
     (LogKind::Embedded, "rebuild", "bare projection writes"),
     (LogKind::Kafka, "ack 1x4096", "bare Kafka produce, 4096 outstanding"),
@@ -113,16 +95,8 @@ const BARE: &[(LogKind, &str, &str)] = &[
     (LogKind::Kafka, "ack 1x1", "bare Kafka produce, one at a time"),
     (LogKind::Kafka, "ack 1x1 P50", "bare Kafka produce P50"),
     (LogKind::Kafka, "ack 1x1 P99", "bare Kafka produce P99"),
-    (
-        LogKind::Kafka,
-        "published P50, 30 users 1000/s",
-        "bare Kafka produce P50",
-    ),
-    (
-        LogKind::Kafka,
-        "published P99, 30 users 1000/s",
-        "bare Kafka produce P99",
-    ),
+    (LogKind::Kafka, "published P50, 30 users 1000/s", "bare Kafka produce P50"),
+    (LogKind::Kafka, "published P99, 30 users 1000/s", "bare Kafka produce P99"),
     (LogKind::Kafka, "rebuild", "bare Kafka consume"),
 ];
 
@@ -161,28 +135,19 @@ impl Report {
             .iter()
             .map(|figure| {
                 let limit = self.limit(figure);
-                Line {
-                    figure,
-                    limit,
-                    ratio: limit.and_then(|limit| figure.ratio(limit)),
-                }
+                Line { figure, limit, ratio: limit.and_then(|limit| figure.ratio(limit)) }
             })
             .collect();
         Ok(serde_json::json!({ "log": self.log, "figures": figures, "failures": self.failures }).to_string())
     }
 
     fn limit(&self, figure: &Figure) -> Option<f64> {
-        LIMITS
-            .iter()
-            .find(|(log, name, _)| *log == self.log && *name == figure.name)
-            .map(|(_, _, limit)| *limit)
+        LIMITS.iter().find(|(log, name, _)| *log == self.log && *name == figure.name).map(|(_, _, limit)| *limit)
     }
 
     /// The bare figure among `bare` that `figure` is held against.
     fn bare<'a>(&self, figure: &Figure, bare: &'a [Figure]) -> Option<&'a Figure> {
-        let (_, _, name) = BARE
-            .iter()
-            .find(|(log, name, _)| *log == self.log && *name == figure.name)?;
+        let (_, _, name) = BARE.iter().find(|(log, name, _)| *log == self.log && *name == figure.name)?;
         bare.iter().find(|figure| figure.name == *name)
     }
 
@@ -218,9 +183,7 @@ impl Report {
             limit.map(amount).unwrap_or_default(),
             ratio.map(times).unwrap_or_default(),
             verdict.to_owned(),
-            bare.and_then(|bare| figure.ratio(bare.value))
-                .map(times)
-                .unwrap_or_default(),
+            bare.and_then(|bare| figure.ratio(bare.value)).map(times).unwrap_or_default(),
             bare.map(|bare| bare.name.clone()).unwrap_or_default(),
         ]
     }

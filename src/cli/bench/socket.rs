@@ -57,20 +57,9 @@ impl Socket {
         stream.write_all(request.as_bytes()).await?;
         let rest = upgraded(&mut stream).await?;
         let (half, writer) = stream.into_split();
-        let reader = Reader {
-            half,
-            scanner: Scanner { rest },
-            pongs: Vec::new(),
-        };
-        let mut socket = Socket {
-            reader,
-            writer,
-            out: Vec::new(),
-            written: 0,
-        };
-        socket
-            .wait_for(|reply| matches!(reply, Reply::Welcome).then_some(()))
-            .await?;
+        let reader = Reader { half, scanner: Scanner { rest }, pongs: Vec::new() };
+        let mut socket = Socket { reader, writer, out: Vec::new(), written: 0 };
+        socket.wait_for(|reply| matches!(reply, Reply::Welcome).then_some(())).await?;
         Ok(socket)
     }
 
@@ -162,11 +151,7 @@ fn closed(payload: &[u8]) -> Failure {
     match payload.split_at_checked(2) {
         Some((code, reason)) => {
             let code = u16::from_be_bytes([code[0], code[1]]);
-            format!(
-                "the server closed the connection: {code} {}",
-                String::from_utf8_lossy(reason)
-            )
-            .into()
+            format!("the server closed the connection: {code} {}", String::from_utf8_lossy(reason)).into()
         }
         None => "the server closed the connection without a code".into(),
     }
@@ -261,9 +246,7 @@ fn header(bytes: &[u8]) -> Result<Option<(u8, usize, usize)>, Failure> {
     }
     let length = match second {
         0..=125 => Some((2, usize::from(second))),
-        126 => bytes
-            .get(2..4)
-            .map(|b| (4, usize::from(u16::from_be_bytes([b[0], b[1]])))),
+        126 => bytes.get(2..4).map(|b| (4, usize::from(u16::from_be_bytes([b[0], b[1]])))),
         127 => bytes.get(2..10).and_then(|b| {
             let length = b.iter().fold(0u64, |sum, byte| sum << 8 | u64::from(*byte));
             usize::try_from(length).ok().map(|length| (10, length))
@@ -288,18 +271,8 @@ mod tests {
 
     #[test]
     fn frames_are_found_wherever_the_reads_end() {
-        let payloads = [
-            vec![],
-            vec![b'a'; 125],
-            vec![b'b'; 126],
-            vec![b'c'; 300],
-            vec![b'd'; 70_000],
-            vec![b'e'],
-        ];
-        let stream: Vec<u8> = payloads
-            .iter()
-            .flat_map(|payload| server_frame(TEXT, payload))
-            .collect();
+        let payloads = [vec![], vec![b'a'; 125], vec![b'b'; 126], vec![b'c'; 300], vec![b'd'; 70_000], vec![b'e']];
+        let stream: Vec<u8> = payloads.iter().flat_map(|payload| server_frame(TEXT, payload)).collect();
         for step in [1, 2, 3, 7, 127, 1000, 65_536, stream.len()] {
             let mut scanner = Scanner { rest: Vec::new() };
             let mut found = Vec::new();

@@ -37,11 +37,7 @@ impl Target {
     pub fn new(args: &TargetArgs) -> Result<Target, Failure> {
         let authority = args.url.parse::<Address>()?.authority().to_owned();
         let run = clock::random_id().simple().to_string()[..8].to_owned();
-        Ok(Target {
-            args: args.clone(),
-            authority,
-            run,
-        })
+        Ok(Target { args: args.clone(), authority, run })
     }
 
     /// The name of a user or a thread in this run.
@@ -50,13 +46,7 @@ impl Target {
     }
 
     fn token(&self, user: &str) -> Result<String, Failure> {
-        mint(
-            &self.args.jwt_secret,
-            &self.args.tenant,
-            user,
-            "publish subscribe",
-            24 * 3600,
-        )
+        mint(&self.args.jwt_secret, &self.args.tenant, user, "publish subscribe", 24 * 3600)
     }
 
     pub async fn socket(&self, user: &str) -> Result<Socket, Failure> {
@@ -83,8 +73,7 @@ impl Target {
         let mut http = self.http(owner).await?;
         http.put(&format!("/v1/threads/{thread}"), &json!({})).await?;
         for member in members {
-            http.put(&format!("/v1/threads/{thread}/members/{member}"), &json!({}))
-                .await?;
+            http.put(&format!("/v1/threads/{thread}/members/{member}"), &json!({})).await?;
         }
         Ok(())
     }
@@ -97,10 +86,7 @@ impl Target {
     pub async fn metric(&self, name: &str) -> Result<f64, Failure> {
         let text = self.http("observer").await?.get_text("/metrics").await?;
         let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        Ok(value
-            .ok_or_else(|| format!("the server's /metrics has no {name}"))?
-            .trim()
-            .parse()?)
+        Ok(value.ok_or_else(|| format!("the server's /metrics has no {name}"))?.trim().parse()?)
     }
 }
 

@@ -39,11 +39,8 @@ impl Reader for KafkaReader {
         let until = Instant::now() + wait;
         let mut entries = Vec::with_capacity(max.min(1024));
         while entries.len() < max {
-            let patience = if entries.is_empty() {
-                until.saturating_duration_since(Instant::now())
-            } else {
-                Duration::ZERO
-            };
+            let patience =
+                if entries.is_empty() { until.saturating_duration_since(Instant::now()) } else { Duration::ZERO };
             match self.consumer.poll(patience) {
                 None => break,
                 Some(Ok(message)) => {
@@ -54,10 +51,7 @@ impl Reader for KafkaReader {
                         *next = at.offset + 1;
                     }
                     if marker_epoch(&message).is_none() {
-                        entries.push(Entry {
-                            at,
-                            record: decode(&message),
-                        });
+                        entries.push(Entry { at, record: decode(&message) });
                     }
                 }
                 Some(Err(error)) if stops_reading(&error) => {
@@ -85,12 +79,7 @@ impl Reader for KafkaReader {
 impl KafkaReader {
     pub(super) fn open(shared: Arc<Shared>, from: &[u64]) -> Result<KafkaReader, LogError> {
         let consumer = new_reader(&shared.config, &shared.topic, from).map_err(unavailable)?;
-        Ok(KafkaReader {
-            shared,
-            consumer,
-            at: from.to_vec(),
-            lost: None,
-        })
+        Ok(KafkaReader { shared, consumer, at: from.to_vec(), lost: None })
     }
 
     /// Another program's transactions leave records that only Kafka sees. One at the very end would keep a reader that has
@@ -98,10 +87,8 @@ impl KafkaReader {
     fn step_over_holes(&mut self) {
         let Ok(list) = self.consumer.position() else { return };
         for element in list.elements() {
-            if let Some(Position { partition, offset }) = element
-                .offset()
-                .to_raw()
-                .and_then(|raw| place(element.partition(), raw))
+            if let Some(Position { partition, offset }) =
+                element.offset().to_raw().and_then(|raw| place(element.partition(), raw))
                 && let Some(at) = self.at.get_mut(partition as usize)
             {
                 *at = offset.max(*at);
@@ -158,25 +145,13 @@ fn decode(message: &BorrowedMessage<'_>) -> Result<Record, Foreign> {
     if std::str::from_utf8(version).ok().and_then(|v| v.parse().ok()) != Some(RECORD_VERSION) {
         return Err(foreign("its weft-version is not one that this server knows"));
     }
-    let kind = header(message, KIND)
-        .and_then(text)
-        .ok_or_else(|| foreign("it has no header weft-kind"))?;
-    let grant = header(message, GRANT)
-        .and_then(Grant::parse)
-        .ok_or_else(|| foreign("it has no valid header weft-grant"))?;
-    let key = message
-        .key()
-        .and_then(text)
-        .ok_or_else(|| foreign("it has no key, or one that is not UTF-8"))?;
+    let kind = header(message, KIND).and_then(text).ok_or_else(|| foreign("it has no header weft-kind"))?;
+    let grant =
+        header(message, GRANT).and_then(Grant::parse).ok_or_else(|| foreign("it has no valid header weft-grant"))?;
+    let key = message.key().and_then(text).ok_or_else(|| foreign("it has no key, or one that is not UTF-8"))?;
     let value = message.payload().ok_or_else(|| foreign("it has no value"))?;
     let traceparent = header(message, TRACEPARENT).and_then(text);
-    Ok(Record {
-        key,
-        kind,
-        grant,
-        traceparent,
-        value: Bytes::copy_from_slice(value),
-    })
+    Ok(Record { key, kind, grant, traceparent, value: Bytes::copy_from_slice(value) })
 }
 
 /// The last header of that name. Not through rdkafka's own iterator, which panics over a name that is not UTF-8; and a
@@ -211,11 +186,7 @@ pub(super) fn assignment(topic: &str, positions: &[u64]) -> Result<TopicPartitio
     let mut list = TopicPartitionList::with_capacity(positions.len());
     for (partition, &offset) in (0..).zip(positions) {
         // An offset that i64 does not hold exists on no Kafka; its largest is out of range as well.
-        list.add_partition_offset(
-            topic,
-            partition,
-            Offset::Offset(i64::try_from(offset).unwrap_or(i64::MAX)),
-        )?;
+        list.add_partition_offset(topic, partition, Offset::Offset(i64::try_from(offset).unwrap_or(i64::MAX)))?;
     }
     Ok(list)
 }
@@ -228,9 +199,7 @@ pub(super) fn watermarks(side: &BaseConsumer<Quiet>, topic: &str, partition: u32
             Ok((start, end)) => match (u64::try_from(start), u64::try_from(end)) {
                 (Ok(start), Ok(end)) => return Ok(Bounds { start, end }),
                 _ => {
-                    return Err(LogError::Unavailable(format!(
-                        "Kafka does not say what partition {partition} holds"
-                    )));
+                    return Err(LogError::Unavailable(format!("Kafka does not say what partition {partition} holds")));
                 }
             },
             Err(error) => error,

@@ -34,20 +34,14 @@ pub(super) fn ensure_topics(config: &KafkaConfig, side: &BaseConsumer<Quiet>) ->
         }
     }
     let admin: AdminClient<Quiet> = client_config(config).create_with_context(Quiet).map_err(unavailable)?;
-    let options = AdminOptions::new()
-        .request_timeout(Some(ASK))
-        .operation_timeout(Some(ASK));
+    let options = AdminOptions::new().request_timeout(Some(ASK)).operation_timeout(Some(ASK));
     if !missing.is_empty() {
         // -1: as many replicas as the brokers are set up to make.
         let topics = missing.iter().map(|name| {
             let topic = NewTopic::new(name, config.partitions as i32, TopicReplication::Fixed(-1))
                 .set("retention.ms", "-1")
                 .set("retention.bytes", "-1");
-            if name.ends_with("receipts") {
-                topic.set("cleanup.policy", "compact")
-            } else {
-                topic
-            }
+            if name.ends_with("receipts") { topic.set("cleanup.policy", "compact") } else { topic }
         });
         let topics: Vec<NewTopic<'_>> = topics.collect();
         for result in block_on(admin.create_topics(&topics, &options)).map_err(unavailable)? {
@@ -69,10 +63,7 @@ pub(super) fn ensure_topics(config: &KafkaConfig, side: &BaseConsumer<Quiet>) ->
             }
         };
         if found != config.partitions {
-            return Err(LogError::PartitionMismatch {
-                found,
-                configured: config.partitions,
-            });
+            return Err(LogError::PartitionMismatch { found, configured: config.partitions });
         }
     }
     check_retention(&admin, &options, &names[0])
@@ -96,18 +87,10 @@ fn partitions_of(side: &BaseConsumer<Quiet>, topic: &str) -> Result<Option<u32>,
 fn check_retention(admin: &AdminClient<Quiet>, options: &AdminOptions, topic: &str) -> Result<(), LogError> {
     let answer = block_on(admin.describe_configs([&ResourceSpecifier::Topic(topic)], options));
     let Some(Ok(settings)) = answer.ok().and_then(|mut found| found.pop()) else {
-        tracing::warn!(
-            topic,
-            "Kafka does not tell how long the topic keeps its records: they must be kept for ever"
-        );
+        tracing::warn!(topic, "Kafka does not tell how long the topic keeps its records: they must be kept for ever");
         return Ok(());
     };
-    let setting = |name| {
-        settings
-            .get(name)
-            .and_then(|entry| entry.value.as_deref())
-            .unwrap_or_default()
-    };
+    let setting = |name| settings.get(name).and_then(|entry| entry.value.as_deref()).unwrap_or_default();
     if setting("cleanup.policy").contains("compact") {
         return Err(LogError::Damaged(format!(
             "{topic} has cleanup.policy=compact, which throws events away; set it to delete"
@@ -133,13 +116,9 @@ pub(super) fn first_epoch(
     side: &BaseConsumer<Quiet>,
 ) -> Result<Option<String>, LogError> {
     let start = watermarks(side, topic, 0)?.start;
-    let consumer: BaseConsumer<Quiet> = consumer_config(config)
-        .set("enable.partition.eof", "true")
-        .create_with_context(Quiet)
-        .map_err(unavailable)?;
-    assignment(topic, &[start])
-        .and_then(|list| consumer.assign(&list))
-        .map_err(unavailable)?;
+    let consumer: BaseConsumer<Quiet> =
+        consumer_config(config).set("enable.partition.eof", "true").create_with_context(Quiet).map_err(unavailable)?;
+    assignment(topic, &[start]).and_then(|list| consumer.assign(&list)).map_err(unavailable)?;
     let mut until = Instant::now() + ASK;
     while Instant::now() < until {
         match consumer.poll(TICK) {
@@ -163,9 +142,7 @@ pub(super) fn write_marker(producer: &BaseProducer<Producing>, pending: &Pending
         kind: MARKER_KIND.to_owned(),
         grant: Grant::Scope,
         traceparent: None,
-        value: serde_json::json!({ "kind": MARKER_KIND, "epoch": epoch.to_string(), "at": at })
-            .to_string()
-            .into(),
+        value: serde_json::json!({ "kind": MARKER_KIND, "epoch": epoch.to_string(), "at": at }).to_string().into(),
     };
     let (answer, answered) = mpsc::sync_channel(1);
     let id = pending.add(vec![Box::new(move |result| drop(answer.send(result)))]);

@@ -23,10 +23,7 @@ pub fn produce(
     value: Option<&[u8]>,
     headers: Option<OwnedHeaders>,
 ) {
-    let producer: BaseProducer = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        .create()
-        .expect("a producer");
+    let producer: BaseProducer = ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a producer");
     let mut out: BaseRecord<'_, [u8], [u8]> = BaseRecord::to(topic);
     (out.partition, out.key, out.payload, out.headers) = (partition.map(|p| p as i32), key, value, headers);
     producer.send(out).map_err(|(e, _)| e).expect("the producer takes it");
@@ -35,10 +32,7 @@ pub fn produce(
 
 /// Kafka takes any bytes as a header's name; rdkafka's own types give and take only text.
 fn produce_with_a_header_that_is_no_text(brokers: &str, topic: &str) {
-    let producer: BaseProducer = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        .create()
-        .expect("a producer");
+    let producer: BaseProducer = ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a producer");
     let topic = std::ffi::CString::new(topic).expect("no NUL in it");
     // SAFETY: the arguments come in the groups that the call is documented to take, each after its type, up to END;
     // all pointers are to NUL-terminated texts that outlive the call, which copies them.
@@ -77,11 +71,7 @@ fn wait_for_health(log: &dyn Log, well: bool) {
 fn in_time(log: &dyn Log, records: Vec<Record>) -> Vec<Answer> {
     let begin = Instant::now();
     let answers = append(log, records);
-    assert!(
-        begin.elapsed() < Duration::from_secs(5),
-        "answered after {:?}",
-        begin.elapsed()
-    );
+    assert!(begin.elapsed() < Duration::from_secs(5), "answered after {:?}", begin.elapsed());
     answers
 }
 
@@ -98,20 +88,14 @@ fn survives(break_it: fn(&Broker), mend_it: fn(&Broker)) {
     break_it(&broker);
     for answer in in_time(&*log, (100..200).map(|n| numbered(&key(n), n)).collect()) {
         let error = answer.expect_err("nobody can have acknowledged it");
-        assert!(
-            matches!(error, AppendError::Unknown(_) | AppendError::Unavailable(_)),
-            "{error:?}"
-        );
+        assert!(matches!(error, AppendError::Unknown(_) | AppendError::Unavailable(_)), "{error:?}");
     }
     wait_for_health(&*log, false);
     let begin = Instant::now();
     for answer in append(&*log, vec![numbered("refused", 1)]) {
         assert!(matches!(answer, Err(AppendError::Unavailable(_))), "{answer:?}");
     }
-    assert!(
-        begin.elapsed() < Duration::from_secs(1),
-        "what is known to fail is refused at once"
-    );
+    assert!(begin.elapsed() < Duration::from_secs(1), "what is known to fail is refused at once");
     let meanwhile = reader.next(10, Duration::from_millis(100));
     assert!(matches!(&meanwhile, Ok(none) if none.is_empty()) || matches!(meanwhile, Err(LogError::Unavailable(_))));
     assert!(matches!(log.bounds(), Err(LogError::Unavailable(_))));
@@ -162,28 +146,18 @@ fn a_full_queue_is_said_at_once_and_closing_ends_in_time_without_a_broker() {
     log.committed(&ends(&*log));
     broker.pause();
     let answers = append_later(&*log, (0..150_000).map(|n| numbered("k", n)).collect());
-    let full = answers
-        .try_iter()
-        .filter(|(_, answer)| *answer == Err(AppendError::QueueFull))
-        .count();
+    let full = answers.try_iter().filter(|(_, answer)| *answer == Err(AppendError::QueueFull)).count();
     assert!(full >= 40_000, "{full}");
     let begin = Instant::now();
     log.close();
     drop(reader);
-    assert!(
-        begin.elapsed() < Duration::from_secs(10),
-        "closed after {:?}",
-        begin.elapsed()
-    );
+    assert!(begin.elapsed() < Duration::from_secs(10), "closed after {:?}", begin.elapsed());
     assert_eq!(full + answers.try_iter().count(), 150_000);
 }
 
 #[test]
 fn without_a_broker_opening_fails_with_a_reason() {
-    let error = Place::on("127.0.0.1:1")
-        .try_open(2)
-        .err()
-        .expect("nothing listens there");
+    let error = Place::on("127.0.0.1:1").try_open(2).err().expect("nothing listens there");
     assert!(matches!(error, LogError::Unavailable(_)), "{error:?}");
 }
 
@@ -201,11 +175,7 @@ fn keys_land_where_murmur2_says() {
     ];
     for (key, hash) in known {
         let partition = (hash & 0x7fff_ffff) % 12;
-        assert_eq!(
-            append_ok(&*log, vec![record(key, "{}")])[0].partition,
-            partition as u32,
-            "{key}"
-        );
+        assert_eq!(append_ok(&*log, vec![record(key, "{}")])[0].partition, partition as u32, "{key}");
     }
 }
 
@@ -218,11 +188,7 @@ fn kafkas_own_producer_agrees_on_partitions_and_its_records_are_foreign() {
     let lines: String = keys.iter().map(|key| format!("{key};by hand\n")).collect();
     let topic = place.topic();
     let options = ["--bootstrap-server", kafka::brokers(), "--topic", &topic];
-    let options = [
-        &options[..],
-        &["--property", "parse.key=true", "--property", "key.separator=;"],
-    ]
-    .concat();
+    let options = [&options[..], &["--property", "parse.key=true", "--property", "key.separator=;"]].concat();
     kafka::tool("org.apache.kafka.tools.ConsoleProducer", &options, &lines);
     let mut found = HashMap::new();
     for entry in read_all(&*log) {
@@ -243,30 +209,14 @@ fn whatever_another_program_writes_is_foreign_and_stops_nobody() {
     let (brokers, topic) = (kafka::brokers(), place.topic());
     let headers = |version: &str, grant: &str| {
         OwnedHeaders::new()
-            .insert(Header {
-                key: "weft-kind",
-                value: Some("message"),
-            })
-            .insert(Header {
-                key: "weft-version",
-                value: Some(version),
-            })
-            .insert(Header {
-                key: "weft-grant",
-                value: Some(grant),
-            })
+            .insert(Header { key: "weft-kind", value: Some("message") })
+            .insert(Header { key: "weft-version", value: Some(version) })
+            .insert(Header { key: "weft-grant", value: Some(grant) })
     };
     let (key, value) = (Some(&b"acme/t"[..]), Some(&b"{}"[..]));
     let cases = [
         (key, value, None),
-        (
-            key,
-            value,
-            Some(OwnedHeaders::new().insert(Header {
-                key: "weft-version",
-                value: None::<&str>,
-            })),
-        ),
+        (key, value, Some(OwnedHeaders::new().insert(Header { key: "weft-version", value: None::<&str> }))),
         (key, value, Some(headers("2", "member"))),
         (key, value, Some(headers("one", "member"))),
         (key, value, Some(headers("1", "root"))),
@@ -291,31 +241,11 @@ fn the_topic_reads_well_with_kafkas_own_console_consumer() {
     let log = place.open(1);
     append_ok(&*log, vec![record("acme/t1", r#"{"kind":"message","text":"Grüße"}"#)]);
     let topic = place.topic();
-    let options = [
-        "--bootstrap-server",
-        kafka::brokers(),
-        "--topic",
-        &topic,
-        "--from-beginning",
-    ];
-    let print = [
-        "--property",
-        "print.key=true",
-        "--property",
-        "print.headers=true",
-        "--max-messages",
-        "2",
-    ];
-    let out = kafka::tool(
-        "org.apache.kafka.tools.consumer.ConsoleConsumer",
-        &[&options[..], &print].concat(),
-        "",
-    );
+    let options = ["--bootstrap-server", kafka::brokers(), "--topic", &topic, "--from-beginning"];
+    let print = ["--property", "print.key=true", "--property", "print.headers=true", "--max-messages", "2"];
+    let out = kafka::tool("org.apache.kafka.tools.consumer.ConsoleConsumer", &[&options[..], &print].concat(), "");
     let lines: Vec<&str> = out.lines().collect();
-    assert!(
-        lines[0].contains("weft-kind:log_created") && lines[0].contains(log.epoch()),
-        "{out}"
-    );
+    assert!(lines[0].contains("weft-kind:log_created") && lines[0].contains(log.epoch()), "{out}");
     let expected =
         "weft-kind:message,weft-version:1,weft-grant:member\tacme/t1\t{\"kind\":\"message\",\"text\":\"Grüße\"}";
     assert_eq!(lines[1], expected);
@@ -332,15 +262,8 @@ fn kafkas_own_tools_show_how_far_we_have_read() {
     let Place::Kafka { prefix, .. } = &place else { return };
     let group = format!("{prefix}node");
     let options = ["--bootstrap-server", kafka::brokers(), "--describe", "--group", &group];
-    let out = kafka::tool(
-        "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand",
-        &options,
-        "",
-    );
-    let line = out
-        .lines()
-        .find(|line| line.contains(&place.topic()))
-        .expect("our group is listed");
+    let out = kafka::tool("org.apache.kafka.tools.consumer.group.ConsumerGroupCommand", &options, "");
+    let line = out.lines().find(|line| line.contains(&place.topic())).expect("our group is listed");
     let columns: Vec<&str> = line.split_whitespace().skip(2).take(4).collect();
     // The eleventh record is the marker in front.
     assert_eq!(columns, ["0", "7", "11", "4"], "partition, committed, end, lag");
@@ -377,20 +300,14 @@ fn holes_left_by_another_programs_transactions_are_stepped_over() {
         .set("transactional.id", &topic)
         .create()
         .expect("a producer");
-    producer
-        .init_transactions(PATIENCE)
-        .expect("the broker has transactions");
+    producer.init_transactions(PATIENCE).expect("the broker has transactions");
     let transaction = |commit: bool| {
         producer.begin_transaction().expect("a transaction begins");
         let foreign = BaseRecord::<(), str>::to(&topic).payload("x");
         producer.send(foreign).map_err(|(e, _)| e).expect("it is taken");
         producer.flush(PATIENCE).expect("it is written");
-        if commit {
-            producer.commit_transaction(PATIENCE)
-        } else {
-            producer.abort_transaction(PATIENCE)
-        }
-        .expect("it ends");
+        if commit { producer.commit_transaction(PATIENCE) } else { producer.abort_transaction(PATIENCE) }
+            .expect("it ends");
     };
     transaction(false);
     transaction(true);
@@ -421,17 +338,12 @@ fn a_reader_whose_place_was_deleted_says_so_and_never_jumps() {
     append_ok(&*log, records);
     let mut reader = log.reader(&[0]).expect("the start is there");
     let first = read(&mut *reader, 1)[0].at.offset;
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka::brokers())
-        .create()
-        .expect("an admin client");
+    let admin: AdminClient<DefaultClientContext> =
+        ClientConfig::new().set("bootstrap.servers", kafka::brokers()).create().expect("an admin client");
     let mut list = TopicPartitionList::new();
-    list.add_partition_offset(&place.topic(), 0, Offset::End)
-        .expect("an offset");
+    list.add_partition_offset(&place.topic(), 0, Offset::End).expect("an offset");
     let deleted = admin.delete_records(&list, &AdminOptions::new());
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .build()
-        .expect("a runtime");
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
     runtime.block_on(deleted).expect("the broker deletes");
 
     let until = Instant::now() + PATIENCE;
@@ -446,14 +358,9 @@ fn a_reader_whose_place_was_deleted_says_so_and_never_jumps() {
             Err(error) => break error,
         }
     };
-    let LogError::OutOfRange { at, bounds } = error else {
-        panic!("{error:?}")
-    };
+    let LogError::OutOfRange { at, bounds } = error else { panic!("{error:?}") };
     assert_eq!((at.offset, bounds.start), (next, 81));
-    assert!(
-        matches!(reader.next(10, Duration::ZERO), Err(LogError::OutOfRange { .. })),
-        "and it stays so"
-    );
+    assert!(matches!(reader.next(10, Duration::ZERO), Err(LogError::OutOfRange { .. })), "and it stays so");
     assert!(matches!(log.reader(&[next]), Err(LogError::OutOfRange { .. })));
 }
 
@@ -462,23 +369,12 @@ fn partitions_added_behind_our_back_stop_appends_before_keys_move() {
     let place = Place::kafka();
     let log = place.open(2);
     let topic = place.topic();
-    let options = [
-        "--bootstrap-server",
-        kafka::brokers(),
-        "--alter",
-        "--topic",
-        &topic,
-        "--partitions",
-        "5",
-    ];
+    let options = ["--bootstrap-server", kafka::brokers(), "--alter", "--topic", &topic, "--partitions", "5"];
     kafka::tool("org.apache.kafka.tools.TopicCommand", &options, "");
     wait_for_health(&*log, false);
     let why = log.health().expect_err("it is not well");
     assert!(why.contains('5') && why.contains('2'), "{why}");
-    assert!(matches!(
-        append(&*log, vec![numbered("k", 1)])[0],
-        Err(AppendError::Unavailable(_))
-    ));
+    assert!(matches!(append(&*log, vec![numbered("k", 1)])[0], Err(AppendError::Unavailable(_))));
 }
 
 #[test]
@@ -486,15 +382,8 @@ fn a_compacted_topic_is_refused_since_it_forgets() {
     let place = Place::kafka();
     place.open(1).close();
     let topic = place.topic();
-    let options = [
-        "--bootstrap-server",
-        kafka::brokers(),
-        "--alter",
-        "--entity-type",
-        "topics",
-        "--entity-name",
-        &topic,
-    ];
+    let options =
+        ["--bootstrap-server", kafka::brokers(), "--alter", "--entity-type", "topics", "--entity-name", &topic];
     let options = [&options[..], &["--add-config", "cleanup.policy=compact"]].concat();
     kafka::tool("kafka.admin.ConfigCommand", &options, "");
     let error = place.try_open(1).err().expect("it forgets");
@@ -513,10 +402,7 @@ fn a_producer_that_failed_for_good_is_replaced_by_itself() {
     let error = rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER;
     cluster.request_errors(rdkafka::types::RDKafkaApiKey::Produce, &[error]);
     let answer = append(&*log, vec![numbered("k", 2)]).remove(0);
-    assert!(
-        matches!(answer, Err(AppendError::Unknown(_) | AppendError::Unavailable(_))),
-        "{answer:?}"
-    );
+    assert!(matches!(answer, Err(AppendError::Unknown(_) | AppendError::Unavailable(_))), "{answer:?}");
     let until = Instant::now() + PATIENCE;
     while append(&*log, vec![numbered("k", 3)])[0].is_err() {
         assert!(Instant::now() < until, "there is no new producer");

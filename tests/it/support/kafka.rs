@@ -37,30 +37,17 @@ pub fn tool(class: &str, args: &[&str], input: &str) -> String {
 /// Where tools find their log settings when no broker of ours runs.
 fn tools_dir() -> &'static Path {
     static DIR: OnceLock<tempfile::TempDir> = OnceLock::new();
-    DIR.get_or_init(|| tempfile::tempdir().expect("a temporary folder"))
-        .path()
+    DIR.get_or_init(|| tempfile::tempdir().expect("a temporary folder")).path()
 }
 
 fn output(mut command: Command, input: &str) -> String {
     use std::io::Write;
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("kafka.sh runs");
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("kafka.sh runs");
     // Dropped after writing, which is the end of the input.
-    child
-        .stdin
-        .take()
-        .expect("stdin is piped")
-        .write_all(input.as_bytes())
-        .expect("the tool reads its input");
+    child.stdin.take().expect("stdin is piped").write_all(input.as_bytes()).expect("the tool reads its input");
     let output = child.wait_with_output().expect("kafka.sh ends");
-    let (out, err) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-    );
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{command:?} failed\n{out}{err}");
     out.into_owned()
 }
@@ -75,30 +62,18 @@ pub struct Broker {
 
 impl Broker {
     pub fn own() -> Broker {
-        let dir = tempfile::Builder::new()
-            .prefix("weft-kafka-")
-            .tempdir()
-            .expect("a temporary folder")
-            .keep();
+        let dir = tempfile::Builder::new().prefix("weft-kafka-").tempdir().expect("a temporary folder").keep();
         let port = free_ports();
         let mut janitor = Command::new("sh");
         janitor
             // Ends when our end of the pipe closes: at the latest with this process, even if that is killed.
-            .args([
-                "-c",
-                r#"cat; pid=$(cat "$1/pid") && kill -KILL "$pid"; rm -rf "$1""#,
-                "sh",
-            ])
+            .args(["-c", r#"cat; pid=$(cat "$1/pid") && kill -KILL "$pid"; rm -rf "$1""#, "sh"])
             .arg(&dir)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         own_group(&mut janitor);
-        let broker = Broker {
-            dir,
-            port,
-            janitor: Mutex::new(janitor.spawn().expect("sh runs")),
-        };
+        let broker = Broker { dir, port, janitor: Mutex::new(janitor.spawn().expect("sh runs")) };
         broker.start();
         broker
     }
@@ -133,39 +108,18 @@ impl Broker {
 
     fn script(&self, what: &str) {
         let mut command = Command::new(script());
-        command
-            .arg(what)
-            .env("WEFT_KAFKA_DIR", &self.dir)
-            .env("WEFT_KAFKA_PORT", self.port.to_string());
+        command.arg(what).env("WEFT_KAFKA_DIR", &self.dir).env("WEFT_KAFKA_PORT", self.port.to_string());
         own_group(&mut command);
         // Not through pipes: the broker inherits them, and they would stay open.
         let log = self.dir.join(format!("{what}.log"));
-        let file = || {
-            std::fs::File::options()
-                .create(true)
-                .append(true)
-                .open(&log)
-                .expect("the folder is ours")
-        };
-        let status = command
-            .stdin(Stdio::null())
-            .stdout(file())
-            .stderr(file())
-            .status()
-            .expect("kafka.sh runs");
-        assert!(
-            status.success(),
-            "kafka.sh {what} failed\n{}",
-            std::fs::read_to_string(&log).unwrap_or_default()
-        );
+        let file = || std::fs::File::options().create(true).append(true).open(&log).expect("the folder is ours");
+        let status = command.stdin(Stdio::null()).stdout(file()).stderr(file()).status().expect("kafka.sh runs");
+        assert!(status.success(), "kafka.sh {what} failed\n{}", std::fs::read_to_string(&log).unwrap_or_default());
     }
 
     fn signal(&self, signal: &str) {
         let pid = std::fs::read_to_string(self.dir.join("pid")).expect("the broker has been started");
-        let status = Command::new("kill")
-            .args([&format!("-{signal}"), pid.trim()])
-            .status()
-            .expect("kill runs");
+        let status = Command::new("kill").args([&format!("-{signal}"), pid.trim()]).status().expect("kill runs");
         assert!(status.success(), "the broker does not run");
     }
 }
@@ -191,9 +145,7 @@ fn free_ports() -> u16 {
     let free = |port| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
     loop {
         // Another test process begins elsewhere.
-        let step = NEXT
-            .fetch_add(1, Ordering::Relaxed)
-            .wrapping_add((std::process::id() % 5000) as u16);
+        let step = NEXT.fetch_add(1, Ordering::Relaxed).wrapping_add((std::process::id() % 5000) as u16);
         let port = 20_000 + (step % 5000) * 2;
         if free(port) && free(port + 1) {
             return port;

@@ -3,6 +3,7 @@
 
 pub mod kafka;
 
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -60,18 +61,15 @@ impl LogKind {
     }
 
     pub fn kafka() -> LogKind {
-        LogKind::Kafka {
-            brokers: kafka::brokers().to_owned(),
-            prefix: kafka::fresh_prefix(),
-        }
+        LogKind::Kafka { brokers: kafka::brokers().to_owned(), prefix: kafka::fresh_prefix() }
     }
 
     pub fn arguments(&self) -> Vec<String> {
         match self {
             LogKind::Embedded => vec!["--log".into(), "embedded".into()],
-            LogKind::Kafka { brokers, prefix } => ["--log", "kafka", "--brokers", brokers, "--topic-prefix", prefix]
-                .map(String::from)
-                .to_vec(),
+            LogKind::Kafka { brokers, prefix } => {
+                ["--log", "kafka", "--brokers", brokers, "--topic-prefix", prefix].map(String::from).to_vec()
+            }
         }
     }
 }
@@ -107,14 +105,7 @@ impl Server {
         let folder = tempfile::tempdir().unwrap();
         let data = folder.path().join("data");
         let more: Vec<String> = more.iter().map(|it| (*it).to_owned()).collect();
-        let mut server = Server {
-            child: None,
-            url: String::new(),
-            log,
-            more,
-            data,
-            _folder: folder,
-        };
+        let mut server = Server { child: None, url: String::new(), log, more, data, _folder: folder };
         server.up();
         server
     }
@@ -142,11 +133,7 @@ impl Server {
         let Some(Ok(line)) = lines.next() else {
             panic!("the server did not start: {}", said.join().unwrap());
         };
-        self.url = line
-            .split_whitespace()
-            .nth(4)
-            .unwrap_or_else(|| panic!("no address in {line:?}"))
-            .to_owned();
+        self.url = line.split_whitespace().nth(4).unwrap_or_else(|| panic!("no address in {line:?}")).to_owned();
         self.child = Some(child);
     }
 
@@ -170,10 +157,7 @@ impl Server {
     }
 
     pub fn signal(&self, name: &str) {
-        let sent = Command::new("kill")
-            .args([format!("-{name}"), self.pid().to_string()])
-            .status()
-            .unwrap();
+        let sent = Command::new("kill").args([format!("-{name}"), self.pid().to_string()]).status().unwrap();
         assert!(sent.success());
     }
 
@@ -181,10 +165,7 @@ impl Server {
     pub async fn ended(&mut self) -> ExitStatus {
         let mut child = self.child.take().unwrap();
         let waited = tokio::task::spawn_blocking(move || child.wait().unwrap());
-        tokio::time::timeout(PATIENCE, waited)
-            .await
-            .expect("the server ends")
-            .unwrap()
+        tokio::time::timeout(PATIENCE, waited).await.expect("the server ends").unwrap()
     }
 
     /// SIGTERM, and the orderly end.
@@ -215,9 +196,7 @@ impl Server {
         headers: &[(&str, &str)],
     ) -> (u16, Value) {
         let client = reqwest::Client::new();
-        let mut request = client
-            .request(method.parse().unwrap(), format!("{}{path}", self.url))
-            .bearer_auth(token);
+        let mut request = client.request(method.parse().unwrap(), format!("{}{path}", self.url)).bearer_auth(token);
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
@@ -226,33 +205,19 @@ impl Server {
         }
         let reply = request.send().await.unwrap();
         let status = reply.status().as_u16();
-        (
-            status,
-            serde_json::from_str(&reply.text().await.unwrap()).unwrap_or(Value::Null),
-        )
+        (status, serde_json::from_str(&reply.text().await.unwrap()).unwrap_or(Value::Null))
     }
 
     /// The sum of a metric's series.
     pub async fn metric(&self, name: &str) -> f64 {
-        let text = reqwest::get(format!("{}/metrics", self.url))
-            .await
-            .unwrap()
-            .text()
-            .await
-            .unwrap();
+        let text = reqwest::get(format!("{}/metrics", self.url)).await.unwrap().text().await.unwrap();
         let of = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
-        text.lines()
-            .filter(of)
-            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-            .sum()
+        text.lines().filter(of).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 
     /// Waits until `/readyz` says 200.
     pub async fn ready(&self) {
-        eventually("the server is ready", async || {
-            self.http("GET", "/readyz", "x", None).await.0 == 200
-        })
-        .await;
+        eventually("the server is ready", async || self.http("GET", "/readyz", "x", None).await.0 == 200).await;
     }
 }
 
@@ -291,28 +256,21 @@ pub fn token(user: &str, scope: &str) -> String {
 }
 
 pub fn token_of(tenant: &str, user: &str) -> String {
-    mint(
-        SECRET,
-        &Claims {
-            tenant: tenant.into(),
-            ..claims(user, "")
-        },
-    )
-    .unwrap()
+    mint(SECRET, &Claims { tenant: tenant.into(), ..claims(user, "") }).unwrap()
 }
 
 /// A WebSocket as it is on the wire: frames in, frames out, as JSON.
 pub struct Socket {
     pub ws: WebSocketStream<MaybeTlsStream<TcpStream>>,
     next_id: i64,
+    /// Frames that came while an answer was waited for.
+    stash: VecDeque<Value>,
 }
 
 impl Socket {
     /// Connects with a token and takes the `welcome`.
     pub async fn open(url: &str, token: &str) -> Socket {
-        let mut socket = Socket::raw(url, &[("Authorization", &format!("Bearer {token}"))])
-            .await
-            .unwrap();
+        let mut socket = Socket::raw(url, &[("Authorization", &format!("Bearer {token}"))]).await.unwrap();
         let welcome = socket.recv().await;
         assert_eq!(welcome["type"], "welcome", "{welcome}");
         socket
@@ -320,17 +278,13 @@ impl Socket {
 
     /// Connects with these headers and nothing else.
     pub async fn raw(url: &str, headers: &[(&str, &str)]) -> Result<Socket, WsError> {
-        let mut request = format!("{}/v1/ws", url.replace("http://", "ws://"))
-            .into_client_request()
-            .unwrap();
+        let mut request = format!("{}/v1/ws", url.replace("http://", "ws://")).into_client_request().unwrap();
         for (name, value) in headers {
             let name: tokio_tungstenite::tungstenite::http::HeaderName = name.parse().unwrap();
-            request
-                .headers_mut()
-                .insert(name, HeaderValue::from_str(value).unwrap());
+            request.headers_mut().insert(name, HeaderValue::from_str(value).unwrap());
         }
         let (ws, _) = tokio_tungstenite::connect_async(request).await?;
-        Ok(Socket { ws, next_id: 1 })
+        Ok(Socket { ws, next_id: 1, stash: VecDeque::new() })
     }
 
     pub async fn send(&mut self, command: &Value) {
@@ -343,10 +297,15 @@ impl Socket {
 
     /// The next text frame, or how the connection ended.
     pub async fn next(&mut self) -> Result<Value, u16> {
+        match self.stash.pop_front() {
+            Some(frame) => Ok(frame),
+            None => self.read().await,
+        }
+    }
+
+    async fn read(&mut self) -> Result<Value, u16> {
         loop {
-            let message = tokio::time::timeout(PATIENCE, self.ws.next())
-                .await
-                .expect("a frame, or the end");
+            let message = tokio::time::timeout(PATIENCE, self.ws.next()).await.expect("a frame, or the end");
             match message {
                 Some(Ok(Message::Text(text))) => return Ok(serde_json::from_str(&text).unwrap()),
                 Some(Ok(Message::Close(close))) => return Err(close.map_or(1005, |close| close.code.into())),
@@ -380,17 +339,18 @@ impl Socket {
         }
     }
 
-    /// Sends a command with an id of its own and gives the answer with that id; events before it are passed over.
+    /// Sends a command with an id of its own and gives the answer with that id; what comes before it stays to be read.
     pub async fn ask(&mut self, mut command: Value) -> Value {
         let id = self.next_id;
         self.next_id += 1;
         command["id"] = json!(id);
         self.send(&command).await;
         loop {
-            let frame = self.recv().await;
+            let frame = self.read().await.unwrap_or_else(|code| panic!("closed with {code}"));
             if frame["id"] == json!(id) {
                 return frame;
             }
+            self.stash.push_back(frame);
         }
     }
 
