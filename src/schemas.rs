@@ -3,7 +3,7 @@
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
 use crate::command::{Connect, Ping, Publish, PublishBody, Refresh, Subscribe, ThreadBody, Unsubscribe};
-use crate::edge::threads::{ThreadDetail, ThreadItem};
+use crate::edge::threads::{ThreadDetail, ThreadList};
 use crate::event::{EventFrame, LogEvent};
 use crate::health::Ready;
 use crate::wire::{Problem, ServerFrame};
@@ -22,7 +22,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.publish", of::<PublishBody>()),
         ("http.thread", of::<ThreadBody>()),
         ("http.thread-detail", of::<ThreadDetail>()),
-        ("http.thread-item", of::<ThreadItem>()),
+        ("http.thread-list", of::<ThreadList>()),
         ("http.problem", of::<Problem>()),
         ("http.readyz", of::<Ready>()),
         ("log.event", of::<LogEvent>()),

@@ -68,10 +68,6 @@ pub enum ServerFrame<'a> {
         thread: &'a str,
         seq: u64,
     },
-    Position {
-        thread: &'a str,
-        seq: u64,
-    },
     Lagged {
         thread: &'a str,
         from: u64,

@@ -38,6 +38,13 @@ enum Stage {
     Live,
 }
 
+/// What a subscription has ready for the socket, in order.
+enum Step {
+    Frame(Utf8Bytes),
+    /// All before the live feed is sent.
+    Live(SubId),
+}
+
 struct Subscription {
     thread: String,
     /// `tenant/thread`.
@@ -59,8 +66,8 @@ pub struct Subscriptions {
     queue: VecDeque<SubId>,
     reads: usize,
     seams: usize,
-    /// Frames from the store, ready to be sent.
-    replay: VecDeque<Utf8Bytes>,
+    /// What comes from the store, ready to be sent.
+    replay: VecDeque<Step>,
     replay_bytes: usize,
     replayed: Counter,
 }
@@ -171,13 +178,22 @@ impl Subscriptions {
 
     /// The next frame from the store.
     pub fn next_replayed(&mut self, who: &Principal) -> Option<Utf8Bytes> {
-        let frame = self.replay.pop_front()?;
-        self.replay_bytes -= frame.len();
-        if self.replay.is_empty() && self.replay.capacity() > 64 {
-            self.replay = VecDeque::new();
+        loop {
+            let frame = match self.replay.pop_front()? {
+                Step::Frame(frame) => {
+                    self.replay_bytes -= frame.len();
+                    Some(frame)
+                }
+                Step::Live(id) => self.live(id),
+            };
+            if self.replay.is_empty() && self.replay.capacity() > 64 {
+                self.replay = VecDeque::new();
+            }
+            self.read_on(who);
+            if frame.is_some() {
+                return frame;
+            }
         }
-        self.read_on(who);
-        Some(frame)
     }
 
     /// Takes what a read brought. An error ends the subscription and is returned with its thread.
@@ -241,19 +257,24 @@ impl Subscriptions {
         Ok(())
     }
 
+    /// Live once the frames before this step are on their way.
     fn go_live(&mut self, id: SubId) {
-        let Some(sub) = self.by_id.get_mut(&id) else { return };
+        self.replay.push_back(Step::Live(id));
+    }
+
+    /// The step is reached: the gate opens for this subscription.
+    fn live(&mut self, id: SubId) -> Option<Utf8Bytes> {
+        let sub = self.by_id.get_mut(&id)?;
         if matches!(sub.stage, Stage::Seam { .. }) {
             self.seams -= 1;
         }
         sub.stage = Stage::Live;
-        let frame = ServerFrame::CaughtUp { thread: &sub.thread, seq: sub.cursor }.encode();
-        self.push_frame(frame.into());
+        Some(ServerFrame::CaughtUp { thread: &sub.thread, seq: sub.cursor }.encode().into())
     }
 
     fn push_frame(&mut self, frame: Utf8Bytes) {
         self.replay_bytes += frame.len();
-        self.replay.push_back(frame);
+        self.replay.push_back(Step::Frame(frame));
     }
 
     /// Starts reads while there is room for what they bring.

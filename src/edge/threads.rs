@@ -47,6 +47,14 @@ pub struct ThreadItem {
     last: Option<Box<RawValue>>,
 }
 
+/// A page of threads.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct ThreadList {
+    threads: Vec<ThreadItem>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next: Option<String>,
+}
+
 /// A thread on its own.
 #[derive(Serialize, schemars::JsonSchema)]
 pub struct ThreadDetail {
@@ -89,16 +97,9 @@ pub async fn list(it: Request) -> Result<Reply, Error> {
             .into_iter()
             .map(|(at, row)| item(&ctx.store, &who, at.thread, row))
             .collect::<Result<Vec<_>, Error>>()?;
-        Ok(json(StatusCode::OK, &with_next(value!({"threads": threads}), next.map(Into::into))))
+        Ok(json(StatusCode::OK, &ThreadList { threads, next }))
     })
     .await
-}
-
-fn with_next(mut page: serde_json::Value, next: Option<serde_json::Value>) -> serde_json::Value {
-    if let Some(next) = next {
-        page["next"] = next;
-    }
-    page
 }
 
 fn item(store: &Store, who: &Principal, thread: String, row: ThreadRow) -> Result<ThreadItem, Error> {

@@ -457,7 +457,8 @@ fn new_producer(config: &KafkaConfig, pending: &Arc<Pending>) -> Result<BaseProd
     client_config(config)
         .set("enable.idempotence", "true")
         .set("acks", "all")
-        .set("linger.ms", "0.5")
+        // Batches form by themselves behind requests in flight; lingering only adds its millisecond to every publish.
+        .set("linger.ms", "0")
         .set("compression.type", "lz4")
         // The partition that Kafka's own clients choose, so that other writers and readers agree with us.
         .set("partitioner", "murmur2_random")

@@ -118,7 +118,7 @@ impl Server {
             .arg(&self.data)
             .args(self.log.arguments())
             .args(&self.more);
-        if !self.more.iter().any(|it| it.starts_with("--jwt")) {
+        if !self.more.iter().any(|it| matches!(it.as_str(), "--jwt-key" | "--jwt-secret")) {
             command.args(["--jwt-secret", SECRET]);
         }
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
