@@ -43,10 +43,14 @@ pub struct Context {
 impl Context {
     /// The user's place in a thread, now.
     pub fn standing(&self, who: &Principal, thread: &str) -> Result<Standing, Error> {
-        if self.store.is_member(&who.tenant, thread, &who.user)? {
-            return Ok(Standing::Member);
-        }
-        Ok(if self.store.thread(&who.tenant, thread)?.is_some() { Standing::Stranger } else { Standing::NoThread })
+        let member = || self.store.is_member(&who.tenant, thread, &who.user);
+        Ok(match member()? {
+            true => Standing::Member,
+            false if self.store.thread(&who.tenant, thread)?.is_none() => Standing::NoThread,
+            // Asked again: the thread may have been made, with its first member, between the two lookups.
+            false if member()? => Standing::Member,
+            false => Standing::Stranger,
+        })
     }
 
     /// The user's threads with their newest seqs. Walks a range: for blocking threads.

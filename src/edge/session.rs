@@ -161,7 +161,7 @@ impl Session {
     }
 
     /// Serves the session until it ends, on either side.
-    pub async fn run(mut self) {
+    pub async fn run(mut self: Box<Session>) {
         let _open = self.ctx.enter(&self.outbox);
         if self.who.is_some() {
             self.welcome(None);
@@ -179,11 +179,12 @@ impl Session {
                 break end;
             }
         };
-        self.finish(end).await;
+        // Boxed, so that a session that goes on does not keep room for its end.
+        Box::pin(self.finish(end)).await;
     }
 
     /// The client offered no version of the protocol that we speak.
-    pub async fn refuse_version(self) {
+    pub async fn refuse_version(self: Box<Session>) {
         self.finish(End::Close(4502, "the subprotocol is weft.v1")).await;
     }
 
@@ -679,7 +680,7 @@ impl Session {
     }
 
     /// Says goodbye, and leaves nothing behind.
-    async fn finish(mut self, end: End) {
+    async fn finish(mut self: Box<Session>, end: End) {
         if let Some(who) = &self.who {
             self.ctx.hub.unfollow(&who.key, &self.outbox);
         }

@@ -95,7 +95,8 @@ fn accept(
         // The place under the connection limit is the session's as long as it lasts.
         let _place = place;
         if let Some(ws) = websocket(upgrade).await {
-            let session = Session::new(ctx, ws, who, traceparent);
+            // Boxed: the futures around it then hold a pointer, not copies.
+            let session = Box::new(Session::new(ctx, ws, who, traceparent));
             if unsupported { session.refuse_version().await } else { session.run().await }
         }
     });

@@ -78,7 +78,8 @@ pub struct Bounds {
     pub end: u64,
 }
 
-/// Called exactly once for each record handed to [`Log::append`], on a thread of the log's; it must not block.
+/// Called exactly once for each record handed to [`Log::append`], on a thread of the log's or, when the record is refused at
+/// once, on the caller's; it must not block.
 pub type Done = Box<dyn FnOnce(Result<Position, AppendError>) + Send>;
 
 /// A record and the one who waits for it.
@@ -175,7 +176,7 @@ pub trait Log: Send + Sync + 'static {
 pub trait Reader: Send {
     /// Up to `max` entries from the current place on, in order within each partition; waits at most `wait` for the first
     /// one, and returns none when it did not come. An error leaves the place where it was, so that the call can be
-    /// repeated.
+    /// repeated. After [`Log::close`] it may end with [`LogError::Unavailable`].
     fn next(&mut self, max: usize, wait: Duration) -> Result<Vec<Entry>, LogError>;
 
     /// Where the next call goes on: behind all that was returned. A reader opened there returns the same as this one.
