@@ -78,8 +78,11 @@ fn group(config: &Config) -> String {
     format!("{}projector-{}", config.topic_prefix, &digest[..8])
 }
 
+/// A store, how far it has come, and what reads on from there.
+pub type Opened = (Store, Vec<Progress>, Box<dyn Reader>);
+
 /// A log's projections, as far as they have come, and a reader that goes on from there.
-pub fn open_store(config: &Config, log: &dyn Log) -> Result<(Store, Vec<Progress>, Box<dyn Reader>), StartError> {
+pub fn open_store(config: &Config, log: &dyn Log) -> Result<Opened, StartError> {
     let path = config.projections_dir();
     let (store, progress) = Store::open_for(&path, log.epoch(), log.partitions())?;
     match log.reader(&positions(&progress)) {
@@ -167,7 +170,7 @@ impl App {
             tracing::warn!("some sessions did not end in time; their clients will resume");
         }
         // Requests under way have the same verdicts to wait for as sessions had, and nothing longer.
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.accepting).await;
+        drop(tokio::time::timeout(Duration::from_secs(1), self.accepting).await);
         self.stop_projecting.store(true, Ordering::Release);
         let (log, ctx, projecting) = (self.log, self.ctx, self.projecting);
         let closing = tokio::task::spawn_blocking(move || {
@@ -180,8 +183,8 @@ impl App {
             }
         });
         // The projector dropped its end of the hub's queue, so the hub has delivered all and ends.
-        let _ = closing.await;
-        let _ = self.delivering.await;
+        drop(closing.await);
+        drop(self.delivering.await);
         for chore in self.chores {
             chore.abort();
         }

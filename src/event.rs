@@ -216,7 +216,7 @@ fn check_message(data: &RawValue) -> Result<(), Error> {
     #[derive(Deserialize)]
     struct Part<'a> {
         #[serde(borrow)]
-        #[allow(dead_code)] // only its presence and type are wanted
+        #[expect(dead_code, reason = "only its presence and type are wanted")]
         r#type: Cow<'a, str>,
     }
     let bad = || {

@@ -17,6 +17,7 @@ pub mod clock;
 pub mod codec;
 pub mod command;
 pub mod config;
+pub mod disk;
 pub mod edge;
 pub mod error;
 pub mod event;

@@ -31,7 +31,11 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_closes_total", Type::Counter, "WebSocket sessions ended, by close code"),
     ("weft_commands_total", Type::Counter, "Commands, by type and outcome"),
     ("weft_http_requests_total", Type::Counter, "HTTP requests, by route and status"),
-    ("weft_append_seconds", Type::Seconds, "From handing a record to the log until it was durable"),
+    (
+        "weft_append_seconds",
+        Type::Seconds,
+        "From handing a record to the log until it was durable; of each batch, the record that waited longest",
+    ),
     ("weft_append_batch_records", Type::Records, "Records the log made durable at once"),
     ("weft_append_errors_total", Type::Counter, "Records the log did not take, by outcome"),
     ("weft_project_seconds", Type::Seconds, "Judging and committing one batch"),

@@ -24,7 +24,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     let progress = move |records: u64| {
         if terminal {
             // Only for the eye: a terminal that cannot be written to loses nothing.
-            let _ = write!(std::io::stderr(), "\r{records} records");
+            drop(write!(std::io::stderr(), "\r{records} records"));
         }
     };
     let check = args.check;

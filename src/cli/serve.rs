@@ -50,11 +50,11 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     }
     tracing::info!(address = %app.address, data = %data.display(), "weft is up");
     println!("weft is up on {url} (WebSocket: ws://{}/v1/ws)", app.address);
-    if let (true, Some(secret)) = (dev, &secret) {
-        if let Err(error) = welcome(&url, secret, args.demo).await {
-            app.stop().await;
-            return Err(error);
-        }
+    if let (true, Some(secret)) = (dev, &secret)
+        && let Err(error) = welcome(&url, secret, args.demo).await
+    {
+        app.stop().await;
+        return Err(error);
     }
     tokio::select! {
         _ = term.recv() => {}

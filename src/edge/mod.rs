@@ -112,7 +112,7 @@ impl Sessions {
     /// Waits until no session is open.
     pub async fn emptied(&self) {
         // Fails only when the sender is gone, and that is `self`.
-        let _ = self.count.subscribe().wait_for(|count| *count == 0).await;
+        drop(self.count.subscribe().wait_for(|count| *count == 0).await);
     }
 
     /// Bytes of events waiting for sockets, over all sessions.

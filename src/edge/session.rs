@@ -702,11 +702,11 @@ impl Session {
                 self.ws.send(Message::Close(Some(CloseFrame { code: code.into(), reason: reason.into() }))).await
             };
             // A socket that takes nothing does not get its close frame either.
-            let _ = tokio::time::timeout(CLOSE_WITHIN, goodbye).await;
+            drop(tokio::time::timeout(CLOSE_WITHIN, goodbye).await);
             self.ws.into_inner().linger().await;
         } else {
             // Sends the answer to the client's close frame, if that is what ended the session.
-            let _ = tokio::time::timeout(CLOSE_WITHIN, self.ws.flush()).await;
+            drop(tokio::time::timeout(CLOSE_WITHIN, self.ws.flush()).await);
         }
     }
 }

@@ -39,7 +39,7 @@ impl Socket {
             io::Result::Ok(())
         };
         // Whatever goes wrong here, the connection is over.
-        let _ = tokio::time::timeout(LINGER, drain).await;
+        drop(tokio::time::timeout(LINGER, drain).await);
     }
 }
 

@@ -21,9 +21,9 @@ use crate::wire::ServerFrame;
 use crate::{access, telemetry};
 
 /// Events of one read from the store.
-const CHUNK_EVENTS: usize = 256;
+const CHUNK_EVENTS: usize = 512;
 /// Bytes of one read from the store; two such reads at most are in memory for a session.
-const CHUNK_BYTES: usize = 64 << 10;
+const CHUNK_BYTES: usize = 128 << 10;
 /// Reads that a session may have under way.
 const READS: usize = 2;
 

@@ -24,7 +24,7 @@ use rocksdb::{ColumnFamilyDescriptor, DB, Options, ReadOptions, WriteBatch, Writ
 use super::{
     Append, AppendError, Bounds, Done, Entry, Foreign, Grant, Log, LogError, Position, Positions, Reader, Record,
 };
-use crate::{clock, codec, telemetry};
+use crate::{clock, codec, disk, telemetry};
 
 const RECORDS: &str = "records";
 const ROW_SCHEMA: u8 = 1;
@@ -89,11 +89,12 @@ impl EmbeddedLog {
     /// Opens the log in `dir`, or creates it with `partitions`.
     pub fn open(dir: &Path, partitions: u32) -> Result<EmbeddedLog, LogError> {
         std::fs::create_dir_all(dir).map_err(|error| LogError::Unavailable(format!("{}: {error}", dir.display())))?;
+        let tuning = tuning(disk::takes_direct_io(dir));
         let descriptors = [
             ColumnFamilyDescriptor::new("default", Options::default()),
-            ColumnFamilyDescriptor::new(RECORDS, tuning()),
+            ColumnFamilyDescriptor::new(RECORDS, tuning.clone()),
         ];
-        let db = DB::open_cf_descriptors(&tuning(), dir, descriptors).map_err(|error| open_error(dir, &error))?;
+        let db = DB::open_cf_descriptors(&tuning, dir, descriptors).map_err(|error| open_error(dir, &error))?;
         let epoch = identity(&db, partitions)?;
         let end = last_offset(&db)?.map_or(0, |last| last + 1);
         let tail = Tail { entries: VecDeque::new(), bytes: VecDeque::new(), total_bytes: 0, first: 0, start: end, end };
@@ -146,7 +147,7 @@ fn open_error(dir: &Path, error: &rocksdb::Error) -> LogError {
     }
 }
 
-fn tuning() -> Options {
+fn tuning(direct_io: bool) -> Options {
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);
@@ -159,7 +160,7 @@ fn tuning() -> Options {
     options.set_keep_log_file_num(4);
     options.set_max_log_file_size(4 << 20);
     // Files written beside the page cache leave no dirty pages for a sync to wait for.
-    options.set_use_direct_io_for_flush_and_compaction(true);
+    options.set_use_direct_io_for_flush_and_compaction(direct_io);
     options
 }
 
@@ -318,7 +319,7 @@ impl Log for EmbeddedLog {
         *lock(&self.shared.health) = Err("the log is closed".into());
         if let Some(writer) = lock(&self.writer).take() {
             // A writer that panicked has already been reported; there is nothing left to wait for.
-            let _ = writer.join();
+            drop(writer.join());
         }
     }
 }
@@ -419,9 +420,11 @@ impl Writer {
         debug_assert_eq!(tail.end, self.end, "batch at {first}");
         drop(tail);
         self.shared.grown.notify_all();
-        let now = Instant::now();
-        for ((done, since), at) in answers.into_iter().zip(positions) {
-            self.append_seconds.record(now - since);
+        // The first of a batch has waited longest.
+        if let Some((_, since)) = answers.first() {
+            self.append_seconds.record(since.elapsed());
+        }
+        for ((done, _), at) in answers.into_iter().zip(positions) {
             done(Ok(at));
         }
     }
@@ -489,9 +492,9 @@ impl Reader for EmbeddedReader {
             let Some((from, end)) = self.range(deadline) else {
                 return Ok(Vec::new());
             };
-            let entries = match self.from_memory(from, max) {
+            let entries = match self.read_memory(from, max) {
                 Some(entries) => entries,
-                None => self.from_disk(from, end, max)?,
+                None => self.read_disk(from, end, max)?,
             };
             if !entries.is_empty() {
                 return Ok(entries);
@@ -517,7 +520,7 @@ impl EmbeddedReader {
     }
 
     /// What the tail holds from the reader's place on; `None` when the tail begins behind the reader.
-    fn from_memory(&mut self, from: u64, max: usize) -> Option<Vec<Entry>> {
+    fn read_memory(&mut self, from: u64, max: usize) -> Option<Vec<Entry>> {
         let (first, skip, batches) = {
             let tail = lock(&self.shared.tail);
             if from < tail.start {
@@ -531,7 +534,8 @@ impl EmbeddedReader {
                 room = room.saturating_sub(batch.len());
                 fits
             };
-            let batches: Vec<_> = tail.entries.iter().skip((batch - tail.first) as usize).take_while(fits).cloned().collect();
+            let batches: Vec<_> =
+                tail.entries.iter().skip((batch - tail.first) as usize).take_while(fits).cloned().collect();
             (batch, skip, batches)
         };
         let (mut found, mut place, mut end) = (Vec::with_capacity(max.min(64)), (first, skip), from);
@@ -548,7 +552,7 @@ impl EmbeddedReader {
         Some(found)
     }
 
-    fn from_disk(&mut self, from: u64, end: u64, max: usize) -> Result<Vec<Entry>, LogError> {
+    fn read_disk(&mut self, from: u64, end: u64, max: usize) -> Result<Vec<Entry>, LogError> {
         let mut options = ReadOptions::default();
         options.set_readahead_size(1 << 20);
         options.fill_cache(false);

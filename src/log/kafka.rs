@@ -270,7 +270,7 @@ impl Shared {
             sender.send(())
         };
         if thread::Builder::new().name("weft-kafka-end".to_owned()).spawn(down).is_ok() {
-            let _ = gone.recv_timeout(PROBE);
+            drop(gone.recv_timeout(PROBE));
         }
     }
 

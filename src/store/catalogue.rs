@@ -71,7 +71,7 @@ fn tuning(work: Work, cache: &Cache) -> Options {
 }
 
 /// Options of the whole database.
-pub fn database() -> Options {
+pub fn database(direct_io: bool) -> Options {
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);
@@ -80,7 +80,7 @@ pub fn database() -> Options {
     // What is not flushed is read again from the log after a crash: this bounds the time that takes.
     options.set_db_write_buffer_size(64 << 20);
     // Files written beside the page cache leave no dirty pages for the log's syncs to wait for.
-    options.set_use_direct_io_for_flush_and_compaction(true);
+    options.set_use_direct_io_for_flush_and_compaction(direct_io);
     options.set_keep_log_file_num(4);
     options.set_max_log_file_size(4 << 20);
     options.increase_parallelism(2);

@@ -19,6 +19,7 @@ use rocksdb::{BoundColumnFamily, DB, Direction, IteratorMode, ReadOptions, Write
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use crate::codec::{self, CodecError};
+use crate::disk;
 use crate::error::{Code, Error};
 use catalogue::{EVENTS, KEY_TIMES, KEYS, MEMBERS, MEMBERSHIPS, META, THREADS};
 
@@ -115,7 +116,10 @@ pub struct Batch<'a> {
 impl Store {
     /// Opens or creates the store in `path`.
     pub fn open(path: &Path) -> Result<Store, StoreError> {
-        let db = DB::open_cf_descriptors(&catalogue::database(), path, catalogue::descriptors())?;
+        // RocksDB makes the folder itself; the probe needs it before. What goes wrong here, RocksDB will say.
+        drop(std::fs::create_dir_all(path));
+        let options = catalogue::database(disk::takes_direct_io(path));
+        let db = DB::open_cf_descriptors(&options, path, catalogue::descriptors())?;
         Ok(Store { db })
     }
 
@@ -145,7 +149,7 @@ impl Store {
 
     /// Deletes the store in `path`.
     pub fn destroy(path: &Path) -> Result<(), StoreError> {
-        Ok(DB::destroy(&catalogue::database(), path)?)
+        Ok(DB::destroy(&catalogue::database(false), path)?)
     }
 
     fn family(&self, name: &'static str) -> Arc<BoundColumnFamily<'_>> {

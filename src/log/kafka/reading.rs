@@ -156,6 +156,7 @@ fn decode(message: &BorrowedMessage<'_>) -> Result<Record, Foreign> {
 
 /// The last header of that name. Not through rdkafka's own iterator, which panics over a name that is not UTF-8; and a
 /// stranger may write any.
+#[expect(unsafe_code, reason = "the safe reader panics on a header whose name is not UTF-8")]
 pub(super) fn header<'m>(message: &'m BorrowedMessage<'_>, name: &CStr) -> Option<&'m [u8]> {
     let ok = bindings::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR;
     let (mut headers, mut value, mut len) = (std::ptr::null_mut(), std::ptr::null(), 0);
