@@ -29,11 +29,7 @@ pub fn publish(
         return Err(missing("publish"));
     }
     if agent_kind && !(scopes.agent || scopes.admin) {
-        // A stranger is not told more than that there is no such thread.
-        return match standing()? {
-            Standing::Stranger => Err(Error::no_thread()),
-            _ => Err(missing("agent").at("kind")),
-        };
+        return Err(missing("agent").at("kind"));
     }
     if scopes.admin || (scopes.agent && class != KindClass::Custom) {
         return Ok(Grant::Scope);
@@ -54,11 +50,16 @@ pub fn read(scopes: Scopes) -> Result<(), Error> {
     if scopes.subscribe || reads_by_scope(scopes) { Ok(()) } else { Err(missing("subscribe")) }
 }
 
+/// Whether the token allows to make and manage threads at all; looked at before any thread is.
+pub fn may_publish(scopes: Scopes) -> Result<(), Error> {
+    if scopes.publish || scopes.admin { Ok(()) } else { Err(missing("publish")) }
+}
+
 /// By which right a thread's members and title may be changed.
 pub fn manage(scopes: Scopes, standing: Standing) -> Result<Grant, Error> {
+    may_publish(scopes)?;
     match standing {
-        Standing::Member if scopes.publish || scopes.admin => Ok(Grant::Member),
-        Standing::Member => Err(missing("publish")),
+        Standing::Member => Ok(Grant::Member),
         Standing::Stranger if scopes.admin => Ok(Grant::Scope),
         Standing::Stranger | Standing::NoThread => Err(Error::no_thread()),
     }
@@ -80,7 +81,9 @@ mod tests {
         assert_eq!(judged("publish", KindClass::Message, Standing::Member), Ok(Grant::Member));
         assert_eq!(judged("publish", KindClass::Message, Standing::NoThread), Ok(Grant::Member));
         assert_eq!(judged("publish", KindClass::Message, Standing::Stranger), Err(Code::NotFound));
-        assert_eq!(judged("publish", AGENT_EVENT, Standing::Stranger), Err(Code::NotFound));
+        // The same answer as for a thread that is not there.
+        assert_eq!(judged("publish", AGENT_EVENT, Standing::Stranger), Err(Code::Forbidden));
+        assert_eq!(judged("publish", AGENT_EVENT, Standing::NoThread), Err(Code::Forbidden));
         assert_eq!(judged("publish", RESUMED, Standing::Member), Ok(Grant::Member));
         assert_eq!(judged("publish", RESUMED, Standing::Stranger), Err(Code::NotFound));
     }

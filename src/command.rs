@@ -253,6 +253,10 @@ pub fn check_content(data: &RawValue, key: Option<&str>, run: Option<&str>, pare
             Error::new(Code::TooLarge, format!("data is {} bytes, more than {MAX_DATA}", data.get().len())).at("data")
         );
     }
+    // Raw JSON is checked for its grammar only; half of a surrogate pair is a string that no reader can decode.
+    if data.get().contains("\\u") && serde_json::from_str::<serde_json::Value>(data.get()).is_err() {
+        return Err(Error::field("data", "data holds a string that is not Unicode, or a number out of range"));
+    }
     key.map_or(Ok(()), |key| ids::check_text("key", key))?;
     run.map_or(Ok(()), |run| ids::check_text("run", run))?;
     if parent == Some(0) {

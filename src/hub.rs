@@ -17,7 +17,7 @@ use crate::submit::Pending;
 use crate::telemetry;
 
 /// Batches that may wait for the fan-out; then the projector waits.
-const QUEUE: usize = 64;
+const QUEUE: usize = 4;
 
 /// A subscription to one thread.
 #[derive(Clone)]
@@ -79,6 +79,16 @@ impl Hub {
         }
     }
 
+    /// Changes by which right a subscription reads.
+    pub fn regrant(&self, key: &str, outbox: &Arc<Outbox>, sub: SubId, by_scope: bool) {
+        if let Some(subscribers) = self.lock().threads.get_mut(key) {
+            let mine = |it: &&mut Subscriber| it.sub == sub && Arc::ptr_eq(&it.outbox, outbox);
+            if let Some(subscriber) = subscribers.iter_mut().find(mine) {
+                subscriber.by_scope = by_scope;
+            }
+        }
+    }
+
     /// From now on the session hears of threads that its user joins. `user` is `tenant/user`.
     pub fn follow(&self, user: &Arc<str>, outbox: &Arc<Outbox>) {
         self.lock().followers.entry(user.clone()).or_default().push(outbox.clone());
@@ -95,14 +105,14 @@ impl Hub {
     }
 
     fn deliver(&self, committed: Committed, pending: &Pending) {
-        let mut table = self.lock();
         for event in &committed.events {
+            // Locked for one event at a time, so that sessions that come and go need not wait for a whole batch.
+            let mut table = self.lock();
             if let Some(change) = &event.change {
                 table.apply(event, change);
             }
             self.fan_out(&mut table, event);
         }
-        drop(table);
         for (id, verdict) in committed.verdicts {
             pending.resolve(id, verdict);
         }

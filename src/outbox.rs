@@ -16,6 +16,8 @@ use crate::submit::Verdict;
 
 /// Bytes of events that may wait for a socket.
 pub const EVENT_BYTES: usize = 256 << 10;
+/// Threads joined that may wait for a socket.
+const MAX_JOINED: usize = 4_096;
 /// What an event costs beside its frame.
 const OVERHEAD: usize = 64;
 
@@ -38,6 +40,8 @@ pub enum Item {
     Removed {
         sub: SubId,
     },
+    /// More threads were joined than may wait.
+    Overrun,
     /// The user became a member of a thread with the event behind `before`.
     Joined {
         thread: String,
@@ -68,6 +72,8 @@ struct Inner {
     answers: VecDeque<Answer>,
     items: VecDeque<Item>,
     event_bytes: usize,
+    /// Threads joined that wait to be noted.
+    joined: usize,
     closed: bool,
     waker: Option<Waker>,
 }
@@ -102,15 +108,18 @@ impl Outbox {
         fits
     }
 
-    /// Adds a notice, in order with the events; `false` if the session is gone.
+    /// Adds a notice, in order with the events; `false` if no more are wanted, since the session is gone or behind.
     pub fn push_notice(&self, item: Item) -> bool {
         let mut inner = self.lock();
-        let open = !inner.closed;
-        if open {
-            inner.items.push_back(item);
-            wake(inner);
+        if inner.closed {
+            return false;
         }
-        open
+        let joined = matches!(item, Item::Joined { .. });
+        inner.joined += usize::from(joined);
+        let overrun = joined && inner.joined > MAX_JOINED;
+        inner.items.push_back(if overrun { Item::Overrun } else { item });
+        wake(inner);
+        !overrun
     }
 
     /// Adds an answer. One for a session that is gone is dropped: its client resumes and asks again.
@@ -122,6 +131,10 @@ impl Outbox {
         }
     }
 
+    pub fn has_answers(&self) -> bool {
+        !self.lock().answers.is_empty()
+    }
+
     pub fn pop_answer(&self) -> Option<Answer> {
         self.lock().answers.pop_front()
     }
@@ -129,8 +142,10 @@ impl Outbox {
     pub fn pop_item(&self) -> Option<Item> {
         let mut inner = self.lock();
         let item = inner.items.pop_front();
-        if let Some(Item::Event { frame, .. }) = &item {
-            inner.event_bytes -= frame.len() + OVERHEAD;
+        match &item {
+            Some(Item::Event { frame, .. }) => inner.event_bytes -= frame.len() + OVERHEAD,
+            Some(Item::Joined { .. }) => inner.joined -= 1,
+            _ => {}
         }
         if inner.items.is_empty() && inner.items.capacity() > 64 {
             // An idle session keeps no room for the burst that it once had.

@@ -25,12 +25,16 @@ use crate::{clock, ids, telemetry};
 
 /// Records judged and committed at once: enough to spread the cost of a commit, few enough to stay quick.
 const BATCH: usize = 1_024;
+/// How long the loop goes on once it was told to stop.
+const LAST_CALL: Duration = Duration::from_secs(1);
+/// How often the log is asked where it ends, while it does not say.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
 /// How long the loop waits for the log before it looks whether it shall stop.
 const WAIT: Duration = Duration::from_millis(100);
 /// How long an idempotency key is kept, in milliseconds of log time.
 pub const KEY_LIFETIME: u64 = 24 * 60 * 60 * 1_000;
-/// Expired keys are purged for whole hours of log time.
-const PURGE_STEP: u64 = 60 * 60 * 1_000;
+/// Expired keys are purged for whole seconds of log time: often, so that it is never much at once.
+const PURGE_STEP: u64 = 1_000;
 /// Threads whose state is kept at hand; beyond that it is read from the store again.
 const THREADS_AT_HAND: usize = 50_000;
 
@@ -152,10 +156,11 @@ impl Projector {
             let log_time = progress.log_time.max(*at);
             let purge_to = log_time.saturating_sub(KEY_LIFETIME) / PURGE_STEP * PURGE_STEP;
             if purge_to > progress.purged_to {
-                if !first {
+                // The purge sees what is committed. Keys of this batch are that old only when the log's time jumps.
+                if !first && self.keys.values().any(|key| key.at < purge_to) {
                     return Ok(false);
                 }
-                batch.purge_keys(partition, progress.purged_to, purge_to)?;
+                batch.purge_keys(partition, progress.purged_to, purge_to, |key| self.keys.contains_key(key))?;
                 progress.purged_to = purge_to;
             }
             progress.log_time = log_time;
@@ -203,7 +208,7 @@ impl Projector {
         if let Some(key) = &key {
             let taken = match self.keys.get(key) {
                 Some(row) => Some(row.clone()),
-                None => store.key(key)?.filter(|row| log_time - row.at < KEY_LIFETIME),
+                None => store.key(key)?.filter(|row| log_time.saturating_sub(row.at) < KEY_LIFETIME),
             };
             if let Some(taken) = taken {
                 return Ok(repeated(event, &taken));
@@ -314,6 +319,9 @@ impl Thread {
     fn append(&mut self, record: &Record, at: u64) -> u64 {
         let seq = self.row.head + 1;
         self.row.hash = event::chain(&self.row.hash, seq, &record.value);
+        if seq == 1 {
+            self.row.created_at = at;
+        }
         self.row.head = seq;
         self.row.last_at = at;
         self.changed = true;
@@ -436,11 +444,16 @@ impl Loop {
     pub fn run(mut self) {
         let _stopped = Stopped(self.status.clone());
         let mut ends = self.ends();
+        let (mut stopped, mut asked) = (None, Instant::now());
         let (seconds, records, events) =
             (telemetry::project_seconds(), telemetry::project_batch_records(), telemetry::project_events());
         loop {
-            self.look_around(&mut ends);
+            self.look_around(&mut ends, &mut asked);
             let stopping = self.stop.load(Ordering::Acquire);
+            // Whoever had to be answered has been; others may go on writing for as long as they like.
+            if stopping && stopped.get_or_insert_with(Instant::now).elapsed() > LAST_CALL {
+                return;
+            }
             let entries = match self.reader.next(BATCH, WAIT) {
                 Ok(entries) => entries,
                 Err(_) if stopping => return,
@@ -460,7 +473,7 @@ impl Loop {
             let mut done = 0;
             while done < entries.len() {
                 let begin = Instant::now();
-                let (taken, committed) = self.project(&entries[done..]);
+                let Some((taken, committed)) = self.project(&entries[done..]) else { return };
                 seconds.record(begin.elapsed());
                 events.increment(committed.events.len() as u64);
                 done += taken;
@@ -473,14 +486,15 @@ impl Loop {
         }
     }
 
-    /// Projects entries; a store that fails is asked again until it answers.
-    fn project(&mut self, entries: &[Entry]) -> (usize, Committed) {
-        loop {
+    /// Projects entries; a store that fails is asked again until it answers, or the loop shall stop.
+    fn project(&mut self, entries: &[Entry]) -> Option<(usize, Committed)> {
+        while !self.stop.load(Ordering::Acquire) || self.status.failing().is_none() {
             match self.projector.project(entries, self.reader.positions()) {
-                Ok(done) => return done,
+                Ok(done) => return Some(done),
                 Err(error) => self.pause(&format!("the store failed: {error}")),
             }
         }
+        None
     }
 
     fn pause(&self, why: &str) {
@@ -490,14 +504,15 @@ impl Loop {
     }
 
     /// Notes the position, and whether the end that the log had at the start has been reached.
-    fn look_around(&self, ends: &mut Option<Positions>) {
+    fn look_around(&self, ends: &mut Option<Positions>, asked: &mut Instant) {
         let positions = self.reader.positions();
         self.status.positions.lock().unwrap_or_else(PoisonError::into_inner).clone_from(positions);
         if self.status.caught_up() {
             return;
         }
-        if ends.is_none() {
+        if ends.is_none() && asked.elapsed() > ASK_AGAIN {
             *ends = self.ends();
+            *asked = Instant::now();
         }
         if ends.as_ref().is_some_and(|ends| positions.iter().zip(ends).all(|(next, end)| next >= end)) {
             self.status.caught_up.store(true, Ordering::Release);

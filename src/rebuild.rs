@@ -25,6 +25,8 @@ pub enum RebuildError {
     Store(#[from] StoreError),
     #[error("cannot move the projections: {0}")]
     Move(#[from] std::io::Error),
+    #[error("the projections have not read the whole log: start the server, stop it, and check again")]
+    Behind,
     #[error("the projections differ from the log in {0}")]
     Differs(String),
 }
@@ -63,7 +65,11 @@ pub fn check(config: &Config, progress: impl FnMut(u64)) -> Result<Rebuilt, Rebu
     remove(&fresh)?;
     let current = Store::open(&config.projections_dir())?;
     let (store, records) = project_all(log.as_ref(), &fresh, progress)?;
-    let result = compare(&current, &store);
+    // After a kill the projections are older than the log, which is no difference but a place to go on from.
+    let result = match current.progress()? == store.progress()? {
+        true => compare(&current, &store),
+        false => Err(RebuildError::Behind),
+    };
     drop(store);
     remove(&fresh)?;
     log.close();

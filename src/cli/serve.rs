@@ -50,17 +50,22 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     }
     tracing::info!(address = %app.address, data = %data.display(), "weft is up");
     println!("weft is up on {url} (WebSocket: ws://{}/v1/ws)", app.address);
-    if let (true, Some(secret)) = (dev, &secret)
-        && let Err(error) = welcome(&url, secret, args.demo).await
-    {
-        app.stop().await;
-        return Err(error);
-    }
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    stop(app).await
+    let greet = async {
+        match (dev, &secret) {
+            (true, Some(secret)) => welcome(&url, secret, args.demo).await,
+            _ => Ok(()),
+        }
+    };
+    let serve = async {
+        greet.await?;
+        std::future::pending::<Result<(), Failure>>().await
+    };
+    let result = tokio::select! {
+        result = serve => result,
+        _ = term.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    };
+    stop(app).await.and(result)
 }
 
 async fn stop(app: App) -> Result<(), Failure> {

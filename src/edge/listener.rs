@@ -1,8 +1,9 @@
 //! Our own accept loop under warp's filters: deadlines, bounds and a connection limit, which `warp::serve` does not have.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -16,12 +17,17 @@ use warp::filters::BoxedFilter;
 use warp::hyper;
 use warp::reply::Response;
 
+use super::socket::Socket;
 use crate::telemetry;
 
 /// Time for the first byte and for all headers of a request.
 const HEADERS_WITHIN: Duration = Duration::from_secs(5);
 const MAX_HEADERS: usize = 64;
 const HEADER_BYTES: usize = 16 << 10;
+/// A connection that writes nothing for so long has a peer that reads nothing.
+const STALLED_AFTER: Duration = Duration::from_secs(30);
+/// Refusals under way; beyond that a connection over the limit is dropped without a word.
+const REFUSALS: usize = 64;
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 4_096;
 /// The longest pause after a failed accept.
@@ -45,6 +51,7 @@ pub async fn serve(
     mut stop: watch::Receiver<bool>,
 ) {
     let places = Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS)));
+    let refusals = Arc::new(Semaphore::new(REFUSALS));
     let mut connections = JoinSet::new();
     let mut pause = Duration::from_millis(5);
     loop {
@@ -60,7 +67,10 @@ pub async fn serve(
                     Ok(place) => {
                         drop(connections.spawn(connection(stream, peer, routes.clone(), Arc::new(place), stop.clone())))
                     }
-                    Err(_) => drop(connections.spawn(refuse(stream))),
+                    Err(_) => match refusals.clone().try_acquire_owned() {
+                        Ok(place) => drop(connections.spawn(refuse(stream, place))),
+                        Err(_) => telemetry::refused("connection_limit").increment(1),
+                    },
                 }
             }
             // This connection's own trouble, over with it.
@@ -98,9 +108,15 @@ async fn connection(
         .header_read_timeout(HEADERS_WITHIN)
         .max_headers(MAX_HEADERS)
         .max_buf_size(HEADER_BYTES);
-    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service).with_upgrades());
+    let socket = Socket::new(stream);
+    let written = socket.counter();
+    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(socket), service).with_upgrades());
     let result = tokio::select! {
         result = connection.as_mut() => result,
+        () = stalled(&written) => {
+            tracing::debug!(%peer, "a connection took nothing");
+            return;
+        }
         () = stopped(&mut stop) => {
             connection.as_mut().graceful_shutdown();
             connection.await
@@ -111,13 +127,28 @@ async fn connection(
     }
 }
 
+/// Waits until nothing was written for a while: by then an idle connection has met the deadline for its next request, and
+/// a request its answer, so that only a peer who does not read is left.
+async fn stalled(written: &AtomicU64) {
+    let mut every = tokio::time::interval(STALLED_AFTER);
+    every.tick().await;
+    let mut before = written.load(Ordering::Relaxed);
+    loop {
+        every.tick().await;
+        match written.load(Ordering::Relaxed) {
+            now if now == before => return,
+            now => before = now,
+        }
+    }
+}
+
 /// Waits for the word to stop; a sender that is gone says it as well.
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     drop(stop.wait_for(|stop| *stop).await);
 }
 
 /// Over the limit: says so, which costs less than leaving the client to guess.
-async fn refuse(mut stream: TcpStream) {
+async fn refuse(mut stream: TcpStream, _place: OwnedSemaphorePermit) {
     telemetry::refused("connection_limit").increment(1);
     let body = r#"{"title":"unavailable","status":503,"code":"unavailable","detail":"the connection limit is reached","retry_after_ms":1000}"#;
     let reply = format!(
@@ -127,13 +158,8 @@ async fn refuse(mut stream: TcpStream) {
     let say = async { stream.write_all(reply.as_bytes()).await };
     // Whether the client still listens is its own affair.
     if tokio::time::timeout(HEADERS_WITHIN, say).await.is_ok_and(|said| said.is_ok()) {
-        super::socket::Socket::new(stream).linger().await;
+        Socket::new(stream).linger().await;
     }
-}
-
-/// Whether an address is reached from this machine only.
-pub fn is_loopback(address: &SocketAddr) -> bool {
-    address.ip().is_loopback() || address.ip() == std::net::IpAddr::V4(Ipv4Addr::LOCALHOST)
 }
 
 /// A connection's place, for routes.

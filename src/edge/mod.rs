@@ -1,5 +1,6 @@
 //! The edge: sockets in, frames and replies out. Nothing here decides; it parses, checks rights and asks the parts.
 
+mod commands;
 pub mod http;
 pub mod listener;
 pub mod reply;

@@ -1,6 +1,7 @@
 //! HTTP replies, and the strict reading of what a request says.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
 use serde::Serialize;
@@ -91,8 +92,16 @@ pub fn header_text<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Opt
     headers.get(name).map(text).transpose()
 }
 
-/// A whole body, as text, up to the limit.
+/// Time for a whole body.
+const BODY_WITHIN: Duration = Duration::from_secs(20);
+
+/// A whole body, as text, up to the limit and within its time.
 pub async fn body<B: Buf, E>(stream: impl Stream<Item = Result<B, E>>) -> Result<String, Error> {
+    let late = |_| Err(Error::new(Code::Timeout, "the body did not come in time"));
+    tokio::time::timeout(BODY_WITHIN, read_body(stream)).await.unwrap_or_else(late)
+}
+
+async fn read_body<B: Buf, E>(stream: impl Stream<Item = Result<B, E>>) -> Result<String, Error> {
     let mut stream = std::pin::pin!(stream);
     let mut body = Vec::new();
     while let Some(chunk) = stream.next().await {

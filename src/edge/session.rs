@@ -6,7 +6,7 @@
 //! - what waits is bounded: publishes in flight by [`MAX_IN_FLIGHT`] (beyond it the socket is not read), events by the
 //!   outbox, replayed frames by the subscriptions. A socket that takes nothing is closed after 30 s.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context as Task, Poll};
@@ -24,17 +24,16 @@ use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::{Bytes, Message};
 
 use super::Context;
+use super::commands::All;
 use super::socket::Socket;
-use super::subscriptions::{Subscriptions, may_read};
-use crate::access;
-use crate::command::{self, After, BadCommand, Command, Publish, Subscribe};
+use super::subscriptions::Subscriptions;
+use crate::command::{self};
 use crate::error::{Code, Error};
-use crate::event;
 use crate::identity::{Principal, jwt};
 use crate::log::Append;
 use crate::outbox::{Answer, EVENT_BYTES, Item, Outbox};
-use crate::submit::{Draft, Verdict, draft};
-use crate::wire::{Limits, Seqs, ServerFrame, error_frame};
+use crate::submit::Verdict;
+use crate::wire::{Limits, ServerFrame, error_frame};
 use crate::{clock, telemetry};
 
 /// Publishes that may wait for their answer; beyond that the socket is not read.
@@ -67,7 +66,7 @@ pub const LIMITS: Limits = Limits {
 
 /// Why a session ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum End {
+pub(super) enum End {
     /// We close, with this code and reason.
     Close(u16, &'static str),
     /// The client closed or is gone.
@@ -83,43 +82,37 @@ enum Wake {
 }
 
 pub struct Session {
-    ctx: Arc<Context>,
-    ws: WebSocketStream<Socket>,
-    connection: String,
-    traceparent: Option<String>,
-    who: Option<Principal>,
-    outbox: Arc<Outbox>,
-    subs: Subscriptions,
+    pub(super) ctx: Arc<Context>,
+    pub(super) ws: WebSocketStream<Socket>,
+    pub(super) connection: String,
+    pub(super) traceparent: Option<String>,
+    pub(super) who: Option<Principal>,
+    pub(super) outbox: Arc<Outbox>,
+    pub(super) subs: Subscriptions,
     /// Answers made by the session itself, and those of the outbox, encoded.
-    answers: VecDeque<Message>,
+    pub(super) answers: VecDeque<Message>,
     /// Publishes read in this turn, not yet handed to the log.
-    batch: Vec<Append>,
-    in_flight: usize,
+    pub(super) batch: Vec<Append>,
+    pub(super) in_flight: usize,
     /// Commands that wait until those before them have taken effect.
-    backlog: VecDeque<Box<RawValue>>,
+    pub(super) backlog: VecDeque<Box<RawValue>>,
     /// The `subscribe` to `"*"` that waits for the list of threads.
-    listing: Option<All>,
-    reads: usize,
-    replay_turn: bool,
-    dirty: bool,
-    draining: bool,
-    timer: Pin<Box<Sleep>>,
-    started: Instant,
-    heard: Instant,
-    pinged: Option<Instant>,
-    told_expiring: bool,
+    pub(super) listing: Option<All>,
+    pub(super) reads: usize,
+    pub(super) replay_turn: bool,
+    pub(super) dirty: bool,
+    pub(super) draining: bool,
+    pub(super) timer: Pin<Box<Sleep>>,
+    pub(super) started: Instant,
+    pub(super) heard: Instant,
+    pub(super) pinged: Option<Instant>,
+    pub(super) told_expiring: bool,
+    /// More threads were joined than could be noted: only a resume can tell which.
+    overrun: bool,
     /// Since when the socket has taken nothing, and how much it had taken by then.
-    stalled: Option<(Instant, u64)>,
-    published: Counter,
-    deliveries: Counter,
-}
-
-/// A `subscribe` to all threads, while its list is read.
-struct All {
-    id: i64,
-    after: Option<BTreeMap<String, u64>>,
-    last: Option<u64>,
-    recovered: bool,
+    pub(super) stalled: Option<(Instant, u64)>,
+    pub(super) published: Counter,
+    pub(super) deliveries: Counter,
 }
 
 impl Session {
@@ -154,6 +147,7 @@ impl Session {
             heard: now,
             pinged: None,
             told_expiring: false,
+            overrun: false,
             stalled: None,
             published: telemetry::commands("publish", "ok"),
             deliveries: telemetry::deliveries(),
@@ -190,36 +184,48 @@ impl Session {
 
     /// Reads while there is something to read, then writes what waits, then sleeps.
     fn poll(&mut self, cx: &mut Task<'_>) -> Poll<Wake> {
-        let mut more_to_read = false;
-        if self.may_read() {
-            if self.reads < READS_PER_TURN {
-                match self.ws.poll_next_unpin(cx) {
-                    Poll::Ready(Some(frame)) => {
-                        self.reads += 1;
-                        return Poll::Ready(Wake::Frame(frame));
-                    }
-                    Poll::Ready(None) => return Poll::Ready(Wake::Stop(End::Gone)),
-                    Poll::Pending => {}
+        // First, so that a flood of frames does not hold up what is due.
+        if self.reads == 0 && self.timer.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Wake::Timer);
+        }
+        let reading = self.may_read();
+        if reading && self.reads < READS_PER_TURN {
+            match self.ws.poll_next_unpin(cx) {
+                Poll::Ready(Some(frame)) => {
+                    self.reads += 1;
+                    return Poll::Ready(Wake::Frame(frame));
                 }
-            } else {
-                more_to_read = true;
+                Poll::Ready(None) => return Poll::Ready(Wake::Stop(End::Gone)),
+                Poll::Pending => self.reads = 0,
             }
         }
+        let more_to_read = reading && self.reads > 0;
         self.reads = 0;
         if !self.batch.is_empty() {
             self.ctx.submit.send(std::mem::take(&mut self.batch));
         }
-        match self.poll_write(cx) {
-            Poll::Ready(Err(_)) => return Poll::Ready(Wake::Stop(End::Gone)),
-            Poll::Ready(Ok(())) if self.outbox.poll_filled(cx, self.subs.gate_open()).is_ready() => {
-                return Poll::Ready(Wake::GoOn);
-            }
-            Poll::Ready(Ok(())) | Poll::Pending => {}
+        // Answers that came in are taken before anything is written: they overtake events.
+        if self.answers.len() < MAX_ANSWERS && self.outbox.has_answers() {
+            return Poll::Ready(Wake::GoOn);
         }
-        if more_to_read {
+        let written = self.poll_write(cx);
+        if let Poll::Ready(Err(_)) = written {
+            return Poll::Ready(Wake::Stop(End::Gone));
+        }
+        // A socket that takes nothing does not want events, but answers change what there is to do.
+        let more_to_write = match written.is_ready() {
+            true => self.outbox.poll_filled(cx, self.gate_open()).is_ready(),
+            false => self.answers.len() < MAX_ANSWERS && self.outbox.poll_filled(cx, false).is_ready(),
+        };
+        if more_to_read || more_to_write {
             return Poll::Ready(Wake::GoOn);
         }
         self.timer.as_mut().poll(cx).map(|()| Wake::Timer)
+    }
+
+    /// Whether live events may be sent: not while a subscription is in its seam or a list of threads is read.
+    fn gate_open(&self) -> bool {
+        self.subs.gate_open() && self.listing.is_none()
     }
 
     /// Whether more commands are wanted now.
@@ -263,7 +269,7 @@ impl Session {
             self.deliveries.increment(1);
             return Some(Message::Text(frame));
         }
-        while self.subs.gate_open() {
+        while self.subs.gate_open() && self.listing.is_none() {
             match self.outbox.pop_item() {
                 Some(Item::Event { sub, seq, frame }) => {
                     if self.subs.pass(who, sub, seq) {
@@ -281,7 +287,8 @@ impl Session {
                         return Some(text(error_frame(None, Some(&thread), &error)));
                     }
                 }
-                Some(Item::Joined { thread, before }) => {
+                Some(Item::Overrun) => self.overrun = true,
+                Some(Item::Joined { thread, before }) if self.subs.follows() => {
                     // A failure here is one of the store; the thread is there again when the client resumes.
                     if !self.subs.contains(&thread)
                         && let Err(error) = self.subs.add(who, &thread, before)
@@ -289,6 +296,7 @@ impl Session {
                         return Some(text(error_frame(None, Some(&thread), &error)));
                     }
                 }
+                Some(Item::Joined { .. }) => {}
                 None => break,
             }
         }
@@ -296,7 +304,7 @@ impl Session {
     }
 
     fn note_stall(&mut self) {
-        let written = self.ws.get_ref().written;
+        let written = self.ws.get_ref().written();
         if self.stalled.is_none_or(|(_, then)| then != written) {
             self.stalled = Some((Instant::now(), written));
         }
@@ -338,236 +346,6 @@ impl Session {
         }
     }
 
-    /// Carries out a command; `false` if it has to wait until those before it have taken effect.
-    fn on_command(&mut self, command: &RawValue) -> Result<bool, End> {
-        let command = match command::parse(command.get()) {
-            Ok(command) => command,
-            Err(BadCommand { id, error }) => {
-                self.refuse(id, &error);
-                return Ok(true);
-            }
-        };
-        if let Command::Publish(publish) = command {
-            self.publish(&publish);
-            return Ok(true);
-        }
-        if self.in_flight > 0 || self.listing.is_some() {
-            return Ok(false);
-        }
-        let name = command.name();
-        let (id, result) = match command {
-            Command::Connect(connect) => return self.connect(connect.id, &connect.token).map(|()| true),
-            Command::Refresh(refresh) => return self.refresh(refresh.id, &refresh.token).map(|()| true),
-            Command::Subscribe(subscribe) => (subscribe.id, self.subscribe(subscribe)),
-            Command::Unsubscribe(unsubscribe) => {
-                (unsubscribe.id, self.unsubscribe(unsubscribe.id, &unsubscribe.thread))
-            }
-            Command::Ping(ping) => {
-                self.answer(&ServerFrame::Pong { id: ping.id, at: &clock::rfc3339(clock::now_ms()) });
-                (ping.id, Ok(()))
-            }
-            Command::Publish(_) => return Ok(true), // handled above
-        };
-        telemetry::commands(name, result.as_ref().map_or_else(|error| error.code.as_str(), |()| "ok")).increment(1);
-        if let Err(error) = result {
-            self.answers.push_back(text(error_frame(Some(id), None, &error)));
-        }
-        Ok(true)
-    }
-
-    fn answer(&mut self, frame: &ServerFrame<'_>) {
-        self.answers.push_back(text(frame.encode()));
-    }
-
-    fn refuse(&mut self, id: Option<i64>, error: &Error) {
-        telemetry::commands("invalid", error.code.as_str()).increment(1);
-        self.answers.push_back(text(error_frame(id, None, error)));
-    }
-
-    fn who(&self) -> Result<&Principal, Error> {
-        self.who.as_ref().ok_or_else(|| Error::new(Code::Unauthenticated, "connect first"))
-    }
-
-    fn welcome(&mut self, id: Option<i64>) {
-        let Some(who) = &self.who else { return };
-        let frame = ServerFrame::Welcome {
-            id,
-            connection: &self.connection,
-            user: &who.user,
-            tenant: &who.tenant,
-            epoch: &self.ctx.epoch,
-            heartbeat_ms: PING_AFTER.as_millis() as u64,
-            expires_at: &clock::rfc3339(who.expires_at.saturating_mul(1000)),
-            limits: LIMITS,
-        };
-        self.answers.push_back(text(frame.encode()));
-        self.reset_timer();
-    }
-
-    fn connect(&mut self, id: i64, token: &str) -> Result<(), End> {
-        if self.who.is_some() {
-            self.refuse(Some(id), &Error::new(Code::Conflict, "the session is connected already; use refresh"));
-            return Ok(());
-        }
-        self.who = Some(self.ctx.verifier.verify(token).map_err(|_| End::Close(4500, "the token is not valid"))?);
-        telemetry::commands("connect", "ok").increment(1);
-        self.welcome(Some(id));
-        Ok(())
-    }
-
-    fn refresh(&mut self, id: i64, token: &str) -> Result<(), End> {
-        let Some(old) = &self.who else {
-            self.refuse(Some(id), &Error::new(Code::Unauthenticated, "connect first"));
-            return Ok(());
-        };
-        let new = self.ctx.verifier.verify(token).map_err(|_| End::Close(4500, "the token is not valid"))?;
-        if new.key != old.key {
-            return Err(End::Close(4500, "the token is another user's"));
-        }
-        let expires_at = clock::rfc3339(new.expires_at.saturating_mul(1000));
-        self.who = Some(new);
-        self.told_expiring = false;
-        self.reset_timer();
-        telemetry::commands("refresh", "ok").increment(1);
-        self.answer(&ServerFrame::Refreshed { id, expires_at: &expires_at });
-        Ok(())
-    }
-
-    /// Checks a publish and puts it into the batch; whatever happens, it is answered.
-    fn publish(&mut self, publish: &Publish<'_>) {
-        match self.prepare(publish) {
-            Ok(append) => {
-                self.in_flight += 1;
-                self.batch.push(append);
-            }
-            Err(error) => {
-                telemetry::commands("publish", error.code.as_str()).increment(1);
-                self.answers.push_back(text(error_frame(Some(publish.id), None, &error)));
-            }
-        }
-    }
-
-    fn prepare(&self, publish: &Publish<'_>) -> Result<Append, Error> {
-        let who = self.who()?;
-        let class = event::classify(&publish.kind)?;
-        event::check_data(class, publish.data)?;
-        let grant = access::publish(who.scopes, class, || self.ctx.standing(who, &publish.thread))?;
-        event::check_run(class, publish.run.as_deref())?;
-        let mut event = draft(&who.tenant, &who.user, &publish.thread, &publish.kind, publish.data);
-        event.key = publish.key.as_deref().map(Into::into);
-        event.run = publish.run.as_deref().map(Into::into);
-        event.parent = publish.parent;
-        event.priority = publish.priority;
-        let (outbox, id, thread) = (self.outbox.clone(), publish.id, Box::from(&*publish.thread));
-        let reply = Box::new(move |verdict| outbox.push_answer(Answer::Publish { id, thread, verdict }));
-        Ok(self.ctx.submit.prepare(&Draft { event, grant, traceparent: self.traceparent.clone() }, reply))
-    }
-
-    fn subscribe(&mut self, subscribe: Subscribe<'_>) -> Result<(), Error> {
-        let who = self.who()?.clone();
-        access::read(who.scopes)?;
-        let recovered = subscribe.epoch.as_ref().is_none_or(|epoch| **epoch == *self.ctx.epoch);
-        if subscribe.thread == "*" {
-            let after = match subscribe.after {
-                Some(After::Each(after)) => Some(after),
-                _ => None,
-            };
-            return self.list_threads(&who, All { id: subscribe.id, after, last: subscribe.last, recovered });
-        }
-        if self.subs.contains(&subscribe.thread) {
-            return Err(Error::new(Code::Conflict, "the session is subscribed to this thread already").at("thread"));
-        }
-        let row = self.ctx.store.thread(&who.tenant, &subscribe.thread)?.ok_or_else(Error::no_thread)?;
-        may_read(&self.ctx, &who, &subscribe.thread)?;
-        let after = match subscribe.after {
-            Some(After::Seq(after)) => Some(after),
-            _ => None,
-        };
-        let cursor = begin(row.head, after, subscribe.last, recovered).map_err(|error| error.at("after"))?;
-        self.answer(&ServerFrame::Subscribed {
-            id: subscribe.id,
-            thread: &subscribe.thread,
-            epoch: &self.ctx.epoch.clone(),
-            head: Seqs::One(row.head),
-            after: Seqs::One(cursor),
-            recovered,
-        });
-        self.subs.add(&who, &subscribe.thread, cursor)
-    }
-
-    /// Follows the user first and lists the threads then: a thread joined in between is in the list, or announced, or both.
-    fn list_threads(&mut self, who: &Principal, all: All) -> Result<(), Error> {
-        if self.subs.all {
-            return Err(Error::new(Code::Conflict, "the session is subscribed to \"*\" already").at("thread"));
-        }
-        self.subs.all = true;
-        self.ctx.hub.follow(&who.key, &self.outbox);
-        self.listing = Some(all);
-        let (ctx, outbox, who) = (self.ctx.clone(), self.outbox.clone(), who.clone());
-        tokio::task::spawn_blocking(move || outbox.push_answer(Answer::Threads(ctx.threads_with_heads(&who))));
-        Ok(())
-    }
-
-    fn subscribe_all(&mut self, threads: Result<Vec<(String, u64)>, Error>) {
-        let (Some(all), Some(who)) = (self.listing.take(), self.who.clone()) else {
-            return;
-        };
-        let begun = threads.and_then(|threads| {
-            let begin = |(thread, head): (String, u64)| {
-                // With a list of cursors, a thread that is not in it is one the client has nothing of.
-                let after = all.after.as_ref().map(|after| after.get(&thread).copied().unwrap_or(0));
-                let cursor =
-                    begin(head, after, all.last, all.recovered).map_err(|error| error.at(format!("after.{thread}")))?;
-                Ok((thread, (head, cursor)))
-            };
-            threads.into_iter().map(begin).collect::<Result<BTreeMap<_, _>, Error>>()
-        });
-        let begun = match begun {
-            Ok(begun) => begun,
-            Err(error) => {
-                self.subs.all = false;
-                self.ctx.hub.unfollow(&who.key, &self.outbox);
-                self.refuse(Some(all.id), &error);
-                return;
-            }
-        };
-        self.answer(&ServerFrame::Subscribed {
-            id: all.id,
-            thread: "*",
-            epoch: &self.ctx.epoch.clone(),
-            head: Seqs::Each(begun.iter().map(|(thread, (head, _))| (thread.clone(), *head)).collect()),
-            after: Seqs::Each(begun.iter().map(|(thread, (_, cursor))| (thread.clone(), *cursor)).collect()),
-            recovered: all.recovered,
-        });
-        for thread in all.after.iter().flat_map(BTreeMap::keys).filter(|thread| !begun.contains_key(*thread)) {
-            self.answers.push_back(text(error_frame(
-                None,
-                Some(thread),
-                &Error::no_thread().at(format!("after.{thread}")),
-            )));
-        }
-        for (thread, (_, cursor)) in begun {
-            if !self.subs.contains(&thread)
-                && let Err(error) = self.subs.add(&who, &thread, cursor)
-            {
-                self.answers.push_back(text(error_frame(None, Some(&thread), &error)));
-            }
-        }
-    }
-
-    fn unsubscribe(&mut self, id: i64, thread: &str) -> Result<(), Error> {
-        let key = self.who()?.key.clone();
-        if thread == "*" && self.subs.all {
-            self.subs.all = false;
-            self.ctx.hub.unfollow(&key, &self.outbox);
-            self.subs.clear();
-        } else if !self.subs.remove(thread) {
-            return Err(Error::new(Code::NotFound, "the session is not subscribed to this thread").at("thread"));
-        }
-        self.answer(&ServerFrame::Unsubscribed { id });
-        Ok(())
-    }
-
     /// Takes the answers that came in from elsewhere.
     fn on_answers(&mut self) -> Result<(), End> {
         while self.answers.len() < MAX_ANSWERS
@@ -586,11 +364,13 @@ impl Session {
                 }
             }
         }
+        if self.overrun {
+            return Err(End::Close(4001, "more threads were joined than could be noted: resume"));
+        }
         if self.draining && self.in_flight == 0 && self.batch.is_empty() {
             return Err(End::Close(1001, "the server is going down: reconnect and resume"));
         }
-        while self.in_flight == 0
-            && self.listing.is_none()
+        while self.in_flight < MAX_IN_FLIGHT
             && let Some(command) = self.backlog.pop_front()
         {
             if !self.on_command(&command)? {
@@ -658,7 +438,7 @@ impl Session {
         Ok(())
     }
 
-    fn reset_timer(&mut self) {
+    pub(super) fn reset_timer(&mut self) {
         let deadline = self.next_deadline();
         self.timer.as_mut().reset(deadline);
     }
@@ -681,11 +461,7 @@ impl Session {
 
     /// Says goodbye, and leaves nothing behind.
     async fn finish(mut self: Box<Session>, end: End) {
-        if let Some(who) = &self.who {
-            self.ctx.hub.unfollow(&who.key, &self.outbox);
-        }
-        self.subs.clear();
-        self.outbox.close();
+        self.subs.close();
         if !self.batch.is_empty() {
             self.ctx.submit.send(std::mem::take(&mut self.batch));
         }
@@ -711,7 +487,7 @@ impl Session {
     }
 }
 
-fn text(frame: String) -> Message {
+pub(super) fn text(frame: String) -> Message {
     Message::Text(frame.into())
 }
 
@@ -723,18 +499,5 @@ fn end_of(error: &WsError) -> End {
         WsError::Protocol(ProtocolError::ResetWithoutClosingHandshake) => End::Gone,
         WsError::Protocol(_) => End::Close(1002, "the frame is not WebSocket"),
         _ => End::Gone,
-    }
-}
-
-/// The seq a subscription begins behind.
-fn begin(head: u64, after: Option<u64>, last: Option<u64>, recovered: bool) -> Result<u64, Error> {
-    match after {
-        // Another log's cursor says nothing about this one.
-        _ if !recovered => Ok(head),
-        Some(after) if after > head => {
-            Err(Error::new(Code::CursorInvalid, format!("after is behind the thread's head, {head}")))
-        }
-        Some(after) => Ok(after),
-        None => Ok(head - last.unwrap_or(0).min(head)),
     }
 }

@@ -2,6 +2,8 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -15,13 +17,23 @@ const LINGER_BYTES: usize = 1 << 20;
 
 pub struct Socket {
     stream: TcpStream,
-    /// Bytes the kernel has taken for the peer: a socket whose count stands still takes nothing.
-    pub written: u64,
+    /// Bytes the kernel has taken for the peer.
+    written: Arc<AtomicU64>,
 }
 
 impl Socket {
     pub fn new(stream: TcpStream) -> Socket {
-        Socket { stream, written: 0 }
+        Socket { stream, written: Arc::default() }
+    }
+
+    /// Bytes taken so far: a socket whose count stands still takes nothing.
+    pub fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    /// The count, to be watched from elsewhere.
+    pub fn counter(&self) -> Arc<AtomicU64> {
+        self.written.clone()
     }
 
     /// Ends the connection without a reset, which would take our last frames out of the peer's buffer: closes our side and
@@ -53,7 +65,7 @@ impl AsyncWrite for Socket {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
         if let Poll::Ready(Ok(n)) = written {
-            self.written += n as u64;
+            self.written.fetch_add(n as u64, Ordering::Relaxed);
         }
         written
     }

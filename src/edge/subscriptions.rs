@@ -24,6 +24,8 @@ use crate::{access, telemetry};
 const CHUNK_EVENTS: usize = 512;
 /// Bytes of one read from the store; two such reads at most are in memory for a session.
 const CHUNK_BYTES: usize = 128 << 10;
+/// Subscriptions of one session, those of `"*"` included.
+pub const MAX_SUBSCRIPTIONS: usize = 10_000;
 /// Reads that a session may have under way.
 const READS: usize = 2;
 
@@ -40,7 +42,7 @@ enum Stage {
 
 /// What a subscription has ready for the socket, in order.
 enum Step {
-    Frame(Utf8Bytes),
+    Frame(SubId, Utf8Bytes),
     /// All before the live feed is sent.
     Live(SubId),
 }
@@ -60,8 +62,8 @@ pub struct Subscriptions {
     by_id: HashMap<SubId, Subscription>,
     by_thread: HashMap<String, SubId>,
     next: SubId,
-    /// Set by `"*"`.
-    pub all: bool,
+    /// The user (`tenant/user`) whose threads are followed, by `"*"`.
+    following: Option<Arc<str>>,
     /// Subscriptions with something to read, in turn.
     queue: VecDeque<SubId>,
     reads: usize,
@@ -80,7 +82,7 @@ impl Subscriptions {
             by_id: HashMap::new(),
             by_thread: HashMap::new(),
             next: 0,
-            all: false,
+            following: None,
             queue: VecDeque::new(),
             reads: 0,
             seams: 0,
@@ -101,6 +103,10 @@ impl Subscriptions {
 
     /// Adds a subscription that begins behind `cursor`.
     pub fn add(&mut self, who: &Principal, thread: &str, cursor: u64) -> Result<(), Error> {
+        if self.by_id.len() >= MAX_SUBSCRIPTIONS {
+            let why = format!("a session has at most {MAX_SUBSCRIPTIONS} subscriptions");
+            return Err(Error::new(Code::TooLarge, why).at("thread"));
+        }
         let id = self.next;
         self.next += 1;
         let key = log_key(&who.tenant, thread).into();
@@ -136,12 +142,48 @@ impl Subscriptions {
         Some(sub.thread)
     }
 
+    /// Whether `"*"` is in force.
+    pub fn follows(&self) -> bool {
+        self.following.is_some()
+    }
+
+    /// From now on the session hears of threads that its user joins.
+    pub fn follow(&mut self, who: &Principal) {
+        self.ctx.hub.follow(&who.key, &self.outbox);
+        self.following = Some(who.key.clone());
+    }
+
+    pub fn unfollow(&mut self) {
+        if let Some(user) = self.following.take() {
+            self.ctx.hub.unfollow(&user, &self.outbox);
+        }
+    }
+
+    /// Judges all subscriptions by a new token's rights; gives those that ended, with the reason.
+    pub fn regrant(&mut self, who: &Principal) -> Vec<(String, Error)> {
+        let by_scope = access::reads_by_scope(who.scopes);
+        for (id, sub) in &self.by_id {
+            // Before the look at the store: a removal that comes after it goes by the new right.
+            self.ctx.hub.regrant(&sub.key, &self.outbox, *id, by_scope);
+        }
+        let judge = |sub: &Subscription| access::read(who.scopes).and_then(|()| may_read(&self.ctx, who, &sub.thread));
+        let lost: Vec<_> = self.by_id.iter().filter_map(|(id, sub)| Some((*id, judge(sub).err()?))).collect();
+        lost.into_iter().filter_map(|(id, error)| Some((self.drop_sub(id)?, error))).collect()
+    }
+
+    /// Leaves nothing of the session behind.
+    pub fn close(&mut self) {
+        self.unfollow();
+        self.clear();
+        self.outbox.close();
+    }
+
     pub fn clear(&mut self) {
+        self.queue.clear();
         let ids: Vec<SubId> = self.by_id.keys().copied().collect();
         for id in ids {
             self.drop_sub(id);
         }
-        self.queue.clear();
     }
 
     /// A live event: `true` if it is to be sent.
@@ -171,7 +213,7 @@ impl Subscriptions {
         // Only told, not relied upon: without an answer from the store the notice names what is known to be missing.
         let to = self.ctx.store.head(&who.tenant, &sub.thread).unwrap_or(from).max(from);
         let frame = ServerFrame::Lagged { thread: &sub.thread, from, to }.encode();
-        self.push_frame(frame.into());
+        self.push_frame(id, frame.into());
         self.queue.push_back(id);
         self.read_on(who);
     }
@@ -180,9 +222,10 @@ impl Subscriptions {
     pub fn next_replayed(&mut self, who: &Principal) -> Option<Utf8Bytes> {
         loop {
             let frame = match self.replay.pop_front()? {
-                Step::Frame(frame) => {
+                Step::Frame(id, frame) => {
                     self.replay_bytes -= frame.len();
-                    Some(frame)
+                    // What is left of a subscription that has ended is not wanted any more.
+                    self.by_id.contains_key(&id).then_some(frame)
                 }
                 Step::Live(id) => self.live(id),
             };
@@ -223,7 +266,7 @@ impl Subscriptions {
         let (stage, cursor) = (sub.stage, sub.cursor);
         self.replayed.increment(events.len() as u64);
         for event in events {
-            self.push_frame(event.frame);
+            self.push_frame(id, event.frame);
         }
         match stage {
             Stage::Seam { to } if cursor < to => self.queue.push_front(id),
@@ -272,9 +315,9 @@ impl Subscriptions {
         Some(ServerFrame::CaughtUp { thread: &sub.thread, seq: sub.cursor }.encode().into())
     }
 
-    fn push_frame(&mut self, frame: Utf8Bytes) {
+    fn push_frame(&mut self, id: SubId, frame: Utf8Bytes) {
         self.replay_bytes += frame.len();
-        self.replay.push_back(Step::Frame(frame));
+        self.replay.push_back(Step::Frame(id, frame));
     }
 
     /// Starts reads while there is room for what they bring.
@@ -287,11 +330,19 @@ impl Subscriptions {
             let (thread, from) = (sub.thread.clone(), sub.cursor + 1);
             tokio::task::spawn_blocking(move || {
                 let range = EventRange { from, limit: CHUNK_EVENTS, bytes: CHUNK_BYTES, ..EventRange::all() };
-                let events = may_read(&ctx, &who, &thread)
-                    .and_then(|()| ctx.store.events(&who.tenant, &thread, range).map_err(Error::from));
+                // The right is looked up after the read: what was committed after a removal is not handed out.
+                let read = ctx.store.events(&who.tenant, &thread, range).map_err(Error::from);
+                let events = read.and_then(|events| may_read(&ctx, &who, &thread).map(|()| events));
                 outbox.push_answer(Answer::Chunk { sub: id, events });
             });
         }
+    }
+}
+
+/// However the session ends, also by a panic.
+impl Drop for Subscriptions {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

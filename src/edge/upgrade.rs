@@ -5,7 +5,6 @@ use std::sync::Arc;
 use base64::Engine;
 use hyper_util::rt::TokioIo;
 use sha1::{Digest, Sha1};
-use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use warp::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -23,8 +22,6 @@ use crate::identity::Principal;
 /// What a session's buffers begin with; they grow with a frame and no further.
 const READ_BUFFER: usize = 4 << 10;
 const WRITE_BUFFER: usize = 8 << 10;
-/// Frames that the socket did not take yet: one event frame and some answers fit beside the write buffer.
-const MAX_WRITE_BUFFER: usize = 1 << 20;
 
 const PROTOCOL: &str = "weft.v1";
 const BEARER: &str = "weft.bearer.";
@@ -107,16 +104,15 @@ fn accept(
 async fn websocket(upgrade: OnUpgrade) -> Option<WebSocketStream<Socket>> {
     let upgraded = upgrade.await.inspect_err(|error| tracing::debug!(%error, "an upgrade did not happen")).ok()?;
     let parts = upgraded
-        .downcast::<TokioIo<TcpStream>>()
-        .inspect_err(|_| tracing::error!("an upgrade on no TCP stream"))
+        .downcast::<TokioIo<Socket>>()
+        .inspect_err(|_| tracing::error!("an upgrade on no socket of ours"))
         .ok()?;
     let config = WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER)
         .write_buffer_size(WRITE_BUFFER)
-        .max_write_buffer_size(MAX_WRITE_BUFFER)
         .max_message_size(Some(MAX_FRAME))
         .max_frame_size(Some(MAX_FRAME));
-    let socket = Socket::new(parts.io.into_inner());
+    let socket = parts.io.into_inner();
     Some(WebSocketStream::from_partially_read(socket, parts.read_buf.to_vec(), Role::Server, Some(config)).await)
 }
 

@@ -22,7 +22,8 @@ use metrics::Histogram;
 use rocksdb::{ColumnFamilyDescriptor, DB, Options, ReadOptions, WriteBatch, WriteOptions};
 
 use super::{
-    Append, AppendError, Bounds, Done, Entry, Foreign, Grant, Log, LogError, Position, Positions, Reader, Record,
+    Append, AppendError, Bounds, Done, Entry, Foreign, Grant, Log, LogError, Position, Positions, READ_BYTES, Reader,
+    Record,
 };
 use crate::{clock, codec, disk, telemetry};
 
@@ -539,7 +540,12 @@ impl EmbeddedReader {
             (batch, skip, batches)
         };
         let (mut found, mut place, mut end) = (Vec::with_capacity(max.min(64)), (first, skip), from);
+        let mut bytes = 0;
         for entry in batches.iter().flat_map(|batch| batch.iter()).skip(skip).take(max) {
+            if bytes > READ_BYTES {
+                break;
+            }
+            bytes += entry.record.as_ref().map_or(0, |record| record.value.len());
             let full = place.1 + 1 == batches[(place.0 - first) as usize].len();
             place = if full { (place.0 + 1, 0) } else { (place.0, place.1 + 1) };
             end = entry.at.offset + 1;
@@ -560,16 +566,18 @@ impl EmbeddedReader {
         let mut rows = self.shared.db.raw_iterator_cf_opt(&records(&self.shared.db), options);
         let mut found = Vec::with_capacity(max.min((end - from) as usize));
         let mut next = end;
+        let mut bytes = 0;
         rows.seek(from.to_be_bytes());
         while let Some((key, value)) = rows.item() {
             let Some(at) = parse_key(key).filter(|at| at.partition < self.shared.partitions) else {
                 return Err(LogError::Damaged(format!("a key of {} bytes among the records", key.len())));
             };
-            if found.len() == max {
+            if found.len() == max || bytes > READ_BYTES {
                 next = at.offset;
                 break;
             }
             if at.offset >= self.positions[at.partition as usize] {
+                bytes += value.len();
                 found.push(Entry { at, record: decode(value) });
             }
             rows.next();

@@ -140,7 +140,7 @@ impl Log for KafkaLog {
             return Err(LogError::PartitionMismatch { found: partitions, configured: from.len() as u32 });
         }
         self.shared.check(from)?;
-        Ok(Box::new(KafkaReader::open(self.shared.clone(), from)?))
+        Ok(Box::new(KafkaReader::open(self.shared.clone(), &self.epoch, from)?))
     }
 
     fn bounds(&self) -> Result<Vec<Bounds>, LogError> {
@@ -270,7 +270,8 @@ impl Shared {
             sender.send(())
         };
         if thread::Builder::new().name("weft-kafka-end".to_owned()).spawn(down).is_ok() {
-            drop(gone.recv_timeout(PROBE));
+            // Sent or not, this is all the time it gets.
+            gone.recv_timeout(PROBE).unwrap_or_default();
         }
     }
 
@@ -446,8 +447,7 @@ fn undelivered(error: &KafkaError) -> AppendError {
             Code::MessageSizeTooLarge
             | Code::TopicAuthorizationFailed
             | Code::ClusterAuthorizationFailed
-            | Code::PolicyViolation
-            | Code::PurgeQueue,
+            | Code::PolicyViolation,
         ) => AppendError::Unavailable(error.to_string()),
         _ => AppendError::Unknown(error.to_string()),
     }

@@ -20,6 +20,9 @@ use bytes::Bytes;
 /// The version of the record's shape, sent along with each record (on Kafka as the header `weft-version`).
 pub const RECORD_VERSION: u16 = 1;
 
+/// About how many bytes one [`Reader::next`] brings at most.
+pub const READ_BYTES: usize = 4 << 20;
+
 /// One record as it is appended: the event's JSON and what is needed to route and judge it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
@@ -174,7 +177,7 @@ pub trait Log: Send + Sync + 'static {
 
 /// A place in the log that moves forward. Owned by one thread; blocks it.
 pub trait Reader: Send {
-    /// Up to `max` entries from the current place on, in order within each partition; waits at most `wait` for the first
+    /// Up to `max` entries (and about [`READ_BYTES`]) from the current place on, in order within each partition; waits at most `wait` for the first
     /// one, and returns none when it did not come. An error leaves the place where it was, so that the call can be
     /// repeated. After [`Log::close`] it may end with [`LogError::Unavailable`].
     fn next(&mut self, max: usize, wait: Duration) -> Result<Vec<Entry>, LogError>;

@@ -168,6 +168,11 @@ impl Store {
         self.get(META, b"identity")
     }
 
+    /// How far each partition has been projected, if anything has.
+    pub fn progress(&self) -> Result<Option<Vec<Progress>>, StoreError> {
+        Ok(self.identity()?.map(|identity| identity.progress))
+    }
+
     pub fn thread(&self, tenant: &str, thread: &str) -> Result<Option<ThreadRow>, StoreError> {
         self.get(THREADS, &keys::joined(&[tenant, thread]))
     }
@@ -336,13 +341,20 @@ impl Batch<'_> {
         self.rows.put_cf(&self.store.family(KEY_TIMES), keys::key_time(partition, row.at, key), []);
     }
 
-    /// Deletes the idempotency keys of a partition with `at` in `from..before`. Only what has been committed is seen.
-    pub fn purge_keys(&mut self, partition: u32, from: u64, before: u64) -> Result<(), StoreError> {
+    /// Deletes the idempotency keys of a partition with `at` in `from..before`. Only what has been committed is seen;
+    /// `taken_again` tells which keys this batch has taken anew.
+    pub fn purge_keys(
+        &mut self,
+        partition: u32,
+        from: u64,
+        before: u64,
+        taken_again: impl Fn(&[u8]) -> bool,
+    ) -> Result<(), StoreError> {
         for time in self.store.keys_between(partition, from, before)? {
             let key = &time[12..];
             let at = u64::from_be_bytes(time[4..12].try_into().unwrap_or_default());
             // The key may have been taken again since; then only its old time goes.
-            if self.store.key(key)?.is_some_and(|row| row.at == at) {
+            if !taken_again(key) && self.store.key(key)?.is_some_and(|row| row.at == at) {
                 self.rows.delete_cf(&self.store.family(KEYS), key);
             }
             self.rows.delete_cf(&self.store.family(KEY_TIMES), &time);

@@ -214,6 +214,7 @@ async fn a_bad_command_gets_its_code_and_field_and_the_session_lives_on() {
         (message(json!({"data": {"content": [{"text": "no type"}]}})), "bad_request", "data.content"),
         (message(json!({"data": {"content": "x".repeat(70_000)}})), "too_large", "data"),
         (message(json!({"key": "k".repeat(129)})), "bad_request", "key"),
+        (json!({"type": "subscribe", "thread": "*", "after": 3}), "bad_request", "after"),
         (message(json!({"priority": "urgent"})), "bad_request", "priority"),
         (message(json!({"parent": 0})), "bad_request", "parent"),
         (message(json!({"parent": 99})), "bad_request", "parent"),
@@ -247,6 +248,10 @@ async fn a_bad_command_gets_its_code_and_field_and_the_session_lives_on() {
     socket.send_text(r#"{"type":"ping","id":77,"id":78}"#).await;
     let answer = socket.recv().await;
     assert_eq!((&answer["code"], &answer["field"]), (&json!("bad_request"), &json!("id")));
+    // Half of a surrogate pair is in no Unicode string.
+    socket.send_text(r#"{"type":"publish","id":79,"thread":"t","kind":"x.a","data":"\ud800"}"#).await;
+    let answer = socket.recv().await;
+    assert_eq!((&answer["id"], &answer["code"], &answer["field"]), (&json!(79), &json!("bad_request"), &json!("data")));
     socket.send_text("[]").await;
     assert_eq!(socket.recv().await["code"], "bad_request");
     socket.send(&Value::Array(vec![json!({"type": "ping", "id": 1}); 1_001])).await;
@@ -302,7 +307,7 @@ async fn a_malformed_frame_closes_with_the_code_that_says_what_it_was() {
     assert_eq!(no_utf8.closed().await, 1007);
     let mut too_large = server.connect("ada").await;
     // The server may close before it has read all of it.
-    let _ = too_large.ws.send(Message::text("x".repeat(300_000))).await;
+    drop(too_large.ws.send(Message::text("x".repeat(300_000))).await);
     assert_eq!(too_large.closed().await, 1009);
     let mut reserved = server.connect("ada").await;
     let header = FrameHeader { rsv1: true, opcode: OpCode::Data(Data::Text), ..FrameHeader::default() };
@@ -348,6 +353,31 @@ async fn a_token_s_end_is_announced_refresh_moves_it_and_without_one_the_session
     assert_eq!(refreshed.ask(json!({"type": "ping"})).await["type"], "pong");
 }
 
+#[tokio::test]
+async fn a_token_without_an_end_in_sight_is_no_trouble() {
+    let server = Server::start(LogKind::embedded());
+    // Milliseconds where seconds belong: a common mistake, and still a valid token.
+    let far = mint(SECRET, &Claims { exp: weft::clock::now_ms(), ..claims("ada", "") }).unwrap();
+    let mut socket = Socket::open(&server.url, &far).await;
+    assert_eq!(socket.ask(json!({"type": "refresh", "token": far})).await["type"], "refreshed");
+}
+
+#[tokio::test]
+async fn a_refresh_with_fewer_rights_ends_what_they_allowed() {
+    let server = Server::start(LogKind::embedded());
+    server.connect("ada").await.say("t", "not for everybody").await;
+    let mut analyst = server.connect_as("ana", "analyst").await;
+    analyst.subscribe("t", None).await;
+    analyst.recv_type("caught_up").await;
+    let answer = analyst.ask(json!({"type": "refresh", "token": token("ana", "")})).await;
+    assert_eq!(answer["type"], "refreshed");
+    let ended = analyst.recv_type("error").await;
+    assert_eq!((&ended["thread"], &ended["code"]), (&json!("t"), &json!("not_found")));
+    server.connect("ada").await.say("t", "still not").await;
+    assert_eq!(analyst.ask(json!({"type": "unsubscribe", "thread": "t"})).await["code"], "not_found");
+    assert_eq!(analyst.ask(json!({"type": "ping"})).await["type"], "pong");
+}
+
 /// Sends bytes as they are and gives all that comes back until the server closes.
 fn raw_http(server: &Server, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
@@ -355,7 +385,7 @@ fn raw_http(server: &Server, bytes: &[u8]) -> String {
     stream.write_all(bytes).unwrap();
     let mut reply = Vec::new();
     // A reset is an end as well.
-    let _ = stream.read_to_end(&mut reply);
+    drop(stream.read_to_end(&mut reply));
     String::from_utf8_lossy(&reply).into_owned()
 }
 

@@ -228,3 +228,38 @@ async fn a_reader_that_falls_behind_its_outbox_is_told_and_gets_all_from_the_sto
     assert!(lagged > 0, "the outbox is bounded, so the reader must have lagged");
     assert!(server.metric("weft_lagged_total").await >= 1.0);
 }
+
+#[tokio::test]
+async fn a_thread_subscribed_again_in_the_middle_of_its_replay_begins_anew_and_in_order() {
+    let server = Server::start(crate::support::LogKind::embedded());
+    let mut writer = server.connect("ada").await;
+    for _ in 0..4 {
+        let batch: Vec<Value> = (0..500)
+            .map(|n| json!({"type": "publish", "id": 1_000_000 + n, "thread": "t", "kind": "x.n", "data": n}))
+            .collect();
+        writer.send(&Value::Array(batch)).await;
+        for _ in 0..500 {
+            writer.recv_type("published").await;
+        }
+    }
+    let mut reader = server.connect("ada").await;
+    let subscribe = |id: u64| json!({"type": "subscribe", "id": id, "thread": "t", "after": 0});
+    reader.send(&json!([subscribe(1), {"type": "unsubscribe", "id": 2, "thread": "t"}, subscribe(3)])).await;
+    // Answers overtake events: once the third is there, every event is the second subscription's.
+    while reader.recv().await["id"] != 3 {}
+    assert_eq!(seqs(&reader.events(2_000).await), (1..=2_000).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_publish_behind_a_star_subscription_in_one_frame_is_delivered() {
+    let server = Server::start(crate::support::LogKind::embedded());
+    let mut ada = server.connect("ada").await;
+    ada.say("t", "before").await;
+    for n in 0..50u64 {
+        let mut socket = server.connect("ada").await;
+        let publish = json!({"type": "publish", "id": 2, "thread": "t", "kind": "x.n", "data": n});
+        socket.send(&json!([{"type": "subscribe", "id": 1, "thread": "*"}, publish])).await;
+        let event = socket.recv_type("event").await;
+        assert_eq!(event["seq"], n + 2, "{event}");
+    }
+}

@@ -11,9 +11,11 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::{Offset, TopicPartitionList, bindings};
 
-use super::setup::marker_epoch;
+use super::setup::{first_epoch, marker_epoch};
 use super::{ASK, KafkaConfig, Quiet, Shared, TICK, consumer_config, place, unavailable};
-use crate::log::{Bounds, Entry, Foreign, Grant, LogError, Position, Positions, RECORD_VERSION, Reader, Record};
+use crate::log::{
+    Bounds, Entry, Foreign, Grant, LogError, Position, Positions, READ_BYTES, RECORD_VERSION, Reader, Record,
+};
 
 pub(super) const KIND: &CStr = c"weft-kind";
 const VERSION: &CStr = c"weft-version";
@@ -23,6 +25,8 @@ const TRACEPARENT: &CStr = c"traceparent";
 pub(super) struct KafkaReader {
     shared: Arc<Shared>,
     consumer: BaseConsumer<Quiet>,
+    /// The log that the positions belong to.
+    epoch: String,
     at: Positions,
     /// Why the consumer stopped where it was. It never goes on by itself then, lest it goes on elsewhere.
     lost: Option<KafkaError>,
@@ -38,7 +42,8 @@ impl Reader for KafkaReader {
         }
         let until = Instant::now() + wait;
         let mut entries = Vec::with_capacity(max.min(1024));
-        while entries.len() < max {
+        let mut bytes = 0;
+        while entries.len() < max && bytes < READ_BYTES {
             let patience =
                 if entries.is_empty() { until.saturating_duration_since(Instant::now()) } else { Duration::ZERO };
             match self.consumer.poll(patience) {
@@ -51,7 +56,8 @@ impl Reader for KafkaReader {
                         *next = at.offset + 1;
                     }
                     if marker_epoch(&message).is_none() {
-                        entries.push(Entry { at, record: decode(&message) });
+                        bytes += message.payload_len();
+                        entries.push(Entry { at, record: self.read(at.partition, &message) });
                     }
                 }
                 Some(Err(error)) if stops_reading(&error) => {
@@ -77,9 +83,19 @@ impl Reader for KafkaReader {
 }
 
 impl KafkaReader {
-    pub(super) fn open(shared: Arc<Shared>, from: &[u64]) -> Result<KafkaReader, LogError> {
+    pub(super) fn open(shared: Arc<Shared>, epoch: &str, from: &[u64]) -> Result<KafkaReader, LogError> {
         let consumer = new_reader(&shared.config, &shared.topic, from).map_err(unavailable)?;
-        Ok(KafkaReader { shared, consumer, at: from.to_vec(), lost: None })
+        Ok(KafkaReader { shared, consumer, epoch: epoch.to_owned(), at: from.to_vec(), lost: None })
+    }
+
+    /// The record, if it is ours and where it belongs: a thread that were in two partitions would have no order.
+    fn read(&self, partition: u32, message: &BorrowedMessage<'_>) -> Result<Record, Foreign> {
+        let record = decode(message)?;
+        if partition_of(record.key.as_bytes(), self.at.len() as u32) == partition {
+            return Ok(record);
+        }
+        let why = "it is not in its key's partition (murmur2)".to_owned();
+        Err(Foreign { why, key: Some(record.key.into()), value: Some(record.value) })
     }
 
     /// Another program's transactions leave records that only Kafka sees. One at the very end would keep a reader that has
@@ -98,6 +114,10 @@ impl KafkaReader {
 
     /// A new consumer at the old place, if that place still exists.
     fn resume(&mut self) -> Result<(), LogError> {
+        let found = first_epoch(&self.shared.config, &self.shared.topic, &self.consumer)?;
+        if found.as_ref() != Some(&self.epoch) {
+            return Err(LogError::Damaged(format!("{} is no longer the topic it was: start again", self.shared.topic)));
+        }
         self.shared.check(&self.at)?;
         self.consumer = new_reader(&self.shared.config, &self.shared.topic, &self.at).map_err(unavailable)?;
         self.lost = None;
@@ -131,6 +151,25 @@ fn stops_reading(error: &KafkaError) -> bool {
                     | Code::TopicAuthorizationFailed
             )
         )
+}
+
+/// The partition that Kafka's own clients choose for a key: MurmurHash2 (Austin Appleby's, 32 bits) with Kafka's seed, its
+/// sign bit cleared, modulo the number of partitions.
+fn partition_of(key: &[u8], partitions: u32) -> u32 {
+    const SEED: u32 = 0x9747_b28c;
+    const M: u32 = 0x5bd1_e995;
+    let mut hash = SEED ^ key.len() as u32;
+    let (words, rest) = key.as_chunks::<4>();
+    for word in words {
+        let k = u32::from_le_bytes(*word).wrapping_mul(M);
+        hash = hash.wrapping_mul(M) ^ (k ^ (k >> 24)).wrapping_mul(M);
+    }
+    if !rest.is_empty() {
+        let tail = rest.iter().rev().fold(0, |tail, byte| (tail << 8) | u32::from(*byte));
+        hash = (hash ^ tail).wrapping_mul(M);
+    }
+    hash = (hash ^ (hash >> 13)).wrapping_mul(M);
+    ((hash ^ (hash >> 15)) & 0x7fff_ffff) % partitions
 }
 
 fn decode(message: &BorrowedMessage<'_>) -> Result<Record, Foreign> {
@@ -214,5 +253,18 @@ pub(super) fn watermarks(side: &BaseConsumer<Quiet>, topic: &str, partition: u32
             return Err(unavailable(error));
         }
         side.poll(TICK);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_hash_as_in_kafka_s_own_tests() {
+        // From org.apache.kafka.common.utils.UtilsTest, as unsigned values with the sign bit cleared.
+        for (key, hash) in [("21", -973932308i32), ("foobar", -790332482), ("a-little-bit-long-string", -985981536)] {
+            assert_eq!(partition_of(key.as_bytes(), u32::MAX), hash as u32 & 0x7fff_ffff, "{key}");
+        }
     }
 }

@@ -31,6 +31,7 @@ pub fn produce(
 }
 
 /// Kafka takes any bytes as a header's name; rdkafka's own types give and take only text.
+#[expect(unsafe_code, reason = "the safe producer cannot write a header whose name is not UTF-8")]
 fn produce_with_a_header_that_is_no_text(brokers: &str, topic: &str) {
     let producer: BaseProducer = ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a producer");
     let topic = std::ffi::CString::new(topic).expect("no NUL in it");

@@ -128,7 +128,7 @@ impl Drop for Broker {
     fn drop(&mut self) {
         let janitor = self.janitor.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
         drop(janitor.stdin.take());
-        let _ = janitor.wait();
+        drop(janitor.wait());
     }
 }
 
