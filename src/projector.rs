@@ -208,9 +208,9 @@ impl Projector {
         if let Some(key) = &key {
             let taken = match self.keys.get(key) {
                 Some(row) => Some(row.clone()),
-                None => store.key(key)?.filter(|row| log_time.saturating_sub(row.at) < KEY_LIFETIME),
+                None => store.key(key)?,
             };
-            if let Some(taken) = taken {
+            if let Some(taken) = taken.filter(|row| log_time.saturating_sub(row.at) < KEY_LIFETIME) {
                 return Ok(repeated(event, &taken));
             }
         }

@@ -154,7 +154,7 @@ async fn an_analyst_reads_every_thread_of_the_tenant_and_writes_none() {
     analyst.subscribe("t", Some(0)).await;
     assert_eq!(seqs(&analyst.events(1).await), [1]);
     assert_eq!(analyst.ask(publish("t", "user_message", json!({"content": "hi"}))).await["code"], "forbidden");
-    assert_eq!(server.http_with("PUT", "/v1/threads/t/members/ana", &token("ana", "analyst"), None, &[]).await.0, 404);
+    assert_eq!(server.http_with("PUT", "/v1/threads/t/members/ana", &token("ana", "analyst"), None, &[]).await.0, 403);
 }
 
 #[tokio::test]
