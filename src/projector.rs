@@ -78,11 +78,20 @@ pub struct Projector {
     threads: HashMap<String, Thread>,
     /// Keys taken by the batch in hand.
     keys: HashMap<Vec<u8>, KeyRow>,
+    /// The log time of the oldest of them, those taken again since included.
+    oldest_key: u64,
 }
 
 impl Projector {
     pub fn new(store: Arc<Store>, epoch: &str, progress: Vec<Progress>) -> Projector {
-        Projector { store, epoch: epoch.to_owned(), progress, threads: HashMap::new(), keys: HashMap::new() }
+        Projector {
+            store,
+            epoch: epoch.to_owned(),
+            progress,
+            threads: HashMap::new(),
+            keys: HashMap::new(),
+            oldest_key: u64::MAX,
+        }
     }
 
     /// For each partition the offset to read next.
@@ -103,7 +112,7 @@ impl Projector {
         if result.is_err() {
             self.progress = progress;
             self.threads.clear();
-            self.keys.clear();
+            self.forget_keys();
         }
         result
     }
@@ -134,11 +143,16 @@ impl Projector {
         }
         batch.put_progress(&self.epoch, &self.progress);
         store.commit(batch)?;
-        self.keys.clear();
+        self.forget_keys();
         if self.threads.len() > THREADS_AT_HAND {
             self.threads.clear();
         }
         Ok((taken, out))
+    }
+
+    fn forget_keys(&mut self) {
+        self.keys.clear();
+        self.oldest_key = u64::MAX;
     }
 
     /// Takes one entry into the batch; `false` if the batch must be committed before.
@@ -157,7 +171,7 @@ impl Projector {
             let purge_to = log_time.saturating_sub(KEY_LIFETIME) / PURGE_STEP * PURGE_STEP;
             if purge_to > progress.purged_to {
                 // The purge sees what is committed. Keys of this batch are that old only when the log's time jumps.
-                if !first && self.keys.values().any(|key| key.at < purge_to) {
+                if !first && self.oldest_key < purge_to {
                     return Ok(false);
                 }
                 batch.purge_keys(partition, progress.purged_to, purge_to, |key| self.keys.contains_key(key))?;
@@ -230,6 +244,7 @@ impl Projector {
         if let Some(key) = key {
             let row = KeyRow { seq, event: *event.event.as_bytes(), at: log_time, content: event.content_digest() };
             batch.put_key(partition, &key, &row);
+            self.oldest_key = self.oldest_key.min(row.at);
             self.keys.insert(key, row);
         }
         out.events.push(CommittedEvent { key: thread.key.clone(), seq, frame: frame.into(), change });
