@@ -24,14 +24,15 @@ pub fn publish(
     class: KindClass,
     standing: impl FnOnce() -> Result<Standing, Error>,
 ) -> Result<Grant, Error> {
-    let agent_kind = matches!(class, KindClass::Agent { member_may: false, .. });
-    if !(scopes.publish || scopes.admin || (scopes.agent && class != KindClass::Custom)) {
+    // What an agent writes in the threads where it works, member or not.
+    let agents_own = scopes.agent && matches!(class, KindClass::Agent { .. } | KindClass::AgentMessage);
+    if !(scopes.publish || scopes.admin || agents_own) {
         return Err(missing("publish"));
     }
-    if agent_kind && !(scopes.agent || scopes.admin) {
+    if matches!(class, KindClass::Agent { member_may: false, .. }) && !(scopes.agent || scopes.admin) {
         return Err(missing("agent").at("kind"));
     }
-    if scopes.admin || (scopes.agent && class != KindClass::Custom) {
+    if scopes.admin || agents_own {
         return Ok(Grant::Scope);
     }
     match standing()? {
@@ -92,6 +93,9 @@ mod tests {
     fn agent_events_need_the_scope_and_then_no_membership() {
         assert_eq!(judged("publish", AGENT_EVENT, Standing::Member), Err(Code::Forbidden));
         assert_eq!(judged("agent", AGENT_EVENT, Standing::Stranger), Ok(Grant::Scope));
+        assert_eq!(judged("agent", KindClass::AgentMessage, Standing::Stranger), Ok(Grant::Scope));
+        assert_eq!(judged("agent", KindClass::Message, Standing::Member), Err(Code::Forbidden));
+        assert_eq!(judged("agent publish", KindClass::Message, Standing::Stranger), Err(Code::NotFound));
         assert_eq!(judged("agent publish", KindClass::Custom, Standing::Stranger), Err(Code::NotFound));
     }
 

@@ -157,8 +157,10 @@ pub const MEMBER_REMOVED: &str = "member_removed";
 /// What may be published, and by whom.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KindClass {
-    /// `user_message`, `agent_message`, `system_message`: `data.content` is checked.
+    /// `user_message`, `system_message`: `data.content` is checked.
     Message,
+    /// `agent_message`: the same, and an agent may write it wherever it works.
+    AgentMessage,
     /// An agent event: needs `run` and scope `agent`, except the two that any member may write.
     Agent { member_may: bool, required: &'static [&'static str] },
     /// `x.<name>`: kept as it is.
@@ -170,7 +172,8 @@ pub fn classify(kind: &str) -> Result<KindClass, Error> {
     let agent = |required| Ok(KindClass::Agent { member_may: false, required });
     let member = |required| Ok(KindClass::Agent { member_may: true, required });
     match kind {
-        "user_message" | "agent_message" | "system_message" => Ok(KindClass::Message),
+        "user_message" | "system_message" => Ok(KindClass::Message),
+        "agent_message" => Ok(KindClass::AgentMessage),
         "agent_started" => agent(&["agent"]),
         "agent_thinking" => agent(&[]),
         "tool_executing" => agent(&["tool", "call"]),
@@ -194,7 +197,7 @@ pub fn classify(kind: &str) -> Result<KindClass, Error> {
 pub fn check_data(class: KindClass, data: &RawValue) -> Result<(), Error> {
     match class {
         KindClass::Custom => Ok(()),
-        KindClass::Message => check_message(data),
+        KindClass::Message | KindClass::AgentMessage => check_message(data),
         KindClass::Agent { required, .. } => check_agent(required, data),
     }
 }

@@ -100,10 +100,12 @@ impl Health {
     }
 
     fn lag_seconds(&self) -> f64 {
-        if self.lag_records.load(Ordering::Relaxed) == 0 {
-            return 0.0;
+        match self.projector.newest() {
+            // Nothing was ever projected: there is no time to count from.
+            0 => 0.0,
+            _ if self.lag_records.load(Ordering::Relaxed) == 0 => 0.0,
+            newest => clock::now_ms().saturating_sub(newest) as f64 / 1000.0,
         }
-        clock::now_ms().saturating_sub(self.projector.newest()) as f64 / 1000.0
     }
 
     /// Measures the lag every second. A log that does not answer keeps the figure that it had.

@@ -459,6 +459,7 @@ impl Loop {
     pub fn run(mut self) {
         let _stopped = Stopped(self.status.clone());
         let mut ends = self.ends();
+        self.status.newest.store(self.projector.log_time(), Ordering::Relaxed);
         let (mut stopped, mut asked) = (None, Instant::now());
         let (seconds, records, events) =
             (telemetry::project_seconds(), telemetry::project_batch_records(), telemetry::project_events());

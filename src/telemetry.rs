@@ -34,9 +34,9 @@ const METRICS: &[(&str, Type, &str)] = &[
     (
         "weft_append_seconds",
         Type::Seconds,
-        "From handing a record to the log until it was durable; of each batch, the record that waited longest",
+        "From handing a record to the log until it was durable; on the embedded log of each batch the record that waited longest",
     ),
-    ("weft_append_batch_records", Type::Records, "Records the log made durable at once"),
+    ("weft_append_batch_records", Type::Records, "Records the embedded log made durable at once"),
     ("weft_append_errors_total", Type::Counter, "Records the log did not take, by outcome"),
     ("weft_project_seconds", Type::Seconds, "Judging and committing one batch"),
     ("weft_project_batch_records", Type::Records, "Records projected at once"),

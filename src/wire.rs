@@ -24,6 +24,8 @@ pub struct Limits {
     pub data_bytes: usize,
     /// Commands in one array frame.
     pub commands: usize,
+    /// Threads that may be subscribed at once, those of `"*"` included.
+    pub subscriptions: usize,
     /// Publishes that may wait for their answer; beyond that the server stops reading the socket.
     pub publishes_in_flight: usize,
     /// Bytes of events that may wait for a slow socket; beyond that they come from the store.

@@ -208,7 +208,7 @@ impl Session {
             _ => None,
         };
         let cursor = begin(row.head, after, subscribe.last, recovered).map_err(|error| error.at("after"))?;
-        self.subs.add(&who, &subscribe.thread, cursor)?;
+        self.subs.add(&who, &subscribe.thread, cursor, true)?;
         self.answer(&ServerFrame::Subscribed {
             id: subscribe.id,
             thread: &subscribe.thread,
@@ -240,7 +240,7 @@ impl Session {
         let begun = match begun {
             Ok(begun) => begun,
             Err(error) => {
-                self.subs.unfollow();
+                self.subs.unfollow_all();
                 self.refuse(Some(all.id), &error);
                 return;
             }
@@ -262,7 +262,7 @@ impl Session {
         }
         for (thread, (_, cursor)) in begun {
             if !self.subs.contains(&thread)
-                && let Err(error) = self.subs.add(&who, &thread, cursor)
+                && let Err(error) = self.subs.add(&who, &thread, cursor, false)
             {
                 self.answers.push_back(text(error_frame(None, Some(&thread), &error)));
             }
@@ -272,8 +272,7 @@ impl Session {
     fn unsubscribe(&mut self, id: i64, thread: &str) -> Result<(), Error> {
         self.who()?;
         if thread == "*" && self.subs.follows() {
-            self.subs.unfollow();
-            self.subs.clear();
+            self.subs.unfollow_all();
         } else if !self.subs.remove(thread) {
             return Err(Error::new(Code::NotFound, "the session is not subscribed to this thread").at("thread"));
         }

@@ -26,7 +26,7 @@ use tokio_tungstenite::tungstenite::{Bytes, Message};
 use super::Context;
 use super::commands::All;
 use super::socket::Socket;
-use super::subscriptions::Subscriptions;
+use super::subscriptions::{MAX_SUBSCRIPTIONS, Subscriptions};
 use crate::command::{self};
 use crate::error::{Code, Error};
 use crate::identity::{Principal, jwt};
@@ -60,6 +60,7 @@ pub const LIMITS: Limits = Limits {
     frame_bytes: command::MAX_FRAME,
     data_bytes: command::MAX_DATA,
     commands: command::MAX_COMMANDS,
+    subscriptions: MAX_SUBSCRIPTIONS,
     publishes_in_flight: MAX_IN_FLIGHT,
     outbox_bytes: EVENT_BYTES,
 };
@@ -291,7 +292,7 @@ impl Session {
                 Some(Item::Joined { thread, before }) if self.subs.follows() => {
                     // A failure here is one of the store; the thread is there again when the client resumes.
                     if !self.subs.contains(&thread)
-                        && let Err(error) = self.subs.add(who, &thread, before)
+                        && let Err(error) = self.subs.add(who, &thread, before, false)
                     {
                         return Some(text(error_frame(None, Some(&thread), &error)));
                     }

@@ -54,6 +54,8 @@ struct Subscription {
     /// The newest seq handed to the socket, or to come from there on.
     cursor: u64,
     stage: Stage,
+    /// Asked for by its own name.
+    named: bool,
 }
 
 pub struct Subscriptions {
@@ -101,8 +103,8 @@ impl Subscriptions {
         self.seams == 0
     }
 
-    /// Adds a subscription that begins behind `cursor`.
-    pub fn add(&mut self, who: &Principal, thread: &str, cursor: u64) -> Result<(), Error> {
+    /// Adds a subscription that begins behind `cursor`; `named` unless `"*"` brought it.
+    pub fn add(&mut self, who: &Principal, thread: &str, cursor: u64, named: bool) -> Result<(), Error> {
         if self.by_id.len() >= MAX_SUBSCRIPTIONS {
             let why = format!("a session has at most {MAX_SUBSCRIPTIONS} subscriptions");
             return Err(Error::new(Code::TooLarge, why).at("thread"));
@@ -111,7 +113,7 @@ impl Subscriptions {
         self.next += 1;
         let key = log_key(&who.tenant, thread).into();
         self.by_thread.insert(thread.to_owned(), id);
-        self.by_id.insert(id, Subscription { thread: thread.to_owned(), key, cursor, stage: Stage::Behind });
+        self.by_id.insert(id, Subscription { thread: thread.to_owned(), key, cursor, stage: Stage::Behind, named });
         let result = self.approach(who, id);
         if result.is_err() {
             self.drop_sub(id);
@@ -153,7 +155,7 @@ impl Subscriptions {
         self.following = Some(who.key.clone());
     }
 
-    pub fn unfollow(&mut self) {
+    fn unfollow(&mut self) {
         if let Some(user) = self.following.take() {
             self.ctx.hub.unfollow(&user, &self.outbox);
         }
@@ -174,13 +176,19 @@ impl Subscriptions {
     /// Leaves nothing of the session behind.
     pub fn close(&mut self) {
         self.unfollow();
-        self.clear();
+        self.queue.clear();
+        self.end(|_| true);
         self.outbox.close();
     }
 
-    pub fn clear(&mut self) {
-        self.queue.clear();
-        let ids: Vec<SubId> = self.by_id.keys().copied().collect();
+    /// Ends the subscriptions that `"*"` brought, and leaves those made by name.
+    pub fn unfollow_all(&mut self) {
+        self.unfollow();
+        self.end(|sub| !sub.named);
+    }
+
+    fn end(&mut self, which: impl Fn(&Subscription) -> bool) {
+        let ids: Vec<SubId> = self.by_id.iter().filter(|(_, sub)| which(sub)).map(|(id, _)| *id).collect();
         for id in ids {
             self.drop_sub(id);
         }

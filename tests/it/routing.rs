@@ -93,8 +93,8 @@ async fn a_removed_member_gets_nothing_more_and_is_told() {
         (&json!("error"), &json!("t"), &json!("not_found")),
         "{told}"
     );
-    let answer = ben.ask(json!({"type": "ping"})).await;
-    assert_eq!(answer["type"], "pong", "nothing of the thread came in between");
+    ben.send(&json!({"type": "ping", "id": 99})).await;
+    assert_eq!(ben.recv().await["type"], "pong", "nothing of the thread came in between");
     assert_eq!(ben.ask(publish("t", "user_message", json!({"content": "let me in"}))).await["code"], "not_found");
     assert_eq!(ben.ask(json!({"type": "subscribe", "thread": "t"})).await["code"], "not_found");
 }
@@ -144,6 +144,21 @@ async fn a_star_subscription_follows_all_threads_also_those_joined_later() {
     assert_eq!(refused["code"], "conflict");
     assert_eq!(resumed.ask(json!({"type": "unsubscribe", "thread": "*"})).await["type"], "unsubscribed");
     assert_eq!(resumed.ask(json!({"type": "unsubscribe", "thread": "a"})).await["code"], "not_found");
+}
+
+#[tokio::test]
+async fn unsubscribing_from_all_leaves_what_was_subscribed_by_name() {
+    let server = Server::start(LogKind::embedded());
+    let mut ada = server.connect("ada").await;
+    ada.say("a", "1").await;
+    ada.say("b", "1").await;
+    let mut socket = server.connect("ada").await;
+    socket.subscribe("a", None).await;
+    assert_eq!(socket.ask(json!({"type": "subscribe", "thread": "*"})).await["type"], "subscribed");
+    assert_eq!(socket.ask(json!({"type": "unsubscribe", "thread": "*"})).await["type"], "unsubscribed");
+    ada.say("b", "not for this session").await;
+    ada.say("a", "for this one").await;
+    assert_eq!(socket.recv_type("event").await["data"]["content"], "for this one");
 }
 
 #[tokio::test]
