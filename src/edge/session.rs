@@ -180,7 +180,7 @@ impl Session {
 
     /// The client offered no version of the protocol that we speak.
     pub async fn refuse_version(self: Box<Session>) {
-        self.finish(End::Close(4502, "the subprotocol is weft.v1")).await;
+        Box::pin(self.finish(End::Close(4502, "the subprotocol is weft.v1"))).await;
     }
 
     /// Reads while there is something to read, then writes what waits, then sleeps.

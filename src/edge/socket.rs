@@ -41,7 +41,8 @@ impl Socket {
     pub async fn linger(mut self) {
         let drain = async {
             self.stream.shutdown().await?;
-            let (mut buffer, mut rest) = ([0u8; 4096], LINGER_BYTES);
+            // Not an array, which every future around this one would have room for.
+            let (mut buffer, mut rest) = (vec![0u8; 4096], LINGER_BYTES);
             while rest > 0 {
                 match self.stream.read(&mut buffer).await? {
                     0 => break,
