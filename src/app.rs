@@ -13,6 +13,7 @@ use crate::config::{Config, ConfigError, LogChoice};
 use crate::edge::{Context, Sessions, http, listener};
 use crate::health::Health;
 use crate::hub::{Committer, Hub};
+use crate::identity::tickets::Tickets;
 use crate::log::embedded::EmbeddedLog;
 use crate::log::kafka::{KafkaConfig, KafkaLog};
 use crate::log::{Log, LogError, Reader};
@@ -140,6 +141,7 @@ impl App {
             hub,
             submit: Submit::new(log.clone(), pending.clone()),
             verifier,
+            tickets: Tickets::default(),
             epoch: log.epoch().to_owned(),
             sessions: Sessions::default(),
             origins: config.allow_origin.clone(),

@@ -3,6 +3,7 @@
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
 use crate::command::{Connect, Ping, Publish, PublishBody, Refresh, Subscribe, ThreadBody, Unsubscribe};
+use crate::edge::http::Ticket;
 use crate::edge::threads::{ThreadDetail, ThreadList};
 use crate::event::{EventFrame, LogEvent};
 use crate::health::Ready;
@@ -21,6 +22,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("frame.server", of::<ServerFrame>()),
         ("http.publish", of::<PublishBody>()),
         ("http.thread", of::<ThreadBody>()),
+        ("http.ticket", of::<Ticket>()),
         ("http.thread-detail", of::<ThreadDetail>()),
         ("http.thread-list", of::<ThreadList>()),
         ("http.problem", of::<Problem>()),

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures_util::Stream;
 use serde_json::value::RawValue;
@@ -19,9 +20,10 @@ use crate::command::{self, PublishBody};
 use crate::error::{Code, Error};
 use crate::event;
 use crate::identity::Principal;
+use crate::identity::tickets::LIFETIME;
 use crate::ids;
 use crate::submit::{Draft, draft};
-use crate::{access, telemetry};
+use crate::{access, clock, telemetry};
 
 /// What a handler gets of a request.
 pub struct Request {
@@ -66,9 +68,12 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
         .and(with.clone())
         .and(warp::ext::optional::<OnUpgrade>())
         .and(listener::place())
-        .map(|it: Request, on: Option<OnUpgrade>, place: Option<Place>| {
-            counted("ws", upgrade(&it.ctx, &it.headers, on, place))
-        })
+        .map(|it: Request, on: Option<OnUpgrade>, place: Option<Place>| counted("ws", upgrade(&it, on, place)))
+        .boxed();
+    let ticket = warp::path!("v1" / "tickets")
+        .and(warp::post())
+        .and(with.clone())
+        .map(|it: Request| answer("tickets", ticket(&it)))
         .boxed();
     let list = warp::path!("v1" / "threads")
         .and(warp::get())
@@ -115,6 +120,8 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
         .boxed();
     let metrics = warp::path!("metrics").and(warp::get()).and(with).map(|it: Request| metrics_text(&it.ctx)).boxed();
     let all = ws
+        .or(ticket)
+        .unify()
         .or(publish)
         .unify()
         .or(page)
@@ -164,6 +171,24 @@ fn metrics_text(ctx: &Context) -> Reply {
         .headers_mut()
         .insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
     reply
+}
+
+/// `POST /v1/tickets`
+fn ticket(it: &Request) -> Result<Reply, Error> {
+    let who = it.who()?;
+    reply::query(&it.query, &[])?;
+    let ticket = it.ctx.tickets.issue(&who, Instant::now())?;
+    let expires_at = clock::rfc3339(clock::now_ms() + LIFETIME.as_millis() as u64);
+    Ok(json(StatusCode::CREATED, &Ticket { ticket, expires_at }))
+}
+
+/// The answer to `POST /v1/tickets`.
+#[derive(serde::Serialize, schemars::JsonSchema)]
+pub struct Ticket {
+    /// For `GET /v1/ws?ticket=`: good once.
+    ticket: String,
+    /// RFC 3339, 30 s from now.
+    expires_at: String,
 }
 
 /// `POST /v1/threads/{t}/events`

@@ -21,6 +21,7 @@ use crate::error::Error;
 use crate::hub::Hub;
 use crate::identity::Principal;
 use crate::identity::jwt::Verifier;
+use crate::identity::tickets::Tickets;
 use crate::outbox::{Answer, Outbox};
 use crate::store::Store;
 use crate::submit::Submit;
@@ -32,6 +33,7 @@ pub struct Context {
     pub hub: Arc<Hub>,
     pub submit: Submit,
     pub verifier: Verifier,
+    pub tickets: Tickets,
     /// The log's identity.
     pub epoch: String,
     pub sessions: Sessions,

@@ -1,6 +1,6 @@
 //! The upgrade to WebSocket (RFC 6455, section 4), answered by us so that a session's buffers fit.
 
-use std::sync::Arc;
+use std::time::Instant;
 
 use base64::Engine;
 use hyper_util::rt::TokioIo;
@@ -10,8 +10,9 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use warp::http::{HeaderMap, HeaderValue, StatusCode, header};
 use warp::hyper::upgrade::OnUpgrade;
 
+use super::http::Request;
 use super::listener::Place;
-use super::reply::{Reply, header_text, problem, with_type};
+use super::reply::{Reply, header_text, problem, query, with_type};
 use super::session::Session;
 use super::socket::Socket;
 use super::{Context, http};
@@ -28,8 +29,8 @@ const BEARER: &str = "weft.bearer.";
 const ACCEPT_GUID: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// Answers `GET /v1/ws`.
-pub fn upgrade(ctx: &Arc<Context>, headers: &HeaderMap, upgrade: Option<OnUpgrade>, place: Option<Place>) -> Reply {
-    match accept(ctx, headers, upgrade, place) {
+pub fn upgrade(it: &Request, upgrade: Option<OnUpgrade>, place: Option<Place>) -> Reply {
+    match accept(it, upgrade, place) {
         Ok(reply) => reply,
         Err(error) => {
             let mut reply = problem(&error);
@@ -42,12 +43,8 @@ pub fn upgrade(ctx: &Arc<Context>, headers: &HeaderMap, upgrade: Option<OnUpgrad
     }
 }
 
-fn accept(
-    ctx: &Arc<Context>,
-    headers: &HeaderMap,
-    upgrade: Option<OnUpgrade>,
-    place: Option<Place>,
-) -> Result<Reply, Error> {
+fn accept(it: &Request, upgrade: Option<OnUpgrade>, place: Option<Place>) -> Result<Reply, Error> {
+    let (ctx, headers) = (&it.ctx, &it.headers);
     let has = |name, token: &str| {
         let values = headers.get_all(name).iter().filter_map(|value: &HeaderValue| value.to_str().ok());
         values.flat_map(|value| value.split(',')).any(|it| it.trim().eq_ignore_ascii_case(token))
@@ -67,8 +64,8 @@ fn accept(
     check_origin(ctx, headers)?;
     let offered: Vec<&str> = header_text(headers, "Sec-WebSocket-Protocol")?
         .map_or(Vec::new(), |list| list.split(',').map(str::trim).collect());
-    let who = credentials(ctx, headers, &offered)?;
     ctx.health.check_caught_up()?;
+    let who = credentials(it, &offered)?;
     let versions = || offered.iter().filter(|it| it.starts_with("weft.v"));
     let unsupported = versions().next().is_some() && !versions().any(|it| *it == PROTOCOL);
     let traceparent = header_text(headers, "traceparent")?.map(str::to_owned);
@@ -116,13 +113,17 @@ async fn websocket(upgrade: OnUpgrade) -> Option<WebSocketStream<Socket>> {
     Some(WebSocketStream::from_partially_read(socket, parts.read_buf.to_vec(), Role::Server, Some(config)).await)
 }
 
-/// Who the request comes from: the `Authorization` header, then the subprotocol; else a `connect` frame must follow.
-fn credentials(ctx: &Context, headers: &HeaderMap, offered: &[&str]) -> Result<Option<Principal>, Error> {
-    if headers.contains_key(header::AUTHORIZATION) {
-        return http::authenticate(ctx, headers).map(Some);
+/// Who the request comes from: the `Authorization` header, then the subprotocol, then a ticket; else a `connect` frame must
+/// follow.
+fn credentials(it: &Request, offered: &[&str]) -> Result<Option<Principal>, Error> {
+    let query = query(&it.query, &["ticket"])?;
+    if it.headers.contains_key(header::AUTHORIZATION) {
+        return http::authenticate(&it.ctx, &it.headers).map(Some);
     }
-    let token = offered.iter().find_map(|it| it.strip_prefix(BEARER));
-    token.map(|token| ctx.verifier.verify(token)).transpose()
+    if let Some(token) = offered.iter().find_map(|it| it.strip_prefix(BEARER)) {
+        return it.ctx.verifier.verify(token).map(Some);
+    }
+    query.text("ticket").map(|ticket| it.ctx.tickets.redeem(ticket, Instant::now())).transpose()
 }
 
 /// A browser's page must be of our own host, or of one that the configuration names.

@@ -1,6 +1,7 @@
 //! Who somebody is: from a token to a [`Principal`].
 
 pub mod jwt;
+pub mod tickets;
 
 use std::sync::Arc;
 

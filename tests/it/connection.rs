@@ -170,6 +170,33 @@ async fn a_token_comes_by_header_by_subprotocol_or_by_a_connect_frame_and_never_
 }
 
 #[tokio::test]
+async fn a_ticket_lets_its_user_in_once() {
+    let server = Server::start(LogKind::embedded());
+    let status = async |query: &str| match Socket::raw_at(&server.url, &format!("/v1/ws?{query}"), &[]).await {
+        Ok(_) => 101,
+        Err(WsError::Http(reply)) => reply.status().as_u16(),
+        Err(error) => panic!("{error}"),
+    };
+    let (code, given) = server.http("POST", "/v1/tickets", "ada", None).await;
+    assert_eq!(code, 201, "{given}");
+    let ticket = given["ticket"].as_str().unwrap();
+    let until = weft::clock::parse_rfc3339(given["expires_at"].as_str().unwrap()).unwrap();
+    assert!(until > weft::clock::now_ms());
+    let mut socket = Socket::raw_at(&server.url, &format!("/v1/ws?ticket={ticket}"), &[]).await.unwrap();
+    let welcome = socket.recv().await;
+    assert_eq!(
+        (&welcome["type"], &welcome["user"], &welcome["tenant"]),
+        (&json!("welcome"), &json!("ada"), &json!("acme"))
+    );
+    assert_eq!(socket.say("t", "with the rights of the token it was made for").await, 1);
+    assert_eq!(status(&format!("ticket={ticket}")).await, 401, "used twice");
+    assert_eq!(status("ticket=guessed").await, 401);
+    assert_eq!(status(&format!("token={}", token("ada", ""))).await, 400, "a token is never taken from a query");
+    let reply = reqwest::Client::new().post(format!("{}/v1/tickets", server.url)).send().await.unwrap();
+    assert_eq!(reply.status(), 401, "a ticket is for somebody");
+}
+
+#[tokio::test]
 async fn a_page_of_another_origin_is_refused() {
     let server = Server::start_with(LogKind::embedded(), &["--allow-origin", "https://app.example,https://b.example"]);
     let bearer = format!("Bearer {}", token("ada", ""));

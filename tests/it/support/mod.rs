@@ -278,7 +278,12 @@ impl Socket {
 
     /// Connects with these headers and nothing else.
     pub async fn raw(url: &str, headers: &[(&str, &str)]) -> Result<Socket, WsError> {
-        let mut request = format!("{}/v1/ws", url.replace("http://", "ws://")).into_client_request().unwrap();
+        Socket::raw_at(url, "/v1/ws", headers).await
+    }
+
+    /// The same, at a path with a query.
+    pub async fn raw_at(url: &str, path: &str, headers: &[(&str, &str)]) -> Result<Socket, WsError> {
+        let mut request = format!("{}{path}", url.replace("http://", "ws://")).into_client_request().unwrap();
         for (name, value) in headers {
             let name: tokio_tungstenite::tungstenite::http::HeaderName = name.parse().unwrap();
             request.headers_mut().insert(name, HeaderValue::from_str(value).unwrap());
