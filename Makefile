@@ -50,5 +50,5 @@ bench: ## measure on both logs, beside what the log and the store can do bare
 kafka: ## start a real Kafka broker (KRaft) in .kafka/ and print its address
 	@scripts/setup.sh test
 	@scripts/kafka.sh start
-	@echo "Weft on it:  cargo run --release -- serve --dev --log kafka"
+	@echo 'Weft on it:  make run ARGS="--log kafka"'
 	@echo "Stop it:     scripts/kafka.sh stop"

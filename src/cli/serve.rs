@@ -84,10 +84,11 @@ async fn welcome(url: &str, secret: &str, play: bool) -> Result<(), Failure> {
     out.line("")?;
     out.line(format!("{}  {url}", out.paint(Style::Bold, "address")))?;
     out.line(format!("{}    {token}", out.paint(Style::Bold, "token")))?;
-    out.line(
-        format!("{}  WEFT_TOKEN={token} weft tail --url {url} '{thread}' --after 0", out.paint(Style::Bold, "try it"))
-            .replace(" '*' --after 0", " '*'"),
-    )?;
+    // With its path: a newcomer's shell does not know the command yet.
+    let weft = std::env::current_exe().map_or("weft".to_owned(), |path| path.display().to_string());
+    let begin = if thread == "*" { "" } else { " --after 0" };
+    let line = format!("WEFT_TOKEN={token} {weft} tail --url {url} '{thread}'{begin}");
+    out.line(format!("{}  {line}", out.paint(Style::Bold, "try it")))?;
     out.line(out.paint(Style::Dim, "stop with Ctrl-C"))?;
     Ok(())
 }
