@@ -88,10 +88,6 @@ impl Submit {
         self.send(vec![append]);
         verdict.await.unwrap_or_else(|_| Err(unknown("the server is stopping")))
     }
-
-    pub fn log(&self) -> &Arc<dyn Log> {
-        &self.log
-    }
 }
 
 fn refusal(error: AppendError) -> Error {

@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 
 use serde_json::value::RawValue;
 
+use super::Asked;
 use super::session::{End, LIMITS, PING_AFTER, Session, text};
 use super::subscriptions::may_read;
 use crate::access;
 use crate::command::{self, After, BadCommand, Command, Publish, Subscribe};
 use crate::error::{Code, Error};
-use crate::event;
 use crate::identity::Principal;
 use crate::log::Append;
 use crate::outbox::Answer;
-use crate::submit::{Draft, draft};
+use crate::submit::Draft;
 use crate::wire::{Seqs, ServerFrame, error_frame};
 use crate::{clock, telemetry};
 
@@ -173,15 +173,18 @@ impl Session {
 
     fn prepare(&self, publish: &Publish<'_>) -> Result<Append, Error> {
         let who = self.who()?;
-        let class = event::classify(&publish.kind)?;
-        event::check_data(class, publish.data)?;
-        let grant = access::publish(who.scopes, class, || self.ctx.standing(who, &publish.thread))?;
-        event::check_run(class, publish.run.as_deref())?;
-        let mut event = draft(&who.tenant, &who.user, &publish.thread, &publish.kind, publish.data);
-        event.key = publish.key.as_deref().map(Into::into);
-        event.run = publish.run.as_deref().map(Into::into);
-        event.parent = publish.parent;
-        event.priority = publish.priority;
+        let (event, grant) = self.ctx.admit(
+            who,
+            Asked {
+                thread: &publish.thread,
+                kind: &publish.kind,
+                data: publish.data,
+                key: publish.key.as_deref(),
+                run: publish.run.as_deref(),
+                parent: publish.parent,
+                priority: publish.priority,
+            },
+        )?;
         let (outbox, id, thread) = (self.outbox.clone(), publish.id, Box::from(&*publish.thread));
         let reply = Box::new(move |verdict| outbox.push_answer(Answer::Publish { id, thread, verdict }));
         Ok(self.ctx.submit.prepare(&Draft { event, grant, traceparent: self.traceparent.clone() }, reply))

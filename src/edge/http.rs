@@ -11,19 +11,18 @@ use warp::http::{HeaderMap, Method, StatusCode, header};
 use warp::hyper::upgrade::OnUpgrade;
 use warp::{Buf, Filter, Rejection};
 
-use super::Context;
 use super::listener::{self, Place};
 use super::reply::{self, Reply, body, header_text, json, problem, segment};
 use super::threads;
 use super::upgrade::upgrade;
+use super::{Asked, Context};
 use crate::command::{self, PublishBody};
 use crate::error::{Code, Error};
-use crate::event;
 use crate::identity::Principal;
 use crate::identity::tickets::LIFETIME;
 use crate::ids;
-use crate::submit::{Draft, draft};
-use crate::{access, clock, telemetry};
+use crate::submit::Draft;
+use crate::{clock, telemetry};
 
 /// What a handler gets of a request.
 pub struct Request {
@@ -205,15 +204,18 @@ async fn publish<B: Buf, E>(
     let publish: PublishBody = command::from_json(&text)?;
     let key = header_text(&it.headers, "Idempotency-Key")?;
     command::check_content(publish.data, key, publish.run.as_deref(), publish.parent)?;
-    let class = event::classify(&publish.kind)?;
-    event::check_data(class, publish.data)?;
-    let grant = access::publish(who.scopes, class, || it.ctx.standing(&who, &thread))?;
-    event::check_run(class, publish.run.as_deref())?;
-    let mut event = draft(&who.tenant, &who.user, &thread, &publish.kind, publish.data);
-    event.key = key.map(Into::into);
-    event.run = publish.run.as_deref().map(Into::into);
-    event.parent = publish.parent;
-    event.priority = publish.priority;
+    let (event, grant) = it.ctx.admit(
+        &who,
+        Asked {
+            thread: &thread,
+            kind: &publish.kind,
+            data: publish.data,
+            key,
+            run: publish.run.as_deref(),
+            parent: publish.parent,
+            priority: publish.priority,
+        },
+    )?;
     let published = it.ctx.submit.publish(&Draft { event, grant, traceparent: traceparent(&it.headers)? }).await?;
     let status = if published.duplicate { StatusCode::OK } else { StatusCode::CREATED };
     Ok(json(

@@ -14,17 +14,20 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use metrics::{Counter, Gauge};
+use serde_json::value::RawValue;
 use tokio::sync::watch;
 
-use crate::access::Standing;
+use crate::access::{self, Standing};
 use crate::error::Error;
+use crate::event::{self, LogEvent, Priority};
 use crate::hub::Hub;
 use crate::identity::Principal;
 use crate::identity::jwt::Verifier;
 use crate::identity::tickets::Tickets;
+use crate::log::Grant;
 use crate::outbox::{Answer, Outbox};
 use crate::store::Store;
-use crate::submit::Submit;
+use crate::submit::{Submit, draft};
 use crate::telemetry;
 
 /// What sessions and requests work with.
@@ -43,7 +46,32 @@ pub struct Context {
     pub metrics: metrics_exporter_prometheus::PrometheusHandle,
 }
 
+/// A publish as either interface has it, its values checked.
+pub struct Asked<'a> {
+    pub thread: &'a str,
+    pub kind: &'a str,
+    pub data: &'a RawValue,
+    pub key: Option<&'a str>,
+    pub run: Option<&'a str>,
+    pub parent: Option<u64>,
+    pub priority: Option<Priority>,
+}
+
 impl Context {
+    /// The event that a publish becomes, and by which right; or why it is plainly wrong.
+    pub fn admit<'a>(&self, who: &'a Principal, asked: Asked<'a>) -> Result<(LogEvent<'a>, Grant), Error> {
+        let class = event::classify(asked.kind)?;
+        event::check_data(class, asked.data)?;
+        let grant = access::publish(who.scopes, class, || self.standing(who, asked.thread))?;
+        event::check_run(class, asked.run)?;
+        let mut event = draft(&who.tenant, &who.user, asked.thread, asked.kind, asked.data);
+        event.key = asked.key.map(Into::into);
+        event.run = asked.run.map(Into::into);
+        event.parent = asked.parent;
+        event.priority = asked.priority;
+        Ok((event, grant))
+    }
+
     /// The user's place in a thread, now.
     pub fn standing(&self, who: &Principal, thread: &str) -> Result<Standing, Error> {
         let member = || self.store.is_member(&who.tenant, thread, &who.user);

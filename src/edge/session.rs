@@ -270,7 +270,7 @@ impl Session {
             self.deliveries.increment(1);
             return Some(Message::Text(frame));
         }
-        while self.subs.gate_open() && self.listing.is_none() {
+        while self.gate_open() {
             match self.outbox.pop_item() {
                 Some(Item::Event { sub, seq, frame }) => {
                     if self.subs.pass(who, sub, seq) {
