@@ -8,7 +8,8 @@
 //!
 //! Format: column family `records`, key = offset (u64) · partition (u32), both big-endian; value = a framed [`Row`]. The
 //! offset counts over all partitions: keys only grow, so files never overlap and compaction moves them without rewriting.
-//! Column family `default` holds `epoch` and `partitions`.
+//! The partition counts over all topics, events first, and tells the topic: no row names it, and a log from before there
+//! were other topics reads as one of events. Column family `default` holds `epoch` and `partitions`, those of one topic.
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -23,7 +24,7 @@ use rocksdb::{ColumnFamilyDescriptor, DB, Options, ReadOptions, WriteBatch, Writ
 
 use super::{
     Append, AppendError, Bounds, Done, Entry, Foreign, Grant, Log, LogError, Position, Positions, READ_BYTES, Reader,
-    Record,
+    Record, Topic,
 };
 use crate::{clock, codec, disk, telemetry};
 
@@ -52,7 +53,8 @@ pub struct EmbeddedLog {
 struct Shared {
     db: DB,
     epoch: String,
-    partitions: u32,
+    /// How many partitions each topic has.
+    each: u32,
     queue: Mutex<Queue>,
     /// Signalled when the queue is no longer empty, or closed.
     queued: Condvar,
@@ -81,13 +83,20 @@ struct Tail {
     end: u64,
 }
 
+impl Shared {
+    /// Of all topics together.
+    fn partitions(&self) -> u32 {
+        self.each * Topic::ALL.len() as u32
+    }
+}
+
 /// A lock whose holder panicked still guards whole values here: each critical section writes them in one go.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl EmbeddedLog {
-    /// Opens the log in `dir`, or creates it with `partitions`.
+    /// Opens the log in `dir`, or creates it with `partitions` for each topic.
     pub fn open(dir: &Path, partitions: u32) -> Result<EmbeddedLog, LogError> {
         std::fs::create_dir_all(dir).map_err(|error| LogError::Unavailable(format!("{}: {error}", dir.display())))?;
         let tuning = tuning(disk::takes_direct_io(dir));
@@ -102,7 +111,7 @@ impl EmbeddedLog {
         let shared = Arc::new(Shared {
             db,
             epoch,
-            partitions,
+            each: partitions,
             queue: Mutex::default(),
             queued: Condvar::new(),
             tail: Mutex::new(tail),
@@ -122,6 +131,7 @@ impl EmbeddedLog {
     pub fn append_foreign(&self, partition: u32, bytes: &[u8]) -> Result<Position, AppendError> {
         let (sender, answer) = std::sync::mpsc::sync_channel(1);
         let record = Record {
+            topic: self.place(partition).0,
             key: format!("{FOREIGN}{partition}"),
             kind: String::new(),
             grant: Grant::Member,
@@ -231,9 +241,10 @@ fn encode(record: &Record) -> Vec<u8> {
     codec::encode(ROW_SCHEMA, &row)
 }
 
-fn decode(bytes: &[u8]) -> Result<Record, Foreign> {
+fn decode(topic: Topic, bytes: &[u8]) -> Result<Record, Foreign> {
     let row: Row = codec::decode(ROW_SCHEMA, bytes).map_err(|error| foreign(error.to_string(), bytes))?;
     Ok(Record {
+        topic,
         key: row.key.to_owned(),
         kind: row.kind.to_owned(),
         grant: if row.scope { Grant::Scope } else { Grant::Member },
@@ -243,7 +254,7 @@ fn decode(bytes: &[u8]) -> Result<Record, Foreign> {
 }
 
 fn foreign(why: String, bytes: &[u8]) -> Foreign {
-    Foreign { why, key: None, value: Some(Bytes::copy_from_slice(bytes)) }
+    Foreign { why, key: None, value: Some(Bytes::copy_from_slice(bytes)), at: None }
 }
 
 impl Log for EmbeddedLog {
@@ -252,7 +263,7 @@ impl Log for EmbeddedLog {
     }
 
     fn partitions(&self) -> u32 {
-        self.shared.partitions
+        self.shared.partitions()
     }
 
     fn append(&self, batch: Vec<Append>) {
@@ -286,8 +297,8 @@ impl Log for EmbeddedLog {
 
     fn reader(&self, from: &[u64]) -> Result<Box<dyn Reader>, LogError> {
         let end = lock(&self.shared.tail).end;
-        if from.len() != self.shared.partitions as usize {
-            return Err(LogError::PartitionMismatch { found: self.shared.partitions, configured: from.len() as u32 });
+        if from.len() != self.partitions() as usize {
+            return Err(LogError::PartitionMismatch { found: self.partitions(), configured: from.len() as u32 });
         }
         for (partition, offset) in from.iter().enumerate() {
             if *offset > end {
@@ -300,7 +311,7 @@ impl Log for EmbeddedLog {
 
     fn bounds(&self) -> Result<Vec<Bounds>, LogError> {
         let end = lock(&self.shared.tail).end;
-        Ok(vec![Bounds { start: 0, end }; self.shared.partitions as usize])
+        Ok(vec![Bounds { start: 0, end }; self.partitions() as usize])
     }
 
     /// Offsets count over all partitions, so the partition that is furthest behind says it all.
@@ -402,10 +413,11 @@ impl Writer {
         if let Some(partition) = record.key.strip_prefix(FOREIGN) {
             let at = Position { partition: partition.parse().unwrap_or(0), offset };
             let row = record.value.to_vec();
-            let entry = Entry { at, record: decode(&row) };
+            let entry = Entry { at, record: decode(record.topic, &row) };
             return (entry, row);
         }
-        let partition = crc32fast::hash(record.key.as_bytes()) % self.shared.partitions;
+        let each = self.shared.each;
+        let partition = record.topic.partition(crc32fast::hash(record.key.as_bytes()) % each, each);
         let row = encode(&record);
         (Entry { at: Position { partition, offset }, record: Ok(record) }, row)
     }
@@ -569,7 +581,7 @@ impl EmbeddedReader {
         let mut bytes = 0;
         rows.seek(from.to_be_bytes());
         while let Some((key, value)) = rows.item() {
-            let Some(at) = parse_key(key).filter(|at| at.partition < self.shared.partitions) else {
+            let Some(at) = parse_key(key).filter(|at| at.partition < self.shared.partitions()) else {
                 return Err(LogError::Damaged(format!("a key of {} bytes among the records", key.len())));
             };
             if found.len() == max || bytes > READ_BYTES {
@@ -578,7 +590,8 @@ impl EmbeddedReader {
             }
             if at.offset >= self.positions[at.partition as usize] {
                 bytes += value.len();
-                found.push(Entry { at, record: decode(value) });
+                let topic = Topic::place(at.partition, self.shared.each).0;
+                found.push(Entry { at, record: decode(topic, value) });
             }
             rows.next();
         }

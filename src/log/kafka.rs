@@ -3,7 +3,7 @@
 //! Two threads belong to a log. `weft-kafka-out` owns the producer: it brings every record's answer, in time even if Kafka
 //! brings none, and replaces a producer that failed for good. `weft-kafka-care` asks the brokers once a second how they
 //! are, and commits how far we have read, for Kafka's own tools. Readers are consumers of their own that are told where
-//! to read: the place is ours, never the group's.
+//! to read: the place is ours, never the group's. One producer writes to all three topics, and one consumer reads them.
 
 mod reading;
 mod setup;
@@ -21,11 +21,14 @@ use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{DeliveryResult, Header, Message, OwnedHeaders};
+use rdkafka::metadata::MetadataTopic;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext};
 
 use self::reading::{KafkaReader, assignment, watermarks};
-use self::setup::{ensure_topics, first_epoch, write_marker};
-use super::{Append, AppendError, Bounds, Done, Log, LogError, Position, Positions, RECORD_VERSION, Reader, Record};
+use self::setup::{Topics, ensure_topics, first_epoch, write_marker};
+use super::{
+    Append, AppendError, Bounds, Done, Log, LogError, Position, Positions, RECORD_VERSION, Reader, Record, Topic,
+};
 use crate::telemetry;
 
 /// When Kafka has not answered for a record by then, we do; [`Log::append`] promises 5 seconds.
@@ -42,6 +45,7 @@ const PROBE_EVERY: Duration = Duration::from_secs(1);
 pub struct KafkaConfig {
     /// `host:port`, several with commas between them.
     pub brokers: String,
+    /// Of each topic.
     pub partitions: u32,
     /// What the topics' names begin with: `weft.` makes `weft.events`, `weft.receipts` and `weft.dead-letters`.
     pub topic_prefix: String,
@@ -57,7 +61,7 @@ pub struct KafkaLog {
 
 struct Shared {
     config: KafkaConfig,
-    topic: String,
+    topics: Topics,
     closed: AtomicBool,
     /// None after the end.
     producer: RwLock<Option<Arc<BaseProducer<Producing>>>>,
@@ -71,32 +75,34 @@ struct Shared {
 /// What is wrong with the brokers, as the care thread found it.
 struct Trouble {
     why: String,
-    /// Whether appends are refused at once. Without a leader for one partition the others still take records.
-    refuse: bool,
+    /// For each topic, whether appends are refused at once. Without a leader for one partition the others still take
+    /// records, and so do the other topics.
+    refuse: [bool; Topic::ALL.len()],
 }
 
 impl KafkaLog {
     /// Connects, creates what is missing, and finds out which log this is. Blocks while it does.
     pub fn open(config: KafkaConfig) -> Result<KafkaLog, LogError> {
         let side: BaseConsumer<Quiet> = consumer_config(&config).create_with_context(Quiet).map_err(unavailable)?;
-        let topic = format!("{}events", config.topic_prefix);
-        ensure_topics(&config, &side)?;
+        let topics = Topics::new(&config);
+        ensure_topics(&config, &topics, &side)?;
 
         let pending = Arc::new(Pending::default());
         let producer = new_producer(&config, &pending).map_err(unavailable)?;
-        let epoch = match first_epoch(&config, &topic, &side)? {
+        let events = topics.name(Topic::Events);
+        let epoch = match first_epoch(&config, events, &side)? {
             Some(epoch) => epoch,
             None => {
-                write_marker(&producer, &pending, &topic)?;
+                write_marker(&producer, &pending, events)?;
                 // Another node may have written one just before ours: whichever stands first counts, for both.
-                first_epoch(&config, &topic, &side)?
-                    .ok_or_else(|| LogError::Damaged(format!("{topic} does not give back the record that names it")))?
+                first_epoch(&config, events, &side)?
+                    .ok_or_else(|| LogError::Damaged(format!("{events} does not give back the record that names it")))?
             }
         };
 
         let shared = Arc::new(Shared {
             config,
-            topic,
+            topics,
             closed: AtomicBool::new(false),
             producer: RwLock::new(Some(Arc::new(producer))),
             pending,
@@ -127,7 +133,11 @@ impl Log for KafkaLog {
     }
 
     fn partitions(&self) -> u32 {
-        self.shared.config.partitions
+        self.shared.topics.partitions()
+    }
+
+    fn topic_name(&self, topic: Topic) -> String {
+        self.shared.topics.name(topic).to_owned()
     }
 
     fn append(&self, batch: Vec<Append>) {
@@ -135,7 +145,7 @@ impl Log for KafkaLog {
     }
 
     fn reader(&self, from: &[u64]) -> Result<Box<dyn Reader>, LogError> {
-        let partitions = self.shared.config.partitions;
+        let partitions = self.partitions();
         if from.len() != partitions as usize {
             return Err(LogError::PartitionMismatch { found: partitions, configured: from.len() as u32 });
         }
@@ -183,25 +193,27 @@ impl Drop for KafkaLog {
 impl Shared {
     fn append(&self, batch: Vec<Append>) {
         let producer = read(&self.producer);
-        let usable = match (&*producer, &*self.trouble.load()) {
-            (_, Some(trouble)) if trouble.refuse => Err(trouble.why.clone()),
-            (Some(usable), _) if !self.closed.load(Ordering::Acquire) => Ok(usable),
-            _ => Err("closed".to_owned()),
-        };
-        let usable = match usable {
-            Ok(usable) => usable,
-            Err(why) => {
+        let usable = match &*producer {
+            Some(usable) if !self.closed.load(Ordering::Acquire) => usable,
+            _ => {
                 drop(producer);
-                let error = AppendError::Unavailable(why);
+                let error = AppendError::Unavailable("closed".to_owned());
                 return batch.into_iter().for_each(|append| (append.done)(Err(error.clone())));
             }
         };
 
-        let (records, waiting): (Vec<Record>, Vec<Done>) = batch.into_iter().map(|a| (a.record, a.done)).unzip();
-        let first = self.pending.add(waiting);
+        let trouble = self.trouble.load();
+        let send = |record: &Record, id| match &*trouble {
+            Some(trouble) if trouble.refuse[record.topic as usize] => {
+                Err(AppendError::Unavailable(trouble.why.clone()))
+            }
+            _ => send(usable, self.topics.name(record.topic), None, record, id),
+        };
+        let (records, waiting): (Vec<_>, Vec<_>) = batch.into_iter().map(|a| (a.record, a.done)).unzip();
+        let first = self.pending.add(records.iter().map(|record| record.topic).zip(waiting));
         let mut refused = Vec::new();
         for (id, record) in (first..).zip(&records) {
-            if let Err(error) = send(usable, &self.topic, None, record, id)
+            if let Err(error) = send(record, id)
                 && let Some(waiting) = self.pending.take(id)
             {
                 refused.push((waiting.done, error));
@@ -277,27 +289,40 @@ impl Shared {
 
     fn probe(&self, side: &BaseConsumer<Quiet>) -> Option<Trouble> {
         let before = self.pending.delivered.load(Ordering::Relaxed);
-        let metadata = match side.fetch_metadata(Some(&self.topic), PROBE) {
-            Ok(metadata) => metadata,
-            // Records were acknowledged meanwhile: the brokers are busy, not away.
-            Err(_) if self.pending.delivered.load(Ordering::Relaxed) > before => return None,
-            Err(e) => {
-                return Some(Trouble { why: format!("no Kafka broker answers ({e})"), refuse: true });
+        let mut refuse = [false; Topic::ALL.len()];
+        let mut found = Vec::new();
+        for topic in Topic::ALL {
+            let name = self.topics.name(topic);
+            match side.fetch_metadata(Some(name), PROBE) {
+                Ok(metadata) => {
+                    if let Some((why, refused)) = metadata.topics().first().and_then(|found| self.look_at(found)) {
+                        found.push(format!("topic {name}: {why}"));
+                        refuse[topic as usize] = refused;
+                    }
+                }
+                // Records were acknowledged meanwhile: the brokers are busy, not away.
+                Err(_) if self.pending.delivered.load(Ordering::Relaxed) > before => return None,
+                Err(e) => {
+                    let why = format!("no Kafka broker answers ({e})");
+                    return Some(Trouble { why, refuse: [true; Topic::ALL.len()] });
+                }
             }
-        };
-        let topic = metadata.topics().first()?;
-        if let Some(e) = topic.error() {
-            let e = RDKafkaErrorCode::from(e);
-            return Some(Trouble { why: format!("topic {} cannot be used ({e})", self.topic), refuse: true });
         }
-        let found = topic.partitions().len() as u32;
-        if found != self.config.partitions {
+        (!found.is_empty()).then(|| Trouble { why: found.join("; "), refuse })
+    }
+
+    /// What is wrong with a topic, and whether it must take no records while it is.
+    fn look_at(&self, topic: &MetadataTopic) -> Option<(String, bool)> {
+        if let Some(e) = topic.error() {
+            return Some((format!("it cannot be used ({})", RDKafkaErrorCode::from(e)), true));
+        }
+        let (found, configured) = (topic.partitions().len() as u32, self.config.partitions);
+        if found != configured {
             // Somebody added partitions: keys would land elsewhere than their history, where nobody reads them.
-            let why = LogError::PartitionMismatch { found, configured: self.config.partitions }.to_string();
-            return Some(Trouble { why, refuse: true });
+            return Some((LogError::PartitionMismatch { found, configured }.to_string(), true));
         }
         let orphan = topic.partitions().iter().find(|p| p.leader() < 0)?;
-        Some(Trouble { why: format!("partition {} of {} has no leader", orphan.id(), self.topic), refuse: false })
+        Some((format!("partition {} has no leader", orphan.id()), false))
     }
 
     fn set_trouble(&self, now: Option<Trouble>) {
@@ -314,7 +339,7 @@ impl Shared {
         let Some(positions) = lock(&self.progress).take() else {
             return;
         };
-        let result = assignment(&self.topic, &positions).and_then(|list| side.commit(&list, CommitMode::Async));
+        let result = assignment(&self.topics, &positions).and_then(|list| side.commit(&list, CommitMode::Async));
         if let Err(error) = result {
             tracing::debug!(%error, "the group's positions were not committed");
         }
@@ -326,7 +351,12 @@ impl Shared {
 
     fn bounds(&self) -> Result<Vec<Bounds>, LogError> {
         let side = self.side()?;
-        (0..self.config.partitions).map(|partition| watermarks(&side, &self.topic, partition)).collect()
+        (0..self.topics.partitions())
+            .map(|partition| {
+                let (topic, within) = self.topics.place(partition);
+                watermarks(&side, self.topics.name(topic), within)
+            })
+            .collect()
     }
 
     /// Whether every position is one that the log holds, or its end.
@@ -356,17 +386,18 @@ struct PendingQueue {
 }
 
 struct Waiting {
+    topic: Topic,
     since: Instant,
     done: Done,
 }
 
 impl Pending {
     /// Returns the first one's id; the others follow it.
-    fn add(&self, waiting: Vec<Done>) -> u64 {
+    fn add(&self, waiting: impl Iterator<Item = (Topic, Done)>) -> u64 {
         let since = Instant::now();
         let mut queue = lock(&self.queue);
         let id = queue.first + queue.slots.len() as u64;
-        queue.slots.extend(waiting.into_iter().map(|done| Some(Waiting { since, done })));
+        queue.slots.extend(waiting.map(|(topic, done)| Some(Waiting { topic, since, done })));
         id
     }
 
@@ -403,6 +434,8 @@ impl Pending {
 /// What the producer calls back.
 struct Producing {
     pending: Arc<Pending>,
+    /// How many partitions each topic has.
+    each: u32,
     append_seconds: Histogram,
 }
 
@@ -410,21 +443,21 @@ impl ProducerContext for Producing {
     type DeliveryOpaque = usize;
 
     fn delivery(&self, result: &DeliveryResult<'_>, id: usize) {
+        if result.is_ok() {
+            self.pending.delivered.fetch_add(1, Ordering::Relaxed);
+        }
+        let Some(waiting) = self.pending.take(id as u64) else { return };
         let answer = match result {
-            Ok(message) => {
-                self.pending.delivered.fetch_add(1, Ordering::Relaxed);
-                // No place: a retry that Kafka recognised after it had forgotten where the first try went.
-                place(message.partition(), message.offset())
-                    .ok_or_else(|| AppendError::Unknown("written, but Kafka did not say where".to_owned()))
-            }
+            // No place: a retry that Kafka recognised after it had forgotten where the first try went, or a partition
+            // that was added behind our back.
+            Ok(message) => position(waiting.topic, message.partition(), message.offset(), self.each)
+                .ok_or_else(|| AppendError::Unknown("written, but not to a place that is ours".to_owned())),
             Err((error, _)) => Err(undelivered(error)),
         };
-        if let Some(waiting) = self.pending.take(id as u64) {
-            if answer.is_ok() {
-                self.append_seconds.record(waiting.since.elapsed());
-            }
-            (waiting.done)(answer);
+        if answer.is_ok() {
+            self.append_seconds.record(waiting.since.elapsed());
         }
+        (waiting.done)(answer);
     }
 }
 
@@ -465,7 +498,11 @@ fn new_producer(config: &KafkaConfig, pending: &Arc<Pending>) -> Result<BaseProd
         .set("message.timeout.ms", ANSWER_WITHIN.as_millis().to_string())
         .set("queue.buffering.max.messages", "100000")
         .set("queue.buffering.max.kbytes", "131072")
-        .create_with_context(Producing { pending: pending.clone(), append_seconds: telemetry::append_seconds() })
+        .create_with_context(Producing {
+            pending: pending.clone(),
+            each: config.partitions,
+            append_seconds: telemetry::append_seconds(),
+        })
 }
 
 fn send(
@@ -496,9 +533,11 @@ fn send(
     })
 }
 
-/// None for the negative numbers with which librdkafka says that it does not know.
-fn place(partition: i32, offset: i64) -> Option<Position> {
-    Some(Position { partition: partition.try_into().ok()?, offset: offset.try_into().ok()? })
+/// Where a record of a topic stands. None for the negative numbers with which librdkafka says that it does not know, and
+/// for a partition beyond the `each` of the topic: its number would be another topic's.
+fn position(topic: Topic, within: i32, offset: i64, each: u32) -> Option<Position> {
+    let within = u32::try_from(within).ok().filter(|within| *within < each)?;
+    Some(Position { partition: topic.partition(within, each), offset: offset.try_into().ok()? })
 }
 
 /// librdkafka's own log and errors. Outages are told once, by the care thread, not once a try.

@@ -3,9 +3,14 @@
 //! Two implementations stand behind one trait: [`embedded`] (RocksDB, needs no setup) and [`kafka`]. One contract suite
 //! (`tests/it/log_contract.rs`) holds both to the duties written here.
 //!
+//! A log has three [`Topic`]s, each with the same number of partitions, n. Partitions are numbered over all of them: events
+//! are in 0..n, receipts in n..2n, dead letters in 2n..3n. One reader reads them all.
+//!
 //! Invariants, on either log:
-//! - records with one key land in one partition, in the order in which they were appended;
-//! - a position, once given, names that record for ever; positions of a partition only grow, with holes allowed;
+//! - records of a topic with one key land in one partition, in the order in which they were appended; between partitions,
+//!   and so between topics, there is no order;
+//! - a position, once given, names that record for ever; positions of a partition only grow, with holes allowed, and a
+//!   reader that has read all of a partition gets to its end, past any hole;
 //! - a reader sees only what is durable: nothing that it returned can be taken back by a crash;
 //! - what is not ours does not stop anybody: it is handed out as [`Foreign`], and reading goes on.
 
@@ -23,18 +28,57 @@ pub const RECORD_VERSION: u16 = 1;
 /// About how many bytes one [`Reader::next`] brings at most.
 pub const READ_BYTES: usize = 4 << 20;
 
-/// One record as it is appended: the event's JSON and what is needed to route and judge it.
+/// What a record belongs to. Every topic has the same number of partitions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Topic {
+    /// All events of all threads.
+    Events,
+    /// Acks and settlements; on Kafka compacted, so that only the newest record of a key is sure to stay.
+    Receipts,
+    DeadLetters,
+}
+
+impl Topic {
+    /// In the order in which their partitions are numbered.
+    pub const ALL: [Topic; 3] = [Topic::Events, Topic::Receipts, Topic::DeadLetters];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Topic::Events => "events",
+            Topic::Receipts => "receipts",
+            Topic::DeadLetters => "dead-letters",
+        }
+    }
+
+    /// The number over all topics of its partition `within`, when each topic has `each`.
+    fn partition(self, within: u32, each: u32) -> u32 {
+        self as u32 * each + within
+    }
+
+    /// The way back: the topic, and the partition within it.
+    fn place(partition: u32, each: u32) -> (Topic, u32) {
+        match partition / each {
+            0 => (Topic::Events, partition),
+            1 => (Topic::Receipts, partition - each),
+            _ => (Topic::DeadLetters, partition - 2 * each),
+        }
+    }
+}
+
+/// One record as it is appended: its JSON and what is needed to route and judge it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// `tenant/thread`. Chooses the partition, so that a thread has one order.
+    pub topic: Topic,
+    /// `tenant/thread`; of a receipt, with its user and name behind it, since compaction leaves each key its newest record.
+    /// Chooses the partition, so that a thread has one order.
     pub key: String,
-    /// The event's kind (header `weft-kind`), for people who look at the log with other tools.
+    /// The record's kind (header `weft-kind`), for people who look at the log with other tools.
     pub kind: String,
     /// By what right it was written (header `weft-grant`).
     pub grant: Grant,
     /// W3C trace context, passed on as it came (header `traceparent`).
     pub traceparent: Option<String>,
-    /// One JSON object: the event without its seq, with its tenant.
+    /// One JSON object; of an event, the event without its seq, with its tenant.
     pub value: Bytes,
 }
 
@@ -67,11 +111,12 @@ impl Grant {
 /// Where a record stands. Stays inside the server: clients see seqs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Position {
+    /// Counted over all topics; [`Log::place`] tells which one it is in.
     pub partition: u32,
     pub offset: u64,
 }
 
-/// For each partition the offset to read next; the index is the partition.
+/// For each partition of all topics the offset to read next; the index is the partition.
 pub type Positions = Vec<u64>;
 
 /// The offsets a partition holds: `start` is the oldest, `end` the one the next record will get (at least).
@@ -98,12 +143,21 @@ pub struct Entry {
     pub record: Result<Record, Foreign>,
 }
 
-/// A record that is not ours: another writer's mistake, or damage.
+/// A record that is not ours: another writer's mistake, or damage. Its topic is that of its position.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Foreign {
     pub why: String,
     pub key: Option<Bytes>,
     pub value: Option<Bytes>,
+    /// When the log took it, in milliseconds, if the log knows.
+    pub at: Option<u64>,
+}
+
+impl Foreign {
+    /// A record that has our frame and nonetheless is not ours.
+    pub fn new(why: String, record: &Record) -> Foreign {
+        Foreign { why, key: Some(record.key.clone().into()), value: Some(record.value.clone()), at: None }
+    }
 }
 
 /// Why a record was not, or perhaps not, appended.
@@ -123,6 +177,7 @@ pub enum AppendError {
 /// Why a log could not be opened or read.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
+    /// Both count one topic, as the setting does; of positions that a reader cannot take, all topics.
     #[error(
         "the log has {found} partitions, but {configured} are configured (--partitions); the number is fixed when the log is created"
     )]
@@ -135,21 +190,32 @@ pub enum LogError {
     Damaged(String),
 }
 
-/// An append-only log of [`Record`]s in a fixed number of partitions.
+/// An append-only log of [`Record`]s in three topics with a fixed number of partitions.
 pub trait Log: Send + Sync + 'static {
     /// The log's identity: another log, another epoch. Never changes while the log exists.
     fn epoch(&self) -> &str;
 
-    /// How many partitions there are; fixed when the log is created.
+    /// How many partitions there are, of all topics together; fixed when the log is created.
     fn partitions(&self) -> u32;
+
+    /// The topic of one of the log's partitions, and its number within that topic.
+    fn place(&self, partition: u32) -> (Topic, u32) {
+        Topic::place(partition, self.partitions() / Topic::ALL.len() as u32)
+    }
+
+    /// What the topic is called in the log, for people and for the log's own tools.
+    fn topic_name(&self, topic: Topic) -> String {
+        topic.as_str().to_owned()
+    }
 
     /// Appends records, in order, and returns at once. Each one is answered on its own through its `done`: `Ok` once it is
     /// durable, and within 5 seconds in any case. What does not fit the log's bounded queue is answered
     /// [`AppendError::QueueFull`]; after [`Log::close`] every record is answered [`AppendError::Unavailable`].
     fn append(&self, batch: Vec<Append>);
 
-    /// A reader of all partitions that begins at `from`. Fails with [`LogError::OutOfRange`] when a position is older or
-    /// newer than what the log holds: it is from another log, and guessing would lose events.
+    /// A reader of all partitions of all topics that begins at `from`, one offset for each of them. Fails with
+    /// [`LogError::OutOfRange`] when a position is older or newer than what the log holds: it is from another log, and
+    /// guessing would lose events.
     fn reader(&self, from: &[u64]) -> Result<Box<dyn Reader>, LogError>;
 
     /// What each partition holds now. May ask over the network: not for the way of an event.

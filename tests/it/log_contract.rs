@@ -1,5 +1,5 @@
 //! One contract, both logs: every test in `contract` runs on the embedded log and on a real Kafka broker. What only one
-//! of them can show stands in `only_embedded` and `only_kafka`.
+//! of them can show stands in `only_embedded` and `only_kafka`; what the contract says of topics, in `topics`.
 
 mod only_kafka;
 
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use weft::log::embedded::EmbeddedLog;
 use weft::log::kafka::{KafkaConfig, KafkaLog};
-use weft::log::{Append, AppendError, Entry, Grant, Log, LogError, Position, Positions, Reader, Record};
+use weft::log::{Append, AppendError, Entry, Grant, Log, LogError, Position, Positions, Reader, Record, Topic};
 
 use crate::support::kafka;
 
@@ -40,9 +40,9 @@ impl Place {
         Place::Kafka { brokers: brokers.to_owned(), prefix: kafka::fresh_prefix() }
     }
 
-    fn topic(&self) -> String {
+    fn topic(&self, topic: Topic) -> String {
         match self {
-            Place::Kafka { prefix, .. } => format!("{prefix}events"),
+            Place::Kafka { prefix, .. } => format!("{prefix}{}", topic.as_str()),
             Place::Embedded(_) => panic!("the embedded log has no topic"),
         }
     }
@@ -102,12 +102,15 @@ impl Deref for Opened {
 }
 
 impl Opened {
-    /// Puts something into the log that is no record of ours.
+    /// Puts something into the log, at a partition counted over all topics, that is no record of ours.
     fn append_foreign(&self, place: &Place, partition: u32, bytes: &[u8]) {
         match (self, place) {
             (Opened::Embedded(log), _) => drop(log.append_foreign(partition, bytes).expect("it is written")),
-            (Opened::Kafka(_), Place::Kafka { brokers, .. }) => {
-                only_kafka::produce(brokers, &place.topic(), Some(partition), None, Some(bytes), None)
+            (Opened::Kafka(log), Place::Kafka { brokers, .. }) => {
+                let (topic, within) = log.place(partition);
+                // A compacted topic takes nothing without a key.
+                let key = Some(&b"not ours"[..]);
+                only_kafka::produce(brokers, &place.topic(topic), Some(within), key, Some(bytes), None)
             }
             _ => panic!("a log somewhere else"),
         }
@@ -116,11 +119,23 @@ impl Opened {
 
 fn record(key: &str, value: impl Into<bytes::Bytes>) -> Record {
     Record {
+        topic: Topic::Events,
         key: key.to_owned(),
         kind: "message".to_owned(),
         grant: Grant::Member,
         traceparent: None,
         value: value.into(),
+    }
+}
+
+/// Records of tests are events, unless told otherwise.
+trait InTopic {
+    fn in_topic(self, topic: Topic) -> Record;
+}
+
+impl InTopic for Record {
+    fn in_topic(self, topic: Topic) -> Record {
+        Record { topic, ..self }
     }
 }
 
@@ -200,7 +215,7 @@ fn ours(entry: &Entry) -> &Record {
     entry.record.as_ref().expect("a record of ours")
 }
 
-/// Runs one test a log and a duty.
+/// Runs one test a log and a duty, which is a function of the module `contract` beside it.
 macro_rules! contract_holds {
     ($($name:ident)*) => {
         mod embedded_log {
@@ -211,6 +226,8 @@ macro_rules! contract_holds {
         }
     };
 }
+
+mod topics;
 
 contract_holds! {
     a_record_comes_back_as_it_was_appended
@@ -243,6 +260,7 @@ mod contract {
         let log = place.open(4);
         let records = vec![
             Record {
+                topic: Topic::Events,
                 key: "acme/t1".to_owned(),
                 kind: "message".to_owned(),
                 grant: Grant::Scope,
@@ -341,7 +359,9 @@ mod contract {
         let log = place.open(1);
         let positions = append_ok(&*log, (0..100).map(|n| numbered("k", n)).collect());
         for first in [0, 1, 50, 99] {
-            let mut reader = log.reader(&[positions[first].offset]).expect("a position that was given");
+            let mut from = ends(&*log);
+            from[0] = positions[first].offset;
+            let mut reader = log.reader(&from).expect("a position that was given");
             let found = read(&mut *reader, 100 - first);
             let expected: Vec<Record> = (first..100).map(|n| numbered("k", n)).collect();
             assert_eq!(found.iter().map(|e| ours(e).clone()).collect::<Vec<_>>(), expected);
@@ -422,7 +442,7 @@ mod contract {
         let log = place.open(4);
         let positions = append_ok(&*log, (0..100).map(|n| numbered(&format!("k{n}"), n)).collect());
         let bounds = log.bounds().expect("the log tells its bounds");
-        assert_eq!(bounds.len(), 4);
+        assert_eq!(bounds.len(), 12, "of all topics");
         for at in positions {
             let bounds = bounds[at.partition as usize];
             assert!((bounds.start..bounds.end).contains(&at.offset), "{at} in {bounds:?}");
@@ -434,13 +454,17 @@ mod contract {
         append_ok(&*log, (0..10).map(|n| numbered(&format!("k{n}"), n)).collect());
         let bounds = log.bounds().expect("the log tells its bounds");
         log.reader(&ends(&*log)).expect("the end is a place to read from");
-        for beyond in [bounds[1].end + 1, u64::MAX] {
-            match log.reader(&[bounds[0].start, beyond]).err() {
-                Some(LogError::OutOfRange { at, bounds: named }) => {
-                    assert_eq!(at, Position { partition: 1, offset: beyond });
-                    assert_eq!(named, bounds[1]);
+        for partition in 0..bounds.len() {
+            for beyond in [bounds[partition].end + 1, u64::MAX] {
+                let mut from = starts(&*log);
+                from[partition] = beyond;
+                match log.reader(&from).err() {
+                    Some(LogError::OutOfRange { at, bounds: named }) => {
+                        assert_eq!(at, Position { partition: partition as u32, offset: beyond });
+                        assert_eq!(named, bounds[partition]);
+                    }
+                    other => panic!("{other:?}"),
                 }
-                other => panic!("{other:?}"),
             }
         }
     }
@@ -508,7 +532,7 @@ mod contract {
     pub fn an_open_log_is_healthy(place: Place) {
         let log = place.open(2);
         assert_eq!(log.health(), Ok(()));
-        assert_eq!(log.partitions(), 2);
+        assert_eq!(log.partitions(), 6, "of all topics");
         // Nothing to check: it must only not disturb.
         log.committed(&ends(&*log));
         append_ok(&*log, vec![numbered("k", 1)]);
@@ -560,13 +584,13 @@ mod contract {
 
         let log = place.open(4);
         let mut times: HashMap<usize, usize> = HashMap::new();
-        let mut last: HashMap<String, usize> = HashMap::new();
+        let mut last: HashMap<(Topic, String), usize> = HashMap::new();
         for entry in read_all(&*log) {
             let record = ours(&entry);
             let value: serde_json::Value = serde_json::from_slice(&record.value).expect("JSON");
             let n = value["n"].as_u64().expect("a number") as usize;
             *times.entry(n).or_default() += 1;
-            let before = last.insert(record.key.clone(), n);
+            let before = last.insert((record.topic, record.key.clone()), n);
             assert!(before.is_none_or(|before| before < n), "{n} after {before:?}");
         }
         assert!(acknowledged.len() >= 6000);
@@ -603,7 +627,8 @@ fn appends_until_it_is_killed() {
             // Nobody waits for room when the process ends.
             room.send(()).unwrap_or_default();
         });
-        log.append(vec![Append { record: numbered(&format!("k{}", n % 7), n), done }]);
+        let record = numbered(&format!("k{}", n % 7), n).in_topic(Topic::ALL[n % 3]);
+        log.append(vec![Append { record, done }]);
     }
 }
 

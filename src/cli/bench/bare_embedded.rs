@@ -13,7 +13,7 @@ use super::report::{Figure, micros, millis};
 use super::target::progress;
 use crate::cli::common::Failure;
 use crate::log::embedded::EmbeddedLog;
-use crate::log::{Append, Grant, Log, Record};
+use crate::log::{Append, Grant, Log, Record, Topic};
 
 const PARTITIONS: u32 = 16;
 const LOG_WINDOW: usize = 1024;
@@ -143,6 +143,7 @@ type Answer = Result<crate::log::Position, crate::log::AppendError>;
 
 fn append(value: &Bytes, sender: &SyncSender<Answer>) -> Append {
     let record = Record {
+        topic: Topic::Events,
         key: "bench/thread-1".to_owned(),
         kind: "user_message".to_owned(),
         grant: Grant::Member,

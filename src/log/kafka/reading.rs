@@ -11,10 +11,10 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::{Offset, TopicPartitionList, bindings};
 
-use super::setup::{first_epoch, marker_epoch};
-use super::{ASK, KafkaConfig, Quiet, Shared, TICK, consumer_config, place, unavailable};
+use super::setup::{Topics, first_epoch, marker_epoch};
+use super::{ASK, KafkaConfig, Quiet, Shared, TICK, consumer_config, position, unavailable};
 use crate::log::{
-    Bounds, Entry, Foreign, Grant, LogError, Position, Positions, READ_BYTES, RECORD_VERSION, Reader, Record,
+    Bounds, Entry, Foreign, Grant, LogError, Positions, READ_BYTES, RECORD_VERSION, Reader, Record, Topic,
 };
 
 pub(super) const KIND: &CStr = c"weft-kind";
@@ -28,6 +28,7 @@ pub(super) struct KafkaReader {
     /// The log that the positions belong to.
     epoch: String,
     at: Positions,
+    handles: Handles,
     /// Why the consumer stopped where it was. It never goes on by itself then, lest it goes on elsewhere.
     lost: Option<KafkaError>,
 }
@@ -49,15 +50,20 @@ impl Reader for KafkaReader {
             match self.consumer.poll(patience) {
                 None => break,
                 Some(Ok(message)) => {
-                    let Some(at) = place(message.partition(), message.offset()) else {
+                    let topics = &self.shared.topics;
+                    let Some(topic) = self.handles.topic(topics, &message) else {
+                        continue;
+                    };
+                    let Some(at) = position(topic, message.partition(), message.offset(), topics.each) else {
                         continue;
                     };
                     if let Some(next) = self.at.get_mut(at.partition as usize) {
                         *next = at.offset + 1;
                     }
-                    if marker_epoch(&message).is_none() {
+                    // Markers stand in the first partition of the events, which is the first of all.
+                    if at.partition > 0 || marker_epoch(&message).is_none() {
                         bytes += message.payload_len();
-                        entries.push(Entry { at, record: self.read(at.partition, &message) });
+                        entries.push(Entry { at, record: self.read(topic, at.partition, &message) });
                     }
                 }
                 Some(Err(error)) if stops_reading(&error) => {
@@ -84,43 +90,50 @@ impl Reader for KafkaReader {
 
 impl KafkaReader {
     pub(super) fn open(shared: Arc<Shared>, epoch: &str, from: &[u64]) -> Result<KafkaReader, LogError> {
-        let consumer = new_reader(&shared.config, &shared.topic, from).map_err(unavailable)?;
-        Ok(KafkaReader { shared, consumer, epoch: epoch.to_owned(), at: from.to_vec(), lost: None })
+        let consumer = new_reader(&shared.config, &shared.topics, from).map_err(unavailable)?;
+        let (epoch, at, handles) = (epoch.to_owned(), from.to_vec(), Handles::default());
+        Ok(KafkaReader { shared, consumer, epoch, at, handles, lost: None })
     }
 
     /// The record, if it is ours and where it belongs: a thread that were in two partitions would have no order.
-    fn read(&self, partition: u32, message: &BorrowedMessage<'_>) -> Result<Record, Foreign> {
-        let record = decode(message)?;
-        if partition_of(record.key.as_bytes(), self.at.len() as u32) == partition {
+    fn read(&self, topic: Topic, partition: u32, message: &BorrowedMessage<'_>) -> Result<Record, Foreign> {
+        let record = decode(topic, message)?;
+        let each = self.shared.topics.each;
+        if topic.partition(partition_of(record.key.as_bytes(), each), each) == partition {
             return Ok(record);
         }
         let why = "it is not in its key's partition (murmur2)".to_owned();
-        Err(Foreign { why, key: Some(record.key.into()), value: Some(record.value) })
+        Err(Foreign { at: time_of(message), ..Foreign::new(why, &record) })
     }
 
     /// Another program's transactions leave records that only Kafka sees. One at the very end would keep a reader that has
-    /// read all from ever being at the end.
+    /// read all from ever being at the end. What compaction takes away is always followed by a record: it leaves the
+    /// newest segment alone.
     fn step_over_holes(&mut self) {
         let Ok(list) = self.consumer.position() else { return };
+        let topics = &self.shared.topics;
         for element in list.elements() {
-            if let Some(Position { partition, offset }) =
-                element.offset().to_raw().and_then(|raw| place(element.partition(), raw))
-                && let Some(at) = self.at.get_mut(partition as usize)
+            if let Some(offset) = element.offset().to_raw()
+                && let Some(topic) = topics.named(element.topic())
+                && let Some(next) = position(topic, element.partition(), offset, topics.each)
+                && let Some(at) = self.at.get_mut(next.partition as usize)
             {
-                *at = offset.max(*at);
+                *at = next.offset.max(*at);
             }
         }
     }
 
     /// A new consumer at the old place, if that place still exists.
     fn resume(&mut self) -> Result<(), LogError> {
-        let found = first_epoch(&self.shared.config, &self.shared.topic, &self.consumer)?;
+        let events = self.shared.topics.name(Topic::Events);
+        let found = first_epoch(&self.shared.config, events, &self.consumer)?;
         // A marker that retention took away says nothing; another one does.
         if found.is_some_and(|found| found != self.epoch) {
-            return Err(LogError::Damaged(format!("{} is no longer the topic it was: start again", self.shared.topic)));
+            return Err(LogError::Damaged(format!("{events} is no longer the topic it was: start again")));
         }
         self.shared.check(&self.at)?;
-        self.consumer = new_reader(&self.shared.config, &self.shared.topic, &self.at).map_err(unavailable)?;
+        self.consumer = new_reader(&self.shared.config, &self.shared.topics, &self.at).map_err(unavailable)?;
+        self.handles = Handles::default();
         self.lost = None;
         Ok(())
     }
@@ -132,6 +145,23 @@ impl KafkaReader {
             (Ok(()), Some(Code::BadMessage | Code::InvalidMessage)) => LogError::Damaged(error.to_string()),
             (Ok(()), _) => LogError::Unavailable(error.to_string()),
         }
+    }
+}
+
+/// Where librdkafka keeps each topic of one consumer, as soon as a message came from it: comparing these is faster than
+/// comparing names. An assigned topic stays where it is.
+#[derive(Default)]
+struct Handles([usize; Topic::ALL.len()]);
+
+impl Handles {
+    fn topic(&mut self, topics: &Topics, message: &BorrowedMessage<'_>) -> Option<Topic> {
+        let handle = message.topic_ptr().addr();
+        if let Some(topic) = Topic::ALL.into_iter().find(|topic| self.0[*topic as usize] == handle) {
+            return Some(topic);
+        }
+        let topic = topics.named(message.topic())?;
+        self.0[topic as usize] = handle;
+        Some(topic)
     }
 }
 
@@ -173,11 +203,12 @@ fn partition_of(key: &[u8], partitions: u32) -> u32 {
     ((hash ^ (hash >> 15)) & 0x7fff_ffff) % partitions
 }
 
-fn decode(message: &BorrowedMessage<'_>) -> Result<Record, Foreign> {
+fn decode(topic: Topic, message: &BorrowedMessage<'_>) -> Result<Record, Foreign> {
     let foreign = |why: &str| Foreign {
         why: why.to_owned(),
         key: message.key().map(Bytes::copy_from_slice),
         value: message.payload().map(Bytes::copy_from_slice),
+        at: time_of(message),
     };
     let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
 
@@ -191,7 +222,12 @@ fn decode(message: &BorrowedMessage<'_>) -> Result<Record, Foreign> {
     let key = message.key().and_then(text).ok_or_else(|| foreign("it has no key, or one that is not UTF-8"))?;
     let value = message.payload().ok_or_else(|| foreign("it has no value"))?;
     let traceparent = header(message, TRACEPARENT).and_then(text);
-    Ok(Record { key, kind, grant, traceparent, value: Bytes::copy_from_slice(value) })
+    Ok(Record { topic, key, kind, grant, traceparent, value: Bytes::copy_from_slice(value) })
+}
+
+/// When Kafka took the record, or its writer says that it was made.
+fn time_of(message: &BorrowedMessage<'_>) -> Option<u64> {
+    message.timestamp().to_millis()?.try_into().ok()
 }
 
 /// The last header of that name. Not through rdkafka's own iterator, which panics over a name that is not UTF-8; and a
@@ -213,21 +249,23 @@ pub(super) fn header<'m>(message: &'m BorrowedMessage<'_>, name: &CStr) -> Optio
     }
 }
 
-fn new_reader(config: &KafkaConfig, topic: &str, from: &[u64]) -> Result<BaseConsumer<Quiet>, KafkaError> {
+fn new_reader(config: &KafkaConfig, topics: &Topics, from: &[u64]) -> Result<BaseConsumer<Quiet>, KafkaError> {
     let consumer: BaseConsumer<Quiet> = consumer_config(config)
         .set("fetch.wait.max.ms", "50")
         .set("fetch.queue.backoff.ms", "5")
         .set("queued.max.messages.kbytes", "32768")
         .create_with_context(Quiet)?;
-    consumer.assign(&assignment(topic, from)?)?;
+    consumer.assign(&assignment(topics, from)?)?;
     Ok(consumer)
 }
 
-pub(super) fn assignment(topic: &str, positions: &[u64]) -> Result<TopicPartitionList, KafkaError> {
+pub(super) fn assignment(topics: &Topics, positions: &[u64]) -> Result<TopicPartitionList, KafkaError> {
     let mut list = TopicPartitionList::with_capacity(positions.len());
     for (partition, &offset) in (0..).zip(positions) {
+        let (topic, within) = topics.place(partition);
         // An offset that i64 does not hold exists on no Kafka; its largest is out of range as well.
-        list.add_partition_offset(topic, partition, Offset::Offset(i64::try_from(offset).unwrap_or(i64::MAX)))?;
+        let offset = Offset::Offset(i64::try_from(offset).unwrap_or(i64::MAX));
+        list.add_partition_offset(topics.name(topic), within as i32, offset)?;
     }
     Ok(list)
 }

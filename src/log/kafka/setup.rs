@@ -12,39 +12,69 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::producer::BaseProducer;
+use rdkafka::{Offset, TopicPartitionList};
 
-use super::reading::{KIND, assignment, header, watermarks};
+use super::reading::{KIND, header, watermarks};
 use super::{
     ANSWER_WITHIN, ASK, KafkaConfig, Pending, Producing, Quiet, TICK, client_config, consumer_config, send, unavailable,
 };
 use crate::clock;
-use crate::log::{Grant, LogError, Record};
+use crate::log::{Done, Grant, LogError, Record, Topic};
 
-/// The record that names the log: the first of this kind in partition 0 holds the epoch.
+/// The record that names the log: the first of this kind in partition 0 of the events holds the epoch.
 const MARKER_KIND: &str = "log_created";
 const MARKER_KEY: &str = "weft";
 
+/// What the topics are called on the brokers, and how their partitions are numbered.
+pub(super) struct Topics {
+    names: [String; Topic::ALL.len()],
+    pub(super) each: u32,
+}
+
+impl Topics {
+    pub(super) fn new(config: &KafkaConfig) -> Topics {
+        let names = Topic::ALL.map(|topic| format!("{}{}", config.topic_prefix, topic.as_str()));
+        Topics { names, each: config.partitions }
+    }
+
+    pub(super) fn name(&self, topic: Topic) -> &str {
+        &self.names[topic as usize]
+    }
+
+    pub(super) fn named(&self, name: &str) -> Option<Topic> {
+        Topic::ALL.into_iter().find(|topic| self.name(*topic) == name)
+    }
+
+    /// Of all topics together.
+    pub(super) fn partitions(&self) -> u32 {
+        self.each * Topic::ALL.len() as u32
+    }
+
+    pub(super) fn place(&self, partition: u32) -> (Topic, u32) {
+        Topic::place(partition, self.each)
+    }
+}
+
 /// Creates the topics that do not exist, and makes sure that those which do are fit for us.
-pub(super) fn ensure_topics(config: &KafkaConfig, side: &BaseConsumer<Quiet>) -> Result<(), LogError> {
-    let names = ["events", "receipts", "dead-letters"].map(|name| format!("{}{name}", config.topic_prefix));
+pub(super) fn ensure_topics(config: &KafkaConfig, topics: &Topics, side: &BaseConsumer<Quiet>) -> Result<(), LogError> {
     let mut missing = Vec::new();
-    for name in &names {
-        if partitions_of(side, name)?.is_none() {
-            missing.push(name);
+    for topic in Topic::ALL {
+        if partitions_of(side, topics.name(topic))?.is_none() {
+            missing.push(topic);
         }
     }
     let admin: AdminClient<Quiet> = client_config(config).create_with_context(Quiet).map_err(unavailable)?;
     let options = AdminOptions::new().request_timeout(Some(ASK)).operation_timeout(Some(ASK));
     if !missing.is_empty() {
         // -1: as many replicas as the brokers are set up to make.
-        let topics = missing.iter().map(|name| {
-            let topic = NewTopic::new(name, config.partitions as i32, TopicReplication::Fixed(-1))
+        let new = missing.iter().map(|topic| {
+            let new = NewTopic::new(topics.name(*topic), config.partitions as i32, TopicReplication::Fixed(-1))
                 .set("retention.ms", "-1")
                 .set("retention.bytes", "-1");
-            if name.ends_with("receipts") { topic.set("cleanup.policy", "compact") } else { topic }
+            if *topic == Topic::Receipts { new.set("cleanup.policy", "compact") } else { new }
         });
-        let topics: Vec<NewTopic<'_>> = topics.collect();
-        for result in block_on(admin.create_topics(&topics, &options)).map_err(unavailable)? {
+        let new: Vec<NewTopic<'_>> = new.collect();
+        for result in block_on(admin.create_topics(&new, &options)).map_err(unavailable)? {
             match result {
                 // Another node that starts as well was faster.
                 Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
@@ -52,7 +82,7 @@ pub(super) fn ensure_topics(config: &KafkaConfig, side: &BaseConsumer<Quiet>) ->
             }
         }
     }
-    for name in &names {
+    for name in Topic::ALL.map(|topic| topics.name(topic)) {
         let until = Instant::now() + ASK;
         // A new topic takes a moment until every broker knows of it.
         let found = loop {
@@ -66,7 +96,7 @@ pub(super) fn ensure_topics(config: &KafkaConfig, side: &BaseConsumer<Quiet>) ->
             return Err(LogError::PartitionMismatch { found, configured: config.partitions });
         }
     }
-    check_retention(&admin, &options, &names[0])
+    Topic::ALL.into_iter().try_for_each(|topic| check_retention(&admin, &options, topic, topics.name(topic)))
 }
 
 /// None when the topic does not exist, or not everywhere yet.
@@ -83,33 +113,44 @@ fn partitions_of(side: &BaseConsumer<Quiet>, topic: &str) -> Result<Option<u32>,
     }
 }
 
-/// A topic that somebody else made may throw away what must stay.
-fn check_retention(admin: &AdminClient<Quiet>, options: &AdminOptions, topic: &str) -> Result<(), LogError> {
-    let answer = block_on(admin.describe_configs([&ResourceSpecifier::Topic(topic)], options));
+/// A topic that somebody else made may throw away what must stay. Of receipts only the newest of a key must.
+fn check_retention(
+    admin: &AdminClient<Quiet>,
+    options: &AdminOptions,
+    topic: Topic,
+    name: &str,
+) -> Result<(), LogError> {
+    let answer = block_on(admin.describe_configs([&ResourceSpecifier::Topic(name)], options));
     let Some(Ok(settings)) = answer.ok().and_then(|mut found| found.pop()) else {
-        tracing::warn!(topic, "Kafka does not tell how long the topic keeps its records: they must be kept for ever");
+        tracing::warn!(topic = name, "Kafka does not tell what the topic throws away: nothing must get lost");
         return Ok(());
     };
     let setting = |name| settings.get(name).and_then(|entry| entry.value.as_deref()).unwrap_or_default();
-    if setting("cleanup.policy").contains("compact") {
+    let policy = setting("cleanup.policy");
+    if topic == Topic::Receipts {
+        if policy != "compact" {
+            tracing::warn!(topic = name, policy, "the topic should be compacted; set its cleanup.policy to compact");
+        }
+    } else if policy.contains("compact") {
         return Err(LogError::Damaged(format!(
-            "{topic} has cleanup.policy=compact, which throws events away; set it to delete"
+            "{name} has cleanup.policy=compact, which throws records away; set it to delete"
         )));
     }
-    for name in ["retention.ms", "retention.bytes"] {
-        if setting(name) != "-1" {
+    for setting_name in ["retention.ms", "retention.bytes"] {
+        // Compaction alone knows no retention.
+        if policy != "compact" && setting(setting_name) != "-1" {
             tracing::warn!(
-                topic,
-                setting = name,
-                value = setting(name),
-                "the topic throws old events away; set it to -1"
+                topic = name,
+                setting = setting_name,
+                value = setting(setting_name),
+                "the topic throws old records away; set it to -1"
             );
         }
     }
     Ok(())
 }
 
-/// The epoch in the first marker of partition 0, if there is one.
+/// The epoch in the first marker of partition 0 of the topic (that of the events), if there is one.
 pub(super) fn first_epoch(
     config: &KafkaConfig,
     topic: &str,
@@ -118,7 +159,11 @@ pub(super) fn first_epoch(
     let start = watermarks(side, topic, 0)?.start;
     let consumer: BaseConsumer<Quiet> =
         consumer_config(config).set("enable.partition.eof", "true").create_with_context(Quiet).map_err(unavailable)?;
-    assignment(topic, &[start]).and_then(|list| consumer.assign(&list)).map_err(unavailable)?;
+    let mut from = TopicPartitionList::new();
+    // From an i64, so it is one.
+    from.add_partition_offset(topic, 0, Offset::Offset(start as i64))
+        .and_then(|()| consumer.assign(&from))
+        .map_err(unavailable)?;
     let mut until = Instant::now() + ASK;
     while Instant::now() < until {
         match consumer.poll(TICK) {
@@ -138,6 +183,7 @@ pub(super) fn first_epoch(
 pub(super) fn write_marker(producer: &BaseProducer<Producing>, pending: &Pending, topic: &str) -> Result<(), LogError> {
     let (epoch, at) = (clock::random_id(), clock::rfc3339(clock::now_ms()));
     let record = Record {
+        topic: Topic::Events,
         key: MARKER_KEY.to_owned(),
         kind: MARKER_KIND.to_owned(),
         grant: Grant::Scope,
@@ -145,7 +191,8 @@ pub(super) fn write_marker(producer: &BaseProducer<Producing>, pending: &Pending
         value: serde_json::json!({ "kind": MARKER_KIND, "epoch": epoch.to_string(), "at": at }).to_string().into(),
     };
     let (answer, answered) = mpsc::sync_channel(1);
-    let id = pending.add(vec![Box::new(move |result| drop(answer.send(result)))]);
+    let done: Done = Box::new(move |result| drop(answer.send(result)));
+    let id = pending.add(std::iter::once((Topic::Events, done)));
     send(producer, topic, Some(0), &record, id).map_err(|e| LogError::Unavailable(e.to_string()))?;
     loop {
         producer.poll(TICK);

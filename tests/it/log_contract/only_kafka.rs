@@ -3,13 +3,15 @@
 use std::sync::Barrier;
 
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions};
+use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication};
 use rdkafka::bindings::{self, rd_kafka_resp_err_t, rd_kafka_vtype_t};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::{Offset, TopicPartitionList};
+
+use weft::log::Foreign;
 
 use super::*;
 use crate::support::kafka::Broker;
@@ -187,7 +189,7 @@ fn kafkas_own_producer_agrees_on_partitions_and_its_records_are_foreign() {
     let keys: Vec<String> = (0..40).map(|n| format!("acme/thread-{n}")).collect();
     let ours_at = append_ok(&*log, keys.iter().map(|key| record(key, "{}")).collect());
     let lines: String = keys.iter().map(|key| format!("{key};by hand\n")).collect();
-    let topic = place.topic();
+    let topic = place.topic(Topic::Events);
     let options = ["--bootstrap-server", kafka::brokers(), "--topic", &topic];
     let options = [&options[..], &["--property", "parse.key=true", "--property", "key.separator=;"]].concat();
     kafka::tool("org.apache.kafka.tools.ConsoleProducer", &options, &lines);
@@ -207,7 +209,7 @@ fn kafkas_own_producer_agrees_on_partitions_and_its_records_are_foreign() {
 fn whatever_another_program_writes_is_foreign_and_stops_nobody() {
     let place = Place::kafka();
     let log = place.open(1);
-    let (brokers, topic) = (kafka::brokers(), place.topic());
+    let (brokers, topic) = (kafka::brokers(), place.topic(Topic::Events));
     let headers = |version: &str, grant: &str| {
         OwnedHeaders::new()
             .insert(Header { key: "weft-kind", value: Some("message") })
@@ -236,15 +238,19 @@ fn whatever_another_program_writes_is_foreign_and_stops_nobody() {
     assert_eq!(ours(&found[count + 1]), &numbered("k", 1));
 }
 
+/// What Kafka's own consumer prints of a topic's first records: headers, key and value.
+fn console(topic: &str, count: &str) -> String {
+    let options = ["--bootstrap-server", kafka::brokers(), "--topic", topic, "--from-beginning"];
+    let print = ["--property", "print.key=true", "--property", "print.headers=true", "--max-messages", count];
+    kafka::tool("org.apache.kafka.tools.consumer.ConsoleConsumer", &[&options[..], &print].concat(), "")
+}
+
 #[test]
 fn the_topic_reads_well_with_kafkas_own_console_consumer() {
     let place = Place::kafka();
     let log = place.open(1);
     append_ok(&*log, vec![record("acme/t1", r#"{"kind":"message","text":"Grüße"}"#)]);
-    let topic = place.topic();
-    let options = ["--bootstrap-server", kafka::brokers(), "--topic", &topic, "--from-beginning"];
-    let print = ["--property", "print.key=true", "--property", "print.headers=true", "--max-messages", "2"];
-    let out = kafka::tool("org.apache.kafka.tools.consumer.ConsoleConsumer", &[&options[..], &print].concat(), "");
+    let out = console(&place.topic(Topic::Events), "2");
     let lines: Vec<&str> = out.lines().collect();
     assert!(lines[0].contains("weft-kind:log_created") && lines[0].contains(log.epoch()), "{out}");
     let expected =
@@ -257,17 +263,20 @@ fn kafkas_own_tools_show_how_far_we_have_read() {
     let place = Place::kafka();
     let log = place.open(1);
     append_ok(&*log, (0..10).map(|n| numbered("k", n)).collect());
-    log.committed(&[4]);
-    log.committed(&[7]);
+    append_ok(&*log, (0..5).map(|n| numbered("k", n).in_topic(Topic::Receipts)).collect());
+    log.committed(&[4, 2, 0]);
+    log.committed(&[7, 3, 0]);
     log.close();
     let Place::Kafka { prefix, .. } = &place else { return };
     let group = format!("{prefix}node");
     let options = ["--bootstrap-server", kafka::brokers(), "--describe", "--group", &group];
     let out = kafka::tool("org.apache.kafka.tools.consumer.group.ConsumerGroupCommand", &options, "");
-    let line = out.lines().find(|line| line.contains(&place.topic())).expect("our group is listed");
-    let columns: Vec<&str> = line.split_whitespace().skip(2).take(4).collect();
-    // The eleventh record is the marker in front.
-    assert_eq!(columns, ["0", "7", "11", "4"], "partition, committed, end, lag");
+    // The eleventh event is the marker in front.
+    for (topic, expected) in [(Topic::Events, ["0", "7", "11", "4"]), (Topic::Receipts, ["0", "3", "5", "2"])] {
+        let line = out.lines().find(|line| line.contains(&place.topic(topic))).expect("our group is listed");
+        let columns: Vec<&str> = line.split_whitespace().skip(2).take(4).collect();
+        assert_eq!(columns, expected, "partition, committed, end, lag");
+    }
 }
 
 #[test]
@@ -292,19 +301,33 @@ fn two_nodes_that_start_at_once_agree_on_the_epoch_and_read_one_order() {
 }
 
 #[test]
-fn holes_left_by_another_programs_transactions_are_stepped_over() {
+fn holes_left_by_another_programs_transactions_are_stepped_over_in_every_topic() {
     let place = Place::kafka();
     let log = place.open(1);
-    let topic = place.topic();
+    for topic in Topic::ALL {
+        leave_holes(&*log, topic, &place.topic(topic));
+    }
+    let found = read_all(&*log);
+    assert_eq!(found.len(), 6, "of each topic the committed one, and ours");
+    for topic in Topic::ALL {
+        let found: Vec<bool> =
+            found.iter().filter(|e| log.place(e.at.partition).0 == topic).map(|e| e.record.is_ok()).collect();
+        assert_eq!(found, [false, true], "{topic:?}");
+    }
+}
+
+/// Two aborted transactions, the first in front of everything, the second at the end; in between a committed one with a
+/// record that is not ours, and a record of ours.
+fn leave_holes(log: &dyn Log, topic: Topic, name: &str) {
     let producer: BaseProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka::brokers())
-        .set("transactional.id", &topic)
+        .set("transactional.id", name)
         .create()
         .expect("a producer");
     producer.init_transactions(PATIENCE).expect("the broker has transactions");
     let transaction = |commit: bool| {
         producer.begin_transaction().expect("a transaction begins");
-        let foreign = BaseRecord::<(), str>::to(&topic).payload("x");
+        let foreign = BaseRecord::<[u8], str>::to(name).key(b"not ours").payload("x");
         producer.send(foreign).map_err(|(e, _)| e).expect("it is taken");
         producer.flush(PATIENCE).expect("it is written");
         if commit { producer.commit_transaction(PATIENCE) } else { producer.abort_transaction(PATIENCE) }
@@ -312,16 +335,13 @@ fn holes_left_by_another_programs_transactions_are_stepped_over() {
     };
     transaction(false);
     transaction(true);
-    let at = append_ok(&*log, vec![numbered("k", 1)])[0].offset;
+    let at = append_ok(log, vec![numbered("k", 1).in_topic(topic)])[0];
     transaction(false);
     // The aborted record and the mark of its end, which the broker writes after it answered.
     let until = Instant::now() + PATIENCE;
-    while ends(&*log)[0] < at + 3 {
+    while ends(log)[at.partition as usize] < at.offset + 3 {
         assert!(Instant::now() < until, "the transaction does not end");
     }
-    let found = read_all(&*log);
-    assert_eq!(found.len(), 2, "the committed one, and ours");
-    assert!(found[0].record.is_err() && found[1].record.is_ok());
 }
 
 #[test]
@@ -337,15 +357,11 @@ fn a_reader_whose_place_was_deleted_says_so_and_never_jumps() {
         records.push(record("k", big.clone()));
     }
     append_ok(&*log, records);
-    let mut reader = log.reader(&[0]).expect("the start is there");
+    let mut reader = log.reader(&[0, 0, 0]).expect("the start is there");
     let first = read(&mut *reader, 1)[0].at.offset;
-    let admin: AdminClient<DefaultClientContext> =
-        ClientConfig::new().set("bootstrap.servers", kafka::brokers()).create().expect("an admin client");
     let mut list = TopicPartitionList::new();
-    list.add_partition_offset(&place.topic(), 0, Offset::End).expect("an offset");
-    let deleted = admin.delete_records(&list, &AdminOptions::new());
-    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-    runtime.block_on(deleted).expect("the broker deletes");
+    list.add_partition_offset(&place.topic(Topic::Events), 0, Offset::End).expect("an offset");
+    block_on(admin().delete_records(&list, &AdminOptions::new())).expect("the broker deletes");
 
     let until = Instant::now() + PATIENCE;
     let mut next = first + 1;
@@ -362,33 +378,146 @@ fn a_reader_whose_place_was_deleted_says_so_and_never_jumps() {
     let LogError::OutOfRange { at, bounds } = error else { panic!("{error:?}") };
     assert_eq!((at.offset, bounds.start), (next, 81));
     assert!(matches!(reader.next(10, Duration::ZERO), Err(LogError::OutOfRange { .. })), "and it stays so");
-    assert!(matches!(log.reader(&[next]), Err(LogError::OutOfRange { .. })));
+    assert!(matches!(log.reader(&[next, 0, 0]), Err(LogError::OutOfRange { .. })));
 }
 
 #[test]
 fn partitions_added_behind_our_back_stop_appends_before_keys_move() {
     let place = Place::kafka();
     let log = place.open(2);
-    let topic = place.topic();
-    let options = ["--bootstrap-server", kafka::brokers(), "--alter", "--topic", &topic, "--partitions", "5"];
-    kafka::tool("org.apache.kafka.tools.TopicCommand", &options, "");
+    add_partitions(&place.topic(Topic::Events));
     wait_for_health(&*log, false);
     let why = log.health().expect_err("it is not well");
-    assert!(why.contains('5') && why.contains('2'), "{why}");
+    assert!(why.contains("5 partitions") && why.contains("2 are configured"), "{why}");
     assert!(matches!(append(&*log, vec![numbered("k", 1)])[0], Err(AppendError::Unavailable(_))));
 }
 
 #[test]
-fn a_compacted_topic_is_refused_since_it_forgets() {
+fn partitions_added_to_the_receipts_stop_receipts_and_no_events() {
     let place = Place::kafka();
-    place.open(1).close();
-    let topic = place.topic();
-    let options =
-        ["--bootstrap-server", kafka::brokers(), "--alter", "--entity-type", "topics", "--entity-name", &topic];
-    let options = [&options[..], &["--add-config", "cleanup.policy=compact"]].concat();
-    kafka::tool("kafka.admin.ConfigCommand", &options, "");
-    let error = place.try_open(1).err().expect("it forgets");
-    assert!(error.to_string().contains("cleanup.policy"), "{error}");
+    let log = place.open(2);
+    add_partitions(&place.topic(Topic::Receipts));
+    wait_for_health(&*log, false);
+    let why = log.health().expect_err("it is not well");
+    assert!(why.contains(&place.topic(Topic::Receipts)), "{why}");
+    let answers = append(&*log, Topic::ALL.map(|topic| numbered("k", 1).in_topic(topic)).into());
+    assert!(matches!(&answers[..], [Ok(_), Err(AppendError::Unavailable(_)), Ok(_)]), "{answers:?}");
+}
+
+/// Makes them 5.
+fn add_partitions(topic: &str) {
+    let (admin, five) = (admin(), NewPartitions::new(topic, 5));
+    let added = block_on(admin.create_partitions([&five], &AdminOptions::new()));
+    added.expect("the broker answers").remove(0).expect("the broker adds them");
+}
+
+fn admin() -> AdminClient<DefaultClientContext> {
+    ClientConfig::new().set("bootstrap.servers", kafka::brokers()).create().expect("an admin client")
+}
+
+fn block_on<F: Future>(future: F) -> F::Output {
+    tokio::runtime::Builder::new_current_thread().build().expect("a runtime").block_on(future)
+}
+
+/// Makes a topic as another program would, before the log finds it.
+fn create_topic(name: &str, settings: &[(&str, &str)]) {
+    let new = NewTopic::new(name, 1, TopicReplication::Fixed(1));
+    let new = settings.iter().fold(new, |new, (setting, value)| new.set(setting, value));
+    let created = block_on(admin().create_topics([&new], &AdminOptions::new()));
+    created.expect("the broker answers").remove(0).expect("the broker makes it");
+}
+
+#[test]
+fn compacted_events_or_dead_letters_are_refused_since_they_forget() {
+    for topic in [Topic::Events, Topic::DeadLetters] {
+        let place = Place::kafka();
+        create_topic(&place.topic(topic), &[("cleanup.policy", "compact")]);
+        let error = place.try_open(1).err().expect("it forgets").to_string();
+        assert!(error.contains("cleanup.policy") && error.contains(&place.topic(topic)), "{error}");
+    }
+}
+
+#[test]
+fn receipts_that_are_not_compacted_stop_nobody() {
+    let place = Place::kafka();
+    create_topic(&place.topic(Topic::Receipts), &[("cleanup.policy", "delete")]);
+    let log = place.open(1);
+    append_ok(&*log, vec![numbered("k", 1).in_topic(Topic::Receipts)]);
+}
+
+#[test]
+fn compaction_keeps_no_reader_of_receipts_from_the_end_and_no_newest_from_a_reader() {
+    let place = Place::kafka();
+    let topic = place.topic(Topic::Receipts);
+    // The newest segment is never compacted, so each append begins another one.
+    create_topic(&topic, &[("cleanup.policy", "compact"), ("segment.ms", "1"), ("min.cleanable.dirty.ratio", "0.01")]);
+    let log = place.open(1);
+    let receipt = |key: &str, n| numbered(key, n).in_topic(Topic::Receipts);
+    for round in 0..10 {
+        let often = (0..5).map(|n| receipt(&format!("k{n}"), round));
+        append_ok(&*log, often.chain([receipt(&format!("once {round}"), round)]).collect());
+    }
+    // The last round of the five keys, and each key that came once.
+    let until = Instant::now() + PATIENCE;
+    let found = loop {
+        let found: Vec<Entry> = read_all(&*log).into_iter().filter(|e| e.at.partition == 1).collect();
+        if found.len() < 25 {
+            break found;
+        }
+        assert!(Instant::now() < until, "nothing is compacted");
+    };
+    let newest: HashMap<&str, &Record> = found.iter().map(|e| (ours(e).key.as_str(), ours(e))).collect();
+    assert_eq!(newest.len(), 15);
+    assert!((0..5).all(|n| *newest[format!("k{n}").as_str()] == receipt(&format!("k{n}"), 9)));
+    for round in 0..10 {
+        assert_eq!(*newest[format!("once {round}").as_str()], receipt(&format!("once {round}"), round));
+    }
+    // A place whose record is gone is still one to read from.
+    assert!(found[0].at.offset > 0, "the first one is compacted away");
+    let mut reader = log.reader(&[ends(&*log)[0], 0, 0]).expect("within the bounds");
+    assert_eq!(read(&mut *reader, 1)[0].at, found[0].at);
+}
+
+#[test]
+fn other_clients_find_receipts_in_their_topic_with_key_and_headers() {
+    let place = Place::kafka();
+    let log = place.open(1);
+    let events = ends(&*log)[0];
+    append_ok(
+        &*log,
+        vec![Record {
+            topic: Topic::Receipts,
+            key: "acme/t1".to_owned(),
+            kind: "ack".to_owned(),
+            grant: Grant::Scope,
+            traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned()),
+            value: r#"{"seq":7}"#.into(),
+        }],
+    );
+    assert_eq!(ends(&*log), [events, 1, 0], "the other topics stay as they are");
+    let headers = "weft-kind:ack,weft-version:1,weft-grant:scope,\
+                   traceparent:00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let out = console(&log.topic_name(Topic::Receipts), "1");
+    assert_eq!(out.lines().next(), Some(format!("{headers}\tacme/t1\t{{\"seq\":7}}").as_str()));
+}
+
+#[test]
+fn a_record_in_another_partition_than_its_keys_is_foreign_in_every_topic() {
+    let place = Place::kafka();
+    let log = place.open(12);
+    for topic in Topic::ALL {
+        let headers = [("weft-kind", "message"), ("weft-version", "1"), ("weft-grant", "member")]
+            .into_iter()
+            .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: Some(value) }));
+        let right = append_ok(&*log, vec![numbered("acme/t", 1).in_topic(topic)])[0];
+        let wrong = (log.place(right.partition).1 + 1) % 12;
+        let (brokers, name) = (kafka::brokers(), place.topic(topic));
+        produce(brokers, &name, Some(wrong), Some(b"acme/t"), Some(b"{}"), Some(headers));
+    }
+    let found = read_all(&*log);
+    let foreign: Vec<&Foreign> = found.iter().filter_map(|e| e.record.as_ref().err()).collect();
+    assert_eq!((found.len(), foreign.len()), (6, 3));
+    assert!(foreign.iter().all(|foreign| foreign.why.contains("murmur2")), "{foreign:?}");
 }
 
 #[test]
