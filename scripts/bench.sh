@@ -61,7 +61,9 @@ start_server() {
   local log=$1 port deadline
   port=$(free_port)
   export WEFT_URL=http://127.0.0.1:$port
-  "$weft" serve --listen "127.0.0.1:$port" --data "$work/$log" --log "$log" >"$work/$log.log" 2>&1 </dev/null &
+  # Without a limit of rates: one user of a bench publishes all that the server takes.
+  "$weft" serve --listen "127.0.0.1:$port" --data "$work/$log" --log "$log" --rate-user 0 >"$work/$log.log" 2>&1 \
+    </dev/null &
   server=$!
   deadline=$((SECONDS + 60))
   until ready "$port"; do

@@ -8,6 +8,7 @@ use figment::providers::{Format, Serialized, Toml};
 use serde::{Deserialize, Serialize};
 
 use crate::identity::jwt::{Key, Verifier};
+use crate::limits::Rates;
 
 /// Which log to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -80,6 +81,22 @@ pub struct ServeArgs {
     #[arg(long, env = "WEFT_MAX_CONNECTIONS", value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections: Option<usize>,
+    /// WebSockets of one user at a time [default: 100]
+    #[arg(long, env = "WEFT_MAX_USER_CONNECTIONS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_user_connections: Option<usize>,
+    /// Commands a second of one user, five times as many at once; 0: no limit [default: 2000]
+    #[arg(long, env = "WEFT_RATE_USER", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_user: Option<u32>,
+    /// Bytes that one tenant may append a second, five times as many at once; 0: no limit [default: 0]
+    #[arg(long, env = "WEFT_RATE_TENANT", value_name = "BYTES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_tenant: Option<u64>,
+    /// Commands a second of all users of one tenant, five times as many at once; 0: no limit [default: 0]
+    #[arg(long, env = "WEFT_RATE_TENANT_COMMANDS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_tenant_commands: Option<u32>,
     /// Development: makes a secret, prints a token, and listens on loopback only
     #[arg(long, env = "WEFT_DEV", num_args = 0..=1, default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -106,6 +123,10 @@ pub struct Config {
     pub jwt_audience: Option<String>,
     pub allow_origin: Vec<String>,
     pub max_connections: usize,
+    pub max_user_connections: usize,
+    pub rate_user: u32,
+    pub rate_tenant: u64,
+    pub rate_tenant_commands: u32,
     pub dev: bool,
 }
 
@@ -124,6 +145,10 @@ impl Default for Config {
             jwt_audience: None,
             allow_origin: Vec::new(),
             max_connections: 100_000,
+            max_user_connections: 100,
+            rate_user: 2_000,
+            rate_tenant: 0,
+            rate_tenant_commands: 0,
             dev: false,
         }
     }
@@ -161,6 +186,9 @@ impl Config {
         if self.max_connections == 0 {
             return refuse("--max-connections must be at least 1");
         }
+        if self.max_user_connections == 0 {
+            return refuse("--max-user-connections must be at least 1");
+        }
         if self.dev && !self.listen.ip().is_loopback() {
             return refuse("--dev listens on loopback only: change --listen, or leave --dev out");
         }
@@ -168,6 +196,14 @@ impl Config {
             return refuse("give --jwt-secret or --jwt-key, not both: the key decides the algorithms");
         }
         Ok(())
+    }
+
+    pub fn rates(&self) -> Rates {
+        Rates {
+            user_commands: self.rate_user,
+            tenant_commands: self.rate_tenant_commands,
+            tenant_bytes: self.rate_tenant,
+        }
     }
 
     pub fn log_dir(&self) -> PathBuf {
@@ -221,5 +257,27 @@ mod tests {
         let said =
             ServeArgs { dev: Some(true), listen: Some(SocketAddr::from(([0, 0, 0, 0], 1))), ..ServeArgs::default() };
         assert!(Config::load(None, &said).expect_err("an open address").to_string().contains("--listen"));
+    }
+
+    #[test]
+    fn rates_come_from_the_settings_and_0_is_one_of_them() {
+        let default = Config::load(None, &ServeArgs::default()).expect("the defaults are good");
+        let rates = Rates { user_commands: 2_000, tenant_commands: 0, tenant_bytes: 0 };
+        assert_eq!((default.rates(), default.max_user_connections), (rates, 100));
+        let said = ServeArgs {
+            rate_user: Some(0),
+            rate_tenant: Some(8_000_000_000),
+            rate_tenant_commands: Some(7),
+            ..ServeArgs::default()
+        };
+        let rates = Rates { user_commands: 0, tenant_commands: 7, tenant_bytes: 8_000_000_000 };
+        assert_eq!(Config::load(None, &said).expect("good settings").rates(), rates);
+    }
+
+    #[test]
+    fn a_user_may_connect_at_least_once() {
+        let said = ServeArgs { max_user_connections: Some(0), ..ServeArgs::default() };
+        let refused = Config::load(None, &said).expect_err("nobody could connect");
+        assert!(refused.to_string().contains("--max-user-connections"), "{refused}");
     }
 }

@@ -25,7 +25,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the server
-    Serve(serve::Args),
+    Serve(Box<serve::Args>),
     /// Play a conversation against a running server
     Demo(demo::DemoArgs),
     /// Print a token and nothing else
@@ -45,7 +45,7 @@ enum Command {
 impl Cli {
     pub async fn run(self) -> Result<(), Failure> {
         match self.command {
-            Command::Serve(args) => serve::run(args).await,
+            Command::Serve(args) => serve::run(*args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Token(args) => token::run(args).await,
             Command::Threads(args) => threads::run(args).await,

@@ -1,14 +1,17 @@
-//! The TCP stream under a WebSocket, counting what the peer has taken, and the end of a connection.
+//! The TCP stream under a WebSocket, counting what the peer has taken and what it floods us with, and the end of a
+//! connection.
 
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
+
+use super::frames::Watch;
 
 /// How long a peer gets to take our close frame and to close its side.
 const LINGER: Duration = Duration::from_secs(2);
@@ -19,11 +22,13 @@ pub struct Socket {
     stream: TcpStream,
     /// Bytes the kernel has taken for the peer.
     written: Arc<AtomicU64>,
+    /// Follows the frames, once this is a WebSocket.
+    watch: Option<Watch>,
 }
 
 impl Socket {
     pub fn new(stream: TcpStream) -> Socket {
-        Socket { stream, written: Arc::default() }
+        Socket { stream, written: Arc::default(), watch: None }
     }
 
     /// Bytes taken so far: a socket whose count stands still takes nothing.
@@ -34,6 +39,19 @@ impl Socket {
     /// The count, to be watched from elsewhere.
     pub fn counter(&self) -> Arc<AtomicU64> {
         self.written.clone()
+    }
+
+    /// From here on the bytes are WebSocket frames: counts those that carry nothing. `read` is what was read of them
+    /// already.
+    pub fn watch_frames(&mut self, read: &[u8]) {
+        let mut watch = Watch::new(Instant::now());
+        watch.read(read);
+        self.watch = Some(watch);
+    }
+
+    /// Whether the peer has sent too many frames that carry nothing. Nothing more is read then.
+    pub fn flooded(&self) -> bool {
+        self.watch.as_ref().is_some_and(Watch::flooded)
     }
 
     /// Ends the connection without a reset, which would take our last frames out of the peer's buffer: closes our side and
@@ -58,7 +76,17 @@ impl Socket {
 
 impl AsyncRead for Socket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        if self.flooded() {
+            // No error, with which the WebSocket would be over before its close frame. Woken, its owner sees why.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if let (Poll::Ready(Ok(())), Some(watch)) = (&read, &mut self.watch) {
+            watch.read(&buf.filled()[before..]);
+        }
+        read
     }
 }
 
@@ -77,5 +105,105 @@ impl AsyncWrite for Socket {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::StreamExt;
+    use tokio::net::TcpListener;
+    use tokio_tungstenite::WebSocketStream;
+    use tokio_tungstenite::tungstenite::Message;
+    use tokio_tungstenite::tungstenite::protocol::Role;
+
+    use super::*;
+
+    const PING: [u8; 6] = [0x89, 0x80, 0, 0, 0, 0];
+    const HELLO: [u8; 11] = [0x81, 0x85, 0, 0, 0, 0, b'h', b'e', b'l', b'l', b'o'];
+
+    /// Our end and the peer's.
+    async fn pair() -> (Socket, TcpStream) {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let (peer, ours) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        (Socket::new(ours.unwrap().0), peer.unwrap())
+    }
+
+    #[tokio::test]
+    async fn before_the_upgrade_bytes_are_only_bytes() {
+        let (mut socket, mut peer) = pair().await;
+        peer.write_all(&PING.repeat(5_000)).await.unwrap();
+        let mut bytes = vec![0; PING.len() * 5_000];
+        socket.read_exact(&mut bytes).await.unwrap();
+        assert!(!socket.flooded());
+    }
+
+    #[tokio::test]
+    async fn once_flooded_it_brings_no_more_and_wakes_its_owner_each_time_it_is_asked() {
+        let (mut socket, mut peer) = pair().await;
+        socket.watch_frames(&[]);
+        // Twice what may come at once, so that the time between the reads does not matter.
+        peer.write_all(&PING.repeat(2_000)).await.unwrap();
+        peer.write_all(&HELLO).await.unwrap();
+        let mut bytes = [0; 4096];
+        while !socket.flooded() {
+            assert!(socket.read(&mut bytes).await.unwrap() > 0);
+        }
+        for _ in 0..2 {
+            let wakes = Arc::new(Wakes::default());
+            let waker = wakes.clone().into();
+            let mut buf = ReadBuf::new(&mut bytes);
+            assert!(Pin::new(&mut socket).poll_read(&mut Context::from_waker(&waker), &mut buf).is_pending());
+            assert_eq!((buf.filled().len(), wakes.0.load(Ordering::Relaxed)), (0, 1));
+        }
+    }
+
+    #[derive(Default)]
+    struct Wakes(AtomicU64);
+
+    impl std::task::Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_read_before_the_watch_counts_and_is_followed_from_within_a_header() {
+        let (mut socket, mut peer) = pair().await;
+        // A message's header and half of its key came with the request; taken from its start, the rest is no frame.
+        let (before, behind) = HELLO.split_at(4);
+        socket.watch_frames(&[&PING.repeat(999), before].concat());
+        assert!(!socket.flooded());
+        peer.write_all(&[behind, &PING].concat()).await.unwrap();
+        let mut bytes = vec![0; behind.len() + PING.len()];
+        socket.read_exact(&mut bytes).await.unwrap();
+        assert!(!socket.flooded(), "these were a thousand");
+        peer.write_all(&PING.repeat(1_000)).await.unwrap();
+        while !socket.flooded() {
+            assert!(socket.read(&mut bytes).await.unwrap() > 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_flooded_websocket_can_still_say_goodbye() {
+        let (mut socket, mut peer) = pair().await;
+        socket.watch_frames(&[]);
+        let mut ws = WebSocketStream::from_raw_socket(socket, Role::Server, None).await;
+        peer.write_all(&[&HELLO[..], &PING.repeat(2_000)].concat()).await.unwrap();
+        assert_eq!(ws.next().await.unwrap().unwrap(), Message::text("hello"));
+        let end = std::future::poll_fn(|cx| match ws.get_ref().flooded() {
+            true => Poll::Ready(None),
+            false => ws.poll_next_unpin(cx).map(Some),
+        });
+        tokio::pin!(end);
+        while let Some(message) = end.as_mut().await {
+            assert!(matches!(message.unwrap().unwrap(), Message::Ping(_)));
+        }
+        ws.close(None).await.unwrap();
+        let (mut answer, mut close) = (vec![0; 4096], false);
+        while !close {
+            let read = peer.read(&mut answer).await.unwrap();
+            assert!(read > 0, "the close frame came before the end");
+            close = answer[..read].contains(&0x88);
+        }
     }
 }

@@ -19,7 +19,7 @@ pub struct ReplayArgs {
     /// Events in the thread.
     #[arg(long, default_value_t = 500_000)]
     pub events: u64,
-    /// Readers that replay it at the same time.
+    /// Readers that replay it at the same time, each a user of its own.
     #[arg(long, default_value_t = 1)]
     pub readers: usize,
     /// Bytes of `data`.
@@ -37,14 +37,16 @@ pub async fn run(target: &Target, args: &ReplayArgs) -> Result<Vec<Figure>, Fail
     let name = format!("replay to {} reader{}", args.readers, if args.readers == 1 { "" } else { "s" });
     progress(&format!("filling a thread with {} events", args.events));
     raise_open_files(args.readers + 100)?;
-    let (thread, user) = (target.name("replay", args.readers), target.name("replay-user", args.readers));
+    let (thread, owner) = (target.name("replay", args.readers), target.name("replay-owner", args.readers));
+    let users: Vec<_> = (0..args.readers).map(|number| target.name("replay-reader", number)).collect();
+    target.thread(&thread, &owner, &users).await?;
     let frame = Frame::publish(&thread, args.payload, false);
-    let mut publisher = Publisher::open(target, &user, frame, FILL_WINDOW).await?;
+    let mut publisher = Publisher::open(target, &owner, frame, FILL_WINDOW).await?;
     tokio::time::timeout(PATIENCE, publisher.run(|sent| sent < args.events, |_, _| ())).await??;
     let head = publisher.last_seq()?;
 
     progress(&name);
-    let mut sockets = target.many(args.readers, async |_| target.socket(&user).await).await?;
+    let mut sockets = target.many(args.readers, async |number| target.socket(&users[number]).await).await?;
     let begin = Instant::now();
     let readers = try_join_all(sockets.iter_mut().map(|socket| replay(socket, &thread, head)));
     tokio::time::timeout(PATIENCE, readers).await??;

@@ -1,0 +1,286 @@
+//! Counts WebSocket frames that carry nothing, as their bytes go by.
+//!
+//! The WebSocket library answers pings and puts fragments together without telling anybody, so a session does not see what
+//! those cost. Whoever has something to say sends few of them; their number is bounded here, before the library.
+
+use std::time::{Duration, Instant};
+
+/// Idle frames that a connection may go on sending. Clients ping every few seconds, and some end a message with an empty
+/// fragment: this is far more than any of that, and far less than what the server would notice.
+const A_SECOND: u32 = 100;
+/// Idle frames at once: a client that was held up, or that cuts a few messages into small pieces, is no flood.
+const AT_ONCE: u32 = 1_000;
+/// A fragment with less than this in it is idle. Even the largest message in such pieces is within what may come at once.
+const SMALL_FRAGMENT: u64 = 512;
+
+/// What one idle frame takes of the bucket, as time.
+const EACH: Duration = Duration::from_nanos(1_000_000_000 / A_SECOND as u64);
+/// The whole bucket, as time.
+const FULL: Duration = Duration::from_millis(AT_ONCE as u64 * 1_000 / A_SECOND as u64);
+
+const FIN: u8 = 0x80;
+const OPCODE: u8 = 0x0f;
+const CONTINUATION: u8 = 0;
+const FIRST_CONTROL: u8 = 8;
+const MASKED: u8 = 0x80;
+const MASKING_KEY: u64 = 4;
+
+/// Follows the frames of one connection and tells when too many of them were idle.
+#[derive(Debug)]
+pub struct Watch {
+    frames: Frames,
+    /// When the bucket is full again: the further ahead, the less is left in it.
+    full_at: Instant,
+    flooded: bool,
+}
+
+impl Watch {
+    pub fn new(now: Instant) -> Watch {
+        Watch { frames: Frames::default(), full_at: now, flooded: false }
+    }
+
+    /// Takes the next bytes of the stream, cut anywhere.
+    pub fn read(&mut self, bytes: &[u8]) {
+        let idle = self.frames.idle_in(bytes);
+        // The clock is asked only when there is something to count.
+        if idle > 0 {
+            self.count(idle, Instant::now());
+        }
+    }
+
+    fn count(&mut self, idle: u32, now: Instant) {
+        self.full_at = self.full_at.max(now) + EACH.saturating_mul(idle);
+        self.flooded |= self.full_at - now > FULL;
+    }
+
+    /// Whether there were too many. Stays true.
+    pub fn flooded(&self) -> bool {
+        self.flooded
+    }
+}
+
+/// Where in a frame the stream is (RFC 6455, section 5.2).
+#[derive(Debug)]
+enum Frames {
+    /// Behind a frame's length, with so many bytes of masking key and payload to come. With 0 the next frame begins.
+    Rest(u64),
+    /// Behind a frame's first byte.
+    Begun { first: u8 },
+    /// In a frame's extended length, with so many bytes of it to come.
+    Length { first: u8, masked: bool, missing: u8, length: u64 },
+}
+
+impl Default for Frames {
+    fn default() -> Frames {
+        Frames::Rest(0)
+    }
+}
+
+impl Frames {
+    /// How many idle frames have the end of their length in these bytes.
+    fn idle_in(&mut self, mut bytes: &[u8]) -> u32 {
+        let mut idle = 0;
+        while let Some((&byte, behind)) = bytes.split_first() {
+            if let Frames::Rest(rest @ 1..) = self {
+                // More than fits a usize is more than there is here.
+                let here = usize::try_from(*rest).map_or(bytes.len(), |rest| rest.min(bytes.len()));
+                *rest -= here as u64;
+                bytes = &bytes[here..];
+                continue;
+            }
+            idle += u32::from(self.header(byte));
+            bytes = behind;
+        }
+        idle
+    }
+
+    /// Takes one byte of a header. True: the header is of an idle frame, and this told its length.
+    fn header(&mut self, byte: u8) -> bool {
+        let (first, masked, length) = match *self {
+            Frames::Rest(_) => {
+                *self = Frames::Begun { first: byte };
+                return false;
+            }
+            Frames::Begun { first } => {
+                let masked = byte & MASKED != 0;
+                let missing = match byte & !MASKED {
+                    126 => 2,
+                    127 => 8,
+                    length => return self.behind_length(first, masked, length.into()),
+                };
+                *self = Frames::Length { first, masked, missing, length: 0 };
+                return false;
+            }
+            Frames::Length { first, masked, missing, length } => {
+                let length = length << 8 | u64::from(byte);
+                if missing > 1 {
+                    *self = Frames::Length { first, masked, missing: missing - 1, length };
+                    return false;
+                }
+                (first, masked, length)
+            }
+        };
+        self.behind_length(first, masked, length)
+    }
+
+    fn behind_length(&mut self, first: u8, masked: bool, length: u64) -> bool {
+        // No real length overflows: the library refuses it, and nothing behind it is read.
+        *self = Frames::Rest(length.saturating_add(if masked { MASKING_KEY } else { 0 }));
+        let opcode = first & OPCODE;
+        let fragment = first & FIN == 0 || opcode == CONTINUATION;
+        opcode >= FIRST_CONTROL || length == 0 || (fragment && length < SMALL_FRAGMENT)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Clone)]
+    struct Frame {
+        first: u8,
+        masked: bool,
+        /// Longer than the payload needs, which the RFC forbids and the parser takes.
+        wide: u8,
+        length: usize,
+    }
+
+    impl Frame {
+        fn bytes(&self) -> Vec<u8> {
+            let mask = if self.masked { MASKED } else { 0 };
+            let mut bytes = vec![self.first];
+            match self.wide.max(if self.length > 65_535 { 2 } else { u8::from(self.length > 125) }) {
+                0 => bytes.push(mask | self.length as u8),
+                1 => {
+                    bytes.push(mask | 126);
+                    bytes.extend((self.length as u16).to_be_bytes());
+                }
+                _ => {
+                    bytes.push(mask | 127);
+                    bytes.extend((self.length as u64).to_be_bytes());
+                }
+            }
+            // Bytes that would be control frames if they were taken for headers.
+            bytes.resize(bytes.len() + self.length + if self.masked { 4 } else { 0 }, 0x89);
+            bytes
+        }
+
+        fn idle(&self) -> bool {
+            let (fin, opcode) = (self.first >= 128, self.first % 16);
+            opcode >= 8 || self.length == 0 || ((!fin || opcode == 0) && self.length < 512)
+        }
+    }
+
+    fn frame() -> impl Strategy<Value = Frame> {
+        let length = prop_oneof![
+            4 => 0..4usize,
+            4 => prop_oneof![Just(125usize), Just(126), Just(127), Just(511), Just(512), Just(65_535), Just(65_536)],
+            1 => 0..70_000usize,
+        ];
+        (any::<u8>(), any::<bool>(), 0..3u8, length).prop_map(|(first, masked, wide, length)| Frame {
+            first,
+            masked,
+            wide,
+            length,
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn idle_frames_are_counted_wherever_the_reads_end(
+            frames in proptest::collection::vec(frame(), 0..20),
+            cuts in proptest::collection::vec(1..20usize, 1..50),
+        ) {
+            let idle = frames.iter().filter(|frame| frame.idle()).count() as u32;
+            let stream: Vec<u8> = frames.iter().flat_map(Frame::bytes).collect();
+            let mut parser = Frames::default();
+            prop_assert_eq!(parser.idle_in(&stream), idle, "at once");
+            prop_assert!(matches!(parser, Frames::Rest(0)));
+
+            let mut singly = Frames::default();
+            prop_assert_eq!(stream.iter().map(|byte| singly.idle_in(&[*byte])).sum::<u32>(), idle, "byte by byte");
+
+            let (mut pieces, mut rest, mut counted) = (Frames::default(), &stream[..], 0);
+            // A few bytes here, many there, so that cuts are in headers and payloads.
+            for cut in cuts.iter().cycle() {
+                let (piece, behind) = rest.split_at((cut * cut * cut).min(rest.len()));
+                counted += pieces.idle_in(piece);
+                rest = behind;
+                if rest.is_empty() {
+                    break;
+                }
+            }
+            prop_assert_eq!(counted, idle, "in pieces");
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..2_000)) {
+            Frames::default().idle_in(&bytes);
+        }
+    }
+
+    #[test]
+    fn headers_cut_at_each_byte() {
+        for frame in [
+            Frame { first: 0x89, masked: true, wide: 0, length: 5 },
+            Frame { first: 0x01, masked: true, wide: 1, length: 300 },
+            Frame { first: 0x00, masked: true, wide: 2, length: 511 },
+            Frame { first: 0x81, masked: true, wide: 2, length: 70_000 },
+        ] {
+            let mut bytes = frame.bytes();
+            bytes.extend([0x8a, 0x80, 0, 0, 0, 0]);
+            for cut in 0..16.min(bytes.len()) {
+                let mut parser = Frames::default();
+                let counted = parser.idle_in(&bytes[..cut]) + parser.idle_in(&bytes[cut..]);
+                assert_eq!(counted, 1 + u32::from(frame.idle()), "{frame:?} cut at {cut}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_longest_length_there_can_be_is_no_overflow() {
+        let mut parser = Frames::default();
+        assert_eq!(parser.idle_in(&[0x81, 0xff, 255, 255, 255, 255, 255, 255, 255, 255, 1, 2, 3]), 0);
+        assert!(matches!(parser, Frames::Rest(rest) if rest == u64::MAX - 3));
+    }
+
+    #[test]
+    fn a_thousand_at_once_pass_and_a_hundred_a_second() {
+        let begin = Instant::now();
+        let mut watch = Watch::new(begin);
+        watch.count(1_000, begin);
+        assert!(!watch.flooded());
+        for tenth in 1..1_000u64 {
+            watch.count(10, begin + Duration::from_millis(100 * tenth));
+            assert!(!watch.flooded(), "{tenth}");
+        }
+        let end = begin + Duration::from_millis(100 * 999);
+        watch.count(1, end);
+        assert!(watch.flooded());
+        watch.count(1, end + Duration::from_secs(3_600));
+        assert!(watch.flooded(), "it stays so");
+
+        let mut watch = Watch::new(begin);
+        watch.count(1_001, begin + Duration::from_secs(60));
+        assert!(watch.flooded(), "silence does not add to a full bucket");
+    }
+
+    #[test]
+    fn the_largest_message_in_small_pieces_is_no_flood() {
+        let mut watch = Watch::new(Instant::now());
+        let pieces = crate::command::MAX_FRAME / (SMALL_FRAGMENT as usize - 1) + 1;
+        for _ in 0..pieces {
+            watch.read(&Frame { first: 0, masked: true, wide: 0, length: 511 }.bytes());
+        }
+        assert!(!watch.flooded());
+    }
+
+    #[test]
+    fn it_takes_but_tens_of_bytes_of_a_connection() {
+        assert!(size_of::<Option<Watch>>() <= 48, "{}", size_of::<Option<Watch>>());
+    }
+}
