@@ -3,6 +3,7 @@
 use crate::error::{Code, Error};
 use crate::event::KindClass;
 use crate::identity::Scopes;
+use crate::ids::TENANT_THREAD;
 use crate::log::Grant;
 
 /// What is known of a user's place in a thread.
@@ -41,6 +42,28 @@ pub fn publish(
     }
 }
 
+/// By which right an event may be appended to a thread that exists by its name: everybody's, for which there is a scope; or
+/// an inbox, to which agents and those who `may_write` do.
+pub fn publish_reserved(
+    scopes: Scopes,
+    class: KindClass,
+    thread: &str,
+    may_write: impl FnOnce() -> Result<bool, Error>,
+) -> Result<Grant, Error> {
+    let everybody = thread == TENANT_THREAD;
+    let by_scope = scopes.admin || if everybody { scopes.broadcast } else { scopes.agent };
+    if !by_scope && everybody {
+        return Err(missing("broadcast").at("thread"));
+    }
+    if !(by_scope || scopes.publish) {
+        return Err(missing("publish"));
+    }
+    if matches!(class, KindClass::Agent { member_may: false, .. }) && !(scopes.agent || scopes.admin) {
+        return Err(missing("agent").at("kind"));
+    }
+    if by_scope || may_write()? { Ok(Grant::Scope) } else { Err(Error::no_thread()) }
+}
+
 /// Whether the user reads by scope, member or not; or by membership, if at all.
 pub fn reads_by_scope(scopes: Scopes) -> bool {
     scopes.analyst || scopes.admin
@@ -54,6 +77,11 @@ pub fn read(scopes: Scopes) -> Result<(), Error> {
 /// Whether the token allows to make and manage threads at all; looked at before any thread is.
 pub fn may_publish(scopes: Scopes) -> Result<(), Error> {
     if scopes.publish || scopes.admin { Ok(()) } else { Err(missing("publish")) }
+}
+
+/// Whether the token allows to look after the tenant: sessions, dead letters.
+pub fn administer(scopes: Scopes) -> Result<(), Error> {
+    if scopes.admin { Ok(()) } else { Err(missing("admin")) }
 }
 
 /// By which right a thread's members and title may be changed.
@@ -97,6 +125,20 @@ mod tests {
         assert_eq!(judged("agent", KindClass::Message, Standing::Member), Err(Code::Forbidden));
         assert_eq!(judged("agent publish", KindClass::Message, Standing::Stranger), Err(Code::NotFound));
         assert_eq!(judged("agent publish", KindClass::Custom, Standing::Stranger), Err(Code::NotFound));
+    }
+
+    #[test]
+    fn everybody_hears_who_may_broadcast_and_an_inbox_takes_what_agents_and_acquaintances_write() {
+        let judged = |scope: &str, thread: &str, met: bool| {
+            publish_reserved(Scopes::parse(Some(scope)), KindClass::Message, thread, || Ok(met)).map_err(|it| it.code)
+        };
+        assert_eq!(judged("broadcast", "@tenant", false), Ok(Grant::Scope));
+        assert_eq!(judged("publish", "@tenant", true), Err(Code::Forbidden));
+        assert_eq!(judged("agent", "@tenant", true), Err(Code::Forbidden));
+        assert_eq!(judged("publish", "@user:ada", true), Ok(Grant::Scope));
+        assert_eq!(judged("publish", "@user:ada", false), Err(Code::NotFound));
+        assert_eq!(judged("agent", "@user:ada", false), Ok(Grant::Scope));
+        assert_eq!(judged("subscribe", "@user:ada", true), Err(Code::Forbidden));
     }
 
     #[test]

@@ -10,14 +10,16 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::config::{Config, ConfigError, LogChoice};
-use crate::edge::{Context, Sessions, http, listener};
+use crate::edge::{Context, http, listener};
 use crate::health::Health;
 use crate::hub::{Committer, Hub};
 use crate::identity::tickets::Tickets;
+use crate::limits::Limits;
 use crate::log::embedded::EmbeddedLog;
 use crate::log::kafka::{KafkaConfig, KafkaLog};
 use crate::log::{Log, LogError, Reader};
 use crate::projector::{Loop, Projector, Status};
+use crate::sessions::Sessions;
 use crate::store::{Progress, Store, StoreError};
 use crate::submit::{Pending, Submit};
 use crate::telemetry;
@@ -123,11 +125,13 @@ impl App {
         let (log, store, progress, reader) = opened.await.map_err(|_| StartError::Interrupted)??;
 
         let pending = Arc::new(Pending::default());
-        let (hub, committer, delivering) = Hub::start(pending.clone());
+        let sessions = Arc::new(Sessions::new(config.max_user_connections));
+        let limits = Arc::new(Limits::new(config.rates()));
+        let (hub, committer, delivering) = Hub::start(pending.clone(), sessions.clone());
         let status = Arc::new(Status::default());
         let stop_projecting = Arc::new(AtomicBool::new(false));
         let projector = Loop {
-            projector: Projector::new(store.clone(), log.epoch(), progress),
+            projector: Projector::new(store.clone(), log.as_ref(), progress),
             log: log.clone(),
             reader,
             status: status.clone(),
@@ -143,7 +147,8 @@ impl App {
             verifier,
             tickets: Tickets::default(),
             epoch: log.epoch().to_owned(),
-            sessions: Sessions::default(),
+            sessions,
+            limits: limits.clone(),
             origins: config.allow_origin.clone(),
             health: Health::new(log.clone(), status),
             metrics: metrics.clone(),
@@ -153,6 +158,7 @@ impl App {
             tokio::spawn(pending.expire()),
             tokio::spawn(Health::watch(ctx.clone())),
             tokio::spawn(telemetry::upkeep(metrics)),
+            tokio::spawn(limits.upkeep()),
         ];
         Ok(App { address, ctx, log, stop_accepting, accepting, delivering, chores, projecting, stop_projecting })
     }

@@ -27,6 +27,11 @@ pub fn random_id() -> Uuid {
     Uuid::new_v4()
 }
 
+/// A random number from 0 to 1, for jitter.
+pub fn random_share() -> f64 {
+    f64::from(random_id().as_fields().0) / f64::from(u32::MAX)
+}
+
 /// RFC 3339 with milliseconds, UTC: `2026-11-22T12:37:00.000Z`.
 pub fn rfc3339(ms: u64) -> String {
     // The format ends with the year 9999; a token's `exp` may lie behind it.

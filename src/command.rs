@@ -18,6 +18,8 @@ use crate::ids;
 pub const MAX_COMMANDS: usize = 1_000;
 /// The largest `data` of a publish, in bytes.
 pub const MAX_DATA: usize = 64 * 1024;
+/// The most kinds that a subscription may name.
+const MAX_KINDS: usize = 100;
 /// The largest frame and HTTP body, in bytes.
 pub const MAX_FRAME: usize = 256 * 1024;
 
@@ -74,6 +76,57 @@ pub struct Subscribe<'a> {
     /// The log's epoch that `after` belongs to.
     #[serde(borrow, default)]
     pub epoch: Option<Cow<'a, str>>,
+    /// A durable subscription of the user's: its place is kept in the log, and the same name goes on from there. 1–128
+    /// characters.
+    #[serde(borrow, default)]
+    pub name: Option<Cow<'a, str>>,
+    /// Events must be acknowledged; those that are not are sent again.
+    #[serde(default)]
+    pub confirm: Option<bool>,
+    /// Only events of these kinds, at most 100.
+    #[serde(default)]
+    pub kinds: Option<Vec<String>>,
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Ack<'a> {
+    #[serde(rename = "type")]
+    #[schemars(with = "String", extend("const" = "ack"))]
+    _type: Tag,
+    #[serde(borrow)]
+    pub thread: Cow<'a, str>,
+    /// This event and all before it are acknowledged.
+    pub seq: u64,
+    /// The durable subscription; without it, whichever the session has for the thread.
+    #[serde(borrow, default)]
+    pub name: Option<Cow<'a, str>>,
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Credit {
+    #[serde(rename = "type")]
+    #[schemars(with = "String", extend("const" = "credit"))]
+    _type: Tag,
+    /// So many more events may be sent; from the first one on, no more than that.
+    pub events: u64,
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Signal<'a> {
+    #[serde(rename = "type")]
+    #[schemars(with = "String", extend("const" = "signal"))]
+    _type: Tag,
+    #[serde(borrow)]
+    pub thread: Cow<'a, str>,
+    /// What is signalled, 1–128 characters.
+    #[serde(borrow)]
+    pub kind: Cow<'a, str>,
+    #[serde(borrow, default)]
+    #[schemars(with = "Option<serde_json::Value>")]
+    pub data: Option<&'a RawValue>,
 }
 
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -160,6 +213,9 @@ pub enum Command<'a> {
     Unsubscribe(Unsubscribe<'a>),
     Publish(Publish<'a>),
     Ping(Ping),
+    Ack(Ack<'a>),
+    Credit(Credit),
+    Signal(Signal<'a>),
 }
 
 impl Command<'_> {
@@ -172,6 +228,9 @@ impl Command<'_> {
             Command::Unsubscribe(_) => "unsubscribe",
             Command::Publish(_) => "publish",
             Command::Ping(_) => "ping",
+            Command::Ack(_) => "ack",
+            Command::Credit(_) => "credit",
+            Command::Signal(_) => "signal",
         }
     }
 }
@@ -217,15 +276,21 @@ impl<'a> Commands<'a> {
     }
 }
 
+#[derive(Deserialize)]
+struct Head<'a> {
+    #[serde(borrow)]
+    r#type: Cow<'a, str>,
+    #[serde(borrow, default)]
+    id: Option<&'a RawValue>,
+}
+
+/// A command's `id`, if it can be read.
+pub fn id_of(text: &str) -> Option<i64> {
+    serde_json::from_str::<Head>(text).ok()?.id?.get().parse().ok()
+}
+
 /// Parses one command and checks its values.
 pub fn parse(text: &str) -> Result<Command<'_>, BadCommand> {
-    #[derive(Deserialize)]
-    struct Head<'a> {
-        #[serde(borrow)]
-        r#type: Cow<'a, str>,
-        #[serde(borrow, default)]
-        id: Option<&'a RawValue>,
-    }
     let head: Head = from_json(text).map_err(|error| BadCommand { id: None, error })?;
     let id = head.id.and_then(|id| id.get().parse().ok());
     let command = match &*head.r#type {
@@ -233,6 +298,9 @@ pub fn parse(text: &str) -> Result<Command<'_>, BadCommand> {
         "subscribe" => from_json(text).and_then(check_subscribe).map(Command::Subscribe),
         "unsubscribe" => from_json(text).map(Command::Unsubscribe),
         "ping" => from_json(text).map(Command::Ping),
+        "ack" => from_json(text).and_then(check_ack).map(Command::Ack),
+        "credit" => from_json(text).and_then(check_credit).map(Command::Credit),
+        "signal" => from_json(text).and_then(check_signal).map(Command::Signal),
         "connect" => from_json(text).map(Command::Connect),
         "refresh" => from_json(text).map(Command::Refresh),
         other => Err(Error::field("type", format!("there is no command {other:.40}"))),
@@ -240,14 +308,41 @@ pub fn parse(text: &str) -> Result<Command<'_>, BadCommand> {
     command.map_err(|error| BadCommand { id, error })
 }
 
+fn check_ack(ack: Ack<'_>) -> Result<Ack<'_>, Error> {
+    ids::check_address(&ack.thread)?;
+    ack.name.as_deref().map_or(Ok(()), |name| ids::check_text("name", name))?;
+    Ok(ack)
+}
+
+fn check_credit(credit: Credit) -> Result<Credit, Error> {
+    if credit.events == 0 { Err(Error::field("events", "events must be at least 1")) } else { Ok(credit) }
+}
+
+fn check_signal(signal: Signal<'_>) -> Result<Signal<'_>, Error> {
+    ids::check_address(&signal.thread)?;
+    ids::check_text("kind", &signal.kind)?;
+    signal.data.map_or(Ok(()), check_size)?;
+    Ok(signal)
+}
+
 fn check_publish(publish: Publish<'_>) -> Result<Publish<'_>, Error> {
-    ids::check_thread(&publish.thread)?;
+    ids::check_address(&publish.thread)?;
     check_content(publish.data, publish.key.as_deref(), publish.run.as_deref(), publish.parent)?;
     Ok(publish)
 }
 
 /// What holds for a publish over either interface.
 pub fn check_content(data: &RawValue, key: Option<&str>, run: Option<&str>, parent: Option<u64>) -> Result<(), Error> {
+    check_size(data)?;
+    key.map_or(Ok(()), |key| ids::check_text("key", key))?;
+    run.map_or(Ok(()), |run| ids::check_text("run", run))?;
+    if parent == Some(0) {
+        return Err(Error::field("parent", "parent is a seq; the first one is 1"));
+    }
+    Ok(())
+}
+
+fn check_size(data: &RawValue) -> Result<(), Error> {
     if data.get().len() > MAX_DATA {
         return Err(
             Error::new(Code::TooLarge, format!("data is {} bytes, more than {MAX_DATA}", data.get().len())).at("data")
@@ -257,18 +352,20 @@ pub fn check_content(data: &RawValue, key: Option<&str>, run: Option<&str>, pare
     if data.get().contains("\\u") && serde_json::from_str::<serde_json::Value>(data.get()).is_err() {
         return Err(Error::field("data", "data holds a string that is not Unicode, or a number out of range"));
     }
-    key.map_or(Ok(()), |key| ids::check_text("key", key))?;
-    run.map_or(Ok(()), |run| ids::check_text("run", run))?;
-    if parent == Some(0) {
-        return Err(Error::field("parent", "parent is a seq; the first one is 1"));
-    }
     Ok(())
 }
 
 fn check_subscribe(subscribe: Subscribe<'_>) -> Result<Subscribe<'_>, Error> {
     let all = subscribe.thread == "*";
     if !all {
-        ids::check_thread(&subscribe.thread)?;
+        ids::check_address(&subscribe.thread)?;
+    }
+    subscribe.name.as_deref().map_or(Ok(()), |name| ids::check_text("name", name))?;
+    if let Some(kinds) = &subscribe.kinds {
+        if !(1..=MAX_KINDS).contains(&kinds.len()) {
+            return Err(Error::field("kinds", format!("kinds has 1 to {MAX_KINDS} entries")));
+        }
+        kinds.iter().try_for_each(|kind| ids::check_text("kinds", kind))?;
     }
     match (&subscribe.after, subscribe.last) {
         (Some(_), Some(_)) => Err(Error::field("last", "give after or last, not both")),
@@ -332,7 +429,10 @@ mod tests {
             (r#"{"type":"subscribe","id":1,"thread":"t","after":1,"last":1}"#, "last"),
             (r#"{"type":"subscribe","id":1,"thread":"*","after":1}"#, "after"),
             (r#"{"type":"subscribe","id":1,"thread":"t","after":{"t":1}}"#, "after"),
-            (r#"{"type":"subscribe","id":1,"thread":"@me"}"#, "thread"),
+            (r#"{"type":"subscribe","id":1,"thread":"@you"}"#, "thread"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","kinds":[]}"#, "kinds"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","name":""}"#, "name"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","confirm":1}"#, "confirm"),
             (r#"{"type":"nonsense","id":1}"#, "type"),
             (r#"{"type":"publish","id":1,"thread":"t","kind":5,"data":{}}"#, "kind"),
             (r#"{"type":"publish","id":1,"thread":"t","data":{"content":"x"},"kind":5}"#, "kind"),

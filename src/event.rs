@@ -19,6 +19,19 @@ pub enum Priority {
     Low,
 }
 
+impl Priority {
+    /// The classes among which a socket's turns are divided, highest first; an event without a priority is normal.
+    pub const CLASSES: usize = 3;
+
+    pub fn class(priority: Option<Priority>) -> usize {
+        match priority {
+            Some(Priority::High) => 0,
+            None | Some(Priority::Normal) => 1,
+            Some(Priority::Low) => 2,
+        }
+    }
+}
+
 /// The record's value in the log: the event without its seq, with its tenant.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -75,6 +88,9 @@ pub struct EventFrame<'a> {
     pub parent: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub priority: Option<Priority>,
+    /// Which delivery of the event this is, if not the first: 2, 3 …
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<u32>,
 }
 
 /// Every event frame begins with these bytes; over HTTP an event goes without its `type`.
@@ -96,6 +112,7 @@ impl<'a> LogEvent<'a> {
             run: self.run.as_deref(),
             parent: self.parent,
             priority: self.priority,
+            attempt: None,
         }
     }
 
@@ -141,6 +158,27 @@ pub fn without_type(frame: &str) -> String {
     }
 }
 
+/// The frame as a redelivery: with its `attempt` (2, 3 …).
+pub fn with_attempt(frame: &str, attempt: u32) -> String {
+    match frame.strip_suffix('}') {
+        Some(rest) => format!(r#"{rest},"attempt":{attempt}}}"#),
+        None => frame.to_owned(),
+    }
+}
+
+/// The frame with the thread called as its reader calls it. In every frame that has one, the thread stands right behind the
+/// type.
+pub fn with_thread(frame: &str, thread: &str, called: &str) -> String {
+    // Strings always serialise.
+    let field = |name: &str| format!(r#","thread":{}"#, serde_json::to_string(name).unwrap_or_default());
+    let behind_type = frame.find(',').unwrap_or(0);
+    let (begin, rest) = frame.split_at(behind_type);
+    match rest.strip_prefix(&field(thread)) {
+        Some(rest) => format!("{begin}{}{rest}", field(called)),
+        None => frame.to_owned(),
+    }
+}
+
 /// The next link of a thread's hash chain: BLAKE3 of the link before, the seq (big-endian) and the record's value.
 pub fn chain(previous: &[u8; 32], seq: u64, value: &[u8]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
@@ -153,6 +191,8 @@ pub const THREAD_CREATED: &str = "thread_created";
 pub const THREAD_UPDATED: &str = "thread_updated";
 pub const MEMBER_ADDED: &str = "member_added";
 pub const MEMBER_REMOVED: &str = "member_removed";
+/// In a user's inbox: its sessions were ended, and its tokens issued until then are refused.
+pub const SESSIONS_REVOKED: &str = "sessions_revoked";
 
 /// What may be published, and by whom.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -185,7 +225,7 @@ pub fn classify(kind: &str) -> Result<KindClass, Error> {
         "agent_resumed" => member(&[]),
         "agent_cancel_requested" => member(&[]),
         "agent_token" => Err(Error::field("kind", "agent_token is not served yet: publish the whole agent_message")),
-        THREAD_CREATED | THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED => {
+        THREAD_CREATED | THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED | SESSIONS_REVOKED => {
             Err(Error::field("kind", format!("{kind} is written by the server alone")))
         }
         _ if kind.strip_prefix("x.").is_some_and(|name| !name.is_empty() && kind.len() <= 128) => Ok(KindClass::Custom),
@@ -272,6 +312,14 @@ mod tests {
     #[test]
     fn white_space_between_tokens_does_not_change_the_content() {
         assert_eq!(digest(r#"{"a": [1, "b c"]}"#), digest(r#"{"a":[1,"b c"]}"#));
+    }
+
+    #[test]
+    fn frames_are_changed_in_their_thread_and_attempt_alone() {
+        let frame = r#"{"type":"event","thread":"@user:a\"b","seq":1,"data":{}}"#;
+        assert_eq!(with_thread(frame, "@user:a\"b", "@me"), r#"{"type":"event","thread":"@me","seq":1,"data":{}}"#);
+        assert_eq!(with_thread(frame, "other", "@me"), frame);
+        assert!(with_attempt(frame, 2).ends_with(r#""data":{},"attempt":2}"#));
     }
 
     #[test]

@@ -3,21 +3,30 @@
 //! A session attaches a subscription and then reads the store up to the head: whatever was committed before the attach is
 //! in the store, whatever comes after it goes to the outbox, and what is in both the session drops by its seq. That is the
 //! whole hand-over. One short lock guards the table; it is never held across a wait.
+//!
+//! Presence is kept beside it: who has a subscription to a thread, live or behind. It and signals are of this node alone.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use metrics::Counter;
 use tokio::sync::mpsc;
+use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use crate::ids::log_key;
 use crate::outbox::{Item, Outbox, SubId};
 use crate::projector::{Change, Committed, CommittedEvent};
+use crate::sessions::Sessions;
 use crate::submit::Pending;
 use crate::telemetry;
+use crate::wire::ServerFrame;
 
 /// Batches that may wait for the fan-out; then the projector waits.
 const QUEUE: usize = 4;
+/// With more members present in a thread, coming and going is told no more: each one's would cost all the others.
+pub const PRESENCE_TOLD: usize = 100;
+/// The kind of the signals with which presence is told.
+const PRESENCE: &str = "presence";
 
 /// A subscription to one thread.
 #[derive(Clone)]
@@ -35,11 +44,15 @@ struct Table {
     threads: HashMap<Arc<str>, Vec<Subscriber>>,
     /// Sessions that follow all threads of their user, by `tenant/user`.
     followers: HashMap<Arc<str>, Vec<Arc<Outbox>>>,
+    /// Members with a subscription, and how many, by `tenant/thread`.
+    present: HashMap<Arc<str>, BTreeMap<Arc<str>, u32>>,
 }
 
 pub struct Hub {
     table: Mutex<Table>,
+    sessions: Arc<Sessions>,
     lagged: Counter,
+    signals: Counter,
 }
 
 /// Where the projector hands over what became visible.
@@ -47,8 +60,13 @@ pub type Committer = mpsc::Sender<Committed>;
 
 impl Hub {
     /// The hub, and the task that delivers what comes in through the returned sender until that is dropped.
-    pub fn start(pending: Arc<Pending>) -> (Arc<Hub>, Committer, tokio::task::JoinHandle<()>) {
-        let hub = Arc::new(Hub { table: Mutex::default(), lagged: telemetry::lagged() });
+    pub fn start(pending: Arc<Pending>, sessions: Arc<Sessions>) -> (Arc<Hub>, Committer, tokio::task::JoinHandle<()>) {
+        let hub = Arc::new(Hub {
+            table: Mutex::default(),
+            sessions,
+            lagged: telemetry::lagged(),
+            signals: telemetry::signals(),
+        });
         let (sender, mut commits) = mpsc::channel(QUEUE);
         let deliverer = hub.clone();
         let task = tokio::spawn(async move {
@@ -104,12 +122,71 @@ impl Hub {
         }
     }
 
+    /// A member has one more subscription to the thread; the first one is told to the others.
+    pub fn arrive(&self, key: &Arc<str>, user: &Arc<str>) {
+        let mut table = self.lock();
+        let present = table.present.entry(key.clone()).or_default();
+        let count = present.entry(user.clone()).or_default();
+        *count += 1;
+        if *count == 1 && present.len() <= PRESENCE_TOLD {
+            self.tell_presence(&table, key, user, true);
+        }
+    }
+
+    /// A member has one subscription less.
+    pub fn leave(&self, key: &str, user: &str) {
+        let mut table = self.lock();
+        let Some(present) = table.present.get_mut(key) else { return };
+        let Some(count) = present.get_mut(user) else { return };
+        *count -= 1;
+        if *count > 0 {
+            return;
+        }
+        let told = present.len() <= PRESENCE_TOLD;
+        present.remove(user);
+        if present.is_empty() {
+            table.present.remove(key);
+        } else if told {
+            self.tell_presence(&table, key, user, false);
+        }
+    }
+
+    /// The members that have a subscription to the thread on this node, and how many.
+    pub fn present(&self, key: &str) -> Vec<(Arc<str>, u32)> {
+        self.lock().present.get(key).into_iter().flatten().map(|(user, count)| (user.clone(), *count)).collect()
+    }
+
+    fn tell_presence(&self, table: &Table, key: &str, user: &str, online: bool) {
+        let Some((_, thread)) = key.split_once('/') else { return };
+        // A literal object is JSON.
+        let data = if online { r#"{"online":true}"# } else { r#"{"online":false}"# };
+        let data = serde_json::from_str(data).ok();
+        let frame = ServerFrame::Signal { thread, kind: PRESENCE, from: user, data }.encode().into();
+        self.push_signal(table, key, &frame, |it| *it.user != *user);
+    }
+
+    /// Hands a signal to everyone who is live in the thread, but for the session it comes from.
+    pub fn signal(&self, key: &str, from: &Arc<Outbox>, frame: &Utf8Bytes) {
+        self.push_signal(&self.lock(), key, frame, |it| !Arc::ptr_eq(&it.outbox, from));
+    }
+
+    fn push_signal(&self, table: &Table, key: &str, frame: &Utf8Bytes, to: impl Fn(&Subscriber) -> bool) {
+        let live = table.threads.get(key).into_iter().flatten().filter(|it| to(it));
+        self.signals.increment(live.map(|it| it.outbox.push_signal(it.sub, frame)).count() as u64);
+    }
+
     fn deliver(&self, committed: Committed, pending: &Pending) {
         for event in &committed.events {
             // Locked for one event at a time, so that sessions that come and go need not wait for a whole batch.
             let mut table = self.lock();
-            if let Some(change) = &event.change {
-                table.apply(event, change);
+            match &event.change {
+                Some(Change::Revoked(user)) => {
+                    if let Some((tenant, _)) = event.key.split_once('/') {
+                        self.sessions.revoke(&log_key(tenant, user));
+                    }
+                }
+                Some(change) => table.apply(event, change),
+                None => {}
             }
             self.fan_out(&mut table, event);
         }
@@ -123,7 +200,7 @@ impl Hub {
             return;
         };
         let before = subscribers.len();
-        subscribers.retain(|it| it.outbox.push_event(it.sub, event.seq, &event.frame));
+        subscribers.retain(|it| it.outbox.push_event(it.sub, &event.event));
         if subscribers.len() < before {
             self.lagged.increment((before - subscribers.len()) as u64);
             if subscribers.is_empty() {
@@ -144,11 +221,12 @@ impl Table {
                 for user in users {
                     if let Some(sessions) = self.followers.get_mut(&*log_key(tenant, user)) {
                         sessions.retain(|outbox| {
-                            outbox.push_notice(Item::Joined { thread: thread.to_owned(), before: event.seq - 1 })
+                            outbox.push_notice(Item::Joined { thread: thread.to_owned(), before: event.event.seq - 1 })
                         });
                     }
                 }
             }
+            Change::Revoked(_) => {}
             Change::Left(user) => {
                 if let Some(subscribers) = self.threads.get_mut(&event.key) {
                     subscribers.retain(|it| {

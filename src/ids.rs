@@ -3,6 +3,8 @@
 //! None of them can hold a `/` or a NUL, so `tenant/thread` is unambiguous as a key of the log and NUL separates the parts
 //! of a key in the store.
 
+use std::borrow::Cow;
+
 use crate::error::Error;
 
 const MAX: usize = 128;
@@ -17,8 +19,49 @@ pub fn check_name(field: &'static str, name: &str) -> Result<(), Error> {
     }
 }
 
-/// A thread's id: `[A-Za-z0-9][A-Za-z0-9._:-]{0,127}`.
+/// The thread that everyone in the tenant reads.
+pub const TENANT_THREAD: &str = "@tenant";
+/// The user's own inbox, as its user calls it.
+pub const MY_INBOX: &str = "@me";
+/// What the name of an inbox begins with, as everyone else calls it, and the log.
+const INBOX: &str = "@user:";
+
+/// Whether the thread is one of those that exist by their name: an inbox, or the tenant's.
+pub fn is_reserved(thread: &str) -> bool {
+    thread.starts_with('@')
+}
+
+/// The name of a user's inbox.
+pub fn inbox(user: &str) -> String {
+    format!("{INBOX}{user}")
+}
+
+/// Whose inbox the thread is, if it is one.
+pub fn inbox_of(thread: &str) -> Option<&str> {
+    thread.strip_prefix(INBOX)
+}
+
+/// A thread as clients may call it: by its name, or `@me`.
+pub fn check_address(thread: &str) -> Result<(), Error> {
+    if thread == MY_INBOX { Ok(()) } else { check_thread(thread) }
+}
+
+/// The thread's name, for what a client called it.
+pub fn resolve<'a>(user: &str, thread: &'a str) -> Cow<'a, str> {
+    if thread == MY_INBOX { Cow::Owned(inbox(user)) } else { Cow::Borrowed(thread) }
+}
+
+/// A thread's name: an id, `@tenant`, or `@user:` and a user.
 pub fn check_thread(thread: &str) -> Result<(), Error> {
+    match inbox_of(thread) {
+        Some(user) => check_name("thread", user),
+        None if thread == TENANT_THREAD => Ok(()),
+        None => check_thread_id(thread),
+    }
+}
+
+/// A thread's id: `[A-Za-z0-9][A-Za-z0-9._:-]{0,127}`.
+pub fn check_thread_id(thread: &str) -> Result<(), Error> {
     let mut bytes = thread.bytes();
     let fits = thread.len() <= MAX
         && bytes.next().is_some_and(|b| b.is_ascii_alphanumeric())
@@ -48,12 +91,14 @@ mod tests {
 
     #[test]
     fn thread_ids_are_what_the_contract_says() {
-        for good in ["a", "A9", "t.1_2:3-4", &"x".repeat(128)] {
+        for good in ["a", "A9", "t.1_2:3-4", &"x".repeat(128), "@tenant", "@user:ada@example.org"] {
             assert!(check_thread(good).is_ok(), "{good}");
         }
-        for bad in ["", ".a", "-a", "a/b", "a b", "@me", "é", &"x".repeat(129)] {
+        for bad in ["", ".a", "-a", "a/b", "a b", "@me", "@user:", "@user:a b", "@tenants", "é", &"x".repeat(129)] {
             assert!(check_thread(bad).is_err(), "{bad}");
         }
+        assert!(check_address("@me").is_ok() && check_thread_id("@tenant").is_err());
+        assert_eq!(resolve("ada", "@me"), "@user:ada");
     }
 
     #[test]

@@ -6,8 +6,8 @@
 //! - [`hub`]: answers the publisher and hands the event to each reader's [`outbox`], which the session writes to its socket.
 //!
 //! Beside it: [`edge::subscriptions`] brings readers from the store to the live feed, [`rebuild`] makes the store anew,
-//! [`health`] and [`telemetry`] tell how it goes. [`app`] puts the parts together; [`client`] and [`cli`] use it from
-//! outside.
+//! [`limits`] tells who asks too much, [`health`] and [`telemetry`] tell how it goes. [`app`] puts the parts together;
+//! [`client`] and [`cli`] use it from outside.
 
 pub mod access;
 pub mod app;
@@ -25,12 +25,15 @@ pub mod health;
 pub mod hub;
 pub mod identity;
 pub mod ids;
+pub mod limits;
 pub mod log;
 pub mod outbox;
 pub mod projector;
 pub mod rebuild;
 pub mod schemas;
+pub mod sessions;
 pub mod store;
 pub mod submit;
 pub mod telemetry;
+pub mod turns;
 pub mod wire;

@@ -1,21 +1,26 @@
 //! What waits for one socket: filled by the hub and by whoever has an answer, emptied by the session.
 //!
 //! Events are bounded in bytes: when they do not fit, the subscription is told that it lagged and gets no more until it has
-//! caught up from the store. Answers are bounded by the session itself, which stops reading commands while too many are
-//! out.
+//! caught up from the store. Signals have no such way back: they are dropped long before. Answers are bounded by the
+//! session itself, which stops reading commands while too many are out.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use crate::error::Error;
-use crate::store::StoredEvent;
+use crate::event::Priority;
+use crate::projector::Visible;
+use crate::store::{Found, StoredEvent};
 use crate::submit::Verdict;
+use crate::turns::Turns;
 
 /// Bytes of events that may wait for a socket.
 pub const EVENT_BYTES: usize = 256 << 10;
+/// With so many bytes waiting, signals are dropped.
+const SIGNAL_BYTES: usize = EVENT_BYTES / 4;
 /// Threads joined that may wait for a socket.
 const MAX_JOINED: usize = 4_096;
 /// What an event costs beside its frame.
@@ -29,7 +34,11 @@ pub type SubId = u32;
 pub enum Item {
     Event {
         sub: SubId,
-        seq: u64,
+        event: Arc<Visible>,
+    },
+    /// Live only: lost when there is no room for it.
+    Signal {
+        sub: SubId,
         frame: Utf8Bytes,
     },
     /// The subscription did not get the next event: the outbox was full.
@@ -56,10 +65,27 @@ pub enum Answer {
         thread: Box<str>,
         verdict: Verdict,
     },
-    /// The user's threads and their heads, for the `subscribe` to `"*"` that waits for them.
-    Threads(Result<Vec<(String, u64)>, Error>),
-    /// The server is going down.
-    Drain,
+    /// The user's threads, for the `subscribe` to `"*"` that waits for them.
+    Threads(Result<Vec<Found>, Error>),
+    /// Whether the places of a new durable subscription are kept, for the `subscribe` that waits for that.
+    Placed(Result<(), Error>),
+    /// Whether a subscription's place, as far as it had come, is kept.
+    Kept {
+        thread: Box<str>,
+        kept: bool,
+    },
+    /// Whether an event that nobody acknowledged is a dead letter now.
+    Buried {
+        thread: Box<str>,
+        seq: u64,
+        buried: bool,
+    },
+    /// The server is going down: come back after so many milliseconds.
+    Drain {
+        retry_after_ms: u64,
+    },
+    /// The user's sessions are ended.
+    Revoked,
     /// What a subscription asked of the store.
     Chunk {
         sub: SubId,
@@ -70,10 +96,12 @@ pub enum Answer {
 #[derive(Default)]
 struct Inner {
     answers: VecDeque<Answer>,
-    items: VecDeque<Item>,
+    items: Turns<Item>,
     event_bytes: usize,
     /// Threads joined that wait to be noted.
     joined: usize,
+    /// Removals that wait to be told.
+    removed: usize,
     closed: bool,
     waker: Option<Waker>,
 }
@@ -91,21 +119,32 @@ impl Outbox {
 
     /// Adds an event for a subscription; `false` if the subscription is to be forgotten, since the outbox is full or its
     /// session is gone.
-    pub fn push_event(&self, sub: SubId, seq: u64, frame: &Utf8Bytes) -> bool {
+    pub fn push_event(&self, sub: SubId, event: &Arc<Visible>) -> bool {
         let mut inner = self.lock();
         if inner.closed {
             return false;
         }
-        let size = frame.len() + OVERHEAD;
+        let size = event.frame.len() + OVERHEAD;
         let fits = inner.event_bytes + size <= EVENT_BYTES || inner.event_bytes == 0;
         if fits {
             inner.event_bytes += size;
-            inner.items.push_back(Item::Event { sub, seq, frame: frame.clone() });
+            let class = Priority::class(event.priority);
+            inner.items.push(Some(sub), Some(class), Item::Event { sub, event: event.clone() });
         } else {
-            inner.items.push_back(Item::Lagged { sub });
+            inner.items.push(Some(sub), None, Item::Lagged { sub });
         }
         wake(inner);
         fits
+    }
+
+    /// Adds a signal, if there is room to spare.
+    pub fn push_signal(&self, sub: SubId, frame: &Utf8Bytes) {
+        let mut inner = self.lock();
+        if !inner.closed && inner.event_bytes + frame.len() <= SIGNAL_BYTES {
+            inner.event_bytes += frame.len() + OVERHEAD;
+            inner.items.push(Some(sub), None, Item::Signal { sub, frame: frame.clone() });
+            wake(inner);
+        }
     }
 
     /// Adds a notice, in order with the events; `false` if no more are wanted, since the session is gone or behind.
@@ -116,8 +155,10 @@ impl Outbox {
         }
         let joined = matches!(item, Item::Joined { .. });
         inner.joined += usize::from(joined);
+        let removed = if let Item::Removed { sub } = item { Some(sub) } else { None };
+        inner.removed += usize::from(removed.is_some());
         let overrun = joined && inner.joined > MAX_JOINED;
-        inner.items.push_back(if overrun { Item::Overrun } else { item });
+        inner.items.push(removed, None, if overrun { Item::Overrun } else { item });
         wake(inner);
         !overrun
     }
@@ -139,25 +180,39 @@ impl Outbox {
         self.lock().answers.pop_front()
     }
 
-    pub fn pop_item(&self) -> Option<Item> {
+    /// The next item; `turn` counts the session's turns. Without `events` only what needs no leave of the client's: the end
+    /// of a subscription, and threads joined.
+    pub fn pop_item(&self, turn: u32, events: bool) -> Option<Item> {
         let mut inner = self.lock();
-        let item = inner.items.pop_front();
+        let item = match events {
+            true => inner.items.pop(turn),
+            false if inner.joined + inner.removed == 0 => None,
+            false => inner.items.pop_first(is_notice),
+        };
         match &item {
-            Some(Item::Event { frame, .. }) => inner.event_bytes -= frame.len() + OVERHEAD,
+            Some(Item::Event { event, .. }) => inner.event_bytes -= event.frame.len() + OVERHEAD,
+            Some(Item::Signal { frame, .. }) => inner.event_bytes -= frame.len() + OVERHEAD,
             Some(Item::Joined { .. }) => inner.joined -= 1,
+            Some(Item::Removed { .. }) => inner.removed -= 1,
             _ => {}
-        }
-        if inner.items.is_empty() && inner.items.capacity() > 64 {
-            // An idle session keeps no room for the burst that it once had.
-            inner.items = VecDeque::new();
         }
         item
     }
 
+    /// The highest class among the events that wait.
+    pub fn class(&self) -> Option<usize> {
+        self.lock().items.class()
+    }
+
     /// Ready when there is something to pop: an answer, or (unless they are held back) an item.
-    pub fn poll_filled(&self, cx: &mut Context<'_>, items_too: bool) -> Poll<()> {
+    pub fn poll_filled(&self, cx: &mut Context<'_>, items: Wanted) -> Poll<()> {
         let mut inner = self.lock();
-        if !inner.answers.is_empty() || (items_too && !inner.items.is_empty()) {
+        let filled = match items {
+            Wanted::All => !inner.items.is_empty(),
+            Wanted::Notices => inner.joined + inner.removed > 0 && inner.items.any(is_notice),
+            Wanted::None => false,
+        };
+        if filled || !inner.answers.is_empty() {
             return Poll::Ready(());
         }
         match &mut inner.waker {
@@ -179,11 +234,58 @@ impl Outbox {
     }
 }
 
+/// Which items a session can use now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    All,
+    /// No events: the client has asked for none.
+    Notices,
+    None,
+}
+
+/// What goes out although the client has asked for no events.
+fn is_notice(item: &Item) -> bool {
+    matches!(item, Item::Removed { .. } | Item::Joined { .. } | Item::Overrun)
+}
+
 /// Wakes the session once it waits; the lock is released first.
 fn wake(mut inner: MutexGuard<'_, Inner>) {
     let waker = inner.waker.take();
     drop(inner);
     if let Some(waker) = waker {
         waker.wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn push(outbox: &Outbox, sub: SubId, seq: u64, priority: Option<Priority>) {
+        let event = Visible { seq, kind: "x.y".into(), priority, frame: "{}".into() };
+        assert!(outbox.push_event(sub, &Arc::new(event)));
+    }
+
+    #[test]
+    fn a_client_that_wants_no_events_still_hears_that_a_subscription_ended() {
+        let outbox = Outbox::default();
+        push(&outbox, 1, 1, None);
+        assert!(outbox.push_notice(Item::Removed { sub: 1 }));
+        assert!(matches!(outbox.pop_item(1, false), Some(Item::Removed { sub: 1 })));
+        assert!(outbox.pop_item(2, false).is_none());
+        assert!(matches!(outbox.pop_item(3, true), Some(Item::Event { sub: 1, .. })));
+    }
+
+    #[test]
+    fn signals_are_the_first_to_be_dropped() {
+        let outbox = Outbox::default();
+        let event =
+            Arc::new(Visible { seq: 1, kind: "x.y".into(), priority: None, frame: "x".repeat(SIGNAL_BYTES).into() });
+        assert!(outbox.push_event(1, &event));
+        outbox.push_signal(1, &"{}".into());
+        assert!(outbox.push_event(1, &event), "there is room for events");
+        assert!(matches!(outbox.pop_item(1, true), Some(Item::Event { .. })));
+        assert!(matches!(outbox.pop_item(2, true), Some(Item::Event { .. })));
+        assert!(outbox.pop_item(3, true).is_none());
     }
 }

@@ -82,17 +82,22 @@ fn project_all(log: &dyn Log, path: &Path, mut progress: impl FnMut(u64)) -> Res
     let store = Arc::new(store);
     let bounds = log.bounds()?;
     let starts: Vec<u64> = bounds.iter().map(|bounds| bounds.start).collect();
-    let mut projector = Projector::new(store.clone(), log.epoch(), begin);
+    let mut projector = Projector::new(store.clone(), log, begin);
     let mut reader = log.reader(&starts)?;
     let mut records = 0;
     while reader.positions().iter().zip(&bounds).any(|(next, bounds)| *next < bounds.end) {
+        let before = reader.positions().clone();
         let entries = reader.next(BATCH, WAIT)?;
-        if entries.is_empty() {
+        // It may have passed what only the log itself needs.
+        if entries.is_empty() && *reader.positions() == before {
             return Err(LogError::Unavailable("the log does not give what it holds".into()).into());
         }
         let mut done = 0;
-        while done < entries.len() {
+        loop {
             done += projector.project(&entries[done..], reader.positions())?.0;
+            if done >= entries.len() {
+                break;
+            }
         }
         records += entries.len() as u64;
         progress(records);

@@ -14,7 +14,7 @@ use crate::clock;
 use crate::error::{Code, Error};
 use crate::event::LogEvent;
 use crate::ids;
-use crate::log::{Append, AppendError, Grant, Log, Record};
+use crate::log::{Append, AppendError, Grant, Log, Record, Topic};
 use crate::telemetry;
 
 /// How long a publisher waits for the log before it is told that the outcome is unknown.
@@ -54,19 +54,24 @@ impl Submit {
 
     /// Makes the record, and notes who waits for it. It reaches the log with [`Submit::send`].
     pub fn prepare(&self, draft: &Draft<'_>, reply: Reply) -> Append {
-        let id = draft.event.event;
-        // Strings, numbers and raw JSON always serialise.
-        let value = serde_json::to_vec(&draft.event).unwrap_or_default();
+        let record = Record {
+            topic: Topic::Events,
+            key: ids::log_key(&draft.event.tenant, &draft.event.thread),
+            kind: draft.event.kind.as_ref().to_owned(),
+            grant: draft.grant,
+            traceparent: draft.traceparent.clone(),
+            // Strings, numbers and raw JSON always serialise.
+            value: serde_json::to_vec(&draft.event).unwrap_or_default().into(),
+        };
+        self.prepare_record(draft.event.event, record, reply)
+    }
+
+    /// The same for a record that is made already; the projector knows it by `id`.
+    pub fn prepare_record(&self, id: Uuid, record: Record, reply: Reply) -> Append {
         self.pending.insert(id, reply);
         let pending = self.pending.clone();
         Append {
-            record: Record {
-                key: ids::log_key(&draft.event.tenant, &draft.event.thread),
-                kind: draft.event.kind.as_ref().to_owned(),
-                grant: draft.grant,
-                traceparent: draft.traceparent.clone(),
-                value: value.into(),
-            },
+            record,
             done: Box::new(move |result| {
                 if let Err(error) = result {
                     pending.resolve(id, Err(refusal(error)));

@@ -45,9 +45,14 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_publish_seconds", Type::Seconds, "From taking a publish off its socket until its answer was ready"),
     ("weft_lag_records", Type::Gauge, "Records in the log that are not projected yet"),
     ("weft_lag_seconds", Type::Gauge, "Age of the newest projected record while there are others behind it"),
-    ("weft_foreign_records_total", Type::Counter, "Records in the log that are not ours, skipped"),
+    ("weft_foreign_records_total", Type::Counter, "Records in the log that are not ours"),
+    ("weft_dead_letters_total", Type::Counter, "Dead letters that came in, by reason"),
     ("weft_deliveries_total", Type::Counter, "Event frames handed to sockets"),
     ("weft_outbox_bytes", Type::Gauge, "Bytes of events waiting for sockets, all sessions"),
+    ("weft_redeliveries_total", Type::Counter, "Deliveries begun again, since the oldest event was not acknowledged"),
+    ("weft_signals_total", Type::Counter, "Signals handed to those who are live"),
+    ("weft_streams", Type::Gauge, "Open Server-Sent Events streams"),
+    ("weft_rate_limited_total", Type::Counter, "Commands and requests over a rate limit"),
     ("weft_lagged_total", Type::Counter, "Subscriptions that fell behind and went on from the store"),
     ("weft_replayed_events_total", Type::Counter, "Events read from the store for subscriptions"),
     ("weft_pending_publishes", Type::Gauge, "Publishes waiting for their answer"),
@@ -157,6 +162,27 @@ pub fn lag_seconds() -> Gauge {
 }
 pub fn foreign_records() -> Counter {
     counter!("weft_foreign_records_total")
+}
+pub fn dead_letters(reason: &str) -> Counter {
+    // Reasons are a handful of our own; whatever else a record may name counts as one.
+    let reason = match reason {
+        "unreadable" => "unreadable",
+        "unacknowledged" => "unacknowledged",
+        _ => "other",
+    };
+    counter!("weft_dead_letters_total", "reason" => reason)
+}
+pub fn redeliveries() -> Counter {
+    counter!("weft_redeliveries_total")
+}
+pub fn signals() -> Counter {
+    counter!("weft_signals_total")
+}
+pub fn streams() -> Gauge {
+    gauge!("weft_streams")
+}
+pub fn rate_limited() -> Counter {
+    counter!("weft_rate_limited_total")
 }
 pub fn deliveries() -> Counter {
     counter!("weft_deliveries_total")

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::Serialize;
+use serde_json::value::RawValue;
 
 use crate::error::{Code, Error};
 
@@ -30,6 +31,8 @@ pub struct Limits {
     pub publishes_in_flight: usize,
     /// Bytes of events that may wait for a slow socket; beyond that they come from the store.
     pub outbox_bytes: usize,
+    /// With `confirm`, events that may be sent and not acknowledged.
+    pub unacknowledged: usize,
 }
 
 /// The answers and notices of the server, all but `event`, which is [`crate::event::EventFrame`].
@@ -74,6 +77,19 @@ pub enum ServerFrame<'a> {
         thread: &'a str,
         from: u64,
         to: u64,
+    },
+    /// Events up to here were left out by `kinds`.
+    Position {
+        thread: &'a str,
+        seq: u64,
+    },
+    Signal {
+        thread: &'a str,
+        kind: &'a str,
+        from: &'a str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(with = "Option<serde_json::Value>")]
+        data: Option<&'a RawValue>,
     },
     Published {
         id: i64,

@@ -9,18 +9,16 @@ use serde_json::value::RawValue;
 use warp::filters::BoxedFilter;
 use warp::http::{HeaderMap, Method, StatusCode, header};
 use warp::hyper::upgrade::OnUpgrade;
-use warp::{Buf, Filter, Rejection};
+use warp::{Buf, Filter, Rejection, Reply as _};
 
 use super::listener::{self, Place};
-use super::reply::{self, Reply, body, header_text, json, problem, segment};
-use super::threads;
+use super::reply::{self, Reply, body, header_text, json, problem};
 use super::upgrade::upgrade;
-use super::{Asked, Context};
+use super::{Asked, Context, dead_letters, sessions, stream, threads};
 use crate::command::{self, PublishBody};
 use crate::error::{Code, Error};
 use crate::identity::Principal;
 use crate::identity::tickets::LIFETIME;
-use crate::ids;
 use crate::submit::Draft;
 use crate::{clock, telemetry};
 
@@ -32,9 +30,11 @@ pub struct Request {
 }
 
 impl Request {
+    /// The user who asks, counted against the rate limit.
     pub fn who(&self) -> Result<Principal, Error> {
         let who = authenticate(&self.ctx, &self.headers)?;
-        self.ctx.health.check_caught_up().map(|()| who)
+        self.ctx.health.check_caught_up()?;
+        self.ctx.count(&who).map(|()| who)
     }
 }
 
@@ -47,7 +47,7 @@ pub fn authenticate(ctx: &Context, headers: &HeaderMap) -> Result<Principal, Err
     if !scheme.eq_ignore_ascii_case("bearer") {
         return Err(refuse("the Authorization header is not Bearer <token>"));
     }
-    ctx.verifier.verify(token.trim())
+    ctx.verify(token.trim())
 }
 
 /// Everything a client can ask for over HTTP.
@@ -108,6 +108,44 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
         .and(warp::body::stream())
         .then(async |id: String, it: Request, body| answer("publish", publish(it, &id, body).await))
         .boxed();
+    let presence = warp::path!("v1" / "threads" / String / "presence")
+        .and(warp::get())
+        .and(with.clone())
+        .then(async |id: String, it: Request| answer("presence", threads::presence(it, &id).await))
+        .boxed();
+    let receipts = warp::path!("v1" / "threads" / String / "receipts")
+        .and(warp::get())
+        .and(with.clone())
+        .then(async |id: String, it: Request| answer("receipts", threads::receipts(it, &id).await))
+        .boxed();
+    let letters = warp::path!("v1" / "dead-letters")
+        .and(warp::get())
+        .and(with.clone())
+        .then(async |it: Request| answer("dead_letters", dead_letters::list(it).await))
+        .boxed();
+    let letter = warp::path!("v1" / "dead-letters" / String)
+        .and(warp::get())
+        .and(with.clone())
+        .then(async |id: String, it: Request| answer("dead_letter", dead_letters::read(it, &id).await))
+        .boxed();
+    let connected = warp::path!("v1" / "sessions")
+        .and(warp::get())
+        .and(with.clone())
+        .map(|it: Request| answer("sessions", sessions::list(&it)))
+        .boxed();
+    let revoke = warp::path!("v1" / "users" / String / "sessions")
+        .and(warp::delete())
+        .and(with.clone())
+        .then(async |user: String, it: Request| answer("revoke", sessions::revoke(it, &user).await))
+        .boxed();
+    let stream = warp::path!("v1" / "threads" / String / "stream")
+        .and(warp::get())
+        .and(with.clone())
+        .map(|id: String, it: Request| match stream::open(&it, &id) {
+            Ok(stream) => stream,
+            Err(error) => answer("stream", Err(error)).into_response(),
+        })
+        .boxed();
     let healthz = warp::path!("healthz")
         .and(warp::get())
         .map(|| counted("healthz", json(StatusCode::OK, &serde_json::json!({"alive": true}))))
@@ -134,7 +172,20 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
         .or(member)
         .unify()
         .boxed();
-    let all = all.or(healthz).unify().or(readyz).unify().or(metrics).unify().boxed();
+    let beside = presence
+        .or(receipts)
+        .unify()
+        .or(letters)
+        .unify()
+        .or(letter)
+        .unify()
+        .or(connected)
+        .unify()
+        .or(revoke)
+        .unify()
+        .boxed();
+    let all = all.or(beside).unify().or(healthz).unify().or(readyz).unify().or(metrics).unify().boxed();
+    let all = all.map(warp::Reply::into_response).boxed().or(stream).unify().boxed();
     all.recover(no_route).map(warp::Reply::into_response).boxed()
 }
 
@@ -198,8 +249,7 @@ async fn publish<B: Buf, E>(
 ) -> Result<Reply, Error> {
     let who = it.who()?;
     reply::query(&it.query, &[])?;
-    let thread = segment("thread", thread)?;
-    ids::check_thread(&thread)?;
+    let (called, thread) = threads::address(&who, thread)?;
     let text = body(stream).await?;
     let publish: PublishBody = command::from_json(&text)?;
     let key = header_text(&it.headers, "Idempotency-Key")?;
@@ -220,7 +270,7 @@ async fn publish<B: Buf, E>(
     let status = if published.duplicate { StatusCode::OK } else { StatusCode::CREATED };
     Ok(json(
         status,
-        &serde_json::json!({"thread": thread, "seq": published.seq, "event": published.event, "duplicate": published.duplicate}),
+        &serde_json::json!({"thread": called, "seq": published.seq, "event": published.event, "duplicate": published.duplicate}),
     ))
 }
 

@@ -1,32 +1,38 @@
 //! The edge: sockets in, frames and replies out. Nothing here decides; it parses, checks rights and asks the parts.
 
 mod commands;
+mod cursor;
+pub mod dead_letters;
+mod feed;
+mod frames;
 pub mod http;
 pub mod listener;
 pub mod reply;
 pub mod session;
+pub mod sessions;
 pub mod socket;
+mod stream;
+mod subscribe;
 pub mod subscriptions;
 pub mod threads;
 pub mod upgrade;
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::Arc;
 
-use metrics::{Counter, Gauge};
 use serde_json::value::RawValue;
-use tokio::sync::watch;
 
 use crate::access::{self, Standing};
-use crate::error::Error;
+use crate::error::{Code, Error};
 use crate::event::{self, LogEvent, Priority};
 use crate::hub::Hub;
 use crate::identity::Principal;
 use crate::identity::jwt::Verifier;
 use crate::identity::tickets::Tickets;
+use crate::ids::{self, TENANT_THREAD};
+use crate::limits::Limits;
 use crate::log::Grant;
-use crate::outbox::{Answer, Outbox};
-use crate::store::Store;
+use crate::sessions::Sessions;
+use crate::store::{Found, Store};
 use crate::submit::{Submit, draft};
 use crate::telemetry;
 
@@ -39,7 +45,8 @@ pub struct Context {
     pub tickets: Tickets,
     /// The log's identity.
     pub epoch: String,
-    pub sessions: Sessions,
+    pub sessions: Arc<Sessions>,
+    pub limits: Arc<Limits>,
     /// Origins that browsers may come from, beside the server's own.
     pub origins: Vec<String>,
     pub health: crate::health::Health,
@@ -58,12 +65,38 @@ pub struct Asked<'a> {
 }
 
 impl Context {
+    /// The user of a token, whose tokens have not been revoked since.
+    pub fn verify(&self, token: &str) -> Result<Principal, Error> {
+        let who = self.verifier.verify(token)?;
+        self.check_revoked(&who).map(|()| who)
+    }
+
+    /// Refuses who was authenticated by a token from before the user's sessions were revoked. A token that does not say when
+    /// it was issued may be that old.
+    pub fn check_revoked(&self, who: &Principal) -> Result<(), Error> {
+        let Some(revoked) = self.store.revocation(&who.tenant, &who.user)? else { return Ok(()) };
+        match who.issued_at {
+            Some(at) if at > revoked.until => Ok(()),
+            _ => Err(Error::new(Code::Unauthenticated, "the user's tokens were revoked after this one was issued")),
+        }
+    }
+
+    /// Counts one command or request of the user's.
+    pub fn count(&self, who: &Principal) -> Result<(), Error> {
+        self.limits.command(who).inspect_err(|_| telemetry::rate_limited().increment(1))
+    }
+
     /// The event that a publish becomes, and by which right; or why it is plainly wrong.
     pub fn admit<'a>(&self, who: &'a Principal, asked: Asked<'a>) -> Result<(LogEvent<'a>, Grant), Error> {
         let class = event::classify(asked.kind)?;
         event::check_data(class, asked.data)?;
-        let grant = access::publish(who.scopes, class, || self.standing(who, asked.thread))?;
+        let grant = match ids::is_reserved(asked.thread) {
+            true => access::publish_reserved(who.scopes, class, asked.thread, || self.may_write_to(who, asked.thread))?,
+            false => access::publish(who.scopes, class, || self.standing(who, asked.thread))?,
+        };
         event::check_run(class, asked.run)?;
+        let limited = self.limits.append(&who.tenant, asked.data.get().len());
+        limited.inspect_err(|_| telemetry::rate_limited().increment(1))?;
         let mut event = draft(&who.tenant, &who.user, asked.thread, asked.kind, asked.data);
         event.key = asked.key.map(Into::into);
         event.run = asked.run.map(Into::into);
@@ -84,100 +117,59 @@ impl Context {
         })
     }
 
-    /// The user's threads with their newest seqs. Walks a range: for blocking threads.
-    pub fn threads_with_heads(&self, who: &Principal) -> Result<Vec<(String, u64)>, Error> {
-        let threads = self.store.threads_of(&who.tenant, &who.user)?;
-        threads.into_iter().map(|thread| Ok((thread.clone(), self.store.head(&who.tenant, &thread)?))).collect()
-    }
-}
-
-/// The sessions that are open.
-pub struct Sessions {
-    open: Mutex<Open>,
-    count: watch::Sender<usize>,
-    gauge: Gauge,
-    total: Counter,
-}
-
-#[derive(Default)]
-struct Open {
-    next: u64,
-    outboxes: HashMap<u64, Weak<Outbox>>,
-    draining: bool,
-}
-
-impl Default for Sessions {
-    fn default() -> Sessions {
-        Sessions {
-            open: Mutex::default(),
-            count: watch::channel(0).0,
-            gauge: telemetry::connections(),
-            total: telemetry::connections_total(),
+    /// Whether the user may write to an inbox without a scope for it: to the own one, and to those of people met in a
+    /// thread.
+    fn may_write_to(&self, who: &Principal, inbox: &str) -> Result<bool, Error> {
+        match ids::inbox_of(inbox) {
+            Some(user) if *user == *who.user => Ok(true),
+            Some(user) => Ok(self.store.share_a_thread(&who.tenant, &who.user, user)?),
+            None => Ok(false),
         }
     }
-}
 
-/// A session's place among the open ones, given up when dropped.
-pub struct Entered {
-    sessions: Arc<Context>,
-    id: u64,
-}
-
-impl Sessions {
-    fn lock(&self) -> MutexGuard<'_, Open> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether the user may signal in the thread: as one who may write there.
+    pub fn may_signal(&self, who: &Principal, thread: &str) -> Result<(), Error> {
+        let class = event::KindClass::Custom;
+        match ids::is_reserved(thread) {
+            true => access::publish_reserved(who.scopes, class, thread, || self.may_write_to(who, thread)).map(drop),
+            false if who.scopes.agent || who.scopes.admin => self.head(who, thread).map(drop),
+            false => match access::publish(who.scopes, class, || self.standing(who, thread))? {
+                _ if self.store.is_member(&who.tenant, thread, &who.user)? => Ok(()),
+                _ => Err(Error::no_thread()),
+            },
+        }
     }
 
-    /// Tells every session to finish what it has accepted and to close; those that come later are told at once.
-    pub fn drain(&self) {
-        let outboxes: Vec<_> = {
-            let mut open = self.lock();
-            open.draining = true;
-            open.outboxes.values().filter_map(Weak::upgrade).collect()
+    /// Whether the user may read the thread now.
+    pub fn may_read(&self, who: &Principal, thread: &str) -> Result<(), Error> {
+        let may = access::reads_by_scope(who.scopes)
+            || match ids::is_reserved(thread) {
+                true => thread == TENANT_THREAD || ids::inbox_of(thread) == Some(&*who.user),
+                false => self.store.is_member(&who.tenant, thread, &who.user)?,
+            };
+        if may { Ok(()) } else { Err(Error::no_thread()) }
+    }
+
+    /// The newest seq of a thread that is there; those that exist by their name always are.
+    pub fn head(&self, who: &Principal, thread: &str) -> Result<u64, Error> {
+        match self.store.thread(&who.tenant, thread)? {
+            Some(row) => Ok(row.head),
+            None if ids::is_reserved(thread) => Ok(0),
+            None => Err(Error::no_thread()),
+        }
+    }
+
+    /// The user's threads, as subscriptions to them begin; with the places of a durable one. Walks a range: for blocking
+    /// threads.
+    pub fn find_threads(&self, who: &Principal, name: Option<&str>) -> Result<Vec<Found>, Error> {
+        let find = |thread: String| {
+            let receipt = match name {
+                Some(name) => self.store.receipt(&who.tenant, &thread, &who.user, name)?,
+                None => None,
+            };
+            let since = self.store.member(&who.tenant, &thread, &who.user)?.map_or(1, |member| member.since);
+            Ok(Found { head: self.store.head(&who.tenant, &thread)?, since, receipt, thread })
         };
-        for outbox in outboxes {
-            outbox.push_answer(Answer::Drain);
-        }
-    }
-
-    /// Waits until no session is open.
-    pub async fn emptied(&self) {
-        // Fails only when the sender is gone, and that is `self`.
-        drop(self.count.subscribe().wait_for(|count| *count == 0).await);
-    }
-
-    /// Bytes of events waiting for sockets, over all sessions.
-    pub fn outbox_bytes(&self) -> usize {
-        let outboxes: Vec<_> = self.lock().outboxes.values().filter_map(Weak::upgrade).collect();
-        outboxes.iter().map(|outbox| outbox.event_bytes()).sum()
-    }
-}
-
-impl Context {
-    /// Counts a session in until the returned guard is dropped.
-    pub fn enter(self: &Arc<Context>, outbox: &Arc<Outbox>) -> Entered {
-        let sessions = &self.sessions;
-        let mut open = sessions.lock();
-        let id = open.next;
-        open.next += 1;
-        open.outboxes.insert(id, Arc::downgrade(outbox));
-        let draining = open.draining;
-        drop(open);
-        if draining {
-            outbox.push_answer(Answer::Drain);
-        }
-        sessions.count.send_modify(|count| *count += 1);
-        sessions.gauge.increment(1.0);
-        sessions.total.increment(1);
-        Entered { sessions: self.clone(), id }
-    }
-}
-
-impl Drop for Entered {
-    fn drop(&mut self) {
-        let sessions = &self.sessions.sessions;
-        sessions.lock().outboxes.remove(&self.id);
-        sessions.gauge.decrement(1.0);
-        sessions.count.send_modify(|count| *count -= 1);
+        self.store.threads_of(&who.tenant, &who.user)?.into_iter().map(find).collect()
     }
 }

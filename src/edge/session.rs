@@ -4,8 +4,10 @@
 //! - commands take effect in the order sent: one that reads waits until the publishes before it are answered;
 //! - every publish that was accepted is answered, also while the server drains;
 //! - what waits is bounded: publishes in flight by [`MAX_IN_FLIGHT`] (beyond it the socket is not read), events by the
-//!   outbox, replayed frames by the subscriptions. A socket that takes nothing is closed after 30 s.
+//!   outbox, replayed frames by the subscriptions. A socket that takes nothing is closed after 30 s;
+//! - control frames (answers, errors, `expiring`) overtake events; what goes out of these, [`super::feed`] says.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -24,14 +26,15 @@ use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::{Bytes, Message};
 
 use super::Context;
-use super::commands::All;
+use super::commands::Waiting;
+use super::feed::{Feed, Out};
 use super::socket::Socket;
-use super::subscriptions::{MAX_SUBSCRIPTIONS, Subscriptions};
+use super::subscriptions::{MAX_SUBSCRIPTIONS, WINDOW};
 use crate::command::{self};
-use crate::error::{Code, Error};
 use crate::identity::{Principal, jwt};
 use crate::log::Append;
-use crate::outbox::{Answer, EVENT_BYTES, Item, Outbox};
+use crate::outbox::{Answer, EVENT_BYTES, Wanted};
+use crate::sessions::{Entered, Transport};
 use crate::submit::Verdict;
 use crate::wire::{Limits, ServerFrame, error_frame};
 use crate::{clock, telemetry};
@@ -52,6 +55,10 @@ const PONG_WITHIN: Duration = Duration::from_secs(10);
 const STALLED_AFTER: Duration = Duration::from_secs(30);
 /// How long before a token's end `expiring` is sent, in seconds.
 const EXPIRING_BEFORE: u64 = 60;
+/// Commands over the limit for so long, without a pause, end the session.
+const LIMITED_FOR: Duration = Duration::from_secs(10);
+/// What counts as a pause.
+const LULL: Duration = Duration::from_secs(1);
 /// Time to write the last frames and the close frame.
 const CLOSE_WITHIN: Duration = Duration::from_secs(2);
 
@@ -63,13 +70,14 @@ pub const LIMITS: Limits = Limits {
     subscriptions: MAX_SUBSCRIPTIONS,
     publishes_in_flight: MAX_IN_FLIGHT,
     outbox_bytes: EVENT_BYTES,
+    unacknowledged: WINDOW,
 };
 
 /// Why a session ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum End {
     /// We close, with this code and reason.
-    Close(u16, &'static str),
+    Close(u16, Cow<'static, str>),
     /// The client closed or is gone.
     Gone,
 }
@@ -88,8 +96,8 @@ pub struct Session {
     pub(super) connection: String,
     pub(super) traceparent: Option<String>,
     pub(super) who: Option<Principal>,
-    pub(super) outbox: Arc<Outbox>,
-    pub(super) subs: Subscriptions,
+    entered: Option<Entered>,
+    pub(super) feed: Feed,
     /// Answers made by the session itself, and those of the outbox, encoded.
     pub(super) answers: VecDeque<Message>,
     /// Publishes read in this turn, not yet handed to the log.
@@ -97,10 +105,9 @@ pub struct Session {
     pub(super) in_flight: usize,
     /// Commands that wait until those before them have taken effect.
     pub(super) backlog: VecDeque<Box<RawValue>>,
-    /// The `subscribe` to `"*"` that waits for the list of threads.
-    pub(super) listing: Option<All>,
+    /// The `subscribe` that waits for the list of threads, or for the places of a new durable subscription.
+    pub(super) waiting: Option<Waiting>,
     pub(super) reads: usize,
-    pub(super) replay_turn: bool,
     pub(super) dirty: bool,
     pub(super) draining: bool,
     pub(super) timer: Pin<Box<Sleep>>,
@@ -108,12 +115,13 @@ pub struct Session {
     pub(super) heard: Instant,
     pub(super) pinged: Option<Instant>,
     pub(super) told_expiring: bool,
-    /// More threads were joined than could be noted: only a resume can tell which.
-    overrun: bool,
+    /// When the client is to come back, in milliseconds.
+    retry_after_ms: u64,
+    /// Since when commands have been refused for their rate, and when the last one was.
+    pub(super) limited: Option<(Instant, Instant)>,
     /// Since when the socket has taken nothing, and how much it had taken by then.
     pub(super) stalled: Option<(Instant, u64)>,
     pub(super) published: Counter,
-    pub(super) deliveries: Counter,
 }
 
 impl Session {
@@ -123,24 +131,22 @@ impl Session {
         who: Option<Principal>,
         traceparent: Option<String>,
     ) -> Session {
-        let outbox = Arc::new(Outbox::default());
         let now = Instant::now();
         let deadline = if who.is_some() { PING_AFTER } else { CONNECT_WITHIN };
         Session {
-            subs: Subscriptions::new(ctx.clone(), outbox.clone()),
+            feed: Feed::new(&ctx),
             ctx,
             ws,
             connection: clock::random_id().simple().to_string(),
             traceparent,
             who,
-            outbox,
+            entered: None,
             answers: VecDeque::new(),
             batch: Vec::new(),
             in_flight: 0,
             backlog: VecDeque::new(),
-            listing: None,
+            waiting: None,
             reads: 0,
-            replay_turn: false,
             dirty: false,
             draining: false,
             timer: Box::pin(tokio::time::sleep_until(now + deadline)),
@@ -148,20 +154,31 @@ impl Session {
             heard: now,
             pinged: None,
             told_expiring: false,
-            overrun: false,
+            retry_after_ms: 0,
+            limited: None,
             stalled: None,
             published: telemetry::commands("publish", "ok"),
-            deliveries: telemetry::deliveries(),
         }
     }
 
     /// Serves the session until it ends, on either side.
     pub async fn run(mut self: Box<Session>) {
-        let _open = self.ctx.enter(&self.outbox);
-        if self.who.is_some() {
-            self.welcome(None);
-        }
-        let end = loop {
+        self.entered = Some(self.ctx.sessions.enter(&self.feed.outbox, &self.connection, Transport::Websocket));
+        let begun = match &self.who {
+            Some(_) => self.begin(None),
+            None => Ok(()),
+        };
+        let end = match begun {
+            Err(end) => end,
+            Ok(()) => self.serve().await,
+        };
+        // Boxed, so that a session that goes on does not keep room for its end.
+        Box::pin(self.finish(end)).await;
+    }
+
+    /// Goes on until the session ends, on either side.
+    async fn serve(&mut self) -> End {
+        loop {
             let wake = std::future::poll_fn(|cx| self.poll(cx)).await;
             let result = match wake {
                 Wake::Frame(Ok(message)) => self.on_message(message),
@@ -171,16 +188,24 @@ impl Session {
                 Wake::Stop(end) => Err(end),
             };
             if let Err(end) = result {
-                break end;
+                return end;
             }
-        };
-        // Boxed, so that a session that goes on does not keep room for its end.
-        Box::pin(self.finish(end)).await;
+        }
+    }
+
+    /// The user is known: the session counts as the user's from now on.
+    pub(super) fn begin(&mut self, id: Option<i64>) -> Result<(), End> {
+        let (Some(who), Some(entered)) = (&self.who, &self.entered) else { return Ok(()) };
+        entered.identify(who).map_err(|error| End::Close(4503, error.message))?;
+        // Looked up once more: a revocation from here on reaches the session itself.
+        self.ctx.check_revoked(who).map_err(|error| End::Close(4504, error.message))?;
+        self.welcome(id);
+        Ok(())
     }
 
     /// The client offered no version of the protocol that we speak.
     pub async fn refuse_version(self: Box<Session>) {
-        Box::pin(self.finish(End::Close(4502, "the subprotocol is weft.v1"))).await;
+        Box::pin(self.finish(close(4502, "the subprotocol is weft.v1"))).await;
     }
 
     /// Reads while there is something to read, then writes what waits, then sleeps.
@@ -188,6 +213,9 @@ impl Session {
         // First, so that a flood of frames does not hold up what is due.
         if self.reads == 0 && self.timer.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Wake::Timer);
+        }
+        if self.ws.get_ref().flooded() {
+            return Poll::Ready(Wake::Stop(close(4005, "a flood of frames that carry nothing")));
         }
         let reading = self.may_read();
         if reading && self.reads < READS_PER_TURN {
@@ -202,11 +230,14 @@ impl Session {
         }
         let more_to_read = reading && self.reads > 0;
         self.reads = 0;
+        if let Some(who) = &self.who {
+            self.batch.extend(self.feed.subs.changed_receipts(who));
+        }
         if !self.batch.is_empty() {
             self.ctx.submit.send(std::mem::take(&mut self.batch));
         }
         // Answers that came in are taken before anything is written: they overtake events.
-        if self.answers.len() < MAX_ANSWERS && self.outbox.has_answers() {
+        if self.answers.len() < MAX_ANSWERS && self.feed.outbox.has_answers() {
             return Poll::Ready(Wake::GoOn);
         }
         let written = self.poll_write(cx);
@@ -215,18 +246,16 @@ impl Session {
         }
         // A socket that takes nothing does not want events, but answers change what there is to do.
         let more_to_write = match written.is_ready() {
-            true => self.outbox.poll_filled(cx, self.gate_open()).is_ready(),
-            false => self.answers.len() < MAX_ANSWERS && self.outbox.poll_filled(cx, false).is_ready(),
+            true => self.feed.outbox.poll_filled(cx, self.feed.wanted()).is_ready(),
+            false => self.answers.len() < MAX_ANSWERS && self.feed.outbox.poll_filled(cx, Wanted::None).is_ready(),
         };
         if more_to_read || more_to_write {
             return Poll::Ready(Wake::GoOn);
         }
+        if let Some(due) = self.feed.subs.due().filter(|due| *due < self.timer.deadline()) {
+            self.timer.as_mut().reset(due);
+        }
         self.timer.as_mut().poll(cx).map(|()| Wake::Timer)
-    }
-
-    /// Whether live events may be sent: not while a subscription is in its seam or a list of threads is read.
-    fn gate_open(&self) -> bool {
-        self.subs.gate_open() && self.listing.is_none()
     }
 
     /// Whether more commands are wanted now.
@@ -257,51 +286,15 @@ impl Session {
         Poll::Ready(Ok(()))
     }
 
-    /// Answers first; then replayed and live events in turn, so that neither starves the other.
+    /// Answers first, then events.
     fn next_frame(&mut self) -> Option<Message> {
         if let Some(frame) = self.answers.pop_front() {
             return Some(frame);
         }
-        let who = self.who.as_ref()?;
-        self.replay_turn = !self.replay_turn;
-        if self.replay_turn
-            && let Some(frame) = self.subs.next_replayed(who)
-        {
-            self.deliveries.increment(1);
-            return Some(Message::Text(frame));
-        }
-        while self.gate_open() {
-            match self.outbox.pop_item() {
-                Some(Item::Event { sub, seq, frame }) => {
-                    if self.subs.pass(who, sub, seq) {
-                        self.deliveries.increment(1);
-                        return Some(Message::Text(frame));
-                    }
-                }
-                Some(Item::Lagged { sub }) => self.subs.lagged(who, sub),
-                Some(Item::Removed { sub }) => {
-                    if let Some(thread) = self.subs.drop_sub(sub) {
-                        let error = Error::new(
-                            Code::NotFound,
-                            "you are no longer a member of this thread: its subscription has ended",
-                        );
-                        return Some(text(error_frame(None, Some(&thread), &error)));
-                    }
-                }
-                Some(Item::Overrun) => self.overrun = true,
-                Some(Item::Joined { thread, before }) if self.subs.follows() => {
-                    // A failure here is one of the store; the thread is there again when the client resumes.
-                    if !self.subs.contains(&thread)
-                        && let Err(error) = self.subs.add(who, &thread, before, false)
-                    {
-                        return Some(text(error_frame(None, Some(&thread), &error)));
-                    }
-                }
-                Some(Item::Joined { .. }) => {}
-                None => break,
-            }
-        }
-        self.subs.next_replayed(who).map(Message::Text).inspect(|_| self.deliveries.increment(1))
+        Some(match self.feed.next(self.who.as_ref()?)? {
+            Out::Event { frame, .. } | Out::Notice(frame) => Message::Text(frame),
+            Out::Ended { thread, error } => text(error_frame(None, Some(&thread), &error)),
+        })
     }
 
     fn note_stall(&mut self) {
@@ -316,7 +309,7 @@ impl Session {
         self.pinged = None;
         match message {
             Message::Text(text) => self.on_text(&text),
-            Message::Binary(_) => Err(End::Close(1003, "frames are JSON text")),
+            Message::Binary(_) => Err(close(1003, "frames are JSON text")),
             Message::Close(_) => Err(End::Gone),
             // Pings are answered by the protocol layer with the next write.
             Message::Ping(_) => {
@@ -328,18 +321,20 @@ impl Session {
     }
 
     fn on_text(&mut self, text: &str) -> Result<(), End> {
+        // Some clients send empty frames to stay connected; too many of them are a flood.
+        if text.is_empty() {
+            return Ok(());
+        }
         match command::split(text) {
-            None => Err(End::Close(4501, "the frame is neither a JSON object nor an array of them")),
+            None => Err(close(4501, "the frame is neither a JSON object nor an array of them")),
             Some(Err(error)) => {
                 self.refuse(None, &error);
                 Ok(())
             }
             Some(Ok(commands)) => {
-                let commands = commands.as_slice();
-                for (i, command) in commands.iter().enumerate() {
-                    if !self.on_command(command)? {
-                        self.backlog.extend(commands[i..].iter().map(|&command| command.to_owned()));
-                        break;
+                for &command in commands.as_slice() {
+                    if self.within_limits(command)? && !(self.backlog.is_empty() && self.on_command(command)?) {
+                        self.backlog.push_back(command.to_owned());
                     }
                 }
                 Ok(())
@@ -347,29 +342,55 @@ impl Session {
         }
     }
 
+    /// Counts a command; one over the limit is refused, and a client that goes on like that is shown the door.
+    fn within_limits(&mut self, command: &RawValue) -> Result<bool, End> {
+        let Some(who) = &self.who else { return Ok(true) };
+        let Err(error) = self.ctx.count(who) else { return Ok(true) };
+        let now = Instant::now();
+        let since = self.limited.filter(|(_, last)| now < *last + LULL).map_or(now, |(since, _)| since);
+        self.limited = Some((since, now));
+        if now >= since + LIMITED_FOR {
+            return Err(close(4005, "over the rate limit for too long"));
+        }
+        self.refuse(command::id_of(command.get()), &error);
+        Ok(false)
+    }
+
     /// Takes the answers that came in from elsewhere.
     fn on_answers(&mut self) -> Result<(), End> {
         while self.answers.len() < MAX_ANSWERS
-            && let Some(answer) = self.outbox.pop_answer()
+            && let Some(answer) = self.feed.outbox.pop_answer()
         {
             match answer {
                 Answer::Publish { id, thread, verdict } => self.on_verdict(id, &thread, verdict),
-                Answer::Threads(threads) => self.subscribe_all(threads),
-                Answer::Drain => self.draining = true,
+                Answer::Threads(threads) => self.on_threads(threads),
+                Answer::Placed(placed) => self.on_placed(placed),
+                Answer::Drain { retry_after_ms } => {
+                    self.draining = true;
+                    self.retry_after_ms = retry_after_ms;
+                }
+                Answer::Revoked => return Err(close(4504, "the user's sessions were revoked")),
+                Answer::Kept { thread, kept } => self.feed.subs.kept(&thread, kept),
+                Answer::Buried { thread, seq, buried } => {
+                    if let Some(who) = &self.who {
+                        self.feed.subs.buried(who, &thread, seq, buried);
+                    }
+                }
                 Answer::Chunk { sub, events } => {
                     if let Some(who) = &self.who
-                        && let Err((thread, error)) = self.subs.chunk(who, sub, events)
+                        && let Err((thread, error)) = self.feed.subs.chunk(who, sub, events)
                     {
                         self.answers.push_back(text(error_frame(None, Some(&thread), &error)));
                     }
                 }
             }
         }
-        if self.overrun {
-            return Err(End::Close(4001, "more threads were joined than could be noted: resume"));
+        if self.feed.overrun {
+            return Err(close(4001, "more threads were joined than could be noted: resume"));
         }
         if self.draining && self.in_flight == 0 && self.batch.is_empty() {
-            return Err(End::Close(1001, "the server is going down: reconnect and resume"));
+            let reason = format!(r#"{{"reason":"draining","retry_after_ms":{}}}"#, self.retry_after_ms);
+            return Err(End::Close(1001, reason.into()));
         }
         while self.in_flight < MAX_IN_FLIGHT
             && let Some(command) = self.backlog.pop_front()
@@ -405,12 +426,12 @@ impl Session {
     fn on_timer(&mut self) -> Result<(), End> {
         let now = Instant::now();
         match &self.who {
-            None if now >= self.started + CONNECT_WITHIN => return Err(End::Close(4004, "no connect in time")),
+            None if now >= self.started + CONNECT_WITHIN => return Err(close(4004, "no connect in time")),
             None => {}
             Some(who) => {
                 let wall = clock::now_s();
                 if wall >= who.expires_at.saturating_add(jwt::LEEWAY) {
-                    return Err(End::Close(4003, "the token has expired"));
+                    return Err(close(4003, "the token has expired"));
                 }
                 if wall + EXPIRING_BEFORE >= who.expires_at && !self.told_expiring {
                     self.told_expiring = true;
@@ -420,15 +441,20 @@ impl Session {
             }
         }
         if self.stalled.is_some_and(|(since, _)| now >= since + STALLED_AFTER) {
-            return Err(End::Close(4001, "the socket takes nothing"));
+            return Err(close(4001, "the socket takes nothing"));
         }
         if !self.may_read() {
             // We do not listen now, so nothing can be heard.
             self.heard = now;
             self.pinged = None;
         }
+        if let Some(who) = &self.who
+            && self.feed.subs.due().is_some_and(|due| due <= now)
+        {
+            self.feed.subs.on_due(who);
+        }
         match self.pinged {
-            Some(at) if now >= at + PONG_WITHIN => return Err(End::Close(4002, "no heartbeat")),
+            Some(at) if now >= at + PONG_WITHIN => return Err(close(4002, "no heartbeat")),
             None if now >= self.heard + PING_AFTER => {
                 self.pinged = Some(now);
                 self.answers.push_back(Message::Ping(Bytes::new()));
@@ -457,12 +483,12 @@ impl Session {
         };
         let expiry = Instant::now() + Duration::from_secs(expiry.saturating_sub(clock::now_s()).clamp(1, 86_400));
         let stall = self.stalled.map_or(beat, |(since, _)| since + STALLED_AFTER);
-        beat.min(expiry).min(stall)
+        beat.min(expiry).min(stall).min(self.feed.subs.due().unwrap_or(beat))
     }
 
     /// Says goodbye, and leaves nothing behind.
     async fn finish(mut self: Box<Session>, end: End) {
-        self.subs.close();
+        self.feed.subs.close();
         if !self.batch.is_empty() {
             self.ctx.submit.send(std::mem::take(&mut self.batch));
         }
@@ -476,7 +502,7 @@ impl Session {
                 while let Some(frame) = self.answers.pop_front() {
                     self.ws.feed(frame).await?;
                 }
-                self.ws.send(Message::Close(Some(CloseFrame { code: code.into(), reason: reason.into() }))).await
+                self.ws.send(Message::Close(Some(CloseFrame { code: code.into(), reason: (*reason).into() }))).await
             };
             // A socket that takes nothing does not get its close frame either.
             drop(tokio::time::timeout(CLOSE_WITHIN, goodbye).await);
@@ -488,6 +514,10 @@ impl Session {
     }
 }
 
+pub(super) fn close(code: u16, reason: &'static str) -> End {
+    End::Close(code, reason.into())
+}
+
 pub(super) fn text(frame: String) -> Message {
     Message::Text(frame.into())
 }
@@ -495,10 +525,10 @@ pub(super) fn text(frame: String) -> Message {
 /// The close code for what the protocol layer found (RFC 6455, section 7.4.1).
 fn end_of(error: &WsError) -> End {
     match error {
-        WsError::Capacity(CapacityError::MessageTooLong { .. }) => End::Close(1009, "the frame is too large"),
-        WsError::Utf8(_) => End::Close(1007, "the frame is not UTF-8"),
+        WsError::Capacity(CapacityError::MessageTooLong { .. }) => close(1009, "the frame is too large"),
+        WsError::Utf8(_) => close(1007, "the frame is not UTF-8"),
         WsError::Protocol(ProtocolError::ResetWithoutClosingHandshake) => End::Gone,
-        WsError::Protocol(_) => End::Close(1002, "the frame is not WebSocket"),
+        WsError::Protocol(_) => close(1002, "the frame is not WebSocket"),
         _ => End::Gone,
     }
 }

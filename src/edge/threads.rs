@@ -1,7 +1,5 @@
 //! Threads over HTTP: list, read, create, members, pages of events.
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use futures_util::Stream;
 use serde::Serialize;
 use serde_json::json as value;
@@ -10,14 +8,14 @@ use warp::Buf;
 use warp::http::{Method, StatusCode};
 
 use super::Context;
+use super::cursor::{self, Scope};
 use super::http::{Request, blocking, raw, traceparent};
 use super::reply::{Reply, body, json, query, raw_json, segment};
-use super::subscriptions::may_read;
 use crate::access::{self, Standing};
 use crate::clock;
 use crate::command::{self, ThreadBody};
 use crate::error::{Code, Error};
-use crate::event::{MEMBER_ADDED, MEMBER_REMOVED, THREAD_CREATED, THREAD_UPDATED, without_type};
+use crate::event::{self, MEMBER_ADDED, MEMBER_REMOVED, THREAD_CREATED, THREAD_UPDATED, without_type};
 use crate::identity::Principal;
 use crate::ids;
 use crate::log::Grant;
@@ -64,7 +62,9 @@ pub struct ThreadDetail {
     members: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     title: Option<String>,
-    created_at: String,
+    /// Absent before the first event of an inbox.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    created_at: Option<String>,
     /// The head's link of the hash chain, BLAKE3, in hex.
     hash: String,
 }
@@ -75,7 +75,8 @@ pub async fn list(it: Request) -> Result<Reply, Error> {
     access::read(who.scopes)?;
     let query = query(&it.query, &["cursor", "limit"])?;
     let limit = query.limit()?;
-    let behind = query.text("cursor").map(|text| Cursor::open(&who, text)).transpose()?;
+    let scope = Scope::of(&["threads", &who.key]);
+    let behind = query.text("cursor").map(|text| Cursor::open(&scope, text)).transpose()?;
     blocking(move || {
         let ctx = &it.ctx;
         let mut rows = Vec::new();
@@ -92,7 +93,7 @@ pub async fn list(it: Request) -> Result<Reply, Error> {
             .collect();
         let more = page.len() > limit;
         page.truncate(limit);
-        let next = page.last().filter(|_| more).map(|(at, _)| at.seal(&who));
+        let next = page.last().filter(|_| more).map(|(at, _)| at.seal(&scope));
         let threads = page
             .into_iter()
             .map(|(at, row)| item(&ctx.store, &who, at.thread, row))
@@ -106,7 +107,8 @@ fn item(store: &Store, who: &Principal, thread: String, row: ThreadRow) -> Resul
     let last =
         store.newest(&who.tenant, &thread)?.and_then(|event| RawValue::from_string(without_type(&event.frame)).ok());
     let members = store.members(&who.tenant, &thread)?;
-    Ok(ThreadItem { head: row.head, unread: row.head, members, title: row.title, last, thread })
+    let unread = row.head.saturating_sub(store.acked(&who.tenant, &thread, &who.user)?);
+    Ok(ThreadItem { head: row.head, unread, members, title: row.title, last, thread })
 }
 
 /// A place in the list of threads: newest activity first, then by id.
@@ -129,31 +131,15 @@ impl PartialOrd for Cursor {
 }
 
 impl Cursor {
-    /// Bound to its user, so that one user's cursor is not valid for another.
-    fn tag(&self, who: &Principal) -> [u8; 8] {
-        let mut hasher = blake3::Hasher::new_derive_key("weft 2026-11 cursor of the list of threads");
-        hasher
-            .update(who.key.as_bytes())
-            .update(&[0])
-            .update(&self.last_at.to_be_bytes())
-            .update(self.thread.as_bytes());
-        let mut tag = [0; 8];
-        tag.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
-        tag
+    fn seal(&self, scope: &Scope) -> String {
+        scope.seal(&[&self.last_at.to_be_bytes()[..], self.thread.as_bytes()].concat())
     }
 
-    fn seal(&self, who: &Principal) -> String {
-        URL_SAFE_NO_PAD.encode([&self.tag(who)[..], &self.last_at.to_be_bytes(), self.thread.as_bytes()].concat())
-    }
-
-    fn open(who: &Principal, text: &str) -> Result<Cursor, Error> {
-        let refuse = || Error::new(Code::CursorInvalid, "the cursor is not of this list").at("cursor");
-        let bytes = URL_SAFE_NO_PAD.decode(text).map_err(|_| refuse())?;
-        let (tag, rest) = bytes.split_first_chunk::<8>().ok_or_else(refuse)?;
-        let (last_at, thread) = rest.split_first_chunk::<8>().ok_or_else(refuse)?;
-        let thread = String::from_utf8(thread.to_vec()).map_err(|_| refuse())?;
-        let cursor = Cursor { last_at: u64::from_be_bytes(*last_at), thread };
-        if cursor.tag(who) == *tag { Ok(cursor) } else { Err(refuse()) }
+    fn open(scope: &Scope, text: &str) -> Result<Cursor, Error> {
+        let place = scope.open(text)?;
+        let (last_at, thread) = place.split_first_chunk::<8>().ok_or_else(cursor::refused)?;
+        let thread = String::from_utf8(thread.to_vec()).map_err(|_| cursor::refused())?;
+        Ok(Cursor { last_at: u64::from_be_bytes(*last_at), thread })
     }
 }
 
@@ -162,31 +148,44 @@ pub async fn read(it: Request, thread: &str) -> Result<Reply, Error> {
     let who = it.who()?;
     access::read(who.scopes)?;
     query(&it.query, &[])?;
-    let thread = thread_id(thread)?;
+    let (_, thread) = address(&who, thread)?;
     blocking(move || {
         let detail = detail(&it.ctx, &who, thread.clone())?;
         // The right is looked up after the read, so that what came after a removal is not handed out.
-        may_read(&it.ctx, &who, &thread).map(|()| json(StatusCode::OK, &detail))
+        it.ctx.may_read(&who, &thread).map(|()| json(StatusCode::OK, &detail))
     })
     .await
 }
 
 fn detail(ctx: &Context, who: &Principal, thread: String) -> Result<ThreadDetail, Error> {
-    let row = ctx.store.thread(&who.tenant, &thread)?.ok_or_else(Error::no_thread)?;
+    let row = ctx.store.thread(&who.tenant, &thread)?;
+    let row = match ids::is_reserved(&thread) {
+        true => row.unwrap_or_default(),
+        false => row.ok_or_else(Error::no_thread)?,
+    };
     Ok(ThreadDetail {
         epoch: ctx.epoch.clone(),
         head: row.head,
         members: ctx.store.members(&who.tenant, &thread)?,
         title: row.title,
-        created_at: clock::rfc3339(row.created_at),
+        created_at: (row.head > 0).then(|| clock::rfc3339(row.created_at)),
         hash: blake3::Hash::from_bytes(row.hash).to_hex().to_string(),
         thread,
     })
 }
 
+/// A thread as a path names it: as the client calls it, and its name.
+pub fn address(who: &Principal, raw: &str) -> Result<(String, String), Error> {
+    let called = segment("thread", raw)?;
+    ids::check_address(&called)?;
+    let thread = ids::resolve(&who.user, &called).into_owned();
+    Ok((called, thread))
+}
+
+/// A thread that has members and a title; those that exist by their name have neither.
 fn thread_id(raw: &str) -> Result<String, Error> {
     let thread = segment("thread", raw)?;
-    ids::check_thread(&thread)?;
+    ids::check_thread_id(&thread)?;
     Ok(thread)
 }
 
@@ -299,7 +298,7 @@ struct Page {
 pub async fn page(it: Request, thread: &str) -> Result<Reply, Error> {
     let who = it.who()?;
     access::read(who.scopes)?;
-    let thread = thread_id(thread)?;
+    let (called, thread) = address(&who, thread)?;
     let query = query(&it.query, &["after", "before", "limit", "kinds", "order"])?;
     let newest_first = match query.text("order") {
         None | Some("asc") => false,
@@ -315,15 +314,15 @@ pub async fn page(it: Request, thread: &str) -> Result<Reply, Error> {
     };
     blocking(move || {
         // Before, so that a stranger learns nothing; after, so that what came after a removal is not handed out.
-        may_read(&it.ctx, &who, &thread)?;
-        let reply = read_page(&it.ctx, &who, &thread, &page)?;
-        may_read(&it.ctx, &who, &thread).map(|()| reply)
+        it.ctx.may_read(&who, &thread)?;
+        let reply = read_page(&it.ctx, &who, &called, &thread, &page)?;
+        it.ctx.may_read(&who, &thread).map(|()| reply)
     })
     .await
 }
 
-fn read_page(ctx: &Context, who: &Principal, thread: &str, page: &Page) -> Result<Reply, Error> {
-    let head = ctx.store.thread(&who.tenant, thread)?.ok_or_else(Error::no_thread)?.head;
+fn read_page(ctx: &Context, who: &Principal, called: &str, thread: &str, page: &Page) -> Result<Reply, Error> {
+    let head = ctx.head(who, thread)?;
     if page.after > head {
         return Err(Error::new(Code::CursorInvalid, format!("after is behind the thread's head, {head}")).at("after"));
     }
@@ -353,6 +352,9 @@ fn read_page(ctx: &Context, who: &Principal, thread: &str, page: &Page) -> Resul
         }
     }
     let next = (from <= to).then_some(if page.newest_first { to + 1 } else { from - 1 });
+    if called != thread {
+        found.iter_mut().for_each(|event| event.frame = event::with_thread(&event.frame, thread, called).into());
+    }
     Ok(raw_json(StatusCode::OK, page_body(&found, head, next)))
 }
 
@@ -361,4 +363,76 @@ fn page_body(events: &[StoredEvent], head: u64, next: Option<u64>) -> String {
     let events: Vec<String> = events.iter().map(|event| without_type(&event.frame)).collect();
     let next = next.map_or(String::new(), |next| format!(r#","next":{next}"#));
     format!(r#"{{"events":[{}],"head":{head}{next}}}"#, events.join(","))
+}
+
+/// Who is in a thread now, on this node.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct Presence {
+    thread: String,
+    users: Vec<Present>,
+}
+
+/// A member with at least one subscription to the thread.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct Present {
+    user: String,
+    /// How many.
+    connections: u32,
+}
+
+/// `GET /v1/threads/{t}/presence`
+pub async fn presence(it: Request, thread: &str) -> Result<Reply, Error> {
+    let who = it.who()?;
+    access::read(who.scopes)?;
+    query(&it.query, &[])?;
+    let (called, thread) = address(&who, thread)?;
+    it.ctx.head(&who, &thread)?;
+    it.ctx.may_read(&who, &thread)?;
+    let present = it.ctx.hub.present(&ids::log_key(&who.tenant, &thread));
+    let users =
+        present.into_iter().map(|(user, connections)| Present { user: user.to_string(), connections }).collect();
+    Ok(json(StatusCode::OK, &Presence { thread: called, users }))
+}
+
+/// How far members have come in a thread.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct Receipts {
+    thread: String,
+    head: u64,
+    receipts: Vec<ReceiptItem>,
+}
+
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct ReceiptItem {
+    user: String,
+    /// The durable subscription; absent for acknowledgements without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    /// The newest seq acknowledged, 0 for none.
+    seq: u64,
+    /// When that was last changed, RFC 3339.
+    at: String,
+}
+
+/// `GET /v1/threads/{t}/receipts`
+pub async fn receipts(it: Request, thread: &str) -> Result<Reply, Error> {
+    let who = it.who()?;
+    access::read(who.scopes)?;
+    query(&it.query, &[])?;
+    let (called, thread) = address(&who, thread)?;
+    blocking(move || {
+        let head = it.ctx.head(&who, &thread)?;
+        it.ctx.may_read(&who, &thread)?;
+        let all = it.ctx.store.receipts(&who.tenant, &thread)?;
+        let mut receipts = Vec::with_capacity(all.len());
+        for (user, name, row) in all {
+            // Who has left is no longer anybody's business here.
+            if ids::is_reserved(&thread) || it.ctx.store.is_member(&who.tenant, &thread, &user)? {
+                let name = Some(name).filter(|name| !name.is_empty());
+                receipts.push(ReceiptItem { user, name, seq: row.acked, at: clock::rfc3339(row.at) });
+            }
+        }
+        Ok(json(StatusCode::OK, &Receipts { thread: called, head, receipts }))
+    })
+    .await
 }

@@ -109,7 +109,8 @@ async fn websocket(upgrade: OnUpgrade) -> Option<WebSocketStream<Socket>> {
         .write_buffer_size(WRITE_BUFFER)
         .max_message_size(Some(MAX_FRAME))
         .max_frame_size(Some(MAX_FRAME));
-    let socket = parts.io.into_inner();
+    let mut socket = parts.io.into_inner();
+    socket.watch_frames(&parts.read_buf);
     Some(WebSocketStream::from_partially_read(socket, parts.read_buf.to_vec(), Role::Server, Some(config)).await)
 }
 
@@ -121,9 +122,10 @@ fn credentials(it: &Request, offered: &[&str]) -> Result<Option<Principal>, Erro
         return http::authenticate(&it.ctx, &it.headers).map(Some);
     }
     if let Some(token) = offered.iter().find_map(|it| it.strip_prefix(BEARER)) {
-        return it.ctx.verifier.verify(token).map(Some);
+        return it.ctx.verify(token).map(Some);
     }
-    query.text("ticket").map(|ticket| it.ctx.tickets.redeem(ticket, Instant::now())).transpose()
+    let who = query.text("ticket").map(|ticket| it.ctx.tickets.redeem(ticket, Instant::now())).transpose()?;
+    who.as_ref().map_or(Ok(()), |who| it.ctx.check_revoked(who)).map(|()| who)
 }
 
 /// A browser's page must be of our own host, or of one that the configuration names.

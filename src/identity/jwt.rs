@@ -82,6 +82,7 @@ impl Verifier {
             tenant: Option<String>,
             exp: u64,
             scope: Option<String>,
+            iat: Option<f64>,
         }
         let refuse = |why: String| Error::new(Code::Unauthenticated, why).at("token");
         let claims = jsonwebtoken::decode::<Wanted>(token, &self.key, &self.validation)
@@ -91,7 +92,10 @@ impl Verifier {
             claims.tenant.ok_or_else(|| refuse("the token is not valid: Missing required claim: tenant".into()))?;
         ids::check_name("sub", &claims.sub).map_err(|error| refuse(error.message.into_owned()))?;
         ids::check_name("tenant", &tenant).map_err(|error| refuse(error.message.into_owned()))?;
-        Ok(Principal::new(&tenant, &claims.sub, Scopes::parse(claims.scope.as_deref()), claims.exp))
+        let mut who = Principal::new(&tenant, &claims.sub, Scopes::parse(claims.scope.as_deref()), claims.exp);
+        // RFC 7519 allows fractions; what is before 1970 becomes 1970.
+        who.issued_at = claims.iat.map(|iat| (iat * 1_000.0) as u64);
+        Ok(who)
     }
 }
 

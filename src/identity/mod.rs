@@ -47,10 +47,13 @@ pub struct Principal {
     pub scopes: Scopes,
     /// Seconds since the Unix epoch.
     pub expires_at: u64,
+    /// When its token was issued, if that says so; milliseconds since the Unix epoch.
+    pub issued_at: Option<u64>,
 }
 
 impl Principal {
     pub fn new(tenant: &str, user: &str, scopes: Scopes, expires_at: u64) -> Principal {
-        Principal { tenant: tenant.into(), user: user.into(), key: log_key(tenant, user).into(), scopes, expires_at }
+        let key = log_key(tenant, user).into();
+        Principal { tenant: tenant.into(), user: user.into(), key, scopes, expires_at, issued_at: None }
     }
 }

@@ -18,6 +18,10 @@ pub const MEMBERSHIPS: &str = "memberships";
 pub const EVENTS: &str = "events";
 pub const KEYS: &str = "keys";
 pub const KEY_TIMES: &str = "key_times";
+pub const RECEIPTS: &str = "receipts";
+pub const REVOCATIONS: &str = "revocations";
+pub const DEAD_LETTERS: &str = "dead_letters";
+pub const DEAD_LETTER_TIMES: &str = "dead_letter_times";
 
 const FAMILIES: &[(&str, Work)] = &[
     // position → offsets of the log; epoch; format
@@ -34,6 +38,14 @@ const FAMILIES: &[(&str, Work)] = &[
     (KEYS, Work::Lookup),
     // partition · at · the key's key → empty; what the purge of `keys` walks
     (KEY_TIMES, Work::Sequence),
+    // tenant 0 thread 0 user 0 name → ReceiptRow
+    (RECEIPTS, Work::Lookup),
+    // tenant 0 user → RevocationRow
+    (REVOCATIONS, Work::Lookup),
+    // tenant (empty if not known) 0 id → DeadLetterRow
+    (DEAD_LETTERS, Work::Lookup),
+    // tenant 0 at · id → empty; the list, oldest first
+    (DEAD_LETTER_TIMES, Work::Sequence),
 ];
 
 /// The families' names.

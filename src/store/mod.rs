@@ -9,6 +9,7 @@
 //! All calls block. A lookup takes microseconds; what walks a range belongs on a blocking thread.
 
 pub mod catalogue;
+pub mod dead_letters;
 pub mod keys;
 
 use std::path::Path;
@@ -21,13 +22,14 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 use crate::codec::{self, CodecError};
 use crate::disk;
 use crate::error::{Code, Error};
-use catalogue::{EVENTS, KEY_TIMES, KEYS, MEMBERS, MEMBERSHIPS, META, THREADS};
+use crate::event::Priority;
+use catalogue::{EVENTS, KEY_TIMES, KEYS, MEMBERS, MEMBERSHIPS, META, RECEIPTS, REVOCATIONS, THREADS};
 
 /// The version of the rows below; a store of another version is rebuilt.
-const SCHEMA: u8 = 1;
+const SCHEMA: u8 = 2;
 
 /// A thread as it is now.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
 pub struct ThreadRow {
     /// The newest seq; 0 before the first event.
     pub head: u64,
@@ -36,6 +38,48 @@ pub struct ThreadRow {
     pub created_at: u64,
     pub last_at: u64,
     pub title: Option<String>,
+    /// For each class of priority the newest seq: tells what waits behind a cursor.
+    pub newest: [u64; Priority::CLASSES],
+}
+
+impl ThreadRow {
+    /// The highest class among the events behind `cursor`.
+    pub fn class_behind(&self, cursor: u64) -> Option<usize> {
+        self.newest.iter().position(|newest| *newest > cursor)
+    }
+}
+
+/// How far a user has come in a thread, under the name of a durable subscription.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct ReceiptRow {
+    /// The seq behind which the subscription goes on: acknowledged, begun at, or given up as dead letters.
+    pub place: u64,
+    /// The newest seq acknowledged, 0 for none.
+    pub acked: u64,
+    /// The newest seq that was sent and not acknowledged.
+    pub sent: u64,
+    /// How often the event behind `place` was sent.
+    pub attempts: u32,
+    /// Milliseconds.
+    pub at: u64,
+}
+
+/// Since when a user's tokens are good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct RevocationRow {
+    /// Tokens issued up to then are refused; milliseconds.
+    pub until: u64,
+}
+
+/// A thread as a subscription to it begins.
+#[derive(Debug, Clone)]
+pub struct Found {
+    pub thread: String,
+    pub head: u64,
+    /// The seq of the event that made the user a member.
+    pub since: u64,
+    /// The place of the durable subscription that is asked for.
+    pub receipt: Option<ReceiptRow>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -47,6 +91,8 @@ pub struct MemberRow {
 #[derive(Debug, Encode, BorrowDecode)]
 pub struct EventRow<'a> {
     pub kind: &'a str,
+    /// The class of its priority.
+    pub class: u8,
     pub hash: [u8; 32],
     /// The frame as every reader gets it.
     pub frame: &'a str,
@@ -85,6 +131,8 @@ struct Identity {
 pub struct StoredEvent {
     pub seq: u64,
     pub kind: String,
+    /// The class of its priority.
+    pub class: usize,
     pub frame: Utf8Bytes,
 }
 
@@ -186,6 +234,80 @@ impl Store {
         Ok(self.db.get_pinned_cf(&self.family(MEMBERS), keys::joined(&[tenant, thread, user]))?.is_some())
     }
 
+    /// The user's membership, with its beginning.
+    pub fn member(&self, tenant: &str, thread: &str, user: &str) -> Result<Option<MemberRow>, StoreError> {
+        self.get(MEMBERS, &keys::joined(&[tenant, thread, user]))
+    }
+
+    /// Whether two users are members of one thread. Each of the two lists is walked no further than the other has threads.
+    pub fn share_a_thread(&self, tenant: &str, one: &str, other: &str) -> Result<bool, StoreError> {
+        let prefixes = [keys::prefix(&[tenant, one]), keys::prefix(&[tenant, other])];
+        let mut lists = prefixes.each_ref().map(|prefix| {
+            let mut options = ReadOptions::default();
+            options.set_iterate_upper_bound(keys::behind(prefix.clone()));
+            self.db.raw_iterator_cf_opt(&self.family(MEMBERSHIPS), options)
+        });
+        let mut thread = Vec::new();
+        // In turn each list is moved to the other's thread, or the first one behind it.
+        for turn in (0..2).cycle() {
+            lists[turn].seek([&prefixes[turn][..], &thread].concat());
+            let Some(key) = lists[turn].key() else { break };
+            let found = &key[prefixes[turn].len()..];
+            if found == thread {
+                return Ok(true);
+            }
+            thread = found.to_vec();
+        }
+        lists.iter().try_for_each(|list| list.status())?;
+        Ok(false)
+    }
+
+    pub fn receipt(
+        &self,
+        tenant: &str,
+        thread: &str,
+        user: &str,
+        name: &str,
+    ) -> Result<Option<ReceiptRow>, StoreError> {
+        self.get(RECEIPTS, &keys::joined(&[tenant, thread, user, name]))
+    }
+
+    /// The newest seq that the user has acknowledged in the thread, under any name.
+    pub fn acked(&self, tenant: &str, thread: &str, user: &str) -> Result<u64, StoreError> {
+        let mut acked = 0;
+        self.receipts_under(&keys::prefix(&[tenant, thread, user]), |_, row| acked = acked.max(row.acked))?;
+        Ok(acked)
+    }
+
+    /// All receipts of a thread: user, name and row.
+    pub fn receipts(&self, tenant: &str, thread: &str) -> Result<Vec<(String, String, ReceiptRow)>, StoreError> {
+        let mut found = Vec::new();
+        self.receipts_under(&keys::prefix(&[tenant, thread]), |rest, row| {
+            let rest = String::from_utf8_lossy(rest);
+            let (user, name) = rest.split_once('\0').unwrap_or((&rest, ""));
+            found.push((user.to_owned(), name.to_owned(), row));
+        })?;
+        Ok(found)
+    }
+
+    fn receipts_under(&self, prefix: &[u8], mut each: impl FnMut(&[u8], ReceiptRow)) -> Result<(), StoreError> {
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(keys::behind(prefix.to_vec()));
+        let rows =
+            self.db.iterator_cf_opt(&self.family(RECEIPTS), options, IteratorMode::From(prefix, Direction::Forward));
+        for row in rows {
+            let (key, value) = row?;
+            let row =
+                codec::decode(SCHEMA, &value).map_err(|source| StoreError::Damaged { family: RECEIPTS, source })?;
+            each(&key[prefix.len()..], row);
+        }
+        Ok(())
+    }
+
+    pub fn revocation(&self, tenant: &str, user: &str) -> Result<Option<RevocationRow>, StoreError> {
+        self.get(REVOCATIONS, &keys::joined(&[tenant, user]))
+    }
+
     pub fn key(&self, key: &[u8]) -> Result<Option<KeyRow>, StoreError> {
         self.get(KEYS, key)
     }
@@ -242,6 +364,7 @@ impl Store {
             found.push(StoredEvent {
                 seq: keys::seq_of(key).unwrap_or(0),
                 kind: row.kind.to_owned(),
+                class: usize::from(row.class).min(Priority::CLASSES - 1),
                 frame: row.frame.into(),
             });
             if newest_first { rows.prev() } else { rows.next() }
@@ -329,6 +452,14 @@ impl Batch<'_> {
     pub fn put_member(&mut self, tenant: &str, thread: &str, user: &str, row: &MemberRow) {
         self.put(MEMBERS, &keys::joined(&[tenant, thread, user]), row);
         self.rows.put_cf(&self.store.family(MEMBERSHIPS), keys::joined(&[tenant, user, thread]), []);
+    }
+
+    pub fn put_receipt(&mut self, tenant: &str, thread: &str, user: &str, name: &str, row: &ReceiptRow) {
+        self.put(RECEIPTS, &keys::joined(&[tenant, thread, user, name]), row);
+    }
+
+    pub fn put_revocation(&mut self, tenant: &str, user: &str, row: &RevocationRow) {
+        self.put(REVOCATIONS, &keys::joined(&[tenant, user]), row);
     }
 
     pub fn delete_member(&mut self, tenant: &str, thread: &str, user: &str) {

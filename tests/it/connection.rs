@@ -450,7 +450,7 @@ async fn beyond_the_connection_limit_a_client_is_told_and_a_place_that_is_left_i
 
 #[tokio::test]
 async fn sigterm_under_load_loses_no_answer_and_closes_1001() {
-    let mut server = Server::start(LogKind::embedded());
+    let mut server = Server::start_unlimited(LogKind::embedded());
     let mut writers = Vec::new();
     for n in 0..4 {
         let mut socket = server.connect("ada").await;

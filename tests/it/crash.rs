@@ -17,7 +17,7 @@ const WRITERS: usize = 3;
 type Told = BTreeMap<String, u64>;
 
 on_both_logs!(after_twenty_kills_under_load_every_answered_event_is_there_once_and_in_order, |log| async move {
-    let mut server = Server::start(log);
+    let mut server = Server::start_unlimited(log);
     server.connect("ada").await.say("t", "begin").await;
     let mut random = 7u64;
     let mut told: Vec<Arc<Mutex<Told>>> = (0..WRITERS).map(|_| Arc::default()).collect();

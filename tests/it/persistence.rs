@@ -11,7 +11,7 @@ use weft::clock;
 use weft::error::Code;
 use weft::event::{LogEvent, chain};
 use weft::log::embedded::EmbeddedLog;
-use weft::log::{Append, Entry, Grant, Log, Position, Record};
+use weft::log::{Append, Entry, Grant, Log, Position, Record, Topic};
 use weft::projector::{KEY_LIFETIME, Projector};
 use weft::store::catalogue::{KEY_TIMES, KEYS};
 use weft::store::{EventRange, Store};
@@ -122,7 +122,7 @@ async fn a_thread_s_hash_covers_every_event_in_order() {
     drop(ada);
     server.stop().await;
     let log = weft::log::embedded::EmbeddedLog::open(&server.data().join("log"), 16).unwrap();
-    let mut reader = weft::log::Log::reader(&log, &[0; 16]).unwrap();
+    let mut reader = log.reader(&vec![0; log.partitions() as usize]).unwrap();
     let mut hash = [0; 32];
     for (n, entry) in reader.next(100, std::time::Duration::ZERO).unwrap().iter().enumerate() {
         hash = chain(&hash, n as u64 + 1, &entry.record.as_ref().unwrap().value);
@@ -172,6 +172,7 @@ fn record(at: u64, thread: &str, from: &str, kind: &str, data: &Value, key: Opti
     event.at = clock::rfc3339(at).into();
     event.key = key.map(Into::into);
     Record {
+        topic: Topic::Events,
         key: weft::ids::log_key(TENANT, thread),
         kind: kind.to_owned(),
         grant: Grant::Member,
@@ -211,7 +212,7 @@ fn project(log: &EmbeddedLog, entries: &[Entry], folder: &Path, splits: &[Split]
     let open = || {
         let (store, progress) = Store::open_for(folder, log.epoch(), log.partitions()).unwrap();
         let store = Arc::new(store);
-        (store.clone(), Projector::new(store, log.epoch(), progress))
+        (store.clone(), Projector::new(store, log, progress))
     };
     let (mut store, mut projector) = open();
     let (mut done, mut verdicts) = (0, Vec::new());

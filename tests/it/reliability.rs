@@ -317,7 +317,7 @@ const GROWTH: f64 = 150e6;
 async fn a_reader_that_stops_reading_while_a_million_events_pass_costs_no_more_than_its_bound_and_then_gets_them_all() {
     const EVENTS: u64 = 1_000_000;
     const BEFORE: u64 = 300_000;
-    let server = Server::start(LogKind::embedded());
+    let server = Server::start_unlimited(LogKind::embedded());
     let mut writer = server.connect("ada").await;
     pour(&mut writer, "t", BEFORE).await;
     let mut reader = server.connect("ada").await;

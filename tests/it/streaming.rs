@@ -61,7 +61,7 @@ on_both_logs!(
     |log| async move {
         const READERS: usize = 4;
         const RESUMES: usize = 60;
-        let server = Arc::new(Server::start(log));
+        let server = Arc::new(Server::start_unlimited(log));
         let mut first = server.connect("ada").await;
         first.say("busy", "0").await;
         let published = Arc::new(AtomicU64::new(1));

@@ -100,6 +100,11 @@ impl Server {
         Server::start_with(log, &[])
     }
 
+    /// A server without a limit of rates, for a test whose users publish as fast as it takes.
+    pub fn start_unlimited(log: LogKind) -> Server {
+        Server::start_with(log, &["--rate-user", "0"])
+    }
+
     /// Starts a server with further arguments.
     pub fn start_with(log: LogKind, more: &[&str]) -> Server {
         let folder = tempfile::tempdir().unwrap();

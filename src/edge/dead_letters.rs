@@ -1,0 +1,147 @@
+//! Dead letters over HTTP: what could not be handled, newest first. Scope `admin`.
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::Serialize;
+use serde_json::value::RawValue;
+use uuid::Uuid;
+use warp::http::StatusCode;
+
+use super::Context;
+use super::cursor::{self, Scope};
+use super::http::{Request, blocking};
+use super::reply::{Reply, json, query, segment};
+use crate::access;
+use crate::clock;
+use crate::error::{Code, Error};
+use crate::event::without_type;
+use crate::identity::Principal;
+use crate::store::EventRange;
+use crate::store::dead_letters::{DeadLetterFilter, DeadLetterRow, ListPlace};
+
+/// A dead letter. What does not apply to its reason is absent.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct DeadLetterItem {
+    id: Uuid,
+    /// `unacknowledged`: sent with `confirm` and never acknowledged; `unreadable`: a record in the log that is not ours.
+    reason: String,
+    /// RFC 3339.
+    at: String,
+    attempts: u32,
+    error: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    thread: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    user: Option<String>,
+    /// The durable subscription.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seq: Option<u64>,
+    /// The event.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<serde_json::Value>")]
+    event: Option<Box<RawValue>>,
+    #[serde(flatten)]
+    source: Option<Source>,
+}
+
+/// Where a record stands that cannot be read, and what it is.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct Source {
+    topic: String,
+    partition: u32,
+    offset: u64,
+    /// The record's length.
+    size: u64,
+    /// Its first 64 KiB, in base64. Left out when nobody can tell whose it is: it might be another tenant's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes: Option<String>,
+}
+
+/// A page of dead letters.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct DeadLetterList {
+    items: Vec<DeadLetterItem>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next: Option<String>,
+}
+
+/// `GET /v1/dead-letters`
+pub async fn list(it: Request) -> Result<Reply, Error> {
+    let who = it.who()?;
+    access::administer(who.scopes)?;
+    let query = query(&it.query, &["reason", "thread", "group", "cursor", "limit"])?;
+    let text = |name| query.text(name).map(str::to_owned);
+    let filter = DeadLetterFilter { reason: text("reason"), thread: text("thread") };
+    let part = |value: &Option<String>| value.clone().unwrap_or_default();
+    let scope = Scope::of(&["dead-letters", &who.key, &part(&filter.reason), &part(&filter.thread)]);
+    let behind = query.text("cursor").map(|text| scope.open(text).and_then(|place| place_of(&place))).transpose()?;
+    let limit = query.limit()?;
+    if query.text("group").is_some() {
+        // No work is handed out to groups yet, so that none of theirs can fail.
+        return Ok(json(StatusCode::OK, &DeadLetterList { items: Vec::new(), next: None }));
+    }
+    blocking(move || {
+        let (rows, next) = it.ctx.store.dead_letters(&[&who.tenant, ""], &filter, behind, limit)?;
+        let items =
+            rows.into_iter().map(|(place, row)| item(&it.ctx, &who, place.id, row)).collect::<Result<_, _>>()?;
+        let next = next.map(|place| scope.seal(&[&place.at.to_be_bytes()[..], &place.id].concat()));
+        Ok(json(StatusCode::OK, &DeadLetterList { items, next }))
+    })
+    .await
+}
+
+fn place_of(bytes: &[u8]) -> Result<ListPlace, Error> {
+    let (at, id) = bytes.split_first_chunk::<8>().ok_or_else(cursor::refused)?;
+    Ok(ListPlace { at: u64::from_be_bytes(*at), id: id.try_into().map_err(|_| cursor::refused())? })
+}
+
+/// `GET /v1/dead-letters/{id}`
+pub async fn read(it: Request, id: &str) -> Result<Reply, Error> {
+    let who = it.who()?;
+    access::administer(who.scopes)?;
+    query(&it.query, &[])?;
+    let none = || Error::new(Code::NotFound, "there is no such dead letter").at("id");
+    let id: Uuid = segment("id", id)?.parse().map_err(|_| none())?;
+    blocking(move || {
+        let find = |tenant: &str| it.ctx.store.dead_letter(tenant, id.as_bytes());
+        let row = match find(&who.tenant)? {
+            Some(row) => Some(row),
+            None => find("")?,
+        };
+        Ok(json(StatusCode::OK, &item(&it.ctx, &who, *id.as_bytes(), row.ok_or_else(none)?)?))
+    })
+    .await
+}
+
+fn item(ctx: &Context, who: &Principal, id: [u8; 16], row: DeadLetterRow) -> Result<DeadLetterItem, Error> {
+    let event = match (&row.thread, row.seq) {
+        (Some(thread), Some(seq)) => {
+            let range = EventRange { from: seq, to: seq, limit: 1, ..EventRange::all() };
+            ctx.store.events(&who.tenant, thread, range)?.pop()
+        }
+        _ => None,
+    };
+    // Whose it is was not known when it was kept under no tenant.
+    let known = ctx.store.dead_letter(&who.tenant, &id)?.is_some();
+    Ok(DeadLetterItem {
+        id: Uuid::from_bytes(id),
+        reason: row.reason,
+        at: clock::rfc3339(row.at),
+        attempts: row.attempts,
+        error: row.error,
+        thread: row.thread,
+        user: row.user,
+        name: row.name,
+        seq: row.seq,
+        event: event.and_then(|event| RawValue::from_string(without_type(&event.frame)).ok()),
+        source: row.source.map(|source| Source {
+            topic: source.topic,
+            partition: source.partition,
+            offset: source.offset,
+            size: source.size,
+            bytes: known.then(|| STANDARD.encode(&source.bytes)),
+        }),
+    })
+}

@@ -1,0 +1,196 @@
+//! Deliveries that must be acknowledged: what is out, since when, and how often it was tried. Pure; time comes in.
+//!
+//! Delivery goes in rounds. A round begins at the oldest event that is not acknowledged and goes on in order from there;
+//! when the oldest is not acknowledged in time, the next round begins. Attempts are counted for the oldest event, since it
+//! is the one that holds up the others: once it is acknowledged, the count begins anew for the one behind it.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::store::ReceiptRow;
+
+/// Events that may be out and not acknowledged.
+pub const WINDOW: usize = 256;
+/// Time for the oldest event's acknowledgement, from when it was sent or became the oldest.
+const ACK_WITHIN: Duration = Duration::from_secs(10);
+/// Attempts after which the oldest event is given up.
+const ATTEMPTS: u32 = 5;
+/// The longest pause before the second attempt; doubled before each one after it.
+const BACKOFF: Duration = Duration::from_millis(500);
+
+#[derive(Debug, Default)]
+pub struct Confirm {
+    /// Events of this round that are on their way or sent, and not acknowledged.
+    window: VecDeque<u64>,
+    /// The newest of them that was sent.
+    out: u64,
+    /// The newest seq sent in any round.
+    sent: u64,
+    /// How often the oldest event was sent.
+    attempts: u32,
+    /// Events up to here are sent again in this round, with this attempt.
+    again: (u64, u32),
+    /// When the oldest must have been acknowledged.
+    deadline: Option<Instant>,
+}
+
+impl Confirm {
+    /// Goes on behind `place`, from where an earlier session ended.
+    pub fn resume(receipt: &ReceiptRow, place: u64) -> Confirm {
+        let mut confirm = Confirm { sent: receipt.sent, ..Confirm::default() };
+        if receipt.sent > place && receipt.place == place {
+            confirm.attempts = receipt.attempts.max(1);
+        }
+        confirm.restart();
+        confirm
+    }
+
+    /// How many more events may be taken on their way.
+    pub fn room(&self) -> usize {
+        WINDOW - self.window.len()
+    }
+
+    /// The event goes on its way.
+    pub fn take(&mut self, seq: u64) {
+        self.window.push_back(seq);
+    }
+
+    /// The event goes to the socket; which attempt it is, if not the first.
+    pub fn send(&mut self, seq: u64, now: Instant) -> Option<u32> {
+        self.out = seq;
+        self.sent = self.sent.max(seq);
+        if self.window.front() == Some(&seq) {
+            self.attempts += 1;
+            self.deadline = Some(now + ACK_WITHIN);
+        }
+        let (until, attempt) = self.again;
+        (seq <= until).then_some(attempt)
+    }
+
+    /// All events up to `seq` are acknowledged; whether that is news.
+    pub fn ack(&mut self, seq: u64, now: Instant) -> bool {
+        let before = self.window.len();
+        while self.window.pop_front_if(|oldest| *oldest <= seq).is_some() {}
+        if self.window.len() == before {
+            return false;
+        }
+        let waits = self.window.front().is_some_and(|oldest| *oldest <= self.out);
+        self.attempts = u32::from(waits);
+        self.deadline = waits.then_some(now + ACK_WITHIN);
+        true
+    }
+
+    /// When the oldest event must have been acknowledged, if it is out.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// The oldest event, after the last attempt.
+    pub fn exhausted(&self) -> bool {
+        self.attempts >= ATTEMPTS
+    }
+
+    pub fn oldest(&self) -> Option<u64> {
+        self.window.front().copied()
+    }
+
+    /// The next round begins behind what is acknowledged. Returns the longest pause before it.
+    pub fn restart(&mut self) -> Duration {
+        self.window.clear();
+        (self.out, self.deadline) = (0, None);
+        self.again = (self.sent, self.attempts.max(1) + 1);
+        BACKOFF * 2u32.pow(self.attempts.clamp(1, ATTEMPTS) - 1)
+    }
+
+    /// The oldest event is given up: the one behind it is the oldest now, and was sent along with it.
+    pub fn give_up(&mut self) {
+        self.attempts = 1;
+        self.restart();
+    }
+
+    /// The newest seq sent, and how often the oldest was, as a receipt keeps them.
+    pub fn progress(&self) -> (u64, u32) {
+        (self.sent, self.attempts)
+    }
+
+    /// Whether anything was sent that is not acknowledged.
+    pub fn is_open(&self) -> bool {
+        self.deadline.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sent(confirm: &mut Confirm, seqs: std::ops::RangeInclusive<u64>, now: Instant) -> Vec<Option<u32>> {
+        let one = |seq| {
+            confirm.take(seq);
+            confirm.send(seq, now)
+        };
+        seqs.map(one).collect()
+    }
+
+    #[tokio::test]
+    async fn a_round_begins_again_at_the_oldest_and_says_which_attempt_it_is() {
+        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        assert_eq!(sent(&mut confirm, 1..=3, now), [None; 3]);
+        assert!(confirm.ack(1, now));
+        assert_eq!((confirm.oldest(), confirm.deadline()), (Some(2), Some(now + ACK_WITHIN)));
+        confirm.restart();
+        assert_eq!(sent(&mut confirm, 2..=4, now), [Some(2), Some(2), None]);
+        confirm.restart();
+        assert_eq!(sent(&mut confirm, 2..=4, now), [Some(3), Some(3), Some(3)]);
+    }
+
+    #[tokio::test]
+    async fn progress_begins_the_count_anew() {
+        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        for _ in 0..4 {
+            sent(&mut confirm, 1..=2, now);
+            confirm.restart();
+        }
+        sent(&mut confirm, 1..=2, now);
+        assert!(confirm.exhausted());
+        assert!(confirm.ack(1, now) && !confirm.exhausted());
+        assert!(!confirm.ack(1, now), "known already");
+        confirm.restart();
+        assert_eq!(sent(&mut confirm, 2..=2, now), [Some(2)]);
+    }
+
+    #[tokio::test]
+    async fn attempts_go_on_after_a_reconnect_and_are_not_counted_while_nobody_is_there() {
+        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        sent(&mut confirm, 1..=3, now);
+        let (sent_to, attempts) = confirm.progress();
+        let receipt = ReceiptRow { sent: sent_to, attempts, ..ReceiptRow::default() };
+        let mut again = Confirm::resume(&receipt, 0);
+        assert_eq!(again.progress(), (3, 1));
+        assert_eq!(sent(&mut again, 1..=4, now), [Some(2), Some(2), Some(2), None]);
+        assert_eq!(again.progress(), (4, 2));
+    }
+
+    #[tokio::test]
+    async fn what_is_given_up_leaves_the_next_one_its_own_attempts() {
+        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        for _ in 0..5 {
+            confirm.restart();
+            sent(&mut confirm, 1..=2, now);
+        }
+        assert!(confirm.exhausted());
+        confirm.give_up();
+        assert_eq!(sent(&mut confirm, 2..=3, now), [Some(2), None]);
+        assert!(!confirm.exhausted());
+    }
+
+    #[tokio::test]
+    async fn the_window_is_bounded() {
+        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        sent(&mut confirm, 1..=WINDOW as u64, now);
+        assert_eq!(confirm.room(), 0);
+        assert!(confirm.ack(WINDOW as u64, now));
+        assert_eq!((confirm.room(), confirm.deadline()), (WINDOW, None));
+    }
+}

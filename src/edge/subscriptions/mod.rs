@@ -1,0 +1,456 @@
+//! A session's subscriptions: where each one stands, and how it comes from the store to the live feed.
+//!
+//! A subscription is a cursor. Behind the head it reads chunks from the store; when a chunk ends at the head it attaches to
+//! the hub and reads once more what was committed meanwhile (the seam), then it is live. While any subscription is in its
+//! seam, live events wait in the outbox, so that order holds; what arrives twice is dropped by its seq. `lagged` is the
+//! same road, taken again; so is a redelivery, under a new number, so that what is left of the round before is nobody's.
+//!
+//! [`catchup`] is that road; [`receipts`] is what the client acknowledges, and what must be done when it does not.
+
+mod catchup;
+mod confirm;
+mod receipts;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use metrics::Counter;
+use tokio::time::{Duration, Instant};
+use tokio_tungstenite::tungstenite::Utf8Bytes;
+
+pub use self::confirm::WINDOW;
+pub use self::receipts::{Receipt, first_note};
+use crate::edge::Context;
+use crate::error::{Code, Error};
+use crate::event::{self, Priority};
+use crate::identity::Principal;
+use crate::ids::{self, log_key};
+use crate::outbox::{Outbox, SubId};
+use crate::projector::Visible;
+use crate::turns::Turns;
+use crate::wire::ServerFrame;
+use crate::{access, telemetry};
+
+/// Subscriptions of one session, those of `"*"` included.
+pub const MAX_SUBSCRIPTIONS: usize = 10_000;
+/// `position` is sent at most so often.
+const POSITION_EVERY: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stage {
+    /// Reads from the store, not attached.
+    Behind,
+    /// Reads nothing and is not attached: acknowledgements are awaited, or a dead letter's place in the log, or the time
+    /// of the next attempt.
+    Held {
+        until: Option<Instant>,
+    },
+    /// Attached; reads up to the head of that moment.
+    Seam {
+        to: u64,
+    },
+    Live,
+}
+
+/// What a subscription has ready for the socket, in order.
+enum Step {
+    Event {
+        id: SubId,
+        seq: u64,
+        frame: Utf8Bytes,
+    },
+    Notice {
+        id: SubId,
+        frame: Utf8Bytes,
+    },
+    /// How far events were left out, as it is then.
+    Position(SubId),
+    /// All before the live feed is sent.
+    Live(SubId),
+}
+
+/// A frame ready for the socket.
+pub enum Ready {
+    Event { seq: u64, frame: Utf8Bytes },
+    Notice(Utf8Bytes),
+}
+
+/// What the client wants of the events; those left out move the cursor all the same.
+struct Filter {
+    kinds: Kinds,
+    /// When `position` was last sent.
+    told: Instant,
+    /// Events were left out since the last frame.
+    skipped: bool,
+}
+
+/// The kinds a client wants, if not all.
+pub type Kinds = Arc<[String]>;
+
+/// A subscription as it is asked for.
+pub struct Wanted {
+    /// As the client calls the thread.
+    pub called: String,
+    /// The seq behind which it begins.
+    pub cursor: u64,
+    /// Asked for by its own name, not brought by `"*"`.
+    pub named: bool,
+    pub kinds: Option<Kinds>,
+    pub receipt: Option<Receipt>,
+}
+
+struct Subscription {
+    thread: String,
+    /// As the client calls it, if it is not the thread's name.
+    called: Option<Box<str>>,
+    /// `tenant/thread`.
+    key: Arc<str>,
+    /// The newest seq handed to the socket, or to come from there on.
+    cursor: u64,
+    stage: Stage,
+    named: bool,
+    /// `caught_up` is to be told.
+    announce: bool,
+    /// Counted among those present.
+    present: bool,
+    filter: Option<Box<Filter>>,
+    receipt: Option<Box<Receipt>>,
+}
+
+/// What `"*"` asks for each of its threads.
+#[derive(Clone)]
+pub struct Following {
+    pub kinds: Option<Kinds>,
+    /// The durable subscription, if it is one.
+    pub name: Option<Box<str>>,
+    pub confirm: bool,
+}
+
+pub struct Subscriptions {
+    ctx: Arc<Context>,
+    outbox: Arc<Outbox>,
+    /// The session's user, once there is a subscription.
+    user: Option<Arc<str>>,
+    by_id: HashMap<SubId, Subscription>,
+    by_thread: HashMap<String, SubId>,
+    next: SubId,
+    /// The user (`tenant/user`) whose threads are followed, by `"*"`.
+    following: Option<(Arc<str>, Following)>,
+    /// Subscriptions with something to read, in turn, by the class of what waits for them.
+    queue: [VecDeque<SubId>; Priority::CLASSES],
+    picks: u32,
+    reads: usize,
+    seams: usize,
+    /// What comes from the store, ready to be sent.
+    replay: Turns<Step>,
+    replay_bytes: usize,
+    /// Whose receipts have changed.
+    dirty: Vec<SubId>,
+    /// Nothing is due earlier.
+    due: Option<Instant>,
+    replayed: Counter,
+    redeliveries: Counter,
+}
+
+impl Subscriptions {
+    pub fn new(ctx: Arc<Context>, outbox: Arc<Outbox>) -> Subscriptions {
+        Subscriptions {
+            ctx,
+            outbox,
+            user: None,
+            by_id: HashMap::new(),
+            by_thread: HashMap::new(),
+            next: 0,
+            following: None,
+            queue: Default::default(),
+            picks: 0,
+            reads: 0,
+            seams: 0,
+            replay: Turns::default(),
+            replay_bytes: 0,
+            dirty: Vec::new(),
+            due: None,
+            replayed: telemetry::replayed_events(),
+            redeliveries: telemetry::redeliveries(),
+        }
+    }
+
+    pub fn contains(&self, thread: &str) -> bool {
+        self.by_thread.contains_key(thread)
+    }
+
+    /// Live events must wait while a subscription is in its seam.
+    pub fn gate_open(&self) -> bool {
+        self.seams == 0
+    }
+
+    /// Adds a subscription.
+    pub fn add(&mut self, who: &Principal, wanted: Wanted) -> Result<(), Error> {
+        if self.by_id.len() >= MAX_SUBSCRIPTIONS {
+            let why = format!("a session has at most {MAX_SUBSCRIPTIONS} subscriptions");
+            return Err(Error::new(Code::TooLarge, why).at("thread"));
+        }
+        let thread = ids::resolve(&who.user, &wanted.called).into_owned();
+        let key: Arc<str> = log_key(&who.tenant, &thread).into();
+        let present = !ids::is_reserved(&thread) && self.ctx.store.is_member(&who.tenant, &thread, &who.user)?;
+        let sub = Subscription {
+            called: (wanted.called != thread).then(|| wanted.called.into()),
+            key: key.clone(),
+            cursor: wanted.cursor,
+            stage: Stage::Behind,
+            named: wanted.named,
+            announce: true,
+            present,
+            filter: wanted.kinds.map(|kinds| Box::new(Filter { kinds, told: Instant::now(), skipped: false })),
+            receipt: wanted.receipt.map(Box::new),
+            thread,
+        };
+        self.user = Some(who.user.clone());
+        let id = self.insert(sub);
+        if self.by_id.get(&id).and_then(|sub| sub.receipt.as_ref()).is_some_and(|receipt| receipt.is_dirty()) {
+            self.dirty.push(id);
+        }
+        let result = self.approach(who, id);
+        match &result {
+            Ok(()) if present => self.ctx.hub.arrive(&key, &who.user),
+            Ok(()) => {}
+            Err(_) => {
+                if let Some(sub) = self.by_id.get_mut(&id) {
+                    sub.present = false;
+                }
+                self.drop_sub(id);
+            }
+        }
+        result
+    }
+
+    fn insert(&mut self, sub: Subscription) -> SubId {
+        let id = self.next;
+        self.next += 1;
+        self.by_thread.insert(sub.thread.clone(), id);
+        self.by_id.insert(id, sub);
+        id
+    }
+
+    /// Ends a subscription; `false` if there is none.
+    pub fn remove(&mut self, thread: &str) -> bool {
+        match self.by_thread.get(thread) {
+            Some(&id) => self.drop_sub(id).is_some(),
+            None => false,
+        }
+    }
+
+    /// Ends a subscription by its number and returns its thread, as the client calls it.
+    pub fn drop_sub(&mut self, id: SubId) -> Option<String> {
+        self.keep_on_leaving(id);
+        self.detach(id);
+        let sub = self.by_id.remove(&id)?;
+        self.by_thread.remove(&sub.thread);
+        if sub.present
+            && let Some(user) = &self.user
+        {
+            self.ctx.hub.leave(&sub.key, user);
+        }
+        Some(sub.called.map_or(sub.thread, String::from))
+    }
+
+    /// The hub forgets the subscription, which is behind then.
+    fn detach(&mut self, id: SubId) {
+        let Some(sub) = self.by_id.get_mut(&id) else { return };
+        if matches!(sub.stage, Stage::Seam { .. }) {
+            self.seams -= 1;
+        }
+        if matches!(sub.stage, Stage::Seam { .. } | Stage::Live) {
+            self.ctx.hub.detach(&sub.key, &self.outbox, id);
+        }
+        sub.stage = Stage::Behind;
+    }
+
+    /// Goes on under a new number from behind `cursor`: what is on its way under the old one is not sent.
+    fn renumber(&mut self, id: SubId, cursor: u64, stage: Stage) -> Option<SubId> {
+        self.detach(id);
+        let mut sub = self.by_id.remove(&id)?;
+        sub.cursor = cursor;
+        sub.stage = stage;
+        let dirty = self.dirty.contains(&id);
+        let id = self.insert(sub);
+        if dirty {
+            self.dirty.push(id);
+        }
+        Some(id)
+    }
+
+    /// Whether `"*"` is in force.
+    pub fn follows(&self) -> bool {
+        self.following.is_some()
+    }
+
+    /// From now on the session hears of threads that its user joins.
+    pub fn follow(&mut self, who: &Principal, following: Following) {
+        self.ctx.hub.follow(&who.key, &self.outbox);
+        self.following = Some((who.key.clone(), following));
+    }
+
+    fn unfollow(&mut self) {
+        if let Some((user, _)) = self.following.take() {
+            self.ctx.hub.unfollow(&user, &self.outbox);
+        }
+    }
+
+    /// The user became a member of a thread with the event behind `before`.
+    pub fn joined(&mut self, who: &Principal, thread: String, before: u64) -> Result<(), (String, Error)> {
+        let Some((_, following)) = &self.following else { return Ok(()) };
+        if self.contains(&thread) {
+            return Ok(());
+        }
+        let receipt = following.name.as_deref().map(|name| Receipt::begin(name, before, following.confirm));
+        let receipt = receipt.or_else(|| following.confirm.then(|| Receipt::unnamed(before, true)));
+        let wanted =
+            Wanted { called: thread.clone(), cursor: before, named: false, kinds: following.kinds.clone(), receipt };
+        self.add(who, wanted).map_err(|error| (thread, error))
+    }
+
+    /// Judges all subscriptions by a new token's rights; gives those that ended, with the reason.
+    pub fn regrant(&mut self, who: &Principal) -> Vec<(String, Error)> {
+        let by_scope = access::reads_by_scope(who.scopes);
+        for (id, sub) in &self.by_id {
+            // Before the look at the store: a removal that comes after it goes by the new right.
+            self.ctx.hub.regrant(&sub.key, &self.outbox, *id, by_scope);
+        }
+        let judge = |sub: &Subscription| access::read(who.scopes).and_then(|()| self.ctx.may_read(who, &sub.thread));
+        let lost: Vec<_> = self.by_id.iter().filter_map(|(id, sub)| Some((*id, judge(sub).err()?))).collect();
+        lost.into_iter().filter_map(|(id, error)| Some((self.drop_sub(id)?, error))).collect()
+    }
+
+    /// Leaves nothing of the session behind but its receipts.
+    pub fn close(&mut self) {
+        self.unfollow();
+        self.end(|_| true);
+        self.outbox.close();
+    }
+
+    /// Ends the subscriptions that `"*"` brought, and leaves those made by name.
+    pub fn unfollow_all(&mut self) {
+        self.unfollow();
+        self.end(|sub| !sub.named);
+    }
+
+    fn end(&mut self, which: impl Fn(&Subscription) -> bool) {
+        let ids: Vec<SubId> = self.by_id.iter().filter(|(_, sub)| which(sub)).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.drop_sub(id);
+        }
+    }
+
+    /// A live event: the frame to send, if it is to be sent.
+    pub fn live_event(&mut self, who: &Principal, id: SubId, event: &Visible) -> Option<Ready> {
+        let sub = self.by_id.get_mut(&id)?;
+        if sub.stage != Stage::Live || event.seq <= sub.cursor {
+            return None;
+        }
+        if event.seq != sub.cursor + 1 {
+            // Cannot happen while the hub delivers in order; if it ever does, the store has what is missing.
+            tracing::error!(expected = sub.cursor + 1, event.seq, "a hole in the live feed");
+            self.detach(id);
+            self.lagged(who, id);
+            return None;
+        }
+        if !sub.wants(&event.kind) {
+            sub.cursor = event.seq;
+            return self.left_out(id).map(Ready::Notice);
+        }
+        if let Some(confirm) = sub.confirm() {
+            if confirm.room() == 0 {
+                self.detach(id);
+                self.hold(id, None);
+                return None;
+            }
+            confirm.take(event.seq);
+        }
+        sub.cursor = event.seq;
+        let frame = self.dress(id, event.seq, &event.frame)?;
+        Some(Ready::Event { seq: event.seq, frame })
+    }
+
+    /// A signal, if its subscription still is.
+    pub fn signal(&self, id: SubId, frame: Utf8Bytes) -> Option<Utf8Bytes> {
+        let sub = self.by_id.get(&id)?;
+        Some(sub.rename(frame))
+    }
+
+    /// The frame as this subscription's client gets it, now.
+    fn dress(&mut self, id: SubId, seq: u64, frame: &Utf8Bytes) -> Option<Utf8Bytes> {
+        let sub = self.by_id.get_mut(&id)?;
+        if let Some(filter) = &mut sub.filter {
+            filter.skipped = false;
+        }
+        let mut frame = sub.rename(frame.clone());
+        if let Some(confirm) = sub.confirm() {
+            let attempt = confirm.send(seq, Instant::now());
+            let deadline = confirm.deadline();
+            if let Some(attempt) = attempt {
+                frame = event::with_attempt(&frame, attempt).into();
+            }
+            self.note_due(deadline);
+        }
+        Some(frame)
+    }
+
+    /// An event was left out: `position`, if it was not sent a moment ago.
+    fn left_out(&mut self, id: SubId) -> Option<Utf8Bytes> {
+        let sub = self.by_id.get_mut(&id)?;
+        let filter = sub.filter.as_mut()?;
+        filter.skipped = true;
+        let due = filter.told + POSITION_EVERY;
+        if due <= Instant::now() {
+            return sub.position();
+        }
+        self.note_due(Some(due));
+        None
+    }
+
+    fn note_due(&mut self, due: Option<Instant>) {
+        self.due = [self.due, due].into_iter().flatten().min();
+    }
+
+    /// When [`Subscriptions::on_due`] wants to be called next.
+    pub fn due(&self) -> Option<Instant> {
+        self.due
+    }
+}
+
+impl Subscription {
+    fn called(&self) -> &str {
+        self.called.as_deref().unwrap_or(&self.thread)
+    }
+
+    fn wants(&self, kind: &str) -> bool {
+        self.filter.as_ref().is_none_or(|filter| filter.kinds.iter().any(|wanted| wanted == kind))
+    }
+
+    fn rename(&self, frame: Utf8Bytes) -> Utf8Bytes {
+        match &self.called {
+            Some(called) => event::with_thread(&frame, &self.thread, called).into(),
+            None => frame,
+        }
+    }
+
+    fn confirm(&mut self) -> Option<&mut confirm::Confirm> {
+        self.receipt.as_mut()?.confirm.as_mut()
+    }
+
+    fn position(&mut self) -> Option<Utf8Bytes> {
+        let cursor = self.cursor;
+        let filter = self.filter.as_mut()?;
+        filter.skipped = false;
+        filter.told = Instant::now();
+        Some(ServerFrame::Position { thread: self.called(), seq: cursor }.encode().into())
+    }
+}
+
+/// However the session ends, also by a panic.
+impl Drop for Subscriptions {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,160 @@
+//! The projector's thread: reads the log, has it projected, and hands on what became visible.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{Committed, Projector};
+use crate::log::{Entry, Log, Positions, Reader};
+use crate::telemetry;
+
+/// Records judged and committed at once: enough to spread the cost of a commit, few enough to stay quick.
+const BATCH: usize = 1_024;
+/// How long the loop goes on once it was told to stop.
+const LAST_CALL: Duration = Duration::from_secs(1);
+/// How often the log is asked where it ends, while it does not say.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+/// How long the loop waits for the log before it looks whether it shall stop.
+const WAIT: Duration = Duration::from_millis(100);
+
+/// How the projector is doing, for `/readyz` and metrics.
+#[derive(Default)]
+pub struct Status {
+    positions: Mutex<Positions>,
+    /// `at` of the newest record, in milliseconds.
+    newest: AtomicU64,
+    failing: Mutex<Option<String>>,
+    caught_up: AtomicBool,
+}
+
+impl Status {
+    pub fn positions(&self) -> Positions {
+        self.positions.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn newest(&self) -> u64 {
+        self.newest.load(Ordering::Relaxed)
+    }
+
+    /// Why it does not move on, if so.
+    pub fn failing(&self) -> Option<String> {
+        self.failing.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether all that was in the log at the start has been projected.
+    pub fn caught_up(&self) -> bool {
+        self.caught_up.load(Ordering::Acquire)
+    }
+
+    fn set_failing(&self, why: Option<String>) {
+        *self.failing.lock().unwrap_or_else(PoisonError::into_inner) = why;
+    }
+}
+
+/// The projector's thread: reads, projects and hands on, until `stop` is set and the log is read to its end.
+pub struct Loop {
+    pub log: Arc<dyn Log>,
+    pub reader: Box<dyn Reader>,
+    pub projector: Projector,
+    pub status: Arc<Status>,
+    pub stop: Arc<AtomicBool>,
+    /// Takes what became visible; `false` when nobody is there any more.
+    pub publish: Box<dyn FnMut(Committed) -> bool + Send>,
+}
+
+impl Loop {
+    pub fn run(mut self) {
+        let _stopped = Stopped(self.status.clone());
+        let mut ends = self.ends();
+        self.status.newest.store(self.projector.log_time(), Ordering::Relaxed);
+        let (mut stopped, mut asked) = (None, Instant::now());
+        let (seconds, records, events) =
+            (telemetry::project_seconds(), telemetry::project_batch_records(), telemetry::project_events());
+        loop {
+            self.look_around(&mut ends, &mut asked);
+            let stopping = self.stop.load(Ordering::Acquire);
+            // Whoever had to be answered has been; others may go on writing for as long as they like.
+            if stopping && stopped.get_or_insert_with(Instant::now).elapsed() > LAST_CALL {
+                return;
+            }
+            let entries = match self.reader.next(BATCH, WAIT) {
+                Ok(entries) => entries,
+                Err(_) if stopping => return,
+                Err(error) => {
+                    self.pause(&format!("the log cannot be read: {error}"));
+                    continue;
+                }
+            };
+            self.status.set_failing(None);
+            if entries.is_empty() {
+                if stopping {
+                    return;
+                }
+                continue;
+            }
+            records.record(entries.len() as f64);
+            let mut done = 0;
+            while done < entries.len() {
+                let begin = Instant::now();
+                let Some((taken, committed)) = self.project(&entries[done..]) else { return };
+                seconds.record(begin.elapsed());
+                events.increment(committed.events.len() as u64);
+                for reason in &committed.dead_letters {
+                    telemetry::dead_letters(reason).increment(1);
+                }
+                done += taken;
+                if !(self.publish)(committed) {
+                    return;
+                }
+            }
+            self.status.newest.store(self.projector.log_time(), Ordering::Relaxed);
+            self.log.committed(self.reader.positions());
+        }
+    }
+
+    /// Projects entries; a store that fails is asked again until it answers, or the loop shall stop.
+    fn project(&mut self, entries: &[Entry]) -> Option<(usize, Committed)> {
+        while !self.stop.load(Ordering::Acquire) || self.status.failing().is_none() {
+            match self.projector.project(entries, self.reader.positions()) {
+                Ok(done) => return Some(done),
+                Err(error) => self.pause(&format!("the store failed: {error}")),
+            }
+        }
+        None
+    }
+
+    fn pause(&self, why: &str) {
+        tracing::error!(why, "the projector waits");
+        self.status.set_failing(Some(why.to_owned()));
+        std::thread::sleep(WAIT * 5);
+    }
+
+    /// Notes the position, and whether the end that the log had at the start has been reached.
+    fn look_around(&self, ends: &mut Option<Positions>, asked: &mut Instant) {
+        let positions = self.reader.positions();
+        self.status.positions.lock().unwrap_or_else(PoisonError::into_inner).clone_from(positions);
+        if self.status.caught_up() {
+            return;
+        }
+        if ends.is_none() && asked.elapsed() > ASK_AGAIN {
+            *ends = self.ends();
+            *asked = Instant::now();
+        }
+        if ends.as_ref().is_some_and(|ends| positions.iter().zip(ends).all(|(next, end)| next >= end)) {
+            self.status.caught_up.store(true, Ordering::Release);
+        }
+    }
+
+    fn ends(&self) -> Option<Positions> {
+        Some(self.log.bounds().ok()?.iter().map(|bounds| bounds.end).collect())
+    }
+}
+
+/// Tells, however the loop ended, that it did.
+struct Stopped(Arc<Status>);
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        self.0.set_failing(Some("the projector has stopped".into()));
+    }
+}
