@@ -2,11 +2,16 @@
 
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
-use crate::command::{Connect, Ping, Publish, PublishBody, Refresh, Subscribe, ThreadBody, Unsubscribe};
+use crate::command::{
+    Ack, Connect, Credit, Ping, Publish, PublishBody, Refresh, Signal, Subscribe, ThreadBody, Unsubscribe,
+};
+use crate::edge::dead_letters::{DeadLetterItem, DeadLetterList};
 use crate::edge::http::Ticket;
-use crate::edge::threads::{ThreadDetail, ThreadList};
+use crate::edge::sessions::SessionList;
+use crate::edge::threads::{Presence, Receipts, ThreadDetail, ThreadList};
 use crate::event::{EventFrame, LogEvent};
 use crate::health::Ready;
+use crate::projector::{DeadLetterNote, ReceiptNote};
 use crate::wire::{Problem, ServerFrame};
 
 /// Each schema's file name without its ending, and the schema.
@@ -17,6 +22,9 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("command.subscribe", of::<Subscribe>()),
         ("command.unsubscribe", of::<Unsubscribe>()),
         ("command.publish", of::<Publish>()),
+        ("command.signal", of::<Signal>()),
+        ("command.ack", of::<Ack>()),
+        ("command.credit", of::<Credit>()),
         ("command.ping", of::<Ping>()),
         ("frame.event", of::<EventFrame>()),
         ("frame.server", of::<ServerFrame>()),
@@ -25,9 +33,16 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.ticket", of::<Ticket>()),
         ("http.thread-detail", of::<ThreadDetail>()),
         ("http.thread-list", of::<ThreadList>()),
+        ("http.presence", of::<Presence>()),
+        ("http.receipts", of::<Receipts>()),
+        ("http.session-list", of::<SessionList>()),
+        ("http.dead-letter", of::<DeadLetterItem>()),
+        ("http.dead-letter-list", of::<DeadLetterList>()),
         ("http.problem", of::<Problem>()),
         ("http.readyz", of::<Ready>()),
         ("log.event", of::<LogEvent>()),
+        ("log.receipt", of::<ReceiptNote>()),
+        ("log.dead-letter", of::<DeadLetterNote>()),
     ]
 }
 
