@@ -101,6 +101,23 @@ impl ClientError {
     }
 }
 
+impl ClientError {
+    /// When the server asked to come back, if it did: a drain tells each client a time of its own.
+    pub fn retry_after(&self) -> Option<Duration> {
+        #[derive(Deserialize)]
+        struct Advice {
+            retry_after_ms: u64,
+        }
+        let ms = match self {
+            ClientError::Closed { reason, .. } => serde_json::from_str::<Advice>(reason).ok()?.retry_after_ms,
+            ClientError::Refused { body, .. } => serde_json::from_str::<Advice>(body).ok()?.retry_after_ms,
+            ClientError::Command(error) => error.retry_after_ms?,
+            _ => return None,
+        };
+        Some(Duration::from_millis(ms))
+    }
+}
+
 fn detail(text: &str) -> String {
     if text.is_empty() { String::new() } else { format!(" ({text})") }
 }

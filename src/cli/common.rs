@@ -3,6 +3,9 @@
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 
+use serde_json::Value;
+
+use crate::client::Http;
 use crate::clock;
 use crate::identity::jwt::{self, Claims};
 
@@ -37,6 +40,32 @@ pub fn mint(secret: &str, tenant: &str, sub: &str, scope: &str, ttl_s: u64) -> R
         iat: Some(now),
     };
     Ok(jwt::mint(secret, &claims)?)
+}
+
+/// All rows of a list that comes in pages. `path` has its query already.
+pub async fn all_pages(http: &mut Http, path: &str, field: &str) -> Result<Vec<Value>, Failure> {
+    let mut rows = Vec::new();
+    let mut next = path.to_owned();
+    loop {
+        let mut page = http.get(&next).await?;
+        match page[field].take() {
+            Value::Array(found) => rows.extend(found),
+            other => return Err(format!("the server sent no list of {field}: {other}").into()),
+        }
+        match page["next"].as_str() {
+            Some(cursor) => next = format!("{path}&cursor={cursor}"),
+            None => return Ok(rows),
+        }
+    }
+}
+
+/// A JSON value as a cell of a table.
+pub fn cell(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::String(text) => printable(text),
+        other => other.to_string(),
+    }
 }
 
 /// Standard output, with colours when a person reads it. A reader that goes away (`| head`) is the end, not an error.

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod common;
+pub mod dead_letters;
 pub mod demo;
 pub mod rebuild;
 pub mod schemas;
@@ -34,6 +35,8 @@ enum Command {
     Threads(threads::ThreadsArgs),
     /// Follow a thread, or "*" for all of mine
     Tail(tail::TailArgs),
+    /// List what could not be handled; scope admin
+    DeadLetters(dead_letters::Args),
     /// Make the projections anew from the log, of a stopped server
     Rebuild(rebuild::Args),
     /// Measure a server, or what it stands on
@@ -50,6 +53,7 @@ impl Cli {
             Command::Token(args) => token::run(args).await,
             Command::Threads(args) => threads::run(args).await,
             Command::Tail(args) => tail::run(args).await,
+            Command::DeadLetters(args) => dead_letters::run(args).await,
             Command::Rebuild(args) => rebuild::run(args).await,
             Command::Bench(args) => bench::run(args, rebuild::for_bench).await,
             Command::Schemas(args) => schemas::run(&args),

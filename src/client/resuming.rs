@@ -13,6 +13,8 @@ use crate::clock;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// A server that asks for more is not believed.
+const LONGEST_ADVISED: Duration = Duration::from_secs(120);
 
 /// Where reading begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +51,8 @@ pub struct Resuming {
     seen: HashMap<String, u64>,
     /// Connections in a row that gave nothing.
     failures: u32,
+    /// The pause that the server asked for.
+    advised: Option<Duration>,
     next_key: u64,
 }
 
@@ -64,6 +68,7 @@ impl Resuming {
             epoch: None,
             seen: HashMap::new(),
             failures: 0,
+            advised: None,
             next_key: 1,
         };
         resuming.open().await?;
@@ -135,13 +140,16 @@ impl Resuming {
 
     fn lost(&mut self, error: ClientError) -> Result<Item, ClientError> {
         self.client = None;
+        self.advised = error.retry_after().map(|pause| pause.min(LONGEST_ADVISED));
         if error.reconnects() { Ok(Item::Lost(error)) } else { Err(error) }
     }
 
     async fn reopen(&mut self) -> Result<Item, ClientError> {
-        if self.failures > 0 {
-            tokio::time::sleep(pause(self.failures)).await;
+        let own = (self.failures > 0).then(|| pause(self.failures));
+        if let Some(pause) = self.advised.max(own) {
+            tokio::time::sleep(pause).await;
         }
+        self.advised = None;
         self.failures = self.failures.saturating_add(1);
         match self.open().await {
             Ok(()) => Ok(Item::Resumed),

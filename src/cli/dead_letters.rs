@@ -1,0 +1,64 @@
+//! `weft dead-letters`: what could not be handled, newest first.
+
+use comfy_table::{Table, presets};
+use serde_json::{Value, json};
+
+use super::common::{Failure, Out, Server, all_pages, cell};
+use crate::client::Http;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    pub server: Server,
+    /// Only those with this reason.
+    #[arg(long)]
+    pub reason: Option<String>,
+    /// Only those of this thread.
+    #[arg(long)]
+    pub thread: Option<String>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+pub async fn run(args: Args) -> Result<(), Failure> {
+    let mut http = Http::connect(&args.server.url, &args.server.token).await?;
+    let mut query = form_urlencoded::Serializer::new(String::from("limit=1000"));
+    for (name, value) in [("reason", &args.reason), ("thread", &args.thread)] {
+        if let Some(value) = value {
+            query.append_pair(name, value);
+        }
+    }
+    let letters = all_pages(&mut http, &format!("/v1/dead-letters?{}", query.finish()), "items").await?;
+    let out = Out::new();
+    if args.json {
+        out.line(json!({ "items": letters }))?;
+    } else if letters.is_empty() {
+        out.line("no dead letters")?;
+    } else {
+        out.line(table(&letters))?;
+    }
+    Ok(())
+}
+
+fn table(letters: &[Value]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    table.set_header(["at", "reason", "where", "user", "attempts", "error", "id"]);
+    for row in letters {
+        let place = match &row["topic"] {
+            Value::Null => format!("{} {}", cell(&row["thread"]), cell(&row["seq"])),
+            topic => format!("{} {}:{}", cell(topic), row["partition"], row["offset"]),
+        };
+        table.add_row([
+            cell(&row["at"]),
+            cell(&row["reason"]),
+            place,
+            cell(&row["user"]),
+            cell(&row["attempts"]),
+            cell(&row["error"]),
+            cell(&row["id"]),
+        ]);
+    }
+    table
+}
