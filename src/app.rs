@@ -22,7 +22,7 @@ use crate::projector::{Loop, Projector, Status};
 use crate::sessions::Sessions;
 use crate::store::{Progress, Store, StoreError};
 use crate::submit::{Pending, Submit};
-use crate::telemetry;
+use crate::{overdue, telemetry};
 
 /// How long sessions get to finish what was accepted, on the way down.
 const DRAIN_WITHIN: Duration = Duration::from_secs(9);
@@ -159,6 +159,7 @@ impl App {
             tokio::spawn(Health::watch(ctx.clone())),
             tokio::spawn(telemetry::upkeep(metrics)),
             tokio::spawn(limits.upkeep()),
+            tokio::spawn(overdue::watch(ctx.clone(), config.run_stalled_after())),
         ];
         Ok(App { address, ctx, log, stop_accepting, accepting, delivering, chores, projecting, stop_projecting })
     }

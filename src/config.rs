@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use figment::Figment;
 use figment::providers::{Format, Serialized, Toml};
@@ -97,6 +98,10 @@ pub struct ServeArgs {
     #[arg(long, env = "WEFT_RATE_TENANT_COMMANDS", value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_tenant_commands: Option<u32>,
+    /// A run with no event for so long is ended by the server [default: 10m]
+    #[arg(long, env = "WEFT_RUN_STALLED_AFTER", value_name = "TIME", value_parser = parse_time)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub run_stalled_after: Option<String>,
     /// Development: makes a secret, prints a token, and listens on loopback only
     #[arg(long, env = "WEFT_DEV", num_args = 0..=1, default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -127,7 +132,14 @@ pub struct Config {
     pub rate_user: u32,
     pub rate_tenant: u64,
     pub rate_tenant_commands: u32,
+    /// As `10m`, `90s`.
+    pub run_stalled_after: String,
     pub dev: bool,
+}
+
+/// Checks a duration's text, and leaves it as it is.
+fn parse_time(text: &str) -> Result<String, humantime::DurationError> {
+    humantime::parse_duration(text).map(|_| text.to_owned())
 }
 
 impl Default for Config {
@@ -149,6 +161,7 @@ impl Default for Config {
             rate_user: 2_000,
             rate_tenant: 0,
             rate_tenant_commands: 0,
+            run_stalled_after: "10m".into(),
             dev: false,
         }
     }
@@ -189,6 +202,9 @@ impl Config {
         if self.max_user_connections == 0 {
             return refuse("--max-user-connections must be at least 1");
         }
+        if humantime::parse_duration(&self.run_stalled_after).is_err() {
+            return refuse("--run-stalled-after must be a time such as 10m or 90s");
+        }
         if self.dev && !self.listen.ip().is_loopback() {
             return refuse("--dev listens on loopback only: change --listen, or leave --dev out");
         }
@@ -204,6 +220,12 @@ impl Config {
             tenant_commands: self.rate_tenant_commands,
             tenant_bytes: self.rate_tenant,
         }
+    }
+
+    /// How long a run may be without an event.
+    pub fn run_stalled_after(&self) -> Duration {
+        // Checked when it was loaded.
+        humantime::parse_duration(&self.run_stalled_after).unwrap_or(Duration::from_secs(600))
     }
 
     pub fn log_dir(&self) -> PathBuf {

@@ -172,7 +172,7 @@ impl Hub {
 
     fn push_signal(&self, table: &Table, key: &str, frame: &Utf8Bytes, to: impl Fn(&Subscriber) -> bool) {
         let live = table.threads.get(key).into_iter().flatten().filter(|it| to(it));
-        self.signals.increment(live.map(|it| it.outbox.push_signal(it.sub, frame)).count() as u64);
+        self.signals.increment(live.filter(|it| it.outbox.push_signal(it.sub, frame)).count() as u64);
     }
 
     fn deliver(&self, committed: Committed, pending: &Pending) {

@@ -28,6 +28,7 @@ pub mod ids;
 pub mod limits;
 pub mod log;
 pub mod outbox;
+pub mod overdue;
 pub mod projector;
 pub mod rebuild;
 pub mod schemas;

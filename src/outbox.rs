@@ -137,14 +137,16 @@ impl Outbox {
         fits
     }
 
-    /// Adds a signal, if there is room to spare.
-    pub fn push_signal(&self, sub: SubId, frame: &Utf8Bytes) {
+    /// Adds a signal, if there is room to spare; whether there was.
+    pub fn push_signal(&self, sub: SubId, frame: &Utf8Bytes) -> bool {
         let mut inner = self.lock();
-        if !inner.closed && inner.event_bytes + frame.len() <= SIGNAL_BYTES {
+        let fits = !inner.closed && inner.event_bytes + frame.len() <= SIGNAL_BYTES;
+        if fits {
             inner.event_bytes += frame.len() + OVERHEAD;
             inner.items.push(Some(sub), None, Item::Signal { sub, frame: frame.clone() });
             wake(inner);
         }
+        fits
     }
 
     /// Adds a notice, in order with the events; `false` if no more are wanted, since the session is gone or behind.
@@ -282,7 +284,7 @@ mod tests {
         let event =
             Arc::new(Visible { seq: 1, kind: "x.y".into(), priority: None, frame: "x".repeat(SIGNAL_BYTES).into() });
         assert!(outbox.push_event(1, &event));
-        outbox.push_signal(1, &"{}".into());
+        assert!(!outbox.push_signal(1, &"{}".into()));
         assert!(outbox.push_event(1, &event), "there is room for events");
         assert!(matches!(outbox.pop_item(1, true), Some(Item::Event { .. })));
         assert!(matches!(outbox.pop_item(2, true), Some(Item::Event { .. })));

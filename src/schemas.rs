@@ -7,6 +7,7 @@ use crate::command::{
 };
 use crate::edge::dead_letters::{DeadLetterItem, DeadLetterList};
 use crate::edge::http::Ticket;
+use crate::edge::runs::{RunDetail, RunList};
 use crate::edge::sessions::SessionList;
 use crate::edge::threads::{Presence, Receipts, ThreadDetail, ThreadList};
 use crate::event::{EventFrame, LogEvent};
@@ -38,6 +39,8 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.session-list", of::<SessionList>()),
         ("http.dead-letter", of::<DeadLetterItem>()),
         ("http.dead-letter-list", of::<DeadLetterList>()),
+        ("http.run", of::<RunDetail>()),
+        ("http.run-list", of::<RunList>()),
         ("http.problem", of::<Problem>()),
         ("http.readyz", of::<Ready>()),
         ("log.event", of::<LogEvent>()),

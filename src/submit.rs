@@ -63,12 +63,16 @@ impl Submit {
             // Strings, numbers and raw JSON always serialise.
             value: serde_json::to_vec(&draft.event).unwrap_or_default().into(),
         };
-        self.prepare_record(draft.event.event, record, reply)
+        self.append(draft.event.event, record, reply, true)
     }
 
     /// The same for a record that is made already; the projector knows it by `id`.
     pub fn prepare_record(&self, id: Uuid, record: Record, reply: Reply) -> Append {
-        self.pending.insert(id, reply);
+        self.append(id, record, reply, false)
+    }
+
+    fn append(&self, id: Uuid, record: Record, reply: Reply, publish: bool) -> Append {
+        self.pending.insert(id, reply, publish);
         let pending = self.pending.clone();
         Append {
             record,
@@ -129,6 +133,8 @@ pub struct Pending {
 struct Waiter {
     since: Instant,
     reply: Reply,
+    /// A client waits for it, and not only a session of ours.
+    publish: bool,
 }
 
 impl Default for Pending {
@@ -147,15 +153,17 @@ impl Pending {
         self.shards[usize::from(id.as_bytes()[15]) % SHARDS].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn insert(&self, id: Uuid, reply: Reply) {
-        self.shard(&id).insert(id, Waiter { since: Instant::now(), reply });
+    fn insert(&self, id: Uuid, reply: Reply, publish: bool) {
+        self.shard(&id).insert(id, Waiter { since: Instant::now(), reply, publish });
     }
 
     /// Answers whoever waits for the event; on other nodes, and after a timeout, nobody does.
     pub fn resolve(&self, id: Uuid, verdict: Verdict) {
         let waiter = self.shard(&id).remove(&id);
-        if let Some(Waiter { since, reply }) = waiter {
-            self.publish_seconds.record(since.elapsed());
+        if let Some(Waiter { since, reply, publish }) = waiter {
+            if publish {
+                self.publish_seconds.record(since.elapsed());
+            }
             reply(verdict);
         }
     }

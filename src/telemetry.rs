@@ -168,6 +168,7 @@ pub fn dead_letters(reason: &str) -> Counter {
     let reason = match reason {
         "unreadable" => "unreadable",
         "unacknowledged" => "unacknowledged",
+        "run_order" => "run_order",
         _ => "other",
     };
     counter!("weft_dead_letters_total", "reason" => reason)

@@ -23,7 +23,8 @@ use crate::store::dead_letters::{DeadLetterFilter, DeadLetterRow, ListPlace};
 #[derive(Serialize, schemars::JsonSchema)]
 pub struct DeadLetterItem {
     id: Uuid,
-    /// `unacknowledged`: sent with `confirm` and never acknowledged; `unreadable`: a record in the log that is not ours.
+    /// `unacknowledged`: sent with `confirm` and never acknowledged; `unreadable`: a record in the log that is not ours;
+    /// `run_order`: an event that its run did not allow.
     reason: String,
     /// RFC 3339.
     at: String,
@@ -123,6 +124,10 @@ fn item(ctx: &Context, who: &Principal, id: [u8; 16], row: DeadLetterRow) -> Res
         }
         _ => None,
     };
+    let event = match (event, row.event) {
+        (Some(event), _) => RawValue::from_string(without_type(&event.frame)).ok(),
+        (None, refused) => refused.and_then(|text| RawValue::from_string(text).ok()),
+    };
     // Whose it is was not known when it was kept under no tenant.
     let known = ctx.store.dead_letter(&who.tenant, &id)?.is_some();
     Ok(DeadLetterItem {
@@ -135,7 +140,7 @@ fn item(ctx: &Context, who: &Principal, id: [u8; 16], row: DeadLetterRow) -> Res
         user: row.user,
         name: row.name,
         seq: row.seq,
-        event: event.and_then(|event| RawValue::from_string(without_type(&event.frame)).ok()),
+        event,
         source: row.source.map(|source| Source {
             topic: source.topic,
             partition: source.partition,

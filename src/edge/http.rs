@@ -14,7 +14,7 @@ use warp::{Buf, Filter, Rejection, Reply as _};
 use super::listener::{self, Place};
 use super::reply::{self, Reply, body, header_text, json, problem};
 use super::upgrade::upgrade;
-use super::{Asked, Context, dead_letters, sessions, stream, threads};
+use super::{Asked, Context, dead_letters, runs, sessions, stream, threads};
 use crate::command::{self, PublishBody};
 use crate::error::{Code, Error};
 use crate::identity::Principal;
@@ -146,6 +146,27 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
             Err(error) => answer("stream", Err(error)).into_response(),
         })
         .boxed();
+    let runs = warp::path!("v1" / "runs")
+        .and(warp::get())
+        .and(with.clone())
+        .then(async |it: Request| answer("runs", runs::open(it).await))
+        .boxed();
+    let run = warp::path!("v1" / "runs" / String)
+        .and(warp::get())
+        .and(with.clone())
+        .then(async |run: String, it: Request| answer("run", runs::find(it, &run).await))
+        .boxed();
+    let thread_runs = warp::path!("v1" / "threads" / String / "runs")
+        .and(warp::get())
+        .and(with.clone())
+        .then(async |id: String, it: Request| answer("runs", runs::of_thread(it, &id).await))
+        .boxed();
+    let thread_run = warp::path!("v1" / "threads" / String / "runs" / String)
+        .and(warp::get())
+        .and(with.clone())
+        .then(async |id: String, run: String, it: Request| answer("run", runs::read(it, &id, &run).await))
+        .boxed();
+    let runs = runs.or(run).unify().or(thread_runs).unify().or(thread_run).unify().boxed();
     let healthz = warp::path!("healthz")
         .and(warp::get())
         .map(|| counted("healthz", json(StatusCode::OK, &serde_json::json!({"alive": true}))))
@@ -184,7 +205,8 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
         .or(revoke)
         .unify()
         .boxed();
-    let all = all.or(beside).unify().or(healthz).unify().or(readyz).unify().or(metrics).unify().boxed();
+    let all =
+        all.or(beside).unify().or(runs).unify().or(healthz).unify().or(readyz).unify().or(metrics).unify().boxed();
     let all = all.map(warp::Reply::into_response).boxed().or(stream).unify().boxed();
     all.recover(no_route).map(warp::Reply::into_response).boxed()
 }

@@ -8,6 +8,7 @@ mod frames;
 pub mod http;
 pub mod listener;
 pub mod reply;
+pub mod runs;
 pub mod session;
 pub mod sessions;
 pub mod socket;

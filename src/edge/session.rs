@@ -30,7 +30,8 @@ use super::commands::Waiting;
 use super::feed::{Feed, Out};
 use super::socket::Socket;
 use super::subscriptions::{MAX_SUBSCRIPTIONS, WINDOW};
-use crate::command::{self};
+use crate::command;
+use crate::error::Code;
 use crate::identity::{Principal, jwt};
 use crate::log::Append;
 use crate::outbox::{Answer, EVENT_BYTES, Wanted};
@@ -198,9 +199,18 @@ impl Session {
         let (Some(who), Some(entered)) = (&self.who, &self.entered) else { return Ok(()) };
         entered.identify(who).map_err(|error| End::Close(4503, error.message))?;
         // Looked up once more: a revocation from here on reaches the session itself.
-        self.ctx.check_revoked(who).map_err(|error| End::Close(4504, error.message))?;
+        self.check_revoked()?;
         self.welcome(id);
         Ok(())
+    }
+
+    /// Ends the session if its token is from before its user's tokens were revoked.
+    fn check_revoked(&self) -> Result<(), End> {
+        let Some(who) = &self.who else { return Ok(()) };
+        self.ctx.check_revoked(who).map_err(|error| match error.code {
+            Code::Unavailable => close(4006, "the token cannot be checked now"),
+            _ => close(4504, "the user's sessions were revoked"),
+        })
     }
 
     /// The client offered no version of the protocol that we speak.
@@ -369,7 +379,7 @@ impl Session {
                     self.draining = true;
                     self.retry_after_ms = retry_after_ms;
                 }
-                Answer::Revoked => return Err(close(4504, "the user's sessions were revoked")),
+                Answer::Revoked => self.check_revoked()?,
                 Answer::Kept { thread, kept } => self.feed.subs.kept(&thread, kept),
                 Answer::Buried { thread, seq, buried } => {
                     if let Some(who) = &self.who {

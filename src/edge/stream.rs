@@ -3,6 +3,7 @@
 
 use std::convert::Infallible;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context as Task, Poll};
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use warp::Reply as _;
 use warp::reply::Response;
 use warp::sse::{self, Event};
 
+use super::Context;
 use super::feed::{Feed, Out};
 use super::http::Request;
 use super::reply::{header_text, query, segment};
@@ -59,7 +61,14 @@ pub fn open(it: &Request, thread: &str) -> Result<Response, Error> {
     let entered = it.ctx.sessions.enter(&feed.outbox, &connection, Transport::Sse);
     entered.identify(&who)?;
     it.ctx.check_revoked(&who)?;
-    let mut stream = Thread { feed, timer: Box::pin(tokio::time::sleep(Duration::ZERO)), ended: false, who, entered };
+    let mut stream = Thread {
+        ctx: it.ctx.clone(),
+        feed,
+        timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
+        ended: false,
+        who,
+        entered,
+    };
     let wanted = Wanted { called, cursor, named: true, kinds: None, receipt: None };
     stream.feed.subs.add(&stream.who, wanted)?;
     let mut reply = sse::reply(sse::keep_alive().interval(HEARTBEAT).stream(stream)).into_response();
@@ -70,6 +79,7 @@ pub fn open(it: &Request, thread: &str) -> Result<Response, Error> {
 
 /// The events of one thread, until the right to read it ends, or the server.
 struct Thread {
+    ctx: Arc<Context>,
     feed: Feed,
     who: Principal,
     timer: Pin<Box<Sleep>>,
@@ -129,7 +139,10 @@ impl Thread {
                 self.ended = true;
                 Some(Event::default().retry(Duration::from_millis(retry_after_ms)).comment("the server is going down"))
             }
-            Answer::Revoked => Some(self.end(&Error::new(Code::Unauthenticated, "the user's sessions were revoked"))),
+            Answer::Revoked => {
+                let refused = self.ctx.check_revoked(&self.who).err()?;
+                Some(self.end(&refused))
+            }
             _ => None,
         }
     }

@@ -148,9 +148,9 @@ pub async fn read(it: Request, thread: &str) -> Result<Reply, Error> {
     let who = it.who()?;
     access::read(who.scopes)?;
     query(&it.query, &[])?;
-    let (_, thread) = address(&who, thread)?;
+    let (called, thread) = address(&who, thread)?;
     blocking(move || {
-        let detail = detail(&it.ctx, &who, thread.clone())?;
+        let detail = ThreadDetail { thread: called, ..detail(&it.ctx, &who, thread.clone())? };
         // The right is looked up after the read, so that what came after a removal is not handed out.
         it.ctx.may_read(&who, &thread).map(|()| json(StatusCode::OK, &detail))
     })

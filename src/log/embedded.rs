@@ -39,7 +39,8 @@ const TAIL_BYTES: usize = 16 << 20;
 struct Row<'a> {
     key: &'a str,
     kind: &'a str,
-    scope: bool,
+    /// 0 = member, 1 = scope, 2 = server.
+    grant: u8,
     traceparent: Option<&'a str>,
     value: &'a [u8],
 }
@@ -234,7 +235,11 @@ fn encode(record: &Record) -> Vec<u8> {
     let row = Row {
         key: &record.key,
         kind: &record.kind,
-        scope: record.grant == Grant::Scope,
+        grant: match record.grant {
+            Grant::Member => 0,
+            Grant::Scope => 1,
+            Grant::Server => 2,
+        },
         traceparent: record.traceparent.as_deref(),
         value: &record.value,
     };
@@ -243,11 +248,17 @@ fn encode(record: &Record) -> Vec<u8> {
 
 fn decode(topic: Topic, bytes: &[u8]) -> Result<Record, Foreign> {
     let row: Row = codec::decode(ROW_SCHEMA, bytes).map_err(|error| foreign(error.to_string(), bytes))?;
+    let grant = match row.grant {
+        0 => Grant::Member,
+        1 => Grant::Scope,
+        2 => Grant::Server,
+        other => return Err(foreign(format!("there is no grant {other}"), bytes)),
+    };
     Ok(Record {
         topic,
         key: row.key.to_owned(),
         kind: row.kind.to_owned(),
-        grant: if row.scope { Grant::Scope } else { Grant::Member },
+        grant,
         traceparent: row.traceparent.map(str::to_owned),
         value: Bytes::copy_from_slice(row.value),
     })

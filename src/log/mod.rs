@@ -89,6 +89,8 @@ pub enum Grant {
     Member,
     /// The writer's token allows it in every thread of its tenant.
     Scope,
+    /// The server writes it, by itself.
+    Server,
 }
 
 impl Grant {
@@ -96,6 +98,7 @@ impl Grant {
         match self {
             Grant::Member => "member",
             Grant::Scope => "scope",
+            Grant::Server => "server",
         }
     }
 
@@ -103,6 +106,7 @@ impl Grant {
         match text {
             b"member" => Some(Grant::Member),
             b"scope" => Some(Grant::Scope),
+            b"server" => Some(Grant::Server),
             _ => None,
         }
     }

@@ -9,6 +9,7 @@
 
 mod notes;
 mod run;
+mod runs;
 mod thread;
 
 use std::collections::HashMap;
@@ -18,12 +19,15 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
 use self::notes::Notes;
-pub use self::notes::{DeadLetterNote, ReceiptNote, UNACKNOWLEDGED, UNREADABLE};
+pub use self::notes::{DeadLetterNote, RUN_ORDER, ReceiptNote, UNACKNOWLEDGED, UNREADABLE};
 pub use self::run::{Loop, Status};
+use self::runs::{Runs, Unfit};
 use self::thread::Thread;
-use crate::error::Error;
+use self::thread::data;
+use crate::error::{Code, Error};
 use crate::event::{LogEvent, Priority};
 use crate::log::{Entry, Foreign, Grant, Log, Positions, Record, Topic};
+use crate::store::runs::Mark;
 use crate::store::{Batch, EventRow, KeyRow, Progress, Store, StoreError, keys};
 use crate::submit::{Published, Verdict};
 use crate::{clock, ids, telemetry};
@@ -94,6 +98,8 @@ pub struct Projector {
     threads: HashMap<String, Thread>,
     /// What the batch in hand has beside events.
     notes: Notes,
+    /// Runs that it changed.
+    runs: Runs,
     /// Keys taken by the batch in hand.
     keys: HashMap<Vec<u8>, KeyRow>,
     /// The log time of the oldest of them, those taken again since included.
@@ -109,6 +115,7 @@ impl Projector {
             progress,
             threads: HashMap::new(),
             notes: Notes::default(),
+            runs: Runs::default(),
             keys: HashMap::new(),
             oldest_key: u64::MAX,
         }
@@ -172,6 +179,7 @@ impl Projector {
 
     fn forget_batch(&mut self) {
         self.notes.clear();
+        self.runs.clear();
         self.keys.clear();
         self.oldest_key = u64::MAX;
     }
@@ -200,7 +208,10 @@ impl Projector {
                 }
                 Err(foreign) => Err(foreign),
             },
-            Ok(record) => self.notes.take(&self.store, record, batch, out)?,
+            Ok(record) => self.notes.take(&self.store, record, batch, out)?.map(|at| {
+                let progress = &mut self.progress[partition as usize];
+                progress.log_time = progress.log_time.max(at);
+            }),
             Err(foreign) => Err(foreign.clone()),
         };
         if let Err(foreign) = taken {
@@ -250,7 +261,7 @@ impl Projector {
             }
         };
         // Threads that exist by their name have no members: who may write there was judged at the edge.
-        let judged = record.grant == Grant::Scope || ids::is_reserved(&event.thread);
+        let judged = record.grant != Grant::Member || ids::is_reserved(&event.thread);
         if thread.row.head > 0 && !judged && !thread.is_member(&store, event, &event.from)? {
             return Ok(Err(Error::no_thread()));
         }
@@ -268,7 +279,19 @@ impl Projector {
             Ok(change) => change,
             Err(verdict) => return Ok(verdict),
         };
-        let seq = thread.append(record, event.priority, at);
+        let step = match self.runs.judge(&store, event, record.grant == Grant::Server) {
+            Ok(step) => step,
+            Err(Unfit::Store(error)) => return Err(error),
+            Err(Unfit::Refused(refused)) => {
+                if refused.code == Code::RunOrder {
+                    self.notes.refuse(&store, record, (event, at), &refused, batch, out)?;
+                }
+                return Ok(Err(refused));
+            }
+        };
+        // An agent must hear at once that it shall stop.
+        let priority = if event.kind == "agent_cancel_requested" { Some(Priority::High) } else { event.priority };
+        let seq = thread.append(record, priority, at);
         let frame = serde_json::to_string(&event.frame(seq)).unwrap_or_default();
         batch.put_event(
             &event.tenant,
@@ -276,19 +299,22 @@ impl Projector {
             seq,
             &EventRow {
                 kind: &event.kind,
-                class: Priority::class(event.priority) as u8,
+                class: Priority::class(priority) as u8,
                 hash: thread.row.hash,
                 frame: &frame,
             },
         );
         thread.apply(&change, event, seq, at, batch);
+        if let Some(step) = step {
+            self.runs.apply(step, event, Mark { seq, at }, batch);
+        }
         if let Some(key) = key {
             let row = KeyRow { seq, event: *event.event.as_bytes(), at: log_time, content: event.content_digest() };
             batch.put_key(partition, &key, &row);
             self.oldest_key = self.oldest_key.min(row.at);
             self.keys.insert(key, row);
         }
-        let visible = Visible { seq, kind: (*event.kind).into(), priority: event.priority, frame: frame.into() };
+        let visible = Visible { seq, kind: (*event.kind).into(), priority, frame: frame.into() };
         out.events.push(CommittedEvent { key: thread.key.clone(), event: Arc::new(visible), change });
         Ok(Ok(Published { seq, event: event.event, duplicate: false }))
     }

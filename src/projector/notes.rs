@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{Committed, Places};
+use crate::error::Error;
+use crate::event::LogEvent;
 use crate::log::{Foreign, Grant, Position, Record, Topic};
 use crate::store::dead_letters::{DeadLetterRow, SourceRow};
 use crate::store::{Batch, ReceiptRow, Store, StoreError, keys};
@@ -21,7 +23,9 @@ use crate::{clock, ids};
 pub const UNREADABLE: &str = "unreadable";
 /// The reason of an event that a subscription with `confirm` was sent again and again.
 pub const UNACKNOWLEDGED: &str = "unacknowledged";
-/// What is kept of such a record.
+/// The reason of an event that broke the order of its run.
+pub const RUN_ORDER: &str = "run_order";
+/// What is kept of a record that is not ours.
 const KEPT_BYTES: usize = 64 << 10;
 
 /// A receipt as the log has it, in the topic `receipts`.
@@ -123,21 +127,21 @@ impl Notes {
         self.letters.clear();
     }
 
-    /// Takes a receipt or a dead letter; the inner error says why it is not ours.
+    /// Takes a receipt or a dead letter, and gives its time; the inner error says why it is not ours.
     pub(super) fn take(
         &mut self,
         store: &Store,
         record: &Record,
         batch: &mut Batch<'_>,
         out: &mut Committed,
-    ) -> Result<Result<(), Foreign>, StoreError> {
+    ) -> Result<Result<u64, Foreign>, StoreError> {
         let foreign = |why: String| Foreign::new(why, record);
-        let id = match record.topic {
+        let (id, at) = match record.topic {
             Topic::Receipts => match read::<ReceiptNote>(record).and_then(|note| {
                 check(&note.tenant, (note.thread != "*").then_some(&note.thread), &note.user)?;
                 Ok((clock::parse_rfc3339(&note.at).ok_or("at is not RFC 3339")?, note))
             }) {
-                Ok((at, note)) => self.receipt(store, note, at, batch)?,
+                Ok((at, note)) => (self.receipt(store, note, at, batch)?, at),
                 Err(why) => return Ok(Err(foreign(why))),
             },
             _ => match read::<DeadLetterNote>(record).and_then(|note| {
@@ -154,17 +158,18 @@ impl Notes {
                         user: Some(note.user),
                         name: note.name,
                         seq: Some(note.seq),
+                        event: None,
                         source: None,
                     };
                     self.put(store, &note.tenant, *note.letter.as_bytes(), row, batch, out)?;
-                    note.id
+                    (note.id, at)
                 }
                 Err(why) => return Ok(Err(foreign(why))),
             },
         };
         // Whoever wrote it wants to know that it is there, no more.
         out.verdicts.push((id, Ok(Published { seq: 0, event: id, duplicate: false })));
-        Ok(Ok(()))
+        Ok(Ok(at))
     }
 
     fn receipt(
@@ -221,10 +226,12 @@ impl Notes {
             at: foreign.at.unwrap_or(log_time),
             thread,
             attempts: 1,
-            error: foreign.why.clone(),
+            // The reason may quote the record.
+            error: if tenant.is_empty() { "the record is not ours".into() } else { foreign.why.clone() },
             user: None,
             name: None,
             seq: None,
+            event: None,
             source: Some(SourceRow {
                 topic: topic.clone(),
                 partition: *partition,
@@ -234,6 +241,32 @@ impl Notes {
             }),
         };
         self.put(store, &tenant, *letter.as_bytes(), row, batch, out)
+    }
+
+    /// Keeps an event that broke the order of its run.
+    pub(super) fn refuse(
+        &mut self,
+        store: &Store,
+        record: &Record,
+        (event, at): (&LogEvent<'_>, u64),
+        refusal: &Error,
+        batch: &mut Batch<'_>,
+        out: &mut Committed,
+    ) -> Result<(), StoreError> {
+        let letter = DeadLetterNote::letter_of(&[RUN_ORDER.as_bytes(), event.event.as_bytes()]);
+        let row = DeadLetterRow {
+            reason: RUN_ORDER.into(),
+            at,
+            thread: Some(event.thread.to_string()),
+            attempts: 1,
+            error: refusal.message.to_string(),
+            user: Some(event.from.to_string()),
+            name: None,
+            seq: None,
+            event: std::str::from_utf8(&record.value).ok().map(str::to_owned),
+            source: None,
+        };
+        self.put(store, &event.tenant, *letter.as_bytes(), row, batch, out)
     }
 
     fn put(

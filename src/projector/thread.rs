@@ -22,6 +22,8 @@ pub(super) struct Thread {
     pub(super) key: Arc<str>,
     pub(super) row: ThreadRow,
     pub(super) changed: bool,
+    /// Of an inbox: until when its user's tokens are revoked, as far as that was changed here.
+    revoked_until: u64,
     /// Memberships looked up or changed so far.
     members: HashMap<String, bool>,
 }
@@ -46,7 +48,7 @@ impl Thread {
             title: None,
             newest: Default::default(),
         });
-        Thread { key: key.into(), row, changed: false, members: HashMap::new() }
+        Thread { key: key.into(), row, changed: false, revoked_until: 0, members: HashMap::new() }
     }
 
     pub(super) fn is_member(&mut self, store: &Store, event: &LogEvent<'_>, user: &str) -> Result<bool, StoreError> {
@@ -71,7 +73,12 @@ impl Thread {
                 Err(Err(Error::field("thread", "this thread has no members and no title")))
             }
             SESSIONS_REVOKED => match ids::inbox_of(&event.thread) {
-                Some(user) => Ok(Some(Change::Revoked(user.to_owned()))),
+                Some(user) => {
+                    // A clock that is behind takes nothing back.
+                    let before = store.revocation(&event.tenant, user)?.map_or(0, |row| row.until);
+                    self.revoked_until = self.revoked_until.max(before);
+                    Ok(Some(Change::Revoked(user.to_owned())))
+                }
                 None => Err(Err(Error::field("thread", "sessions are revoked in their user's inbox"))),
             },
             THREAD_CREATED if exists => Err(Err(Error::new(Code::Conflict, "the thread exists already").at("thread"))),
@@ -137,7 +144,10 @@ impl Thread {
                 batch.delete_member(&event.tenant, &event.thread, user);
                 self.members.insert(user.clone(), false);
             }
-            Some(Change::Revoked(user)) => batch.put_revocation(&event.tenant, user, &RevocationRow { until: at }),
+            Some(Change::Revoked(user)) => {
+                self.revoked_until = self.revoked_until.max(at);
+                batch.put_revocation(&event.tenant, user, &RevocationRow { until: self.revoked_until });
+            }
             None => {}
         }
         if matches!(&*event.kind, THREAD_CREATED | THREAD_UPDATED) {
@@ -188,7 +198,8 @@ impl Member<'_> {
     }
 }
 
-fn data<'a, T: Deserialize<'a>>(event: &LogEvent<'a>) -> Result<T, Error> {
+/// What `data` of an event says.
+pub(super) fn data<'a, T: Deserialize<'a>>(event: &LogEvent<'a>) -> Result<T, Error> {
     serde_json::from_str(event.data.get())
         .map_err(|error| Error::field("data", format!("data of {}: {error}", event.kind)))
 }

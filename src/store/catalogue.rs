@@ -20,6 +20,11 @@ pub const KEYS: &str = "keys";
 pub const KEY_TIMES: &str = "key_times";
 pub const RECEIPTS: &str = "receipts";
 pub const REVOCATIONS: &str = "revocations";
+pub const RUNS: &str = "runs";
+pub const RUN_CALLS: &str = "run_calls";
+pub const RUN_EVENTS: &str = "run_events";
+pub const RUN_THREADS: &str = "run_threads";
+pub const OPEN_RUNS: &str = "open_runs";
 pub const DEAD_LETTERS: &str = "dead_letters";
 pub const DEAD_LETTER_TIMES: &str = "dead_letter_times";
 
@@ -42,6 +47,16 @@ const FAMILIES: &[(&str, Work)] = &[
     (RECEIPTS, Work::Lookup),
     // tenant 0 user → RevocationRow
     (REVOCATIONS, Work::Lookup),
+    // tenant 0 thread 0 run → RunRow
+    (RUNS, Work::Lookup),
+    // tenant 0 thread 0 length of run · run · call → CallRow
+    (RUN_CALLS, Work::Lookup),
+    // tenant 0 thread 0 length of run · run · seq → empty
+    (RUN_EVENTS, Work::Sequence),
+    // tenant 0 length of run · run · thread → empty
+    (RUN_THREADS, Work::Sequence),
+    // tenant 0 thread 0 run → empty, for those that have not ended
+    (OPEN_RUNS, Work::Sequence),
     // tenant (empty if not known) 0 id → DeadLetterRow
     (DEAD_LETTERS, Work::Lookup),
     // tenant 0 at · id → empty; the list, oldest first

@@ -20,6 +20,8 @@ pub struct DeadLetterRow {
     pub user: Option<String>,
     pub name: Option<String>,
     pub seq: Option<u64>,
+    /// The event as its record has it, if it was refused and so has no seq.
+    pub event: Option<String>,
     pub source: Option<SourceRow>,
 }
 

@@ -11,6 +11,7 @@
 pub mod catalogue;
 pub mod dead_letters;
 pub mod keys;
+pub mod runs;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -140,7 +140,7 @@ impl Subscriptions {
             }
             return true;
         }
-        if let Some(confirm) = sub.confirm() {
+        if let Some(confirm) = sub.unconfirmed(event.seq) {
             if confirm.exhausted() && confirm.oldest().is_none() {
                 self.bury(who, id, event.seq);
                 return false;

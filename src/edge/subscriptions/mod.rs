@@ -359,7 +359,7 @@ impl Subscriptions {
             sub.cursor = event.seq;
             return self.left_out(id).map(Ready::Notice);
         }
-        if let Some(confirm) = sub.confirm() {
+        if let Some(confirm) = sub.unconfirmed(event.seq) {
             if confirm.room() == 0 {
                 self.detach(id);
                 self.hold(id, None);
@@ -437,6 +437,11 @@ impl Subscription {
 
     fn confirm(&mut self) -> Option<&mut confirm::Confirm> {
         self.receipt.as_mut()?.confirm.as_mut()
+    }
+
+    /// What watches over the event's acknowledgement, unless the client has said before that it has it.
+    fn unconfirmed(&mut self, seq: u64) -> Option<&mut confirm::Confirm> {
+        self.receipt.as_mut().filter(|receipt| !receipt.has(seq))?.confirm.as_mut()
     }
 
     fn position(&mut self) -> Option<Utf8Bytes> {

@@ -63,6 +63,16 @@ impl Receipt {
         self.dirty
     }
 
+    fn hear_of(&mut self, row: &ReceiptRow) {
+        self.place = self.place.max(row.place);
+        self.acked = self.acked.max(row.acked);
+    }
+
+    /// Whether the client has said that it has the event.
+    pub(super) fn has(&self, seq: u64) -> bool {
+        seq <= self.acked
+    }
+
     fn note(&self, who: (&str, &str), thread: &str) -> ReceiptNote {
         let (sent, attempts) = self.confirm.as_ref().map_or((0, 0), Confirm::progress);
         // What was sent without a name is nobody's to resume.
@@ -106,31 +116,28 @@ impl Subscriptions {
                 );
             }
         }
-        self.acked(who, id, seq, true);
+        if receipt.acked < seq {
+            receipt.acked = seq;
+            self.mark_dirty(id);
+        }
+        self.settle(who, id, seq);
         Ok(())
     }
 
-    /// Everything up to `seq` is acknowledged; by this client if it is `ours`.
-    fn acked(&mut self, who: &Principal, id: SubId, seq: u64, ours: bool) {
+    /// Everything up to `seq` is done with: acknowledged, or given up.
+    fn settle(&mut self, who: &Principal, id: SubId, seq: u64) {
         let Some(sub) = self.by_id.get_mut(&id) else { return };
         let Some(receipt) = &mut sub.receipt else { return };
-        if let Some(confirm) = &mut receipt.confirm {
-            confirm.ack(seq, Instant::now());
-            let deadline = confirm.deadline();
-            let waits = sub.stage == Stage::Held { until: None } && receipt.burying.is_none();
-            if waits && confirm.room() > 0 {
-                sub.stage = Stage::Behind;
-                self.enqueue(who, id);
-            }
-            self.note_due(deadline);
-        }
-        let Some(receipt) = self.by_id.get_mut(&id).and_then(|sub| sub.receipt.as_mut()) else { return };
-        let news = seq > receipt.acked || seq > receipt.place;
-        receipt.acked = receipt.acked.max(seq);
         receipt.place = receipt.place.max(seq);
-        if ours && news {
-            self.mark_dirty(id);
+        let Some(confirm) = &mut receipt.confirm else { return };
+        confirm.ack(seq, Instant::now());
+        let deadline = confirm.deadline();
+        let waits = sub.stage == Stage::Held { until: None } && receipt.burying.is_none();
+        if waits && confirm.room() > 0 {
+            sub.stage = Stage::Behind;
+            self.enqueue(who, id);
         }
+        self.note_due(deadline);
     }
 
     fn mark_dirty(&mut self, id: SubId) {
@@ -153,6 +160,10 @@ impl Subscriptions {
                 continue;
             }
             (receipt.dirty, receipt.writing) = (false, true);
+            // Another session of the user's may have come further: what is written last is all that compaction leaves.
+            if let Ok(Some(row)) = self.ctx.store.receipt(&who.tenant, &sub.thread, &who.user, &receipt.name) {
+                receipt.hear_of(&row);
+            }
             let note = receipt.note((&who.tenant, &who.user), &sub.thread);
             let (outbox, thread) = (self.outbox.clone(), Box::from(&*sub.thread));
             let reply: Reply =
@@ -257,7 +268,10 @@ impl Subscriptions {
             return;
         };
         if let Ok(Some(row)) = self.ctx.store.receipt(&who.tenant, &sub.thread, &who.user, name) {
-            self.acked(who, id, row.place, false);
+            if let Some(receipt) = self.by_id.get_mut(&id).and_then(|sub| sub.receipt.as_mut()) {
+                receipt.hear_of(&row);
+            }
+            self.settle(who, id, row.place);
         }
     }
 
@@ -318,8 +332,10 @@ impl Subscriptions {
         let Some(confirm) = &mut receipt.confirm else { return };
         if buried {
             confirm.give_up();
+            // More may have been acknowledged meanwhile.
             receipt.place = receipt.place.max(seq);
-            if let Some(id) = self.renumber(id, seq, Stage::Behind) {
+            let behind = receipt.place;
+            if let Some(id) = self.renumber(id, behind, Stage::Behind) {
                 self.mark_dirty(id);
                 self.enqueue(who, id);
             }

@@ -1,0 +1,470 @@
+//! Runs over HTTP: what agents do, and what they did.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use warp::http::StatusCode;
+
+use super::Context;
+use super::cursor::{self, Scope};
+use super::http::{Request, blocking};
+use super::reply::{Reply, json, query, segment};
+use super::threads::address;
+use crate::access;
+use crate::clock;
+use crate::error::{Code, Error};
+use crate::identity::Principal;
+use crate::ids;
+use crate::store::EventRange;
+use crate::store::runs::{Ending, Mark, RunKey, RunRow};
+
+/// Events of a run that its page tells; a run with more is cut short, and says so.
+const MAX_STEPS: usize = 10_000;
+
+/// Where a run stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    Open,
+    /// Open, and a person must answer.
+    Waiting,
+    Completed,
+    Failed,
+    Cancelled,
+}
+
+/// An event's place and time.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct At {
+    seq: u64,
+    /// RFC 3339.
+    at: String,
+}
+
+/// An event that somebody caused.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct By {
+    seq: u64,
+    /// RFC 3339.
+    at: String,
+    user: String,
+}
+
+/// A run as a list has it.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct RunItem {
+    run: String,
+    thread: String,
+    agent: String,
+    state: State,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parent_run: Option<String>,
+    started: At,
+    /// The newest event.
+    last: At,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ended: Option<At>,
+    /// Calls that have not completed.
+    executing: u32,
+    /// Runs that work for this one and have not ended.
+    children: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    waiting: Option<Wait>,
+    /// Who answered last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    resumed: Option<By>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cancel: Option<Cancel>,
+}
+
+/// The question that a person must answer.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct Wait {
+    seq: u64,
+    /// RFC 3339.
+    at: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires_at: Option<String>,
+    /// What the agent says of it: `reason`, `prompt` and whatever else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<serde_json::Value>")]
+    data: Option<Box<RawValue>>,
+}
+
+/// A run that somebody wants cancelled.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct Cancel {
+    requested: By,
+    /// The agent's first event after that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    acknowledged: Option<At>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ended: Option<At>,
+}
+
+/// A page of runs.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct RunList {
+    runs: Vec<RunItem>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next: Option<String>,
+}
+
+/// A run with all that it did.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct RunDetail {
+    #[serde(flatten)]
+    run: RunItem,
+    timings: Timings,
+    steps: Vec<StepItem>,
+    tools: Vec<Tool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<serde_json::Value>")]
+    output: Option<Box<RawValue>>,
+    /// Token counts, as `agent_completed` gives them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<serde_json::Value>")]
+    usage: Option<Box<RawValue>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<Failure>,
+    /// The run has more steps than are told here.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    truncated: bool,
+}
+
+/// Why a run failed.
+#[derive(Serialize, Deserialize, schemars::JsonSchema)]
+pub struct Failure {
+    code: String,
+    message: String,
+}
+
+/// What the run's time went to, in milliseconds. Calls that overlap count each for itself.
+#[derive(Default, Serialize, schemars::JsonSchema)]
+pub struct Timings {
+    /// From the start to the first sign of work.
+    queue_ms: u64,
+    thinking_ms: u64,
+    tool_ms: u64,
+    /// Waiting for a person.
+    waiting_ms: u64,
+    /// From the start to the end, or to the newest event.
+    total_ms: u64,
+}
+
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct StepItem {
+    seq: u64,
+    kind: String,
+    /// RFC 3339.
+    at: String,
+    from: String,
+    /// Until the run's next event.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    call: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool: Option<String>,
+}
+
+/// A call of a tool.
+#[derive(Serialize, schemars::JsonSchema)]
+pub struct Tool {
+    call: String,
+    tool: String,
+    began: At,
+    /// Absent while it is executing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completed: Option<At>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<serde_json::Value>")]
+    error: Option<Box<RawValue>>,
+}
+
+/// What a stored frame says of a run's event.
+#[derive(Deserialize)]
+struct Stored {
+    kind: String,
+    from: String,
+    at: String,
+    data: Box<RawValue>,
+}
+
+#[derive(Default, Deserialize)]
+struct Data {
+    call: Option<String>,
+    tool: Option<String>,
+    output: Option<Box<RawValue>>,
+    usage: Option<Box<RawValue>>,
+    error: Option<Box<RawValue>>,
+}
+
+struct Step {
+    seq: u64,
+    at: u64,
+    kind: String,
+    from: String,
+    data: Box<RawValue>,
+    known: Data,
+}
+
+/// `GET /v1/threads/{t}/runs`: newest first.
+pub async fn of_thread(it: Request, thread: &str) -> Result<Reply, Error> {
+    let who = it.who()?;
+    access::read(who.scopes)?;
+    let query = query(&it.query, &["cursor", "limit"])?;
+    let (_, thread) = address(&who, thread)?;
+    let scope = Scope::of(&["runs", &who.key, &thread]);
+    let behind = query.text("cursor").map(|text| scope.open(text).and_then(|place| number(&place))).transpose()?;
+    let limit = query.limit()?;
+    blocking(move || {
+        it.ctx.head(&who, &thread)?;
+        it.ctx.may_read(&who, &thread)?;
+        let mut runs = it.ctx.store.runs_of(&who.tenant, &thread)?;
+        runs.sort_by_key(|(_, row)| std::cmp::Reverse(row.started.seq));
+        runs.retain(|(_, row)| behind.is_none_or(|behind| row.started.seq < behind));
+        let more = runs.len() > limit;
+        runs.truncate(limit);
+        let next = runs.last().filter(|_| more).map(|(_, row)| scope.seal(&row.started.seq.to_be_bytes()));
+        page(&it.ctx, runs, next)
+    })
+    .await
+}
+
+/// `GET /v1/runs?state`: those that are open, or wait for somebody, in all threads that the user reads; oldest first.
+pub async fn open(it: Request) -> Result<Reply, Error> {
+    let who = it.who()?;
+    access::read(who.scopes)?;
+    let query = query(&it.query, &["state", "cursor", "limit"])?;
+    let waiting = match query.text("state") {
+        None | Some("open") => false,
+        Some("waiting") => true,
+        Some(_) => return Err(Error::field("state", "state is open or waiting")),
+    };
+    let scope = Scope::of(&["runs", &who.key, if waiting { "waiting" } else { "open" }]);
+    let behind = query.text("cursor").map(|text| scope.open(text)).transpose()?;
+    let limit = query.limit()?;
+    blocking(move || {
+        let mut runs = Vec::new();
+        for key in open_runs(&it.ctx, &who)? {
+            let row = it.ctx.store.run(&key)?.filter(|row| row.ended.is_none() && (!waiting || row.waiting.is_some()));
+            runs.extend(row.map(|row| (place(&key, &row), key, row)));
+        }
+        runs.sort_by(|a, b| a.0.cmp(&b.0));
+        runs.retain(|(place, ..)| behind.as_ref().is_none_or(|behind| place > behind));
+        let more = runs.len() > limit;
+        runs.truncate(limit);
+        let next = runs.last().filter(|_| more).map(|(place, ..)| scope.seal(place));
+        page(&it.ctx, runs.into_iter().map(|(_, key, row)| (key, row)).collect(), next)
+    })
+    .await
+}
+
+/// What a list of open runs is sorted by: since when, then which.
+fn place(key: &RunKey, row: &RunRow) -> Vec<u8> {
+    let since = row.waiting.as_ref().map_or(row.started.at, |wait| wait.since.at);
+    [&since.to_be_bytes()[..], key.thread.as_bytes(), &[0], key.run.as_bytes()].concat()
+}
+
+fn open_runs(ctx: &Context, who: &Principal) -> Result<Vec<RunKey>, Error> {
+    if access::reads_by_scope(who.scopes) {
+        return Ok(ctx.store.open_runs(&who.tenant, None)?);
+    }
+    let threads = ctx.store.threads_of(&who.tenant, &who.user)?.into_iter().chain([ids::inbox(&who.user)]);
+    let mut runs = Vec::new();
+    for thread in threads {
+        runs.extend(ctx.store.open_runs(&who.tenant, Some(&thread))?);
+    }
+    Ok(runs)
+}
+
+fn page(ctx: &Context, runs: Vec<(RunKey, RunRow)>, next: Option<String>) -> Result<Reply, Error> {
+    let runs = runs.into_iter().map(|(key, row)| item(ctx, &key, &row)).collect::<Result<_, _>>()?;
+    Ok(json(StatusCode::OK, &RunList { runs, next }))
+}
+
+fn number(bytes: &[u8]) -> Result<u64, Error> {
+    Ok(u64::from_be_bytes(bytes.try_into().map_err(|_| cursor::refused())?))
+}
+
+/// `GET /v1/threads/{t}/runs/{run}`
+pub async fn read(it: Request, thread: &str, run: &str) -> Result<Reply, Error> {
+    let who = it.who()?;
+    access::read(who.scopes)?;
+    query(&it.query, &[])?;
+    let (_, thread) = address(&who, thread)?;
+    let run = segment("run", run)?;
+    blocking(move || {
+        it.ctx.head(&who, &thread)?;
+        it.ctx.may_read(&who, &thread)?;
+        detail(&it.ctx, &RunKey::new(&who.tenant, &thread, &run))
+    })
+    .await
+}
+
+/// `GET /v1/runs/{run}`: the run of that name in the threads that the user reads.
+pub async fn find(it: Request, run: &str) -> Result<Reply, Error> {
+    let who = it.who()?;
+    access::read(who.scopes)?;
+    query(&it.query, &[])?;
+    let run = segment("run", run)?;
+    blocking(move || {
+        let mut threads = it.ctx.store.threads_of_run(&who.tenant, &run)?;
+        threads.retain(|thread| it.ctx.may_read(&who, thread).is_ok());
+        match threads.as_slice() {
+            [] => Err(no_run()),
+            [thread] => detail(&it.ctx, &RunKey::new(&who.tenant, thread, &run)),
+            several => {
+                let why = format!("{} threads have a run of this name: ask for it in its thread", several.len());
+                Err(Error::new(Code::Conflict, why).at("run"))
+            }
+        }
+    })
+    .await
+}
+
+fn no_run() -> Error {
+    Error::new(Code::NotFound, "there is no such run").at("run")
+}
+
+fn detail(ctx: &Context, key: &RunKey) -> Result<Reply, Error> {
+    let row = ctx.store.run(key)?.ok_or_else(no_run)?;
+    let mut seqs = ctx.store.run_events(key)?;
+    let truncated = seqs.len() > MAX_STEPS;
+    seqs.truncate(MAX_STEPS);
+    let mut steps = Vec::with_capacity(seqs.len());
+    for seq in seqs {
+        steps.extend(step(ctx, key, seq)?);
+    }
+    let last = steps.last();
+    let error = last.filter(|step| step.kind == "agent_failed").and_then(|it| serde_json::from_str(it.data.get()).ok());
+    let mut run = item(ctx, key, &row)?;
+    if let Some(cancel) = &mut run.cancel {
+        let asked = cancel.requested.seq;
+        let answer = steps.iter().find(|step| step.seq > asked && !is_peoples(&step.kind));
+        cancel.acknowledged = answer.map(|step| At { seq: step.seq, at: clock::rfc3339(step.at) });
+    }
+    let detail = RunDetail {
+        run,
+        timings: timings(&row, &steps),
+        tools: tools(&steps),
+        output: last.and_then(|step| step.known.output.clone()),
+        usage: last.and_then(|step| step.known.usage.clone()),
+        error,
+        steps: steps.iter().enumerate().map(|(i, step)| told(step, steps.get(i + 1))).collect(),
+        truncated,
+    };
+    Ok(json(StatusCode::OK, &detail))
+}
+
+fn is_peoples(kind: &str) -> bool {
+    matches!(kind, "agent_resumed" | "agent_cancel_requested")
+}
+
+fn step(ctx: &Context, key: &RunKey, seq: u64) -> Result<Option<Step>, Error> {
+    let range = EventRange { from: seq, to: seq, limit: 1, ..EventRange::all() };
+    let Some(event) = ctx.store.events(&key.tenant, &key.thread, range)?.pop() else { return Ok(None) };
+    let Ok(Stored { kind, from, at, data }) = serde_json::from_str(&event.frame) else { return Ok(None) };
+    // Fields of another type than ours are the agent's own affair.
+    let known = serde_json::from_str(data.get()).unwrap_or_default();
+    Ok(Some(Step { seq, at: clock::parse_rfc3339(&at).unwrap_or(0), kind, from, data, known }))
+}
+
+fn told(step: &Step, next: Option<&Step>) -> StepItem {
+    StepItem {
+        seq: step.seq,
+        kind: step.kind.clone(),
+        at: clock::rfc3339(step.at),
+        from: step.from.clone(),
+        ms: next.map(|next| next.at.saturating_sub(step.at)),
+        call: step.known.call.clone(),
+        tool: step.known.tool.clone(),
+    }
+}
+
+fn timings(row: &RunRow, steps: &[Step]) -> Timings {
+    let end = row.ended.map_or(row.last.at, |(mark, _)| mark.at);
+    let mut timings = Timings { total_ms: end.saturating_sub(row.started.at), ..Timings::default() };
+    for (i, step) in steps.iter().enumerate() {
+        let until = steps.get(i + 1).map_or(end, |next| next.at);
+        let ms = until.saturating_sub(step.at);
+        match &*step.kind {
+            "agent_started" => timings.queue_ms += ms,
+            "agent_thinking" | "tool_completed" | "agent_resumed" => timings.thinking_ms += ms,
+            "agent_waiting" => timings.waiting_ms += ms,
+            _ => {}
+        }
+    }
+    timings.tool_ms = tools(steps).iter().filter_map(|tool| tool.ms).sum();
+    timings
+}
+
+fn tools(steps: &[Step]) -> Vec<Tool> {
+    let mut tools: Vec<Tool> = Vec::new();
+    let mut open: BTreeMap<&str, (usize, u64)> = BTreeMap::new();
+    for step in steps {
+        let Some(call) = step.known.call.as_deref() else { continue };
+        let mark = || At { seq: step.seq, at: clock::rfc3339(step.at) };
+        match &*step.kind {
+            "tool_executing" => {
+                open.insert(call, (tools.len(), step.at));
+                let tool = step.known.tool.clone().unwrap_or_default();
+                tools.push(Tool { call: call.to_owned(), tool, began: mark(), completed: None, ms: None, error: None });
+            }
+            "tool_completed" => {
+                if let Some((at, began)) = open.remove(call) {
+                    tools[at].completed = Some(mark());
+                    tools[at].ms = Some(step.at.saturating_sub(began));
+                    tools[at].error = step.known.error.clone();
+                }
+            }
+            _ => {}
+        }
+    }
+    tools
+}
+
+fn item(ctx: &Context, key: &RunKey, row: &RunRow) -> Result<RunItem, Error> {
+    let at = |mark: &Mark| At { seq: mark.seq, at: clock::rfc3339(mark.at) };
+    let by = |(mark, user): &(Mark, String)| By { seq: mark.seq, at: clock::rfc3339(mark.at), user: user.clone() };
+    let state = match &row.ended {
+        None if row.waiting.is_some() => State::Waiting,
+        None => State::Open,
+        Some((_, Ending::Completed)) => State::Completed,
+        Some((_, Ending::Failed)) => State::Failed,
+        Some((_, Ending::Cancelled)) => State::Cancelled,
+    };
+    let ended = row.ended.as_ref().map(|(mark, _)| at(mark));
+    let waiting = match &row.waiting {
+        Some(wait) => Some(Wait {
+            seq: wait.since.seq,
+            at: clock::rfc3339(wait.since.at),
+            expires_at: wait.expires_at.map(clock::rfc3339),
+            data: step(ctx, key, wait.since.seq)?.map(|step| step.data),
+        }),
+        None => None,
+    };
+    Ok(RunItem {
+        run: key.run.clone(),
+        thread: key.thread.clone(),
+        agent: row.agent.clone(),
+        state,
+        parent_run: row.parent.clone(),
+        started: at(&row.started),
+        last: at(&row.last),
+        cancel: row.cancel.as_ref().map(|asked| Cancel {
+            requested: by(asked),
+            acknowledged: None,
+            ended: row.ended.as_ref().map(|(mark, _)| at(mark)),
+        }),
+        ended,
+        executing: row.executing,
+        children: row.children,
+        waiting,
+        resumed: row.resumed.as_ref().map(by),
+    })
+}

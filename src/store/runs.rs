@@ -1,0 +1,201 @@
+//! Runs: what each agent's work on a thread has come to.
+
+use bincode::{Decode, Encode};
+use rocksdb::{Direction, IteratorMode, ReadOptions};
+
+use super::catalogue::{OPEN_RUNS, RUN_CALLS, RUN_EVENTS, RUN_THREADS, RUNS};
+use super::{Batch, SCHEMA, Store, StoreError, keys};
+use crate::codec;
+
+/// An event's place and time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Mark {
+    pub seq: u64,
+    /// Milliseconds.
+    pub at: u64,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum Ending {
+    Completed,
+    Failed,
+    Cancelled,
+}
+
+/// A run as far as the log tells. What is told once and at length (input, output, answers) stays in its events.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct RunRow {
+    pub agent: String,
+    /// The run that this one works for, on the same thread.
+    pub parent: Option<String>,
+    pub started: Mark,
+    /// The newest event.
+    pub last: Mark,
+    pub ended: Option<(Mark, Ending)>,
+    /// Calls that have not completed.
+    pub executing: u32,
+    /// Runs that work for this one and have not ended.
+    pub children: u32,
+    pub waiting: Option<WaitRow>,
+    /// Who answered last, and with which event.
+    pub resumed: Option<(Mark, String)>,
+    /// Who asked first that it be cancelled, and with which event.
+    pub cancel: Option<(Mark, String)>,
+}
+
+/// A person must answer.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct WaitRow {
+    pub since: Mark,
+    /// Milliseconds.
+    pub expires_at: Option<u64>,
+}
+
+/// A call of a tool.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct CallRow {
+    pub tool: String,
+    pub begun: Mark,
+    pub done: Option<Mark>,
+}
+
+/// A run's key: its thread and its name there.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct RunKey {
+    pub tenant: String,
+    pub thread: String,
+    pub run: String,
+}
+
+impl RunKey {
+    pub fn new(tenant: &str, thread: &str, run: &str) -> RunKey {
+        RunKey { tenant: tenant.to_owned(), thread: thread.to_owned(), run: run.to_owned() }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        keys::joined(&[&self.tenant, &self.thread, &self.run])
+    }
+
+    /// The prefix of what a run has many of. Its name may hold a NUL, so its length stands before it.
+    fn under(&self) -> Vec<u8> {
+        let mut key = keys::prefix(&[&self.tenant, &self.thread]);
+        key.extend_from_slice(&(self.run.len() as u16).to_be_bytes());
+        key.extend_from_slice(self.run.as_bytes());
+        key
+    }
+}
+
+impl Store {
+    pub fn run(&self, key: &RunKey) -> Result<Option<RunRow>, StoreError> {
+        self.get(RUNS, &key.bytes())
+    }
+
+    pub fn call(&self, key: &RunKey, call: &str) -> Result<Option<CallRow>, StoreError> {
+        self.get(RUN_CALLS, &[&key.under()[..], call.as_bytes()].concat())
+    }
+
+    /// A thread's runs, in the order of their names.
+    pub fn runs_of(&self, tenant: &str, thread: &str) -> Result<Vec<(RunKey, RunRow)>, StoreError> {
+        let prefix = keys::prefix(&[tenant, thread]);
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(keys::behind(prefix.clone()));
+        let rows =
+            self.db.iterator_cf_opt(&self.family(RUNS), options, IteratorMode::From(&prefix, Direction::Forward));
+        let mut found = Vec::new();
+        for row in rows {
+            let (key, value) = row?;
+            let row = codec::decode(SCHEMA, &value).map_err(|source| StoreError::Damaged { family: RUNS, source })?;
+            found.push((RunKey::new(tenant, thread, &String::from_utf8_lossy(&key[prefix.len()..])), row));
+        }
+        Ok(found)
+    }
+
+    /// The threads that have a run of this name.
+    pub fn threads_of_run(&self, tenant: &str, run: &str) -> Result<Vec<String>, StoreError> {
+        let mut prefix = keys::prefix(&[tenant]);
+        prefix.extend_from_slice(&(run.len() as u16).to_be_bytes());
+        prefix.extend_from_slice(run.as_bytes());
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(keys::behind(prefix.clone()));
+        let rows = self.db.iterator_cf_opt(
+            &self.family(RUN_THREADS),
+            options,
+            IteratorMode::From(&prefix, Direction::Forward),
+        );
+        rows.map(|row| Ok(String::from_utf8_lossy(&row?.0[prefix.len()..]).into_owned())).collect()
+    }
+
+    /// Runs that have not ended, of one thread or (without) of the whole tenant.
+    pub fn open_runs(&self, tenant: &str, thread: Option<&str>) -> Result<Vec<RunKey>, StoreError> {
+        let prefix = match thread {
+            Some(thread) => keys::prefix(&[tenant, thread]),
+            None => keys::prefix(&[tenant]),
+        };
+        self.open_under(&prefix)
+    }
+
+    /// Runs that have not ended, of all tenants.
+    pub fn all_open_runs(&self) -> Result<Vec<RunKey>, StoreError> {
+        self.open_under(&[])
+    }
+
+    fn open_under(&self, prefix: &[u8]) -> Result<Vec<RunKey>, StoreError> {
+        let mut options = ReadOptions::default();
+        if !prefix.is_empty() {
+            options.set_iterate_upper_bound(keys::behind(prefix.to_vec()));
+        }
+        let rows =
+            self.db.iterator_cf_opt(&self.family(OPEN_RUNS), options, IteratorMode::From(prefix, Direction::Forward));
+        let mut found = Vec::new();
+        for row in rows {
+            let (key, _) = row?;
+            let text = String::from_utf8_lossy(&key);
+            let mut parts = text.splitn(3, '\0');
+            if let (Some(tenant), Some(thread), Some(run)) = (parts.next(), parts.next(), parts.next()) {
+                found.push(RunKey::new(tenant, thread, run));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The seqs of a run's events.
+    pub fn run_events(&self, key: &RunKey) -> Result<Vec<u64>, StoreError> {
+        let prefix = key.under();
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(keys::behind(prefix.clone()));
+        let rows =
+            self.db.iterator_cf_opt(&self.family(RUN_EVENTS), options, IteratorMode::From(&prefix, Direction::Forward));
+        // Another run's name may go on where this one ends; only what is as long as a seq is this one's.
+        let seq = |key: &[u8]| (key.len() == prefix.len() + 8).then(|| keys::seq_of(key)).flatten();
+        rows.filter_map(|row| row.map(|(key, _)| seq(&key)).transpose()).map(|seq| Ok(seq?)).collect()
+    }
+}
+
+impl Batch<'_> {
+    pub fn put_run(&mut self, key: &RunKey, row: &RunRow) {
+        self.put(RUNS, &key.bytes(), row);
+        if row.started == row.last {
+            let mut name = keys::prefix(&[&key.tenant]);
+            name.extend_from_slice(&(key.run.len() as u16).to_be_bytes());
+            name.extend_from_slice(key.run.as_bytes());
+            name.extend_from_slice(key.thread.as_bytes());
+            self.rows.put_cf(&self.store.family(RUN_THREADS), name, []);
+        }
+        let open = self.store.family(OPEN_RUNS);
+        match row.ended {
+            Some(_) => self.rows.delete_cf(&open, key.bytes()),
+            None if row.started == row.last => self.rows.put_cf(&open, key.bytes(), []),
+            None => {}
+        }
+    }
+
+    pub fn put_run_event(&mut self, key: &RunKey, seq: u64) {
+        let key = [&key.under()[..], &seq.to_be_bytes()].concat();
+        self.rows.put_cf(&self.store.family(RUN_EVENTS), key, []);
+    }
+
+    pub fn put_call(&mut self, key: &RunKey, call: &str, row: &CallRow) {
+        self.put(RUN_CALLS, &[&key.under()[..], call.as_bytes()].concat(), row);
+    }
+}
