@@ -129,7 +129,7 @@ impl Hub {
         let count = present.entry(user.clone()).or_default();
         *count += 1;
         if *count == 1 && present.len() <= PRESENCE_TOLD {
-            self.tell_presence(&table, key, user, true);
+            self.tell_presence(table, key, user, true);
         }
     }
 
@@ -147,7 +147,7 @@ impl Hub {
         if present.is_empty() {
             table.present.remove(key);
         } else if told {
-            self.tell_presence(&table, key, user, false);
+            self.tell_presence(table, key, user, false);
         }
     }
 
@@ -156,23 +156,26 @@ impl Hub {
         self.lock().present.get(key).into_iter().flatten().map(|(user, count)| (user.clone(), *count)).collect()
     }
 
-    fn tell_presence(&self, table: &Table, key: &str, user: &str, online: bool) {
+    fn tell_presence(&self, table: MutexGuard<'_, Table>, key: &str, user: &str, online: bool) {
         let Some((_, thread)) = key.split_once('/') else { return };
         // A literal object is JSON.
         let data = if online { r#"{"online":true}"# } else { r#"{"online":false}"# };
         let data = serde_json::from_str(data).ok();
         let frame = ServerFrame::Signal { thread, kind: PRESENCE, from: user, data }.encode().into();
-        self.push_signal(table, key, &frame, |it| *it.user != *user);
+        let live = table.live(key, |it| *it.user != *user);
+        drop(table);
+        self.push_signal(&live, &frame);
     }
 
     /// Hands a signal to everyone who is live in the thread, but for the session it comes from.
     pub fn signal(&self, key: &str, from: &Arc<Outbox>, frame: &Utf8Bytes) {
-        self.push_signal(&self.lock(), key, frame, |it| !Arc::ptr_eq(&it.outbox, from));
+        let live = self.lock().live(key, |it| !Arc::ptr_eq(&it.outbox, from));
+        self.push_signal(&live, frame);
     }
 
-    fn push_signal(&self, table: &Table, key: &str, frame: &Utf8Bytes, to: impl Fn(&Subscriber) -> bool) {
-        let live = table.threads.get(key).into_iter().flatten().filter(|it| to(it));
-        self.signals.increment(live.filter(|it| it.outbox.push_signal(it.sub, frame)).count() as u64);
+    /// Not under the lock: who signals to many takes the time for it from nobody else.
+    fn push_signal(&self, live: &[Subscriber], frame: &Utf8Bytes) {
+        self.signals.increment(live.iter().filter(|it| it.outbox.push_signal(it.sub, frame)).count() as u64);
     }
 
     fn deliver(&self, committed: Committed, pending: &Pending) {
@@ -185,7 +188,12 @@ impl Hub {
                         self.sessions.revoke(&log_key(tenant, user));
                     }
                 }
-                Some(change) => table.apply(event, change),
+                Some(change) => {
+                    table.apply(event, change);
+                    if let (Change::Left(user), Some((tenant, thread))) = (change, event.key.split_once('/')) {
+                        self.sessions.tell_left(&log_key(tenant, user), thread);
+                    }
+                }
                 None => {}
             }
             self.fan_out(&mut table, event);
@@ -211,6 +219,11 @@ impl Hub {
 }
 
 impl Table {
+    /// Who is live in the thread and fits.
+    fn live(&self, key: &str, fits: impl Fn(&Subscriber) -> bool) -> Vec<Subscriber> {
+        self.threads.get(key).into_iter().flatten().filter(|it| fits(it)).cloned().collect()
+    }
+
     /// Rights change with the event itself: who left does not get it, who joined does.
     fn apply(&mut self, event: &CommittedEvent, change: &Change) {
         let Some((tenant, thread)) = event.key.split_once('/') else {
@@ -229,12 +242,7 @@ impl Table {
             Change::Revoked(_) => {}
             Change::Left(user) => {
                 if let Some(subscribers) = self.threads.get_mut(&event.key) {
-                    subscribers.retain(|it| {
-                        it.by_scope || *it.user != **user || {
-                            it.outbox.push_notice(Item::Removed { sub: it.sub });
-                            false
-                        }
-                    });
+                    subscribers.retain(|it| it.by_scope || *it.user != **user);
                 }
             }
         }

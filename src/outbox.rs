@@ -45,10 +45,6 @@ pub enum Item {
     Lagged {
         sub: SubId,
     },
-    /// The user is no longer a member.
-    Removed {
-        sub: SubId,
-    },
     /// More threads were joined than may wait.
     Overrun,
     /// The user became a member of a thread with the event behind `before`.
@@ -65,10 +61,18 @@ pub enum Answer {
         thread: Box<str>,
         verdict: Verdict,
     },
+    /// The user is no longer a member of the thread, or was not for a moment.
+    Left {
+        thread: Box<str>,
+    },
     /// The user's threads, for the `subscribe` to `"*"` that waits for them.
     Threads(Result<Vec<Found>, Error>),
     /// Whether the places of a new durable subscription are kept, for the `subscribe` that waits for that.
-    Placed(Result<(), Error>),
+    Placed {
+        /// Which one, of those that the session has tried.
+        attempt: u32,
+        placed: Result<(), Error>,
+    },
     /// Whether a subscription's place, as far as it had come, is kept.
     Kept {
         thread: Box<str>,
@@ -100,8 +104,6 @@ struct Inner {
     event_bytes: usize,
     /// Threads joined that wait to be noted.
     joined: usize,
-    /// Removals that wait to be told.
-    removed: usize,
     closed: bool,
     waker: Option<Waker>,
 }
@@ -157,10 +159,8 @@ impl Outbox {
         }
         let joined = matches!(item, Item::Joined { .. });
         inner.joined += usize::from(joined);
-        let removed = if let Item::Removed { sub } = item { Some(sub) } else { None };
-        inner.removed += usize::from(removed.is_some());
         let overrun = joined && inner.joined > MAX_JOINED;
-        inner.items.push(removed, None, if overrun { Item::Overrun } else { item });
+        inner.items.push(None, None, if overrun { Item::Overrun } else { item });
         wake(inner);
         !overrun
     }
@@ -182,20 +182,18 @@ impl Outbox {
         self.lock().answers.pop_front()
     }
 
-    /// The next item; `turn` counts the session's turns. Without `events` only what needs no leave of the client's: the end
-    /// of a subscription, and threads joined.
-    pub fn pop_item(&self, turn: u32, events: bool) -> Option<Item> {
+    /// The next item. Without `events` only what needs no leave of the client's: threads joined.
+    pub fn pop_item(&self, events: bool) -> Option<Item> {
         let mut inner = self.lock();
         let item = match events {
-            true => inner.items.pop(turn),
-            false if inner.joined + inner.removed == 0 => None,
+            true => inner.items.pop(),
+            false if inner.joined == 0 => None,
             false => inner.items.pop_first(is_notice),
         };
         match &item {
             Some(Item::Event { event, .. }) => inner.event_bytes -= event.frame.len() + OVERHEAD,
             Some(Item::Signal { frame, .. }) => inner.event_bytes -= frame.len() + OVERHEAD,
-            Some(Item::Joined { .. }) => inner.joined -= 1,
-            Some(Item::Removed { .. }) => inner.removed -= 1,
+            Some(Item::Joined { .. } | Item::Overrun) => inner.joined -= 1,
             _ => {}
         }
         item
@@ -211,7 +209,7 @@ impl Outbox {
         let mut inner = self.lock();
         let filled = match items {
             Wanted::All => !inner.items.is_empty(),
-            Wanted::Notices => inner.joined + inner.removed > 0 && inner.items.any(is_notice),
+            Wanted::Notices => inner.joined > 0 && inner.items.any(is_notice),
             Wanted::None => false,
         };
         if filled || !inner.answers.is_empty() {
@@ -247,7 +245,7 @@ pub enum Wanted {
 
 /// What goes out although the client has asked for no events.
 fn is_notice(item: &Item) -> bool {
-    matches!(item, Item::Removed { .. } | Item::Joined { .. } | Item::Overrun)
+    matches!(item, Item::Joined { .. } | Item::Overrun)
 }
 
 /// Wakes the session once it waits; the lock is released first.
@@ -269,13 +267,13 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_wants_no_events_still_hears_that_a_subscription_ended() {
+    fn a_client_that_wants_no_events_still_hears_of_threads_joined() {
         let outbox = Outbox::default();
         push(&outbox, 1, 1, None);
-        assert!(outbox.push_notice(Item::Removed { sub: 1 }));
-        assert!(matches!(outbox.pop_item(1, false), Some(Item::Removed { sub: 1 })));
-        assert!(outbox.pop_item(2, false).is_none());
-        assert!(matches!(outbox.pop_item(3, true), Some(Item::Event { sub: 1, .. })));
+        assert!(outbox.push_notice(Item::Joined { thread: "t".into(), before: 0 }));
+        assert!(matches!(outbox.pop_item(false), Some(Item::Joined { .. })));
+        assert!(outbox.pop_item(false).is_none());
+        assert!(matches!(outbox.pop_item(true), Some(Item::Event { sub: 1, .. })));
     }
 
     #[test]
@@ -286,8 +284,8 @@ mod tests {
         assert!(outbox.push_event(1, &event));
         assert!(!outbox.push_signal(1, &"{}".into()));
         assert!(outbox.push_event(1, &event), "there is room for events");
-        assert!(matches!(outbox.pop_item(1, true), Some(Item::Event { .. })));
-        assert!(matches!(outbox.pop_item(2, true), Some(Item::Event { .. })));
-        assert!(outbox.pop_item(3, true).is_none());
+        assert!(matches!(outbox.pop_item(true), Some(Item::Event { .. })));
+        assert!(matches!(outbox.pop_item(true), Some(Item::Event { .. })));
+        assert!(outbox.pop_item(true).is_none());
     }
 }

@@ -128,6 +128,13 @@ impl Sessions {
         }
     }
 
+    /// The user is no longer a member of a thread: its sessions look whether they may read it. `user` is `tenant/user`.
+    pub fn tell_left(&self, user: &str, thread: &str) {
+        for outbox in self.outboxes_of(user) {
+            outbox.push_answer(Answer::Left { thread: thread.into() });
+        }
+    }
+
     fn outboxes_of(&self, user: &str) -> Vec<Arc<Outbox>> {
         let open = self.lock();
         let ids = open.by_user.get(user).into_iter().flatten();

@@ -14,7 +14,7 @@ struct Waiting<T> {
     /// What concerns no subscription goes before everything that came after it.
     sub: Option<SubId>,
     /// An event's class of priority; what is none goes with the events around it.
-    class: Option<usize>,
+    class: Option<u8>,
     item: T,
 }
 
@@ -22,11 +22,13 @@ struct Waiting<T> {
 pub struct Turns<T> {
     waiting: VecDeque<Waiting<T>>,
     classes: [usize; Priority::CLASSES],
+    /// Turns taken so far.
+    taken: u32,
 }
 
 impl<T> Default for Turns<T> {
     fn default() -> Turns<T> {
-        Turns { waiting: VecDeque::new(), classes: [0; Priority::CLASSES] }
+        Turns { waiting: VecDeque::new(), classes: [0; Priority::CLASSES], taken: 0 }
     }
 }
 
@@ -35,7 +37,7 @@ impl<T> Turns<T> {
         if let Some(class) = class {
             self.classes[class] += 1;
         }
-        self.waiting.push_back(Waiting { sub, class, item });
+        self.waiting.push_back(Waiting { sub, class: class.map(|class| class as u8), item });
     }
 
     pub fn is_empty(&self) -> bool {
@@ -47,9 +49,10 @@ impl<T> Turns<T> {
         self.classes.iter().position(|waiting| *waiting > 0)
     }
 
-    /// Takes what has the `turn`; turns are counted by the caller.
-    pub fn pop(&mut self, turn: u32) -> Option<T> {
-        self.remove(self.next(turn))
+    /// Takes what has the turn.
+    pub fn pop(&mut self) -> Option<T> {
+        self.taken = self.taken.wrapping_add(1);
+        self.remove(self.next(self.taken))
     }
 
     /// Takes the first that fits, past all others.
@@ -81,6 +84,10 @@ impl<T> Turns<T> {
     }
 
     fn next(&self, turn: u32) -> usize {
+        // What is no event has no class by which its turn would come.
+        if self.waiting.front().is_none_or(|front| front.class.is_none()) {
+            return 0;
+        }
         let mut classes = (0..Priority::CLASSES).filter(|class| self.classes[*class] > 0);
         let (Some(highest), Some(lowest)) = (classes.next(), classes.next_back()) else { return 0 };
         let class = match turn % 8 {
@@ -88,14 +95,14 @@ impl<T> Turns<T> {
             4 => classes.next().unwrap_or(highest),
             _ => highest,
         };
-        let whose = self.waiting.iter().find(|it| it.class == Some(class)).and_then(|it| it.sub);
+        let whose = self.waiting.iter().find(|it| it.class == Some(class as u8)).and_then(|it| it.sub);
         self.waiting.iter().position(|it| it.sub.is_none() || it.sub == whose).unwrap_or(0)
     }
 
     fn remove(&mut self, at: usize) -> Option<T> {
         let taken = if at == 0 { self.waiting.pop_front() } else { self.waiting.remove(at) }?;
         if let Some(class) = taken.class {
-            self.classes[class] -= 1;
+            self.classes[usize::from(class)] -= 1;
         }
         if self.waiting.is_empty() && self.waiting.capacity() > 64 {
             // An idle session keeps no room for the burst that it once had.
@@ -120,7 +127,7 @@ mod tests {
     }
 
     fn drain(turns: &mut Turns<(SubId, u64)>) -> Vec<(SubId, u64)> {
-        (1..).map_while(|turn| turns.pop(turn)).collect()
+        std::iter::from_fn(|| turns.pop()).collect()
     }
 
     #[test]

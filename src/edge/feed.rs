@@ -68,19 +68,27 @@ impl Feed {
         self.credit != Some(0)
     }
 
+    /// The user left the thread: its subscription ends, with the reason; or goes on, if the user is back already.
+    pub fn left(&mut self, who: &Principal, thread: &str) -> Option<(String, Error)> {
+        self.subs.left(who, thread).map(|called| (called, no_member()))
+    }
+
     /// What of the outbox can be sent now.
     pub fn wanted(&self) -> Wanted {
-        match (self.gate_open(), self.may_send()) {
-            (false, _) => Wanted::None,
-            (true, true) => Wanted::All,
-            (true, false) => Wanted::Notices,
+        match (self.shut, self.gate_open() && self.may_send()) {
+            (true, _) => Wanted::None,
+            (false, true) => Wanted::All,
+            (false, false) => Wanted::Notices,
         }
     }
 
     /// The next thing to send.
     pub fn next(&mut self, who: &Principal) -> Option<Out> {
+        self.subs.paused = !self.may_send();
+        let out = self.next_of_both(who);
+        // What was looked at may have made more to read.
         self.subs.read_on(who, self.credit);
-        let out = self.next_of_both(who)?;
+        let out = out?;
         if matches!(out, Out::Event { .. }) {
             self.deliveries.increment(1);
             self.credit = self.credit.map(|credit| credit.saturating_sub(1));
@@ -92,12 +100,12 @@ impl Feed {
         self.turn = self.turn.wrapping_add(1);
         if self.subs.has_replay(self.may_send())
             && self.replay_first()
-            && let Some(out) = self.next_replayed(who)
+            && let Some(out) = self.next_replayed()
         {
             return Some(out);
         }
         // What comes live may change what there is to replay.
-        self.next_live(who).or_else(|| self.next_replayed(who))
+        self.next_live(who).or_else(|| self.next_replayed())
     }
 
     /// The higher priority first, but for one turn in eight; in turn when they are equal.
@@ -108,15 +116,13 @@ impl Feed {
         }
     }
 
-    fn next_replayed(&mut self, who: &Principal) -> Option<Out> {
-        let replayed = self.subs.next_replayed(self.turn, self.may_send())?;
-        self.subs.read_on(who, self.credit);
-        Some(replayed.into())
+    fn next_replayed(&mut self) -> Option<Out> {
+        self.subs.next_replayed(self.may_send()).map(Out::from)
     }
 
     fn next_live(&mut self, who: &Principal) -> Option<Out> {
-        while self.gate_open() {
-            match self.outbox.pop_item(self.turn, self.may_send())? {
+        while !self.shut {
+            match self.outbox.pop_item(self.gate_open() && self.may_send())? {
                 Item::Event { sub, event } => {
                     if let Some(ready) = self.subs.live_event(who, sub, &event) {
                         return Some(ready.into());
@@ -128,11 +134,6 @@ impl Feed {
                     }
                 }
                 Item::Lagged { sub } => self.subs.lagged(who, sub),
-                Item::Removed { sub } => {
-                    if let Some(thread) = self.subs.drop_sub(sub) {
-                        return Some(Out::Ended { thread, error: no_member() });
-                    }
-                }
                 Item::Overrun => self.overrun = true,
                 Item::Joined { thread, before } => {
                     // A failure here is one of the store; the thread is there again when the client resumes.

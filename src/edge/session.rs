@@ -108,6 +108,8 @@ pub struct Session {
     pub(super) backlog: VecDeque<Box<RawValue>>,
     /// The `subscribe` that waits for the list of threads, or for the places of a new durable subscription.
     pub(super) waiting: Option<Waiting>,
+    /// How often places have been written, so that late answers are known as such.
+    pub(super) placings: u32,
     pub(super) reads: usize,
     pub(super) dirty: bool,
     pub(super) draining: bool,
@@ -147,6 +149,7 @@ impl Session {
             in_flight: 0,
             backlog: VecDeque::new(),
             waiting: None,
+            placings: 0,
             reads: 0,
             dirty: false,
             draining: false,
@@ -226,6 +229,9 @@ impl Session {
         }
         if self.ws.get_ref().flooded() {
             return Poll::Ready(Wake::Stop(close(4005, "a flood of frames that carry nothing")));
+        }
+        if self.feed.overrun {
+            return Poll::Ready(Wake::Stop(close(4001, "more threads were joined than could be noted: resume")));
         }
         let reading = self.may_read();
         if reading && self.reads < READS_PER_TURN {
@@ -374,7 +380,14 @@ impl Session {
             match answer {
                 Answer::Publish { id, thread, verdict } => self.on_verdict(id, &thread, verdict),
                 Answer::Threads(threads) => self.on_threads(threads),
-                Answer::Placed(placed) => self.on_placed(placed),
+                Answer::Placed { attempt, placed } => self.on_placed(attempt, placed),
+                Answer::Left { thread } => {
+                    if let Some(who) = &self.who
+                        && let Some((thread, error)) = self.feed.left(who, &thread)
+                    {
+                        self.answers.push_back(text(error_frame(None, Some(&thread), &error)));
+                    }
+                }
                 Answer::Drain { retry_after_ms } => {
                     self.draining = true;
                     self.retry_after_ms = retry_after_ms;
@@ -394,9 +407,6 @@ impl Session {
                     }
                 }
             }
-        }
-        if self.feed.overrun {
-            return Err(close(4001, "more threads were joined than could be noted: resume"));
         }
         if self.draining && self.in_flight == 0 && self.batch.is_empty() {
             let reason = format!(r#"{{"reason":"draining","retry_after_ms":{}}}"#, self.retry_after_ms);

@@ -77,6 +77,11 @@ pub fn open(it: &Request, thread: &str) -> Result<Response, Error> {
     Ok(reply)
 }
 
+/// The event in one line. Between JSON's tokens a carriage return is white space, to this format it ends a line.
+fn line(frame: &str) -> String {
+    without_type(frame).replace(['\r', '\n'], " ")
+}
+
 /// The events of one thread, until the right to read it ends, or the server.
 struct Thread {
     ctx: Arc<Context>,
@@ -104,7 +109,7 @@ impl Stream for Thread {
             }
             match this.feed.next(&this.who) {
                 Some(Out::Event { seq, frame }) => {
-                    return Poll::Ready(Some(Ok(Event::default().id(seq.to_string()).data(without_type(&frame)))));
+                    return Poll::Ready(Some(Ok(Event::default().id(seq.to_string()).data(line(&frame)))));
                 }
                 // Where the replay ends and whether it fell behind makes no difference to who only listens.
                 Some(Out::Notice(_)) => continue,
@@ -138,6 +143,10 @@ impl Thread {
             Answer::Drain { retry_after_ms } => {
                 self.ended = true;
                 Some(Event::default().retry(Duration::from_millis(retry_after_ms)).comment("the server is going down"))
+            }
+            Answer::Left { thread } => {
+                let (_, error) = self.feed.left(&self.who, &thread)?;
+                Some(self.end(&error))
             }
             Answer::Revoked => {
                 let refused = self.ctx.check_revoked(&self.who).err()?;

@@ -27,7 +27,7 @@ pub(super) enum Waiting {
     /// The list of threads is read.
     Threads(All),
     /// The places of a new durable subscription are written.
-    Places(Begin),
+    Places(Box<Begin>),
 }
 
 /// A `subscribe` to all threads.
@@ -52,6 +52,8 @@ pub(super) struct Begin {
     wanted: Vec<Wanted>,
     /// Threads that `after` names and the user does not have.
     unknown: Vec<String>,
+    /// Written last: that the durable subscription to all threads is there.
+    marker: Option<ReceiptNote>,
 }
 
 impl Session {
@@ -100,6 +102,7 @@ impl Session {
             recovered,
             wanted: vec![wanted],
             unknown: Vec::new(),
+            marker: None,
         };
         self.keep_places(&who, begin, fresh.into_iter().collect())
     }
@@ -150,21 +153,25 @@ impl Session {
     }
 
     /// A new durable subscription begins once its places are kept: otherwise what comes before a crash would be missed.
-    fn keep_places(&mut self, who: &Principal, begin: Begin, notes: Vec<ReceiptNote>) -> Result<(), Error> {
+    fn keep_places(&mut self, who: &Principal, mut begin: Begin, mut notes: Vec<ReceiptNote>) -> Result<(), Error> {
+        if notes.is_empty() {
+            notes.extend(begin.marker.take());
+        }
         if notes.is_empty() {
             self.begin_subscription(who, begin);
             return Ok(());
         }
-        self.wait_for(Waiting::Places(begin));
-        let left = Arc::new(AtomicUsize::new(notes.len()));
+        self.wait_for(Waiting::Places(Box::new(begin)));
+        self.placings = self.placings.wrapping_add(1);
+        let (attempt, left) = (self.placings, Arc::new(AtomicUsize::new(notes.len())));
         for note in notes {
             let (outbox, left) = (self.feed.outbox.clone(), left.clone());
             let reply: Reply = Box::new(move |verdict| {
                 let last = left.fetch_sub(1, Ordering::AcqRel) == 1;
                 match verdict {
-                    Ok(_) if last => outbox.push_answer(Answer::Placed(Ok(()))),
+                    Ok(_) if last => outbox.push_answer(Answer::Placed { attempt, placed: Ok(()) }),
                     Ok(_) => {}
-                    Err(error) => outbox.push_answer(Answer::Placed(Err(error))),
+                    Err(error) => outbox.push_answer(Answer::Placed { attempt, placed: Err(error) }),
                 }
             });
             self.batch.push(self.ctx.submit.prepare_record(note.id, note.record(), reply));
@@ -172,23 +179,21 @@ impl Session {
         Ok(())
     }
 
-    pub(super) fn on_placed(&mut self, placed: Result<(), Error>) {
+    pub(super) fn on_placed(&mut self, attempt: u32, placed: Result<(), Error>) {
         // After a first refusal nobody waits for the others.
-        if !matches!(self.waiting, Some(Waiting::Places(_))) {
+        if attempt != self.placings || !matches!(self.waiting, Some(Waiting::Places(_))) {
             return;
         }
         let (Some(Waiting::Places(begin)), Some(who)) = (self.waiting.take(), self.who.clone()) else {
             return;
         };
         self.feed.shut = false;
-        match placed {
-            Ok(()) => self.begin_subscription(&who, begin),
-            Err(error) => {
-                if begin.called == ALL {
-                    self.feed.subs.unfollow_all();
-                }
-                self.refuse(Some(begin.id), &error);
+        let (id, all) = (begin.id, begin.called == ALL);
+        if let Err(error) = placed.and_then(|()| self.keep_places(&who, *begin, Vec::new())) {
+            if all {
+                self.feed.subs.unfollow_all();
             }
+            self.refuse(Some(id), &error);
         }
     }
 
@@ -229,9 +234,7 @@ impl All {
         let (mut heads, mut cursors) = (BTreeMap::new(), BTreeMap::new());
         let (mut wanted, mut notes) = (Vec::new(), Vec::new());
         let name = self.following.name.as_deref();
-        if let Some(name) = name.filter(|_| self.fresh) {
-            notes.push(first_note(who, ALL, name, 0));
-        }
+        let marker = name.filter(|_| self.fresh).map(|name| first_note(who, ALL, name, 0));
         for found in threads {
             let cursor = self.cursor(&found).map_err(|error| error.at(format!("after.{}", found.thread)))?;
             if let Some(name) = name.filter(|_| found.receipt.is_none()) {
@@ -255,6 +258,7 @@ impl All {
             recovered: self.recovered,
             wanted,
             unknown,
+            marker,
         };
         Ok((begin, notes))
     }

@@ -256,6 +256,7 @@ async fn append(
     grant: Grant,
 ) -> Result<Published, Error> {
     let data = raw(data);
+    it.ctx.limits.append(&who.tenant, data.get().len())?;
     let event = draft(&who.tenant, &who.user, thread, kind, &data);
     it.ctx.submit.publish(&Draft { event, grant, traceparent: traceparent(&it.headers)? }).await
 }
@@ -432,6 +433,7 @@ pub async fn receipts(it: Request, thread: &str) -> Result<Reply, Error> {
                 receipts.push(ReceiptItem { user, name, seq: row.acked, at: clock::rfc3339(row.at) });
             }
         }
+        it.ctx.may_read(&who, &thread)?;
         Ok(json(StatusCode::OK, &Receipts { thread: called, head, receipts }))
     })
     .await

@@ -187,13 +187,7 @@ impl Notes {
         let old = old.unwrap_or_default();
         let (sent, attempts) =
             if note.place < old.place { (old.sent, old.attempts) } else { (note.sent, note.attempts) };
-        let row = ReceiptRow {
-            place: note.place.max(old.place),
-            acked: note.acked.max(old.acked),
-            sent,
-            attempts,
-            at: at.max(old.at),
-        };
+        let row = ReceiptRow { place: note.place.max(old.place), acked: note.acked.max(old.acked), sent, attempts, at };
         batch.put_receipt(&note.tenant, &note.thread, &note.user, &note.name, &row);
         self.receipts.insert(key, row);
         Ok(note.id)

@@ -1,6 +1,6 @@
 //! From the store to the live feed.
 
-use super::{POSITION_EVERY, Ready, Stage, Step, Subscription, Subscriptions};
+use super::{POSITION_EVERY, Ready, Stage, Step, Subscriptions};
 use crate::access;
 use crate::error::{Code, Error};
 use crate::identity::Principal;
@@ -46,9 +46,9 @@ impl Subscriptions {
     }
 
     /// The next frame from the store.
-    pub fn next_replayed(&mut self, turn: u32, events: bool) -> Option<Ready> {
+    pub fn next_replayed(&mut self, events: bool) -> Option<Ready> {
         loop {
-            let step = if events { self.replay.pop(turn) } else { self.replay.pop_in_order(is_notice) };
+            let step = if events { self.replay.pop() } else { self.replay.pop_in_order(is_notice) };
             match step? {
                 Step::Event { id, seq, frame } => {
                     self.replay_bytes -= frame.len();
@@ -59,10 +59,8 @@ impl Subscriptions {
                 }
                 Step::Notice { id, frame } if self.by_id.contains_key(&id) => return Some(Ready::Notice(frame)),
                 Step::Notice { .. } => {}
-                Step::Position(id) => {
-                    let skipped =
-                        self.by_id.get_mut(&id).filter(|sub| sub.filter.as_ref().is_some_and(|it| it.skipped));
-                    if let Some(frame) = skipped.and_then(Subscription::position) {
+                Step::Position { id, seq } => {
+                    if let Some(frame) = self.by_id.get_mut(&id).and_then(|sub| sub.position(seq)) {
                         return Some(Ready::Notice(frame));
                     }
                 }
@@ -77,15 +75,14 @@ impl Subscriptions {
 
     /// The step is reached: the gate opens for this subscription.
     fn live(&mut self, id: SubId) -> Option<Utf8Bytes> {
-        let sub = self.by_id.get_mut(&id)?;
-        if matches!(sub.stage, Stage::Seam { .. }) {
-            self.seams -= 1;
-        }
+        // One that was detached meanwhile is on its way once more.
+        let sub = self.by_id.get_mut(&id).filter(|sub| matches!(sub.stage, Stage::Seam { .. }))?;
+        self.seams -= 1;
         sub.stage = Stage::Live;
-        if let Some(filter) = &mut sub.filter {
+        let announced = std::mem::replace(&mut sub.announce, false);
+        if let Some(filter) = sub.filter.as_mut().filter(|_| announced) {
             filter.skipped = false;
         }
-        let announced = std::mem::replace(&mut sub.announce, false);
         announced.then(|| ServerFrame::CaughtUp { thread: sub.called(), seq: sub.cursor }.encode().into())
     }
 
@@ -104,11 +101,8 @@ impl Subscriptions {
     }
 
     fn take(&mut self, who: &Principal, id: SubId, events: Vec<StoredEvent>) -> Result<(), Error> {
-        if !self.by_id.contains_key(&id) {
-            return Ok(());
-        }
-        if events.is_empty() {
-            // Something to read was the reason to read.
+        let Some(sub) = self.by_id.get(&id) else { return Ok(()) };
+        if events.is_empty() && self.ctx.store.head(&who.tenant, &sub.thread)? > sub.cursor {
             return Err(Error::new(Code::Internal, "the store lacks events that it should have"));
         }
         self.replayed.increment(events.len() as u64);
@@ -119,6 +113,11 @@ impl Subscriptions {
         }
         let Some(sub) = self.by_id.get_mut(&id) else { return Ok(()) };
         match sub.stage {
+            // While the client wants nothing, the others need not wait for this one's seam.
+            Stage::Seam { to } if sub.cursor < to && self.paused => {
+                self.detach(id);
+                self.enqueue(who, id);
+            }
             Stage::Seam { to } if sub.cursor < to => self.queue[0].push_front(id),
             Stage::Seam { .. } => self.replay.push(Some(id), None, Step::Live(id)),
             Stage::Behind => self.approach(who, id)?,
@@ -130,6 +129,9 @@ impl Subscriptions {
     /// `false` if the subscription takes no more now.
     fn take_one(&mut self, who: &Principal, id: SubId, event: StoredEvent) -> bool {
         let Some(sub) = self.by_id.get_mut(&id) else { return false };
+        if event.seq <= sub.cursor {
+            return true;
+        }
         if !sub.wants(&event.kind) {
             sub.cursor = event.seq;
             if let Some(filter) = &mut sub.filter {
@@ -140,8 +142,12 @@ impl Subscriptions {
             }
             return true;
         }
-        if let Some(confirm) = sub.unconfirmed(event.seq) {
-            if confirm.exhausted() && confirm.oldest().is_none() {
+        if let Some(confirm) = sub.confirm() {
+            if confirm.has(event.seq) {
+                sub.cursor = event.seq;
+                return true;
+            }
+            if confirm.oldest().is_none() && confirm.exhausted(event.seq) {
                 self.bury(who, id, event.seq);
                 return false;
             }
@@ -170,7 +176,8 @@ impl Subscriptions {
         }
         let mut head = self.ctx.store.head(&who.tenant, &sub.thread)?;
         // Far behind there is no use in attaching: the outbox would only overflow.
-        if head <= sub.cursor + room as u64 {
+        let near = head <= sub.cursor + room as u64;
+        if near && (head <= sub.cursor || !self.paused) {
             self.ctx.hub.attach(&sub.key, &self.outbox, id, &who.user, access::reads_by_scope(who.scopes));
             // Looked up after attaching: what is committed from here on comes through the hub, a removal too.
             sub.stage = Stage::Seam { to: sub.cursor };
@@ -243,5 +250,5 @@ impl Subscriptions {
 
 /// Notices go out also while no events may.
 fn is_notice(step: &Step) -> bool {
-    matches!(step, Step::Notice { .. } | Step::Position(_) | Step::Live(_))
+    matches!(step, Step::Notice { .. } | Step::Position { .. } | Step::Live(_))
 }

@@ -34,6 +34,10 @@ pub struct Confirm {
     again: (u64, u32),
     /// When the oldest must have been acknowledged.
     deadline: Option<Instant>,
+    /// The round begins behind this seq.
+    behind: u64,
+    /// The newest seq that this session's client has acknowledged.
+    acked: u64,
 }
 
 impl Confirm {
@@ -43,7 +47,7 @@ impl Confirm {
         if receipt.sent > place && receipt.place == place {
             confirm.attempts = receipt.attempts.max(1);
         }
-        confirm.restart();
+        confirm.restart(place);
         confirm
     }
 
@@ -69,17 +73,21 @@ impl Confirm {
         (seq <= until).then_some(attempt)
     }
 
-    /// All events up to `seq` are acknowledged; whether that is news.
-    pub fn ack(&mut self, seq: u64, now: Instant) -> bool {
+    /// All events up to `seq` are acknowledged, also those that are still to come.
+    pub fn ack(&mut self, seq: u64, now: Instant) {
+        self.acked = self.acked.max(seq);
         let before = self.window.len();
         while self.window.pop_front_if(|oldest| *oldest <= seq).is_some() {}
-        if self.window.len() == before {
-            return false;
+        if self.window.len() < before || (before == 0 && seq > self.behind) {
+            let waits = self.window.front().is_some_and(|oldest| *oldest <= self.out);
+            self.attempts = u32::from(waits);
+            self.deadline = waits.then_some(now + ACK_WITHIN);
         }
-        let waits = self.window.front().is_some_and(|oldest| *oldest <= self.out);
-        self.attempts = u32::from(waits);
-        self.deadline = waits.then_some(now + ACK_WITHIN);
-        true
+    }
+
+    /// Whether the client has said that it has the event.
+    pub fn has(&self, seq: u64) -> bool {
+        seq <= self.acked
     }
 
     /// When the oldest event must have been acknowledged, if it is out.
@@ -87,27 +95,28 @@ impl Confirm {
         self.deadline
     }
 
-    /// The oldest event, after the last attempt.
-    pub fn exhausted(&self) -> bool {
-        self.attempts >= ATTEMPTS
+    /// Whether this event, the oldest, has had its last attempt.
+    pub fn exhausted(&self, seq: u64) -> bool {
+        self.attempts >= ATTEMPTS && seq <= self.sent
     }
 
     pub fn oldest(&self) -> Option<u64> {
         self.window.front().copied()
     }
 
-    /// The next round begins behind what is acknowledged. Returns the longest pause before it.
-    pub fn restart(&mut self) -> Duration {
+    /// The next round begins behind `seq`. Returns the longest pause before it.
+    pub fn restart(&mut self, seq: u64) -> Duration {
+        self.behind = seq;
         self.window.clear();
         (self.out, self.deadline) = (0, None);
         self.again = (self.sent, self.attempts.max(1) + 1);
         BACKOFF * 2u32.pow(self.attempts.clamp(1, ATTEMPTS) - 1)
     }
 
-    /// The oldest event is given up: the one behind it is the oldest now, and was sent along with it.
-    pub fn give_up(&mut self) {
-        self.attempts = 1;
-        self.restart();
+    /// The event is given up: the one behind it is the oldest now, and may have been sent along with it.
+    pub fn give_up(&mut self, seq: u64) {
+        self.attempts = u32::from(self.sent > seq);
+        self.restart(seq);
     }
 
     /// The newest seq sent, and how often the oldest was, as a receipt keeps them.
@@ -137,11 +146,11 @@ mod tests {
     async fn a_round_begins_again_at_the_oldest_and_says_which_attempt_it_is() {
         let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
         assert_eq!(sent(&mut confirm, 1..=3, now), [None; 3]);
-        assert!(confirm.ack(1, now));
+        confirm.ack(1, now);
         assert_eq!((confirm.oldest(), confirm.deadline()), (Some(2), Some(now + ACK_WITHIN)));
-        confirm.restart();
+        confirm.restart(1);
         assert_eq!(sent(&mut confirm, 2..=4, now), [Some(2), Some(2), None]);
-        confirm.restart();
+        confirm.restart(1);
         assert_eq!(sent(&mut confirm, 2..=4, now), [Some(3), Some(3), Some(3)]);
     }
 
@@ -150,13 +159,13 @@ mod tests {
         let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
         for _ in 0..4 {
             sent(&mut confirm, 1..=2, now);
-            confirm.restart();
+            confirm.restart(0);
         }
         sent(&mut confirm, 1..=2, now);
-        assert!(confirm.exhausted());
-        assert!(confirm.ack(1, now) && !confirm.exhausted());
-        assert!(!confirm.ack(1, now), "known already");
-        confirm.restart();
+        assert!(confirm.exhausted(1));
+        confirm.ack(1, now);
+        assert!(!confirm.exhausted(2));
+        confirm.restart(1);
         assert_eq!(sent(&mut confirm, 2..=2, now), [Some(2)]);
     }
 
@@ -176,13 +185,25 @@ mod tests {
     async fn what_is_given_up_leaves_the_next_one_its_own_attempts() {
         let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
         for _ in 0..5 {
-            confirm.restart();
+            confirm.restart(0);
             sent(&mut confirm, 1..=2, now);
         }
-        assert!(confirm.exhausted());
-        confirm.give_up();
+        assert!(confirm.exhausted(1));
+        confirm.give_up(1);
         assert_eq!(sent(&mut confirm, 2..=3, now), [Some(2), None]);
-        assert!(!confirm.exhausted());
+        assert!(!confirm.exhausted(2));
+        confirm.give_up(3);
+        assert_eq!(confirm.progress().1, 0, "what was never sent had no attempt");
+    }
+
+    #[tokio::test]
+    async fn an_ack_between_two_rounds_counts() {
+        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        sent(&mut confirm, 1..=3, now);
+        confirm.restart(0);
+        confirm.ack(3, now);
+        assert!(confirm.has(3) && !confirm.has(4));
+        assert_eq!((confirm.progress().1, confirm.deadline()), (0, None));
     }
 
     #[tokio::test]
@@ -190,7 +211,7 @@ mod tests {
         let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
         sent(&mut confirm, 1..=WINDOW as u64, now);
         assert_eq!(confirm.room(), 0);
-        assert!(confirm.ack(WINDOW as u64, now));
+        confirm.ack(WINDOW as u64, now);
         assert_eq!((confirm.room(), confirm.deadline()), (WINDOW, None));
     }
 }

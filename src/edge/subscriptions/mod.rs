@@ -63,8 +63,11 @@ enum Step {
         id: SubId,
         frame: Utf8Bytes,
     },
-    /// How far events were left out, as it is then.
-    Position(SubId),
+    /// How far events were left out.
+    Position {
+        id: SubId,
+        seq: u64,
+    },
     /// All before the live feed is sent.
     Live(SubId),
 }
@@ -146,6 +149,8 @@ pub struct Subscriptions {
     replay_bytes: usize,
     /// Whose receipts have changed.
     dirty: Vec<SubId>,
+    /// The client wants no events now.
+    pub paused: bool,
     /// Nothing is due earlier.
     due: Option<Instant>,
     replayed: Counter,
@@ -169,6 +174,7 @@ impl Subscriptions {
             replay: Turns::default(),
             replay_bytes: 0,
             dirty: Vec::new(),
+            paused: false,
             due: None,
             replayed: telemetry::replayed_events(),
             redeliveries: telemetry::redeliveries(),
@@ -322,6 +328,24 @@ impl Subscriptions {
         lost.into_iter().filter_map(|(id, error)| Some((self.drop_sub(id)?, error))).collect()
     }
 
+    /// The user left the thread: its subscription ends and is returned as the client calls it. A user that is back already
+    /// reads on from the store, since the hub has forgotten the subscription.
+    pub fn left(&mut self, who: &Principal, thread: &str) -> Option<String> {
+        let id = *self.by_thread.get(thread)?;
+        if access::reads_by_scope(who.scopes) {
+            return None;
+        }
+        if self.ctx.may_read(who, thread).is_err() {
+            return self.drop_sub(id);
+        }
+        let sub = self.by_id.get(&id)?;
+        if matches!(sub.stage, Stage::Live | Stage::Seam { .. }) {
+            self.detach(id);
+            self.enqueue(who, id);
+        }
+        None
+    }
+
     /// Leaves nothing of the session behind but its receipts.
     pub fn close(&mut self) {
         self.unfollow();
@@ -355,11 +379,19 @@ impl Subscriptions {
             self.lagged(who, id);
             return None;
         }
+        if sub.is_plain() {
+            sub.cursor = event.seq;
+            return Some(Ready::Event { seq: event.seq, frame: event.frame.clone() });
+        }
         if !sub.wants(&event.kind) {
             sub.cursor = event.seq;
             return self.left_out(id).map(Ready::Notice);
         }
-        if let Some(confirm) = sub.unconfirmed(event.seq) {
+        if let Some(confirm) = sub.confirm() {
+            if confirm.has(event.seq) {
+                sub.cursor = event.seq;
+                return None;
+            }
             if confirm.room() == 0 {
                 self.detach(id);
                 self.hold(id, None);
@@ -381,7 +413,7 @@ impl Subscriptions {
     /// The frame as this subscription's client gets it, now.
     fn dress(&mut self, id: SubId, seq: u64, frame: &Utf8Bytes) -> Option<Utf8Bytes> {
         let sub = self.by_id.get_mut(&id)?;
-        if let Some(filter) = &mut sub.filter {
+        if let Some(filter) = sub.filter.as_mut().filter(|_| sub.cursor == seq) {
             filter.skipped = false;
         }
         let mut frame = sub.rename(frame.clone());
@@ -403,7 +435,7 @@ impl Subscriptions {
         filter.skipped = true;
         let due = filter.told + POSITION_EVERY;
         if due <= Instant::now() {
-            return sub.position();
+            return sub.position(sub.cursor);
         }
         self.note_due(Some(due));
         None
@@ -439,17 +471,18 @@ impl Subscription {
         self.receipt.as_mut()?.confirm.as_mut()
     }
 
-    /// What watches over the event's acknowledgement, unless the client has said before that it has it.
-    fn unconfirmed(&mut self, seq: u64) -> Option<&mut confirm::Confirm> {
-        self.receipt.as_mut().filter(|receipt| !receipt.has(seq))?.confirm.as_mut()
+    /// Whether frames go out as they are, and nothing is kept about them.
+    fn is_plain(&self) -> bool {
+        self.filter.is_none() && self.receipt.is_none() && self.called.is_none()
     }
 
-    fn position(&mut self) -> Option<Utf8Bytes> {
-        let cursor = self.cursor;
-        let filter = self.filter.as_mut()?;
-        filter.skipped = false;
+    /// Tells that events up to `seq` were left out, unless a frame behind it has told so.
+    fn position(&mut self, seq: u64) -> Option<Utf8Bytes> {
+        let all = self.cursor == seq;
+        let filter = self.filter.as_mut().filter(|filter| filter.skipped)?;
+        filter.skipped = !all;
         filter.told = Instant::now();
-        Some(ServerFrame::Position { thread: self.called(), seq: cursor }.encode().into())
+        Some(ServerFrame::Position { thread: self.called(), seq }.encode().into())
     }
 }
 

@@ -68,11 +68,6 @@ impl Receipt {
         self.acked = self.acked.max(row.acked);
     }
 
-    /// Whether the client has said that it has the event.
-    pub(super) fn has(&self, seq: u64) -> bool {
-        seq <= self.acked
-    }
-
     fn note(&self, who: (&str, &str), thread: &str) -> ReceiptNote {
         let (sent, attempts) = self.confirm.as_ref().map_or((0, 0), Confirm::progress);
         // What was sent without a name is nobody's to resume.
@@ -91,6 +86,9 @@ impl Receipt {
         }
     }
 }
+
+/// What is due is looked at no more often.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// The record that a durable subscription begins with in a thread.
 pub fn first_note(who: &Principal, thread: &str, name: &str, place: u64) -> ReceiptNote {
@@ -195,6 +193,9 @@ impl Subscriptions {
             && let Some((tenant, _)) = sub.key.split_once('/')
             && let Some(user) = &self.user
         {
+            if let Ok(Some(row)) = self.ctx.store.receipt(tenant, &sub.thread, user, &receipt.name) {
+                receipt.hear_of(&row);
+            }
             let note = receipt.note((tenant, user), &sub.thread);
             // Nobody is left to hear of it.
             let last = self.ctx.submit.prepare_record(note.id, note.record(), Box::new(drop));
@@ -214,6 +215,7 @@ impl Subscriptions {
             self.retry_receipt(id);
             self.look_after(who, id, now);
         }
+        self.due = self.due.map(|due| due.max(now + LOOK_EVERY));
     }
 
     fn tell_position(&mut self, id: SubId, now: Instant) {
@@ -223,7 +225,8 @@ impl Subscriptions {
         if due > now {
             self.note_due(Some(due));
         } else {
-            self.replay.push(Some(id), None, Step::Position(id));
+            let seq = sub.cursor;
+            self.replay.push(Some(id), None, Step::Position { id, seq });
         }
     }
 
@@ -255,7 +258,7 @@ impl Subscriptions {
         let Some(confirm) = self.by_id.get_mut(&id).and_then(|sub| sub.confirm()) else { return };
         match (confirm.deadline(), confirm.oldest()) {
             (Some(deadline), _) if deadline > now => self.note_due(Some(deadline)),
-            (Some(_), Some(oldest)) if confirm.exhausted() => self.bury(who, id, oldest),
+            (Some(_), Some(oldest)) if confirm.exhausted(oldest) => self.bury(who, id, oldest),
             (Some(_), Some(oldest)) => self.begin_round(id, oldest, now),
             _ => {}
         }
@@ -267,7 +270,10 @@ impl Subscriptions {
         let Some(name) = sub.receipt.as_ref().map(|receipt| &receipt.name).filter(|name| !name.is_empty()) else {
             return;
         };
-        if let Ok(Some(row)) = self.ctx.store.receipt(&who.tenant, &sub.thread, &who.user, name) {
+        let known = sub.receipt.as_ref().map_or(0, |receipt| receipt.place);
+        if let Ok(Some(row)) = self.ctx.store.receipt(&who.tenant, &sub.thread, &who.user, name)
+            && row.place > known
+        {
             if let Some(receipt) = self.by_id.get_mut(&id).and_then(|sub| sub.receipt.as_mut()) {
                 receipt.hear_of(&row);
             }
@@ -277,20 +283,22 @@ impl Subscriptions {
 
     fn begin_round(&mut self, id: SubId, oldest: u64, now: Instant) {
         let Some(confirm) = self.by_id.get_mut(&id).and_then(|sub| sub.confirm()) else { return };
-        let pause = confirm.restart();
+        let pause = confirm.restart(oldest - 1);
         // Between half of the pause and all of it, so that many sessions do not come back at once.
         let pause = pause.mul_f64(0.5 + 0.5 * clock::random_share());
         self.redeliveries.increment(1);
         if let Some(id) = self.renumber(id, oldest - 1, Stage::Held { until: Some(now + pause) }) {
             self.note_due(Some(now + pause));
-            self.mark_dirty(id);
+            // Without a name there is nobody who could go on from there.
+            if self.by_id.get(&id).and_then(|sub| sub.receipt.as_ref()).is_some_and(|it| !it.name.is_empty()) {
+                self.mark_dirty(id);
+            }
         }
     }
 
     /// Nobody acknowledged the event: it becomes a dead letter, and the subscription waits until that is durable.
     pub(super) fn bury(&mut self, who: &Principal, id: SubId, seq: u64) {
-        self.detach(id);
-        self.hold(id, None);
+        let Some(id) = self.renumber(id, seq - 1, Stage::Held { until: None }) else { return };
         let Some(sub) = self.by_id.get_mut(&id) else { return };
         let Some(receipt) = &mut sub.receipt else { return };
         receipt.burying = Some(seq);
@@ -326,25 +334,21 @@ impl Subscriptions {
     pub fn buried(&mut self, who: &Principal, thread: &str, seq: u64, buried: bool) {
         let Some(id) = self.by_thread.get(thread).copied() else { return };
         let Some(sub) = self.by_id.get_mut(&id) else { return };
-        let cursor = sub.cursor;
         let Some(receipt) = sub.receipt.as_mut().filter(|receipt| receipt.burying == Some(seq)) else { return };
         receipt.burying = None;
         let Some(confirm) = &mut receipt.confirm else { return };
         if buried {
-            confirm.give_up();
-            // More may have been acknowledged meanwhile.
+            confirm.give_up(seq);
             receipt.place = receipt.place.max(seq);
-            let behind = receipt.place;
-            if let Some(id) = self.renumber(id, behind, Stage::Behind) {
+            if let Some(id) = self.renumber(id, seq, Stage::Behind) {
                 self.mark_dirty(id);
                 self.enqueue(who, id);
             }
         } else {
             // Read again, it is found exhausted again.
-            confirm.restart();
+            confirm.restart(seq - 1);
             let until = Instant::now() + RETRY_AFTER;
-            self.renumber(id, cursor.min(seq - 1), Stage::Held { until: Some(until) });
-            self.note_due(Some(until));
+            self.hold(id, Some(until));
         }
     }
 }

@@ -1,0 +1,372 @@
+//! Runs: what agents may do in which order, and what is told of it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use serde_json::{Value, json};
+
+use crate::on_both_logs;
+use crate::support::{LogKind, Server, Socket, eventually, token};
+
+const AGENT: &str = "publish subscribe agent";
+
+fn step(thread: &str, run: &str, kind: &str, data: Value) -> Value {
+    json!({"type": "publish", "thread": thread, "run": run, "kind": kind, "data": data})
+}
+
+/// One event of an agent, or of a person who talks to one.
+#[derive(Debug, Clone)]
+enum Act {
+    Start { parent: Option<usize> },
+    Think,
+    Call { call: usize },
+    Complete { call: usize },
+    Wait,
+    Resume,
+    AskToCancel,
+    End { kind: &'static str },
+}
+
+const RUNS: usize = 3;
+const ENDINGS: [&str; 3] = ["agent_completed", "agent_failed", "agent_cancelled"];
+
+impl Act {
+    fn event(&self) -> (&'static str, Value) {
+        match self {
+            Act::Start { parent: None } => ("agent_started", json!({"agent": "scout"})),
+            Act::Start { parent: Some(run) } => {
+                ("agent_started", json!({"agent": "scout", "parent_run": format!("r{run}")}))
+            }
+            Act::Think => ("agent_thinking", json!({})),
+            Act::Call { call } => ("tool_executing", json!({"tool": "map", "call": format!("c{call}")})),
+            Act::Complete { call } => ("tool_completed", json!({"call": format!("c{call}"), "result": 1})),
+            Act::Wait => ("agent_waiting", json!({"reason": "approval"})),
+            Act::Resume => ("agent_resumed", json!({"answer": "yes"})),
+            Act::AskToCancel => ("agent_cancel_requested", json!({})),
+            Act::End { kind: kind @ "agent_failed" } => (kind, json!({"code": "broken", "message": "it broke"})),
+            Act::End { kind } => (kind, json!({})),
+        }
+    }
+}
+
+fn acts() -> impl Strategy<Value = Vec<(usize, Act)>> {
+    let act = prop_oneof![
+        4 => prop::option::weighted(0.4, 0..RUNS).prop_map(|parent| Act::Start { parent }),
+        3 => Just(Act::Think),
+        4 => (0..2usize).prop_map(|call| Act::Call { call }),
+        4 => (0..2usize).prop_map(|call| Act::Complete { call }),
+        2 => Just(Act::Wait),
+        3 => Just(Act::Resume),
+        1 => Just(Act::AskToCancel),
+        2 => prop::sample::select(ENDINGS.to_vec()).prop_map(|kind| Act::End { kind }),
+    ];
+    prop::collection::vec((0..RUNS, act), 1..60)
+}
+
+/// The contract's table, written a second time.
+#[derive(Default)]
+struct Model {
+    runs: BTreeMap<usize, Run>,
+}
+
+#[derive(Default)]
+struct Run {
+    ended: bool,
+    waiting: bool,
+    answered: bool,
+    parent: Option<usize>,
+    begun: BTreeSet<usize>,
+    done: BTreeSet<usize>,
+}
+
+impl Model {
+    /// `published`, or the code of the refusal.
+    fn judge(&mut self, run: usize, act: &Act) -> &'static str {
+        let known = self.runs.contains_key(&run);
+        if let Act::Start { parent } = act {
+            let parent_open = parent.is_none_or(|parent| self.runs.get(&parent).is_some_and(|run| !run.ended));
+            if known || !parent_open {
+                return "run_order";
+            }
+            self.runs.insert(run, Run { parent: *parent, ..Run::default() });
+            return "published";
+        }
+        let children = self.runs.values().filter(|child| child.parent == Some(run) && !child.ended).count();
+        let Some(it) = self.runs.get_mut(&run) else { return "run_order" };
+        if let Act::Resume = act
+            && !it.waiting
+        {
+            return if it.answered { "conflict" } else { "run_order" };
+        }
+        let allowed = !it.ended
+            && match act {
+                Act::Call { call } => it.begun.insert(*call),
+                Act::Complete { call } => it.begun.contains(call) && it.done.insert(*call),
+                Act::Wait => !std::mem::replace(&mut it.waiting, true),
+                Act::Resume => {
+                    it.waiting = false;
+                    it.answered = true;
+                    true
+                }
+                Act::End { kind } => children == 0 && (*kind != "agent_completed" || it.begun == it.done),
+                _ => true,
+            };
+        if allowed && matches!(act, Act::End { .. }) {
+            it.ended = true;
+            it.waiting = false;
+        }
+        if allowed { "published" } else { "run_order" }
+    }
+}
+
+/// Plays the acts in one frame and holds each answer against the model; then the events, the refusals and the page of runs.
+async fn plays_as_the_model_says(server: &Server, thread: &str, acts: &[(usize, Act)]) {
+    let mut agent = server.connect_as("scout", AGENT).await;
+    let frame: Vec<Value> = (0..)
+        .zip(acts)
+        .map(|(id, (run, act))| {
+            let (kind, data) = act.event();
+            let mut command = step(thread, &format!("r{run}"), kind, data);
+            command["id"] = json!(id);
+            command
+        })
+        .collect();
+    agent.send(&Value::Array(frame)).await;
+    let mut answers: HashMap<u64, Value> = HashMap::new();
+    while answers.len() < acts.len() {
+        let answer = agent.recv().await;
+        answers.insert(answer["id"].as_u64().unwrap_or_else(|| panic!("{answer}")), answer);
+    }
+    let mut model = Model::default();
+    let (mut seq, mut refused) = (0, 0);
+    for (id, (run, act)) in (0..).zip(acts) {
+        let (expected, answer) = (model.judge(*run, act), &answers[&id]);
+        let said = if answer["type"] == "published" { "published" } else { answer["code"].as_str().unwrap() };
+        assert_eq!(said, expected, "{id}: {act:?} of r{run} in {acts:?}: {answer}");
+        match expected {
+            "published" => {
+                seq += 1;
+                assert_eq!(answer["seq"], seq, "seqs are dense over what is kept");
+            }
+            "run_order" => {
+                refused += 1;
+                assert!(answer["message"].as_str().unwrap().contains("expected"), "{answer}");
+            }
+            _ => {}
+        }
+    }
+    let letters = server
+        .http_with("GET", &format!("/v1/dead-letters?thread={thread}"), &token("root", "admin"), None, &[])
+        .await
+        .1;
+    assert_eq!(letters["items"].as_array().unwrap().len(), refused, "{letters}");
+    let (status, page) =
+        server.http_with("GET", &format!("/v1/threads/{thread}/runs"), &token("root", "admin"), None, &[]).await;
+    if seq == 0 {
+        assert_eq!(status, 404);
+        return;
+    }
+    let told: BTreeMap<&str, (bool, bool)> = page["runs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| (it["run"].as_str().unwrap(), (!it["ended"].is_null(), it["state"] == "waiting")))
+        .collect();
+    let names: Vec<String> = model.runs.keys().map(|run| format!("r{run}")).collect();
+    let expected = names.iter().map(|name| &**name).zip(model.runs.values().map(|run| (run.ended, run.waiting)));
+    assert_eq!(told, expected.collect());
+}
+
+fn check(log: LogKind, cases: u32) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let server = Server::start_unlimited(log);
+    let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
+    let thread = std::cell::Cell::new(0);
+    runner
+        .run(&acts(), |acts| {
+            thread.set(thread.get() + 1);
+            runtime.block_on(plays_as_the_model_says(&server, &format!("t{}", thread.get()), &acts));
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn every_event_of_an_agent_is_taken_or_refused_as_the_table_says() {
+    check(LogKind::embedded(), 96);
+}
+
+#[test]
+fn every_event_of_an_agent_is_taken_or_refused_as_the_table_says_on_kafka() {
+    check(LogKind::kafka(), 12);
+}
+
+on_both_logs!(of_several_answers_at_once_the_first_wins_on_every_node_and_after_a_kill, |log| async move {
+    let mut server = Server::start(log);
+    let mut agent = server.connect_as("scout", AGENT).await;
+    let people: Vec<String> = (0..8).map(|n| format!("person{n}")).collect();
+    let made = server.http("PUT", "/v1/threads/t", "scout", Some(json!({"members": people}))).await;
+    assert_eq!(made.0, 201);
+    for (kind, data) in [
+        ("agent_started", json!({"agent": "scout"})),
+        ("agent_waiting", json!({"reason": "approval", "prompt": "Pay?"})),
+    ] {
+        assert_eq!(agent.ask(step("t", "r", kind, data)).await["type"], "published");
+    }
+    let waiting = server.http("GET", "/v1/runs?state=waiting", "person0", None).await.1;
+    assert_eq!(
+        (&waiting["runs"][0]["run"], &waiting["runs"][0]["waiting"]["data"]["prompt"]),
+        (&json!("r"), &json!("Pay?")),
+        "{waiting}"
+    );
+    let mut answers = Vec::new();
+    for person in &people {
+        let mut socket = server.connect(person).await;
+        answers.push(async move {
+            let answer = socket.ask(step("t", "r", "agent_resumed", json!({"answer": "yes"}))).await;
+            (answer["type"].clone(), answer["code"].clone(), answer["message"].clone())
+        });
+    }
+    let answers = futures_util::future::join_all(answers).await;
+    let won: Vec<usize> = (0..answers.len()).filter(|n| answers[*n].0 == "published").collect();
+    assert_eq!(won.len(), 1, "{answers:?}");
+    let winner = &people[won[0]];
+    for (_, code, message) in answers.iter().filter(|(kind, ..)| kind != "published") {
+        assert_eq!(code, "conflict");
+        assert!(message.as_str().unwrap().contains(winner.as_str()), "{message} names {winner}");
+    }
+    server.kill();
+    server.up();
+    let ask = async || server.http("GET", "/v1/runs/r", "person0", None).await;
+    eventually("the run is there", async || ask().await.0 == 200).await;
+    let run = ask().await.1;
+    assert_eq!((&run["resumed"]["user"], &run["state"]), (&json!(winner), &json!("open")));
+});
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_comes_to_nothing_is_ended_once_and_a_question_whose_time_is_up_is_answered() {
+    let server = Server::start_with(LogKind::embedded(), &["--run-stalled-after", "1s"]);
+    let mut agent = server.connect_as("scout", AGENT).await;
+    let soon = weft::clock::rfc3339(weft::clock::now_ms() + 1_500);
+    for (run, kind, data) in [
+        ("idle", "agent_started", json!({"agent": "scout"})),
+        ("asks", "agent_started", json!({"agent": "scout"})),
+        ("asks", "agent_waiting", json!({"reason": "approval", "expires_at": soon})),
+        ("waits", "agent_started", json!({"agent": "scout"})),
+        ("waits", "agent_waiting", json!({"reason": "approval"})),
+    ] {
+        assert_eq!(agent.ask(step("t", run, kind, data)).await["type"], "published");
+    }
+    agent.subscribe("t", Some(5)).await;
+    let mut ends: Vec<Value> = agent.events(3).await;
+    ends.sort_by_key(|event| (event["run"].to_string(), event["seq"].as_u64()));
+    let told: Vec<_> = ends
+        .iter()
+        .map(|it| (it["run"].as_str().unwrap(), it["kind"].as_str().unwrap(), it["from"].as_str().unwrap()))
+        .collect();
+    // Once it was answered for, nobody went on with that run either.
+    assert_eq!(
+        told,
+        [("asks", "agent_resumed", "weft"), ("asks", "agent_failed", "weft"), ("idle", "agent_failed", "weft")]
+    );
+    assert_eq!((&ends[0]["data"]["answer"], &ends[0]["data"]["expired"]), (&Value::Null, &json!(true)));
+    assert_eq!(ends[2]["data"]["code"], "stalled");
+    let left = server.http("GET", "/v1/runs", "scout", None).await.1;
+    assert_eq!((left["runs"].as_array().unwrap().len(), &left["runs"][0]["run"]), (1, &json!("waits")), "{left}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_nodes_that_both_find_a_run_stalled_end_it_once() {
+    let log = LogKind::kafka();
+    let nodes = [(); 2].map(|()| Server::start_with(log.clone(), &["--run-stalled-after", "1s"]));
+    let mut agent = nodes[0].connect_as("scout", AGENT).await;
+    for run in 0..20 {
+        let started = agent.ask(step("t", &format!("r{run}"), "agent_started", json!({"agent": "scout"}))).await;
+        assert_eq!(started["type"], "published", "{started}");
+    }
+    for node in &nodes {
+        let get = async |path| node.http("GET", path, "scout", None).await.1;
+        eventually("there are runs", async || get("/v1/threads/t/runs").await["runs"][0].is_object()).await;
+        eventually("all runs are ended", async || get("/v1/runs").await["runs"] == json!([])).await;
+        let ended = get("/v1/threads/t/events?limit=1000").await;
+        let failed = ended["events"].as_array().unwrap().iter().filter(|it| it["kind"] == "agent_failed");
+        assert_eq!(failed.count(), 20, "{ended}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_agents_on_one_thread_and_one_agent_on_a_hundred_threads_keep_each_run_in_order() {
+    let server = Server::start_unlimited(LogKind::embedded());
+    let mut reader = server.connect_as("eva", "subscribe analyst").await;
+    let play = async |mut socket: Socket, thread: String, run: String| {
+        let kinds = ["agent_started", "agent_thinking", "tool_executing", "tool_completed", "agent_completed"];
+        for kind in kinds {
+            let data = json!({"agent": "scout", "tool": "map", "call": "c"});
+            assert_eq!(socket.ask(step(&thread, &run, kind, data)).await["type"], "published");
+        }
+    };
+    let mut all = Vec::new();
+    for n in 0..100 {
+        let agent = server.connect_as(&format!("agent{n}"), AGENT).await;
+        all.push(play(agent, "shared".to_owned(), format!("r{n}")));
+        let agent = server.connect_as("everywhere", AGENT).await;
+        all.push(play(agent, format!("own{n}"), "r".to_owned()));
+        if all.len() == 100 {
+            futures_util::future::join_all(std::mem::take(&mut all)).await;
+        }
+    }
+    reader.subscribe("shared", Some(0)).await;
+    let mut runs: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for event in reader.events(500).await {
+        let name = |field: &str| event[field].as_str().unwrap().to_owned();
+        runs.entry(name("run")).or_default().push(name("kind"));
+    }
+    assert_eq!(runs.len(), 100);
+    for kinds in runs.values() {
+        assert_eq!(kinds.join(" "), "agent_started agent_thinking tool_executing tool_completed agent_completed");
+    }
+    let (_, found) = server.http_with("GET", "/v1/runs/r", &token("eva", "subscribe analyst"), None, &[]).await;
+    assert_eq!(found["code"], "conflict", "a hundred threads have a run of this name: {found}");
+    let (_, own) = server.http("GET", "/v1/threads/own7/runs/r", "everywhere", None).await;
+    assert_eq!((&own["state"], own["steps"].as_array().unwrap().len()), (&json!("completed"), 5), "{own}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_s_page_tells_its_steps_tools_times_and_end() {
+    let server = Server::start(LogKind::embedded());
+    let mut agent = server.connect_as("scout", AGENT).await;
+    let mut ada = server.connect("ada").await;
+    ada.say("t", "Book a table").await;
+    let steps = [
+        ("agent_started", json!({"agent": "scout", "input": {"for": 2}})),
+        ("tool_executing", json!({"tool": "map", "call": "c1"})),
+        ("tool_executing", json!({"tool": "phone", "call": "c2"})),
+        ("tool_completed", json!({"call": "c1", "error": "no map"})),
+    ];
+    for (kind, data) in steps {
+        assert_eq!(agent.ask(step("t", "r", kind, data)).await["type"], "published");
+    }
+    let asked = ada.ask(step("t", "r", "agent_cancel_requested", json!({"reason": "too late"}))).await;
+    assert_eq!(asked["type"], "published", "a member may ask: {asked}");
+    let refused = ada.ask(step("t", "r", "agent_thinking", json!({}))).await;
+    assert_eq!((&refused["code"], &refused["field"]), (&json!("forbidden"), &json!("kind")));
+    let open = server.http("GET", "/v1/runs/r", "ada", None).await.1;
+    assert_eq!((&open["state"], &open["executing"]), (&json!("open"), &json!(1)));
+    assert_eq!((&open["cancel"]["requested"]["user"], open["cancel"].get("acknowledged")), (&json!("ada"), None));
+    for (kind, data) in [("tool_completed", json!({"call": "c2"})), ("agent_cancelled", json!({"reason": "asked to"}))]
+    {
+        assert_eq!(agent.ask(step("t", "r", kind, data)).await["type"], "published");
+    }
+    let run = server.http("GET", "/v1/threads/t/runs/r", "ada", None).await.1;
+    assert_eq!((&run["state"], &run["agent"], &run["thread"]), (&json!("cancelled"), &json!("scout"), &json!("t")));
+    assert_eq!((&run["cancel"]["acknowledged"]["seq"], &run["cancel"]["ended"]["seq"]), (&json!(7), &json!(8)));
+    let tools: Vec<_> = run["tools"].as_array().unwrap().iter().map(|tool| (&tool["tool"], &tool["error"])).collect();
+    assert_eq!(tools, [(&json!("map"), &json!("no map")), (&json!("phone"), &Value::Null)]);
+    assert_eq!(run["steps"].as_array().unwrap().len(), 7);
+    let total = run["timings"]["total_ms"].as_u64().unwrap();
+    assert!(run["timings"]["queue_ms"].as_u64().unwrap() <= total, "{run}");
+    assert_eq!(server.http("GET", "/v1/runs/r", "mallory", None).await.0, 404);
+    assert_eq!(server.http("GET", "/v1/threads/t/runs", "mallory", None).await.0, 404);
+    assert_eq!(server.http("GET", "/v1/runs?state=done", "ada", None).await.1["field"], "state");
+}
