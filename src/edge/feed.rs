@@ -68,9 +68,11 @@ impl Feed {
         self.credit != Some(0)
     }
 
-    /// The user left the thread: its subscription ends, with the reason; or goes on, if the user is back already.
-    pub fn left(&mut self, who: &Principal, thread: &str) -> Option<(String, Error)> {
-        self.subs.left(who, thread).map(|called| (called, no_member()))
+    /// The user left the thread: its subscription ends, and is told with the reason.
+    pub fn left(&mut self, who: &Principal, thread: &str) -> Vec<(String, Error)> {
+        let Some(called) = self.subs.left(who, thread) else { return Vec::new() };
+        let again = self.subs.rejoin(who, thread).err();
+        [Some((called, no_member())), again].into_iter().flatten().collect()
     }
 
     /// What of the outbox can be sent now.

@@ -382,9 +382,8 @@ impl Session {
                 Answer::Threads(threads) => self.on_threads(threads),
                 Answer::Placed { attempt, placed } => self.on_placed(attempt, placed),
                 Answer::Left { thread } => {
-                    if let Some(who) = &self.who
-                        && let Some((thread, error)) = self.feed.left(who, &thread)
-                    {
+                    let ended = self.who.as_ref().map(|who| self.feed.left(who, &thread));
+                    for (thread, error) in ended.into_iter().flatten() {
                         self.answers.push_back(text(error_frame(None, Some(&thread), &error)));
                     }
                 }

@@ -145,7 +145,7 @@ impl Thread {
                 Some(Event::default().retry(Duration::from_millis(retry_after_ms)).comment("the server is going down"))
             }
             Answer::Left { thread } => {
-                let (_, error) = self.feed.left(&self.who, &thread)?;
+                let (_, error) = self.feed.left(&self.who, &thread).into_iter().next()?;
                 Some(self.end(&error))
             }
             Answer::Revoked => {

@@ -1,5 +1,10 @@
 //! The life of a connection: who gets in, what a bad frame or command costs, and how it ends.
 
+mod drain;
+mod limits;
+mod revocation;
+mod sessions;
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -231,7 +236,8 @@ async fn a_bad_command_gets_its_code_and_field_and_the_session_lives_on() {
         (json!({"type": "subscribe", "thread": "t", "after": 0, "last": 1}), "bad_request", "last"),
         (json!({"type": "subscribe", "thread": "nowhere"}), "not_found", "thread"),
         (json!({"type": "unsubscribe", "thread": "nowhere"}), "not_found", "thread"),
-        (message(json!({"thread": "@tenant"})), "bad_request", "thread"),
+        (message(json!({"thread": "@tenant"})), "forbidden", "thread"),
+        (message(json!({"thread": "@everyone"})), "bad_request", "thread"),
         (message(json!({"thread": 5})), "bad_request", "thread"),
         (message(json!({"kind": "nonsense"})), "bad_request", "kind"),
         (message(json!({"kind": "x."})), "bad_request", "kind"),
@@ -321,7 +327,7 @@ async fn an_array_s_commands_are_answered_each_on_its_own_and_take_effect_in_ord
 #[tokio::test]
 async fn a_malformed_frame_closes_with_the_code_that_says_what_it_was() {
     let server = Server::start(LogKind::embedded());
-    for text in ["", "hello", "{", "5", "null", r#"{"type":"ping","id":1} trailing"#] {
+    for text in ["hello", "{", "5", "null", r#"{"type":"ping","id":1} trailing"#] {
         let mut socket = server.connect("ada").await;
         socket.send_text(text).await;
         assert_eq!(socket.closed().await, 4501, "{text:?}");
@@ -378,6 +384,22 @@ async fn a_token_s_end_is_announced_refresh_moves_it_and_without_one_the_session
     assert_eq!(dying.recv().await["type"], "expiring");
     assert_eq!(dying.closed().await, 4003);
     assert_eq!(refreshed.ask(json!({"type": "ping"})).await["type"], "pong");
+}
+
+#[tokio::test]
+async fn the_end_of_a_token_is_announced_sixty_seconds_ahead() {
+    let server = Server::start(LogKind::embedded());
+    let exp = weft::clock::now_s() + 63;
+    let mut socket = Socket::open(&server.url, &mint(SECRET, &Claims { exp, ..claims("ada", "") }).unwrap()).await;
+    let told = socket.recv().await;
+    let ahead = exp - weft::clock::now_s();
+    assert_eq!(told, json!({"type": "expiring", "expires_at": weft::clock::rfc3339(exp * 1_000)}));
+    assert!((50..=60).contains(&ahead), "{ahead} s ahead");
+    // Refreshed, it is told again when the new one's end is near.
+    let exp = weft::clock::now_s() + 61;
+    let soon = mint(SECRET, &Claims { exp, ..claims("ada", "") }).unwrap();
+    assert_eq!(socket.ask(json!({"type": "refresh", "token": soon})).await["type"], "refreshed");
+    assert_eq!(socket.recv().await["expires_at"], weft::clock::rfc3339(exp * 1_000));
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! One contract, both logs: every test in `contract` runs on the embedded log and on a real Kafka broker. What only one
 //! of them can show stands in `only_embedded` and `only_kafka`; what the contract says of topics, in `topics`.
 
-mod only_kafka;
+pub mod only_kafka;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{BufRead, BufReader, Write};

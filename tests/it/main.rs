@@ -7,6 +7,7 @@ mod support;
 mod connection;
 mod crash;
 mod log_contract;
+mod model;
 mod performance;
 mod persistence;
 mod reliability;

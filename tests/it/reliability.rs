@@ -1,4 +1,10 @@
 //! What goes wrong around a server: a second node, a broker that stops, readers that stop, kills in the middle of a publish.
+//! [`durable`], [`confirm`], [`dead_letters`] and [`flow`] are about readers that come back, fail, or take their time.
+
+mod confirm;
+mod dead_letters;
+mod durable;
+mod flow;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -22,6 +28,13 @@ const CONSUMER: &str = "org.apache.kafka.tools.consumer.ConsoleConsumer";
 /// A server's answer to `GET /v1/threads/{thread}`.
 async fn thread(server: &Server, thread: &str, user: &str) -> Value {
     server.http("GET", &format!("/v1/threads/{thread}"), user, None).await.1
+}
+
+/// How far members have come in a thread, as this one of them sees it.
+async fn receipts(server: &Server, thread: &str, user: &str) -> Vec<Value> {
+    let (status, page) = server.http("GET", &format!("/v1/threads/{thread}/receipts"), user, None).await;
+    assert_eq!(status, 200, "{page}");
+    page["receipts"].as_array().unwrap().clone()
 }
 
 /// Publishes so many events, a hundred at a time.

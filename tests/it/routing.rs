@@ -1,78 +1,38 @@
-//! Who gets what: membership, tenants, and all of a user's threads.
+//! Who gets what: membership, tenants, reserved threads, kinds, signals, priorities, and all of a user's threads.
+
+mod isolation;
+mod kinds;
+mod priority;
+mod removal;
+mod reserved;
+mod signals;
 
 use serde_json::{Value, json};
 
-use crate::support::{LogKind, Server, Socket, publish, seqs, token, token_of};
+use crate::support::{LogKind, PATIENCE, Server, Socket, publish, seqs, token};
 
-/// Every way to ask for a thread; each must say `not_found`, in the same words as for a thread that does not exist.
-async fn every_door_is_shut(server: &Server, token: &str, thread: &str) -> Vec<Value> {
-    let mut answers = Vec::new();
-    let mut socket = Socket::open(&server.url, token).await;
-    for command in [
-        json!({"type": "subscribe", "thread": thread}),
-        json!({"type": "subscribe", "thread": thread, "after": 0}),
-        json!({"type": "subscribe", "thread": thread, "last": 5}),
-    ] {
-        let mut answer = socket.ask(command).await;
-        assert_eq!((&answer["type"], &answer["code"]), (&json!("error"), &json!("not_found")), "{answer}");
-        answer["id"] = json!(0);
-        answers.push(answer);
-    }
-    for (method, path, body) in [
-        ("GET", format!("/v1/threads/{thread}"), None),
-        ("GET", format!("/v1/threads/{thread}/events"), None),
-        ("PUT", format!("/v1/threads/{thread}/members/eve"), None),
-        ("DELETE", format!("/v1/threads/{thread}/members/ada"), None),
-    ] {
-        let (status, body) = server.http_with(method, &path, token, body, &[]).await;
-        assert_eq!((status, &body["code"]), (404, &json!("not_found")), "{method} {path}: {body}");
-        answers.push(body);
-    }
-    answers
+/// Takes frames up to a thread's `caught_up`, which must be the next but for those of other threads, and gives its seq.
+async fn caught_up(socket: &mut Socket, thread: &str) -> u64 {
+    let frame = socket.recv_type("caught_up").await;
+    assert_eq!(frame["thread"], thread, "{frame}");
+    frame["seq"].as_u64().unwrap()
 }
 
-#[tokio::test]
-async fn a_user_who_is_no_member_gets_not_found_on_every_door_and_cannot_tell_that_the_thread_is_there() {
-    let server = Server::start(LogKind::embedded());
-    server.connect("ada").await.say("secret", "for members").await;
-    let there = every_door_is_shut(&server, &token("eve", ""), "secret").await;
-    let nowhere = every_door_is_shut(&server, &token("eve", ""), "nowhere").await;
-    assert_eq!(there, nowhere);
-    // Publishing and putting would make a thread that is not there; one that is there stays shut.
-    let mut eve = server.connect("eve").await;
-    let answer = eve.ask(publish("secret", "user_message", json!({"content": "hi"}))).await;
-    assert_eq!(answer["code"], "not_found", "{answer}");
-    let body = json!({"kind": "user_message", "data": {"content": "hi"}});
-    assert_eq!(server.http("POST", "/v1/threads/secret/events", "eve", Some(body)).await.0, 404);
-    assert_eq!(server.http("PUT", "/v1/threads/secret", "eve", Some(json!({"title": "mine"}))).await.0, 404);
-    assert_eq!(server.http("GET", "/v1/threads", "eve", None).await.1["threads"], json!([]));
-}
-
-#[tokio::test]
-async fn a_token_of_another_tenant_sees_nothing() {
-    let server = Server::start(LogKind::embedded());
-    let mut ada = server.connect("ada").await;
-    ada.say("t", "ours").await;
-    let other = token_of("umbrella", "ada");
-    every_door_is_shut(&server, &other, "t").await;
-    assert_eq!(server.http_with("GET", "/v1/threads", &other, None, &[]).await.1["threads"], json!([]));
-    // The same name in another tenant is another thread, and neither hears of the other.
-    ada.subscribe("t", None).await;
-    let mut theirs = Socket::open(&server.url, &other).await;
-    assert_eq!(theirs.say("t", "theirs").await, 1);
-    theirs.subscribe("t", Some(0)).await;
-    assert_eq!(theirs.events(1).await[0]["data"]["content"], "theirs");
-    assert_eq!(ada.say("t", "ours again").await, 2);
-    assert_eq!(ada.events(1).await[0]["data"]["content"], "ours again");
-    let admin = weft::identity::jwt::mint(
-        crate::support::SECRET,
-        &weft::identity::jwt::Claims { tenant: "umbrella".into(), ..crate::support::claims("root", "admin analyst") },
-    )
-    .unwrap();
-    assert_eq!(
-        server.http_with("GET", "/v1/threads/t/events", &admin, None, &[]).await.1["events"][0]["data"]["content"],
-        "theirs"
-    );
+/// The first event of a stream.
+async fn sse_event(server: &Server, path: &str, token: &str) -> Value {
+    let request = reqwest::Client::new().get(format!("{}{path}", server.url)).bearer_auth(token);
+    let mut stream = request.send().await.unwrap();
+    assert_eq!(stream.status(), 200, "{path}");
+    let mut text = String::new();
+    loop {
+        if let Some(data) = text.lines().find_map(|line| line.strip_prefix("data:"))
+            && text.contains("\n\n")
+        {
+            return serde_json::from_str(data).unwrap();
+        }
+        let chunk = tokio::time::timeout(PATIENCE, stream.chunk()).await.expect("an event").unwrap();
+        text.push_str(std::str::from_utf8(&chunk.expect("the stream goes on")).unwrap());
+    }
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Events on their way to readers: live, replayed, and the seam between the two.
 
 mod runs;
+mod sse;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

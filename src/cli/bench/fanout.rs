@@ -41,7 +41,9 @@ pub async fn run(target: &Target, args: &FanoutArgs) -> Result<Vec<Figure>, Fail
     let (thread, owner) = (target.name("fanout", args.readers), target.name("fanout-owner", args.readers));
     let users: Vec<_> = (0..args.readers).map(|number| target.name("fanout-reader", number)).collect();
     target.thread(&thread, &owner, &users).await?;
-    let sockets = target.many(args.readers, async |number| reader(target, &thread, &users[number]).await).await?;
+    let sockets = target
+        .many(args.readers, async |number| target.socket(&users[number]).await?.subscribed(&thread).await)
+        .await?;
     let frame = Frame::publish(&thread, args.payload, false);
     let mut publisher = Publisher::open(target, &owner, frame, args.window).await?;
 
@@ -64,19 +66,6 @@ pub async fn run(target: &Target, args: &FanoutArgs) -> Result<Vec<Figure>, Fail
         Figure::more(&name, deliveries / begin.elapsed().as_secs_f64(), "deliveries/s"),
         Figure::less(&format!("{name}: fell behind"), lagged as f64, "times"),
     ])
-}
-
-/// A reader that has caught up, and the seq it stands behind.
-async fn reader(target: &Target, thread: &str, user: &str) -> Result<(Socket, u64), Failure> {
-    let mut socket = target.socket(user).await?;
-    socket.queue_text(&format!(r#"{{"type":"subscribe","id":1,"thread":"{thread}"}}"#));
-    let after = socket
-        .wait_for(|reply| match reply {
-            Reply::CaughtUp { seq } => Some(seq),
-            _ => None,
-        })
-        .await?;
-    Ok((socket, after))
 }
 
 /// Reads so many events behind `after`, without a hole; tells how often the session fell behind.

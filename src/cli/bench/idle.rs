@@ -1,7 +1,6 @@
 //! What a connection costs the server in memory that does nothing: authenticated, subscribed to a thread, silent.
 
 use super::publisher::{Frame, Publisher};
-use super::reply::Reply;
 use super::report::Figure;
 use super::socket::Socket;
 use super::target::{Target, progress, raise_open_files};
@@ -43,8 +42,5 @@ async fn first_words(target: &Target, number: usize) -> Result<(), Failure> {
 
 async fn subscribed(target: &Target, number: usize) -> Result<Socket, Failure> {
     let user = target.name("idle", number);
-    let mut socket = target.socket(&user).await?;
-    socket.queue_text(&format!(r#"{{"type":"subscribe","id":1,"thread":"{user}"}}"#));
-    socket.wait_for(|reply| matches!(reply, Reply::CaughtUp { .. }).then_some(())).await?;
-    Ok(socket)
+    Ok(target.socket(&user).await?.subscribed(&user).await?.0)
 }

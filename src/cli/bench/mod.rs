@@ -8,14 +8,18 @@ mod ack;
 mod bare;
 mod bare_embedded;
 mod bare_kafka;
+mod crowd;
 mod fanout;
 mod idle;
 mod latency;
+mod pace;
 mod publisher;
 mod rebuild;
+mod reconnect;
 mod replay;
 mod reply;
 mod report;
+mod slow;
 mod socket;
 mod target;
 
@@ -51,12 +55,18 @@ pub enum Bench {
     OneAtATime(#[command(flatten)] With<ack::OneArgs>),
     /// From the moment a publish was due until its answer, and until its delivery at the other user.
     Latency(#[command(flatten)] With<latency::LatencyArgs>),
+    /// The mean latency of many users against one user's, who publishes at the rate of each of them, or of all.
+    Crowd(#[command(flatten)] With<crowd::CrowdArgs>),
     /// Deliveries a second to many readers of one thread.
     Fanout(#[command(flatten)] With<fanout::FanoutArgs>),
     /// The server's memory for a connection that is subscribed and silent.
     Idle(#[command(flatten)] With<idle::IdleArgs>),
     /// Events a second from the store, from a thread's start until caught up.
     Replay(#[command(flatten)] With<replay::ReplayArgs>),
+    /// From the moment at which all clients come back at once until each has what it missed.
+    Reconnect(#[command(flatten)] With<reconnect::ReconnectArgs>),
+    /// What readers of 1 KB/s cost the other readers of their thread, and the server.
+    Slow(#[command(flatten)] With<slow::SlowArgs>),
     /// Events a second from the log into new projections; the server must not run.
     Rebuild(rebuild::RebuildArgs),
     /// What the log and the store can do bare, without a server.
@@ -108,9 +118,12 @@ async fn measure(bench: Bench, log: LogKind, rebuild: Rebuild) -> Result<Report,
         Bench::Ack(with) => ack::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::OneAtATime(with) => ack::run(&Target::new(&with.target)?, &with.args.into()).await?,
         Bench::Latency(with) => latency::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::Crowd(with) => crowd::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Fanout(with) => fanout::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Idle(with) => idle::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Replay(with) => replay::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::Reconnect(with) => reconnect::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::Slow(with) => slow::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Rebuild(args) => rebuild::run(&args, log, rebuild)?,
         Bench::Bare(args) => bare::run(&args, log).await?,
         Bench::Report(_) => return Err("a report is no bench".into()),
@@ -136,7 +149,10 @@ async fn all(target: &Target, log: LogKind) -> Result<Report, Failure> {
         let args = latency::LatencyArgs { users, ..latency::LatencyArgs::default() };
         report.take("latency", latency::run(target, &args).await);
     }
+    report.take("crowd", crowd::run(target, &crowd::CrowdArgs::default()).await);
     report.take("fanout", fanout::run(target, &fanout::FanoutArgs::default()).await);
+    report.take("slow", slow::run(target, &slow::SlowArgs::default()).await);
+    report.take("reconnect", reconnect::run(target, &reconnect::ReconnectArgs::default()).await);
     report.take("replay", replay::run(target, &replay::ReplayArgs::default()).await);
     Ok(report)
 }

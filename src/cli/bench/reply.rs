@@ -24,19 +24,22 @@ pub enum Reply<'a> {
     },
     /// Fell behind; the events come all the same, from the store.
     Lagged,
+    /// Who comes and goes among the members of a thread.
+    Presence,
+    Pong,
 }
 
 impl Reply<'_> {
     /// Fails on an error frame, on a duplicate, and on what is no frame of Weft.
     pub fn read(frame: &[u8]) -> Result<Reply<'_>, Failure> {
-        match published(frame).or_else(|| event(frame)) {
+        match published(frame).or_else(|| event(frame)).or_else(|| presence(frame)) {
             Some(reply) => Ok(reply),
             None => parsed(frame),
         }
     }
 }
 
-/// The two frames that come in masses, in the order of fields that the server has. Threads have no character that JSON
+/// The frames that come in masses, in the order of fields that the server has. Threads have no character that JSON
 /// escapes.
 fn published(frame: &[u8]) -> Option<Reply<'_>> {
     let (id, rest) = number(frame.strip_prefix(br#"{"type":"published","id":"#)?)?;
@@ -49,6 +52,11 @@ fn event(frame: &[u8]) -> Option<Reply<'_>> {
     let rest = behind_quote(frame.strip_prefix(br#"{"type":"event","thread":""#)?)?;
     let (seq, _) = number(rest.strip_prefix(br#","seq":"#)?)?;
     Some(Reply::Event { seq, raw: frame })
+}
+
+fn presence(frame: &[u8]) -> Option<Reply<'_>> {
+    let rest = behind_quote(frame.strip_prefix(br#"{"type":"signal","thread":""#)?)?;
+    rest.starts_with(br#","kind":"presence","#).then_some(Reply::Presence)
 }
 
 fn behind_quote(bytes: &[u8]) -> Option<&[u8]> {
@@ -78,6 +86,8 @@ fn parsed(raw: &[u8]) -> Result<Reply<'_>, Failure> {
         Some("event") => Ok(Reply::Event { seq: field("seq")?, raw }),
         Some("caught_up") => Ok(Reply::CaughtUp { seq: field("seq")? }),
         Some("lagged") => Ok(Reply::Lagged),
+        Some("signal") if frame["kind"] == "presence" => Ok(Reply::Presence),
+        Some("pong") => Ok(Reply::Pong),
         _ => Err(format!("the server answered {frame}").into()),
     }
 }
@@ -94,6 +104,10 @@ mod tests {
                 Reply::Published { id: 1_000_000_007, seq: 8 },
             ),
             (r#"{"type":"caught_up","thread":"a-1","seq":12}"#, Reply::CaughtUp { seq: 12 }),
+            (
+                r#"{"type":"signal","thread":"a-1","kind":"presence","from":"u-1","data":{"online":true}}"#,
+                Reply::Presence,
+            ),
         ] {
             assert_eq!(Reply::read(frame.as_bytes()).unwrap(), want);
             assert_eq!(parsed(frame.as_bytes()).unwrap(), want);
@@ -104,11 +118,19 @@ mod tests {
     }
 
     #[test]
-    fn errors_and_duplicates_fail() {
+    fn who_comes_and_goes_is_told_apart_without_parsing() {
+        // Cut short, so that only the short way can take it.
+        let frame = br#"{"type":"signal","thread":"a-1","kind":"presence","from":"#;
+        assert_eq!(Reply::read(frame).unwrap(), Reply::Presence);
+    }
+
+    #[test]
+    fn errors_duplicates_and_signals_that_nobody_here_sends_fail() {
         for frame in [
             r#"{"type":"error","id":1,"code":"forbidden","message":"no","temporary":false}"#,
             r#"{"type":"published","id":1,"thread":"a","seq":8,"event":"e","duplicate":true}"#,
             r#"{"type":"published","id":1,"thread":"a"}"#,
+            r#"{"type":"signal","thread":"a","kind":"typing","from":"u"}"#,
             "nonsense",
         ] {
             assert!(Reply::read(frame.as_bytes()).is_err(), "{frame}");

@@ -10,9 +10,10 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpSocket, TcpStream};
 
 use super::reply::Reply;
 use crate::cli::common::Failure;
@@ -20,6 +21,9 @@ use crate::cli::common::Failure;
 /// On the stack, and the same for all connections, so that it stays in the cache.
 const READ_BYTES: usize = 64 * 1024;
 const HANDSHAKE: Duration = Duration::from_secs(30);
+const NARROW_BUFFER: u32 = 4_096;
+/// A segment as the internet has it.
+const NARROW_SEGMENT: u32 = 1_460;
 
 const TEXT: u8 = 1;
 const CLOSE: u8 = 8;
@@ -37,17 +41,26 @@ pub struct Socket {
 pub struct Reader {
     half: OwnedReadHalf,
     scanner: Scanner,
+    /// Bytes of one read.
+    at_most: usize,
     /// Answers to pings, to be written by whoever owns the other half.
     pub pongs: Vec<u8>,
 }
 
 impl Socket {
     pub async fn connect(authority: &str, token: &str) -> Result<Socket, Failure> {
-        tokio::time::timeout(HANDSHAKE, Socket::open(authority, token)).await?
+        let open = async { Socket::open(TcpStream::connect(authority).await?, authority, token).await };
+        tokio::time::timeout(HANDSHAKE, open).await?
     }
 
-    async fn open(authority: &str, token: &str) -> Result<Socket, Failure> {
-        let mut stream = TcpStream::connect(authority).await?;
+    /// The same, over a connection on which the kernels of both sides keep next to nothing: what its owner does not read,
+    /// the server can't write.
+    pub async fn connect_narrow(authority: &str, token: &str) -> Result<Socket, Failure> {
+        let open = async { Socket::open(narrow(authority).await?, authority, token).await };
+        tokio::time::timeout(HANDSHAKE, open).await?
+    }
+
+    async fn open(mut stream: TcpStream, authority: &str, token: &str) -> Result<Socket, Failure> {
         stream.set_nodelay(true)?;
         // The key is the RFC's example: it guards against confused proxies, and there is none between us and the server.
         let request = format!(
@@ -57,7 +70,7 @@ impl Socket {
         stream.write_all(request.as_bytes()).await?;
         let rest = upgraded(&mut stream).await?;
         let (half, writer) = stream.into_split();
-        let reader = Reader { half, scanner: Scanner { rest }, pongs: Vec::new() };
+        let reader = Reader { half, scanner: Scanner { rest }, at_most: READ_BYTES, pongs: Vec::new() };
         let mut socket = Socket { reader, writer, out: Vec::new(), written: 0 };
         socket.wait_for(|reply| matches!(reply, Reply::Welcome).then_some(())).await?;
         Ok(socket)
@@ -70,6 +83,11 @@ impl Socket {
 
     pub fn queue_text(&mut self, text: &str) {
         self.out.extend_from_slice(&text_frame(text.as_bytes()));
+    }
+
+    /// A pong that nobody asked for: a sign of life.
+    pub fn queue_pong(&mut self) {
+        self.out.extend_from_slice(&frame(PONG, &[]));
     }
 
     /// Sends what is queued, as far as the socket takes it, until something came in; gives each frame that did to
@@ -99,6 +117,14 @@ impl Socket {
         picked.ok_or_else(|| "nothing came".into())
     }
 
+    /// Subscribes to what comes from now on; gives the seq that this stands behind.
+    pub async fn subscribed(mut self, thread: &str) -> Result<(Socket, u64), Failure> {
+        self.queue_text(&format!(r#"{{"type":"subscribe","id":1,"thread":"{thread}"}}"#));
+        let caught_up = |reply: Reply| if let Reply::CaughtUp { seq } = reply { Some(seq) } else { None };
+        let after = self.wait_for(caught_up).await?;
+        Ok((self, after))
+    }
+
     fn poll_write(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         while self.written < self.out.len() {
             match Pin::new(&mut self.writer).poll_write(cx, &self.out[self.written..]) {
@@ -113,6 +139,11 @@ impl Socket {
 }
 
 impl Reader {
+    /// From now on reads so many bytes at once; without a number as many as there are.
+    pub fn read_at_most(&mut self, bytes: Option<usize>) {
+        self.at_most = bytes.unwrap_or(READ_BYTES).clamp(1, READ_BYTES);
+    }
+
     pub async fn read(&mut self, mut each: impl FnMut(Reply) -> Result<(), Failure>) -> Result<(), Failure> {
         std::future::poll_fn(|cx| self.poll(cx, &mut each)).await
     }
@@ -124,7 +155,11 @@ impl Reader {
     ) -> Poll<Result<(), Failure>> {
         let pongs = &mut self.pongs;
         let mut frame = |opcode: u8, payload: &[u8]| match opcode {
-            TEXT => each(Reply::read(payload)?),
+            TEXT => match Reply::read(payload)? {
+                // No bench asks who is there.
+                Reply::Presence => Ok(()),
+                reply => each(reply),
+            },
             PING => {
                 pongs.extend_from_slice(&frame(PONG, payload));
                 Ok(())
@@ -137,7 +172,7 @@ impl Reader {
             return Poll::Ready(Ok(()));
         }
         let mut space = [MaybeUninit::<u8>::uninit(); READ_BYTES];
-        let mut buffer = ReadBuf::uninit(&mut space);
+        let mut buffer = ReadBuf::uninit(&mut space[..self.at_most]);
         ready!(Pin::new(&mut self.half).poll_read(cx, &mut buffer))?;
         if buffer.filled().is_empty() {
             return Poll::Ready(Err("the server hung up without a close frame".into()));
@@ -155,6 +190,16 @@ fn closed(payload: &[u8]) -> Failure {
         }
         None => "the server closed the connection without a code".into(),
     }
+}
+
+/// The receive buffer is ours. The server's send buffer grows with the size of segments, which on a loopback is 64 KB:
+/// 2.6 MB would wait there for a reader who does not read.
+async fn narrow(authority: &str) -> Result<TcpStream, Failure> {
+    let address = tokio::net::lookup_host(authority).await?.next().ok_or("the server has no address")?;
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_recv_buffer_size(NARROW_BUFFER)?;
+    SockRef::from(&socket).set_tcp_mss(NARROW_SEGMENT)?;
+    Ok(socket.connect(address).await?)
 }
 
 /// Reads the answer to the upgrade; gives what came behind it.
@@ -210,15 +255,30 @@ impl Scanner {
         chunk: &[u8],
         each: &mut impl FnMut(u8, &[u8]) -> Result<(), Failure>,
     ) -> Result<usize, Failure> {
-        if self.rest.is_empty() {
-            let (used, count) = scan(chunk, each)?;
-            self.rest.extend_from_slice(&chunk[used..]);
-            return Ok(count);
+        let (mut chunk, mut count) = (chunk, 0);
+        // Only what completes the frame is copied, so that thousands of connections keep no more than a frame each.
+        while !self.rest.is_empty() {
+            let (first, behind) = chunk.split_at(self.missing()?.min(chunk.len()));
+            self.rest.extend_from_slice(first);
+            chunk = behind;
+            let (used, frames) = scan(&self.rest, each)?;
+            self.rest.drain(..used);
+            count += frames;
+            if frames == 0 && chunk.is_empty() {
+                return Ok(count);
+            }
         }
-        self.rest.extend_from_slice(chunk);
-        let (used, count) = scan(&self.rest, each)?;
-        self.rest.drain(..used);
-        Ok(count)
+        let (used, frames) = scan(chunk, each)?;
+        self.rest.extend_from_slice(&chunk[used..]);
+        Ok(count + frames)
+    }
+
+    /// Bytes that are wanted next, as far as is known: those of the header come one by one.
+    fn missing(&self) -> Result<usize, Failure> {
+        Ok(match header(&self.rest)? {
+            Some((_, header, length)) => (header + length).saturating_sub(self.rest.len()),
+            None => 1,
+        })
     }
 }
 
@@ -286,6 +346,13 @@ mod tests {
             }
             assert_eq!(found, payloads, "in steps of {step}");
             assert!(scanner.rest.is_empty());
+            // As much as came behind the handshake.
+            let mut scanner = Scanner { rest: stream[..step].to_vec() };
+            let mut count = 0;
+            for chunk in [&[], &stream[step..]] {
+                count += scanner.feed(chunk, &mut |_, _| Ok(())).unwrap();
+            }
+            assert_eq!((count, scanner.rest.len()), (payloads.len(), 0), "{step} bytes at first");
         }
     }
 

@@ -1,6 +1,7 @@
 //! The server under load, and its users: as many as a bench wants, all made from the server's secret.
 
 use std::io::IsTerminal;
+use std::time::Duration;
 
 use futures_util::future::try_join_all;
 use serde_json::json;
@@ -12,6 +13,11 @@ use crate::clock;
 
 /// Connections made at the same time: enough to be quick, few enough for any backlog.
 const AT_ONCE: usize = 64;
+/// Members that one `PUT` may name.
+const MEMBERS_AT_ONCE: usize = 1_000;
+/// How often a figure of the server's is looked at that something is awaited of.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct TargetArgs {
@@ -26,6 +32,7 @@ pub struct TargetArgs {
     pub tenant: String,
 }
 
+#[derive(Clone)]
 pub struct Target {
     args: TargetArgs,
     authority: String,
@@ -45,12 +52,21 @@ impl Target {
         format!("{what}-{}-{number}", self.run)
     }
 
-    fn token(&self, user: &str) -> Result<String, Failure> {
+    pub fn token(&self, user: &str) -> Result<String, Failure> {
         mint(&self.args.jwt_secret, &self.args.tenant, user, "publish subscribe", 24 * 3600)
     }
 
     pub async fn socket(&self, user: &str) -> Result<Socket, Failure> {
-        Socket::connect(&self.authority, &self.token(user)?).await
+        self.socket_with(&self.token(user)?).await
+    }
+
+    pub async fn socket_with(&self, token: &str) -> Result<Socket, Failure> {
+        Socket::connect(&self.authority, token).await
+    }
+
+    /// A connection that holds next to nothing for a user who does not read.
+    pub async fn narrow_socket(&self, user: &str) -> Result<Socket, Failure> {
+        Socket::connect_narrow(&self.authority, &self.token(user)?).await
     }
 
     /// What `each` makes of the numbers 0…count-1, some at a time.
@@ -71,9 +87,12 @@ impl Target {
     /// Makes a thread of `owner`'s with these members.
     pub async fn thread(&self, thread: &str, owner: &str, members: &[String]) -> Result<(), Failure> {
         let mut http = self.http(owner).await?;
-        http.put(&format!("/v1/threads/{thread}"), &json!({})).await?;
-        for member in members {
-            http.put(&format!("/v1/threads/{thread}/members/{member}"), &json!({})).await?;
+        let path = format!("/v1/threads/{thread}");
+        let mut parts = members.chunks(MEMBERS_AT_ONCE);
+        // The first makes the thread, with or without members; those of the others are added.
+        http.put(&path, &json!({ "members": parts.next().unwrap_or_default() })).await?;
+        for part in parts {
+            http.put(&path, &json!({ "members": part })).await?;
         }
         Ok(())
     }
@@ -84,9 +103,30 @@ impl Target {
 
     /// The server's own figure, from its `/metrics`.
     pub async fn metric(&self, name: &str) -> Result<f64, Failure> {
+        let [value] = self.metrics([name]).await?;
+        Ok(value)
+    }
+
+    /// Several of one moment.
+    pub async fn metrics<const N: usize>(&self, names: [&str; N]) -> Result<[f64; N], Failure> {
         let text = self.http("observer").await?.get_text("/metrics").await?;
-        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        Ok(value.ok_or_else(|| format!("the server's /metrics has no {name}"))?.trim().parse()?)
+        let mut values = [0.0; N];
+        for (value, name) in values.iter_mut().zip(names) {
+            let found = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            *value = found.ok_or_else(|| format!("the server's /metrics has no {name}"))?.trim().parse()?;
+        }
+        Ok(values)
+    }
+
+    /// Waits until the server's own figure is at most `most`.
+    pub async fn down_to(&self, name: &str, most: f64) -> Result<(), Failure> {
+        let down = async {
+            while self.metric(name).await? > most {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+            Ok(())
+        };
+        tokio::time::timeout(PATIENCE, down).await?
     }
 }
 

@@ -1,6 +1,6 @@
 //! From the store to the live feed.
 
-use super::{POSITION_EVERY, Ready, Stage, Step, Subscriptions};
+use super::{Ready, Stage, Step, Subscriptions};
 use crate::access;
 use crate::error::{Code, Error};
 use crate::identity::Principal;
@@ -81,7 +81,7 @@ impl Subscriptions {
         sub.stage = Stage::Live;
         let announced = std::mem::replace(&mut sub.announce, false);
         if let Some(filter) = sub.filter.as_mut().filter(|_| announced) {
-            filter.skipped = false;
+            filter.tell(sub.cursor);
         }
         announced.then(|| ServerFrame::CaughtUp { thread: sub.called(), seq: sub.cursor }.encode().into())
     }
@@ -135,8 +135,7 @@ impl Subscriptions {
         if !sub.wants(&event.kind) {
             sub.cursor = event.seq;
             if let Some(filter) = &mut sub.filter {
-                filter.skipped = true;
-                let due = filter.told + POSITION_EVERY;
+                let due = filter.leave_out(event.seq);
                 // A long way through events that are left out is told as it goes.
                 self.note_due(Some(due));
             }

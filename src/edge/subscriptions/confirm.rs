@@ -78,10 +78,13 @@ impl Confirm {
         self.acked = self.acked.max(seq);
         let before = self.window.len();
         while self.window.pop_front_if(|oldest| *oldest <= seq).is_some() {}
-        if self.window.len() < before || (before == 0 && seq > self.behind) {
+        if self.window.len() < before {
             let waits = self.window.front().is_some_and(|oldest| *oldest <= self.out);
             self.attempts = u32::from(waits);
             self.deadline = waits.then_some(now + ACK_WITHIN);
+        } else if before == 0 && seq > self.behind && seq == self.acked {
+            // Between two rounds: the one behind it may have been sent along, as when an event is given up.
+            self.give_up(seq);
         }
     }
 
@@ -113,7 +116,7 @@ impl Confirm {
         BACKOFF * 2u32.pow(self.attempts.clamp(1, ATTEMPTS) - 1)
     }
 
-    /// The event is given up: the one behind it is the oldest now, and may have been sent along with it.
+    /// The event is done with: the one behind it is the oldest now, and may have been sent along with it.
     pub fn give_up(&mut self, seq: u64) {
         self.attempts = u32::from(self.sent > seq);
         self.restart(seq);
@@ -204,6 +207,19 @@ mod tests {
         confirm.ack(3, now);
         assert!(confirm.has(3) && !confirm.has(4));
         assert_eq!((confirm.progress().1, confirm.deadline()), (0, None));
+    }
+
+    #[tokio::test]
+    async fn what_is_acknowledged_between_two_rounds_leaves_the_next_one_its_own_attempts() {
+        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        for _ in 0..4 {
+            sent(&mut confirm, 1..=3, now);
+            confirm.restart(0);
+        }
+        confirm.ack(2, now);
+        confirm.ack(1, now);
+        assert_eq!(sent(&mut confirm, 3..=4, now), [Some(2), None]);
+        assert!(!confirm.exhausted(3));
     }
 
     #[tokio::test]

@@ -83,8 +83,31 @@ struct Filter {
     kinds: Kinds,
     /// When `position` was last sent.
     told: Instant,
+    /// The newest seq that a frame has told.
+    sent: u64,
+    /// The newest seq that was left out.
+    left_out: u64,
+}
+
+impl Filter {
+    fn new(kinds: Kinds) -> Filter {
+        Filter { kinds, told: Instant::now(), sent: 0, left_out: 0 }
+    }
+
     /// Events were left out since the last frame.
-    skipped: bool,
+    fn owes(&self) -> bool {
+        self.left_out > self.sent
+    }
+
+    fn tell(&mut self, seq: u64) {
+        self.sent = self.sent.max(seq);
+    }
+
+    /// Leaves an event out, and says when `position` is due.
+    fn leave_out(&mut self, seq: u64) -> Instant {
+        self.left_out = self.left_out.max(seq);
+        self.told + POSITION_EVERY
+    }
 }
 
 /// The kinds a client wants, if not all.
@@ -207,7 +230,7 @@ impl Subscriptions {
             named: wanted.named,
             announce: true,
             present,
-            filter: wanted.kinds.map(|kinds| Box::new(Filter { kinds, told: Instant::now(), skipped: false })),
+            filter: wanted.kinds.map(|kinds| Box::new(Filter::new(kinds))),
             receipt: wanted.receipt.map(Box::new),
             thread,
         };
@@ -328,22 +351,19 @@ impl Subscriptions {
         lost.into_iter().filter_map(|(id, error)| Some((self.drop_sub(id)?, error))).collect()
     }
 
-    /// The user left the thread: its subscription ends and is returned as the client calls it. A user that is back already
-    /// reads on from the store, since the hub has forgotten the subscription.
+    /// The user left the thread: its subscription ends and is returned as the client calls it.
     pub fn left(&mut self, who: &Principal, thread: &str) -> Option<String> {
         let id = *self.by_thread.get(thread)?;
-        if access::reads_by_scope(who.scopes) {
-            return None;
+        if access::reads_by_scope(who.scopes) { None } else { self.drop_sub(id) }
+    }
+
+    /// After that: with `"*"` a user that is a member again by now reads on from there.
+    pub fn rejoin(&mut self, who: &Principal, thread: &str) -> Result<(), (String, Error)> {
+        match self.ctx.store.member(&who.tenant, thread, &who.user) {
+            Ok(Some(member)) => self.joined(who, thread.to_owned(), member.since - 1),
+            // A store that fails says so to whoever reads next.
+            _ => Ok(()),
         }
-        if self.ctx.may_read(who, thread).is_err() {
-            return self.drop_sub(id);
-        }
-        let sub = self.by_id.get(&id)?;
-        if matches!(sub.stage, Stage::Live | Stage::Seam { .. }) {
-            self.detach(id);
-            self.enqueue(who, id);
-        }
-        None
     }
 
     /// Leaves nothing of the session behind but its receipts.
@@ -413,8 +433,8 @@ impl Subscriptions {
     /// The frame as this subscription's client gets it, now.
     fn dress(&mut self, id: SubId, seq: u64, frame: &Utf8Bytes) -> Option<Utf8Bytes> {
         let sub = self.by_id.get_mut(&id)?;
-        if let Some(filter) = sub.filter.as_mut().filter(|_| sub.cursor == seq) {
-            filter.skipped = false;
+        if let Some(filter) = &mut sub.filter {
+            filter.tell(seq);
         }
         let mut frame = sub.rename(frame.clone());
         if let Some(confirm) = sub.confirm() {
@@ -431,9 +451,7 @@ impl Subscriptions {
     /// An event was left out: `position`, if it was not sent a moment ago.
     fn left_out(&mut self, id: SubId) -> Option<Utf8Bytes> {
         let sub = self.by_id.get_mut(&id)?;
-        let filter = sub.filter.as_mut()?;
-        filter.skipped = true;
-        let due = filter.told + POSITION_EVERY;
+        let due = sub.filter.as_mut()?.leave_out(sub.cursor);
         if due <= Instant::now() {
             return sub.position(sub.cursor);
         }
@@ -476,11 +494,10 @@ impl Subscription {
         self.filter.is_none() && self.receipt.is_none() && self.called.is_none()
     }
 
-    /// Tells that events up to `seq` were left out, unless a frame behind it has told so.
+    /// `position`, if it is news that the client has everything up to `seq`.
     fn position(&mut self, seq: u64) -> Option<Utf8Bytes> {
-        let all = self.cursor == seq;
-        let filter = self.filter.as_mut().filter(|filter| filter.skipped)?;
-        filter.skipped = !all;
+        let filter = self.filter.as_mut().filter(|filter| filter.owes() && seq > filter.sent)?;
+        filter.tell(seq);
         filter.told = Instant::now();
         Some(ServerFrame::Position { thread: self.called(), seq }.encode().into())
     }

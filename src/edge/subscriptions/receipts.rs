@@ -208,7 +208,7 @@ impl Subscriptions {
         let now = Instant::now();
         self.due = None;
         let watched = |(id, sub): (&SubId, &super::Subscription)| {
-            (sub.filter.as_ref().is_some_and(|filter| filter.skipped) || sub.receipt.is_some()).then_some(*id)
+            (sub.filter.as_ref().is_some_and(|filter| filter.owes()) || sub.receipt.is_some()).then_some(*id)
         };
         for id in self.by_id.iter().filter_map(watched).collect::<Vec<_>>() {
             self.tell_position(id, now);
@@ -220,7 +220,7 @@ impl Subscriptions {
 
     fn tell_position(&mut self, id: SubId, now: Instant) {
         let Some(sub) = self.by_id.get_mut(&id) else { return };
-        let Some(filter) = sub.filter.as_ref().filter(|filter| filter.skipped) else { return };
+        let Some(filter) = sub.filter.as_ref().filter(|filter| filter.owes()) else { return };
         let due = filter.told + super::POSITION_EVERY;
         if due > now {
             self.note_due(Some(due));

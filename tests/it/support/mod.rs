@@ -2,6 +2,7 @@
 //! shows what is on the wire. Nothing waits by sleeping; every wait is for something, with a limit that only a hang meets.
 
 pub mod kafka;
+pub mod sse;
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
@@ -213,6 +214,11 @@ impl Server {
         (status, serde_json::from_str(&reply.text().await.unwrap()).unwrap_or(Value::Null))
     }
 
+    /// A request of the tenant's admin.
+    pub async fn admin(&self, method: &str, path: &str) -> (u16, Value) {
+        self.http_with(method, path, &token("root", "admin"), None, &[]).await
+    }
+
     /// The sum of a metric's series.
     pub async fn metric(&self, name: &str) -> f64 {
         let text = reqwest::get(format!("{}/metrics", self.url)).await.unwrap().text().await.unwrap();
@@ -270,6 +276,8 @@ pub struct Socket {
     next_id: i64,
     /// Frames that came while an answer was waited for.
     stash: VecDeque<Value>,
+    /// What the server's close frame said.
+    pub reason: String,
 }
 
 impl Socket {
@@ -294,7 +302,7 @@ impl Socket {
             request.headers_mut().insert(name, HeaderValue::from_str(value).unwrap());
         }
         let (ws, _) = tokio_tungstenite::connect_async(request).await?;
-        Ok(Socket { ws, next_id: 1, stash: VecDeque::new() })
+        Ok(Socket { ws, next_id: 1, stash: VecDeque::new(), reason: String::new() })
     }
 
     pub async fn send(&mut self, command: &Value) {
@@ -318,7 +326,12 @@ impl Socket {
             let message = tokio::time::timeout(PATIENCE, self.ws.next()).await.expect("a frame, or the end");
             match message {
                 Some(Ok(Message::Text(text))) => return Ok(serde_json::from_str(&text).unwrap()),
-                Some(Ok(Message::Close(close))) => return Err(close.map_or(1005, |close| close.code.into())),
+                Some(Ok(Message::Close(close))) => {
+                    let (code, reason) =
+                        close.map_or((1005, String::new()), |it| (it.code.into(), it.reason.to_string()));
+                    self.reason = reason;
+                    return Err(code);
+                }
                 Some(Ok(_)) => {}
                 Some(Err(_)) | None => return Err(1006),
             }
@@ -375,6 +388,33 @@ impl Socket {
         }
     }
 
+    /// A durable subscription, or one with more than a cursor to it: gives the `subscribed`.
+    pub async fn subscribe_with(&mut self, thread: &str, more: Value) -> Value {
+        let mut command = json!({"type": "subscribe", "thread": thread});
+        command.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let answer = self.ask(command).await;
+        assert_eq!(answer["type"], "subscribed", "{answer}");
+        answer
+    }
+
+    pub async fn ack(&mut self, thread: &str, seq: u64) {
+        self.send(&json!({"type": "ack", "thread": thread, "seq": seq})).await;
+    }
+
+    /// Nothing waits to be read but the answer to a ping: whatever was before it has come.
+    pub async fn silent(&mut self) {
+        self.send(&json!({"type": "ping", "id": 777_777})).await;
+        let frame = self.recv().await;
+        assert_eq!((&frame["type"], &frame["id"]), (&json!("pong"), &json!(777_777)), "{frame}");
+    }
+
+    /// Closes, and returns once the server has answered that.
+    pub async fn leave(mut self) {
+        // It may be closed already.
+        drop(self.ws.close(None).await);
+        self.closed().await;
+    }
+
     /// Publishes a `user_message` and gives its seq.
     pub async fn say(&mut self, thread: &str, content: &str) -> u64 {
         let answer = self
@@ -384,13 +424,7 @@ impl Socket {
     }
 
     pub async fn subscribe(&mut self, thread: &str, after: Option<u64>) -> Value {
-        let mut command = json!({"type": "subscribe", "thread": thread});
-        if let Some(after) = after {
-            command["after"] = json!(after);
-        }
-        let answer = self.ask(command).await;
-        assert_eq!(answer["type"], "subscribed", "{answer}");
-        answer
+        self.subscribe_with(thread, after.map_or(json!({}), |after| json!({"after": after}))).await
     }
 
     /// The next `n` events.

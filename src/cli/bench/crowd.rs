@@ -1,0 +1,106 @@
+//! Whether a publish takes longer when others publish as well: the mean for many users against the mean for one, each
+//! publishing at the same rate of their own. Where an idle disk or processor takes its time to wake, that flatters the
+//! many; so they are also held against one user who publishes as much as all of them.
+//!
+//! One user and many are measured in turn, and the measurements of each round are compared among themselves: what the
+//! machine does otherwise changes from minute to minute, and the median is what is left of it.
+
+use super::latency::{Measured, Talk};
+use super::report::{Figure, median};
+use super::target::{Target, progress};
+use crate::cli::common::Failure;
+
+/// Who only listens for longer would have to answer pings.
+const LONGEST_SILENCE_SECONDS: u64 = 20;
+
+#[derive(Debug, Clone, clap::Args)]
+pub struct CrowdArgs {
+    /// The many users, in pairs; the one has a partner who only listens.
+    #[arg(long, default_value_t = 30)]
+    pub users: usize,
+    /// Publishes a second of each user. The one publishes at this rate, and then at that of all the many together.
+    #[arg(long, default_value_t = 33)]
+    pub rate: usize,
+    /// Of one measurement.
+    #[arg(long, default_value_t = 2)]
+    pub seconds: u64,
+    /// Measurements of one user and of many, in turn; the figures are their medians.
+    #[arg(long, default_value_t = 5)]
+    pub rounds: usize,
+    /// Bytes of `data`.
+    #[arg(long, default_value_t = 256)]
+    pub payload: usize,
+}
+
+impl Default for CrowdArgs {
+    fn default() -> CrowdArgs {
+        CrowdArgs { users: 30, rate: 33, seconds: 2, rounds: 5, payload: 256 }
+    }
+}
+
+/// Means in milliseconds.
+struct Means {
+    published: f64,
+    delivered: f64,
+}
+
+/// Measured right after one another.
+struct Round {
+    one: Means,
+    /// One user with the rate of all the many together.
+    fast: Means,
+    many: Means,
+}
+
+impl From<Measured> for Means {
+    fn from(measured: Measured) -> Means {
+        Means { published: measured.published.mean() / 1000.0, delivered: measured.delivered.mean() / 1000.0 }
+    }
+}
+
+pub async fn run(target: &Target, args: &CrowdArgs) -> Result<Vec<Figure>, Failure> {
+    let (users, each) = (args.users, args.rate);
+    progress(&format!("one user and {users}, {each}/s each"));
+    if users < 2 || users % 2 == 1 || each == 0 || args.rounds == 0 || args.seconds == 0 {
+        return Err("users must be even, and publish in every round".into());
+    }
+    if args.seconds > LONGEST_SILENCE_SECONDS {
+        return Err(format!("a round has at most {LONGEST_SILENCE_SECONDS} seconds").into());
+    }
+    let mut rounds = Vec::new();
+    for round in 0..args.rounds {
+        let talk = |what, speakers: usize, rate| Talk {
+            what,
+            first: round * users / 2,
+            pairs: speakers.div_ceil(2),
+            speakers,
+            rate,
+            seconds: args.seconds,
+            payload: args.payload,
+        };
+        rounds.push(Round {
+            one: talk("alone", 1, each).measure(target).await?.into(),
+            fast: talk("alone-fast", 1, each * users).measure(target).await?.into(),
+            many: talk("crowd", users, each * users).measure(target).await?.into(),
+        });
+    }
+    Ok(figures(args, &rounds))
+}
+
+fn figures(args: &CrowdArgs, rounds: &[Round]) -> Vec<Figure> {
+    let (users, each, all) = (args.users, args.rate, args.users * args.rate);
+    let mut figures = Vec::new();
+    for (what, of) in [("published", (|it| it.published) as fn(&Means) -> f64), ("delivered", |it| it.delivered)] {
+        let over = |value: &dyn Fn(&Round) -> f64| median(rounds.iter().map(value));
+        let ratio = |to: &dyn Fn(&Round) -> f64| over(&|round| of(&round.many) / to(round));
+        let against = format!("{what}: mean of {users} users / mean of one");
+        figures.extend([
+            Figure::less(&format!("{what} mean, one user {each}/s"), over(&|round| of(&round.one)), "ms"),
+            Figure::less(&format!("{what} mean, one user {all}/s"), over(&|round| of(&round.fast)), "ms"),
+            Figure::less(&format!("{what} mean, {users} users {each}/s each"), over(&|round| of(&round.many)), "ms"),
+            Figure::less(&against, ratio(&|round| of(&round.one)), "times"),
+            Figure::less(&format!("{against} with {all}/s"), ratio(&|round| of(&round.fast)), "times"),
+        ]);
+    }
+    figures
+}

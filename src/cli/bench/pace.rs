@@ -1,0 +1,106 @@
+//! Publishes that are due at fixed moments, whatever the server does. Time runs from the moment at which one was due: a stall
+//! counts for all that should have been sent meanwhile.
+
+use std::io::ErrorKind;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use tokio::net::tcp::OwnedWriteHalf;
+
+use super::publisher::Frame;
+use super::report::micros;
+use crate::cli::common::Failure;
+
+const WARM_UP_SECONDS: u64 = 1;
+/// For what is still out when the last publish was due.
+const GRACE: Duration = Duration::from_secs(30);
+/// So that all are ready when the first publish is due.
+const AHEAD: Duration = Duration::from_millis(200);
+
+/// When which publish is due. The n-th is that of user n modulo speakers.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    start: Instant,
+    rate: u64,
+    speakers: u64,
+    pub total: u64,
+}
+
+impl Plan {
+    /// Begins in a moment; a second to warm up comes on top of the `seconds`.
+    pub fn new(rate: usize, speakers: usize, seconds: u64) -> Plan {
+        let rate = rate as u64;
+        let total = rate * (seconds + WARM_UP_SECONDS);
+        Plan { start: Instant::now() + AHEAD, rate, speakers: speakers as u64, total }
+    }
+
+    pub fn due(&self, number: u64) -> Instant {
+        self.start + Duration::from_nanos(number * 1_000_000_000 / self.rate)
+    }
+
+    pub fn by(&self, number: u64) -> u64 {
+        number % self.speakers
+    }
+
+    /// How many publishes are this user's.
+    pub fn of(&self, user: u64) -> u64 {
+        if user < self.speakers { (self.total + self.speakers - 1 - user) / self.speakers } else { 0 }
+    }
+
+    fn counts(&self, number: u64) -> bool {
+        number >= self.rate * WARM_UP_SECONDS
+    }
+
+    /// Notes how long ago a publish was due, unless it was one to warm up.
+    pub fn record(&self, histogram: &mut Histogram<u64>, number: u64) {
+        if self.counts(number) {
+            histogram.saturating_record(self.due(number).elapsed().as_micros() as u64);
+        }
+    }
+
+    /// The longest that all of it may take.
+    pub fn patience(&self) -> Duration {
+        self.due(self.total).saturating_duration_since(Instant::now()) + GRACE
+    }
+}
+
+/// Publishes when it is due, each speaker with its own writer; for a thread of its own: tokio's timers count whole
+/// milliseconds, which is longer than what is measured. Gives how late this thread itself was.
+pub fn talk(mouths: &mut [(OwnedWriteHalf, Frame)], plan: Plan) -> Result<Histogram<u64>, Failure> {
+    let mut late = micros()?;
+    for number in 0..plan.total {
+        let due = plan.due(number);
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        plan.record(&mut late, number);
+        let (writer, frame) = &mut mouths[plan.by(number) as usize];
+        write_all(writer, frame.numbered(number), due)?;
+    }
+    Ok(late)
+}
+
+fn write_all(writer: &OwnedWriteHalf, mut bytes: &[u8], due: Instant) -> Result<(), Failure> {
+    while !bytes.is_empty() {
+        match writer.try_write(bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(error) if error.kind() == ErrorKind::WouldBlock && due.elapsed() < GRACE => {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_publish_is_somebodys() {
+        let plan = Plan { total: 11_007, ..Plan::new(1000, 30, 10) };
+        let counted: u64 = (0..30).map(|user| plan.of(user)).sum();
+        assert_eq!(counted, plan.total);
+        assert_eq!(plan.of(3), (0..plan.total).filter(|n| plan.by(*n) == 3).count() as u64);
+        assert_eq!(plan.of(30), 0, "who only listens");
+    }
+}

@@ -1,0 +1,277 @@
+//! What one user or tenant may ask for in a time, and what becomes of those who ask for more.
+
+use std::time::{Duration, Instant};
+
+use futures_util::SinkExt;
+use serde_json::{Value, json};
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::frame::Frame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
+
+use crate::support::sse::EventStream;
+use crate::support::{LogKind, Server, Socket, eventually, publish, token, token_of};
+
+async fn raw(server: &Server, token: &str) -> Socket {
+    Socket::raw(&server.url, &[("Authorization", &format!("Bearer {token}"))]).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_user_has_so_many_connections_streams_among_them_and_one_that_is_left_makes_room() {
+    let server = Server::start_with(LogKind::embedded(), &["--max-user-connections", "3"]);
+    let (mut first, second) = (server.connect("ada").await, server.connect("ada").await);
+    first.say("t", "hello").await;
+    let stream = EventStream::of(&server, "t", "ada", "").await;
+    assert_eq!(raw(&server, &token("ada", "")).await.closed().await, 4503);
+    let mut by_frame = Socket::raw(&server.url, &[]).await.unwrap();
+    by_frame.send(&json!({"type": "connect", "id": 1, "token": token("ada", "")})).await;
+    assert_eq!(by_frame.closed().await, 4503);
+    let open = async || EventStream::open(&server, "/v1/threads/t/stream", &token("ada", ""), &[]).await;
+    let (status, problem) = open().await.err().unwrap();
+    assert_eq!((status, &problem["code"]), (429, &json!("rate_limited")), "{problem}");
+    assert!(problem["retry_after_ms"].as_u64().is_some(), "{problem}");
+    let reply = reqwest::Client::new()
+        .get(format!("{}/v1/threads/t/stream", server.url))
+        .bearer_auth(token("ada", ""))
+        .send()
+        .await
+        .unwrap();
+    assert!(reply.headers()["retry-after"].to_str().unwrap().parse::<u64>().unwrap() >= 1);
+
+    server.connect("ben").await.silent().await;
+    Socket::open(&server.url, &token_of("umbrella", "ada")).await.silent().await;
+    assert_eq!(server.http("GET", "/v1/threads", "ada", None).await.0, 200, "a request is no connection");
+    second.leave().await;
+    eventually("the socket's place is free", async || {
+        raw(&server, &token("ada", "")).await.next().await.is_ok_and(|frame| frame["type"] == "welcome")
+    })
+    .await;
+    drop(stream);
+    // The socket above is gone as well by now, or soon.
+    let mut streams = Vec::new();
+    eventually("so are the stream's and the other one", async || {
+        streams.extend(open().await);
+        streams.len() == 2
+    })
+    .await;
+    assert_eq!(open().await.err().unwrap().0, 429);
+    first.silent().await;
+}
+
+fn pings(ids: std::ops::RangeInclusive<i64>) -> Value {
+    ids.map(|id| json!({"type": "ping", "id": id})).collect()
+}
+
+/// Sends pings in one frame and gives the answers, by id.
+async fn ping_all(socket: &mut Socket, count: i64) -> Vec<Value> {
+    socket.send(&pings(1..=count)).await;
+    let mut answers = Vec::new();
+    while answers.len() < count as usize {
+        answers.push(socket.recv().await);
+    }
+    answers.sort_by_key(|answer| answer["id"].as_i64().unwrap());
+    answers
+}
+
+#[tokio::test]
+async fn a_burst_of_five_seconds_passes_and_what_is_over_it_is_refused_with_the_time_to_wait() {
+    let server = Server::start_with(LogKind::embedded(), &["--rate-user", "5"]);
+    let mut ada = server.connect("ada").await;
+    let answers = ping_all(&mut ada, 30).await;
+    assert!(answers[..25].iter().all(|answer| answer["type"] == "pong"), "{answers:?}");
+    for (refused, id) in answers[25..].iter().zip(26..) {
+        assert_eq!((&refused["id"], &refused["code"]), (&json!(id), &json!("rate_limited")), "{refused}");
+        assert_eq!(refused["temporary"], true);
+        let wait = refused["retry_after_ms"].as_u64().unwrap();
+        assert!((1..=200).contains(&wait), "five a second: {refused}");
+    }
+    let waited = answers[29]["retry_after_ms"].as_u64().unwrap();
+    // All the user's sessions share the limit, and HTTP.
+    let mut other = server.connect("ada").await;
+    let reply = reqwest::Client::new()
+        .get(format!("{}/v1/threads", server.url))
+        .bearer_auth(token("ada", ""))
+        .send()
+        .await
+        .unwrap();
+    // Should the machine have slept meanwhile, both passed; refused, they say so.
+    if reply.status() == 429 {
+        assert_eq!(reply.headers()["retry-after"], "1", "whole seconds, rounded up");
+        let problem: Value = reply.json().await.unwrap();
+        assert_eq!(problem["code"], "rate_limited");
+        assert!((1..=200).contains(&problem["retry_after_ms"].as_u64().unwrap()), "{problem}");
+    }
+    assert_eq!(ping_all(&mut other, 26).await[25]["code"], "rate_limited", "a new session brings no new burst");
+    // The wait is what this is about.
+    tokio::time::sleep(Duration::from_millis(waited.max(200))).await;
+    assert_eq!(ada.ask(json!({"type": "ping"})).await["type"], "pong");
+    assert_eq!(server.connect("ben").await.ask(json!({"type": "ping"})).await["type"], "pong", "another user");
+    let namesake = &mut Socket::open(&server.url, &token_of("umbrella", "ada")).await;
+    assert_eq!(ping_all(namesake, 25).await[24]["type"], "pong", "and the same name elsewhere");
+    assert!(server.metric("weft_rate_limited_total").await >= 5.0);
+    // What was refused had no effect, and the session goes on.
+    assert_eq!(ping_all(&mut ada, 26).await[25]["code"], "rate_limited");
+    let refused = ada.ask(publish("never", "x.a", json!(1))).await;
+    assert_eq!(refused["code"], "rate_limited", "{refused}");
+    tokio::time::sleep(Duration::from_millis(refused["retry_after_ms"].as_u64().unwrap())).await;
+    assert_eq!(ada.ask(json!({"type": "subscribe", "thread": "never"})).await["code"], "not_found");
+}
+
+#[tokio::test]
+async fn over_http_one_request_too_many_is_429_with_retry_after() {
+    // So slow a rate that no machine is slower: the next one passes in a second.
+    let server = Server::start_with(LogKind::embedded(), &["--rate-user", "1"]);
+    let client = reqwest::Client::new();
+    let get =
+        async || client.get(format!("{}/v1/threads", server.url)).bearer_auth(token("ada", "")).send().await.unwrap();
+    let mut passed = 0;
+    let refused = loop {
+        let reply = get().await;
+        if reply.status() != 200 {
+            break reply;
+        }
+        passed += 1;
+    };
+    assert!(passed >= 5, "{passed}");
+    assert_eq!(
+        (refused.status().as_u16(), &refused.headers()["content-type"]),
+        (429, &"application/problem+json".parse().unwrap())
+    );
+    assert_eq!(refused.headers()["retry-after"], "1");
+    let problem: Value = refused.json().await.unwrap();
+    let wait = problem["retry_after_ms"].as_u64().unwrap();
+    assert_eq!((&problem["code"], (1..=1_000).contains(&wait)), (&json!("rate_limited"), true), "{problem}");
+    tokio::time::sleep(Duration::from_millis(wait)).await;
+    assert_eq!(get().await.status(), 200, "after the wait that it was told");
+    assert_eq!(server.http("GET", "/v1/threads", "ben", None).await.0, 200);
+}
+
+#[tokio::test]
+async fn who_is_over_the_limit_for_ten_seconds_is_closed_4005_and_who_pauses_is_not() {
+    let server = Server::start_with(LogKind::embedded(), &["--rate-user", "5"]);
+    let (mut greedy, mut patient) = (server.connect("ada").await, server.connect("ben").await);
+    let goes_on = async {
+        let mut since = None;
+        // Some come through now and then, since time goes by; that is no pause.
+        let mut every = tokio::time::interval(Duration::from_millis(25));
+        loop {
+            every.tick().await;
+            drop(greedy.ws.send(Message::text(json!({"type": "ping", "id": 1}).to_string())).await);
+            match greedy.next().await {
+                Ok(frame) if frame["type"] == "error" => drop(since.get_or_insert_with(Instant::now)),
+                Ok(_) => {}
+                Err(code) => return (code, since.unwrap().elapsed()),
+            }
+        }
+    };
+    let comes_and_goes = async {
+        loop {
+            let answers = ping_all(&mut patient, 40).await;
+            assert_eq!(answers[39]["code"], "rate_limited");
+            tokio::time::sleep(Duration::from_millis(1_100)).await;
+        }
+    };
+    let (code, after) = tokio::select! {
+        end = goes_on => end,
+        () = comes_and_goes => unreachable!("it comes again for ever"),
+    };
+    assert_eq!((code, greedy.reason.as_str()), (4005, "over the rate limit for too long"));
+    assert!((9..30).contains(&after.as_secs()), "{after:?}");
+    // Its answers may still be on their way.
+    patient.send(&json!({"type": "ping", "id": 99})).await;
+    while patient.recv().await["id"] != 99 {}
+}
+
+#[tokio::test]
+async fn a_tenant_appends_so_many_bytes_and_other_tenants_are_not_held_up() {
+    // The bucket holds 272 KiB in any case, and fills by a thousand bytes a second.
+    let server = Server::start_with(LogKind::embedded(), &["--rate-tenant", "1000"]);
+    let (mut ada, mut ben) = (server.connect("ada").await, server.connect("ben").await);
+    let large = || publish("t", "x.large", json!("x".repeat(60_000)));
+    ada.say("t", "hello").await;
+    assert_eq!(server.http("PUT", "/v1/threads/t/members/ben", "ada", None).await.0, 201);
+    for seq in 3..=6 {
+        let who = if seq % 2 == 0 { &mut ada } else { &mut ben };
+        assert_eq!(who.ask(large()).await["seq"], seq);
+    }
+    for who in [&mut ada, &mut ben] {
+        let refused = who.ask(large()).await;
+        assert_eq!((&refused["code"], &refused["temporary"]), (&json!("rate_limited"), &json!(true)), "{refused}");
+        // 60,000 are wanted, and less than 39,000 are left.
+        assert!((1..=60_000).contains(&refused["retry_after_ms"].as_u64().unwrap()), "{refused}");
+        assert_eq!(who.ask(json!({"type": "ping"})).await["type"], "pong", "only what is appended counts");
+    }
+    let body = json!({"kind": "x.large", "data": "x".repeat(60_000)});
+    let (status, problem) = server.http("POST", "/v1/threads/t/events", "ada", Some(body)).await;
+    assert_eq!((status, &problem["code"]), (429, &json!("rate_limited")), "{problem}");
+    assert_eq!(ada.say("t", "a small one has room").await, 7);
+    let mut other = Socket::open(&server.url, &token_of("umbrella", "ada")).await;
+    assert_eq!(other.ask(large()).await["seq"], 1);
+}
+
+#[tokio::test]
+async fn a_tenants_users_share_its_commands() {
+    let server = Server::start_with(LogKind::embedded(), &["--rate-tenant-commands", "5"]);
+    let (mut ada, mut ben) = (server.connect("ada").await, server.connect("ben").await);
+    assert!(ping_all(&mut ada, 13).await.iter().all(|answer| answer["type"] == "pong"));
+    let answers = ping_all(&mut ben, 30).await;
+    assert!(answers[..12].iter().all(|answer| answer["type"] == "pong"), "{answers:?}");
+    let refused = &answers[29];
+    assert_eq!(refused["code"], "rate_limited", "ada's count as well: {refused}");
+    assert!(refused["message"].as_str().unwrap().contains("tenant"), "{refused}");
+    assert_eq!(ping_all(&mut ada, 30).await[29]["code"], "rate_limited");
+    let mut other = Socket::open(&server.url, &token_of("umbrella", "ada")).await;
+    assert_eq!(ping_all(&mut other, 25).await[24]["type"], "pong");
+}
+
+/// Sends a message again and again, and gives how that ends.
+async fn flood(server: &Server, message: Message) -> (u16, String) {
+    let mut socket = server.connect("ada").await;
+    for n in 0..20_000 {
+        // Once the server has had enough it reads no more.
+        if socket.ws.feed(message.clone()).await.is_err() || n % 500 == 0 && socket.ws.flush().await.is_err() {
+            break;
+        }
+    }
+    drop(socket.ws.flush().await);
+    let code = socket.closed().await;
+    (code, socket.reason)
+}
+
+#[tokio::test]
+async fn floods_of_frames_that_carry_nothing_are_closed_4005_and_a_few_of_them_are_no_matter() {
+    let server = Server::start(LogKind::embedded());
+    let fragment = |text: &'static str| Message::Frame(Frame::message(text, OpCode::Data(Data::Continue), false));
+    for (what, message) in [
+        ("pings", Message::Ping("x".into())),
+        ("pongs", Message::Pong("x".into())),
+        ("empty frames", Message::text("")),
+        ("empty fragments", Message::Frame(Frame::message("", OpCode::Data(Data::Text), true))),
+    ] {
+        let (code, reason) = flood(&server, message).await;
+        assert_eq!((code, reason.as_str()), (4005, "a flood of frames that carry nothing"), "{what}");
+    }
+    let mut pieces = server.connect("ada").await;
+    pieces.ws.send(Message::Frame(Frame::message("{", OpCode::Data(Data::Text), false))).await.unwrap();
+    for _ in 0..20_000 {
+        if pieces.ws.send(fragment(" ")).await.is_err() {
+            break;
+        }
+    }
+    assert_eq!(pieces.closed().await, 4005, "small fragments");
+
+    let mut few = server.connect("ada").await;
+    few.send_text("").await;
+    few.silent().await;
+    for _ in 0..100 {
+        few.ws.feed(Message::Ping("are you there?".into())).await.unwrap();
+        few.ws.feed(Message::text("")).await.unwrap();
+    }
+    let text = json!({"type": "ping", "id": 5}).to_string();
+    few.ws.feed(Message::Frame(Frame::message("", OpCode::Data(Data::Text), false))).await.unwrap();
+    for byte in text.bytes() {
+        few.ws.feed(Message::Frame(Frame::message(vec![byte], OpCode::Data(Data::Continue), false))).await.unwrap();
+    }
+    few.ws.send(Message::Frame(Frame::message("", OpCode::Data(Data::Continue), true))).await.unwrap();
+    assert_eq!(few.recv().await["id"], 5, "a frame in many pieces");
+    few.silent().await;
+}

@@ -1,0 +1,315 @@
+//! Deliveries that must be acknowledged. Time is what some of this is about: ten seconds are ten seconds here.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::{receipts, write};
+use crate::on_both_logs;
+use crate::support::{LogKind, Server, Socket, eventually, seqs};
+
+/// The next `n` events, as seq and attempt.
+async fn attempts(socket: &mut Socket, n: usize) -> Vec<(u64, Option<u64>)> {
+    let events = socket.events(n).await;
+    events.iter().map(|event| (event["seq"].as_u64().unwrap(), event["attempt"].as_u64())).collect()
+}
+
+/// A server with a thread of so many events of ada's.
+async fn begin(log: LogKind, events: u64) -> (Server, Socket) {
+    let server = Server::start(log);
+    let mut writer = server.connect("ada").await;
+    for n in 1..=events {
+        assert_eq!(writer.say("t", &n.to_string()).await, n);
+    }
+    (server, writer)
+}
+
+/// Closes, and returns once the log has what the session knew.
+async fn leave_and_wait(server: &Server, socket: Socket, user: &str, name: &str) {
+    let kept = async || {
+        let all = receipts(server, "t", user).await;
+        all.into_iter().find(|it| it["user"] == user && it["name"] == name).map(|it| it["at"].clone())
+    };
+    let before = kept().await;
+    socket.leave().await;
+    eventually("what was sent is noted", async || kept().await != before).await;
+}
+
+async fn letters(server: &Server) -> Vec<Value> {
+    let (status, page) = server.admin("GET", "/v1/dead-letters").await;
+    assert_eq!(status, 200, "{page}");
+    page["items"].as_array().unwrap().clone()
+}
+
+#[tokio::test]
+async fn at_most_256_events_are_out_and_each_acknowledgement_makes_room_for_as_many() {
+    let (server, mut ada) = begin(LogKind::embedded(), 0).await;
+    write(server.connect("ada").await, "t", 300).await;
+    let mut reader = Socket::raw(&server.url, &[]).await.unwrap();
+    let welcome = reader.ask(json!({"type": "connect", "token": crate::support::token("ada", "")})).await;
+    assert_eq!(welcome["limits"]["unacknowledged"], 256, "{welcome}");
+    reader.subscribe_with("t", json!({"after": 0, "confirm": true})).await;
+    assert_eq!(seqs(&reader.events(256).await), (1..=256).collect::<Vec<_>>());
+    assert_eq!(ada.say("t", "live").await, 301);
+    for _ in 0..20 {
+        reader.silent().await;
+    }
+    assert_eq!(server.metric("weft_deliveries_total").await, 256.0);
+    reader.ack("t", 1).await;
+    assert_eq!(attempts(&mut reader, 1).await, [(257, None)]);
+    reader.silent().await;
+    reader.ack("t", 257).await;
+    assert_eq!(attempts(&mut reader, 44).await, (258..=301).map(|seq| (seq, None)).collect::<Vec<_>>());
+    assert_eq!(reader.recv_type("caught_up").await["seq"], 301);
+    // Live ones are held as well once there is no room.
+    write(server.connect("ada").await, "t", 300).await;
+    assert_eq!(seqs(&reader.events(212).await), (302..=513).collect::<Vec<_>>(), "44 were out already");
+    reader.silent().await;
+    reader.ack("t", 513).await;
+    assert_eq!(seqs(&reader.events(88).await), (514..=601).collect::<Vec<_>>());
+    reader.ack("t", 601).await;
+    assert_eq!(ada.say("t", "and on").await, 602);
+    assert_eq!(attempts(&mut reader, 1).await, [(602, None)]);
+}
+
+#[tokio::test]
+async fn a_window_that_ends_at_the_head_goes_on_live() {
+    let server = Server::start(LogKind::embedded());
+    write(server.connect("ada").await, "t", 500).await;
+    let mut ada = server.connect("ada").await;
+    for seq in 501..=512 {
+        assert_eq!(ada.say("t", "and some more").await, seq);
+    }
+    let mut reader = server.connect("ada").await;
+    reader.subscribe_with("t", json!({"after": 0, "confirm": true})).await;
+    assert_eq!(seqs(&reader.events(256).await), (1..=256).collect::<Vec<_>>());
+    reader.silent().await;
+    reader.ack("t", 256).await;
+    assert_eq!(seqs(&reader.events(256).await), (257..=512).collect::<Vec<_>>());
+    reader.ack("t", 512).await;
+    assert_eq!(reader.recv_type("caught_up").await["seq"], 512);
+    assert_eq!(ada.say("t", "live").await, 513);
+    assert_eq!(attempts(&mut reader, 1).await, [(513, None)]);
+}
+
+#[tokio::test]
+async fn what_is_acknowledged_too_late_but_before_it_came_again_does_not_come_again() {
+    let (server, _) = begin(LogKind::embedded(), 3).await;
+    let mut late = server.connect("ada").await;
+    late.subscribe_with("t", json!({"after": 0, "confirm": true})).await;
+    assert_eq!(attempts(&mut late, 3).await, [(1, None), (2, None), (3, None)]);
+    late.recv_type("caught_up").await;
+    let mut begin = Instant::now();
+    for attempt in 2..=4 {
+        assert_eq!(attempts(&mut late, 3).await, [(1, Some(attempt)), (2, Some(attempt)), (3, Some(attempt))]);
+        begin = Instant::now();
+    }
+    let mut clock = server.connect("ada").await;
+    clock.subscribe_with("t", json!({"after": 2, "confirm": true})).await;
+    assert_eq!(attempts(&mut clock, 1).await, [(3, None)]);
+    clock.recv_type("caught_up").await;
+    // Ten seconds for the acknowledgement, then a pause of two to four: this is in the middle of it.
+    tokio::time::sleep_until((begin + Duration::from_secs(11)).into()).await;
+    late.ack("t", 2).await;
+    late.silent().await;
+    assert_eq!(attempts(&mut late, 1).await, [(3, Some(2))], "for the third that was the first time");
+    late.ack("t", 3).await;
+    for attempt in 2..=3 {
+        assert_eq!(attempts(&mut clock, 1).await, [(3, Some(attempt))]);
+    }
+    late.silent().await;
+}
+
+#[tokio::test]
+async fn what_is_not_acknowledged_within_ten_seconds_comes_again_from_the_oldest_on_and_in_order() {
+    let (server, mut ada) = begin(LogKind::embedded(), 4).await;
+    // First, so that whatever time the other one gets, this one had it before.
+    let mut good = server.connect("ada").await;
+    good.subscribe_with("t", json!({"after": 0, "confirm": true})).await;
+    assert_eq!(seqs(&good.events(4).await), [1, 2, 3, 4]);
+    good.ack("t", 4).await;
+    good.recv_type("caught_up").await;
+    good.silent().await;
+    let mut named = server.connect("ada").await;
+    named.subscribe_with("t", json!({"name": "away", "after": 0, "confirm": true})).await;
+    assert_eq!(attempts(&mut named, 4).await, (1..=4).map(|seq| (seq, None)).collect::<Vec<_>>());
+    leave_and_wait(&server, named, "ada", "away").await;
+    let away = receipts(&server, "t", "ada").await;
+
+    let mut bad = server.connect("ada").await;
+    bad.subscribe_with("t", json!({"after": 0, "confirm": true})).await;
+    assert_eq!(attempts(&mut bad, 4).await, (1..=4).map(|seq| (seq, None)).collect::<Vec<_>>());
+    bad.recv_type("caught_up").await;
+    bad.ack("t", 2).await;
+    let begin = Instant::now();
+    bad.silent().await;
+    assert_eq!(attempts(&mut bad, 2).await, [(3, Some(2)), (4, Some(2))], "not what was acknowledged");
+    assert!(begin.elapsed() >= Duration::from_millis(9_500) && begin.elapsed() < Duration::from_secs(40));
+    assert_eq!(ada.say("t", "new").await, 5);
+    assert_eq!(attempts(&mut bad, 1).await, [(5, None)], "and on in order, the first time");
+    assert!(server.metric("weft_redeliveries_total").await >= 1.0);
+
+    assert_eq!(attempts(&mut good, 1).await, [(5, None)], "nothing came again to who had acknowledged all");
+    good.ack("t", 5).await;
+    good.silent().await;
+    bad.ack("t", 5).await;
+    bad.silent().await;
+    // Nobody was there to send anything to.
+    assert_eq!(
+        receipts(&server, "t", "ada").await.iter().find(|it| it["name"] == "away"),
+        away.iter().find(|it| it["name"] == "away")
+    );
+    let mut named = server.connect("ada").await;
+    named.subscribe_with("t", json!({"name": "away", "confirm": true})).await;
+    let second = (1..=4).map(|seq| (seq, Some(2))).chain([(5, None)]).collect::<Vec<_>>();
+    assert_eq!(attempts(&mut named, 5).await, second, "this is but the second time");
+    assert_eq!(letters(&server).await, Vec::<Value>::new());
+}
+
+#[tokio::test]
+async fn what_another_device_acknowledges_under_the_same_name_does_not_come_again() {
+    let (server, _ada) = begin(LogKind::embedded(), 3).await;
+    let named = json!({"name": "x", "after": 0, "confirm": true});
+    let (mut phone, mut laptop) = (server.connect("ada").await, server.connect("ada").await);
+    for device in [&mut phone, &mut laptop] {
+        device.subscribe_with("t", named.clone()).await;
+        assert_eq!(attempts(device, 3).await, [(1, None), (2, None), (3, None)]);
+        device.recv_type("caught_up").await;
+    }
+    laptop.ack("t", 3).await;
+    eventually("it is durable", async || receipts(&server, "t", "ada").await[0]["seq"] == 3).await;
+    // Told of later, so that the phone's time is up before this one's.
+    let mut other = server.connect("ada").await;
+    other.subscribe_with("t", json!({"after": 0, "confirm": true})).await;
+    assert_eq!(attempts(&mut other, 3).await, [(1, None), (2, None), (3, None)]);
+    other.recv_type("caught_up").await;
+    assert_eq!(attempts(&mut other, 1).await, [(1, Some(2))]);
+    phone.silent().await;
+    laptop.silent().await;
+    assert_eq!(server.metric("weft_redeliveries_total").await, 1.0);
+}
+
+on_both_logs!(
+    after_five_attempts_over_as_many_connections_the_oldest_is_a_dead_letter_and_the_rest_goes_on,
+    |log| async move {
+        let (mut server, mut ada) = begin(log, 3).await;
+        assert_eq!(server.http("PUT", "/v1/threads/t/members/ben", "ada", None).await.0, 201);
+        let named = json!({"name": "mail", "confirm": true});
+        let mut ben = server.connect("ben").await;
+        // A new name begins at the head; from there on it has its place.
+        let mut first = named.clone();
+        first["after"] = json!(1);
+        ben.subscribe_with("t", first).await;
+        assert_eq!(attempts(&mut ben, 3).await, [(2, None), (3, None), (4, None)]);
+        leave_and_wait(&server, ben, "ben", "mail").await;
+        for attempt in 2..=5 {
+            let mut ben = server.connect("ben").await;
+            assert_eq!(ben.subscribe_with("t", named.clone()).await["after"], 1);
+            assert_eq!(attempts(&mut ben, 3).await, [(2, Some(attempt)), (3, Some(attempt)), (4, Some(attempt))]);
+            if attempt == 3 {
+                // Attempts outlive the server, too, and a session that is cut off counts if it was noted.
+                leave_and_wait(&server, ben, "ben", "mail").await;
+                server.kill();
+                server.up();
+                server.ready().await;
+                ada = server.connect("ada").await;
+            } else {
+                leave_and_wait(&server, ben, "ben", "mail").await;
+            }
+        }
+        assert_eq!(letters(&server).await, Vec::<Value>::new(), "the fifth was not yet missed by anybody");
+        let mut ben = server.connect("ben").await;
+        ben.subscribe_with("t", named.clone()).await;
+        assert_eq!(
+            attempts(&mut ben, 2).await,
+            [(3, Some(2)), (4, Some(2))],
+            "on it goes behind the one that is given up"
+        );
+        ben.recv_type("caught_up").await;
+        assert_eq!(ada.say("t", "new").await, 5);
+        assert_eq!(attempts(&mut ben, 1).await, [(5, None)]);
+
+        let found = letters(&server).await;
+        assert_eq!(found.len(), 1, "{found:?}");
+        let letter = &found[0];
+        let event =
+            server.http("GET", "/v1/threads/t/events?after=1&limit=1", "ben", None).await.1["events"][0].clone();
+        assert_eq!(
+            (
+                &letter["reason"],
+                &letter["user"],
+                &letter["name"],
+                &letter["thread"],
+                &letter["seq"],
+                &letter["attempts"]
+            ),
+            (&json!("unacknowledged"), &json!("ben"), &json!("mail"), &json!("t"), &json!(2), &json!(5)),
+            "{letter}"
+        );
+        assert_eq!(letter["event"], event);
+        assert!(letter["error"].as_str().unwrap().contains("5 times"), "{letter}");
+        assert!(weft::clock::parse_rfc3339(letter["at"].as_str().unwrap()).is_some(), "{letter}");
+        assert_eq!(server.metric(r#"weft_dead_letters_total{reason="unacknowledged"}"#).await, 1.0);
+        // The place is behind it, though it is not acknowledged.
+        eventually("its place is kept", async || {
+            let mut other = server.connect("ben").await;
+            other.subscribe_with("t", json!({"name": "mail"})).await["after"] == 2
+        })
+        .await;
+        let unread = server.http("GET", "/v1/threads", "ben", None).await.1["threads"][0]["unread"].clone();
+        assert_eq!(unread, 5, "given up is not read");
+
+        server.kill();
+        server.up();
+        server.ready().await;
+        assert_eq!(letters(&server).await, found);
+        let mut ben = server.connect("ben").await;
+        assert_eq!(ben.subscribe_with("t", named.clone()).await["after"], 2, "what is given up stays given up");
+        assert_eq!(seqs(&ben.events(3).await), [3, 4, 5]);
+        ben.ack("t", 5).await;
+        eventually("all is acknowledged", async || receipts(&server, "t", "ada").await.iter().any(|it| it["seq"] == 5))
+            .await;
+        ben.leave().await;
+        let mut ben = server.connect("ben").await;
+        assert_eq!(ben.subscribe_with("t", named).await["after"], 5);
+        assert_eq!(server.connect("ada").await.say("t", "after all").await, 6);
+        assert_eq!(attempts(&mut ben, 1).await, [(6, None)], "the count began anew");
+    }
+);
+
+#[tokio::test]
+async fn after_five_rounds_of_ten_seconds_the_oldest_is_a_dead_letter_and_the_next_has_rounds_of_its_own() {
+    let (server, _) = begin(LogKind::embedded(), 2).await;
+    let mut reader = server.connect("ada").await;
+    reader.subscribe_with("t", json!({"after": 0, "confirm": true})).await;
+    assert_eq!(attempts(&mut reader, 2).await, [(1, None), (2, None)]);
+    reader.recv_type("caught_up").await;
+    let mut last = Instant::now();
+    for attempt in 2..=5 {
+        assert_eq!(attempts(&mut reader, 2).await, [(1, Some(attempt)), (2, Some(attempt))]);
+        let since = std::mem::replace(&mut last, Instant::now());
+        // Ten seconds and a pause that doubles: half a second at first, four at last.
+        let pause = 250 * 2u64.pow(attempt as u32 - 2);
+        assert!(since.elapsed() >= Duration::from_millis(9_500 + pause), "{attempt}: {:?}", since.elapsed());
+    }
+    assert_eq!(letters(&server).await, Vec::<Value>::new());
+    assert_eq!(
+        attempts(&mut reader, 1).await,
+        [(2, Some(2))],
+        "behind the one that is given up, and its first one counts"
+    );
+    assert!(last.elapsed() >= Duration::from_millis(9_500), "{:?}", last.elapsed());
+    assert_eq!(server.connect("ada").await.say("t", "new").await, 3);
+    assert_eq!(attempts(&mut reader, 1).await, [(3, None)]);
+    reader.ack("t", 3).await;
+    reader.silent().await;
+    let found = letters(&server).await;
+    assert_eq!(found.len(), 1, "{found:?}");
+    let letter = &found[0];
+    assert_eq!(
+        (&letter["reason"], &letter["user"], &letter["name"], &letter["seq"], &letter["attempts"]),
+        (&json!("unacknowledged"), &json!("ada"), &Value::Null, &json!(1), &json!(5)),
+        "{letter}"
+    );
+    assert_eq!(letter["event"]["data"]["content"], "1");
+}

@@ -1,0 +1,309 @@
+//! Threads that exist by their name: each user's inbox, and the tenant's.
+
+use serde_json::{Value, json};
+
+use super::{caught_up, sse_event};
+use crate::support::{LogKind, Server, Socket, publish, seqs, token, token_of};
+
+/// A `user_message` to a thread, and its answer.
+async fn write(socket: &mut Socket, thread: &str, content: &str) -> Value {
+    socket.ask(publish(thread, "user_message", json!({"content": content}))).await
+}
+
+fn contents(events: &[Value]) -> Vec<&str> {
+    events.iter().map(|event| event["data"]["content"].as_str().unwrap()).collect()
+}
+
+fn refused(answer: &Value) -> (&str, &str, &str) {
+    let text = |name: &str| answer[name].as_str().unwrap_or("");
+    (text("type"), text("code"), text("field"))
+}
+
+const NOT_FOUND: (&str, &str, &str) = ("error", "not_found", "thread");
+
+#[tokio::test]
+async fn an_inbox_is_there_before_its_first_event_and_is_called_me_by_its_user() {
+    let server = Server::start(LogKind::embedded());
+    let mut ada = server.connect("ada").await;
+    let begun = ada.ask(json!({"type": "subscribe", "thread": "@me", "after": 0})).await;
+    assert_eq!((&begun["thread"], &begun["head"], &begun["after"]), (&json!("@me"), &json!(0), &json!(0)), "{begun}");
+    assert_eq!(caught_up(&mut ada, "@me").await, 0);
+    let (status, inbox) = server.http("GET", "/v1/threads/@me", "ada", None).await;
+    assert_eq!(
+        (status, &inbox["thread"], &inbox["head"], &inbox["members"]),
+        (200, &json!("@me"), &json!(0), &json!([]))
+    );
+    let empty = server.http("GET", "/v1/threads/@me/events", "ada", None).await;
+    assert_eq!((empty.0, &empty.1["events"], &empty.1["head"]), (200, &json!([]), &json!(0)));
+
+    let published = write(&mut ada, "@me", "a note to myself").await;
+    assert_eq!((&published["thread"], &published["seq"]), (&json!("@me"), &json!(1)), "{published}");
+    let event = ada.recv().await;
+    assert_eq!((&event["type"], &event["thread"], &event["seq"]), (&json!("event"), &json!("@me"), &json!(1)));
+    // The same thread under its other name.
+    assert_eq!(write(&mut ada, "@user:ada", "and another").await["seq"], 2);
+    let event = ada.recv().await;
+    assert_eq!((&event["thread"], &event["seq"]), (&json!("@me"), &json!(2)));
+    assert_eq!(ada.ask(json!({"type": "subscribe", "thread": "@user:ada"})).await["code"], "conflict");
+    for (called, path) in [("@me", "@me"), ("@user:ada", "@user:ada"), ("@user:ada", "%40user%3Aada")] {
+        let page = server.http("GET", &format!("/v1/threads/{path}/events"), "ada", None).await.1;
+        assert_eq!((&page["events"][1]["thread"], &page["head"]), (&json!(called), &json!(2)), "{page}");
+        assert_eq!(server.http("GET", &format!("/v1/threads/{path}"), "ada", None).await.1["thread"], called);
+        let streamed = sse_event(&server, &format!("/v1/threads/{path}/stream?after=1"), &token("ada", "")).await;
+        assert_eq!((&streamed["thread"], &streamed["seq"]), (&json!(called), &json!(2)), "{streamed}");
+    }
+}
+
+#[tokio::test]
+async fn an_inbox_is_read_by_its_user_and_by_those_who_read_the_whole_tenant() {
+    let server = Server::start(LogKind::embedded());
+    let mut ada = server.connect("ada").await;
+    write(&mut ada, "@me", "mine").await;
+    for scope in ["analyst", "admin"] {
+        let mut reader = server.connect_as("ana", scope).await;
+        reader.subscribe("@user:ada", Some(0)).await;
+        let event = reader.recv_type("event").await;
+        assert_eq!((&event["thread"], &event["data"]["content"]), (&json!("@user:ada"), &json!("mine")));
+        let token = token("ana", scope);
+        let page = server.http_with("GET", "/v1/threads/@user:ada/events", &token, None, &[]).await;
+        assert_eq!((page.0, &page.1["events"][0]["thread"]), (200, &json!("@user:ada")));
+    }
+    // Agents write to it, and do not read it; who shares a thread with its user neither.
+    server.http("PUT", "/v1/threads/both", "ada", Some(json!({"members": ["ben"]}))).await;
+    for (user, scope) in [("bot", "publish subscribe agent broadcast"), ("ben", "")] {
+        let mut reader = server.connect_as(user, scope).await;
+        let answer = reader.ask(json!({"type": "subscribe", "thread": "@user:ada"})).await;
+        assert_eq!(refused(&answer), NOT_FOUND, "{answer}");
+        let token = token(user, scope);
+        assert_eq!(server.http_with("GET", "/v1/threads/@user:ada/events", &token, None, &[]).await.0, 404);
+        // `@me` is the asker's own.
+        assert_eq!(server.http_with("GET", "/v1/threads/@me/events", &token, None, &[]).await.1["head"], 0);
+    }
+}
+
+#[tokio::test]
+async fn agents_and_members_of_a_common_thread_write_to_an_inbox_and_strangers_do_not() {
+    let server = Server::start(LogKind::embedded());
+    let mut ada = server.connect("ada").await;
+    ada.subscribe("@me", None).await;
+    caught_up(&mut ada, "@me").await;
+    let mut ben = server.connect("ben").await;
+    let body = |content: &str| Some(json!({"kind": "user_message", "data": {"content": content}}));
+    let over_http =
+        async |content: &str| server.http("POST", "/v1/threads/@user:ada/events", "ben", body(content)).await;
+
+    assert_eq!(refused(&write(&mut ben, "@user:ada", "let me in").await), NOT_FOUND);
+    let (status, problem) = over_http("let me in").await;
+    assert_eq!((status, &problem["code"], &problem["field"]), (404, &json!("not_found"), &json!("thread")));
+
+    let mut bot = server.connect_as("bot", "agent").await;
+    let answer = bot.ask(publish("@user:ada", "x.reminder", json!({"at": "noon"}))).await;
+    assert_eq!(
+        (&answer["type"], &answer["thread"], &answer["seq"]),
+        (&json!("published"), &json!("@user:ada"), &json!(1))
+    );
+
+    server.http("PUT", "/v1/threads/common", "ada", Some(json!({"members": ["ben"]}))).await;
+    assert_eq!(write(&mut ben, "@user:ada", "hello").await["seq"], 2);
+    let (status, answer) = over_http("hello again").await;
+    assert_eq!((status, &answer["thread"], &answer["seq"]), (201, &json!("@user:ada"), &json!(3)));
+    let events = ada.events(3).await;
+    assert_eq!((seqs(&events), &events[0]["from"], &events[1]["from"]), (vec![1, 2, 3], &json!("bot"), &json!("ben")));
+    assert!(events.iter().all(|event| event["thread"] == "@me"), "{events:?}");
+
+    // The last thread they had in common is left, by either side.
+    assert_eq!(server.http("DELETE", "/v1/threads/common/members/ben", "ben", None).await.0, 200);
+    assert_eq!(refused(&write(&mut ben, "@user:ada", "still there?").await), NOT_FOUND);
+    assert_eq!(over_http("still there?").await.0, 404);
+    server.http("PUT", "/v1/threads/later", "ben", Some(json!({"members": ["ada"]}))).await;
+    assert_eq!(write(&mut ben, "@user:ada", "met again").await["seq"], 4);
+    assert_eq!(server.http("DELETE", "/v1/threads/later/members/ada", "ada", None).await.0, 200);
+    assert_eq!(refused(&write(&mut ben, "@user:ada", "and gone").await), NOT_FOUND);
+    assert_eq!(contents(&ada.events(1).await), ["met again"]);
+    // Without scope publish nobody writes, not even to the own one.
+    let mut quiet = server.connect_as("ada", "subscribe").await;
+    assert_eq!(write(&mut quiet, "@me", "no").await["code"], "forbidden");
+}
+
+#[tokio::test]
+async fn an_inbox_is_ordered_and_replayable_and_takes_a_key_once_like_any_thread() {
+    let server = Server::start(LogKind::embedded());
+    server.http("PUT", "/v1/threads/common", "ada", Some(json!({"members": ["ben"]}))).await;
+    let (mut ada, mut ben) = (server.connect("ada").await, server.connect("ben").await);
+    for n in 1..=6 {
+        let to = if n % 2 == 0 { "@me" } else { "@user:ada" };
+        let from = if n % 2 == 0 { &mut ada } else { &mut ben };
+        assert_eq!(write(from, to, &n.to_string()).await["seq"], n);
+    }
+    let keyed = |content: &str, thread: &str| {
+        let mut command = publish(thread, "user_message", json!({"content": content}));
+        command["key"] = json!("k");
+        command
+    };
+    let first = ben.ask(keyed("7", "@user:ada")).await;
+    let again = ben.ask(keyed("7", "@user:ada")).await;
+    assert_eq!(
+        (&first["seq"], &first["duplicate"], &again["seq"], &again["duplicate"]),
+        (&json!(7), &json!(false), &json!(7), &json!(true))
+    );
+    assert_eq!(refused(&ben.ask(keyed("other", "@user:ada")).await), ("error", "conflict", "key"));
+    // A key belongs to its user and thread: by either name of the inbox it is the same thread.
+    assert_eq!(ada.ask(keyed("8", "@me")).await["seq"], 8);
+    assert_eq!(ada.ask(keyed("8", "@user:ada")).await["duplicate"], true);
+
+    for (more, wanted) in [(json!({"after": 0}), 1..=8), (json!({"after": 5}), 6..=8), (json!({"last": 2}), 7..=8)] {
+        let mut reader = server.connect("ada").await;
+        let mut command = json!({"type": "subscribe", "thread": "@me"});
+        command.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        assert_eq!(reader.ask(command).await["head"], 8);
+        let events = reader.events(wanted.clone().count()).await;
+        assert_eq!(seqs(&events), wanted.collect::<Vec<u64>>());
+        assert_eq!(caught_up(&mut reader, "@me").await, 8);
+    }
+    let beyond = ada.ask(json!({"type": "subscribe", "thread": "@me", "after": 9})).await;
+    assert_eq!(refused(&beyond), ("error", "cursor_invalid", "after"));
+    let page = server.http("GET", "/v1/threads/@me/events?after=6&limit=1", "ada", None).await.1;
+    assert_eq!((contents(page["events"].as_array().unwrap()), &page["next"]), (vec!["7"], &json!(7)));
+}
+
+#[tokio::test]
+async fn reserved_threads_are_not_among_all_my_threads() {
+    let server = Server::start(LogKind::embedded());
+    let mut root = server.connect_as("root", "admin").await;
+    assert_eq!(write(&mut root, "@tenant", "before").await["seq"], 1);
+    assert_eq!(write(&mut root, "@user:ada", "before").await["seq"], 1);
+    let mut ada = server.connect("ada").await;
+    ada.say("t", "mine").await;
+    let mut star = server.connect("ada").await;
+    let begun = star.ask(json!({"type": "subscribe", "thread": "*", "after": {}})).await;
+    assert_eq!(begun["head"], json!({"t": 1}));
+    assert_eq!((star.recv_type("event").await["thread"].clone(), caught_up(&mut star, "t").await), (json!("t"), 1));
+    write(&mut root, "@tenant", "after").await;
+    write(&mut root, "@user:ada", "after").await;
+    ada.say("t", "the next one").await;
+    assert_eq!(star.recv().await["data"]["content"], "the next one", "nothing of the reserved ones came in between");
+    let listed = server.http("GET", "/v1/threads", "ada", None).await.1;
+    let names: Vec<&Value> = listed["threads"].as_array().unwrap().iter().map(|thread| &thread["thread"]).collect();
+    assert_eq!(names, ["t"]);
+    // Beside `"*"` they are subscribed by name.
+    star.subscribe("@me", Some(0)).await;
+    assert_eq!(contents(&star.events(2).await), ["before", "after"]);
+}
+
+#[tokio::test]
+async fn everyone_in_the_tenant_reads_its_thread_and_only_scope_broadcast_or_admin_writes_it() {
+    let server = Server::start(LogKind::embedded());
+    let (mut ada, mut ben) = (server.connect("ada").await, server.connect("ben").await);
+    for reader in [&mut ada, &mut ben] {
+        assert_eq!(reader.subscribe("@tenant", None).await["head"], 0);
+        caught_up(reader, "@tenant").await;
+    }
+    let mut theirs = Socket::open(&server.url, &token_of("umbrella", "ada")).await;
+    theirs.subscribe("@tenant", None).await;
+    caught_up(&mut theirs, "@tenant").await;
+
+    for scope in ["", "publish subscribe agent analyst"] {
+        let mut socket = server.connect_as("ben", scope).await;
+        assert_eq!(refused(&write(&mut socket, "@tenant", "hear me").await), ("error", "forbidden", "thread"));
+        let body = json!({"kind": "user_message", "data": {"content": "hear me"}});
+        let token = token("ben", scope);
+        let answer = server.http_with("POST", "/v1/threads/@tenant/events", &token, Some(body), &[]).await;
+        assert_eq!((answer.0, &answer.1["code"], &answer.1["field"]), (403, &json!("forbidden"), &json!("thread")));
+    }
+    let mut herald = server.connect_as("herald", "broadcast").await;
+    assert_eq!(write(&mut herald, "@tenant", "one").await["seq"], 1);
+    assert_eq!(write(&mut server.connect_as("root", "admin").await, "@tenant", "two").await["seq"], 2);
+    for reader in [&mut ada, &mut ben] {
+        let events = reader.events(2).await;
+        assert_eq!((seqs(&events), contents(&events)), (vec![1, 2], vec!["one", "two"]));
+        assert!(events.iter().all(|event| event["thread"] == "@tenant"));
+    }
+    // The scope to write it is none to read by.
+    assert_eq!(herald.ask(json!({"type": "subscribe", "thread": "@tenant"})).await["code"], "forbidden");
+    let late = server.http("GET", "/v1/threads/@tenant/events", "cid", None).await.1;
+    assert_eq!((contents(late["events"].as_array().unwrap()), &late["head"]), (vec!["one", "two"], &json!(2)));
+
+    // The other tenant's thread of that name is another one.
+    let page = server.http_with("GET", "/v1/threads/@tenant/events", &token_of("umbrella", "ada"), None, &[]).await.1;
+    assert_eq!((&page["events"], &page["head"]), (&json!([]), &json!(0)));
+    theirs.say("t", "a thread of theirs").await;
+    theirs.subscribe("t", Some(0)).await;
+    assert_eq!(theirs.recv().await["data"]["content"], "a thread of theirs", "nothing came before it");
+}
+
+#[tokio::test]
+async fn reserved_threads_have_no_members_and_no_title_and_other_names_with_an_at_are_refused() {
+    let server = Server::start(LogKind::embedded());
+    let admin = token("root", "admin");
+    for thread in ["@me", "@tenant", "@user:ada", "@user:root"] {
+        for (method, path, body) in [
+            ("PUT", format!("/v1/threads/{thread}"), Some(json!({"title": "mine"}))),
+            ("PUT", format!("/v1/threads/{thread}"), None),
+            ("PUT", format!("/v1/threads/{thread}/members/ben"), None),
+            ("DELETE", format!("/v1/threads/{thread}/members/ada"), None),
+        ] {
+            let (status, problem) = server.http_with(method, &path, &admin, body, &[]).await;
+            let told = (status, problem["code"].as_str(), problem["field"].as_str());
+            assert_eq!(told, (400, Some("bad_request"), Some("thread")), "{method} {path}: {problem}");
+        }
+    }
+    let mut root = server.connect_as("root", "admin publish subscribe").await;
+    let long = format!("@user:{}", "x".repeat(129));
+    for bad in ["@you", "@user:", "@", "@users:ada", "@ME", "@tenants", "@user:a b", &long] {
+        for command in [
+            json!({"type": "subscribe", "thread": bad}),
+            publish(bad, "user_message", json!({"content": "hi"})),
+            json!({"type": "signal", "id": 1, "thread": bad, "kind": "typing"}),
+            json!({"type": "ack", "id": 1, "thread": bad, "seq": 1}),
+        ] {
+            // Commands without an answer have no id, so theirs is taken out again.
+            let answer = match command["type"].as_str().unwrap() {
+                "signal" | "ack" => {
+                    let mut command = command.clone();
+                    command.as_object_mut().unwrap().remove("id");
+                    root.send(&command).await;
+                    root.recv().await
+                }
+                _ => root.ask(command.clone()).await,
+            };
+            assert_eq!(refused(&answer), ("error", "bad_request", "thread"), "{command}: {answer}");
+        }
+        let bad = bad.replace(' ', "%20");
+        for path in ["", "/events", "/stream", "/presence", "/receipts"] {
+            let (status, problem) = server.http("GET", &format!("/v1/threads/{bad}{path}"), "ada", None).await;
+            let told = (status, problem["code"].as_str(), problem["field"].as_str());
+            assert_eq!(told, (400, Some("bad_request"), Some("thread")), "{bad}{path}: {problem}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn each_of_a_users_devices_has_all_that_the_user_has() {
+    let server = Server::start(LogKind::embedded());
+    server.http("PUT", "/v1/threads/t", "ben", Some(json!({"members": ["ada"]}))).await;
+    let mut ben = server.connect("ben").await;
+    // A device that was there from the start, one that was away for a while, and one that follows everything.
+    let mut phone = server.connect("ada").await;
+    phone.subscribe("t", Some(0)).await;
+    phone.subscribe("@me", Some(0)).await;
+    let mut all = server.connect("ada").await;
+    all.ask(json!({"type": "subscribe", "thread": "*", "after": {}})).await;
+    all.subscribe("@me", Some(0)).await;
+    ben.say("t", "to all of them").await;
+    write(&mut ben, "@user:ada", "for ada alone").await;
+    phone.say("t", "from one device").await;
+    write(&mut all, "@me", "from another").await;
+    let mut laptop = server.connect("ada").await;
+    laptop.subscribe("t", Some(0)).await;
+    laptop.subscribe("@me", Some(0)).await;
+    ben.say("t", "and once more").await;
+    let mut seen = Vec::new();
+    for device in [&mut phone, &mut all, &mut laptop] {
+        let mut events = device.events(6).await;
+        // Among threads there is no order.
+        events.sort_by_key(|event| (event["thread"].to_string(), event["seq"].as_u64()));
+        seen.push(events);
+    }
+    assert_eq!(seqs(&seen[0]), [1, 2, 1, 2, 3, 4], "two of the inbox, four of the thread");
+    assert!(seen[1..].iter().all(|events| *events == seen[0]), "every device gets the same frames");
+}
