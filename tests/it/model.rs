@@ -35,17 +35,65 @@ const SOON: Duration = Duration::from_secs(25);
 
 #[derive(Debug, Clone)]
 enum Step {
-    Publish { device: usize, to: usize, kind: usize, priority: usize, key: Option<u8>, large: bool },
-    Burst { device: usize, to: usize, priority: usize, count: usize },
-    Subscribe { device: usize, to: usize, begin: Begin, kinds: Option<usize>, name: Option<u8>, confirm: bool },
-    Ack { device: usize, which: usize, percent: u64 },
-    Unsubscribe { device: usize, to: usize },
-    Drop { device: usize },
-    Resume { device: usize },
-    Member { user: usize, thread: usize, add: bool },
-    Credit { device: usize, events: u64 },
-    Sleep { device: usize, steps: usize },
-    Signal { device: usize, to: usize },
+    Publish {
+        device: usize,
+        to: usize,
+        kind: usize,
+        priority: usize,
+        key: Option<u8>,
+    },
+    Burst {
+        device: usize,
+        to: usize,
+        priority: usize,
+        count: usize,
+        large: bool,
+    },
+    Subscribe {
+        device: usize,
+        to: usize,
+        begin: Begin,
+        kinds: Option<usize>,
+        name: Option<u8>,
+        confirm: bool,
+    },
+    Ack {
+        device: usize,
+        which: usize,
+        percent: u64,
+    },
+    Unsubscribe {
+        device: usize,
+        to: usize,
+    },
+    Drop {
+        device: usize,
+    },
+    Resume {
+        device: usize,
+    },
+    Member {
+        user: usize,
+        thread: usize,
+        add: bool,
+    },
+    Credit {
+        device: usize,
+        events: u64,
+    },
+    /// Reads nothing for so many steps.
+    Sleep {
+        device: usize,
+        steps: usize,
+    },
+    Signal {
+        device: usize,
+        to: usize,
+    },
+    /// Waits to be told of what its kinds leave out.
+    Await {
+        device: usize,
+    },
 }
 
 #[derive(Debug, Clone)]
@@ -58,26 +106,32 @@ enum Begin {
 
 fn step() -> impl Strategy<Value = Step> {
     let device = || 0..DEVICES;
-    let begin = prop_oneof![3 => Just(Begin::Default), 3 => (0..=105u64).prop_map(Begin::After), 1 => (0..8u64).prop_map(Begin::Last)];
+    let begin = prop_oneof![
+        3 => Just(Begin::Default),
+        3 => (0..=105u64).prop_map(Begin::After),
+        1 => (0..8u64).prop_map(Begin::Last),
+    ];
     let optional = |share: f64, below: u8| proptest::option::weighted(share, 0..below);
     let kinds = proptest::option::weighted(0.4, 0..KINDS.len());
+    let share = proptest::bool::weighted;
     prop_oneof![
-        12 => (device(), 0..5usize, 0..3usize, 0..4usize, optional(0.2, 3), proptest::bool::weighted(0.3))
-            .prop_map(|(device, to, kind, priority, key, large)| Step::Publish { device, to, kind, priority, key, large }),
-        3 => (device(), 0..5usize, 0..4usize, 2..8usize)
-            .prop_map(|(device, to, priority, count)| Step::Burst { device, to, priority, count }),
-        14 => (device(), 0..CALLED.len(), begin, kinds, optional(0.3, 2), proptest::bool::weighted(0.25)).prop_map(
+        12 => (device(), 0..5usize, 0..3usize, 0..4usize, optional(0.2, 3))
+            .prop_map(|(device, to, kind, priority, key)| Step::Publish { device, to, kind, priority, key }),
+        8 => (device(), 0..5usize, 0..4usize, 2..12usize, share(0.4))
+            .prop_map(|(device, to, priority, count, large)| Step::Burst { device, to, priority, count, large }),
+        14 => (device(), 0..CALLED.len(), begin, kinds, optional(0.4, 2), share(0.4)).prop_map(
             |(device, to, begin, kinds, name, confirm)| Step::Subscribe { device, to, begin, kinds, name, confirm }
         ),
         6 => (device(), 0..4usize, 1..=100u64).prop_map(|(device, which, percent)| Step::Ack { device, which, percent }),
-        3 => (device(), 0..CALLED.len()).prop_map(|(device, to)| Step::Unsubscribe { device, to }),
-        3 => device().prop_map(|device| Step::Drop { device }),
-        5 => device().prop_map(|device| Step::Resume { device }),
-        8 => (0..USERS.len(), 0..THREADS.len(), proptest::bool::weighted(0.55))
+        2 => (device(), 0..CALLED.len()).prop_map(|(device, to)| Step::Unsubscribe { device, to }),
+        4 => device().prop_map(|device| Step::Drop { device }),
+        9 => device().prop_map(|device| Step::Resume { device }),
+        6 => (0..USERS.len(), 0..THREADS.len(), share(0.65))
             .prop_map(|(user, thread, add)| Step::Member { user, thread, add }),
-        4 => (device(), 1..6u64).prop_map(|(device, events)| Step::Credit { device, events }),
-        3 => (device(), 5..25usize).prop_map(|(device, steps)| Step::Sleep { device, steps }),
+        5 => (device(), 1..12u64).prop_map(|(device, events)| Step::Credit { device, events }),
+        2 => (device(), 5..25usize).prop_map(|(device, steps)| Step::Sleep { device, steps }),
         3 => (device(), 0..5usize).prop_map(|(device, to)| Step::Signal { device, to }),
+        2 => device().prop_map(|device| Step::Await { device }),
     ]
 }
 
@@ -96,6 +150,9 @@ async fn run(server: &Server, tenant: String, steps: &[Step]) {
     }
     for device in 0..DEVICES {
         world.resume(device).await;
+        // A beginning, so that from the first step on somebody listens.
+        let (to, begin) = (if device % 2 == 0 { CALLED.len() - 1 } else { 0 }, Begin::Default);
+        world.take_step(&Step::Subscribe { device, to, begin, kinds: None, name: None, confirm: false }).await;
     }
     for step in steps {
         world.take_step(step).await;

@@ -395,7 +395,6 @@ impl Subscriptions {
         if event.seq != sub.cursor + 1 {
             // Cannot happen while the hub delivers in order; if it ever does, the store has what is missing.
             tracing::error!(expected = sub.cursor + 1, event.seq, "a hole in the live feed");
-            self.detach(id);
             self.lagged(who, id);
             return None;
         }

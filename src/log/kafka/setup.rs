@@ -5,7 +5,7 @@ use std::pin::pin;
 use std::sync::{Arc, mpsc};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -20,6 +20,9 @@ use super::{
 };
 use crate::clock;
 use crate::log::{Done, Grant, LogError, Record, Topic};
+
+/// How long a new topic may take until every broker knows of it; busy ones take their time.
+const APPEARS_WITHIN: Duration = Duration::from_secs(30);
 
 /// The record that names the log: the first of this kind in partition 0 of the events holds the epoch.
 const MARKER_KIND: &str = "log_created";
@@ -83,7 +86,7 @@ pub(super) fn ensure_topics(config: &KafkaConfig, topics: &Topics, side: &BaseCo
         }
     }
     for name in Topic::ALL.map(|topic| topics.name(topic)) {
-        let until = Instant::now() + ASK;
+        let until = Instant::now() + APPEARS_WITHIN;
         // A new topic takes a moment until every broker knows of it.
         let found = loop {
             match partitions_of(side, name)? {

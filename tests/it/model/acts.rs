@@ -29,12 +29,12 @@ impl World<'_> {
             | Step::Sleep { device, .. }
             | Step::Signal { device, .. }
                 if !self.awake(device) => {}
-            Step::Publish { device, to, kind, priority, key, large } => {
-                self.publish(device, to, kind, priority, key, large).await;
+            Step::Publish { device, to, kind, priority, key } => {
+                self.publish(device, to, kind, priority, key, false).await;
             }
-            Step::Burst { device, to, priority, count } => {
-                for _ in 0..count {
-                    self.publish(device, to, 0, priority, None, false).await;
+            Step::Burst { device, to, priority, count, large } => {
+                for n in 0..count {
+                    self.publish(device, to, n % KINDS.len(), priority, None, large).await;
                 }
             }
             Step::Subscribe { device, to, ref begin, kinds, name, confirm } => {
@@ -50,6 +50,7 @@ impl World<'_> {
             Step::Credit { device, events } => self.credit(device, events).await,
             Step::Sleep { device, steps } => self.sessions[device].asleep_until = self.now + steps,
             Step::Signal { device, to } => self.signal(device, CALLED[to]).await,
+            Step::Await { device } => self.await_position(device).await,
         }
         let refused = self.sessions.iter().position(|session| session.refusals > 0);
         assert_eq!(refused, None, "nothing was refused but acknowledgements and signals");
@@ -152,7 +153,8 @@ impl World<'_> {
         let mut sent_before = 0;
         match place.as_ref().and_then(|place| self.places.get_mut(place)) {
             Some(place) => {
-                sent_before = place.sent;
+                // An earlier session may have been sent all there is, whether its client has read it or not.
+                sent_before = head;
                 if asked_after.is_none() && asked.last.is_none() {
                     assert!((place.known..=place.most).contains(&after), "{}..={}: {answer}", place.known, place.most);
                     place.known = after;
@@ -163,7 +165,7 @@ impl World<'_> {
             None => assert_eq!(after, asked_for, "{answer}"),
         }
         if let Some(place) = place {
-            self.places.entry(place).or_insert(Place { known: after, most: after, sent: 0 });
+            self.places.entry(place).or_insert(Place { known: after, most: after });
         }
         let sub = Sub { sent_before, ..self.begin(&asked, &thread, after, false) };
         let session = &mut self.sessions[device];
@@ -287,6 +289,28 @@ impl World<'_> {
             if add && session.star.is_some() {
                 session.joined.entry(thread.to_owned()).or_default().push(seq);
             }
+        }
+    }
+
+    /// Whether there is nothing new for one of the subscriptions but what its kinds leave out.
+    fn waits_for_position(&self, device: usize) -> bool {
+        let session = &self.sessions[device];
+        let mut subs = session.subs.iter().filter(|(_, sub)| sub.left == Left::No && !sub.confirm && !sub.announce);
+        let left_out = |thread: &str, sub: &Sub| {
+            sub.cursor < self.head(thread) && self.next_wanted(thread, &sub.kinds, sub.cursor).is_none()
+        };
+        session.allowed.is_none() && subs.any(|(thread, sub)| left_out(thread, sub))
+    }
+
+    /// Reads until such a subscription, of this device or the next that has one, is level all the same.
+    async fn await_position(&mut self, device: usize) {
+        let waits = |it: &Self, device: usize| it.awake(device) && it.waits_for_position(device);
+        let Some(device) = (device..device + DEVICES).map(|it| it % DEVICES).find(|it| waits(self, *it)) else {
+            return;
+        };
+        while self.waits_for_position(device) {
+            let frame = self.frame(device).await;
+            self.take(device, &frame);
         }
     }
 

@@ -44,7 +44,7 @@ pub struct Sub {
     pub announce: bool,
     pub left: Left,
     pub acked: u64,
-    /// The newest seq sent to this session, and to an earlier one of that name.
+    /// The newest seq that came, and up to which one events may have been sent to earlier sessions of that name.
     pub sent: u64,
     pub sent_before: u64,
 }
@@ -65,7 +65,6 @@ pub struct Asked {
 pub struct Place {
     pub known: u64,
     pub most: u64,
-    pub sent: u64,
 }
 
 pub struct Session {
@@ -309,10 +308,6 @@ impl World<'_> {
         }
         sub.cursor = seq;
         sub.sent = sub.sent.max(seq);
-        if let Some(name) = &sub.name {
-            let place = self.places.get_mut(&(user.to_owned(), thread.clone(), name.clone())).unwrap();
-            place.sent = place.sent.max(seq);
-        }
         self.sessions[device].subs.insert(thread, sub);
     }
 
