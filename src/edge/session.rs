@@ -117,6 +117,8 @@ pub struct Session {
     pub(super) started: Instant,
     pub(super) heard: Instant,
     pub(super) pinged: Option<Instant>,
+    /// How much the peer had taken when it was pinged, or last looked at.
+    taken_at_ping: u64,
     pub(super) told_expiring: bool,
     /// When the client is to come back, in milliseconds.
     retry_after_ms: u64,
@@ -157,6 +159,7 @@ impl Session {
             started: now,
             heard: now,
             pinged: None,
+            taken_at_ping: 0,
             told_expiring: false,
             retry_after_ms: 0,
             limited: None,
@@ -314,10 +317,19 @@ impl Session {
     }
 
     fn note_stall(&mut self) {
-        let written = self.ws.get_ref().written();
-        if self.stalled.is_none_or(|(_, then)| then != written) {
-            self.stalled = Some((Instant::now(), written));
+        let taken = self.ws.get_ref().taken();
+        if self.stalled.is_none_or(|(_, then)| then != taken) {
+            self.stalled = Some((Instant::now(), taken));
         }
+    }
+
+    /// Whether the peer has taken something since the ping, of what is on its way.
+    fn still_takes(&mut self) -> bool {
+        let socket = self.ws.get_ref();
+        let (waits, taken) = (socket.on_the_way() > 0, socket.taken());
+        let moved = taken > self.taken_at_ping;
+        self.taken_at_ping = taken;
+        waits && moved
     }
 
     fn on_message(&mut self, message: Message) -> Result<(), End> {
@@ -459,6 +471,9 @@ impl Session {
                 }
             }
         }
+        if self.stalled.is_some() {
+            self.note_stall();
+        }
         if self.stalled.is_some_and(|(since, _)| now >= since + STALLED_AFTER) {
             return Err(close(4001, "the socket takes nothing"));
         }
@@ -472,10 +487,15 @@ impl Session {
         {
             self.feed.subs.on_due(who);
         }
+        if self.pinged.is_some_and(|at| now >= at + PONG_WITHIN) && self.still_takes() {
+            // The ping waits behind what the peer has not read yet.
+            self.pinged = Some(now);
+        }
         match self.pinged {
             Some(at) if now >= at + PONG_WITHIN => return Err(close(4002, "no heartbeat")),
             None if now >= self.heard + PING_AFTER => {
                 self.pinged = Some(now);
+                self.taken_at_ping = self.ws.get_ref().taken();
                 self.answers.push_back(Message::Ping(Bytes::new()));
             }
             _ => {}

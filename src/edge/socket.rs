@@ -2,6 +2,7 @@
 //! connection.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,9 +32,20 @@ impl Socket {
         Socket { stream, written: Arc::default(), watch: None }
     }
 
-    /// Bytes taken so far: a socket whose count stands still takes nothing.
-    pub fn written(&self) -> u64 {
-        self.written.load(Ordering::Relaxed)
+    /// Bytes that the peer has acknowledged so far: one whose count stands still takes nothing. What the kernel has taken
+    /// says little, since its buffer may hold what a slow peer takes minutes to read.
+    pub fn taken(&self) -> u64 {
+        self.written.load(Ordering::Relaxed).saturating_sub(self.on_the_way())
+    }
+
+    /// Bytes that the kernel holds for the peer, sent or not.
+    #[expect(unsafe_code, reason = "the standard library does not ask for the length of a send queue")]
+    pub fn on_the_way(&self) -> u64 {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: the descriptor is open as long as the stream is, and TIOCOUTQ writes one int.
+        let asked = unsafe { libc::ioctl(self.stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+        // A kernel that does not say leaves us with what it has taken.
+        if asked == 0 { u64::try_from(bytes).unwrap_or(0) } else { 0 }
     }
 
     /// The count, to be watched from elsewhere.

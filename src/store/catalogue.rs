@@ -7,6 +7,9 @@ use rocksdb::{BlockBasedOptions, Cache, ColumnFamilyDescriptor, DBCompressionTyp
 enum Work {
     /// Small rows, looked up by their whole key; most lookups find nothing.
     Lookup,
+    /// The same beside the way of an event. Without a filter in memory: each takes a tenth of a memtable, written or not,
+    /// and together they would leave no room for what is.
+    Seldom,
     /// Written once in key order, read in ranges.
     Sequence,
 }
@@ -30,7 +33,7 @@ pub const DEAD_LETTER_TIMES: &str = "dead_letter_times";
 
 const FAMILIES: &[(&str, Work)] = &[
     // position → offsets of the log; epoch; format
-    (META, Work::Lookup),
+    (META, Work::Seldom),
     // tenant 0 thread → ThreadRow
     (THREADS, Work::Lookup),
     // tenant 0 thread 0 user → MemberRow
@@ -44,13 +47,13 @@ const FAMILIES: &[(&str, Work)] = &[
     // partition · at · the key's key → empty; what the purge of `keys` walks
     (KEY_TIMES, Work::Sequence),
     // tenant 0 thread 0 user 0 name → ReceiptRow
-    (RECEIPTS, Work::Lookup),
+    (RECEIPTS, Work::Seldom),
     // tenant 0 user → RevocationRow
-    (REVOCATIONS, Work::Lookup),
+    (REVOCATIONS, Work::Seldom),
     // tenant 0 thread 0 run → RunRow
-    (RUNS, Work::Lookup),
+    (RUNS, Work::Seldom),
     // tenant 0 thread 0 length of run · run · call → CallRow
-    (RUN_CALLS, Work::Lookup),
+    (RUN_CALLS, Work::Seldom),
     // tenant 0 thread 0 length of run · run · seq → empty
     (RUN_EVENTS, Work::Sequence),
     // tenant 0 length of run · run · thread → empty
@@ -58,7 +61,7 @@ const FAMILIES: &[(&str, Work)] = &[
     // tenant 0 thread 0 run → empty, for those that have not ended
     (OPEN_RUNS, Work::Sequence),
     // tenant (empty if not known) 0 id → DeadLetterRow
-    (DEAD_LETTERS, Work::Lookup),
+    (DEAD_LETTERS, Work::Seldom),
     // tenant 0 at · id → empty; the list, oldest first
     (DEAD_LETTER_TIMES, Work::Sequence),
 ];
@@ -90,6 +93,7 @@ fn tuning(work: Work, cache: &Cache) -> Options {
             options.set_memtable_prefix_bloom_ratio(0.1);
             options.set_memtable_whole_key_filtering(true);
         }
+        Work::Seldom => blocks.set_bloom_filter(10.0, false),
         Work::Sequence => {
             blocks.set_block_size(16 << 10);
             options.set_level_zero_file_num_compaction_trigger(8);

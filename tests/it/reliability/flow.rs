@@ -1,10 +1,16 @@
 //! Flow control: a client gets as many events as it has asked for, and everything else all the same.
 
+use std::time::Duration;
+
+use futures_util::SinkExt;
 use serde_json::{Value, json};
+use tokio::io::AsyncReadExt;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use weft::outbox::EVENT_BYTES;
 
 use super::{pour, write};
-use crate::support::{LogKind, Server, Socket, eventually, publish, seqs};
+use crate::support::{LogKind, Server, Socket, eventually, publish, seqs, token};
 
 async fn credit(socket: &mut Socket, events: u64) {
     socket.send(&json!({"type": "credit", "events": events})).await;
@@ -182,4 +188,33 @@ async fn answers_overtake_the_events_that_wait_for_a_slow_socket() {
     }
     assert!(seen < EVENTS, "the pong came behind all of them");
     assert_eq!(seqs(&reader.events((EVENTS - seen) as usize).await), (seen + 1..=EVENTS).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_takes_a_kilobyte_a_second_is_slow_and_stays() {
+    let server = Server::start_unlimited(LogKind::embedded());
+    let mut writer = server.connect("ada").await;
+    for _ in 0..32 {
+        writer.say("t", &"x".repeat(60_000)).await;
+    }
+    // Buffers as small as on a thin line, so that what the reader takes shows.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4 << 10).unwrap();
+    socket2::SockRef::from(&socket).set_tcp_mss(1_460).unwrap();
+    let address = server.url.trim_start_matches("http://").parse().unwrap();
+    let stream = socket.connect(address).await.unwrap();
+    let mut request = format!("ws://{address}/v1/ws").into_client_request().unwrap();
+    request.headers_mut().insert("Authorization", format!("Bearer {}", token("eva", "analyst")).parse().unwrap());
+    let (mut ws, _) = tokio_tungstenite::client_async(request, stream).await.unwrap();
+    let subscribe = json!({"type": "subscribe", "id": 1, "thread": "t", "after": 0}).to_string();
+    ws.send(Message::text(subscribe)).await.unwrap();
+    // Longer than a heartbeat and its answer take, and than a socket may take nothing.
+    let mut every = tokio::time::interval(Duration::from_secs(1));
+    for _ in 0..45 {
+        every.tick().await;
+        let read = ws.get_mut().read(&mut [0; 1_024]).await.unwrap();
+        assert!(read > 0, "the server has closed");
+    }
+    let (_, open) = server.http_with("GET", "/v1/sessions?user=eva", &token("root", "admin"), None, &[]).await;
+    assert_eq!(open["sessions"].as_array().unwrap().len(), 1, "{open}");
 }
