@@ -92,7 +92,8 @@ pub enum Answer {
     Revoked,
     /// What a subscription asked of the store.
     Chunk {
-        sub: SubId,
+        /// With the class it was read for.
+        sub: (SubId, usize),
         events: Result<Vec<StoredEvent>, Error>,
     },
 }

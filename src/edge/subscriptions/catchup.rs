@@ -90,10 +90,10 @@ impl Subscriptions {
     pub fn chunk(
         &mut self,
         who: &Principal,
-        id: SubId,
+        (id, class): (SubId, usize),
         events: Result<Vec<StoredEvent>, Error>,
     ) -> Result<(), (String, Error)> {
-        self.reads -= 1;
+        self.reads[class] -= 1;
         events.and_then(|events| self.take(who, id, events)).or_else(|error| match self.drop_sub(id) {
             Some(thread) => Err((thread, error)),
             None => Ok(()),
@@ -209,10 +209,10 @@ impl Subscriptions {
     /// Starts reads while there is room for what they bring, and (with flow control) leave to send it.
     pub fn read_on(&mut self, who: &Principal, credit: Option<u64>) {
         let allowed = credit.map_or(CHUNK_EVENTS, |credit| usize::try_from(credit).unwrap_or(usize::MAX));
-        while self.reads < READS && self.replay_bytes < CHUNK_BYTES && allowed > 0 {
-            let Some(id) = self.pick() else { return };
+        while self.reads.iter().sum::<usize>() < READS && self.replay_bytes < CHUNK_BYTES && allowed > 0 {
+            let Some((id, class)) = self.pick() else { return };
             let Some(sub) = self.by_id.get_mut(&id) else { continue };
-            self.reads += 1;
+            self.reads[class] += 1;
             let room = match &sub.filter {
                 Some(_) => CHUNK_EVENTS,
                 None => sub.confirm().map_or(CHUNK_EVENTS, |confirm| confirm.room().max(1)),
@@ -225,17 +225,23 @@ impl Subscriptions {
                 // The right is looked up after the read: what was committed after a removal is not handed out.
                 let read = ctx.store.events(&who.tenant, &thread, range).map_err(Error::from);
                 let events = read.and_then(|events| ctx.may_read(&who, &thread).map(|()| events));
-                outbox.push_answer(Answer::Chunk { sub: id, events });
+                outbox.push_answer(Answer::Chunk { sub: (id, class), events });
             });
         }
     }
 
-    /// Whose turn it is to read: those with the highest priority waiting, one in eight times those with the lowest.
-    fn pick(&mut self) -> Option<SubId> {
+    /// Whose turn it is to read, and its class: those with the highest priority waiting, one in eight times those with the
+    /// lowest. While something higher is being read nobody else has a turn of the seven: its next read comes first.
+    fn pick(&mut self) -> Option<(SubId, usize)> {
         let highest = self.queue.iter().position(|queue| !queue.is_empty())?;
-        self.picks = self.picks.wrapping_add(1);
         let lowest = self.queue.iter().rposition(|queue| !queue.is_empty()).unwrap_or(highest);
-        self.queue[if self.picks.is_multiple_of(8) { lowest } else { highest }].pop_front()
+        let lowest_turn = (self.picks + 1).is_multiple_of(8);
+        if !lowest_turn && self.reads[..highest].iter().any(|reads| *reads > 0) {
+            return None;
+        }
+        self.picks = (self.picks + 1) % 8;
+        let class = if lowest_turn { lowest } else { highest };
+        self.queue[class].pop_front().map(|id| (id, class))
     }
 
     /// The subscription waits: for acknowledgements, or until a time.

@@ -165,7 +165,8 @@ pub struct Subscriptions {
     /// Subscriptions with something to read, in turn, by the class of what waits for them.
     queue: [VecDeque<SubId>; Priority::CLASSES],
     picks: u32,
-    reads: usize,
+    /// Reads under way, by that class.
+    reads: [usize; Priority::CLASSES],
     seams: usize,
     /// What comes from the store, ready to be sent.
     replay: Turns<Step>,
@@ -192,7 +193,7 @@ impl Subscriptions {
             following: None,
             queue: Default::default(),
             picks: 0,
-            reads: 0,
+            reads: [0; Priority::CLASSES],
             seams: 0,
             replay: Turns::default(),
             replay_bytes: 0,
