@@ -3,6 +3,7 @@
 use super::{Ready, Stage, Step, Subscriptions};
 use crate::access;
 use crate::error::{Code, Error};
+use crate::event::Priority;
 use crate::identity::Principal;
 use crate::outbox::{Answer, SubId};
 use crate::store::{EventRange, StoredEvent};
@@ -230,17 +231,23 @@ impl Subscriptions {
         }
     }
 
-    /// Whose turn it is to read, and its class: those with the highest priority waiting, one in eight times those with the
-    /// lowest. While something higher is being read nobody else has a turn of the seven: its next read comes first.
+    /// Whose turn it is to read, and its class: those with the highest priority waiting; of eight turns one goes to those with
+    /// the lowest, and one to those between. While something higher is read nobody else has one of the other six: its next
+    /// read comes first.
     fn pick(&mut self) -> Option<(SubId, usize)> {
-        let highest = self.queue.iter().position(|queue| !queue.is_empty())?;
-        let lowest = self.queue.iter().rposition(|queue| !queue.is_empty()).unwrap_or(highest);
-        let lowest_turn = (self.picks + 1).is_multiple_of(8);
-        if !lowest_turn && self.reads[..highest].iter().any(|reads| *reads > 0) {
+        let mut classes = (0..Priority::CLASSES).filter(|class| !self.queue[*class].is_empty());
+        let highest = classes.next()?;
+        let turn = (self.picks + 1) % 8;
+        let other = match turn {
+            0 => classes.next_back(),
+            4 => classes.rev().nth(1),
+            _ => None,
+        };
+        if other.is_none() && self.reads[..highest].iter().any(|reads| *reads > 0) {
             return None;
         }
-        self.picks = (self.picks + 1) % 8;
-        let class = if lowest_turn { lowest } else { highest };
+        self.picks = turn;
+        let class = other.unwrap_or(highest);
         self.queue[class].pop_front().map(|id| (id, class))
     }
 
