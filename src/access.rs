@@ -74,7 +74,7 @@ pub fn read(scopes: Scopes) -> Result<(), Error> {
     if scopes.subscribe || reads_by_scope(scopes) { Ok(()) } else { Err(missing("subscribe")) }
 }
 
-/// Whether the token allows to make and manage threads at all; looked at before any thread is.
+/// Whether the token allows to make and manage threads at all, and to signal in them; looked at before any thread is.
 pub fn may_publish(scopes: Scopes) -> Result<(), Error> {
     if scopes.publish || scopes.admin { Ok(()) } else { Err(missing("publish")) }
 }

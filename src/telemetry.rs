@@ -8,6 +8,8 @@ use metrics::{
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
+use crate::projector::{RUN_ORDER, UNACKNOWLEDGED, UNREADABLE};
+
 /// Buckets of durations, in seconds: 50 µs to 10 s.
 const SECONDS: &[f64] = &[
     0.000_05, 0.000_1, 0.000_2, 0.000_4, 0.000_6, 0.000_8, 0.001, 0.001_5, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1,
@@ -165,13 +167,8 @@ pub fn foreign_records() -> Counter {
 }
 pub fn dead_letters(reason: &str) -> Counter {
     // Reasons are a handful of our own; whatever else a record may name counts as one.
-    let reason = match reason {
-        "unreadable" => "unreadable",
-        "unacknowledged" => "unacknowledged",
-        "run_order" => "run_order",
-        _ => "other",
-    };
-    counter!("weft_dead_letters_total", "reason" => reason)
+    let own = [UNREADABLE, UNACKNOWLEDGED, RUN_ORDER].into_iter().find(|own| *own == reason);
+    counter!("weft_dead_letters_total", "reason" => own.unwrap_or("other"))
 }
 pub fn redeliveries() -> Counter {
     counter!("weft_redeliveries_total")

@@ -3,7 +3,8 @@
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 
-use serde_json::Value;
+use comfy_table::{Table, presets};
+use serde_json::{Value, json};
 
 use crate::client::Http;
 use crate::clock;
@@ -57,6 +58,30 @@ pub async fn all_pages(http: &mut Http, path: &str, field: &str) -> Result<Vec<V
             None => return Ok(rows),
         }
     }
+}
+
+/// Prints the rows of a list: as JSON under the name of their field, or as a table, or that there are none.
+pub fn print_rows(
+    json: bool,
+    field: &str,
+    none: &str,
+    rows: &[Value],
+    table: impl FnOnce(&[Value]) -> Table,
+) -> Result<(), Failure> {
+    let out = Out::new();
+    match rows {
+        _ if json => out.line(json!({ field: rows })),
+        [] => out.line(none),
+        rows => out.line(table(rows)),
+    }
+    .map(drop)
+}
+
+/// An empty table without lines.
+pub fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(header);
+    table
 }
 
 /// A JSON value as a cell of a table.

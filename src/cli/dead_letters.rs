@@ -1,9 +1,9 @@
 //! `weft dead-letters`: what could not be handled, newest first.
 
-use comfy_table::{Table, presets};
-use serde_json::{Value, json};
+use comfy_table::Table;
+use serde_json::Value;
 
-use super::common::{Failure, Out, Server, all_pages, cell};
+use super::common::{self, Failure, Server, all_pages, cell, print_rows};
 use crate::client::Http;
 
 #[derive(Debug, clap::Args)]
@@ -30,21 +30,11 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         }
     }
     let letters = all_pages(&mut http, &format!("/v1/dead-letters?{}", query.finish()), "items").await?;
-    let out = Out::new();
-    if args.json {
-        out.line(json!({ "items": letters }))?;
-    } else if letters.is_empty() {
-        out.line("no dead letters")?;
-    } else {
-        out.line(table(&letters))?;
-    }
-    Ok(())
+    print_rows(args.json, "items", "no dead letters", &letters, table)
 }
 
 fn table(letters: &[Value]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    table.set_header(["at", "reason", "where", "user", "attempts", "error", "id"]);
+    let mut table = common::table(&["at", "reason", "where", "user", "attempts", "error", "id"]);
     for row in letters {
         let place = match &row["topic"] {
             Value::Null => format!("{} {}", cell(&row["thread"]), cell(&row["seq"])),

@@ -1,9 +1,9 @@
 //! `weft threads`: the threads of the token's user, newest activity first.
 
-use comfy_table::{CellAlignment, Table, presets};
-use serde_json::{Value, json};
+use comfy_table::{CellAlignment, Table};
+use serde_json::Value;
 
-use super::common::{Failure, Out, Server, all_pages, cell};
+use super::common::{self, Failure, Server, all_pages, cell, print_rows};
 use crate::client::Http;
 
 #[derive(Debug, clap::Args)]
@@ -18,21 +18,11 @@ pub struct ThreadsArgs {
 pub async fn run(args: ThreadsArgs) -> Result<(), Failure> {
     let mut http = Http::connect(&args.server.url, &args.server.token).await?;
     let threads = all_pages(&mut http, "/v1/threads?limit=1000", "threads").await?;
-    let out = Out::new();
-    if args.json {
-        out.line(json!({ "threads": threads }))?;
-    } else if threads.is_empty() {
-        out.line("no threads yet")?;
-    } else {
-        out.line(table(&threads))?;
-    }
-    Ok(())
+    print_rows(args.json, "threads", "no threads yet", &threads, table)
 }
 
 fn table(threads: &[Value]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    table.set_header(["thread", "title", "head", "unread", "members", "last"]);
+    let mut table = common::table(&["thread", "title", "head", "unread", "members", "last"]);
     for row in threads {
         let members = row["members"].as_array().map_or_else(|| cell(&row["members"]), |m| m.len().to_string());
         let last = row["last"].get("at").unwrap_or(&row["last"]);

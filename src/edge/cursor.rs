@@ -39,3 +39,8 @@ impl Scope {
 pub fn refused() -> Error {
     Error::new(Code::CursorInvalid, "the cursor is not of this list").at("cursor")
 }
+
+/// The place in a list that is sorted by one number.
+pub fn number(place: &[u8]) -> Result<u64, Error> {
+    Ok(u64::from_be_bytes(place.try_into().map_err(|_| refused())?))
+}

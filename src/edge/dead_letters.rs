@@ -85,8 +85,8 @@ pub async fn list(it: Request) -> Result<Reply, Error> {
     }
     blocking(move || {
         let (rows, next) = it.ctx.store.dead_letters(&[&who.tenant, ""], &filter, behind, limit)?;
-        let items =
-            rows.into_iter().map(|(place, row)| item(&it.ctx, &who, place.id, row)).collect::<Result<_, _>>()?;
+        let items = rows.into_iter().map(|(place, row, known)| item(&it.ctx, &who, place.id, row, known));
+        let items = items.collect::<Result<_, _>>()?;
         let next = next.map(|place| scope.seal(&[&place.at.to_be_bytes()[..], &place.id].concat()));
         Ok(json(StatusCode::OK, &DeadLetterList { items, next }))
     })
@@ -107,16 +107,23 @@ pub async fn read(it: Request, id: &str) -> Result<Reply, Error> {
     let id: Uuid = segment("id", id)?.parse().map_err(|_| none())?;
     blocking(move || {
         let find = |tenant: &str| it.ctx.store.dead_letter(tenant, id.as_bytes());
-        let row = match find(&who.tenant)? {
-            Some(row) => Some(row),
-            None => find("")?,
+        let (row, known) = match find(&who.tenant)? {
+            Some(row) => (row, true),
+            None => (find("")?.ok_or_else(none)?, false),
         };
-        Ok(json(StatusCode::OK, &item(&it.ctx, &who, *id.as_bytes(), row.ok_or_else(none)?)?))
+        Ok(json(StatusCode::OK, &item(&it.ctx, &who, *id.as_bytes(), row, known)?))
     })
     .await
 }
 
-fn item(ctx: &Context, who: &Principal, id: [u8; 16], row: DeadLetterRow) -> Result<DeadLetterItem, Error> {
+/// `known`: whether it is known to be the tenant's.
+fn item(
+    ctx: &Context,
+    who: &Principal,
+    id: [u8; 16],
+    row: DeadLetterRow,
+    known: bool,
+) -> Result<DeadLetterItem, Error> {
     let event = match (&row.thread, row.seq) {
         (Some(thread), Some(seq)) => {
             let range = EventRange { from: seq, to: seq, limit: 1, ..EventRange::all() };
@@ -128,8 +135,6 @@ fn item(ctx: &Context, who: &Principal, id: [u8; 16], row: DeadLetterRow) -> Res
         (Some(event), _) => RawValue::from_string(without_type(&event.frame)).ok(),
         (None, refused) => refused.and_then(|text| RawValue::from_string(text).ok()),
     };
-    // Whose it is was not known when it was kept under no tenant.
-    let known = ctx.store.dead_letter(&who.tenant, &id)?.is_some();
     Ok(DeadLetterItem {
         id: Uuid::from_bytes(id),
         reason: row.reason,

@@ -130,14 +130,15 @@ impl Context {
 
     /// Whether the user may signal in the thread: as one who may write there.
     pub fn may_signal(&self, who: &Principal, thread: &str) -> Result<(), Error> {
-        let class = event::KindClass::Custom;
+        let may_write = || self.may_write_to(who, thread);
         match ids::is_reserved(thread) {
-            true => access::publish_reserved(who.scopes, class, thread, || self.may_write_to(who, thread)).map(drop),
+            true => access::publish_reserved(who.scopes, event::KindClass::Custom, thread, may_write).map(drop),
             false if who.scopes.agent || who.scopes.admin => self.head(who, thread).map(drop),
-            false => match access::publish(who.scopes, class, || self.standing(who, thread))? {
-                _ if self.store.is_member(&who.tenant, thread, &who.user)? => Ok(()),
-                _ => Err(Error::no_thread()),
-            },
+            false => {
+                access::may_publish(who.scopes)?;
+                let member = self.store.is_member(&who.tenant, thread, &who.user)?;
+                if member { Ok(()) } else { Err(Error::no_thread()) }
+            }
         }
     }
 
@@ -158,6 +159,12 @@ impl Context {
             None if ids::is_reserved(thread) => Ok(0),
             None => Err(Error::no_thread()),
         }
+    }
+
+    /// The head of a thread that the user may read now.
+    pub fn readable(&self, who: &Principal, thread: &str) -> Result<u64, Error> {
+        let head = self.head(who, thread)?;
+        self.may_read(who, thread).map(|()| head)
     }
 
     /// The user's threads, as subscriptions to them begin; with the places of a durable one. Walks a range: for blocking

@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 use warp::http::StatusCode;
 
 use super::Context;
-use super::cursor::{self, Scope};
+use super::cursor::{Scope, number};
 use super::http::{Request, blocking};
 use super::reply::{Reply, json, query, segment};
 use super::threads::address;
@@ -222,8 +222,7 @@ pub async fn of_thread(it: Request, thread: &str) -> Result<Reply, Error> {
     let behind = query.text("cursor").map(|text| scope.open(text).and_then(|place| number(&place))).transpose()?;
     let limit = query.limit()?;
     blocking(move || {
-        it.ctx.head(&who, &thread)?;
-        it.ctx.may_read(&who, &thread)?;
+        it.ctx.readable(&who, &thread)?;
         let mut runs = it.ctx.store.runs_of(&who.tenant, &thread)?;
         runs.sort_by_key(|(_, row)| std::cmp::Reverse(row.started.seq));
         runs.retain(|(_, row)| behind.is_none_or(|behind| row.started.seq < behind));
@@ -287,10 +286,6 @@ fn page(ctx: &Context, runs: Vec<(RunKey, RunRow)>, next: Option<String>) -> Res
     Ok(json(StatusCode::OK, &RunList { runs, next }))
 }
 
-fn number(bytes: &[u8]) -> Result<u64, Error> {
-    Ok(u64::from_be_bytes(bytes.try_into().map_err(|_| cursor::refused())?))
-}
-
 /// `GET /v1/threads/{t}/runs/{run}`
 pub async fn read(it: Request, thread: &str, run: &str) -> Result<Reply, Error> {
     let who = it.who()?;
@@ -299,8 +294,7 @@ pub async fn read(it: Request, thread: &str, run: &str) -> Result<Reply, Error> 
     let (_, thread) = address(&who, thread)?;
     let run = segment("run", run)?;
     blocking(move || {
-        it.ctx.head(&who, &thread)?;
-        it.ctx.may_read(&who, &thread)?;
+        it.ctx.readable(&who, &thread)?;
         detail(&it.ctx, &RunKey::new(&who.tenant, &thread, &run))
     })
     .await

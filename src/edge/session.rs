@@ -123,7 +123,7 @@ pub struct Session {
     /// When the client is to come back, in milliseconds.
     retry_after_ms: u64,
     /// Since when commands have been refused for their rate, and when the last one was.
-    pub(super) limited: Option<(Instant, Instant)>,
+    limited: Option<(Instant, Instant)>,
     /// Since when the socket has taken nothing, and how much it had taken by then.
     pub(super) stalled: Option<(Instant, u64)>,
     pub(super) published: Counter,
@@ -171,11 +171,7 @@ impl Session {
     /// Serves the session until it ends, on either side.
     pub async fn run(mut self: Box<Session>) {
         self.entered = Some(self.ctx.sessions.enter(&self.feed.outbox, &self.connection, Transport::Websocket));
-        let begun = match &self.who {
-            Some(_) => self.begin(None),
-            None => Ok(()),
-        };
-        let end = match begun {
+        let end = match self.begin(None) {
             Err(end) => end,
             Ok(()) => self.serve().await,
         };

@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::json as value;
 use warp::http::StatusCode;
 
-use super::cursor::{self, Scope};
+use super::cursor::{Scope, number};
 use super::http::{Request, raw, traceparent};
 use super::reply::{Reply, json, query, segment};
 use crate::access;
@@ -39,10 +39,6 @@ pub fn list(it: &Request) -> Result<Reply, Error> {
     let next = found.last().filter(|_| more).map(|(number, _)| scope.seal(&number.to_be_bytes()));
     let sessions = found.into_iter().map(|(_, session)| session).collect();
     Ok(json(StatusCode::OK, &SessionList { sessions, next }))
-}
-
-fn number(bytes: &[u8]) -> Result<u64, Error> {
-    Ok(u64::from_be_bytes(bytes.try_into().map_err(|_| cursor::refused())?))
 }
 
 /// `DELETE /v1/users/{user}/sessions`: an event in the user's inbox, so that every node hears of it, and every later start.

@@ -18,13 +18,13 @@ use warp::sse::{self, Event};
 use super::Context;
 use super::feed::{Feed, Out};
 use super::http::Request;
-use super::reply::{header_text, query, segment};
+use super::reply::{header_text, query};
 use super::subscriptions::Wanted;
+use super::threads::address;
 use crate::access;
 use crate::error::{Code, Error};
 use crate::event::without_type;
 use crate::identity::{Principal, jwt};
-use crate::ids;
 use crate::outbox::Answer;
 use crate::sessions::{Entered, Transport};
 use crate::wire::Problem;
@@ -38,11 +38,8 @@ pub fn open(it: &Request, thread: &str) -> Result<Response, Error> {
     let who = it.who()?;
     access::read(who.scopes)?;
     let query = query(&it.query, &["after"])?;
-    let called = segment("thread", thread)?;
-    ids::check_address(&called)?;
-    let thread = ids::resolve(&who.user, &called).into_owned();
-    let head = it.ctx.head(&who, &thread)?;
-    it.ctx.may_read(&who, &thread)?;
+    let (called, thread) = address(&who, thread)?;
+    let head = it.ctx.readable(&who, &thread)?;
     // What a client that comes back has seen is newer than what it first asked for.
     let (field, after) = match header_text(&it.headers, "Last-Event-ID")?.filter(|id| !id.is_empty()) {
         Some(id) => {

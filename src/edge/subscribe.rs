@@ -13,7 +13,7 @@ use crate::identity::Principal;
 use crate::ids;
 use crate::outbox::Answer;
 use crate::projector::ReceiptNote;
-use crate::store::{Found, ReceiptRow};
+use crate::store::Found;
 use crate::submit::Reply;
 use crate::wire::{Seqs, ServerFrame, error_frame};
 
@@ -68,8 +68,7 @@ impl Session {
         if self.feed.subs.contains(&thread) {
             return Err(Error::new(Code::Conflict, "the session is subscribed to this thread already").at("thread"));
         }
-        let head = self.ctx.head(&who, &thread)?;
-        self.ctx.may_read(&who, &thread)?;
+        let head = self.ctx.readable(&who, &thread)?;
         let after = match subscribe.after {
             Some(After::Seq(after)) => Some(after),
             _ => None,
@@ -82,11 +81,7 @@ impl Session {
         let place = row.as_ref().filter(|_| subscribe.last.is_none()).map(|row| row.place.min(head));
         let cursor = begin(head, after.or(place), subscribe.last, recovered).map_err(|error| error.at("after"))?;
         let fresh = name.filter(|_| row.is_none()).map(|name| first_note(&who, &thread, name, cursor));
-        let confirm = subscribe.confirm == Some(true);
-        let receipt = match name {
-            Some(name) => Some(Receipt::resume(name, &row.unwrap_or_else(|| placed(cursor)), cursor, confirm)),
-            None => confirm.then(|| Receipt::unnamed(cursor, true)),
-        };
+        let receipt = Receipt::wanted(name, row, cursor, subscribe.confirm == Some(true));
         let wanted = Wanted {
             called: subscribe.thread.to_string(),
             cursor,
@@ -278,20 +273,9 @@ impl All {
 
     fn wanted(&self, found: Found, cursor: u64) -> Wanted {
         let Following { kinds, name, confirm } = self.following.clone();
-        let receipt = match name {
-            Some(name) => {
-                let row = found.receipt.unwrap_or_else(|| placed(cursor));
-                Some(Receipt::resume(&name, &row, cursor, confirm))
-            }
-            None => confirm.then(|| Receipt::unnamed(cursor, true)),
-        };
+        let receipt = Receipt::wanted(name.as_deref(), found.receipt, cursor, confirm);
         Wanted { called: found.thread, cursor, named: false, kinds, receipt }
     }
-}
-
-/// The receipt of a new durable subscription.
-fn placed(place: u64) -> ReceiptRow {
-    ReceiptRow { place, ..ReceiptRow::default() }
 }
 
 /// The seq a subscription begins behind.

@@ -387,8 +387,7 @@ pub async fn presence(it: Request, thread: &str) -> Result<Reply, Error> {
     access::read(who.scopes)?;
     query(&it.query, &[])?;
     let (called, thread) = address(&who, thread)?;
-    it.ctx.head(&who, &thread)?;
-    it.ctx.may_read(&who, &thread)?;
+    it.ctx.readable(&who, &thread)?;
     let present = it.ctx.hub.present(&ids::log_key(&who.tenant, &thread));
     let users =
         present.into_iter().map(|(user, connections)| Present { user: user.to_string(), connections }).collect();
@@ -422,8 +421,7 @@ pub async fn receipts(it: Request, thread: &str) -> Result<Reply, Error> {
     query(&it.query, &[])?;
     let (called, thread) = address(&who, thread)?;
     blocking(move || {
-        let head = it.ctx.head(&who, &thread)?;
-        it.ctx.may_read(&who, &thread)?;
+        let head = it.ctx.readable(&who, &thread)?;
         let all = it.ctx.store.receipts(&who.tenant, &thread)?;
         let mut receipts = Vec::with_capacity(all.len());
         for (user, name, row) in all {

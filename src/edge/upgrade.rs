@@ -22,7 +22,7 @@ use crate::identity::Principal;
 
 /// What a session's buffers begin with; they grow with a frame and no further.
 const READ_BUFFER: usize = 4 << 10;
-const WRITE_BUFFER: usize = 8 << 10;
+pub const WRITE_BUFFER: usize = 8 << 10;
 
 const PROTOCOL: &str = "weft.v1";
 const BEARER: &str = "weft.bearer.";

@@ -60,8 +60,8 @@ impl DeadLetterFilter {
 /// Rows that one page looks at; with a filter, the rest is the next page's.
 const SCAN: usize = 10_000;
 
-/// A page of dead letters, and where the next one begins.
-pub type DeadLetterPage = (Vec<(ListPlace, DeadLetterRow)>, Option<ListPlace>);
+/// A page of dead letters, each with whether its tenant is known, and where the next page begins.
+pub type DeadLetterPage = (Vec<(ListPlace, DeadLetterRow, bool)>, Option<ListPlace>);
 
 impl Store {
     /// A tenant's dead letter; an empty tenant has those whose tenant nobody can tell.
@@ -90,7 +90,7 @@ impl Store {
             }
             last = Some(place);
             if let Some(row) = self.dead_letter(tenant, &place.id)?.filter(|row| filter.takes(row)) {
-                page.push((place, row));
+                page.push((place, row, !tenant.is_empty()));
             }
         }
         Ok((page, last.filter(|_| !looked_at_all)))

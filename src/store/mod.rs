@@ -210,7 +210,7 @@ impl Store {
         let Some(bytes) = self.db.get_pinned_cf(&self.family(family), key)? else {
             return Ok(None);
         };
-        codec::decode::<T>(SCHEMA, &bytes).map(Some).map_err(|source| StoreError::Damaged { family, source })
+        decoded(family, &bytes).map(Some)
     }
 
     fn identity(&self) -> Result<Option<Identity>, StoreError> {
@@ -275,34 +275,19 @@ impl Store {
 
     /// The newest seq that the user has acknowledged in the thread, under any name.
     pub fn acked(&self, tenant: &str, thread: &str, user: &str) -> Result<u64, StoreError> {
-        let mut acked = 0;
-        self.receipts_under(&keys::prefix(&[tenant, thread, user]), |_, row| acked = acked.max(row.acked))?;
-        Ok(acked)
+        let mut rows = self.rows_under(RECEIPTS, keys::prefix(&[tenant, thread, user]));
+        rows.try_fold(0, |most, row: Result<(_, ReceiptRow), _>| Ok(most.max(row?.1.acked)))
     }
 
     /// All receipts of a thread: user, name and row.
     pub fn receipts(&self, tenant: &str, thread: &str) -> Result<Vec<(String, String, ReceiptRow)>, StoreError> {
-        let mut found = Vec::new();
-        self.receipts_under(&keys::prefix(&[tenant, thread]), |rest, row| {
-            let rest = String::from_utf8_lossy(rest);
+        let rows = self.rows_under(RECEIPTS, keys::prefix(&[tenant, thread]));
+        rows.map(|row| {
+            let (rest, row) = row?;
             let (user, name) = rest.split_once('\0').unwrap_or((&rest, ""));
-            found.push((user.to_owned(), name.to_owned(), row));
-        })?;
-        Ok(found)
-    }
-
-    fn receipts_under(&self, prefix: &[u8], mut each: impl FnMut(&[u8], ReceiptRow)) -> Result<(), StoreError> {
-        let mut options = ReadOptions::default();
-        options.set_iterate_upper_bound(keys::behind(prefix.to_vec()));
-        let rows =
-            self.db.iterator_cf_opt(&self.family(RECEIPTS), options, IteratorMode::From(prefix, Direction::Forward));
-        for row in rows {
-            let (key, value) = row?;
-            let row =
-                codec::decode(SCHEMA, &value).map_err(|source| StoreError::Damaged { family: RECEIPTS, source })?;
-            each(&key[prefix.len()..], row);
-        }
-        Ok(())
+            Ok((user.to_owned(), name.to_owned(), row))
+        })
+        .collect()
     }
 
     pub fn revocation(&self, tenant: &str, user: &str) -> Result<Option<RevocationRow>, StoreError> {
@@ -315,22 +300,44 @@ impl Store {
 
     /// The thread's members, in the order of their names.
     pub fn members(&self, tenant: &str, thread: &str) -> Result<Vec<String>, StoreError> {
-        self.last_parts(MEMBERS, &[tenant, thread])
+        self.names_under(MEMBERS, keys::prefix(&[tenant, thread]))
     }
 
     /// The threads a user is a member of, in the order of their ids.
     pub fn threads_of(&self, tenant: &str, user: &str) -> Result<Vec<String>, StoreError> {
-        self.last_parts(MEMBERSHIPS, &[tenant, user])
+        self.names_under(MEMBERSHIPS, keys::prefix(&[tenant, user]))
     }
 
-    /// What stands behind `parts` in the keys of a family.
-    fn last_parts(&self, family: &'static str, parts: &[&str]) -> Result<Vec<String>, StoreError> {
-        let prefix = keys::prefix(parts);
+    /// What stands in a family under keys with this prefix, in order: the rest of the key, and the value.
+    fn under(
+        &self,
+        family: &'static str,
+        prefix: Vec<u8>,
+    ) -> impl Iterator<Item = Result<(Vec<u8>, Box<[u8]>), StoreError>> {
         let mut options = ReadOptions::default();
-        options.set_iterate_upper_bound(keys::behind(prefix.clone()));
-        let rows =
-            self.db.iterator_cf_opt(&self.family(family), options, IteratorMode::From(&prefix, Direction::Forward));
-        rows.map(|row| Ok(String::from_utf8_lossy(&row?.0[prefix.len()..]).into_owned())).collect()
+        if !prefix.is_empty() {
+            options.set_iterate_upper_bound(keys::behind(prefix.clone()));
+        }
+        let from = IteratorMode::From(&prefix, Direction::Forward);
+        let (rows, begin) = (self.db.iterator_cf_opt(&self.family(family), options, from), prefix.len());
+        rows.map(move |row| Ok(row.map(|(key, value)| (key[begin..].to_vec(), value))?))
+    }
+
+    /// The same, read: the rest of the key as text, and the row.
+    fn rows_under<T: for<'a> BorrowDecode<'a, ()>>(
+        &self,
+        family: &'static str,
+        prefix: Vec<u8>,
+    ) -> impl Iterator<Item = Result<(String, T), StoreError>> {
+        self.under(family, prefix).map(move |row| {
+            let (rest, value) = row?;
+            Ok((String::from_utf8_lossy(&rest).into_owned(), decoded(family, &value)?))
+        })
+    }
+
+    /// The names that keys of a family have behind a prefix.
+    fn names_under(&self, family: &'static str, prefix: Vec<u8>) -> Result<Vec<String>, StoreError> {
+        self.under(family, prefix).map(|row| Ok(String::from_utf8_lossy(&row?.0).into_owned())).collect()
     }
 
     /// Events of a thread with seqs in `from..=to`, at most `limit` of them and (but for the first) `bytes` of frames;
@@ -356,8 +363,7 @@ impl Store {
         }
         let mut room = bytes;
         while let Some((key, value)) = rows.item() {
-            let row: EventRow =
-                codec::decode(SCHEMA, value).map_err(|source| StoreError::Damaged { family: EVENTS, source })?;
+            let row: EventRow = decoded(EVENTS, value)?;
             if found.len() == limit || (row.frame.len() > room && !found.is_empty()) {
                 break;
             }
@@ -412,6 +418,10 @@ impl Store {
         let rows = self.db.iterator_cf_opt(&self.family(KEY_TIMES), options, IteratorMode::Start);
         rows.map(|row| Ok(row?.0.into_vec())).collect()
     }
+}
+
+fn decoded<'a, T: BorrowDecode<'a, ()>>(family: &'static str, bytes: &'a [u8]) -> Result<T, StoreError> {
+    codec::decode(SCHEMA, bytes).map_err(|source| StoreError::Damaged { family, source })
 }
 
 /// A family's name, a key and a value.

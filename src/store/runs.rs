@@ -1,11 +1,9 @@
 //! Runs: what each agent's work on a thread has come to.
 
 use bincode::{Decode, Encode};
-use rocksdb::{Direction, IteratorMode, ReadOptions};
 
 use super::catalogue::{OPEN_RUNS, RUN_CALLS, RUN_EVENTS, RUN_THREADS, RUNS};
-use super::{Batch, SCHEMA, Store, StoreError, keys};
-use crate::codec;
+use super::{Batch, Store, StoreError, keys};
 
 /// An event's place and time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
@@ -77,13 +75,15 @@ impl RunKey {
         keys::joined(&[&self.tenant, &self.thread, &self.run])
     }
 
-    /// The prefix of what a run has many of. Its name may hold a NUL, so its length stands before it.
+    /// The prefix of what a run has many of.
     fn under(&self) -> Vec<u8> {
-        let mut key = keys::prefix(&[&self.tenant, &self.thread]);
-        key.extend_from_slice(&(self.run.len() as u16).to_be_bytes());
-        key.extend_from_slice(self.run.as_bytes());
-        key
+        named(&[&self.tenant, &self.thread], &self.run)
     }
+}
+
+/// The prefix of all keys with these parts and this run. Its name may hold a NUL, so its length stands before it.
+fn named(parts: &[&str], run: &str) -> Vec<u8> {
+    [&keys::prefix(parts)[..], &(run.len() as u16).to_be_bytes(), run.as_bytes()].concat()
 }
 
 impl Store {
@@ -97,59 +97,32 @@ impl Store {
 
     /// A thread's runs, in the order of their names.
     pub fn runs_of(&self, tenant: &str, thread: &str) -> Result<Vec<(RunKey, RunRow)>, StoreError> {
-        let prefix = keys::prefix(&[tenant, thread]);
-        let mut options = ReadOptions::default();
-        options.set_iterate_upper_bound(keys::behind(prefix.clone()));
-        let rows =
-            self.db.iterator_cf_opt(&self.family(RUNS), options, IteratorMode::From(&prefix, Direction::Forward));
-        let mut found = Vec::new();
-        for row in rows {
-            let (key, value) = row?;
-            let row = codec::decode(SCHEMA, &value).map_err(|source| StoreError::Damaged { family: RUNS, source })?;
-            found.push((RunKey::new(tenant, thread, &String::from_utf8_lossy(&key[prefix.len()..])), row));
-        }
-        Ok(found)
+        let rows = self.rows_under(RUNS, keys::prefix(&[tenant, thread]));
+        rows.map(|row| row.map(|(run, row)| (RunKey::new(tenant, thread, &run), row))).collect()
     }
 
     /// The threads that have a run of this name.
     pub fn threads_of_run(&self, tenant: &str, run: &str) -> Result<Vec<String>, StoreError> {
-        let mut prefix = keys::prefix(&[tenant]);
-        prefix.extend_from_slice(&(run.len() as u16).to_be_bytes());
-        prefix.extend_from_slice(run.as_bytes());
-        let mut options = ReadOptions::default();
-        options.set_iterate_upper_bound(keys::behind(prefix.clone()));
-        let rows = self.db.iterator_cf_opt(
-            &self.family(RUN_THREADS),
-            options,
-            IteratorMode::From(&prefix, Direction::Forward),
-        );
-        rows.map(|row| Ok(String::from_utf8_lossy(&row?.0[prefix.len()..]).into_owned())).collect()
+        self.names_under(RUN_THREADS, named(&[tenant], run))
     }
 
     /// Runs that have not ended, of one thread or (without) of the whole tenant.
     pub fn open_runs(&self, tenant: &str, thread: Option<&str>) -> Result<Vec<RunKey>, StoreError> {
-        let prefix = match thread {
+        self.open_under(match thread {
             Some(thread) => keys::prefix(&[tenant, thread]),
             None => keys::prefix(&[tenant]),
-        };
-        self.open_under(&prefix)
+        })
     }
 
     /// Runs that have not ended, of all tenants.
     pub fn all_open_runs(&self) -> Result<Vec<RunKey>, StoreError> {
-        self.open_under(&[])
+        self.open_under(Vec::new())
     }
 
-    fn open_under(&self, prefix: &[u8]) -> Result<Vec<RunKey>, StoreError> {
-        let mut options = ReadOptions::default();
-        if !prefix.is_empty() {
-            options.set_iterate_upper_bound(keys::behind(prefix.to_vec()));
-        }
-        let rows =
-            self.db.iterator_cf_opt(&self.family(OPEN_RUNS), options, IteratorMode::From(prefix, Direction::Forward));
+    fn open_under(&self, prefix: Vec<u8>) -> Result<Vec<RunKey>, StoreError> {
         let mut found = Vec::new();
-        for row in rows {
-            let (key, _) = row?;
+        for row in self.under(OPEN_RUNS, prefix.clone()) {
+            let key = [&prefix[..], &row?.0].concat();
             let text = String::from_utf8_lossy(&key);
             let mut parts = text.splitn(3, '\0');
             if let (Some(tenant), Some(thread), Some(run)) = (parts.next(), parts.next(), parts.next()) {
@@ -161,14 +134,9 @@ impl Store {
 
     /// The seqs of a run's events.
     pub fn run_events(&self, key: &RunKey) -> Result<Vec<u64>, StoreError> {
-        let prefix = key.under();
-        let mut options = ReadOptions::default();
-        options.set_iterate_upper_bound(keys::behind(prefix.clone()));
-        let rows =
-            self.db.iterator_cf_opt(&self.family(RUN_EVENTS), options, IteratorMode::From(&prefix, Direction::Forward));
         // Another run's name may go on where this one ends; only what is as long as a seq is this one's.
-        let seq = |key: &[u8]| (key.len() == prefix.len() + 8).then(|| keys::seq_of(key)).flatten();
-        rows.filter_map(|row| row.map(|(key, _)| seq(&key)).transpose()).map(|seq| Ok(seq?)).collect()
+        let seq = |rest: Vec<u8>| rest.try_into().ok().map(u64::from_be_bytes);
+        self.under(RUN_EVENTS, key.under()).filter_map(|row| row.map(|(rest, _)| seq(rest)).transpose()).collect()
     }
 }
 
@@ -176,10 +144,7 @@ impl Batch<'_> {
     pub fn put_run(&mut self, key: &RunKey, row: &RunRow) {
         self.put(RUNS, &key.bytes(), row);
         if row.started == row.last {
-            let mut name = keys::prefix(&[&key.tenant]);
-            name.extend_from_slice(&(key.run.len() as u16).to_be_bytes());
-            name.extend_from_slice(key.run.as_bytes());
-            name.extend_from_slice(key.thread.as_bytes());
+            let name = [&named(&[&key.tenant], &key.run)[..], key.thread.as_bytes()].concat();
             self.rows.put_cf(&self.store.family(RUN_THREADS), name, []);
         }
         let open = self.store.family(OPEN_RUNS);

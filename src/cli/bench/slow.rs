@@ -19,6 +19,8 @@ use super::report::{Figure, median, micros, millis};
 use super::socket::{Reader, Socket};
 use super::target::{Target, progress, raise_open_files};
 use crate::cli::common::Failure;
+use crate::edge::subscriptions::{CHUNK_BYTES, READS};
+use crate::edge::upgrade::WRITE_BUFFER;
 use crate::outbox::EVENT_BYTES;
 
 const MEMORY: &str = "process_resident_memory_bytes";
@@ -27,9 +29,9 @@ const OUTBOX: &str = "weft_outbox_bytes";
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// Reads a second of a slow reader.
 const SIPS: usize = 4;
-/// What the server may hold for a session that is behind: its outbox, two reads of the store of 128 KiB, and what its
-/// WebSocket has encoded.
-const HELD_BYTES: usize = EVENT_BYTES + 2 * (128 << 10) + (8 << 10);
+/// What the server may hold for a session that is behind: its outbox, its reads of the store, and what its WebSocket has
+/// encoded.
+const HELD_BYTES: usize = EVENT_BYTES + READS * CHUNK_BYTES + WRITE_BUFFER;
 /// Of slow reading. A ping would come behind all that waits for a slow reader, so each says something before it begins, and
 /// is not asked for 25 s.
 const LONGEST_SECONDS: u64 = 20;

@@ -14,9 +14,9 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 /// Events of one read from the store.
 const CHUNK_EVENTS: usize = 512;
 /// Bytes of one read from the store; two such reads at most are in memory for a session.
-const CHUNK_BYTES: usize = 128 << 10;
+pub const CHUNK_BYTES: usize = 128 << 10;
 /// Reads that a session may have under way.
-const READS: usize = 2;
+pub const READS: usize = 2;
 
 impl Subscriptions {
     /// The hub dropped the subscription because the outbox was full: it goes on from the store.

@@ -18,6 +18,7 @@ use metrics::Counter;
 use tokio::time::{Duration, Instant};
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
+pub use self::catchup::{CHUNK_BYTES, READS};
 pub use self::confirm::WINDOW;
 pub use self::receipts::{Receipt, first_note};
 use crate::edge::Context;
@@ -333,8 +334,8 @@ impl Subscriptions {
         if self.contains(&thread) {
             return Ok(());
         }
-        let receipt = following.name.as_deref().map(|name| Receipt::begin(name, before, following.confirm));
-        let receipt = receipt.or_else(|| following.confirm.then(|| Receipt::unnamed(before, true)));
+        let receipt =
+            Receipt::wanted(following.name.as_deref(), None, before, following.confirm).map(Receipt::unwritten);
         let wanted =
             Wanted { called: thread.clone(), cursor: before, named: false, kinds: following.kinds.clone(), receipt };
         self.add(who, wanted).map_err(|error| (thread, error))

@@ -8,7 +8,7 @@ use crate::identity::Principal;
 use crate::log::Append;
 use crate::outbox::{Answer, SubId};
 use crate::projector::{DeadLetterNote, ReceiptNote, UNACKNOWLEDGED};
-use crate::store::ReceiptRow;
+use crate::store::{ReceiptRow, Store};
 use crate::submit::Reply;
 use tokio::time::{Duration, Instant};
 
@@ -32,21 +32,23 @@ pub struct Receipt {
 }
 
 impl Receipt {
-    /// A new durable subscription that begins at `place`.
-    pub fn begin(name: &str, place: u64, confirm: bool) -> Receipt {
-        let row = ReceiptRow { place, ..ReceiptRow::default() };
-        let mut receipt = Receipt::resume(name, &row, place, confirm);
-        receipt.dirty = true;
-        receipt
+    /// What a subscription behind `cursor` needs: with a name it is durable, and goes on from its row or begins; without one
+    /// only confirmation needs any.
+    pub fn wanted(name: Option<&str>, row: Option<ReceiptRow>, cursor: u64, confirm: bool) -> Option<Receipt> {
+        match name {
+            Some(name) => Some(Receipt::new(name, row, cursor, confirm)),
+            None => confirm.then(|| Receipt::unnamed(cursor, true)),
+        }
     }
 
-    /// A durable subscription that goes on behind `cursor`.
-    pub fn resume(name: &str, row: &ReceiptRow, cursor: u64, confirm: bool) -> Receipt {
+    /// Without a row it begins at the cursor.
+    fn new(name: &str, row: Option<ReceiptRow>, cursor: u64, confirm: bool) -> Receipt {
+        let row = row.unwrap_or(ReceiptRow { place: cursor, ..ReceiptRow::default() });
         Receipt {
             name: name.into(),
             place: row.place,
             acked: row.acked,
-            confirm: confirm.then(|| Confirm::resume(row, cursor)),
+            confirm: confirm.then(|| Confirm::resume(&row, cursor)),
             dirty: false,
             writing: false,
             burying: None,
@@ -54,9 +56,13 @@ impl Receipt {
     }
 
     /// A subscription without a name: what is acknowledged counts as read, and a new session begins where it likes.
-    pub fn unnamed(cursor: u64, confirm: bool) -> Receipt {
-        let confirm = confirm.then(|| Confirm::resume(&ReceiptRow::default(), cursor));
-        Receipt { name: "".into(), place: 0, acked: 0, confirm, dirty: false, writing: false, burying: None }
+    fn unnamed(cursor: u64, confirm: bool) -> Receipt {
+        Receipt::new("", Some(ReceiptRow::default()), cursor, confirm)
+    }
+
+    /// The log does not have a durable one's beginning yet.
+    pub fn unwritten(self) -> Receipt {
+        Receipt { dirty: !self.name.is_empty(), ..self }
     }
 
     pub(super) fn is_dirty(&self) -> bool {
@@ -66,6 +72,14 @@ impl Receipt {
     fn hear_of(&mut self, row: &ReceiptRow) {
         self.place = self.place.max(row.place);
         self.acked = self.acked.max(row.acked);
+    }
+
+    /// What to write. Another session of the user's may have come further: what is written last is all that compaction leaves.
+    fn latest_note(&mut self, store: &Store, who: (&str, &str), thread: &str) -> ReceiptNote {
+        if let Ok(Some(row)) = store.receipt(who.0, thread, who.1, &self.name) {
+            self.hear_of(&row);
+        }
+        self.note(who, thread)
     }
 
     fn note(&self, who: (&str, &str), thread: &str) -> ReceiptNote {
@@ -92,7 +106,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// The record that a durable subscription begins with in a thread.
 pub fn first_note(who: &Principal, thread: &str, name: &str, place: u64) -> ReceiptNote {
-    Receipt::begin(name, place, false).note((&who.tenant, &who.user), thread)
+    Receipt::new(name, None, place, false).note((&who.tenant, &who.user), thread)
 }
 
 impl Subscriptions {
@@ -158,11 +172,7 @@ impl Subscriptions {
                 continue;
             }
             (receipt.dirty, receipt.writing) = (false, true);
-            // Another session of the user's may have come further: what is written last is all that compaction leaves.
-            if let Ok(Some(row)) = self.ctx.store.receipt(&who.tenant, &sub.thread, &who.user, &receipt.name) {
-                receipt.hear_of(&row);
-            }
-            let note = receipt.note((&who.tenant, &who.user), &sub.thread);
+            let note = receipt.latest_note(&self.ctx.store, (&who.tenant, &who.user), &sub.thread);
             let (outbox, thread) = (self.outbox.clone(), Box::from(&*sub.thread));
             let reply: Reply =
                 Box::new(move |verdict| outbox.push_answer(Answer::Kept { thread, kept: verdict.is_ok() }));
@@ -193,10 +203,7 @@ impl Subscriptions {
             && let Some((tenant, _)) = sub.key.split_once('/')
             && let Some(user) = &self.user
         {
-            if let Ok(Some(row)) = self.ctx.store.receipt(tenant, &sub.thread, user, &receipt.name) {
-                receipt.hear_of(&row);
-            }
-            let note = receipt.note((tenant, user), &sub.thread);
+            let note = receipt.latest_note(&self.ctx.store, (tenant, user), &sub.thread);
             // Nobody is left to hear of it.
             let last = self.ctx.submit.prepare_record(note.id, note.record(), Box::new(drop));
             self.ctx.submit.send(vec![last]);

@@ -101,7 +101,7 @@ async fn a_burst_of_five_seconds_passes_and_what_is_over_it_is_refused_with_the_
         assert!((1..=200).contains(&problem["retry_after_ms"].as_u64().unwrap()), "{problem}");
     }
     assert_eq!(ping_all(&mut other, 26).await[25]["code"], "rate_limited", "a new session brings no new burst");
-    // The wait is what this is about.
+    // That so long a wait is enough is what this is about; asking again and again would not show it.
     tokio::time::sleep(Duration::from_millis(waited.max(200))).await;
     assert_eq!(ada.ask(json!({"type": "ping"})).await["type"], "pong");
     assert_eq!(server.connect("ben").await.ask(json!({"type": "ping"})).await["type"], "pong", "another user");
@@ -112,6 +112,7 @@ async fn a_burst_of_five_seconds_passes_and_what_is_over_it_is_refused_with_the_
     assert_eq!(ping_all(&mut ada, 26).await[25]["code"], "rate_limited");
     let refused = ada.ask(publish("never", "x.a", json!(1))).await;
     assert_eq!(refused["code"], "rate_limited", "{refused}");
+    // Again the wait that was told.
     tokio::time::sleep(Duration::from_millis(refused["retry_after_ms"].as_u64().unwrap())).await;
     assert_eq!(ada.ask(json!({"type": "subscribe", "thread": "never"})).await["code"], "not_found");
 }
@@ -140,6 +141,7 @@ async fn over_http_one_request_too_many_is_429_with_retry_after() {
     let problem: Value = refused.json().await.unwrap();
     let wait = problem["retry_after_ms"].as_u64().unwrap();
     assert_eq!((&problem["code"], (1..=1_000).contains(&wait)), (&json!("rate_limited"), true), "{problem}");
+    // As told, and not a request before: that this wait is enough is what is tested.
     tokio::time::sleep(Duration::from_millis(wait)).await;
     assert_eq!(get().await.status(), 200, "after the wait that it was told");
     assert_eq!(server.http("GET", "/v1/threads", "ben", None).await.0, 200);
@@ -167,6 +169,7 @@ async fn who_is_over_the_limit_for_ten_seconds_is_closed_4005_and_who_pauses_is_
         loop {
             let answers = ping_all(&mut patient, 40).await;
             assert_eq!(answers[39]["code"], "rate_limited");
+            // A second without a refusal is a pause: the silence itself is what is tested.
             tokio::time::sleep(Duration::from_millis(1_100)).await;
         }
     };
