@@ -26,11 +26,13 @@ pub fn publish(
     standing: impl FnOnce() -> Result<Standing, Error>,
 ) -> Result<Grant, Error> {
     // What an agent writes in the threads where it works, member or not.
-    let agents_own = scopes.agent && matches!(class, KindClass::Agent { .. } | KindClass::AgentMessage);
+    let agents_own =
+        scopes.agent && matches!(class, KindClass::Agent { .. } | KindClass::AgentMessage | KindClass::Token);
     if !(scopes.publish || scopes.admin || agents_own) {
         return Err(missing("publish"));
     }
-    if matches!(class, KindClass::Agent { member_may: false, .. }) && !(scopes.agent || scopes.admin) {
+    if matches!(class, KindClass::Agent { member_may: false, .. } | KindClass::Token) && !(scopes.agent || scopes.admin)
+    {
         return Err(missing("agent").at("kind"));
     }
     if scopes.admin || agents_own {
@@ -58,7 +60,8 @@ pub fn publish_reserved(
     if !(by_scope || scopes.publish) {
         return Err(missing("publish"));
     }
-    if matches!(class, KindClass::Agent { member_may: false, .. }) && !(scopes.agent || scopes.admin) {
+    if matches!(class, KindClass::Agent { member_may: false, .. } | KindClass::Token) && !(scopes.agent || scopes.admin)
+    {
         return Err(missing("agent").at("kind"));
     }
     if by_scope || may_write()? { Ok(Grant::Scope) } else { Err(Error::no_thread()) }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::error::Error;
+use crate::ids;
 
 /// What a publisher may put in front of other events (delivery only; the order of a thread is its seq).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -69,8 +70,9 @@ pub struct EventFrame<'a> {
     #[schemars(extend("const" = "event"))]
     pub r#type: &'static str,
     pub thread: &'a str,
-    /// The event's place in its thread: 1, 2, 3 …
-    pub seq: u64,
+    /// The event's place in its thread: 1, 2, 3 … Pieces of a message that is being written (`agent_token`) have none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seq: Option<u64>,
     pub kind: &'a str,
     /// UUIDv7.
     pub event: uuid::Uuid,
@@ -102,7 +104,7 @@ impl<'a> LogEvent<'a> {
         EventFrame {
             r#type: "event",
             thread: &self.thread,
-            seq,
+            seq: Some(seq),
             kind: &self.kind,
             event: self.event,
             from: &self.from,
@@ -194,13 +196,54 @@ pub const MEMBER_REMOVED: &str = "member_removed";
 /// In a user's inbox: its sessions were ended, and its tokens issued until then are refused.
 pub const SESSIONS_REVOKED: &str = "sessions_revoked";
 
+pub const AGENT_MESSAGE: &str = "agent_message";
+/// A piece of a message that an agent is writing.
+pub const AGENT_TOKEN: &str = "agent_token";
+
+/// `data` of `agent_token`. Characters are Unicode scalar values.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PieceData<'a> {
+    /// The message that is being written, 1–128 characters; each run has its own.
+    #[serde(borrow)]
+    pub message: Cow<'a, str>,
+    /// The characters of the message before this piece.
+    pub from_char: u64,
+    #[serde(borrow)]
+    pub text: Cow<'a, str>,
+}
+
+impl<'a> PieceData<'a> {
+    /// The same with its values checked.
+    pub fn parse(data: &'a RawValue) -> Result<PieceData<'a>, Error> {
+        let in_data = |error: Error| {
+            let field = error.field.as_deref().map_or("data".to_owned(), |field| format!("data.{field}"));
+            error.at(field)
+        };
+        let piece: PieceData = crate::command::from_json(data.get()).map_err(in_data)?;
+        ids::check_text("data.message", &piece.message)?;
+        if piece.from_char > u64::from(u32::MAX) {
+            return Err(Error::field("data.from_char", "data.from_char is out of range"));
+        }
+        Ok(piece)
+    }
+
+    /// Behind the last character.
+    pub fn to_char(&self) -> u64 {
+        self.from_char.saturating_add(self.text.chars().count() as u64)
+    }
+}
+
 /// What may be published, and by whom.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KindClass {
     /// `user_message`, `system_message`: `data.content` is checked.
     Message,
-    /// `agent_message`: the same, and an agent may write it wherever it works.
+    /// `agent_message`: the same, and an agent may write it wherever it works. One that closes a message written in pieces
+    /// may leave the content to them.
     AgentMessage,
+    /// `agent_token`: an agent event that gets no seq.
+    Token,
     /// An agent event: needs `run` and scope `agent`, except the two that any member may write.
     Agent { member_may: bool, required: &'static [&'static str] },
     /// `x.<name>`: kept as it is.
@@ -213,7 +256,8 @@ pub fn classify(kind: &str) -> Result<KindClass, Error> {
     let member = |required| Ok(KindClass::Agent { member_may: true, required });
     match kind {
         "user_message" | "system_message" => Ok(KindClass::Message),
-        "agent_message" => Ok(KindClass::AgentMessage),
+        AGENT_MESSAGE => Ok(KindClass::AgentMessage),
+        AGENT_TOKEN => Ok(KindClass::Token),
         "agent_started" => agent(&["agent"]),
         "agent_thinking" => agent(&[]),
         "tool_executing" => agent(&["tool", "call"]),
@@ -224,7 +268,6 @@ pub fn classify(kind: &str) -> Result<KindClass, Error> {
         "agent_cancelled" => agent(&[]),
         "agent_resumed" => member(&[]),
         "agent_cancel_requested" => member(&[]),
-        "agent_token" => Err(Error::field("kind", "agent_token is not served yet: publish the whole agent_message")),
         THREAD_CREATED | THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED | SESSIONS_REVOKED => {
             Err(Error::field("kind", format!("{kind} is written by the server alone")))
         }
@@ -237,24 +280,31 @@ pub fn classify(kind: &str) -> Result<KindClass, Error> {
 pub fn check_data(class: KindClass, data: &RawValue) -> Result<(), Error> {
     match class {
         KindClass::Custom => Ok(()),
-        KindClass::Message | KindClass::AgentMessage => check_message(data),
+        KindClass::Message => check_message(data, false),
+        KindClass::AgentMessage => check_message(data, true),
+        KindClass::Token => PieceData::parse(data).map(drop),
         KindClass::Agent { required, .. } => check_agent(required, data),
     }
 }
 
-/// Agent events belong to a run.
-pub fn check_run(class: KindClass, run: Option<&str>) -> Result<(), Error> {
-    if matches!(class, KindClass::Agent { .. }) && run.is_none() {
+/// Agent events belong to a run; a piece is not in the thread's order, and replies to nothing there.
+pub fn check_place(class: KindClass, run: Option<&str>, parent: Option<u64>) -> Result<(), Error> {
+    if matches!(class, KindClass::Agent { .. } | KindClass::Token) && run.is_none() {
         return Err(Error::field("run", "an agent event needs a run"));
+    }
+    if class == KindClass::Token && parent.is_some() {
+        return Err(Error::field("parent", "a piece replies to nothing: the agent_message that closes it does"));
     }
     Ok(())
 }
 
-fn check_message(data: &RawValue) -> Result<(), Error> {
+fn check_message(data: &RawValue, may_close: bool) -> Result<(), Error> {
     #[derive(Deserialize)]
     struct Message<'a> {
         #[serde(borrow)]
         content: Option<&'a RawValue>,
+        #[serde(borrow)]
+        message: Option<&'a RawValue>,
     }
     #[derive(Deserialize)]
     struct Part<'a> {
@@ -270,6 +320,7 @@ fn check_message(data: &RawValue) -> Result<(), Error> {
     };
     let message: Message = serde_json::from_str(data.get()).map_err(|_| bad())?;
     match message.content.map(RawValue::get) {
+        None if may_close && message.message.is_some_and(|name| name.get().starts_with('"')) => Ok(()),
         Some(text) if text.starts_with('"') => Ok(()),
         Some(text) if serde_json::from_str::<Vec<Part>>(text).is_ok() => Ok(()),
         _ => Err(bad()),

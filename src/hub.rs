@@ -15,7 +15,7 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use crate::ids::log_key;
 use crate::outbox::{Item, Outbox, SubId};
-use crate::projector::{Change, Committed, CommittedEvent};
+use crate::projector::{Change, Committed, CommittedEvent, News};
 use crate::sessions::Sessions;
 use crate::submit::Pending;
 use crate::telemetry;
@@ -179,40 +179,58 @@ impl Hub {
     }
 
     fn deliver(&self, committed: Committed, pending: &Pending) {
-        for event in &committed.events {
-            // Locked for one event at a time, so that sessions that come and go need not wait for a whole batch.
+        for CommittedEvent { key, news } in &committed.events {
+            // Locked for one at a time, so that sessions that come and go need not wait for a whole batch.
             let mut table = self.lock();
-            match &event.change {
-                Some(Change::Revoked(user)) => {
-                    if let Some((tenant, _)) = event.key.split_once('/') {
-                        self.sessions.revoke(&log_key(tenant, user));
+            match news {
+                News::Event(event, change) => {
+                    if let Some(change) = change {
+                        self.apply(&mut table, key, event.seq, change);
                     }
+                    self.fan_out(&mut table, key, |it| it.outbox.push_event(it.sub, event));
                 }
-                Some(change) => {
-                    table.apply(event, change);
-                    if let (Change::Left(user), Some((tenant, thread))) = (change, event.key.split_once('/')) {
-                        self.sessions.tell_left(&log_key(tenant, user), thread);
-                    }
-                }
-                None => {}
+                News::Piece(piece) => self.fan_out(&mut table, key, |it| it.outbox.push_piece(it.sub, piece)),
             }
-            self.fan_out(&mut table, event);
         }
         for (id, verdict) in committed.verdicts {
             pending.resolve(id, verdict);
         }
     }
 
-    fn fan_out(&self, table: &mut Table, event: &CommittedEvent) {
-        let Some(subscribers) = table.threads.get_mut(&event.key) else {
+    /// Rights change with the event itself: who left does not get it, who joined does.
+    fn apply(&self, table: &mut Table, key: &Arc<str>, seq: u64, change: &Change) {
+        let Some((tenant, thread)) = key.split_once('/') else { return };
+        match change {
+            Change::Joined(users) => {
+                for user in users {
+                    if let Some(sessions) = table.followers.get_mut(&*log_key(tenant, user)) {
+                        sessions.retain(|outbox| {
+                            outbox.push_notice(Item::Joined { thread: thread.to_owned(), before: seq - 1 })
+                        });
+                    }
+                }
+            }
+            Change::Left(user) => {
+                if let Some(subscribers) = table.threads.get_mut(key) {
+                    subscribers.retain(|it| it.by_scope || *it.user != **user);
+                }
+                self.sessions.tell_left(&log_key(tenant, user), thread);
+            }
+            Change::Revoked(user) => self.sessions.revoke(&log_key(tenant, user)),
+        }
+    }
+
+    /// Hands something to all who are live in the thread, and forgets those who do not take it.
+    fn fan_out(&self, table: &mut Table, key: &Arc<str>, push: impl Fn(&Subscriber) -> bool) {
+        let Some(subscribers) = table.threads.get_mut(key) else {
             return;
         };
         let before = subscribers.len();
-        subscribers.retain(|it| it.outbox.push_event(it.sub, &event.event));
+        subscribers.retain(push);
         if subscribers.len() < before {
             self.lagged.increment((before - subscribers.len()) as u64);
             if subscribers.is_empty() {
-                table.threads.remove(&event.key);
+                table.threads.remove(key);
             }
         }
     }
@@ -222,29 +240,5 @@ impl Table {
     /// Who is live in the thread and fits.
     fn live(&self, key: &str, fits: impl Fn(&Subscriber) -> bool) -> Vec<Subscriber> {
         self.threads.get(key).into_iter().flatten().filter(|it| fits(it)).cloned().collect()
-    }
-
-    /// Rights change with the event itself: who left does not get it, who joined does.
-    fn apply(&mut self, event: &CommittedEvent, change: &Change) {
-        let Some((tenant, thread)) = event.key.split_once('/') else {
-            return;
-        };
-        match change {
-            Change::Joined(users) => {
-                for user in users {
-                    if let Some(sessions) = self.followers.get_mut(&*log_key(tenant, user)) {
-                        sessions.retain(|outbox| {
-                            outbox.push_notice(Item::Joined { thread: thread.to_owned(), before: event.event.seq - 1 })
-                        });
-                    }
-                }
-            }
-            Change::Revoked(_) => {}
-            Change::Left(user) => {
-                if let Some(subscribers) = self.threads.get_mut(&event.key) {
-                    subscribers.retain(|it| it.by_scope || *it.user != **user);
-                }
-            }
-        }
     }
 }

@@ -29,6 +29,7 @@ pub mod limits;
 pub mod log;
 pub mod outbox;
 pub mod overdue;
+pub mod piece;
 pub mod projector;
 pub mod rebuild;
 pub mod schemas;

@@ -12,6 +12,7 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use crate::error::Error;
 use crate::event::Priority;
+use crate::piece::Piece;
 use crate::projector::Visible;
 use crate::store::{Found, StoredEvent};
 use crate::submit::Verdict;
@@ -26,6 +27,11 @@ const MAX_JOINED: usize = 4_096;
 /// What an event costs beside its frame.
 const OVERHEAD: usize = 64;
 
+/// What a piece costs beside its text.
+const PIECE_OVERHEAD: usize = 256;
+/// A piece that waits grows to so many bytes.
+const PIECE_BYTES: usize = 64 << 10;
+
 /// A subscription's number within its session; never used twice.
 pub type SubId = u32;
 
@@ -35,6 +41,11 @@ pub enum Item {
     Event {
         sub: SubId,
         event: Arc<Visible>,
+    },
+    /// A piece of a message that is being written; it grows while it waits.
+    Piece {
+        sub: SubId,
+        piece: Arc<Piece>,
     },
     /// Live only: lost when there is no room for it.
     Signal {
@@ -54,17 +65,24 @@ pub enum Item {
     },
 }
 
+/// What a read of the store brings.
+pub enum Chunk {
+    Events(Vec<StoredEvent>),
+    /// Of each message that is being written, what the reader does not have.
+    Texts(Vec<Piece>),
+}
+
 /// What overtakes events.
 pub enum Answer {
     Publish {
         id: i64,
         thread: Box<str>,
+        /// For a piece: its message, and where in it the piece ends.
+        piece: Option<(Box<str>, u64)>,
         verdict: Verdict,
     },
     /// The user is no longer a member of the thread, or was not for a moment.
-    Left {
-        thread: Box<str>,
-    },
+    Left { thread: Box<str> },
     /// The user's threads, for the `subscribe` to `"*"` that waits for them.
     Threads(Result<Vec<Found>, Error>),
     /// Whether the places of a new durable subscription are kept, for the `subscribe` that waits for that.
@@ -74,27 +92,18 @@ pub enum Answer {
         placed: Result<(), Error>,
     },
     /// Whether a subscription's place, as far as it had come, is kept.
-    Kept {
-        thread: Box<str>,
-        kept: bool,
-    },
+    Kept { thread: Box<str>, kept: bool },
     /// Whether an event that nobody acknowledged is a dead letter now.
-    Buried {
-        thread: Box<str>,
-        seq: u64,
-        buried: bool,
-    },
+    Buried { thread: Box<str>, seq: u64, buried: bool },
     /// The server is going down: come back after so many milliseconds.
-    Drain {
-        retry_after_ms: u64,
-    },
+    Drain { retry_after_ms: u64 },
     /// The user's sessions are ended.
     Revoked,
     /// What a subscription asked of the store.
     Chunk {
         /// With the class it was read for.
         sub: (SubId, usize),
-        events: Result<Vec<StoredEvent>, Error>,
+        read: Result<Chunk, Error>,
     },
 }
 
@@ -107,6 +116,20 @@ struct Inner {
     joined: usize,
     closed: bool,
     waker: Option<Waker>,
+}
+
+impl Inner {
+    /// The piece that this one goes on, if it waits and no event has come behind it.
+    fn piece_before(&mut self, sub: SubId, next: &Piece) -> Option<&mut Arc<Piece>> {
+        let newest = self.items.newest_of(sub, |item| match item {
+            Item::Piece { piece, .. } => piece.name == next.name,
+            _ => true,
+        })?;
+        match newest {
+            Item::Piece { piece, .. } if piece.is_before(next) && piece.text.len() < PIECE_BYTES => Some(piece),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Default)]
@@ -135,6 +158,28 @@ impl Outbox {
             inner.items.push(Some(sub), Some(class), Item::Event { sub, event: event.clone() });
         } else {
             inner.items.push(Some(sub), None, Item::Lagged { sub });
+        }
+        wake(inner);
+        fits
+    }
+
+    /// Adds a piece of a message, to the one that it goes on if that waits still; `false` as for an event.
+    pub fn push_piece(&self, sub: SubId, piece: &Arc<Piece>) -> bool {
+        let mut inner = self.lock();
+        if inner.closed {
+            return false;
+        }
+        let size = piece.text.len() + PIECE_OVERHEAD;
+        let fits = inner.event_bytes + size <= EVENT_BYTES || inner.event_bytes == 0;
+        if !fits {
+            inner.items.push(Some(sub), None, Item::Lagged { sub });
+        } else if let Some(waiting) = inner.piece_before(sub, piece) {
+            Arc::make_mut(waiting).join(piece);
+            inner.event_bytes += piece.text.len();
+        } else {
+            inner.event_bytes += size;
+            let class = Priority::class(piece.priority);
+            inner.items.push(Some(sub), Some(class), Item::Piece { sub, piece: piece.clone() });
         }
         wake(inner);
         fits
@@ -193,6 +238,7 @@ impl Outbox {
         };
         match &item {
             Some(Item::Event { event, .. }) => inner.event_bytes -= event.frame.len() + OVERHEAD,
+            Some(Item::Piece { piece, .. }) => inner.event_bytes -= piece.text.len() + PIECE_OVERHEAD,
             Some(Item::Signal { frame, .. }) => inner.event_bytes -= frame.len() + OVERHEAD,
             Some(Item::Joined { .. } | Item::Overrun) => inner.joined -= 1,
             _ => {}
@@ -263,7 +309,7 @@ mod tests {
     use super::*;
 
     fn push(outbox: &Outbox, sub: SubId, seq: u64, priority: Option<Priority>) {
-        let event = Visible { seq, kind: "x.y".into(), priority, frame: "{}".into() };
+        let event = Visible { seq, kind: "x.y".into(), priority, frame: "{}".into(), closes: None };
         assert!(outbox.push_event(sub, &Arc::new(event)));
     }
 
@@ -280,8 +326,13 @@ mod tests {
     #[test]
     fn signals_are_the_first_to_be_dropped() {
         let outbox = Outbox::default();
-        let event =
-            Arc::new(Visible { seq: 1, kind: "x.y".into(), priority: None, frame: "x".repeat(SIGNAL_BYTES).into() });
+        let event = Arc::new(Visible {
+            seq: 1,
+            kind: "x.y".into(),
+            priority: None,
+            frame: "x".repeat(SIGNAL_BYTES).into(),
+            closes: None,
+        });
         assert!(outbox.push_event(1, &event));
         assert!(!outbox.push_signal(1, &"{}".into()));
         assert!(outbox.push_event(1, &event), "there is room for events");

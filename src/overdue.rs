@@ -68,10 +68,15 @@ fn overdue(key: RunKey, row: &RunRow, now: u64, stalled_before: u64) -> Option<D
             idempotency: format!("expired-{}-{run:.90}", wait.since.seq),
             key: key.clone(),
         }),
-        None if row.children == 0 && row.last.at <= stalled_before => Some(Due {
+        None if row.children == 0 && row.heard_at() <= stalled_before => Some(Due {
             kind: "agent_failed",
-            data: json!({"code": "stalled", "message": "the run had no event for too long", "after": row.last.seq}),
-            idempotency: format!("stalled-{}-{run:.90}", row.last.seq),
+            data: json!({
+                "code": "stalled",
+                "message": "the run had no event for too long",
+                "after": row.last.seq,
+                "pieces": row.pieces,
+            }),
+            idempotency: format!("stalled-{}-{}-{run:.80}", row.last.seq, row.pieces),
             key: key.clone(),
         }),
         None => None,

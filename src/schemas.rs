@@ -6,11 +6,11 @@ use crate::command::{
     Ack, Connect, Credit, Ping, Publish, PublishBody, Refresh, Signal, Subscribe, ThreadBody, Unsubscribe,
 };
 use crate::edge::dead_letters::{DeadLetterItem, DeadLetterList};
-use crate::edge::http::Ticket;
+use crate::edge::http::{PublishReply, Ticket};
 use crate::edge::runs::{RunDetail, RunList};
 use crate::edge::sessions::SessionList;
 use crate::edge::threads::{Presence, Receipts, ThreadDetail, ThreadList};
-use crate::event::{EventFrame, LogEvent};
+use crate::event::{EventFrame, LogEvent, PieceData};
 use crate::health::Ready;
 use crate::projector::{DeadLetterNote, ReceiptNote};
 use crate::wire::{Problem, ServerFrame};
@@ -27,9 +27,11 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("command.ack", of::<Ack>()),
         ("command.credit", of::<Credit>()),
         ("command.ping", of::<Ping>()),
+        ("data.agent_token", of::<PieceData>()),
         ("frame.event", of::<EventFrame>()),
         ("frame.server", of::<ServerFrame>()),
         ("http.publish", of::<PublishBody>()),
+        ("http.published", of::<PublishReply>()),
         ("http.thread", of::<ThreadBody>()),
         ("http.ticket", of::<Ticket>()),
         ("http.thread-detail", of::<ThreadDetail>()),

@@ -52,6 +52,8 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_deliveries_total", Type::Counter, "Event frames handed to sockets"),
     ("weft_outbox_bytes", Type::Gauge, "Bytes of events waiting for sockets, all sessions"),
     ("weft_redeliveries_total", Type::Counter, "Deliveries begun again, since the oldest event was not acknowledged"),
+    ("weft_pieces_received_total", Type::Counter, "Pieces of messages that agents published over WebSocket"),
+    ("weft_pieces_appended_total", Type::Counter, "Records that these became"),
     ("weft_signals_total", Type::Counter, "Signals handed to those who are live"),
     ("weft_streams", Type::Gauge, "Open Server-Sent Events streams"),
     ("weft_rate_limited_total", Type::Counter, "Commands and requests over a rate limit"),
@@ -172,6 +174,12 @@ pub fn dead_letters(reason: &str) -> Counter {
 }
 pub fn redeliveries() -> Counter {
     counter!("weft_redeliveries_total")
+}
+pub fn pieces_received() -> Counter {
+    counter!("weft_pieces_received_total")
+}
+pub fn pieces_appended() -> Counter {
+    counter!("weft_pieces_appended_total")
 }
 pub fn signals() -> Counter {
     counter!("weft_signals_total")

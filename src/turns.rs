@@ -9,6 +9,9 @@ use std::collections::{HashSet, VecDeque};
 use crate::event::Priority;
 use crate::outbox::SubId;
 
+/// What came lately, looked at from the end.
+const LATELY: usize = 256;
+
 #[derive(Debug)]
 struct Waiting<T> {
     /// What concerns no subscription goes before everything that came after it.
@@ -59,6 +62,12 @@ impl<T> Turns<T> {
     pub fn pop_first(&mut self, fits: impl Fn(&T) -> bool) -> Option<T> {
         let at = self.waiting.iter().position(|it| fits(&it.item))?;
         self.remove(at)
+    }
+
+    /// The newest that waits for the subscription and fits, of those that came lately.
+    pub fn newest_of(&mut self, sub: SubId, fits: impl Fn(&T) -> bool) -> Option<&mut T> {
+        let mut lately = self.waiting.iter_mut().rev().take(LATELY);
+        lately.find(|it| it.sub == Some(sub) && fits(&it.item)).map(|it| &mut it.item)
     }
 
     /// Whether any fits.

@@ -94,9 +94,17 @@ pub enum ServerFrame<'a> {
     Published {
         id: i64,
         thread: &'a str,
-        seq: u64,
+        /// Absent for a piece of a message, which has none.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        seq: Option<u64>,
         event: uuid::Uuid,
         duplicate: bool,
+        /// For a piece: its message.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        message: Option<&'a str>,
+        /// For a piece: the characters of the message up to its end.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        to_char: Option<u64>,
     },
     Pong {
         id: i64,

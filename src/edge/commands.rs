@@ -2,19 +2,30 @@
 
 use serde_json::value::RawValue;
 
+use tokio::time::Instant;
+
 use super::Asked;
+use super::pieces::Unsent;
 use super::session::{End, LIMITS, PING_AFTER, Session, close, text};
 use crate::command::{self, Ack, BadCommand, Command, Publish, Signal};
 use crate::error::{Code, Error};
+use crate::event::AGENT_TOKEN;
 use crate::identity::Principal;
 use crate::ids::{self, log_key};
 use crate::log::Append;
 use crate::outbox::Answer;
+use crate::piece::Piece;
 use crate::submit::Draft;
 use crate::wire::{ServerFrame, error_frame};
 use crate::{clock, telemetry};
 
 pub(super) use super::subscribe::Waiting;
+
+/// A publish that was checked.
+enum Prepared {
+    Event(Append),
+    Piece(Box<Unsent>),
+}
 
 impl Session {
     /// Carries out a command; `false` if it has to wait until those before it have taken effect.
@@ -34,6 +45,7 @@ impl Session {
             return Ok(true);
         }
         if self.in_flight > 0 {
+            self.flush_pieces(|_| true);
             return Ok(false);
         }
         let name = command.name();
@@ -124,9 +136,17 @@ impl Session {
     /// Checks a publish and puts it into the batch; whatever happens, it is answered.
     fn publish(&mut self, publish: &Publish<'_>) {
         match self.prepare(publish) {
-            Ok(append) => {
+            Ok(Prepared::Event(append)) => {
                 self.in_flight += 1;
+                // What was written before is in the log before.
+                let run = publish.run.as_deref();
+                self.flush_pieces(|piece| run.is_none_or(|run| *piece.run == *run));
                 self.batch.push(append);
+            }
+            Ok(Prepared::Piece(piece)) => {
+                self.in_flight += 1;
+                let ready = self.pieces.take(*piece, Instant::now());
+                self.send_pieces(ready);
             }
             Err(error) => {
                 telemetry::commands("publish", error.code.as_str()).increment(1);
@@ -135,7 +155,7 @@ impl Session {
         }
     }
 
-    fn prepare(&self, publish: &Publish<'_>) -> Result<Append, Error> {
+    fn prepare(&self, publish: &Publish<'_>) -> Result<Prepared, Error> {
         let who = self.who()?;
         let named = ids::resolve(&who.user, &publish.thread);
         let (event, grant) = self.ctx.admit(
@@ -150,9 +170,29 @@ impl Session {
                 priority: publish.priority,
             },
         )?;
+        if event.kind == AGENT_TOKEN {
+            return Ok(Prepared::Piece(Unsent::new(&event, grant, publish.id, &publish.thread)?.into()));
+        }
         let (outbox, id, thread) = (self.feed.outbox.clone(), publish.id, Box::from(&*publish.thread));
-        let reply = Box::new(move |verdict| outbox.push_answer(Answer::Publish { id, thread, verdict }));
-        Ok(self.ctx.submit.prepare(&Draft { event, grant, traceparent: self.traceparent.clone() }, reply))
+        let reply = Box::new(move |verdict| outbox.push_answer(Answer::Publish { id, thread, piece: None, verdict }));
+        let draft = Draft { event, grant, traceparent: self.traceparent.clone() };
+        Ok(Prepared::Event(self.ctx.submit.prepare(&draft, reply)))
+    }
+
+    pub(super) fn send_pieces(&mut self, ready: Vec<Unsent>) {
+        let Some(who) = &self.who else { return };
+        for piece in ready {
+            let prepare = |draft: &Draft<'_>, reply| self.ctx.submit.prepare(draft, reply);
+            self.batch.push(piece.prepare(who, self.traceparent.clone(), &self.feed.outbox, prepare));
+        }
+    }
+
+    /// Pieces that gather gather no longer.
+    pub(super) fn flush_pieces(&mut self, which: impl Fn(&Piece) -> bool) {
+        if !self.pieces.is_empty() {
+            let ready = self.pieces.flush(which);
+            self.send_pieces(ready);
+        }
     }
 
     fn unsubscribe(&mut self, id: i64, thread: &str) -> Result<(), Error> {

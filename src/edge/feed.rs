@@ -15,17 +15,12 @@ use crate::telemetry;
 
 /// Something to send.
 pub enum Out {
-    Event {
-        seq: u64,
-        frame: Utf8Bytes,
-    },
+    /// A piece of a message that is being written has no seq.
+    Event { seq: Option<u64>, frame: Utf8Bytes },
     /// Any other frame of the protocol.
     Notice(Utf8Bytes),
     /// A subscription has ended.
-    Ended {
-        thread: String,
-        error: Error,
-    },
+    Ended { thread: String, error: Error },
 }
 
 pub struct Feed {
@@ -127,6 +122,11 @@ impl Feed {
             match self.outbox.pop_item(self.gate_open() && self.may_send())? {
                 Item::Event { sub, event } => {
                     if let Some(ready) = self.subs.live_event(who, sub, &event) {
+                        return Some(ready.into());
+                    }
+                }
+                Item::Piece { sub, piece } => {
+                    if let Some(ready) = self.subs.live_piece(who, sub, &piece) {
                         return Some(ready.into());
                     }
                 }

@@ -17,6 +17,7 @@ use super::upgrade::upgrade;
 use super::{Asked, Context, dead_letters, runs, sessions, stream, threads};
 use crate::command::{self, PublishBody};
 use crate::error::{Code, Error};
+use crate::event::{AGENT_TOKEN, PieceData};
 use crate::identity::Principal;
 use crate::identity::tickets::LIFETIME;
 use crate::submit::Draft;
@@ -288,12 +289,35 @@ async fn publish<B: Buf, E>(
             priority: publish.priority,
         },
     )?;
+    let piece = if event.kind == AGENT_TOKEN { Some(PieceData::parse(publish.data)?) } else { None };
     let published = it.ctx.submit.publish(&Draft { event, grant, traceparent: traceparent(&it.headers)? }).await?;
     let status = if published.duplicate { StatusCode::OK } else { StatusCode::CREATED };
-    Ok(json(
-        status,
-        &serde_json::json!({"thread": called, "seq": published.seq, "event": published.event, "duplicate": published.duplicate}),
-    ))
+    let reply = PublishReply {
+        thread: &called,
+        seq: piece.is_none().then_some(published.seq),
+        event: published.event,
+        duplicate: published.duplicate,
+        message: piece.as_ref().map(|piece| &*piece.message),
+        to_char: piece.as_ref().map(PieceData::to_char),
+    };
+    Ok(json(status, &reply))
+}
+
+/// The answer to `POST /v1/threads/{t}/events`.
+#[derive(serde::Serialize, schemars::JsonSchema)]
+pub struct PublishReply<'a> {
+    thread: &'a str,
+    /// Absent for a piece of a message, which has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seq: Option<u64>,
+    event: uuid::Uuid,
+    duplicate: bool,
+    /// For a piece: its message.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message: Option<&'a str>,
+    /// For a piece: the characters of the message up to its end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    to_char: Option<u64>,
 }
 
 pub fn traceparent(headers: &HeaderMap) -> Result<Option<String>, Error> {

@@ -7,6 +7,7 @@ mod feed;
 mod frames;
 pub mod http;
 pub mod listener;
+mod pieces;
 pub mod reply;
 pub mod runs;
 pub mod session;
@@ -24,7 +25,7 @@ use serde_json::value::RawValue;
 
 use crate::access::{self, Standing};
 use crate::error::{Code, Error};
-use crate::event::{self, LogEvent, Priority};
+use crate::event::{self, KindClass, LogEvent, Priority};
 use crate::hub::Hub;
 use crate::identity::Principal;
 use crate::identity::jwt::Verifier;
@@ -95,11 +96,12 @@ impl Context {
             true => access::publish_reserved(who.scopes, class, asked.thread, || self.may_write_to(who, asked.thread))?,
             false => access::publish(who.scopes, class, || self.standing(who, asked.thread))?,
         };
-        event::check_run(class, asked.run)?;
+        event::check_place(class, asked.run, asked.parent)?;
         let limited = self.limits.append(&who.tenant, asked.data.get().len());
         limited.inspect_err(|_| telemetry::rate_limited().increment(1))?;
         let mut event = draft(&who.tenant, &who.user, asked.thread, asked.kind, asked.data);
-        event.key = asked.key.map(Into::into);
+        // Its place in the message is a piece's key.
+        event.key = asked.key.filter(|_| class != KindClass::Token).map(Into::into);
         event.run = asked.run.map(Into::into);
         event.parent = asked.parent;
         event.priority = asked.priority;

@@ -28,6 +28,7 @@ use tokio_tungstenite::tungstenite::{Bytes, Message};
 use super::Context;
 use super::commands::Waiting;
 use super::feed::{Feed, Out};
+use super::pieces::Pieces;
 use super::socket::Socket;
 use super::subscriptions::{MAX_SUBSCRIPTIONS, WINDOW};
 use crate::command;
@@ -103,6 +104,8 @@ pub struct Session {
     pub(super) answers: VecDeque<Message>,
     /// Publishes read in this turn, not yet handed to the log.
     pub(super) batch: Vec<Append>,
+    /// Pieces of messages that gather before they become records.
+    pub(super) pieces: Pieces,
     pub(super) in_flight: usize,
     /// Commands that wait until those before them have taken effect.
     pub(super) backlog: VecDeque<Box<RawValue>>,
@@ -148,6 +151,7 @@ impl Session {
             entered: None,
             answers: VecDeque::new(),
             batch: Vec::new(),
+            pieces: Pieces::default(),
             in_flight: 0,
             backlog: VecDeque::new(),
             waiting: None,
@@ -267,7 +271,8 @@ impl Session {
         if more_to_read || more_to_write {
             return Poll::Ready(Wake::GoOn);
         }
-        if let Some(due) = self.feed.subs.due().filter(|due| *due < self.timer.deadline()) {
+        let due = [self.feed.subs.due(), self.pieces.due()].into_iter().flatten().min();
+        if let Some(due) = due.filter(|due| *due < self.timer.deadline()) {
             self.timer.as_mut().reset(due);
         }
         self.timer.as_mut().poll(cx).map(|()| Wake::Timer)
@@ -386,7 +391,7 @@ impl Session {
             && let Some(answer) = self.feed.outbox.pop_answer()
         {
             match answer {
-                Answer::Publish { id, thread, verdict } => self.on_verdict(id, &thread, verdict),
+                Answer::Publish { id, thread, piece, verdict } => self.on_verdict(id, &thread, piece, verdict),
                 Answer::Threads(threads) => self.on_threads(threads),
                 Answer::Placed { attempt, placed } => self.on_placed(attempt, placed),
                 Answer::Left { thread } => {
@@ -397,6 +402,7 @@ impl Session {
                 }
                 Answer::Drain { retry_after_ms } => {
                     self.draining = true;
+                    self.flush_pieces(|_| true);
                     self.retry_after_ms = retry_after_ms;
                 }
                 Answer::Revoked => self.check_revoked()?,
@@ -406,9 +412,9 @@ impl Session {
                         self.feed.subs.buried(who, &thread, seq, buried);
                     }
                 }
-                Answer::Chunk { sub, events } => {
+                Answer::Chunk { sub, read } => {
                     if let Some(who) = &self.who
-                        && let Err((thread, error)) = self.feed.subs.chunk(who, sub, events)
+                        && let Err((thread, error)) = self.feed.subs.chunk(who, sub, read)
                     {
                         self.answers.push_back(text(error_frame(None, Some(&thread), &error)));
                     }
@@ -430,7 +436,7 @@ impl Session {
         Ok(())
     }
 
-    fn on_verdict(&mut self, id: i64, thread: &str, verdict: Verdict) {
+    fn on_verdict(&mut self, id: i64, thread: &str, piece: Option<(Box<str>, u64)>, verdict: Verdict) {
         self.in_flight -= 1;
         match verdict {
             Ok(it) => {
@@ -438,9 +444,11 @@ impl Session {
                 self.answer(&ServerFrame::Published {
                     id,
                     thread,
-                    seq: it.seq,
+                    seq: piece.is_none().then_some(it.seq),
                     event: it.event,
                     duplicate: it.duplicate,
+                    message: piece.as_ref().map(|(message, _)| &**message),
+                    to_char: piece.as_ref().map(|(_, to_char)| *to_char),
                 });
             }
             Err(error) => {
@@ -483,6 +491,10 @@ impl Session {
         {
             self.feed.subs.on_due(who);
         }
+        if self.pieces.due().is_some_and(|due| due <= now) {
+            let ready = self.pieces.on_due(now);
+            self.send_pieces(ready);
+        }
         if self.pinged.is_some_and(|at| now >= at + PONG_WITHIN) && self.still_takes() {
             // The ping waits behind what the peer has not read yet.
             self.pinged = Some(now);
@@ -518,12 +530,14 @@ impl Session {
         };
         let expiry = Instant::now() + Duration::from_secs(expiry.saturating_sub(clock::now_s()).clamp(1, 86_400));
         let stall = self.stalled.map_or(beat, |(since, _)| since + STALLED_AFTER);
-        beat.min(expiry).min(stall).min(self.feed.subs.due().unwrap_or(beat))
+        let due = [self.feed.subs.due(), self.pieces.due()].into_iter().flatten();
+        due.fold(beat.min(expiry).min(stall), Instant::min)
     }
 
     /// Says goodbye, and leaves nothing behind.
     async fn finish(mut self: Box<Session>, end: End) {
         self.feed.subs.close();
+        self.flush_pieces(|_| true);
         if !self.batch.is_empty() {
             self.ctx.submit.send(std::mem::take(&mut self.batch));
         }

@@ -106,7 +106,12 @@ impl Stream for Thread {
             }
             match this.feed.next(&this.who) {
                 Some(Out::Event { seq, frame }) => {
-                    return Poll::Ready(Some(Ok(Event::default().id(seq.to_string()).data(line(&frame)))));
+                    let event = Event::default().data(line(&frame));
+                    // Without an id of its own a client keeps the last one: it resumes behind that.
+                    return Poll::Ready(Some(Ok(match seq {
+                        Some(seq) => event.id(seq.to_string()),
+                        None => event,
+                    })));
                 }
                 // Where the replay ends and whether it fell behind makes no difference to who only listens.
                 Some(Out::Notice(_)) => continue,
@@ -133,8 +138,8 @@ impl Thread {
     /// The last event, if the answer is the end.
     fn on_answer(&mut self, answer: Answer) -> Option<Event> {
         match answer {
-            Answer::Chunk { sub, events } => {
-                let (_, error) = self.feed.subs.chunk(&self.who, sub, events).err()?;
+            Answer::Chunk { sub, read } => {
+                let (_, error) = self.feed.subs.chunk(&self.who, sub, read).err()?;
                 Some(self.end(&error))
             }
             Answer::Drain { retry_after_ms } => {

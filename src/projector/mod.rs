@@ -7,6 +7,8 @@
 //! - rows and the position they come from are committed together, and only then does anybody hear of them;
 //! - nothing stops it: what is not ours becomes a dead letter, a store that fails is tried again with the same records.
 
+mod judge;
+mod messages;
 mod notes;
 mod run;
 mod runs;
@@ -18,18 +20,15 @@ use std::sync::Arc;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
-use self::notes::Notes;
+use self::judge::{Case, InHand};
 pub use self::notes::{DeadLetterNote, RUN_ORDER, ReceiptNote, UNACKNOWLEDGED, UNREADABLE};
 pub use self::run::{Loop, Status};
-use self::runs::{Runs, Unfit};
-use self::thread::Thread;
-use self::thread::data;
-use crate::error::{Code, Error};
+use self::thread::{Thread, data};
 use crate::event::{LogEvent, Priority};
-use crate::log::{Entry, Foreign, Grant, Log, Positions, Record, Topic};
-use crate::store::runs::Mark;
-use crate::store::{Batch, EventRow, KeyRow, Progress, Store, StoreError, keys};
-use crate::submit::{Published, Verdict};
+use crate::log::{Entry, Foreign, Log, Positions, Record, Topic};
+use crate::piece::Piece;
+use crate::store::{Batch, Progress, Store, StoreError};
+use crate::submit::Verdict;
 use crate::{clock, ids, telemetry};
 
 /// How long an idempotency key is kept, in milliseconds of log time.
@@ -48,12 +47,18 @@ pub struct Committed {
     pub dead_letters: Vec<String>,
 }
 
-/// An event that has its seq.
+/// What became visible in a thread.
 pub struct CommittedEvent {
     /// `tenant/thread`.
     pub key: Arc<str>,
-    pub event: Arc<Visible>,
-    pub change: Option<Change>,
+    pub news: News,
+}
+
+pub enum News {
+    /// An event that has its seq.
+    Event(Arc<Visible>, Option<Change>),
+    /// A piece of a message that is being written.
+    Piece(Arc<Piece>),
 }
 
 /// What readers need of an event: one for all of them.
@@ -63,6 +68,8 @@ pub struct Visible {
     pub kind: Box<str>,
     pub priority: Option<Priority>,
     pub frame: Utf8Bytes,
+    /// The message that it closes, if that was written in pieces.
+    pub closes: Option<Arc<str>>,
 }
 
 /// Who may read the thread from this event on, or be connected at all.
@@ -96,14 +103,8 @@ pub struct Projector {
     places: Places,
     progress: Vec<Progress>,
     threads: HashMap<String, Thread>,
-    /// What the batch in hand has beside events.
-    notes: Notes,
-    /// Runs that it changed.
-    runs: Runs,
-    /// Keys taken by the batch in hand.
-    keys: HashMap<Vec<u8>, KeyRow>,
-    /// The log time of the oldest of them, those taken again since included.
-    oldest_key: u64,
+    /// What the batch in hand has decided.
+    hand: InHand,
 }
 
 impl Projector {
@@ -114,10 +115,7 @@ impl Projector {
             places: Places::of(log),
             progress,
             threads: HashMap::new(),
-            notes: Notes::default(),
-            runs: Runs::default(),
-            keys: HashMap::new(),
-            oldest_key: u64::MAX,
+            hand: InHand::default(),
         }
     }
 
@@ -139,7 +137,7 @@ impl Projector {
         if result.is_err() {
             self.progress = progress;
             self.threads.clear();
-            self.forget_batch();
+            self.hand.clear();
         }
         result
     }
@@ -170,18 +168,11 @@ impl Projector {
         }
         batch.put_progress(&self.epoch, &self.progress);
         store.commit(batch)?;
-        self.forget_batch();
+        self.hand.clear();
         if self.threads.len() > THREADS_AT_HAND {
             self.threads.clear();
         }
         Ok((taken, out))
-    }
-
-    fn forget_batch(&mut self) {
-        self.notes.clear();
-        self.runs.clear();
-        self.keys.clear();
-        self.oldest_key = u64::MAX;
     }
 
     /// Takes one entry into the batch; `false` if the batch must be committed before.
@@ -208,7 +199,7 @@ impl Projector {
                 }
                 Err(foreign) => Err(foreign),
             },
-            Ok(record) => self.notes.take(&self.store, record, batch, out)?.map(|at| {
+            Ok(record) => self.hand.notes.take(&self.store, record, batch, out)?.map(|at| {
                 let progress = &mut self.progress[partition as usize];
                 progress.log_time = progress.log_time.max(at);
             }),
@@ -218,7 +209,7 @@ impl Projector {
             tracing::warn!(position = %entry.at, foreign.why, "a record in the log is not ours");
             telemetry::foreign_records().increment(1);
             let log_time = self.progress[partition as usize].log_time;
-            self.notes.bury(&self.store, &self.places, entry.at, &foreign, log_time, batch, out)?;
+            self.hand.notes.bury(&self.store, &self.places, entry.at, &foreign, log_time, batch, out)?;
         }
         self.progress[partition as usize].next = entry.at.offset + 1;
         Ok(true)
@@ -231,10 +222,10 @@ impl Projector {
         let purge_to = log_time.saturating_sub(KEY_LIFETIME) / PURGE_STEP * PURGE_STEP;
         if purge_to > progress.purged_to {
             // The purge sees what is committed. Keys of this batch are that old only when the log's time jumps.
-            if !first && self.oldest_key < purge_to {
+            if !first && self.hand.oldest_key < purge_to {
                 return Ok(false);
             }
-            batch.purge_keys(partition, progress.purged_to, purge_to, |key| self.keys.contains_key(key))?;
+            batch.purge_keys(partition, progress.purged_to, purge_to, |key| self.hand.keys.contains_key(key))?;
             progress.purged_to = purge_to;
         }
         progress.log_time = log_time;
@@ -252,71 +243,15 @@ impl Projector {
         out: &mut Committed,
     ) -> Result<Verdict, StoreError> {
         let log_time = self.progress[partition as usize].log_time;
-        let store = self.store.clone();
         let thread = match self.threads.get_mut(&record.key) {
             Some(thread) => thread,
             None => {
-                let row = store.thread(&event.tenant, &event.thread)?;
+                let row = self.store.thread(&event.tenant, &event.thread)?;
                 self.threads.entry(record.key.clone()).or_insert_with(|| Thread::new(&record.key, row, at))
             }
         };
-        // Threads that exist by their name have no members: who may write there was judged at the edge.
-        let judged = record.grant != Grant::Member || ids::is_reserved(&event.thread);
-        if thread.row.head > 0 && !judged && !thread.is_member(&store, event, &event.from)? {
-            return Ok(Err(Error::no_thread()));
-        }
-        let key = event.key.as_deref().map(|key| keys::joined(&[&event.tenant, &event.thread, &event.from, key]));
-        if let Some(key) = &key {
-            let taken = match self.keys.get(key) {
-                Some(row) => Some(row.clone()),
-                None => store.key(key)?,
-            };
-            if let Some(taken) = taken.filter(|row| log_time.saturating_sub(row.at) < KEY_LIFETIME) {
-                return Ok(thread::repeated(event, &taken));
-            }
-        }
-        let change = match thread.change(&store, event)? {
-            Ok(change) => change,
-            Err(verdict) => return Ok(verdict),
-        };
-        let step = match self.runs.judge(&store, event, record.grant == Grant::Server) {
-            Ok(step) => step,
-            Err(Unfit::Store(error)) => return Err(error),
-            Err(Unfit::Refused(refused)) => {
-                if refused.code == Code::RunOrder {
-                    self.notes.refuse(&store, record, (event, at), &refused, batch, out)?;
-                }
-                return Ok(Err(refused));
-            }
-        };
-        // An agent must hear at once that it shall stop.
-        let priority = if event.kind == "agent_cancel_requested" { Some(Priority::High) } else { event.priority };
-        let seq = thread.append(record, priority, at);
-        let frame = serde_json::to_string(&event.frame(seq)).unwrap_or_default();
-        batch.put_event(
-            &event.tenant,
-            &event.thread,
-            seq,
-            &EventRow {
-                kind: &event.kind,
-                class: Priority::class(priority) as u8,
-                hash: thread.row.hash,
-                frame: &frame,
-            },
-        );
-        thread.apply(&change, event, seq, at, batch);
-        if let Some(step) = step {
-            self.runs.apply(step, event, Mark { seq, at }, batch);
-        }
-        if let Some(key) = key {
-            let row = KeyRow { seq, event: *event.event.as_bytes(), at: log_time, content: event.content_digest() };
-            batch.put_key(partition, &key, &row);
-            self.oldest_key = self.oldest_key.min(row.at);
-            self.keys.insert(key, row);
-        }
-        let visible = Visible { seq, kind: (*event.kind).into(), priority, frame: frame.into() };
-        out.events.push(CommittedEvent { key: thread.key.clone(), event: Arc::new(visible), change });
-        Ok(Ok(Published { seq, event: event.event, duplicate: false }))
+        let case = Case { store: &self.store, partition, record, event, at, log_time };
+        self.hand.judge(&case, thread, batch, out)
     }
 }
 

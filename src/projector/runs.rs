@@ -50,6 +50,13 @@ pub(super) struct Step {
     does: Does,
 }
 
+impl Step {
+    /// The run, if this ends it.
+    pub(super) fn ends(&self) -> Option<&RunKey> {
+        matches!(self.does, Does::End(_)).then_some(&self.key)
+    }
+}
+
 enum Does {
     Start,
     GoOn,
@@ -89,6 +96,9 @@ struct Stalled {
     /// The run's newest event by then.
     #[serde(default)]
     after: Option<u64>,
+    /// Its pieces by then.
+    #[serde(default)]
+    pieces: u64,
 }
 
 impl Runs {
@@ -119,7 +129,7 @@ impl Runs {
         if event.kind == "agent_started" {
             return self.judge_start(store, event, key, row).map(Some);
         }
-        let row = row.ok_or_else(|| expected("the run does not exist: agent_started is expected first"))?;
+        let row = row.ok_or_else(unknown)?;
         if row.ended.is_some() {
             return Err(over(&row, event).into());
         }
@@ -138,6 +148,37 @@ impl Runs {
             _ => None,
         };
         Ok(Some(Step { key, row, call, parent, does }))
+    }
+
+    /// A message of the run's, if the run is open: one that is not stands for itself.
+    pub(super) fn judge_message(&self, store: &Store, key: RunKey) -> Result<Option<Step>, StoreError> {
+        let row = self.row(store, &key)?.filter(|row| row.ended.is_none());
+        Ok(row.map(|row| Step { key, row, call: None, parent: None, does: Does::GoOn }))
+    }
+
+    /// Whether a piece of a message may come now.
+    pub(super) fn judge_piece(&self, store: &Store, key: &RunKey) -> Result<Result<(), Error>, StoreError> {
+        Ok(match self.row(store, key)? {
+            None => Err(unknown()),
+            Some(row) if row.ended.is_some() => Err(ended()),
+            Some(_) => Ok(()),
+        })
+    }
+
+    /// A piece of a message has come.
+    pub(super) fn written(
+        &mut self,
+        store: &Store,
+        key: RunKey,
+        at: u64,
+        batch: &mut Batch<'_>,
+    ) -> Result<(), StoreError> {
+        let Some(mut row) = self.row(store, &key)? else { return Ok(()) };
+        row.pieces += 1;
+        row.written_at = at;
+        batch.put_run_row(&key, &row);
+        self.rows.insert(key, row);
+        Ok(())
     }
 
     fn judge_start(
@@ -171,6 +212,8 @@ impl Runs {
             waiting: None,
             resumed: None,
             cancel: None,
+            pieces: 0,
+            written_at: 0,
         };
         Ok(Step { key, row, call: None, parent, does: Does::Start })
     }
@@ -282,9 +325,10 @@ fn judge_open(row: &RunRow, event: &LogEvent<'_>, by_server: bool) -> Result<Doe
             Err(expected(format!("{} calls are executing: tool_completed is expected first", row.executing)))
         }
         "agent_completed" => end(Ending::Completed),
-        "agent_failed" if by_server && data::<Stalled>(event)?.after != Some(row.last.seq) => {
-            Err(Error::new(Code::Conflict, "the run has gone on"))
-        }
+        "agent_failed" if by_server => match data::<Stalled>(event)? {
+            Stalled { after: Some(seq), pieces } if seq == row.last.seq && pieces == row.pieces => end(Ending::Failed),
+            _ => Err(Error::new(Code::Conflict, "the run has gone on")),
+        },
         "agent_failed" => end(Ending::Failed),
         "agent_cancelled" => end(Ending::Cancelled),
         _ => Ok(Does::GoOn),
@@ -294,8 +338,16 @@ fn judge_open(row: &RunRow, event: &LogEvent<'_>, by_server: bool) -> Result<Doe
 fn over(row: &RunRow, event: &LogEvent<'_>) -> Error {
     match (&*event.kind, &row.resumed) {
         ("agent_resumed", Some(_)) => not_waiting(row),
-        _ => expected("the run has ended: nothing more is expected of it"),
+        _ => ended(),
     }
+}
+
+fn unknown() -> Error {
+    expected("the run does not exist: agent_started is expected first")
+}
+
+fn ended() -> Error {
+    expected("the run has ended: nothing more is expected of it")
 }
 
 /// Nobody waits for the answer: somebody else has given it, or nobody has asked.

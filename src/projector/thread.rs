@@ -13,7 +13,6 @@ use crate::event::{
     self, LogEvent, MEMBER_ADDED, MEMBER_REMOVED, Priority, SESSIONS_REVOKED, THREAD_CREATED, THREAD_UPDATED,
 };
 use crate::ids;
-use crate::log::Record;
 use crate::store::{Batch, KeyRow, MemberRow, RevocationRow, Store, StoreError, ThreadRow};
 use crate::submit::{Published, Verdict};
 
@@ -40,14 +39,7 @@ pub(super) fn repeated(event: &LogEvent<'_>, taken: &KeyRow) -> Verdict {
 
 impl Thread {
     pub(super) fn new(key: &str, row: Option<ThreadRow>, at: u64) -> Thread {
-        let row = row.unwrap_or(ThreadRow {
-            head: 0,
-            hash: [0; 32],
-            created_at: at,
-            last_at: at,
-            title: None,
-            newest: Default::default(),
-        });
+        let row = row.unwrap_or(ThreadRow { created_at: at, last_at: at, ..ThreadRow::default() });
         Thread { key: key.into(), row, changed: false, revoked_until: 0, members: HashMap::new() }
     }
 
@@ -112,9 +104,9 @@ impl Thread {
     }
 
     /// The next seq, and its link of the chain.
-    pub(super) fn append(&mut self, record: &Record, priority: Option<Priority>, at: u64) -> u64 {
+    pub(super) fn append(&mut self, value: &[u8], priority: Option<Priority>, at: u64) -> u64 {
         let seq = self.row.head + 1;
-        self.row.hash = event::chain(&self.row.hash, seq, &record.value);
+        self.row.hash = event::chain(&self.row.hash, seq, value);
         if seq == 1 {
             self.row.created_at = at;
         }

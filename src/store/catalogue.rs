@@ -28,6 +28,9 @@ pub const RUN_CALLS: &str = "run_calls";
 pub const RUN_EVENTS: &str = "run_events";
 pub const RUN_THREADS: &str = "run_threads";
 pub const OPEN_RUNS: &str = "open_runs";
+pub const MESSAGES: &str = "messages";
+pub const OPEN_MESSAGES: &str = "open_messages";
+pub const MESSAGE_TEXTS: &str = "message_texts";
 pub const DEAD_LETTERS: &str = "dead_letters";
 pub const DEAD_LETTER_TIMES: &str = "dead_letter_times";
 
@@ -60,6 +63,12 @@ const FAMILIES: &[(&str, Work)] = &[
     (RUN_THREADS, Work::Sequence),
     // tenant 0 thread 0 run → empty, for those that have not ended
     (OPEN_RUNS, Work::Sequence),
+    // tenant 0 thread 0 length of run · run · message → MessageRow
+    (MESSAGES, Work::Seldom),
+    // the same → empty, for those that are not closed
+    (OPEN_MESSAGES, Work::Sequence),
+    // tenant 0 thread 0 length of run · run · length of message · message · from_char → TextRow, for those that are not closed
+    (MESSAGE_TEXTS, Work::Sequence),
     // tenant (empty if not known) 0 id → DeadLetterRow
     (DEAD_LETTERS, Work::Seldom),
     // tenant 0 at · id → empty; the list, oldest first

@@ -11,6 +11,7 @@
 pub mod catalogue;
 pub mod dead_letters;
 pub mod keys;
+pub mod messages;
 pub mod runs;
 
 use std::path::Path;
@@ -27,7 +28,7 @@ use crate::event::Priority;
 use catalogue::{EVENTS, KEY_TIMES, KEYS, MEMBERS, MEMBERSHIPS, META, RECEIPTS, REVOCATIONS, THREADS};
 
 /// The version of the rows below; a store of another version is rebuilt.
-const SCHEMA: u8 = 2;
+const SCHEMA: u8 = 3;
 
 /// A thread as it is now.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
@@ -41,6 +42,8 @@ pub struct ThreadRow {
     pub title: Option<String>,
     /// For each class of priority the newest seq: tells what waits behind a cursor.
     pub newest: [u64; Priority::CLASSES],
+    /// Messages that are being written in pieces.
+    pub writing: u32,
 }
 
 impl ThreadRow {

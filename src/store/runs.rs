@@ -40,6 +40,17 @@ pub struct RunRow {
     pub resumed: Option<(Mark, String)>,
     /// Who asked first that it be cancelled, and with which event.
     pub cancel: Option<(Mark, String)>,
+    /// Records of pieces that its messages were written in.
+    pub pieces: u64,
+    /// When the newest of them came, in milliseconds.
+    pub written_at: u64,
+}
+
+impl RunRow {
+    /// When the run was last heard of, in milliseconds.
+    pub fn heard_at(&self) -> u64 {
+        self.last.at.max(self.written_at)
+    }
 }
 
 /// A person must answer.
@@ -76,7 +87,7 @@ impl RunKey {
     }
 
     /// The prefix of what a run has many of.
-    fn under(&self) -> Vec<u8> {
+    pub(super) fn under(&self) -> Vec<u8> {
         named(&[&self.tenant, &self.thread], &self.run)
     }
 }
@@ -142,7 +153,7 @@ impl Store {
 
 impl Batch<'_> {
     pub fn put_run(&mut self, key: &RunKey, row: &RunRow) {
-        self.put(RUNS, &key.bytes(), row);
+        self.put_run_row(key, row);
         if row.started == row.last {
             let name = [&named(&[&key.tenant], &key.run)[..], key.thread.as_bytes()].concat();
             self.rows.put_cf(&self.store.family(RUN_THREADS), name, []);
@@ -153,6 +164,11 @@ impl Batch<'_> {
             None if row.started == row.last => self.rows.put_cf(&open, key.bytes(), []),
             None => {}
         }
+    }
+
+    /// The run goes on without an event.
+    pub fn put_run_row(&mut self, key: &RunKey, row: &RunRow) {
+        self.put(RUNS, &key.bytes(), row);
     }
 
     pub fn put_run_event(&mut self, key: &RunKey, seq: u64) {

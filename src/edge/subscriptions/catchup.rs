@@ -1,15 +1,18 @@
 //! From the store to the live feed.
 
-use super::{Ready, Stage, Step, Subscriptions};
-use crate::access;
+use super::{Ready, Stage, Step, Subscriptions, Told};
+use crate::edge::Context;
 use crate::error::{Code, Error};
-use crate::event::Priority;
+use crate::event::{AGENT_TOKEN, Priority};
 use crate::identity::Principal;
-use crate::outbox::{Answer, SubId};
+use crate::outbox::{Answer, Chunk, SubId};
+use crate::piece::Piece;
 use crate::store::{EventRange, StoredEvent};
 use crate::wire::ServerFrame;
+use crate::{access, clock};
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
+use uuid::Uuid;
 
 /// Events of one read from the store.
 const CHUNK_EVENTS: usize = 512;
@@ -27,12 +30,15 @@ impl Subscriptions {
         }
         self.detach(id);
         let Some(sub) = self.by_id.get_mut(&id) else { return };
-        sub.announce = true;
         let from = sub.cursor + 1;
         // Only told, not relied upon: without an answer from the store the notice names what is known to be missing.
-        let to = self.ctx.store.head(&who.tenant, &sub.thread).unwrap_or(from).max(from);
-        let frame = ServerFrame::Lagged { thread: sub.called(), from, to }.encode();
-        self.replay.push(Some(id), None, Step::Notice { id, frame: frame.into() });
+        let to = self.ctx.store.head(&who.tenant, &sub.thread).unwrap_or(from);
+        // Otherwise only pieces of messages are missing: the next one brings them.
+        if to >= from {
+            sub.announce = true;
+            let frame = ServerFrame::Lagged { thread: sub.called(), from, to }.encode();
+            self.replay.push(Some(id), None, Step::Notice { id, frame: frame.into() });
+        }
         self.enqueue(who, id);
     }
 
@@ -55,7 +61,18 @@ impl Subscriptions {
                     self.replay_bytes -= frame.len();
                     // What is left of a subscription that has ended is not wanted any more.
                     if let Some(frame) = self.dress(id, seq, &frame) {
-                        return Some(Ready::Event { seq, frame });
+                        return Some(Ready::Event { seq: Some(seq), frame });
+                    }
+                }
+                Step::Piece { id, piece } => {
+                    self.replay_bytes -= piece.text.len();
+                    if let Some(sub) = self.by_id.get(&id) {
+                        return Some(Ready::Event { seq: None, frame: sub.rename(piece.frame()) });
+                    }
+                }
+                Step::CaughtUp(id) => {
+                    if let Some(frame) = self.caught_up(id) {
+                        return Some(Ready::Notice(frame));
                     }
                 }
                 Step::Notice { id, frame } if self.by_id.contains_key(&id) => return Some(Ready::Notice(frame)),
@@ -80,6 +97,12 @@ impl Subscriptions {
         let sub = self.by_id.get_mut(&id).filter(|sub| matches!(sub.stage, Stage::Seam { .. }))?;
         self.seams -= 1;
         sub.stage = Stage::Live;
+        self.caught_up(id)
+    }
+
+    /// `caught_up`, if it is to be told.
+    fn caught_up(&mut self, id: SubId) -> Option<Utf8Bytes> {
+        let sub = self.by_id.get_mut(&id).filter(|sub| matches!(sub.stage, Stage::Seam { .. } | Stage::Live))?;
         let announced = std::mem::replace(&mut sub.announce, false);
         if let Some(filter) = sub.filter.as_mut().filter(|_| announced) {
             filter.tell(sub.cursor);
@@ -92,10 +115,17 @@ impl Subscriptions {
         &mut self,
         who: &Principal,
         (id, class): (SubId, usize),
-        events: Result<Vec<StoredEvent>, Error>,
+        read: Result<Chunk, Error>,
     ) -> Result<(), (String, Error)> {
         self.reads[class] -= 1;
-        events.and_then(|events| self.take(who, id, events)).or_else(|error| match self.drop_sub(id) {
+        let taken = read.and_then(|read| match read {
+            Chunk::Events(events) => self.take(who, id, events),
+            Chunk::Texts(pieces) => {
+                self.take_texts(id, pieces);
+                Ok(())
+            }
+        });
+        taken.or_else(|error| match self.drop_sub(id) {
             Some(thread) => Err((thread, error)),
             None => Ok(()),
         })
@@ -120,11 +150,54 @@ impl Subscriptions {
                 self.enqueue(who, id);
             }
             Stage::Seam { to } if sub.cursor < to => self.queue[0].push_front(id),
-            Stage::Seam { .. } => self.replay.push(Some(id), None, Step::Live(id)),
+            Stage::Seam { .. } => self.end_seam(id),
             Stage::Behind => self.approach(who, id)?,
             Stage::Live | Stage::Held { .. } => {}
         }
         Ok(())
+    }
+
+    /// All events are read. What is being written is told behind them, before anything comes live.
+    fn end_seam(&mut self, id: SubId) {
+        if self.by_id.get(&id).is_some_and(|sub| sub.joins) {
+            self.replay.push(Some(id), None, Step::CaughtUp(id));
+            self.queue[0].push_front(id);
+        } else {
+            self.replay.push(Some(id), None, Step::Live(id));
+        }
+    }
+
+    fn take_texts(&mut self, id: SubId, pieces: Vec<Piece>) {
+        let Some(sub) = self.by_id.get_mut(&id).filter(|sub| sub.joins) else { return };
+        sub.joins = false;
+        let told = pieces.iter().map(|piece| (piece.name.clone(), piece.to_char)).collect();
+        sub.told = Some(Box::new(told));
+        // What was told before needs no repeating, unless nothing was.
+        for piece in pieces {
+            self.replay_bytes += piece.text.len();
+            self.replay.push(Some(id), Some(Priority::class(piece.priority)), Step::Piece { id, piece });
+        }
+        self.replay.push(Some(id), None, Step::Live(id));
+    }
+
+    /// A live piece: the frame to send, if it is to be sent.
+    pub fn live_piece(&mut self, who: &Principal, id: SubId, piece: &Piece) -> Option<Ready> {
+        let sub = self.by_id.get_mut(&id)?;
+        if sub.stage != Stage::Live || !sub.wants(AGENT_TOKEN) {
+            return None;
+        }
+        let told = sub.told.get_or_insert_default().entry(piece.name.clone()).or_default();
+        if piece.from_char > *told {
+            // The message was closed while the subscription joined, and its event is on its way; or it joins anew.
+            self.lagged(who, id);
+            return None;
+        }
+        if piece.to_char <= *told && *told > 0 {
+            return None;
+        }
+        let frame = if piece.from_char == *told { piece.frame() } else { piece.behind(*told).frame() };
+        *told = piece.to_char;
+        Some(Ready::Event { seq: None, frame: sub.rename(frame) })
     }
 
     /// `false` if the subscription takes no more now.
@@ -182,12 +255,17 @@ impl Subscriptions {
             // Looked up after attaching: what is committed from here on comes through the hub, a removal too.
             sub.stage = Stage::Seam { to: sub.cursor };
             self.seams += 1;
-            head = self.ctx.store.head(&who.tenant, &sub.thread)?;
+            let row = self.ctx.store.thread(&who.tenant, &sub.thread)?.unwrap_or_default();
+            head = row.head;
             sub.stage = Stage::Seam { to: head };
+            sub.joins = row.writing > 0 && sub.wants(AGENT_TOKEN);
+            if !sub.joins {
+                sub.told = None;
+            }
             self.ctx.may_read(who, &sub.thread)?;
             if head <= sub.cursor {
                 // Live once the frames before this step are on their way.
-                self.replay.push(Some(id), None, Step::Live(id));
+                self.end_seam(id);
             } else {
                 // The seam first: the other subscriptions wait for it.
                 self.queue[0].push_front(id);
@@ -219,14 +297,17 @@ impl Subscriptions {
                 None => sub.confirm().map_or(CHUNK_EVENTS, |confirm| confirm.room().max(1)),
             };
             let limit = room.min(CHUNK_EVENTS).min(if sub.filter.is_some() { CHUNK_EVENTS } else { allowed });
-            let (ctx, outbox, who) = (self.ctx.clone(), self.outbox.clone(), who.clone());
-            let (thread, from) = (sub.thread.clone(), sub.cursor + 1);
+            let (ctx, outbox, who, thread) = (self.ctx.clone(), self.outbox.clone(), who.clone(), sub.thread.clone());
+            let told = matches!(sub.stage, Stage::Seam { to } if sub.cursor >= to).then(|| sub.told.clone());
+            let range = EventRange { from: sub.cursor + 1, limit, bytes: CHUNK_BYTES, ..EventRange::all() };
             tokio::task::spawn_blocking(move || {
-                let range = EventRange { from, limit, bytes: CHUNK_BYTES, ..EventRange::all() };
+                let read = match told {
+                    Some(told) => texts(&ctx, &who, &thread, &told.unwrap_or_default()).map(Chunk::Texts),
+                    None => ctx.store.events(&who.tenant, &thread, range).map(Chunk::Events).map_err(Error::from),
+                };
                 // The right is looked up after the read: what was committed after a removal is not handed out.
-                let read = ctx.store.events(&who.tenant, &thread, range).map_err(Error::from);
-                let events = read.and_then(|events| ctx.may_read(&who, &thread).map(|()| events));
-                outbox.push_answer(Answer::Chunk { sub: (id, class), events });
+                let read = read.and_then(|read| ctx.may_read(&who, &thread).map(|()| read));
+                outbox.push_answer(Answer::Chunk { sub: (id, class), read });
             });
         }
     }
@@ -260,7 +341,33 @@ impl Subscriptions {
     }
 }
 
+/// What is being written in the thread, as far as it was not told.
+fn texts(ctx: &Context, who: &Principal, thread: &str, told: &Told) -> Result<Vec<Piece>, Error> {
+    let mut pieces = Vec::new();
+    for key in ctx.store.open_messages(&who.tenant, thread)? {
+        let name = Piece::name(&key.run.run, &key.message);
+        let from_char = told.get(&name).copied().unwrap_or(0);
+        let text = ctx.store.text_behind(&key, from_char)?;
+        // Looked up last: one that was closed meanwhile has no text, or not all of it, but an event that comes live.
+        let Some(row) = ctx.store.message(&key)?.filter(|row| row.closed.is_none()) else { continue };
+        pieces.push(Piece {
+            name,
+            thread: thread.into(),
+            run: key.run.run.into(),
+            message: key.message.into(),
+            event: Uuid::from_bytes(row.event),
+            from: row.from.into(),
+            at: clock::rfc3339(row.last_at).into(),
+            priority: None,
+            from_char,
+            to_char: from_char + text.chars().count() as u64,
+            text,
+        });
+    }
+    Ok(pieces)
+}
+
 /// Notices go out also while no events may.
 fn is_notice(step: &Step) -> bool {
-    matches!(step, Step::Notice { .. } | Step::Position { .. } | Step::Live(_))
+    matches!(step, Step::Notice { .. } | Step::Position { .. } | Step::CaughtUp(_) | Step::Live(_))
 }

@@ -27,6 +27,7 @@ use crate::event::{self, Priority};
 use crate::identity::Principal;
 use crate::ids::{self, log_key};
 use crate::outbox::{Outbox, SubId};
+use crate::piece::Piece;
 use crate::projector::Visible;
 use crate::turns::Turns;
 use crate::wire::ServerFrame;
@@ -64,6 +65,13 @@ enum Step {
         id: SubId,
         frame: Utf8Bytes,
     },
+    /// What the client does not have of a message that is being written.
+    Piece {
+        id: SubId,
+        piece: Piece,
+    },
+    /// All events before the live feed are sent, and only pieces are left.
+    CaughtUp(SubId),
     /// How far events were left out.
     Position {
         id: SubId,
@@ -75,7 +83,11 @@ enum Step {
 
 /// A frame ready for the socket.
 pub enum Ready {
-    Event { seq: u64, frame: Utf8Bytes },
+    /// A piece of a message has no seq.
+    Event {
+        seq: Option<u64>,
+        frame: Utf8Bytes,
+    },
     Notice(Utf8Bytes),
 }
 
@@ -126,6 +138,9 @@ pub struct Wanted {
     pub receipt: Option<Receipt>,
 }
 
+/// Of messages that are being written, how many characters the client has.
+type Told = HashMap<Arc<str>, u64>;
+
 struct Subscription {
     thread: String,
     /// As the client calls it, if it is not the thread's name.
@@ -140,6 +155,9 @@ struct Subscription {
     announce: bool,
     /// Counted among those present.
     present: bool,
+    /// What is being written is to be told before it goes live.
+    joins: bool,
+    told: Option<Box<Told>>,
     filter: Option<Box<Filter>>,
     receipt: Option<Box<Receipt>>,
 }
@@ -231,6 +249,8 @@ impl Subscriptions {
             stage: Stage::Behind,
             named: wanted.named,
             announce: true,
+            joins: false,
+            told: None,
             present,
             filter: wanted.kinds.map(|kinds| Box::new(Filter::new(kinds))),
             receipt: wanted.receipt.map(Box::new),
@@ -303,6 +323,7 @@ impl Subscriptions {
         let mut sub = self.by_id.remove(&id)?;
         sub.cursor = cursor;
         sub.stage = stage;
+        sub.told = None;
         let dirty = self.dirty.contains(&id);
         let id = self.insert(sub);
         if dirty {
@@ -400,9 +421,12 @@ impl Subscriptions {
             self.lagged(who, id);
             return None;
         }
+        if let (Some(told), Some(message)) = (&mut sub.told, &event.closes) {
+            told.remove(message);
+        }
         if sub.is_plain() {
             sub.cursor = event.seq;
-            return Some(Ready::Event { seq: event.seq, frame: event.frame.clone() });
+            return Some(Ready::Event { seq: Some(event.seq), frame: event.frame.clone() });
         }
         if !sub.wants(&event.kind) {
             sub.cursor = event.seq;
@@ -422,7 +446,7 @@ impl Subscriptions {
         }
         sub.cursor = event.seq;
         let frame = self.dress(id, event.seq, &event.frame)?;
-        Some(Ready::Event { seq: event.seq, frame })
+        Some(Ready::Event { seq: Some(event.seq), frame })
     }
 
     /// A signal, if its subscription still is.

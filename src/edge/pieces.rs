@@ -1,0 +1,192 @@
+//! Pieces of messages on their way into the log: those that come in quick succession become one record, so that the log
+//! holds batches, not crumbs.
+//!
+//! The first piece goes at once. What follows waits until [`GATHER`] is over since the last one went, or [`ENOUGH`] has
+//! come, or something else of the same run: the order of what one session publishes stays. Each piece is answered with its
+//! record.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use serde_json::value::to_raw_value;
+use tokio::time::{Duration, Instant};
+
+use crate::error::Error;
+use crate::event::{AGENT_TOKEN, LogEvent, PieceData};
+use crate::identity::Principal;
+use crate::log::Grant;
+use crate::outbox::{Answer, Outbox};
+use crate::piece::Piece;
+use crate::submit::{Draft, Reply};
+use crate::telemetry;
+
+/// How long pieces gather.
+const GATHER: Duration = Duration::from_millis(40);
+/// Bytes of text that wait no longer.
+const ENOUGH: usize = 1 << 10;
+
+/// The messages that a session is writing.
+#[derive(Default)]
+pub struct Pieces {
+    messages: HashMap<(Box<str>, Arc<str>), Message>,
+    /// Nothing is due earlier.
+    due: Option<Instant>,
+}
+
+struct Message {
+    sent: Instant,
+    waiting: Option<Unsent>,
+}
+
+/// A piece that was asked for, once or several times in a row.
+pub struct Unsent {
+    piece: Piece,
+    grant: Grant,
+    asked: Vec<Asked>,
+}
+
+struct Asked {
+    id: i64,
+    /// The thread as the client calls it.
+    called: Box<str>,
+    to_char: u64,
+}
+
+impl Unsent {
+    /// The piece of an event that was admitted.
+    pub fn new(event: &LogEvent<'_>, grant: Grant, id: i64, called: &str) -> Result<Unsent, Error> {
+        let data = PieceData::parse(event.data)?;
+        let run = event.run.as_deref().unwrap_or_default();
+        let to_char = data.to_char();
+        let piece = Piece {
+            name: Piece::name(run, &data.message),
+            thread: (*event.thread).into(),
+            run: run.into(),
+            message: (*data.message).into(),
+            event: event.event,
+            from: (*event.from).into(),
+            at: (*event.at).into(),
+            priority: event.priority,
+            from_char: data.from_char,
+            to_char,
+            text: data.text.into_owned(),
+        };
+        Ok(Unsent { piece, grant, asked: vec![Asked { id, called: called.into(), to_char }] })
+    }
+
+    /// Takes in one that goes on where this one ends; gives back any other.
+    fn join(&mut self, next: Unsent) -> Option<Unsent> {
+        let fits = self.piece.is_before(&next.piece) && self.piece.priority == next.piece.priority;
+        if !fits || self.grant != next.grant {
+            return Some(next);
+        }
+        self.piece.join(&next.piece);
+        self.asked.extend(next.asked);
+        None
+    }
+
+    /// Its record, by way of `prepare`.
+    pub fn prepare<T>(
+        self,
+        who: &Principal,
+        traceparent: Option<String>,
+        outbox: &Arc<Outbox>,
+        prepare: impl FnOnce(&Draft<'_>, Reply) -> T,
+    ) -> T {
+        let Unsent { piece, grant, asked } = self;
+        let data =
+            PieceData { message: (&*piece.message).into(), from_char: piece.from_char, text: (&*piece.text).into() };
+        // Strings and numbers always serialise.
+        let data = to_raw_value(&data).unwrap_or_default();
+        let event = LogEvent {
+            tenant: (&*who.tenant).into(),
+            thread: (&*piece.thread).into(),
+            kind: AGENT_TOKEN.into(),
+            event: piece.event,
+            from: (&*piece.from).into(),
+            at: (&*piece.at).into(),
+            data: &data,
+            key: None,
+            run: Some((&*piece.run).into()),
+            parent: None,
+            priority: piece.priority,
+        };
+        let (outbox, message) = (outbox.clone(), piece.message.clone());
+        let reply = Box::new(move |verdict: crate::submit::Verdict| {
+            for Asked { id, called, to_char } in asked {
+                let piece = Some((message.clone(), to_char));
+                outbox.push_answer(Answer::Publish { id, thread: called, piece, verdict: verdict.clone() });
+            }
+        });
+        telemetry::pieces_appended().increment(1);
+        prepare(&Draft { event, grant, traceparent }, reply)
+    }
+}
+
+impl Pieces {
+    /// Takes a piece, and gives what is to be sent now.
+    pub fn take(&mut self, new: Unsent, now: Instant) -> Vec<Unsent> {
+        telemetry::pieces_received().increment(1);
+        let key = (new.piece.thread.clone(), new.piece.name.clone());
+        let Some(message) = self.messages.get_mut(&key) else {
+            self.messages.insert(key, Message { sent: now, waiting: None });
+            self.note_due(now + GATHER);
+            return vec![new];
+        };
+        let mut ready = Vec::new();
+        match &mut message.waiting {
+            None => message.waiting = Some(new),
+            Some(waiting) => {
+                if let Some(other) = waiting.join(new) {
+                    ready.extend(message.waiting.replace(other));
+                }
+            }
+        }
+        let enough = |waiting: &Unsent| waiting.piece.text.len() >= ENOUGH;
+        if message.waiting.as_ref().is_some_and(enough) || now >= message.sent + GATHER {
+            ready.extend(message.waiting.take());
+            message.sent = now;
+        }
+        ready
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.messages.is_empty()
+    }
+
+    /// What waits of the messages that are meant.
+    pub fn flush(&mut self, which: impl Fn(&Piece) -> bool) -> Vec<Unsent> {
+        let meant = |message: &mut Message| message.waiting.take_if(|waiting| which(&waiting.piece));
+        self.messages.values_mut().filter_map(meant).collect()
+    }
+
+    /// What has gathered for long enough.
+    pub fn on_due(&mut self, now: Instant) -> Vec<Unsent> {
+        let mut ready = Vec::new();
+        self.due = None;
+        let mut due = None;
+        self.messages.retain(|_, message| {
+            if message.sent + GATHER <= now {
+                match message.waiting.take() {
+                    // What comes next is a first piece again.
+                    None => return false,
+                    Some(waiting) => ready.push(waiting),
+                }
+                message.sent = now;
+            }
+            due = [due, Some(message.sent + GATHER)].into_iter().flatten().min();
+            true
+        });
+        self.due = due;
+        ready
+    }
+
+    fn note_due(&mut self, due: Instant) {
+        self.due = [self.due, Some(due)].into_iter().flatten().min();
+    }
+
+    /// When [`Pieces::on_due`] wants to be called next.
+    pub fn due(&self) -> Option<Instant> {
+        self.due
+    }
+}

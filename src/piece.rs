@@ -1,0 +1,79 @@
+//! A piece of a message that an agent is writing: what live readers get of it before it is an event.
+//!
+//! Pieces have no seq. A reader knows its place by the message and by characters (Unicode scalar values), so that two pieces
+//! become one, and the rest of one that is known in part can be told, wherever a reader stands.
+
+use std::sync::Arc;
+
+use serde_json::value::to_raw_value;
+use tokio_tungstenite::tungstenite::Utf8Bytes;
+use uuid::Uuid;
+
+use crate::event::{AGENT_TOKEN, EventFrame, PieceData, Priority};
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// What tells the message from all others of its thread.
+    pub name: Arc<str>,
+    pub thread: Box<str>,
+    pub run: Box<str>,
+    pub message: Box<str>,
+    /// The record it came with; of several, the first one's.
+    pub event: Uuid,
+    pub from: Box<str>,
+    /// RFC 3339.
+    pub at: Box<str>,
+    pub priority: Option<Priority>,
+    pub from_char: u64,
+    /// Behind its last character.
+    pub to_char: u64,
+    pub text: String,
+}
+
+impl Piece {
+    /// A message's name among all of its thread.
+    pub fn name(run: &str, message: &str) -> Arc<str> {
+        format!("{}:{run}{message}", run.len()).into()
+    }
+
+    /// The `event` frame, without a seq.
+    pub fn frame(&self) -> Utf8Bytes {
+        let data =
+            PieceData { message: (&*self.message).into(), from_char: self.from_char, text: (&*self.text).into() };
+        // Strings and numbers always serialise.
+        let Ok(data) = to_raw_value(&data) else { return Utf8Bytes::default() };
+        let frame = EventFrame {
+            r#type: "event",
+            thread: &self.thread,
+            seq: None,
+            kind: AGENT_TOKEN,
+            event: self.event,
+            from: &self.from,
+            at: &self.at,
+            data: &data,
+            key: None,
+            run: Some(&self.run),
+            parent: None,
+            priority: self.priority,
+            attempt: None,
+        };
+        serde_json::to_string(&frame).unwrap_or_default().into()
+    }
+
+    /// Whether `next` goes on where this one ends.
+    pub fn is_before(&self, next: &Piece) -> bool {
+        self.to_char == next.from_char && self.name == next.name
+    }
+
+    /// Takes the next one in.
+    pub fn join(&mut self, next: &Piece) {
+        self.text.push_str(&next.text);
+        self.to_char = next.to_char;
+    }
+
+    /// What is left of it behind the first characters of the message.
+    pub fn behind(&self, from_char: u64) -> Piece {
+        let passed = from_char.saturating_sub(self.from_char);
+        Piece { from_char, text: self.text.chars().skip(passed as usize).collect(), ..self.clone() }
+    }
+}

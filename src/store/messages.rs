@@ -1,0 +1,124 @@
+//! Messages that agents write piece by piece: how far each has come, and the text of those that are still being written.
+
+use bincode::{BorrowDecode, Decode, Encode};
+
+use super::catalogue::{MESSAGE_TEXTS, MESSAGES, OPEN_MESSAGES};
+use super::runs::{Mark, RunKey};
+use super::{Batch, Store, StoreError, decoded, keys};
+
+/// A message's key: its run, and its name there.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct MessageKey {
+    pub run: RunKey,
+    pub message: String,
+}
+
+/// A message that is written in pieces. Characters are Unicode scalar values.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct MessageRow {
+    /// Who began it.
+    pub from: String,
+    /// The newest piece.
+    pub event: [u8; 16],
+    /// How long it is by now.
+    pub chars: u64,
+    pub bytes: u64,
+    /// Milliseconds.
+    pub begun_at: u64,
+    pub last_at: u64,
+    pub closed: Option<ClosedRow>,
+}
+
+/// What closed a message.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ClosedRow {
+    pub mark: Mark,
+    pub event: [u8; 16],
+    /// Digest of what was published to close it.
+    pub content: [u8; 32],
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+struct TextRow<'a> {
+    text: &'a str,
+}
+
+impl MessageKey {
+    fn bytes(&self) -> Vec<u8> {
+        [&self.run.under()[..], self.message.as_bytes()].concat()
+    }
+
+    /// The prefix of the message's texts. Its name may hold a NUL, so its length stands before it.
+    fn texts(&self) -> Vec<u8> {
+        [&self.run.under()[..], &(self.message.len() as u16).to_be_bytes(), self.message.as_bytes()].concat()
+    }
+
+    fn text(&self, from_char: u64) -> Vec<u8> {
+        [&self.texts()[..], &from_char.to_be_bytes()].concat()
+    }
+}
+
+impl Store {
+    pub fn message(&self, key: &MessageKey) -> Result<Option<MessageRow>, StoreError> {
+        self.get(MESSAGES, &key.bytes())
+    }
+
+    /// A run's messages, in the order of their names.
+    pub fn messages_of(&self, run: &RunKey) -> Result<Vec<(MessageKey, MessageRow)>, StoreError> {
+        let key = |message| MessageKey { run: run.clone(), message };
+        self.rows_under(MESSAGES, run.under()).map(|row| row.map(|(message, row)| (key(message), row))).collect()
+    }
+
+    /// Messages of the thread that are still being written.
+    pub fn open_messages(&self, tenant: &str, thread: &str) -> Result<Vec<MessageKey>, StoreError> {
+        let key = |rest: Vec<u8>| {
+            let (length, rest) = rest.split_first_chunk::<2>()?;
+            let (run, message) = rest.split_at_checked(usize::from(u16::from_be_bytes(*length)))?;
+            let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+            Some(MessageKey { run: RunKey::new(tenant, thread, &text(run)), message: text(message) })
+        };
+        let rows = self.under(OPEN_MESSAGES, keys::prefix(&[tenant, thread]));
+        rows.filter_map(|row| row.map(|(rest, _)| key(rest)).transpose()).collect()
+    }
+
+    /// The text of an open message from this character on.
+    pub fn text_behind(&self, key: &MessageKey, from_char: u64) -> Result<String, StoreError> {
+        let mut text = String::new();
+        for row in self.under(MESSAGE_TEXTS, key.texts()) {
+            let (at, value) = row?;
+            let row: TextRow = decoded(MESSAGE_TEXTS, &value)?;
+            let before = from_char.saturating_sub(keys::seq_of(&at).unwrap_or(0));
+            text.extend(row.text.chars().skip(before as usize));
+        }
+        Ok(text)
+    }
+}
+
+impl Batch<'_> {
+    /// A message has grown by the text from `from_char` on.
+    pub fn put_piece(&mut self, key: &MessageKey, row: &MessageRow, from_char: u64, text: &str) {
+        self.put(MESSAGES, &key.bytes(), row);
+        self.put(MESSAGE_TEXTS, &key.text(from_char), &TextRow { text });
+        if from_char == 0 {
+            self.rows.put_cf(&self.store.family(OPEN_MESSAGES), key.bytes(), []);
+        }
+    }
+
+    /// A message is closed: its event has the text now. `fresh` are the pieces that this batch has put.
+    pub fn close_message(
+        &mut self,
+        key: &MessageKey,
+        row: &MessageRow,
+        fresh: impl Iterator<Item = u64>,
+    ) -> Result<(), StoreError> {
+        self.put(MESSAGES, &key.bytes(), row);
+        self.rows.delete_cf(&self.store.family(OPEN_MESSAGES), key.bytes());
+        let texts = self.store.family(MESSAGE_TEXTS);
+        fresh.for_each(|from_char| self.rows.delete_cf(&texts, key.text(from_char)));
+        for row in self.store.under(MESSAGE_TEXTS, key.texts()) {
+            let (at, _) = row?;
+            self.rows.delete_cf(&texts, key.text(keys::seq_of(&at).unwrap_or(0)));
+        }
+        Ok(())
+    }
+}
