@@ -173,8 +173,8 @@ impl InHand {
         let open = self.runs.judge_piece(store, &run)?;
         let piece = self.messages.judge(store, event, run.clone(), open)?;
         let duplicate = piece.is_none();
-        if let Some(piece) = piece {
-            if self.messages.apply(store, run.clone(), &piece, at, batch)? {
+        if let Some((piece, before)) = piece {
+            if self.messages.apply(store, run.clone(), (&piece, before), at, batch)? {
                 thread.row.writing += 1;
                 thread.changed = true;
             }

@@ -75,14 +75,15 @@ impl Messages {
         }
     }
 
-    /// What of a piece is new: nothing, if all of it is there already. `open` says whether its run is.
+    /// What of a piece is new: nothing, if all of it is there already. `open` says whether its run is, and with how many
+    /// pieces so far.
     pub(super) fn judge(
         &self,
         store: &Store,
         event: &LogEvent<'_>,
         run: RunKey,
-        open: Result<(), Error>,
-    ) -> Result<Option<Piece>, Unfit> {
+        open: Result<u64, Error>,
+    ) -> Result<Option<(Piece, u64)>, Unfit> {
         let data: PieceData = data(event)?;
         let key = MessageKey { run, message: data.message.clone().into_owned() };
         let row = self.row(store, &key)?;
@@ -91,7 +92,7 @@ impl Messages {
         if row.is_some() && to_char <= chars {
             return Ok(None);
         }
-        open?;
+        let before = open?;
         if row.as_ref().is_some_and(|row| row.closed.is_some()) {
             return Err(refused("the message is closed: another message is expected", "data.message"));
         }
@@ -105,7 +106,7 @@ impl Messages {
                 .at("data.text")
                 .into());
         }
-        Ok(Some(Piece {
+        let piece = Piece {
             name: Piece::name(&key.run.run, &key.message),
             thread: key.run.thread.into(),
             run: key.run.run.into(),
@@ -117,7 +118,8 @@ impl Messages {
             from_char: chars,
             to_char,
             text,
-        }))
+        };
+        Ok(Some((piece, before)))
     }
 
     /// Writes the piece; whether it is a message's first.
@@ -125,7 +127,7 @@ impl Messages {
         &mut self,
         store: &Store,
         run: RunKey,
-        piece: &Piece,
+        (piece, before): (&Piece, u64),
         at: u64,
         batch: &mut Batch<'_>,
     ) -> Result<bool, StoreError> {
@@ -135,6 +137,7 @@ impl Messages {
         let mut row = known.unwrap_or_else(|| MessageRow {
             from: piece.from.to_string(),
             event: [0; 16],
+            begun: before,
             chars: 0,
             bytes: 0,
             begun_at: at,
@@ -230,7 +233,7 @@ impl Messages {
             let data = to_raw_value(&serde_json::json!({"content": content, "message": key.message})).ok();
             open.push(Closing { key, row, data });
         }
-        open.sort_by_key(|closing| closing.row.begun_at);
+        open.sort_by_key(|closing| closing.row.begun);
         Ok(open)
     }
 

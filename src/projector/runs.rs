@@ -156,12 +156,12 @@ impl Runs {
         Ok(row.map(|row| Step { key, row, call: None, parent: None, does: Does::GoOn }))
     }
 
-    /// Whether a piece of a message may come now.
-    pub(super) fn judge_piece(&self, store: &Store, key: &RunKey) -> Result<Result<(), Error>, StoreError> {
+    /// Whether a piece of a message may come now, and how many came before.
+    pub(super) fn judge_piece(&self, store: &Store, key: &RunKey) -> Result<Result<u64, Error>, StoreError> {
         Ok(match self.row(store, key)? {
             None => Err(unknown()),
             Some(row) if row.ended.is_some() => Err(ended()),
-            Some(_) => Ok(()),
+            Some(row) => Ok(row.pieces),
         })
     }
 

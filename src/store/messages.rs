@@ -20,6 +20,8 @@ pub struct MessageRow {
     pub from: String,
     /// The newest piece.
     pub event: [u8; 16],
+    /// The pieces that its run had before.
+    pub begun: u64,
     /// How long it is by now.
     pub chars: u64,
     pub bytes: u64,

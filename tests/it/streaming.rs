@@ -1,7 +1,9 @@
 //! Events on their way to readers: live, replayed, and the seam between the two.
 
+mod interruption;
 mod runs;
 mod sse;
+mod tokens;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

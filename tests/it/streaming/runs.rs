@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 use crate::on_both_logs;
 use crate::support::{LogKind, Server, Socket, eventually, token};
 
-const AGENT: &str = "publish subscribe agent";
+pub const AGENT: &str = "publish subscribe agent";
 
-fn step(thread: &str, run: &str, kind: &str, data: Value) -> Value {
+pub fn step(thread: &str, run: &str, kind: &str, data: Value) -> Value {
     json!({"type": "publish", "thread": thread, "run": run, "kind": kind, "data": data})
 }
 

@@ -1,0 +1,519 @@
+//! Messages that agents write in pieces: what the log makes of them, and what readers have of them at any time.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use serde_json::{Value, json};
+
+use super::runs::{AGENT, step};
+use crate::on_both_logs;
+use crate::support::sse::EventStream;
+use crate::support::{LogKind, Server, Socket, eventually, publish, seqs, token};
+
+fn piece(thread: &str, run: &str, message: &str, from_char: usize, text: &str) -> Value {
+    step(thread, run, "agent_token", json!({"message": message, "from_char": from_char, "text": text}))
+}
+
+async fn start(agent: &mut Socket, thread: &str, run: &str) {
+    let answer = agent.ask(step(thread, run, "agent_started", json!({"agent": "scout"}))).await;
+    assert_eq!(answer["type"], "published", "{answer}");
+}
+
+/// Publishes in one frame; gives the answers in the order of the commands.
+async fn play(agent: &mut Socket, commands: &[Value]) -> Vec<Value> {
+    let numbered: Vec<Value> = (0..)
+        .zip(commands)
+        .map(|(n, command)| {
+            let mut command = command.clone();
+            command["id"] = json!(1_000_000 + n);
+            command
+        })
+        .collect();
+    agent.send(&Value::Array(numbered)).await;
+    let mut answers = vec![Value::Null; commands.len()];
+    for _ in commands {
+        let answer = loop {
+            let frame = agent.recv().await;
+            if frame["id"].is_u64() {
+                break frame;
+            }
+        };
+        let n = answer["id"].as_u64().unwrap() as usize - 1_000_000;
+        answers[n] = answer;
+    }
+    answers
+}
+
+/// What a reader makes of pieces: each goes on where the text ends, or nothing was lost to it before.
+#[derive(Default)]
+struct Fold {
+    texts: BTreeMap<String, String>,
+    /// How many pieces came.
+    pieces: usize,
+}
+
+impl Fold {
+    fn take(&mut self, event: &Value) {
+        assert_eq!(event["kind"], "agent_token", "{event}");
+        assert!(event.get("seq").is_none(), "a piece has no seq: {event}");
+        let data = &event["data"];
+        let text = self.texts.entry(data["message"].as_str().unwrap().to_owned()).or_default();
+        assert_eq!(data["from_char"], text.chars().count(), "no gap and no overlap: {event}");
+        text.push_str(data["text"].as_str().unwrap());
+        self.pieces += 1;
+    }
+
+    /// Reads up to the event that closes the message, or anything else with a seq, and gives that.
+    async fn read(&mut self, reader: &mut Socket) -> Value {
+        loop {
+            let event = reader.recv_type("event").await;
+            if event["seq"].is_u64() {
+                return event;
+            }
+            self.take(&event);
+        }
+    }
+
+    /// Reads until it has the text.
+    async fn read_up_to(&mut self, reader: &mut Socket, message: &str, text: &str) {
+        while self.texts.get(message).is_none_or(|so_far| so_far != text) {
+            self.take(&reader.recv_type("event").await);
+        }
+    }
+}
+
+on_both_logs!(pieces_reach_readers_live_and_become_one_event_with_their_text, |log| async move {
+    let server = Server::start(log);
+    let mut agent = server.connect_as("scout", AGENT).await;
+    start(&mut agent, "t", "r").await;
+    let mut reader = server.connect("scout").await;
+    reader.subscribe("t", None).await;
+    let first = agent.ask(piece("t", "r", "m", 0, "Hé")).await;
+    assert_eq!((&first["message"], &first["to_char"], first.get("seq")), (&json!("m"), &json!(2), None), "{first}");
+    let event = reader.recv_type("event").await;
+    assert_eq!(
+        (&event["data"], &event["run"], &event["from"], &event["event"]),
+        (&json!({"message": "m", "from_char": 0, "text": "Hé"}), &json!("r"), &json!("scout"), &first["event"])
+    );
+    let answers = play(&mut agent, &[piece("t", "r", "m", 2, "llo, "), piece("t", "r", "m", 7, "🌍!")]).await;
+    assert_eq!(answers.iter().map(|it| it["to_char"].as_u64().unwrap()).collect::<Vec<_>>(), [7, 9]);
+    assert_eq!(answers[0]["event"], answers[1]["event"], "they came together and are one record");
+    assert_eq!(reader.recv_type("event").await["data"], json!({"message": "m", "from_char": 2, "text": "llo, 🌍!"}));
+    let closed = agent.ask(step("t", "r", "agent_message", json!({"message": "m", "mood": "fine"}))).await;
+    assert_eq!(closed["seq"], 2, "pieces take no seq: {closed}");
+    let event = reader.recv_type("event").await;
+    assert_eq!(event["data"], json!({"message": "m", "mood": "fine", "content": "Héllo, 🌍!"}));
+    agent.ask(step("t", "r", "agent_completed", json!({}))).await;
+    let page = server.http("GET", "/v1/threads/t/events", "scout", None).await.1;
+    let kinds: Vec<_> = page["events"].as_array().unwrap().iter().map(|event| event["kind"].clone()).collect();
+    assert_eq!(kinds, ["agent_started", "agent_message", "agent_completed"], "history has the message alone");
+    assert_eq!(page["events"][1]["data"]["content"], "Héllo, 🌍!");
+});
+
+on_both_logs!(the_end_of_a_run_closes_what_it_left_open_in_the_order_it_was_begun, |log| async move {
+    let server = Server::start(log);
+    let mut agent = server.connect_as("scout", AGENT).await;
+    start(&mut agent, "t", "r").await;
+    start(&mut agent, "t", "other").await;
+    let pieces = [
+        piece("t", "r", "z", 0, "begun first"),
+        piece("t", "r", "a", 0, "begun"),
+        piece("t", "other", "a", 0, "another run's"),
+        piece("t", "r", "a", 5, " second"),
+    ];
+    for command in &pieces {
+        assert_eq!(agent.ask(command.clone()).await["type"], "published");
+    }
+    let ended = agent.ask(step("t", "r", "agent_failed", json!({"code": "broken", "message": "it broke"}))).await;
+    assert_eq!(ended["seq"], 5, "the messages come before the end: {ended}");
+    let page = server.http("GET", "/v1/threads/t/events?after=2", "scout", None).await.1;
+    let told: Vec<_> = page["events"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| {
+            (it["kind"].as_str().unwrap(), it["data"]["message"].as_str().unwrap(), &it["data"]["content"], &it["run"])
+        })
+        .collect();
+    let r = json!("r");
+    assert_eq!(
+        told,
+        [
+            ("agent_message", "z", &json!("begun first"), &r),
+            ("agent_message", "a", &json!("begun second"), &r),
+            ("agent_failed", "it broke", &Value::Null, &r)
+        ]
+    );
+    let late = agent.ask(piece("t", "r", "a", 12, "!")).await;
+    assert_eq!((&late["code"], &late["field"]), (&json!("run_order"), &json!("kind")));
+});
+
+on_both_logs!(a_piece_sent_again_is_harmless_a_hole_is_run_order_and_a_dead_letter, |log| async move {
+    let server = Server::start(log);
+    let mut agent = server.connect_as("scout", AGENT).await;
+    let early = agent.ask(piece("t", "r", "m", 0, "x")).await;
+    assert_eq!(early["code"], "run_order", "no run: {early}");
+    start(&mut agent, "t", "r").await;
+    for (from, text, to) in [(0, "abcdef", 6), (0, "abc", 3), (3, "def", 6), (4, "efgh", 8)] {
+        let answer = agent.ask(piece("t", "r", "m", from, text)).await;
+        assert_eq!((&answer["type"], &answer["to_char"]), (&json!("published"), &json!(to)), "{answer}");
+        assert_eq!(answer["duplicate"], to <= 6 && (from, text) != (0, "abcdef"), "{answer}");
+    }
+    let hole = agent.ask(piece("t", "r", "m", 9, "x")).await;
+    assert_eq!((&hole["code"], &hole["field"]), (&json!("run_order"), &json!("data.from_char")));
+    assert!(hole["message"].as_str().unwrap().contains("from character 8"), "{hole}");
+    let letters = server.admin("GET", "/v1/dead-letters?reason=run_order").await.1;
+    let items = letters["items"].as_array().unwrap();
+    assert_eq!(items.len(), 2, "{letters}");
+    assert_eq!(items[0]["event"]["data"], json!({"message": "m", "from_char": 9, "text": "x"}));
+    let close = step("t", "r", "agent_message", json!({"message": "m", "content": "abcdefgh"}));
+    let closed = agent.ask(close.clone()).await;
+    assert_eq!((&closed["seq"], &closed["duplicate"]), (&json!(2), &json!(false)));
+    // After a close whose answer was lost everything is sent again.
+    let again = agent.ask(piece("t", "r", "m", 0, "abcdefgh")).await;
+    assert_eq!((&again["type"], &again["duplicate"]), (&json!("published"), &json!(true)));
+    let again = agent.ask(close).await;
+    assert_eq!((&again["seq"], &again["event"], &again["duplicate"]), (&json!(2), &closed["event"], &json!(true)));
+    let other = agent.ask(step("t", "r", "agent_message", json!({"message": "m", "content": "else"}))).await;
+    assert_eq!((&other["code"], &other["field"]), (&json!("conflict"), &json!("data.message")));
+    let more = agent.ask(piece("t", "r", "m", 8, "i")).await;
+    assert_eq!((&more["code"], &more["field"]), (&json!("run_order"), &json!("data.message")));
+    let none = agent.ask(step("t", "r", "agent_message", json!({"message": "unknown"}))).await;
+    assert_eq!((&none["code"], &none["field"]), (&json!("run_order"), &json!("data.message")));
+});
+
+#[tokio::test]
+async fn an_agent_that_gives_another_text_has_the_last_word_and_says_so() {
+    let server = Server::start(LogKind::embedded());
+    let mut agent = server.connect_as("scout", AGENT).await;
+    start(&mut agent, "t", "r").await;
+    let parts = |text: &str| json!([{"type": "text", "text": text}]);
+    let cases = [
+        (json!("draft"), Value::Null),
+        (json!("final"), json!(true)),
+        (parts("draft"), Value::Null),
+        (parts("final"), json!(true)),
+    ];
+    for (n, (content, revised)) in cases.iter().enumerate() {
+        let message = format!("m{n}");
+        agent.ask(piece("t", "r", &message, 0, "draft")).await;
+        // Without its run the message is still the one that this user writes.
+        let close = publish("t", "agent_message", json!({"message": message, "content": content}));
+        let closed = agent.ask(close).await;
+        assert_eq!(closed["seq"], n + 2);
+        let page = server.http("GET", &format!("/v1/threads/t/events?after={}", n + 1), "scout", None).await.1;
+        let data = &page["events"][0]["data"];
+        assert_eq!((&data["content"], &data["revised"]), (content, revised), "{data}");
+    }
+    agent.ask(step("t", "r", "agent_completed", json!({}))).await;
+    let page = server.http("GET", "/v1/threads/t/events?kinds=agent_message", "scout", None).await.1;
+    assert_eq!(page["events"].as_array().unwrap().len(), cases.len(), "the end closes none of them again");
+}
+
+on_both_logs!(who_joins_in_the_middle_gets_the_text_so_far_as_one_piece_and_then_the_rest, |log| async move {
+    let mut server = Server::start(log);
+    let mut agent = server.connect_as("scout", AGENT).await;
+    start(&mut agent, "t", "r").await;
+    for n in 0..20 {
+        agent.ask(piece("t", "r", "m", 2 * n, "ab")).await;
+    }
+    agent.ask(piece("t", "r", "n", 0, "")).await;
+    // A crash forgets nothing.
+    server.kill();
+    server.up();
+    server.ready().await;
+    let mut agent = server.connect_as("scout", AGENT).await;
+    let mut reader = server.connect("scout").await;
+    reader.subscribe("t", Some(0)).await;
+    assert_eq!(reader.recv_type("event").await["kind"], "agent_started");
+    assert_eq!(reader.recv_type("caught_up").await["seq"], 1);
+    let so_far = [reader.recv_type("event").await, reader.recv_type("event").await];
+    let told: Vec<_> = so_far.iter().map(|it| &it["data"]).collect();
+    let text = "ab".repeat(20);
+    assert_eq!(
+        told,
+        [&json!({"message": "m", "from_char": 0, "text": text}), &json!({"message": "n", "from_char": 0, "text": ""})]
+    );
+    agent.ask(piece("t", "r", "m", 40, "!")).await;
+    assert_eq!(reader.recv_type("event").await["data"], json!({"message": "m", "from_char": 40, "text": "!"}));
+    agent.ask(step("t", "r", "agent_completed", json!({}))).await;
+    let closed = reader.events(3).await;
+    assert_eq!(seqs(&closed), [2, 3, 4]);
+    assert_eq!(closed[0]["data"]["content"], format!("{text}!"));
+    let mut later = server.connect("scout").await;
+    later.subscribe("t", None).await;
+    later.recv_type("caught_up").await;
+    later.silent().await;
+});
+
+#[tokio::test]
+async fn a_reader_that_wants_other_kinds_gets_no_pieces_and_one_that_wants_only_them_no_events() {
+    let server = Server::start(LogKind::embedded());
+    let mut agent = server.connect_as("scout", AGENT).await;
+    start(&mut agent, "t", "r").await;
+    agent.ask(piece("t", "r", "m", 0, "so far")).await;
+    let mut without = server.connect("scout").await;
+    let mut only = server.connect("scout").await;
+    without.subscribe_with("t", json!({"kinds": ["agent_message"]})).await;
+    only.subscribe_with("t", json!({"kinds": ["agent_token"]})).await;
+    for reader in [&mut without, &mut only] {
+        reader.recv_type("caught_up").await;
+    }
+    agent.ask(piece("t", "r", "m", 6, ", so good")).await;
+    agent.ask(step("t", "r", "agent_message", json!({"message": "m"}))).await;
+    assert_eq!(without.recv_type("event").await["data"]["content"], "so far, so good");
+    let mut fold = Fold::default();
+    fold.read_up_to(&mut only, "m", "so far, so good").await;
+    assert_eq!(only.recv_type("position").await["seq"], 2);
+}
+
+#[tokio::test]
+async fn over_http_a_piece_is_answered_with_its_place_and_a_stream_has_it_without_an_id() {
+    let server = Server::start(LogKind::embedded());
+    let agent = token("scout", AGENT);
+    let post = async |kind: &str, data: Value| {
+        let body = json!({"kind": kind, "run": "r", "data": data});
+        server.http_with("POST", "/v1/threads/t/events", &agent, Some(body), &[]).await
+    };
+    assert_eq!(post("agent_started", json!({"agent": "scout"})).await.0, 201);
+    let mut stream = EventStream::of(&server, "t", "scout", "?after=0").await;
+    let (status, first) = post("agent_token", json!({"message": "m", "from_char": 0, "text": "Hi"})).await;
+    assert_eq!((status, &first["to_char"], first.get("seq")), (201, &json!(2), None), "{first}");
+    let (status, again) = post("agent_token", json!({"message": "m", "from_char": 0, "text": "Hi"})).await;
+    assert_eq!((status, &again["duplicate"]), (200, &json!(true)), "{again}");
+    assert_eq!(stream.next().await.unwrap().id.as_deref(), Some("1"));
+    let told = stream.next().await.unwrap();
+    assert_eq!((&told.id, &told.json()["data"]["text"]), (&None, &json!("Hi")));
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_a_piece_is_named() {
+    let server = Server::start(LogKind::embedded());
+    let mut agent = server.connect_as("scout", AGENT).await;
+    start(&mut agent, "t", "r").await;
+    for (data, field) in [
+        (json!({"from_char": 0, "text": "x"}), "data.message"),
+        (json!({"message": "", "from_char": 0, "text": "x"}), "data.message"),
+        (json!({"message": "x".repeat(129), "from_char": 0, "text": "x"}), "data.message"),
+        (json!({"message": "m", "text": "x"}), "data.from_char"),
+        (json!({"message": "m", "from_char": -1, "text": "x"}), "data.from_char"),
+        (json!({"message": "m", "from_char": u64::MAX, "text": "x"}), "data.from_char"),
+        (json!({"message": "m", "from_char": 0}), "data.text"),
+        (json!({"message": "m", "from_char": 0, "text": 1}), "data.text"),
+        (json!({"message": "m", "from_char": 0, "text": "x", "more": 1}), "data.more"),
+        (json!("x"), "data"),
+    ] {
+        let refused = agent.ask(step("t", "r", "agent_token", data.clone())).await;
+        assert_eq!((&refused["code"], &refused["field"]), (&json!("bad_request"), &json!(field)), "{data}: {refused}");
+    }
+    let mut command = piece("t", "r", "m", 0, "x");
+    command["parent"] = json!(1);
+    assert_eq!(agent.ask(command.clone()).await["field"], "parent");
+    command.as_object_mut().unwrap().retain(|name, _| name != "parent" && name != "run");
+    assert_eq!(agent.ask(command).await["field"], "run");
+    let mut person = server.connect("ada").await;
+    assert_eq!(person.ask(piece("t", "r", "m", 0, "x")).await["code"], "forbidden");
+    let long = "x".repeat(60_000);
+    for n in 0..18 {
+        let answer = agent.ask(piece("t", "r", "long", n * long.len(), &long)).await;
+        let expected = if n < 17 { "published" } else { "error" };
+        assert_eq!(answer["type"], expected, "{n}: {answer}");
+        if n == 17 {
+            assert_eq!((&answer["code"], &answer["field"]), (&json!("too_large"), &json!("data.text")));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_reader_that_waits_gets_bigger_pieces_and_not_more() {
+    const PIECES: usize = 3_000;
+    let server = Server::start_unlimited(LogKind::embedded());
+    let mut agent = server.connect_as("scout", AGENT).await;
+    start(&mut agent, "t", "r").await;
+    let mut reader = server.connect("scout").await;
+    reader.send(&json!({"type": "credit", "events": 1})).await;
+    reader.subscribe("t", Some(0)).await;
+    assert_eq!(reader.recv_type("event").await["kind"], "agent_started");
+    let word = "word ";
+    let mut text = String::new();
+    for chunk in 0..PIECES / 100 {
+        let pieces: Vec<Value> = (0..100).map(|n| piece("t", "r", "m", (chunk * 100 + n) * word.len(), word)).collect();
+        let answers = play(&mut agent, &pieces).await;
+        assert!(answers.iter().all(|it| it["type"] == "published"), "{answers:?}");
+        text.push_str(&word.repeat(100));
+    }
+    reader.send(&json!({"type": "credit", "events": 8})).await;
+    let mut fold = Fold::default();
+    fold.read_up_to(&mut reader, "m", &text).await;
+    assert!(fold.pieces <= 2, "{} pieces", fold.pieces);
+}
+
+#[tokio::test]
+async fn a_reader_whose_outbox_is_full_of_pieces_goes_on_where_it_was_and_misses_none() {
+    const MESSAGES: usize = 40;
+    let server = Server::start_unlimited(LogKind::embedded());
+    let mut agent = server.connect_as("scout", AGENT).await;
+    start(&mut agent, "t", "r").await;
+    let mut reader = server.connect("scout").await;
+    reader.send(&json!({"type": "credit", "events": 1})).await;
+    reader.subscribe("t", Some(0)).await;
+    assert_eq!(reader.recv_type("event").await["kind"], "agent_started");
+    // One is told in part before the reader wants no more, and goes on.
+    agent.ask(piece("t", "r", "m0", 0, "begun ")).await;
+    reader.send(&json!({"type": "credit", "events": 1})).await;
+    let mut fold = Fold::default();
+    fold.read_up_to(&mut reader, "m0", "begun ").await;
+    // Far more than an outbox holds.
+    let text = "x".repeat(30_000);
+    for n in 0..MESSAGES {
+        let from = if n == 0 { 6 } else { 0 };
+        assert_eq!(agent.ask(piece("t", "r", &format!("m{n}"), from, &text)).await["type"], "published");
+    }
+    reader.send(&json!({"type": "credit", "events": 1_000})).await;
+    for n in 0..MESSAGES {
+        let whole = if n == 0 { format!("begun {text}") } else { text.clone() };
+        fold.read_up_to(&mut reader, &format!("m{n}"), &whole).await;
+    }
+    assert!(server.metric("weft_lagged_total").await >= 1.0, "the outbox is bounded, so the reader must have lagged");
+    assert_eq!(agent.ask(piece("t", "r", "m1", text.len(), "!")).await["type"], "published");
+    fold.read_up_to(&mut reader, "m1", &format!("{text}!")).await;
+}
+
+/// How a message is written: pieces that go back a little, or leave a hole.
+#[derive(Debug, Clone)]
+struct Script {
+    text: String,
+    /// For each piece: characters that it repeats (or, negative, leaves out), and its length.
+    pieces: Vec<(i64, usize)>,
+    /// Pieces sent together.
+    together: usize,
+    /// Closed by its own event, or by the end of the run.
+    closes: bool,
+}
+
+fn scripts() -> impl Strategy<Value = Script> {
+    let text = prop::collection::vec(
+        prop_oneof![4 => prop::char::range('a', 'z'), 1 => prop::sample::select(vec!['é', '🌍', '"', '\\', '\n', '\u{301}'])],
+        0..120,
+    );
+    let pieces = prop::collection::vec((prop_oneof![3 => Just(0), 2 => 0..10i64, 1 => -3..0i64], 0..20usize), 1..30);
+    (text, pieces, 1..8usize, any::<bool>()).prop_map(|(text, pieces, together, closes)| Script {
+        text: text.into_iter().collect(),
+        pieces,
+        together,
+        closes,
+    })
+}
+
+async fn every_reader_folds_the_text(server: &Server, thread: &str, script: &Script) {
+    let chars: Vec<char> = script.text.chars().collect();
+    let mut agent = server.connect_as("scout", AGENT).await;
+    start(&mut agent, thread, "r").await;
+    let mut live = server.connect("scout").await;
+    live.subscribe(thread, None).await;
+    live.recv_type("caught_up").await;
+    let (mut written, mut commands, mut expected) = (0, Vec::new(), Vec::new());
+    for (back, length) in &script.pieces {
+        let from = (written as i64 - back).clamp(0, chars.len() as i64) as usize;
+        let to = (from + length).min(chars.len());
+        let text: String = chars[from..to].iter().collect();
+        commands.push(piece(thread, "r", "m", from, &text));
+        expected.push(from <= written);
+        if from <= written {
+            written = written.max(to);
+        }
+    }
+    // A message that was never begun cannot be closed.
+    let begun = expected.iter().any(|taken| *taken);
+    let mut joins = None;
+    for (n, part) in commands.chunks(script.together).enumerate() {
+        let answers = play(&mut agent, part).await;
+        for (answer, command) in answers.iter().zip(part) {
+            let taken = expected.remove(0);
+            let data = &command["data"];
+            let to = data["from_char"].as_u64().unwrap() + data["text"].as_str().unwrap().chars().count() as u64;
+            match taken {
+                true => {
+                    assert_eq!((&answer["type"], &answer["to_char"]), (&json!("published"), &json!(to)), "{answer}")
+                }
+                false => assert_eq!(answer["code"], "run_order", "{answer}"),
+            }
+        }
+        if n == 1 {
+            let mut reader = server.connect("scout").await;
+            reader.subscribe(thread, None).await;
+            joins = Some(reader);
+        }
+    }
+    let whole: String = chars[..written].iter().collect();
+    if script.closes && begun {
+        agent.ask(step(thread, "r", "agent_message", json!({"message": "m"}))).await;
+    } else {
+        agent.ask(step(thread, "r", "agent_completed", json!({}))).await;
+    }
+    if !begun {
+        return;
+    }
+    for reader in [Some(live), joins].iter_mut().flatten() {
+        let mut fold = Fold::default();
+        let closed = fold.read(reader).await;
+        assert_eq!((&closed["kind"], &closed["data"]["content"]), (&json!("agent_message"), &json!(whole)), "{closed}");
+        assert_eq!(fold.texts.get("m").map_or("", |text| text), whole);
+    }
+}
+
+fn check(log: LogKind, cases: u32) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let server = Server::start_unlimited(log);
+    let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
+    let thread = std::cell::Cell::new(0);
+    runner
+        .run(&scripts(), |script| {
+            thread.set(thread.get() + 1);
+            runtime.block_on(every_reader_folds_the_text(&server, &format!("t{}", thread.get()), &script));
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn for_any_split_and_resend_the_pieces_fold_to_the_message() {
+    check(LogKind::embedded(), 64);
+}
+
+#[test]
+fn for_any_split_and_resend_the_pieces_fold_to_the_message_on_kafka() {
+    check(LogKind::kafka(), 12);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_node_shows_the_same_pieces_and_the_same_message() {
+    let log = LogKind::kafka();
+    let nodes = [(); 2].map(|()| Server::start(log.clone()));
+    let mut agent = nodes[0].connect_as("scout", AGENT).await;
+    start(&mut agent, "t", "r").await;
+    agent.ask(piece("t", "r", "m", 0, "one ")).await;
+    let there = async || nodes[1].http("GET", "/v1/threads/t/runs/r", "scout", None).await.0 == 200;
+    eventually("the other node has the run", there).await;
+    let mut reader = nodes[1].connect("scout").await;
+    reader.subscribe("t", None).await;
+    let mut fold = Fold::default();
+    fold.read_up_to(&mut reader, "m", "one ").await;
+    // The agent goes on at the other node.
+    let mut agent = nodes[1].connect_as("scout", AGENT).await;
+    agent.ask(piece("t", "r", "m", 4, "two")).await;
+    agent.ask(step("t", "r", "agent_completed", json!({}))).await;
+    let closed = fold.read(&mut reader).await;
+    assert_eq!((&fold.texts["m"], &closed["data"]["content"]), (&"one two".to_owned(), &json!("one two")));
+    let mut pages = Vec::new();
+    for node in &nodes {
+        eventually("the run has ended", async || {
+            node.http("GET", "/v1/threads/t/runs/r", "scout", None).await.1["state"] == "completed"
+        })
+        .await;
+        let detail = node.http("GET", "/v1/threads/t", "scout", None).await.1;
+        pages.push((node.http("GET", "/v1/threads/t/events", "scout", None).await.1, detail["hash"].clone()));
+    }
+    assert_eq!(pages[0], pages[1], "the event that closes the message is the same, hash included");
+}
