@@ -62,7 +62,7 @@ start_server() {
   port=$(free_port)
   export WEFT_URL=http://127.0.0.1:$port
   # Without a limit of rates: one user of a bench publishes all that the server takes.
-  "$weft" serve --listen "127.0.0.1:$port" --data "$work/$log" --log "$log" --rate-user 0 >"$work/$log.log" 2>&1 \
+  "$weft" serve --listen "127.0.0.1:$port" --data "$work/$log" --log "$log" --rate-user 0 --rate-agent 0 >"$work/$log.log" 2>&1 \
     </dev/null &
   server=$!
   deadline=$((SECONDS + 60))

@@ -90,6 +90,10 @@ pub struct ServeArgs {
     #[arg(long, env = "WEFT_RATE_USER", value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_user: Option<u32>,
+    /// Commands a second of one user with scope agent, five times as many at once; 0: no limit [default: 20000]
+    #[arg(long, env = "WEFT_RATE_AGENT", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_agent: Option<u32>,
     /// Bytes that one tenant may append a second, five times as many at once; 0: no limit [default: 0]
     #[arg(long, env = "WEFT_RATE_TENANT", value_name = "BYTES")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -130,6 +134,7 @@ pub struct Config {
     pub max_connections: usize,
     pub max_user_connections: usize,
     pub rate_user: u32,
+    pub rate_agent: u32,
     pub rate_tenant: u64,
     pub rate_tenant_commands: u32,
     /// As `10m`, `90s`.
@@ -159,6 +164,7 @@ impl Default for Config {
             max_connections: 100_000,
             max_user_connections: 100,
             rate_user: 2_000,
+            rate_agent: 20_000,
             rate_tenant: 0,
             rate_tenant_commands: 0,
             run_stalled_after: "10m".into(),
@@ -217,6 +223,7 @@ impl Config {
     pub fn rates(&self) -> Rates {
         Rates {
             user_commands: self.rate_user,
+            agent_commands: self.rate_agent,
             tenant_commands: self.rate_tenant_commands,
             tenant_bytes: self.rate_tenant,
         }
@@ -284,15 +291,16 @@ mod tests {
     #[test]
     fn rates_come_from_the_settings_and_0_is_one_of_them() {
         let default = Config::load(None, &ServeArgs::default()).expect("the defaults are good");
-        let rates = Rates { user_commands: 2_000, tenant_commands: 0, tenant_bytes: 0 };
+        let rates = Rates { user_commands: 2_000, agent_commands: 20_000, tenant_commands: 0, tenant_bytes: 0 };
         assert_eq!((default.rates(), default.max_user_connections), (rates, 100));
         let said = ServeArgs {
             rate_user: Some(0),
+            rate_agent: Some(9),
             rate_tenant: Some(8_000_000_000),
             rate_tenant_commands: Some(7),
             ..ServeArgs::default()
         };
-        let rates = Rates { user_commands: 0, tenant_commands: 7, tenant_bytes: 8_000_000_000 };
+        let rates = Rates { user_commands: 0, agent_commands: 9, tenant_commands: 7, tenant_bytes: 8_000_000_000 };
         assert_eq!(Config::load(None, &said).expect("good settings").rates(), rates);
     }
 

@@ -29,6 +29,8 @@ const FORGET_EVERY: Duration = Duration::from_secs(60);
 pub struct Rates {
     /// Commands of one user.
     pub user_commands: u32,
+    /// Commands of one user who is an agent: has that scope.
+    pub agent_commands: u32,
     /// Commands of all users of one tenant.
     pub tenant_commands: u32,
     /// Bytes that one tenant appends.
@@ -38,6 +40,7 @@ pub struct Rates {
 /// The buckets of every user and tenant that was heard lately. A limit that is off has none, and costs nothing.
 pub struct Limits<C: Clock = MonotonicClock> {
     users: Option<Buckets<C>>,
+    agents: Option<Buckets<C>>,
     tenants: Option<Buckets<C>>,
     bytes: Option<Buckets<C>>,
 }
@@ -71,10 +74,11 @@ impl Limits {
 
 impl<C: Clock + Clone> Limits<C> {
     fn with_clock(rates: Rates, clock: &C) -> Limits<C> {
-        let Rates { user_commands, tenant_commands, tenant_bytes } = rates;
+        let Rates { user_commands, agent_commands, tenant_commands, tenant_bytes } = rates;
         let of = |rate: u64, least, what: &str| Buckets::new(rate, least, what, clock);
         Limits {
             users: of(user_commands.into(), 1, "the user's limit is {} commands a second"),
+            agents: of(agent_commands.into(), 1, "the agent's limit is {} commands a second"),
             tenants: of(tenant_commands.into(), 1, "the tenant's limit is {} commands a second"),
             bytes: of(tenant_bytes, LEAST_BURST_BYTES, "the tenant's limit is {} bytes appended a second"),
         }
@@ -85,7 +89,8 @@ impl<C: Clock> Limits<C> {
     /// Counts one command of the user's, and of its tenant's.
     pub fn command(&self, who: &Principal) -> Result<(), Error> {
         // The user first: one who is over the own limit takes nothing from the others of the tenant.
-        if let Some(users) = &self.users {
+        let users = if who.scopes.agent { &self.agents } else { &self.users };
+        if let Some(users) = users {
             users.take(&who.key, 1)?;
         }
         if let Some(tenants) = &self.tenants {
@@ -104,7 +109,7 @@ impl<C: Clock> Limits<C> {
 
     /// A full bucket is as good as none.
     fn forget(&self) {
-        for buckets in [&self.users, &self.tenants, &self.bytes].into_iter().flatten() {
+        for buckets in [&self.users, &self.agents, &self.tenants, &self.bytes].into_iter().flatten() {
             buckets.limiter.retain_recent();
             buckets.limiter.shrink_to_fit();
         }
@@ -210,6 +215,15 @@ mod tests {
     }
 
     #[test]
+    fn an_agent_has_a_limit_of_its_own() {
+        let (limits, _clock) = limits(Rates { user_commands: 1, agent_commands: 100, ..Rates::default() });
+        let scout = Principal::new("acme", "scout", Scopes::parse(Some("agent")), u64::MAX);
+        let (passed, refused) = drain(&limits, &scout);
+        assert_eq!((passed, refused.message.contains("the agent's limit is 100")), (500, true), "{refused}");
+        assert_eq!(drain(&limits, &user("acme", "scout")).0, 5, "with another token the same user is none");
+    }
+
+    #[test]
     fn users_do_not_share_a_bucket_not_even_of_one_name_in_two_tenants() {
         let (limits, _clock) = limits(per_user(10));
         for who in [user("acme", "ada"), user("acme", "ben"), user("other", "ada")] {
@@ -300,7 +314,12 @@ mod tests {
             none.append(&ada.tenant, usize::MAX).unwrap();
         }
         assert!(none.users.is_none() && none.tenants.is_none() && none.bytes.is_none());
-        let most = Rates { user_commands: u32::MAX, tenant_commands: u32::MAX, tenant_bytes: u64::MAX };
+        let most = Rates {
+            user_commands: u32::MAX,
+            agent_commands: u32::MAX,
+            tenant_commands: u32::MAX,
+            tenant_bytes: u64::MAX,
+        };
         let (most, _clock) = limits(most);
         most.command(&ada).unwrap();
         most.append(&ada.tenant, usize::MAX).unwrap();
@@ -309,7 +328,7 @@ mod tests {
 
     #[test]
     fn full_buckets_are_forgotten_and_others_stay() {
-        let (limits, clock) = limits(Rates { user_commands: 1, tenant_commands: 1_000, tenant_bytes: 0 });
+        let (limits, clock) = limits(Rates { user_commands: 1, tenant_commands: 1_000, ..Rates::default() });
         let (ada, ben) = (user("acme", "ada"), user("acme", "ben"));
         drain(&limits, &ada);
         clock.advance(Duration::from_secs(4));

@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::clock;
 use crate::edge::Context;
 use crate::edge::http::raw;
 use crate::error::{Code, Error};
 use crate::log::Grant;
 use crate::store::runs::{RunKey, RunRow};
 use crate::submit::{Draft, draft};
+use crate::{clock, telemetry};
 
 /// Who the server's own events are from.
 const SERVER: &str = "weft";
@@ -50,11 +50,15 @@ pub async fn watch(ctx: Arc<Context>, stalled_after: Duration) {
 fn find(ctx: &Context, stalled_after: Duration) -> Result<Vec<Due>, Error> {
     let now = clock::now_ms();
     let stalled_before = now.saturating_sub(stalled_after.as_millis() as u64);
-    let mut due = Vec::new();
+    let (mut due, mut open, mut waiting) = (Vec::new(), 0.0, 0.0);
     for key in ctx.store.all_open_runs()? {
         let Some(row) = ctx.store.run(&key)?.filter(|row| row.ended.is_none()) else { continue };
+        open += 1.0;
+        waiting += f64::from(u8::from(row.waiting.is_some()));
         due.extend(overdue(key, &row, now, stalled_before));
     }
+    telemetry::runs("open").set(open);
+    telemetry::runs("waiting").set(waiting);
     Ok(due)
 }
 

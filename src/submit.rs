@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use metrics::{Gauge, Histogram};
+use metrics::{Counter, Gauge, Histogram};
 use uuid::Uuid;
 
 use crate::clock;
@@ -45,11 +45,12 @@ pub struct Draft<'a> {
 pub struct Submit {
     log: Arc<dyn Log>,
     pending: Arc<Pending>,
+    bytes: Counter,
 }
 
 impl Submit {
     pub fn new(log: Arc<dyn Log>, pending: Arc<Pending>) -> Submit {
-        Submit { log, pending }
+        Submit { log, pending, bytes: telemetry::append_bytes() }
     }
 
     /// Makes the record, and notes who waits for it. It reaches the log with [`Submit::send`].
@@ -73,6 +74,7 @@ impl Submit {
 
     fn append(&self, id: Uuid, record: Record, reply: Reply, publish: bool) -> Append {
         self.pending.insert(id, reply, publish);
+        self.bytes.increment((record.key.len() + record.value.len()) as u64);
         let pending = self.pending.clone();
         Append {
             record,

@@ -38,6 +38,7 @@ const METRICS: &[(&str, Type, &str)] = &[
         Type::Seconds,
         "From handing a record to the log until it was durable; on the embedded log of each batch the record that waited longest",
     ),
+    ("weft_append_bytes_total", Type::Counter, "Bytes of keys and values handed to the log"),
     ("weft_append_batch_records", Type::Records, "Records the embedded log made durable at once"),
     ("weft_append_errors_total", Type::Counter, "Records the log did not take, by outcome"),
     ("weft_project_seconds", Type::Seconds, "Judging and committing one batch"),
@@ -52,6 +53,7 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_deliveries_total", Type::Counter, "Event frames handed to sockets"),
     ("weft_outbox_bytes", Type::Gauge, "Bytes of events waiting for sockets, all sessions"),
     ("weft_redeliveries_total", Type::Counter, "Deliveries begun again, since the oldest event was not acknowledged"),
+    ("weft_runs", Type::Gauge, "Runs that have not ended, by state"),
     ("weft_pieces_received_total", Type::Counter, "Pieces of messages that agents published over WebSocket"),
     ("weft_pieces_appended_total", Type::Counter, "Records that these became"),
     ("weft_signals_total", Type::Counter, "Signals handed to those who are live"),
@@ -93,6 +95,8 @@ fn build() -> PrometheusHandle {
         }
     }
     metrics_process::Collector::default().describe();
+    // Their ratio is asked for before the first agent has come.
+    [pieces_received(), pieces_appended()].iter().for_each(|counter| counter.increment(0));
     handle
 }
 
@@ -137,6 +141,9 @@ pub fn http_requests(route: &'static str, status: u16) -> Counter {
 pub fn append_seconds() -> Histogram {
     histogram!("weft_append_seconds")
 }
+pub fn append_bytes() -> Counter {
+    counter!("weft_append_bytes_total")
+}
 pub fn append_batch_records() -> Histogram {
     histogram!("weft_append_batch_records")
 }
@@ -174,6 +181,9 @@ pub fn dead_letters(reason: &str) -> Counter {
 }
 pub fn redeliveries() -> Counter {
     counter!("weft_redeliveries_total")
+}
+pub fn runs(state: &'static str) -> Gauge {
+    gauge!("weft_runs", "state" => state)
 }
 pub fn pieces_received() -> Counter {
     counter!("weft_pieces_received_total")

@@ -187,6 +187,16 @@ impl Session {
         }
     }
 
+    /// Pieces that have gathered for long enough become records.
+    pub(super) fn gather_pieces(&mut self) {
+        let Some(due) = self.pieces.due() else { return };
+        let now = Instant::now();
+        if due <= now {
+            let ready = self.pieces.on_due(now);
+            self.send_pieces(ready);
+        }
+    }
+
     /// Pieces that gather gather no longer.
     pub(super) fn flush_pieces(&mut self, which: impl Fn(&Piece) -> bool) {
         if !self.pieces.is_empty() {

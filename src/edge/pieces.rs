@@ -1,9 +1,9 @@
 //! Pieces of messages on their way into the log: those that come in quick succession become one record, so that the log
 //! holds batches, not crumbs.
 //!
-//! The first piece goes at once. What follows waits until [`GATHER`] is over since the last one went, or [`ENOUGH`] has
-//! come, or something else of the same run: the order of what one session publishes stays. Each piece is answered with its
-//! record.
+//! The first piece goes at once, with those that were read together with it. What follows waits until [`GATHER`] is over
+//! since the last record, or [`ENOUGH`] has come, or something else of the same run: the order of what one session publishes
+//! stays. Each piece is answered with its record.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -34,7 +34,8 @@ pub struct Pieces {
 }
 
 struct Message {
-    sent: Instant,
+    /// When what waits is to be sent.
+    due: Instant,
     waiting: Option<Unsent>,
 }
 
@@ -128,11 +129,8 @@ impl Pieces {
     pub fn take(&mut self, new: Unsent, now: Instant) -> Vec<Unsent> {
         telemetry::pieces_received().increment(1);
         let key = (new.piece.thread.clone(), new.piece.name.clone());
-        let Some(message) = self.messages.get_mut(&key) else {
-            self.messages.insert(key, Message { sent: now, waiting: None });
-            self.note_due(now + GATHER);
-            return vec![new];
-        };
+        let message = self.messages.entry(key).or_insert(Message { due: now, waiting: None });
+        self.due = [self.due, Some(message.due)].into_iter().flatten().min();
         let mut ready = Vec::new();
         match &mut message.waiting {
             None => message.waiting = Some(new),
@@ -142,10 +140,10 @@ impl Pieces {
                 }
             }
         }
-        let enough = |waiting: &Unsent| waiting.piece.text.len() >= ENOUGH;
-        if message.waiting.as_ref().is_some_and(enough) || now >= message.sent + GATHER {
-            ready.extend(message.waiting.take());
-            message.sent = now;
+        let enough = |waiting: &mut Unsent| waiting.piece.text.len() >= ENOUGH;
+        if let Some(waiting) = message.waiting.take_if(enough) {
+            ready.push(waiting);
+            message.due = now + GATHER;
         }
         ready
     }
@@ -163,26 +161,17 @@ impl Pieces {
     /// What has gathered for long enough.
     pub fn on_due(&mut self, now: Instant) -> Vec<Unsent> {
         let mut ready = Vec::new();
-        self.due = None;
-        let mut due = None;
         self.messages.retain(|_, message| {
-            if message.sent + GATHER <= now {
-                match message.waiting.take() {
-                    // What comes next is a first piece again.
-                    None => return false,
-                    Some(waiting) => ready.push(waiting),
-                }
-                message.sent = now;
+            if message.due <= now {
+                // Without one that waits, what comes next is a first piece again.
+                let Some(waiting) = message.waiting.take() else { return false };
+                ready.push(waiting);
+                message.due = now + GATHER;
             }
-            due = [due, Some(message.sent + GATHER)].into_iter().flatten().min();
             true
         });
-        self.due = due;
+        self.due = self.messages.values().map(|message| message.due).min();
         ready
-    }
-
-    fn note_due(&mut self, due: Instant) {
-        self.due = [self.due, Some(due)].into_iter().flatten().min();
     }
 
     /// When [`Pieces::on_due`] wants to be called next.

@@ -249,6 +249,7 @@ impl Session {
         }
         let more_to_read = reading && self.reads > 0;
         self.reads = 0;
+        self.gather_pieces();
         if let Some(who) = &self.who {
             self.batch.extend(self.feed.subs.changed_receipts(who));
         }
@@ -491,10 +492,7 @@ impl Session {
         {
             self.feed.subs.on_due(who);
         }
-        if self.pieces.due().is_some_and(|due| due <= now) {
-            let ready = self.pieces.on_due(now);
-            self.send_pieces(ready);
-        }
+        self.gather_pieces();
         if self.pinged.is_some_and(|at| now >= at + PONG_WITHIN) && self.still_takes() {
             // The ping waits behind what the peer has not read yet.
             self.pinged = Some(now);

@@ -113,7 +113,7 @@ impl InHand {
             Err(verdict) => return Ok(verdict),
         };
         let (closing, step) = if event.kind == AGENT_MESSAGE {
-            let closing = match self.messages.judge_closing(store, event)? {
+            let closing = match self.messages.judge_closing(store, event, record.grant == Grant::Member)? {
                 Closes::None => None,
                 Closes::It(closing) => Some(closing),
                 Closes::Was(verdict) => return Ok(verdict),

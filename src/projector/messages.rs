@@ -161,11 +161,16 @@ impl Messages {
         Ok(text)
     }
 
-    /// What an `agent_message` that names a message does to it.
-    pub(super) fn judge_closing(&self, store: &Store, event: &LogEvent<'_>) -> Result<Closes, Unfit> {
+    /// What an `agent_message` that names a message does to it. A message is closed by who began it, or by any agent, but
+    /// by no other member of the thread.
+    pub(super) fn judge_closing(&self, store: &Store, event: &LogEvent<'_>, by_member: bool) -> Result<Closes, Unfit> {
         // What is no object with such fields was refused at the edge, or is nobody's closing.
         let Ok(Named { message: Some(message), content }) = data::<Named>(event) else { return Ok(Closes::None) };
-        let Some(key) = self.find(store, event, &message)? else {
+        let found = match self.find(store, event, &message)? {
+            Some(key) => self.row(store, &key)?.map(|row| (key, row)),
+            None => None,
+        };
+        let Some((key, row)) = found.filter(|(_, row)| !by_member || row.from == event.from) else {
             return match content {
                 Some(_) => Ok(Closes::None),
                 None => {
@@ -173,7 +178,6 @@ impl Messages {
                 }
             };
         };
-        let Some(row) = self.row(store, &key)? else { return Ok(Closes::None) };
         if let Some(closed) = &row.closed {
             let seq = closed.mark.seq;
             return Ok(Closes::Was(if closed.content == event.content_digest() {

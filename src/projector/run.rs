@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Committed, Projector};
+use super::{Committed, News, Projector};
 use crate::log::{Entry, Log, Positions, Reader};
 use crate::telemetry;
 
@@ -98,7 +98,8 @@ impl Loop {
                 let begin = Instant::now();
                 let Some((taken, committed)) = self.project(&entries[done..]) else { return };
                 seconds.record(begin.elapsed());
-                events.increment(committed.events.len() as u64);
+                let seqs = committed.events.iter().filter(|it| matches!(it.news, News::Event(..)));
+                events.increment(seqs.count() as u64);
                 for reason in &committed.dead_letters {
                     telemetry::dead_letters(reason).increment(1);
                 }

@@ -81,6 +81,22 @@ on_both_logs!(rebuilt_projections_equal_the_live_ones_row_by_row, |log| async mo
     }
     server.http("PUT", "/v1/threads/a", "ada", Some(json!({"title": "A", "members": ["ben", "cid"]}))).await;
     server.http("DELETE", "/v1/threads/a/members/ben", "ada", None).await;
+    let mut agent = server.connect_as("scout", "publish agent").await;
+    for run in ["ended", "open"] {
+        let mut step = async |kind: &str, data: Value| {
+            let command = json!({"type": "publish", "thread": "a", "run": run, "kind": kind, "data": data});
+            assert_eq!(agent.ask(command).await["type"], "published");
+        };
+        step("agent_started", json!({"agent": "scout"})).await;
+        for n in 0..10 {
+            step("agent_token", json!({"message": "m", "from_char": 2 * n, "text": "ab"})).await;
+            step("agent_token", json!({"message": "n", "from_char": n, "text": "c"})).await;
+        }
+        step("agent_message", json!({"message": "m"})).await;
+        if run == "ended" {
+            step("agent_completed", json!({})).await;
+        }
+    }
     let before = server.http("GET", "/v1/threads/a", "ada", None).await.1;
     server.stop().await;
     let run = |more: &[&str]| {
@@ -322,6 +338,42 @@ fn a_key_gets_free_at_the_same_record_whatever_is_projected_together_with_it() {
     assert_eq!(verdicts.iter().step_by(2).filter(taken).count(), 4, "at first, and after one day, two and four");
     for (n, splits) in
         [&[(1_000, false)][..], &[(2, false)], &[(3, true)], &[(7, false), (4, false)]].iter().enumerate()
+    {
+        let (store, others) = project(&log, &all, &folder.path().join(format!("store-{n}")), splits);
+        assert_eq!(others, verdicts, "{splits:?}");
+        weft::rebuild::compare(&one_by_one, &store).unwrap();
+    }
+}
+
+#[test]
+fn messages_in_pieces_come_out_the_same_whatever_is_projected_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = EmbeddedLog::open(&folder.path().join("log"), 4).unwrap();
+    // Two threads with two runs each at a time, some of which end; each writes two messages, with holes and repetitions.
+    let written = |n: u64| {
+        let random = n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 11;
+        let (thread, run, message) =
+            (["t", "u"][n as usize % 2], format!("r{}-{}", n / 150, random % 2), format!("m{}", random % 3 / 2));
+        let (kind, data) = match random / 8 % 16 {
+            0 => ("agent_started", json!({"agent": "scout"})),
+            1 => ("agent_message", json!({"message": message})),
+            2 if random.is_multiple_of(5) => ("agent_failed", json!({"code": "broken", "message": "it broke"})),
+            _ => ("agent_token", json!({"message": message, "from_char": random / 128 % 12, "text": "abcdéf"})),
+        };
+        let mut made = record(1_800_000_000_000 + n, thread, "scout", kind, &data, None);
+        let mut event: LogEvent = serde_json::from_slice(&made.value).unwrap();
+        event.run = Some((&*run).into());
+        made.value = serde_json::to_vec(&event).unwrap().into();
+        made.grant = Grant::Scope;
+        made
+    };
+    append(&log, (0..1_500).map(written).collect());
+    let all = entries(&log);
+    let (one_by_one, verdicts) = project(&log, &all, &folder.path().join("one-by-one"), &[(1, false)]);
+    let taken = verdicts.iter().filter(|verdict| verdict.is_ok()).count();
+    assert!((100..1_300).contains(&taken), "{taken} are taken and some refused");
+    for (n, splits) in
+        [&[(2_000, false)][..], &[(2, false)], &[(3, true)], &[(40, true), (1, false)]].iter().enumerate()
     {
         let (store, others) = project(&log, &all, &folder.path().join(format!("store-{n}")), splits);
         assert_eq!(others, verdicts, "{splits:?}");

@@ -5,6 +5,7 @@
 //! frame, close or hole fails it.
 
 mod ack;
+mod agents;
 mod bare;
 mod bare_embedded;
 mod bare_kafka;
@@ -67,6 +68,8 @@ pub enum Bench {
     Reconnect(#[command(flatten)] With<reconnect::ReconnectArgs>),
     /// What readers of 1 KB/s cost the other readers of their thread, and the server.
     Slow(#[command(flatten)] With<slow::SlowArgs>),
+    /// Many agents that write messages in pieces: how late their readers have them, and what the log saves.
+    Agents(#[command(flatten)] With<agents::AgentsArgs>),
     /// Events a second from the log into new projections; the server must not run.
     Rebuild(rebuild::RebuildArgs),
     /// What the log and the store can do bare, without a server.
@@ -124,6 +127,7 @@ async fn measure(bench: Bench, log: LogKind, rebuild: Rebuild) -> Result<Report,
         Bench::Replay(with) => replay::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Reconnect(with) => reconnect::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Slow(with) => slow::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::Agents(with) => agents::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Rebuild(args) => rebuild::run(&args, log, rebuild)?,
         Bench::Bare(args) => bare::run(&args, log).await?,
         Bench::Report(_) => return Err("a report is no bench".into()),
@@ -153,6 +157,7 @@ async fn all(target: &Target, log: LogKind) -> Result<Report, Failure> {
     report.take("fanout", fanout::run(target, &fanout::FanoutArgs::default()).await);
     report.take("slow", slow::run(target, &slow::SlowArgs::default()).await);
     report.take("reconnect", reconnect::run(target, &reconnect::ReconnectArgs::default()).await);
+    report.take("agents", agents::run(target, &agents::AgentsArgs::default()).await);
     report.take("replay", replay::run(target, &replay::ReplayArgs::default()).await);
     Ok(report)
 }

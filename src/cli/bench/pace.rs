@@ -38,6 +38,10 @@ impl Plan {
         self.start + Duration::from_nanos(number * 1_000_000_000 / self.rate)
     }
 
+    pub fn speakers(&self) -> u64 {
+        self.speakers
+    }
+
     pub fn by(&self, number: u64) -> u64 {
         number % self.speakers
     }
@@ -78,7 +82,7 @@ pub fn talk(mouths: &mut [(OwnedWriteHalf, Frame)], plan: Plan) -> Result<Histog
     Ok(late)
 }
 
-fn write_all(writer: &OwnedWriteHalf, mut bytes: &[u8], due: Instant) -> Result<(), Failure> {
+pub fn write_all(writer: &OwnedWriteHalf, mut bytes: &[u8], due: Instant) -> Result<(), Failure> {
     while !bytes.is_empty() {
         match writer.try_write(bytes) {
             Ok(count) => bytes = &bytes[count..],

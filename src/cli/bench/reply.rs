@@ -14,6 +14,15 @@ pub enum Reply<'a> {
         id: u64,
         seq: u64,
     },
+    /// A piece of a message was published.
+    Taken {
+        id: u64,
+    },
+    /// A piece of a message, with the length of its text, which is ASCII and needs no escapes.
+    Piece {
+        from_char: u64,
+        text: usize,
+    },
     /// `raw` is the whole frame.
     Event {
         seq: u64,
@@ -44,14 +53,28 @@ impl Reply<'_> {
 fn published(frame: &[u8]) -> Option<Reply<'_>> {
     let (id, rest) = number(frame.strip_prefix(br#"{"type":"published","id":"#)?)?;
     let rest = behind_quote(rest.strip_prefix(br#","thread":""#)?)?;
+    if rest.starts_with(br#","event":"#) {
+        return rest.windows(18).any(|it| it == br#","duplicate":false"#).then_some(Reply::Taken { id });
+    }
     let (seq, rest) = number(rest.strip_prefix(br#","seq":"#)?)?;
     rest.ends_with(br#","duplicate":false}"#).then_some(Reply::Published { id, seq })
 }
 
 fn event(frame: &[u8]) -> Option<Reply<'_>> {
     let rest = behind_quote(frame.strip_prefix(br#"{"type":"event","thread":""#)?)?;
+    if rest.starts_with(br#","kind":"agent_token""#) {
+        return piece(rest);
+    }
     let (seq, _) = number(rest.strip_prefix(br#","seq":"#)?)?;
     Some(Reply::Event { seq, raw: frame })
+}
+
+fn piece(frame: &[u8]) -> Option<Reply<'_>> {
+    const FROM: &[u8] = br#","from_char":"#;
+    let at = frame.windows(FROM.len()).position(|window| window == FROM)? + FROM.len();
+    let (from_char, rest) = number(&frame[at..])?;
+    let text = rest.strip_prefix(br#","text":""#)?;
+    Some(Reply::Piece { from_char, text: text.iter().position(|byte| *byte == b'"')? })
 }
 
 fn presence(frame: &[u8]) -> Option<Reply<'_>> {

@@ -60,6 +60,12 @@ impl Target {
         self.socket_with(&self.token(user)?).await
     }
 
+    /// A connection with an agent's rights.
+    pub async fn agent(&self, user: &str) -> Result<Socket, Failure> {
+        let scope = "publish subscribe agent";
+        self.socket_with(&mint(&self.args.jwt_secret, &self.args.tenant, user, scope, 24 * 3600)?).await
+    }
+
     pub async fn socket_with(&self, token: &str) -> Result<Socket, Failure> {
         Socket::connect(&self.authority, token).await
     }

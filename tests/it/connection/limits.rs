@@ -118,6 +118,20 @@ async fn a_burst_of_five_seconds_passes_and_what_is_over_it_is_refused_with_the_
 }
 
 #[tokio::test]
+async fn an_agent_s_commands_have_a_limit_of_their_own() {
+    let server = Server::start_with(LogKind::embedded(), &["--rate-user", "1", "--rate-agent", "20"]);
+    let mut agent = server.connect_as("scout", "publish subscribe agent").await;
+    let answers = ping_all(&mut agent, 130).await;
+    assert!(answers[..100].iter().all(|answer| answer["type"] == "pong"), "{answers:?}");
+    let refused = &answers[129];
+    assert!(refused["message"].as_str().unwrap().contains("the agent's limit is 20"), "{refused}");
+    // Whoever talks with it has the limit of users, which the agent has taken nothing from.
+    let mut person = server.connect("scout").await;
+    let answers = ping_all(&mut person, 6).await;
+    assert_eq!((&answers[4]["type"], &answers[5]["code"]), (&json!("pong"), &json!("rate_limited")));
+}
+
+#[tokio::test]
 async fn over_http_one_request_too_many_is_429_with_retry_after() {
     // So slow a rate that no machine is slower: the next one passes in a second.
     let server = Server::start_with(LogKind::embedded(), &["--rate-user", "1"]);

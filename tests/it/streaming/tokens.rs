@@ -184,6 +184,25 @@ on_both_logs!(a_piece_sent_again_is_harmless_a_hole_is_run_order_and_a_dead_lett
 });
 
 #[tokio::test]
+async fn a_member_who_is_no_agent_cannot_close_an_agent_s_message() {
+    let server = Server::start(LogKind::embedded());
+    let mut agent = server.connect_as("scout", AGENT).await;
+    start(&mut agent, "t", "r").await;
+    assert_eq!(server.http("PUT", "/v1/threads/t/members/ada", "scout", None).await.0, 201);
+    agent.ask(piece("t", "r", "m", 0, "still ")).await;
+    let mut ada = server.connect("ada").await;
+    let refused = ada.ask(step("t", "r", "agent_message", json!({"message": "m"}))).await;
+    assert_eq!(refused["code"], "run_order", "{refused}");
+    let aside = ada.ask(step("t", "r", "agent_message", json!({"message": "m", "content": "mine"}))).await;
+    assert_eq!(aside["seq"], 3, "with a content it stands for itself: {aside}");
+    agent.ask(piece("t", "r", "m", 6, "open")).await;
+    agent.ask(step("t", "r", "agent_message", json!({"message": "m"}))).await;
+    let page = server.http("GET", "/v1/threads/t/events?after=2", "scout", None).await.1;
+    let told: Vec<_> = page["events"].as_array().unwrap().iter().map(|it| &it["data"]["content"]).collect();
+    assert_eq!(told, ["mine", "still open"]);
+}
+
+#[tokio::test]
 async fn an_agent_that_gives_another_text_has_the_last_word_and_says_so() {
     let server = Server::start(LogKind::embedded());
     let mut agent = server.connect_as("scout", AGENT).await;
@@ -378,6 +397,45 @@ async fn a_reader_whose_outbox_is_full_of_pieces_goes_on_where_it_was_and_misses
     assert!(server.metric("weft_lagged_total").await >= 1.0, "the outbox is bounded, so the reader must have lagged");
     assert_eq!(agent.ask(piece("t", "r", "m1", text.len(), "!")).await["type"], "published");
     fold.read_up_to(&mut reader, "m1", &format!("{text}!")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_faster_than_a_reader_that_does_not_read_slows_neither_the_others_nor_the_log() {
+    const PIECES: usize = 20_000;
+    let server = Server::start_unlimited(LogKind::embedded());
+    let mut agent = server.connect_as("scout", AGENT).await;
+    start(&mut agent, "t", "r").await;
+    let mut readers = Vec::new();
+    for _ in 0..3 {
+        let mut reader = server.connect("scout").await;
+        reader.subscribe("t", None).await;
+        reader.recv_type("caught_up").await;
+        readers.push(reader);
+    }
+    let stuck = readers.pop().unwrap();
+    let word = "some forty characters, again and again, ";
+    let text = word.repeat(PIECES);
+    let whole = text.clone();
+    let reading = readers.into_iter().map(|mut reader| {
+        let whole = whole.clone();
+        tokio::spawn(async move {
+            let mut fold = Fold::default();
+            fold.read_up_to(&mut reader, "m", &whole).await;
+        })
+    });
+    let reading: Vec<_> = reading.collect();
+    for chunk in 0..PIECES / 200 {
+        let pieces: Vec<Value> = (0..200).map(|n| piece("t", "r", "m", (chunk * 200 + n) * word.len(), word)).collect();
+        let answers = play(&mut agent, &pieces).await;
+        assert!(answers.iter().all(|it| it["type"] == "published"), "{answers:?}");
+    }
+    for reader in reading {
+        reader.await.unwrap();
+    }
+    // All of it is there and read by others; now it comes to the one who had not read a byte.
+    let mut stuck = stuck;
+    let mut fold = Fold::default();
+    fold.read_up_to(&mut stuck, "m", &text).await;
 }
 
 /// How a message is written: pieces that go back a little, or leave a hole.

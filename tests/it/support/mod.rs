@@ -103,7 +103,7 @@ impl Server {
 
     /// A server without a limit of rates, for a test whose users publish as fast as it takes.
     pub fn start_unlimited(log: LogKind) -> Server {
-        Server::start_with(log, &["--rate-user", "0"])
+        Server::start_with(log, &["--rate-user", "0", "--rate-agent", "0"])
     }
 
     /// Starts a server with further arguments.
