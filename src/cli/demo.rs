@@ -56,6 +56,8 @@ struct Reader {
     style: Style,
     events: Resuming,
     seen: Vec<u64>,
+    /// The answer as far as it has been written.
+    text: String,
     away: bool,
 }
 
@@ -91,7 +93,7 @@ impl Stage {
         let mut stage = Stage { out, thread: thread.to_owned(), readers: Vec::new(), head };
         for (name, style, scope) in CAST {
             let events = Resuming::connect(url, &mint(name, scope)?, thread, Start::After(0)).await?;
-            stage.readers.push(Reader { name, style, events, seen: Vec::new(), away: false });
+            stage.readers.push(Reader { name, style, events, seen: Vec::new(), text: String::new(), away: false });
         }
         stage.gather(1).await?;
         Ok(stage)
@@ -120,10 +122,32 @@ impl Stage {
 
     async fn answer(&mut self) -> Result<(), Failure> {
         let text = "Both nights ran out of disk: the archive in /srv/import is never pruned.";
-        self.agent("agent_message", json!({ "content": text })).await?;
+        self.write("answer", text).await?;
+        self.agent("agent_message", json!({"message": "answer"})).await?;
         self.agent("agent_completed", json!({"output": "found the cause"})).await?;
         self.say(BEN, "I had lost my connection, and it's all here. I'll prune the archive.").await?;
         self.say(ADA, "Thank you both.").await
+    }
+
+    /// The agent writes a message some words at a time, and all who are connected see it grow.
+    async fn write(&mut self, message: &str, text: &str) -> Result<(), Failure> {
+        let words: Vec<&str> = text.split_inclusive(' ').collect();
+        let mut from_char = 0;
+        for words in words.chunks(5) {
+            let piece = words.concat();
+            let to_char = from_char + piece.chars().count();
+            let data = json!({"message": message, "from_char": from_char, "text": piece});
+            self.send(SCOUT, "agent_token", data, Some("run-1")).await?;
+            let mut shown = None;
+            for reader in &mut self.readers {
+                shown = reader.read_text(to_char).await?.or(shown);
+            }
+            if let Some(event) = shown {
+                self.show(&event).await?;
+            }
+            from_char = to_char;
+        }
+        Ok(())
     }
 
     async fn say(&mut self, who: usize, text: &str) -> Result<(), Failure> {
@@ -136,6 +160,13 @@ impl Stage {
 
     /// Publishes, and shows the event once everybody who is connected has it.
     async fn publish(&mut self, who: usize, kind: &str, data: Value, run: Option<&str>) -> Result<(), Failure> {
+        let seq = self.send(who, kind, data, run).await?.ok_or("the server told no seq")?;
+        let next = self.head + 1;
+        self.head = seq;
+        self.gather(next).await
+    }
+
+    async fn send(&mut self, who: usize, kind: &str, data: Value, run: Option<&str>) -> Result<Option<u64>, Failure> {
         let draft = Draft {
             thread: self.thread.clone(),
             kind: kind.to_owned(),
@@ -144,11 +175,7 @@ impl Stage {
             ..Draft::default()
         };
         let late = |_| format!("{kind} by {} was not answered within {PATIENCE:?}", CAST[who].0);
-        let published = timeout(PATIENCE, self.readers[who].events.publish(draft)).await.map_err(late)??;
-        let seq = published.seq.ok_or("the server told no seq")?;
-        let next = self.head + 1;
-        self.head = seq;
-        self.gather(next).await
+        Ok(timeout(PATIENCE, self.readers[who].events.publish(draft)).await.map_err(late)??.seq)
     }
 
     /// Waits until every connected reader has seen the head, and shows the events from `from` on.
@@ -179,7 +206,8 @@ impl Stage {
     }
 
     fn row(&self, event: &Event, style: Style) -> String {
-        let place = format!("#{}", event.seq.unwrap_or_default());
+        // A piece of a message has no seq.
+        let place = event.seq.map_or_else(|| "~".to_owned(), |seq| format!("#{seq}"));
         let from = self.out.paint(style, format_args!("{:<6}", event.from));
         let kind = self.out.paint(Style::Dim, format_args!("{:<15}", event.kind));
         format!("{place:>4}  {from} {kind} {}", summary(event))
@@ -239,16 +267,33 @@ impl Reader {
         let mut events = Vec::new();
         let reading = async {
             while self.seen.last().is_none_or(|last| *last < seq) {
-                if let Item::Event(event) = self.events.next().await?
-                    && let Some(seq) = event.seq
-                {
-                    self.seen.push(seq);
-                    events.push(*event);
-                }
+                events.extend(self.take().await?.filter(|event| event.seq.is_some()));
             }
             Ok::<_, Failure>(())
         };
         timeout(PATIENCE, reading).await.map_err(late)??;
         Ok(events)
+    }
+
+    /// Reads until the text that is being written has so many characters; gives the newest piece of it.
+    async fn read_text(&mut self, chars: usize) -> Result<Option<Event>, Failure> {
+        let late = |_| format!("{} has not seen {chars} characters within {PATIENCE:?}", self.name);
+        let reading = async {
+            let mut newest = None;
+            while self.text.chars().count() < chars {
+                newest = self.take().await?.or(newest);
+            }
+            Ok::<_, Failure>(newest)
+        };
+        timeout(PATIENCE, reading).await.map_err(late)?
+    }
+
+    async fn take(&mut self) -> Result<Option<Event>, Failure> {
+        let Item::Event(event) = self.events.next().await? else { return Ok(None) };
+        match event.seq {
+            Some(seq) => self.seen.push(seq),
+            None => self.text.push_str(event.data["text"].as_str().unwrap_or_default()),
+        }
+        Ok(Some(*event))
     }
 }
