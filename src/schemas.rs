@@ -5,6 +5,7 @@ use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 use crate::command::{
     Ack, Connect, Credit, Ping, Publish, PublishBody, Refresh, Signal, Subscribe, ThreadBody, Unsubscribe,
 };
+use crate::edge::context::Conversation;
 use crate::edge::dead_letters::{DeadLetterItem, DeadLetterList};
 use crate::edge::http::{PublishReply, Ticket};
 use crate::edge::runs::{RunDetail, RunList};
@@ -41,6 +42,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.session-list", of::<SessionList>()),
         ("http.dead-letter", of::<DeadLetterItem>()),
         ("http.dead-letter-list", of::<DeadLetterList>()),
+        ("http.context", of::<Conversation>()),
         ("http.run", of::<RunDetail>()),
         ("http.run-list", of::<RunList>()),
         ("http.problem", of::<Problem>()),

@@ -120,6 +120,12 @@ impl Out {
         io::stdout().is_terminal()
     }
 
+    /// How wide a line may be: what `COLUMNS` says, or the terminal; 100 where nobody says.
+    pub fn columns(&self) -> usize {
+        let said = std::env::var("COLUMNS").ok().and_then(|text| text.parse().ok()).filter(|columns| *columns > 0);
+        said.or_else(terminal_columns).unwrap_or(100)
+    }
+
     pub fn paint(&self, style: Style, text: impl Display) -> String {
         if !self.colours {
             return text.to_string();
@@ -146,6 +152,14 @@ impl Out {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+#[expect(unsafe_code, reason = "the standard library does not ask a terminal for its size")]
+fn terminal_columns() -> Option<usize> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the kernel fills in one `winsize`, or nothing where standard output is no terminal.
+    let asked = unsafe { libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &raw mut size) };
+    Some(usize::from(size.ws_col)).filter(|columns| asked == 0 && *columns > 0)
 }
 
 impl Default for Out {

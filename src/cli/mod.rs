@@ -5,6 +5,7 @@ pub mod common;
 pub mod dead_letters;
 pub mod demo;
 pub mod rebuild;
+pub mod runs;
 pub mod schemas;
 pub mod serve;
 pub mod tail;
@@ -37,6 +38,8 @@ enum Command {
     Tail(tail::TailArgs),
     /// List what could not be handled; scope admin
     DeadLetters(dead_letters::Args),
+    /// List the runs of agents, or show what one did and when
+    Runs(runs::Args),
     /// Make the projections anew from the log, of a stopped server
     Rebuild(rebuild::Args),
     /// Measure a server, or what it stands on
@@ -54,6 +57,7 @@ impl Cli {
             Command::Threads(args) => threads::run(args).await,
             Command::Tail(args) => tail::run(args).await,
             Command::DeadLetters(args) => dead_letters::run(args).await,
+            Command::Runs(args) => runs::run(args).await,
             Command::Rebuild(args) => rebuild::run(args).await,
             Command::Bench(args) => bench::run(args, rebuild::for_bench).await,
             Command::Schemas(args) => schemas::run(&args),

@@ -14,7 +14,7 @@ use warp::{Buf, Filter, Rejection, Reply as _};
 use super::listener::{self, Place};
 use super::reply::{self, Reply, body, header_text, json, problem};
 use super::upgrade::upgrade;
-use super::{Asked, Context, dead_letters, runs, sessions, stream, threads};
+use super::{Asked, Context, context, dead_letters, runs, sessions, stream, threads};
 use crate::command::{self, PublishBody};
 use crate::error::{Code, Error};
 use crate::event::{AGENT_TOKEN, PieceData};
@@ -119,6 +119,11 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
         .and(with.clone())
         .then(async |id: String, it: Request| answer("receipts", threads::receipts(it, &id).await))
         .boxed();
+    let chat = warp::path!("v1" / "threads" / String / "context")
+        .and(warp::get())
+        .and(with.clone())
+        .then(async |id: String, it: Request| answer("context", context::read(it, &id).await))
+        .boxed();
     let letters = warp::path!("v1" / "dead-letters")
         .and(warp::get())
         .and(with.clone())
@@ -196,6 +201,8 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
         .boxed();
     let beside = presence
         .or(receipts)
+        .unify()
+        .or(chat)
         .unify()
         .or(letters)
         .unify()

@@ -1,6 +1,7 @@
 //! The edge: sockets in, frames and replies out. Nothing here decides; it parses, checks rights and asks the parts.
 
 mod commands;
+pub mod context;
 mod cursor;
 pub mod dead_letters;
 mod feed;

@@ -74,13 +74,20 @@ impl Query<'_> {
         self.text(name).map(parse).transpose()
     }
 
+    /// A number from 1 to `most`.
+    pub fn up_to(&self, name: &'static str, most: usize, unless_given: usize) -> Result<usize, Error> {
+        match self.number(name)? {
+            None => Ok(unless_given),
+            Some(number) => usize::try_from(number)
+                .ok()
+                .filter(|number| (1..=most).contains(number))
+                .ok_or_else(|| Error::field(name, format!("{name} must be 1 to {most}"))),
+        }
+    }
+
     /// `limit`: 100 unless given, 1 to 1,000.
     pub fn limit(&self) -> Result<usize, Error> {
-        match self.number("limit")? {
-            None => Ok(100),
-            Some(limit @ 1..=1_000) => Ok(limit as usize),
-            Some(_) => Err(Error::field("limit", "limit must be 1 to 1000")),
-        }
+        self.up_to("limit", 1_000, 100)
     }
 }
 

@@ -1,8 +1,8 @@
 //! Runs over HTTP: what agents do, and what they did.
 
-use std::collections::BTreeMap;
+mod detail;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::value::RawValue;
 use warp::http::StatusCode;
 
@@ -16,11 +16,10 @@ use crate::clock;
 use crate::error::{Code, Error};
 use crate::identity::Principal;
 use crate::ids;
-use crate::store::EventRange;
 use crate::store::runs::{Ending, Mark, RunKey, RunRow};
 
-/// Events of a run that its page tells; a run with more is cut short, and says so.
-const MAX_STEPS: usize = 10_000;
+pub use detail::RunDetail;
+use detail::{detail, step};
 
 /// Where a run stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, schemars::JsonSchema)]
@@ -40,6 +39,12 @@ pub struct At {
     seq: u64,
     /// RFC 3339.
     at: String,
+}
+
+impl At {
+    fn of(mark: Mark) -> At {
+        At { seq: mark.seq, at: clock::rfc3339(mark.at) }
+    }
 }
 
 /// An event that somebody caused.
@@ -63,6 +68,8 @@ pub struct RunItem {
     started: At,
     /// The newest event.
     last: At,
+    /// When it was last heard of, RFC 3339: later than `last` while it writes a message piece by piece.
+    heard_at: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     ended: Option<At>,
     /// Calls that have not completed.
@@ -109,107 +116,6 @@ pub struct RunList {
     runs: Vec<RunItem>,
     #[serde(skip_serializing_if = "Option::is_none")]
     next: Option<String>,
-}
-
-/// A run with all that it did.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct RunDetail {
-    #[serde(flatten)]
-    run: RunItem,
-    timings: Timings,
-    steps: Vec<StepItem>,
-    tools: Vec<Tool>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<serde_json::Value>")]
-    output: Option<Box<RawValue>>,
-    /// Token counts, as `agent_completed` gives them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<serde_json::Value>")]
-    usage: Option<Box<RawValue>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<Failure>,
-    /// The run has more steps than are told here.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    truncated: bool,
-}
-
-/// Why a run failed.
-#[derive(Serialize, Deserialize, schemars::JsonSchema)]
-pub struct Failure {
-    code: String,
-    message: String,
-}
-
-/// What the run's time went to, in milliseconds. Calls that overlap count each for itself.
-#[derive(Default, Serialize, schemars::JsonSchema)]
-pub struct Timings {
-    /// From the start to the first sign of work.
-    queue_ms: u64,
-    thinking_ms: u64,
-    tool_ms: u64,
-    /// Waiting for a person.
-    waiting_ms: u64,
-    /// From the start to the end, or to the newest event.
-    total_ms: u64,
-}
-
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct StepItem {
-    seq: u64,
-    kind: String,
-    /// RFC 3339.
-    at: String,
-    from: String,
-    /// Until the run's next event.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    ms: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    call: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tool: Option<String>,
-}
-
-/// A call of a tool.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct Tool {
-    call: String,
-    tool: String,
-    began: At,
-    /// Absent while it is executing.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    completed: Option<At>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    ms: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<serde_json::Value>")]
-    error: Option<Box<RawValue>>,
-}
-
-/// What a stored frame says of a run's event.
-#[derive(Deserialize)]
-struct Stored {
-    kind: String,
-    from: String,
-    at: String,
-    data: Box<RawValue>,
-}
-
-#[derive(Default, Deserialize)]
-struct Data {
-    call: Option<String>,
-    tool: Option<String>,
-    output: Option<Box<RawValue>>,
-    usage: Option<Box<RawValue>>,
-    error: Option<Box<RawValue>>,
-}
-
-struct Step {
-    seq: u64,
-    at: u64,
-    kind: String,
-    from: String,
-    data: Box<RawValue>,
-    known: Data,
 }
 
 /// `GET /v1/threads/{t}/runs`: newest first.
@@ -325,105 +231,7 @@ fn no_run() -> Error {
     Error::new(Code::NotFound, "there is no such run").at("run")
 }
 
-fn detail(ctx: &Context, key: &RunKey) -> Result<Reply, Error> {
-    let row = ctx.store.run(key)?.ok_or_else(no_run)?;
-    let mut seqs = ctx.store.run_events(key)?;
-    let truncated = seqs.len() > MAX_STEPS;
-    seqs.truncate(MAX_STEPS);
-    let mut steps = Vec::with_capacity(seqs.len());
-    for seq in seqs {
-        steps.extend(step(ctx, key, seq)?);
-    }
-    let last = steps.last();
-    let error = last.filter(|step| step.kind == "agent_failed").and_then(|it| serde_json::from_str(it.data.get()).ok());
-    let mut run = item(ctx, key, &row)?;
-    if let Some(cancel) = &mut run.cancel {
-        let asked = cancel.requested.seq;
-        let answer = steps.iter().find(|step| step.seq > asked && !is_peoples(&step.kind));
-        cancel.acknowledged = answer.map(|step| At { seq: step.seq, at: clock::rfc3339(step.at) });
-    }
-    let detail = RunDetail {
-        run,
-        timings: timings(&row, &steps),
-        tools: tools(&steps),
-        output: last.and_then(|step| step.known.output.clone()),
-        usage: last.and_then(|step| step.known.usage.clone()),
-        error,
-        steps: steps.iter().enumerate().map(|(i, step)| told(step, steps.get(i + 1))).collect(),
-        truncated,
-    };
-    Ok(json(StatusCode::OK, &detail))
-}
-
-fn is_peoples(kind: &str) -> bool {
-    matches!(kind, "agent_resumed" | "agent_cancel_requested")
-}
-
-fn step(ctx: &Context, key: &RunKey, seq: u64) -> Result<Option<Step>, Error> {
-    let range = EventRange { from: seq, to: seq, limit: 1, ..EventRange::all() };
-    let Some(event) = ctx.store.events(&key.tenant, &key.thread, range)?.pop() else { return Ok(None) };
-    let Ok(Stored { kind, from, at, data }) = serde_json::from_str(&event.frame) else { return Ok(None) };
-    // Fields of another type than ours are the agent's own affair.
-    let known = serde_json::from_str(data.get()).unwrap_or_default();
-    Ok(Some(Step { seq, at: clock::parse_rfc3339(&at).unwrap_or(0), kind, from, data, known }))
-}
-
-fn told(step: &Step, next: Option<&Step>) -> StepItem {
-    StepItem {
-        seq: step.seq,
-        kind: step.kind.clone(),
-        at: clock::rfc3339(step.at),
-        from: step.from.clone(),
-        ms: next.map(|next| next.at.saturating_sub(step.at)),
-        call: step.known.call.clone(),
-        tool: step.known.tool.clone(),
-    }
-}
-
-fn timings(row: &RunRow, steps: &[Step]) -> Timings {
-    let end = row.ended.map_or(row.last.at, |(mark, _)| mark.at);
-    let mut timings = Timings { total_ms: end.saturating_sub(row.started.at), ..Timings::default() };
-    for (i, step) in steps.iter().enumerate() {
-        let until = steps.get(i + 1).map_or(end, |next| next.at);
-        let ms = until.saturating_sub(step.at);
-        match &*step.kind {
-            "agent_started" => timings.queue_ms += ms,
-            "agent_thinking" | "tool_completed" | "agent_resumed" => timings.thinking_ms += ms,
-            "agent_waiting" => timings.waiting_ms += ms,
-            _ => {}
-        }
-    }
-    timings.tool_ms = tools(steps).iter().filter_map(|tool| tool.ms).sum();
-    timings
-}
-
-fn tools(steps: &[Step]) -> Vec<Tool> {
-    let mut tools: Vec<Tool> = Vec::new();
-    let mut open: BTreeMap<&str, (usize, u64)> = BTreeMap::new();
-    for step in steps {
-        let Some(call) = step.known.call.as_deref() else { continue };
-        let mark = || At { seq: step.seq, at: clock::rfc3339(step.at) };
-        match &*step.kind {
-            "tool_executing" => {
-                open.insert(call, (tools.len(), step.at));
-                let tool = step.known.tool.clone().unwrap_or_default();
-                tools.push(Tool { call: call.to_owned(), tool, began: mark(), completed: None, ms: None, error: None });
-            }
-            "tool_completed" => {
-                if let Some((at, began)) = open.remove(call) {
-                    tools[at].completed = Some(mark());
-                    tools[at].ms = Some(step.at.saturating_sub(began));
-                    tools[at].error = step.known.error.clone();
-                }
-            }
-            _ => {}
-        }
-    }
-    tools
-}
-
 fn item(ctx: &Context, key: &RunKey, row: &RunRow) -> Result<RunItem, Error> {
-    let at = |mark: &Mark| At { seq: mark.seq, at: clock::rfc3339(mark.at) };
     let by = |(mark, user): &(Mark, String)| By { seq: mark.seq, at: clock::rfc3339(mark.at), user: user.clone() };
     let state = match &row.ended {
         None if row.waiting.is_some() => State::Waiting,
@@ -432,7 +240,7 @@ fn item(ctx: &Context, key: &RunKey, row: &RunRow) -> Result<RunItem, Error> {
         Some((_, Ending::Failed)) => State::Failed,
         Some((_, Ending::Cancelled)) => State::Cancelled,
     };
-    let ended = row.ended.as_ref().map(|(mark, _)| at(mark));
+    let ended = || row.ended.map(|(mark, _)| At::of(mark));
     let waiting = match &row.waiting {
         Some(wait) => Some(Wait {
             seq: wait.since.seq,
@@ -448,14 +256,11 @@ fn item(ctx: &Context, key: &RunKey, row: &RunRow) -> Result<RunItem, Error> {
         agent: row.agent.clone(),
         state,
         parent_run: row.parent.clone(),
-        started: at(&row.started),
-        last: at(&row.last),
-        cancel: row.cancel.as_ref().map(|asked| Cancel {
-            requested: by(asked),
-            acknowledged: None,
-            ended: row.ended.as_ref().map(|(mark, _)| at(mark)),
-        }),
-        ended,
+        started: At::of(row.started),
+        last: At::of(row.last),
+        heard_at: clock::rfc3339(row.heard_at()),
+        cancel: row.cancel.as_ref().map(|asked| Cancel { requested: by(asked), acknowledged: None, ended: ended() }),
+        ended: ended(),
         executing: row.executing,
         children: row.children,
         waiting,

@@ -335,6 +335,55 @@ async fn the_demo_plays_against_a_running_server() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_command_lists_runs_and_shows_one_as_a_waterfall() {
+    let server = Server::start(LogKind::embedded());
+    let agent_token = token("scout", "publish subscribe agent");
+    let runs =
+        |arguments: &[&str]| run(&[&["runs", "--url", &server.url, "--token", &agent_token], arguments].concat());
+    let (code, said, _) = runs(&[]);
+    assert_eq!((code, said.trim()), (0, "no run is open"));
+    let mut agent = server.connect_as("scout", "publish subscribe agent").await;
+    let steps = [
+        ("r", "agent_started", json!({"agent": "scout"})),
+        ("sub", "agent_started", json!({"agent": "helper", "parent_run": "r"})),
+        ("r", "tool_executing", json!({"tool": "map", "call": "c1"})),
+        ("r", "tool_completed", json!({"call": "c1", "error": "no map"})),
+        ("r", "agent_token", json!({"message": "m", "from_char": 0, "text": "So"})),
+        ("r", "agent_waiting", json!({"reason": "approval", "prompt": "Pay?"})),
+    ];
+    for (run, kind, data) in steps {
+        let mut command = publish("t", kind, data);
+        command["run"] = json!(run);
+        assert_eq!(agent.ask(command).await["type"], "published");
+    }
+    let (code, listed, said) = runs(&["--state", "waiting"]);
+    assert_eq!(code, 0, "{said}");
+    assert!(listed.contains("Pay?") && listed.lines().count() == 2, "{listed}");
+    assert_eq!(runs(&[]).1.lines().count(), 3, "two are open");
+    let (_, listed, _) = runs(&["--thread", "t", "--json"]);
+    let listed: Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed["runs"].as_array().unwrap().len(), 2, "{listed}");
+    let (code, shown, said) = runs(&["r"]);
+    assert_eq!(code, 0, "{said}");
+    for wanted in [
+        "agent scout",
+        "state waiting",
+        "!tool map (c1): no map",
+        ">message m (2 characters)",
+        ">waiting",
+        "run sub (helper) open",
+    ] {
+        assert!(shown.contains(wanted), "{wanted} in {shown}");
+    }
+    assert!(shown.is_ascii() && shown.lines().all(|line| line.len() <= 100), "{shown}");
+    let (_, same, _) = runs(&["r", "--thread", "t", "--json"]);
+    assert_eq!(serde_json::from_str::<Value>(&same).unwrap()["tools"][0]["error"], "no map");
+    assert_eq!(runs(&["nobody"]).0, 1);
+    assert_eq!(runs(&["--state", "done"]).0, 2);
+    assert_eq!(runs(&["r", "--state", "open"]).0, 2);
+}
+
 #[test]
 fn wrong_usage_exits_with_2_and_a_failure_with_1() {
     assert_eq!(run(&["dance"]).0, 2);

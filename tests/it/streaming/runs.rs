@@ -370,3 +370,44 @@ async fn a_run_s_page_tells_its_steps_tools_times_and_end() {
     assert_eq!(server.http("GET", "/v1/threads/t/runs", "mallory", None).await.0, 404);
     assert_eq!(server.http("GET", "/v1/runs?state=done", "ada", None).await.1["field"], "state");
 }
+
+on_both_logs!(a_run_s_page_tells_the_messages_that_it_wrote_piece_by_piece, |log| async move {
+    let server = Server::start(log);
+    let mut agent = server.connect_as("scout", AGENT).await;
+    let piece = |message: &str, from_char: u64, text: &str| {
+        step("t", "r", "agent_token", json!({"message": message, "from_char": from_char, "text": text}))
+    };
+    let steps = [
+        step("t", "r", "agent_started", json!({"agent": "scout"})),
+        piece("zuerst", 0, "Nudeln, "),
+        piece("zuerst", 8, "geöffnet"),
+        step("t", "r", "agent_message", json!({"message": "zuerst", "content": "Other words"})),
+        piece("dann", 0, "Und"),
+    ];
+    for step in &steps {
+        assert_eq!(agent.ask(step.clone()).await["type"], "published", "{step}");
+    }
+    let run = server.http("GET", "/v1/threads/t/runs/r", "scout", None).await.1;
+    let schema = weft::schemas::all().into_iter().find(|(name, _)| *name == "http.run").unwrap().1;
+    assert!(jsonschema::validator_for(&serde_json::to_value(schema).unwrap()).unwrap().is_valid(&run), "{run}");
+    let [first, second] = run["messages"].as_array().unwrap().as_slice() else { panic!("{run}") };
+    assert_eq!(
+        (&first["message"], &first["from"], &first["chars"], &first["closed"]["seq"]),
+        (&json!("zuerst"), &json!("scout"), &json!(16), &json!(2))
+    );
+    assert_eq!((&second["message"], &second["chars"], second.get("closed")), (&json!("dann"), &json!(3), None));
+    assert!(
+        run["heard_at"].as_str() >= second["began"].as_str() && run["heard_at"].as_str() >= run["last"]["at"].as_str()
+    );
+    let ms = |value: &Value| value.as_u64().unwrap();
+    assert_eq!(ms(&run["timings"]["streaming_ms"]), ms(&first["ms"]) + ms(&second["ms"]));
+    assert!(
+        ms(&run["timings"]["queue_ms"]) + ms(&run["timings"]["streaming_ms"]) <= ms(&run["timings"]["total_ms"]),
+        "{run}"
+    );
+    let ended = agent.ask(step("t", "r", "agent_completed", json!({}))).await;
+    assert_eq!(ended["seq"], 4, "behind the message that it closed");
+    let run = server.http("GET", "/v1/runs/r", "scout", None).await.1;
+    assert_eq!((&run["messages"][1]["closed"]["seq"], &run["ended"]["seq"]), (&json!(3), &json!(4)));
+    assert_eq!(run["messages"].as_array().unwrap().len(), 2);
+});
