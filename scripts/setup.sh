@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what Weft needs and this machine lacks; says nothing and takes no time when all of it is there.
 #   setup.sh        to build and run
-#   setup.sh test   also for the tests, the benchmark and `make kafka`: Java and Maven, which fetch and run Kafka
+#   setup.sh test   also for the tests, the benchmark and `make kafka`: Java and Maven, which fetch and run Kafka, and
+#                   Node.js with the AG-UI client that the tests read streams with
 #   setup.sh lint   also for `make lint`: clippy, rustfmt, cargo-deny, Python's YAML reader
 # Made for Debian 12, as root or with sudo. Elsewhere it names what is missing and stops.
 set -euo pipefail
@@ -22,6 +23,7 @@ libclang() { # the library, and the compiler's own headers that bindgen reads th
   compgen -G '/usr/lib/llvm-*/lib/clang/*/include/stddef.h' || compgen -G '/usr/lib*/clang/*/include/stddef.h'
 } >/dev/null
 java17() { has java && [ "$(java -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p')" -ge 17 ] 2>/dev/null; }
+node18() { has node && [ "$(node -p 'process.versions.node.split(".")[0]' 2>/dev/null)" -ge 18 ] 2>/dev/null; }
 yaml() { python3 -c 'import yaml' 2>/dev/null || /usr/bin/python3 -c 'import yaml' 2>/dev/null; }
 
 if ! has cargo; then
@@ -48,6 +50,8 @@ case $what in
   test)
     need openjdk-17-jre-headless java17
     need maven has mvn
+    need nodejs node18
+    need npm has npm
     need procps has ps
     ;;
   lint) need python3-yaml yaml ;;
@@ -70,6 +74,17 @@ if [ "${#missing[@]}" -gt 0 ]; then
   apt=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0)
   "${apt[@]}" update >&2 || echo "The package lists could not be refreshed; trying with those that are there." >&2
   "${apt[@]}" install -y --no-install-recommends "${missing[@]}" </dev/null >&2
+fi
+
+if [ "$what" = test ]; then
+  # Installed anew when the lock file is another one than that of what is there.
+  agui=$(cd "$(dirname "${BASH_SOURCE[0]}")/../tests/agui" && pwd)
+  if ! cmp -s "$agui/package-lock.json" "$cache/agui/installed.json"; then
+    mkdir -p "$cache/agui"
+    cp "$agui/package.json" "$agui/package-lock.json" "$cache/agui/"
+    (cd "$cache/agui" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error </dev/null >&2)
+    cp "$agui/package-lock.json" "$cache/agui/installed.json"
+  fi
 fi
 
 if [ "$what" = lint ]; then

@@ -234,6 +234,26 @@ impl<'a> PieceData<'a> {
     }
 }
 
+/// The text of a message's `content`: a string, or the texts of its parts.
+pub fn text_of(content: &RawValue) -> Option<String> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Content<'a> {
+        #[serde(borrow)]
+        Text(Cow<'a, str>),
+        Parts(Vec<Part>),
+    }
+    #[derive(Deserialize)]
+    struct Part {
+        #[serde(default)]
+        text: String,
+    }
+    Some(match serde_json::from_str(content.get()).ok()? {
+        Content::Text(text) => text.into_owned(),
+        Content::Parts(parts) => parts.into_iter().map(|part| part.text).collect(),
+    })
+}
+
 /// What may be published, and by whom.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KindClass {

@@ -10,6 +10,7 @@
 //! [`client`] and [`cli`] use it from outside.
 
 pub mod access;
+pub mod agui;
 pub mod app;
 pub mod cli;
 pub mod client;

@@ -263,7 +263,8 @@ impl Stage {
 
 impl Reader {
     async fn read_up_to(&mut self, seq: u64) -> Result<Vec<Event>, Failure> {
-        let late = |_| format!("{} has not seen #{seq} within {PATIENCE:?}", self.name);
+        let name = self.name;
+        let late = |_| format!("{name} has not seen #{seq} within {PATIENCE:?}");
         let mut events = Vec::new();
         let reading = async {
             while self.seen.last().is_none_or(|last| *last < seq) {
@@ -277,7 +278,8 @@ impl Reader {
 
     /// Reads until the text that is being written has so many characters; gives the newest piece of it.
     async fn read_text(&mut self, chars: usize) -> Result<Option<Event>, Failure> {
-        let late = |_| format!("{} has not seen {chars} characters within {PATIENCE:?}", self.name);
+        let name = self.name;
+        let late = |_| format!("{name} has not seen {chars} characters within {PATIENCE:?}");
         let reading = async {
             let mut newest = None;
             while self.text.chars().count() < chars {

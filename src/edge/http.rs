@@ -14,7 +14,7 @@ use warp::{Buf, Filter, Rejection, Reply as _};
 use super::listener::{self, Place};
 use super::reply::{self, Reply, body, header_text, json, problem};
 use super::upgrade::upgrade;
-use super::{Asked, Context, context, dead_letters, runs, sessions, stream, threads};
+use super::{Asked, Context, agui, context, dead_letters, runs, sessions, stream, threads};
 use crate::command::{self, PublishBody};
 use crate::error::{Code, Error};
 use crate::event::{AGENT_TOKEN, PieceData};
@@ -152,6 +152,14 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
             Err(error) => answer("stream", Err(error)).into_response(),
         })
         .boxed();
+    let agui = warp::path!("v1" / "threads" / String / "agui")
+        .and(warp::get())
+        .and(with.clone())
+        .then(async |id: String, it: Request| match agui::open(it, &id).await {
+            Ok(stream) => stream,
+            Err(error) => answer("agui", Err(error)).into_response(),
+        })
+        .boxed();
     let runs = warp::path!("v1" / "runs")
         .and(warp::get())
         .and(with.clone())
@@ -215,7 +223,7 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
         .boxed();
     let all =
         all.or(beside).unify().or(runs).unify().or(healthz).unify().or(readyz).unify().or(metrics).unify().boxed();
-    let all = all.map(warp::Reply::into_response).boxed().or(stream).unify().boxed();
+    let all = all.map(warp::Reply::into_response).boxed().or(stream).unify().or(agui).unify().boxed();
     all.recover(no_route).map(warp::Reply::into_response).boxed()
 }
 

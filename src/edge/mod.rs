@@ -1,5 +1,6 @@
 //! The edge: sockets in, frames and replies out. Nothing here decides; it parses, checks rights and asks the parts.
 
+mod agui;
 mod commands;
 pub mod context;
 mod cursor;

@@ -1,6 +1,7 @@
 //! A thread as Server-Sent Events (HTML Living Standard, section 9.2): the same road from the store to the live feed as a
 //! WebSocket session's, for clients that only listen.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use warp::sse::{self, Event};
 use super::Context;
 use super::feed::{Feed, Out};
 use super::http::Request;
-use super::reply::{header_text, query};
+use super::reply::{Query, header_text, query};
 use super::subscriptions::Wanted;
 use super::threads::address;
 use crate::access;
@@ -28,10 +29,26 @@ use crate::identity::{Principal, jwt};
 use crate::outbox::Answer;
 use crate::sessions::{Entered, Transport};
 use crate::wire::Problem;
-use crate::{clock, telemetry};
+use crate::{clock, ids, telemetry};
 
 /// A comment after so much silence, so that both sides notice when the other is gone.
 const HEARTBEAT: Duration = Duration::from_secs(15);
+
+/// What the events of a thread become on their way out.
+pub trait Form: Send + Sync + Unpin + 'static {
+    /// Puts what an event frame becomes behind what waits in `out`.
+    fn event(&mut self, seq: Option<u64>, frame: &str, out: &mut VecDeque<Event>) -> After;
+    /// What is said when an error ends the stream.
+    fn error(&mut self, error: &Error) -> Event;
+}
+
+/// How a stream goes on behind an event.
+pub enum After {
+    On,
+    /// The thread is read once more, from behind this seq.
+    Again(u64),
+    End,
+}
 
 /// `GET /v1/threads/{t}/stream`
 pub fn open(it: &Request, thread: &str) -> Result<Response, Error> {
@@ -40,19 +57,47 @@ pub fn open(it: &Request, thread: &str) -> Result<Response, Error> {
     let query = query(&it.query, &["after"])?;
     let (called, thread) = address(&who, thread)?;
     let head = it.ctx.readable(&who, &thread)?;
-    // What a client that comes back has seen is newer than what it first asked for.
-    let (field, after) = match header_text(&it.headers, "Last-Event-ID")?.filter(|id| !id.is_empty()) {
-        Some(id) => {
-            let seq = id.parse().map_err(|_| Error::field("Last-Event-ID", "Last-Event-ID is the seq of an event"))?;
-            ("Last-Event-ID", Some(seq))
+    let Begin { after, .. } = Begin::of(it, &query, head)?;
+    start(it, "stream", who, called, after.unwrap_or(head), Plain)
+}
+
+/// Where a client wants a stream to begin.
+pub struct Begin {
+    /// The seq behind which.
+    pub after: Option<u64>,
+    /// It comes back, and has seen all up to there.
+    pub resumes: bool,
+}
+
+impl Begin {
+    pub fn of(it: &Request, query: &Query<'_>, head: u64) -> Result<Begin, Error> {
+        // What a client that comes back has seen is newer than what it first asked for.
+        let last = header_text(&it.headers, "Last-Event-ID")?.filter(|id| !id.is_empty());
+        let (field, after) = match last {
+            Some(id) => {
+                let seq =
+                    id.parse().map_err(|_| Error::field("Last-Event-ID", "Last-Event-ID is the seq of an event"))?;
+                ("Last-Event-ID", Some(seq))
+            }
+            None => ("after", query.number("after")?),
+        };
+        if after.is_some_and(|after| after > head) {
+            let why = format!("{field} is behind the thread's head, {head}");
+            return Err(Error::new(Code::CursorInvalid, why).at(field));
         }
-        None => ("after", query.number("after")?),
-    };
-    let cursor = after.unwrap_or(head);
-    if cursor > head {
-        let why = format!("{field} is behind the thread's head, {head}");
-        return Err(Error::new(Code::CursorInvalid, why).at(field));
+        Ok(Begin { after, resumes: last.is_some() })
     }
+}
+
+/// Answers with the events of a thread behind `cursor`.
+pub fn start(
+    it: &Request,
+    route: &'static str,
+    who: Principal,
+    called: String,
+    cursor: u64,
+    form: impl Form,
+) -> Result<Response, Error> {
     let feed = Feed::new(&it.ctx);
     let connection = clock::random_id().simple().to_string();
     let entered = it.ctx.sessions.enter(&feed.outbox, &connection, Transport::Sse);
@@ -63,39 +108,70 @@ pub fn open(it: &Request, thread: &str) -> Result<Response, Error> {
         feed,
         timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
         ended: false,
+        thread: ids::resolve(&who.user, &called).into_owned(),
         who,
+        form,
+        ready: VecDeque::new(),
         entered,
     };
     let wanted = Wanted { called, cursor, named: true, kinds: None, receipt: None };
     stream.feed.subs.add(&stream.who, wanted)?;
     let mut reply = sse::reply(sse::keep_alive().interval(HEARTBEAT).stream(stream)).into_response();
     reply.headers_mut().insert("x-accel-buffering", warp::http::HeaderValue::from_static("no"));
-    telemetry::http_requests("stream", 200).increment(1);
+    telemetry::http_requests(route, 200).increment(1);
     Ok(reply)
 }
 
-/// The event in one line. Between JSON's tokens a carriage return is white space, to this format it ends a line.
-fn line(frame: &str) -> String {
-    without_type(frame).replace(['\r', '\n'], " ")
+/// JSON in one line. Between its tokens a carriage return is white space, to this format it ends a line.
+pub fn line(json: &str) -> String {
+    json.replace(['\r', '\n'], " ")
+}
+
+/// The events as they are.
+struct Plain;
+
+impl Form for Plain {
+    fn event(&mut self, seq: Option<u64>, frame: &str, out: &mut VecDeque<Event>) -> After {
+        let event = Event::default().data(line(&without_type(frame)));
+        // Without an id of its own a client keeps the last one: it resumes behind that.
+        out.push_back(match seq {
+            Some(seq) => event.id(seq.to_string()),
+            None => event,
+        });
+        After::On
+    }
+
+    /// An event named `error`.
+    fn error(&mut self, error: &Error) -> Event {
+        // Strings and numbers always serialise.
+        Event::default().event("error").data(serde_json::to_string(&Problem::of(error)).unwrap_or_default())
+    }
 }
 
 /// The events of one thread, until the right to read it ends, or the server.
-struct Thread {
+struct Thread<F> {
     ctx: Arc<Context>,
     feed: Feed,
     who: Principal,
+    thread: String,
+    form: F,
+    /// What the newest event became, as far as it was not sent.
+    ready: VecDeque<Event>,
     timer: Pin<Box<Sleep>>,
     ended: bool,
     #[expect(dead_code, reason = "held for as long as the stream lasts")]
     entered: Entered,
 }
 
-impl Stream for Thread {
+impl<F: Form> Stream for Thread<F> {
     type Item = Result<Event, Infallible>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Task<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
         loop {
+            if let Some(event) = this.ready.pop_front() {
+                return Poll::Ready(Some(Ok(event)));
+            }
             if this.ended {
                 return Poll::Ready(None);
             }
@@ -106,12 +182,10 @@ impl Stream for Thread {
             }
             match this.feed.next(&this.who) {
                 Some(Out::Event { seq, frame }) => {
-                    let event = Event::default().data(line(&frame));
-                    // Without an id of its own a client keeps the last one: it resumes behind that.
-                    return Poll::Ready(Some(Ok(match seq {
-                        Some(seq) => event.id(seq.to_string()),
-                        None => event,
-                    })));
+                    if let Err(error) = this.on_event(seq, &frame) {
+                        return Poll::Ready(Some(Ok(this.end(&error))));
+                    }
+                    continue;
                 }
                 // Where the replay ends and whether it fell behind makes no difference to who only listens.
                 Some(Out::Notice(_)) => continue,
@@ -134,7 +208,16 @@ impl Stream for Thread {
     }
 }
 
-impl Thread {
+impl<F: Form> Thread<F> {
+    fn on_event(&mut self, seq: Option<u64>, frame: &str) -> Result<(), Error> {
+        match self.form.event(seq, frame, &mut self.ready) {
+            After::On => {}
+            After::Again(cursor) => self.feed.subs.restart(&self.who, &self.thread, cursor)?,
+            After::End => self.ended = true,
+        }
+        Ok(())
+    }
+
     /// The last event, if the answer is the end.
     fn on_answer(&mut self, answer: Answer) -> Option<Event> {
         match answer {
@@ -158,10 +241,9 @@ impl Thread {
         }
     }
 
-    /// Says why, as an event named `error`.
+    /// Says why.
     fn end(&mut self, error: &Error) -> Event {
         self.ended = true;
-        // Strings and numbers always serialise.
-        Event::default().event("error").data(serde_json::to_string(&Problem::of(error)).unwrap_or_default())
+        self.form.error(error)
     }
 }

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::data;
 use super::runs::Unfit;
 use crate::error::{Code, Error};
-use crate::event::{AGENT_MESSAGE, LogEvent, PieceData};
+use crate::event::{AGENT_MESSAGE, LogEvent, PieceData, text_of};
 use crate::piece::Piece;
 use crate::store::messages::{ClosedRow, MessageKey, MessageRow};
 use crate::store::runs::{Mark, RunKey};
@@ -293,26 +293,6 @@ impl Closing {
 
 fn refused(what: impl Into<Cow<'static, str>>, field: &'static str) -> Unfit {
     Error::new(Code::RunOrder, what).at(field).into()
-}
-
-/// The text of a message's `content`: a string, or the texts of its parts.
-fn text_of(content: &RawValue) -> Option<String> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Content<'a> {
-        #[serde(borrow)]
-        Text(Cow<'a, str>),
-        Parts(Vec<Part>),
-    }
-    #[derive(Deserialize)]
-    struct Part {
-        #[serde(default)]
-        text: String,
-    }
-    Some(match serde_json::from_str(content.get()).ok()? {
-        Content::Text(text) => text.into_owned(),
-        Content::Parts(parts) => parts.into_iter().map(|part| part.text).collect(),
-    })
 }
 
 /// An object with one field set.

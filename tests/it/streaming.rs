@@ -1,5 +1,6 @@
 //! Events on their way to readers: live, replayed, and the seam between the two.
 
+mod agui;
 mod context;
 mod interruption;
 mod runs;

@@ -332,6 +332,13 @@ impl Subscriptions {
         Some(id)
     }
 
+    /// Reads a thread once more, from behind `cursor`.
+    pub fn restart(&mut self, who: &Principal, thread: &str, cursor: u64) -> Result<(), Error> {
+        let Some(&id) = self.by_thread.get(thread) else { return Ok(()) };
+        let Some(id) = self.renumber(id, cursor, Stage::Behind) else { return Ok(()) };
+        self.approach(who, id).inspect_err(|_| drop(self.drop_sub(id)))
+    }
+
     /// Whether `"*"` is in force.
     pub fn follows(&self) -> bool {
         self.following.is_some()
