@@ -64,7 +64,12 @@ pub fn publish_reserved(
     {
         return Err(missing("agent").at("kind"));
     }
-    if by_scope || may_write()? { Ok(Grant::Scope) } else { Err(Error::no_thread()) }
+    match by_scope {
+        true if scopes.agent || scopes.admin => Ok(Grant::Scope),
+        // Not as an agent: with no more rights to what agents write than a member of a thread has.
+        _ if by_scope || may_write()? => Ok(Grant::Member),
+        _ => Err(Error::no_thread()),
+    }
 }
 
 /// Whether the user reads by scope, member or not; or by membership, if at all.
@@ -135,10 +140,11 @@ mod tests {
         let judged = |scope: &str, thread: &str, met: bool| {
             publish_reserved(Scopes::parse(Some(scope)), KindClass::Message, thread, || Ok(met)).map_err(|it| it.code)
         };
-        assert_eq!(judged("broadcast", "@tenant", false), Ok(Grant::Scope));
+        assert_eq!(judged("broadcast", "@tenant", false), Ok(Grant::Member));
+        assert_eq!(judged("broadcast agent", "@tenant", false), Ok(Grant::Scope));
         assert_eq!(judged("publish", "@tenant", true), Err(Code::Forbidden));
         assert_eq!(judged("agent", "@tenant", true), Err(Code::Forbidden));
-        assert_eq!(judged("publish", "@user:ada", true), Ok(Grant::Scope));
+        assert_eq!(judged("publish", "@user:ada", true), Ok(Grant::Member));
         assert_eq!(judged("publish", "@user:ada", false), Err(Code::NotFound));
         assert_eq!(judged("agent", "@user:ada", false), Ok(Grant::Scope));
         assert_eq!(judged("subscribe", "@user:ada", true), Err(Code::Forbidden));

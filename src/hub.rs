@@ -36,6 +36,8 @@ struct Subscriber {
     user: Arc<str>,
     /// Reads by its scope, member or not.
     by_scope: bool,
+    /// Wants pieces of messages.
+    pieces: bool,
 }
 
 #[derive(Default)]
@@ -82,8 +84,16 @@ impl Hub {
     }
 
     /// From now on the thread's events go to the outbox.
-    pub fn attach(&self, key: &Arc<str>, outbox: &Arc<Outbox>, sub: SubId, user: &Arc<str>, by_scope: bool) {
-        let subscriber = Subscriber { outbox: outbox.clone(), sub, user: user.clone(), by_scope };
+    pub fn attach(
+        &self,
+        key: &Arc<str>,
+        outbox: &Arc<Outbox>,
+        sub: SubId,
+        user: &Arc<str>,
+        by_scope: bool,
+        pieces: bool,
+    ) {
+        let subscriber = Subscriber { outbox: outbox.clone(), sub, user: user.clone(), by_scope, pieces };
         self.lock().threads.entry(key.clone()).or_default().push(subscriber);
     }
 
@@ -189,7 +199,9 @@ impl Hub {
                     }
                     self.fan_out(&mut table, key, |it| it.outbox.push_event(it.sub, event));
                 }
-                News::Piece(piece) => self.fan_out(&mut table, key, |it| it.outbox.push_piece(it.sub, piece)),
+                News::Piece(piece) => {
+                    self.fan_out(&mut table, key, |it| !it.pieces || it.outbox.push_piece(it.sub, piece));
+                }
             }
         }
         for (id, verdict) in committed.verdicts {

@@ -126,7 +126,11 @@ impl Inner {
             _ => true,
         })?;
         match newest {
-            Item::Piece { piece, .. } if piece.is_before(next) && piece.text.len() < PIECE_BYTES => Some(piece),
+            Item::Piece { piece, .. }
+                if piece.is_before(next) && piece.priority == next.priority && piece.text.len() < PIECE_BYTES =>
+            {
+                Some(piece)
+            }
             _ => None,
         }
     }

@@ -24,6 +24,8 @@ pub struct Piece {
     /// RFC 3339.
     pub at: Box<str>,
     pub priority: Option<Priority>,
+    /// The thread's newest seq when it came.
+    pub behind: u64,
     pub from_char: u64,
     /// Behind its last character.
     pub to_char: u64,
@@ -72,7 +74,7 @@ impl Piece {
     }
 
     /// What is left of it behind the first characters of the message.
-    pub fn behind(&self, from_char: u64) -> Piece {
+    pub fn rest(&self, from_char: u64) -> Piece {
         let passed = from_char.saturating_sub(self.from_char);
         Piece { from_char, text: self.text.chars().skip(passed as usize).collect(), ..self.clone() }
     }

@@ -191,8 +191,8 @@ fn a_run_is_told_from_its_beginning_to_its_end() {
         ]
     );
     assert_eq!(events[1]["role"], "user");
-    assert_eq!(events[18]["value"]["data"], json!([1]));
-    let last = &events[19];
+    assert_eq!(events[20]["value"]["data"], json!([1]));
+    let last = &events[21];
     assert_eq!((&last["result"]["eat"], &last["metadata"]["usage"]["in"]), (&json!(true), &json!(3)), "{last}");
     assert_eq!(last["timestamp"], 1_767_225_600_000_u64);
 }
@@ -221,8 +221,8 @@ fn who_comes_in_the_middle_finds_the_run_and_its_calls_open() {
     ];
     let events = t.read(None, 0, 5, false);
     assert_eq!(short(&events), [&begin[..], &calls, &rest].concat());
-    assert_eq!(events[8]["metadata"]["error"], "no map");
-    assert_eq!(events[10]["outcome"], json!({"type": "cancelled"}));
+    assert_eq!(events[10]["metadata"]["error"], "no map");
+    assert_eq!(events[12]["outcome"], json!({"type": "cancelled"}));
     assert_eq!(short(&t.read(Some("r"), 0, 5, true)), [&begin[..], &rest].concat(), "who comes back has the calls");
 }
 

@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
-use warp::http::StatusCode;
+use warp::http::{HeaderValue, StatusCode};
 
 use super::Context;
 use super::http::{Request, blocking};
@@ -29,17 +29,16 @@ const MAX_CHARS: usize = 1_000_000;
 const MAX_BYTES: usize = 16 << 20;
 /// Events that are looked at; what is behind them is left out.
 const SCAN: usize = 10_000;
+/// The header of the answer that says whether the conversation goes further back: the body is what model APIs take.
+const TRUNCATED: &str = "weft-truncated";
 /// Events, and bytes of them, that are read at once.
 const PAGE: usize = 256;
 const PAGE_BYTES: usize = 1 << 20;
 
 /// A conversation as chat messages, oldest first.
 #[derive(Serialize, schemars::JsonSchema)]
-pub struct Conversation {
-    messages: Vec<ChatMessage>,
-    /// There is more of the conversation than these, before them.
-    truncated: bool,
-}
+#[serde(transparent)]
+pub struct Conversation(Vec<ChatMessage>);
 
 /// What was said, by whom. `seq` is the event's.
 #[derive(Serialize, schemars::JsonSchema)]
@@ -146,14 +145,17 @@ pub async fn read(it: Request, thread: &str) -> Result<Reply, Error> {
     blocking(move || {
         // Before, so that a stranger learns nothing; after, so that what came after a removal is not handed out.
         it.ctx.may_read(&who, &thread)?;
-        let conversation = newest(&it.ctx, &who, &thread, room)?;
-        it.ctx.may_read(&who, &thread).map(|()| json(StatusCode::OK, &conversation))
+        let (conversation, truncated) = newest(&it.ctx, &who, &thread, room)?;
+        it.ctx.may_read(&who, &thread)?;
+        let mut reply = json(StatusCode::OK, &conversation);
+        reply.headers_mut().insert(TRUNCATED, HeaderValue::from_static(if truncated { "true" } else { "false" }));
+        Ok(reply)
     })
     .await
 }
 
-/// The end of the conversation, as much as there is room for.
-fn newest(ctx: &Context, who: &Principal, thread: &str, mut room: Room) -> Result<Conversation, Error> {
+/// The end of the conversation, as much as there is room for; and whether there is more of it before.
+fn newest(ctx: &Context, who: &Principal, thread: &str, mut room: Room) -> Result<(Conversation, bool), Error> {
     let head = ctx.head(who, thread)?;
     let reader = Turns { store: &ctx.store, tenant: &who.tenant, thread, head };
     let (mut turns, mut to, mut looked) = (Vec::new(), head, 0);
@@ -166,17 +168,17 @@ fn newest(ctx: &Context, who: &Principal, thread: &str, mut room: Room) -> Resul
         for event in events {
             let Some(turn) = reader.turn(&event)? else { continue };
             if !room.take(&turn) {
-                return Ok(told(turns, true));
+                return Ok((told(turns), true));
             }
             turns.push(turn);
         }
     }
-    Ok(told(turns, to > 0))
+    Ok((told(turns), to > 0))
 }
 
 /// Turns, newest first, as messages. Calls have names of their own only within their run: of several calls with one name the
 /// oldest keeps it, so that what is told of one does not change with what comes after it.
-fn told(turns: Vec<Turn>, truncated: bool) -> Conversation {
+fn told(turns: Vec<Turn>) -> Conversation {
     let mut messages = Vec::with_capacity(turns.len() * 2);
     let mut taken = HashSet::from([String::new()]);
     for turn in turns.into_iter().rev() {
@@ -193,7 +195,7 @@ fn told(turns: Vec<Turn>, truncated: bool) -> Conversation {
             }
         }
     }
-    Conversation { messages, truncated }
+    Conversation(messages)
 }
 
 /// What makes a thread's events turns of a conversation.

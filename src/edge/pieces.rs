@@ -68,6 +68,7 @@ impl Unsent {
             from: (*event.from).into(),
             at: (*event.at).into(),
             priority: event.priority,
+            behind: 0,
             from_char: data.from_char,
             to_char,
             text: data.text.into_owned(),
@@ -155,7 +156,7 @@ impl Pieces {
     /// What waits of the messages that are meant.
     pub fn flush(&mut self, which: impl Fn(&Piece) -> bool) -> Vec<Unsent> {
         let meant = |message: &mut Message| message.waiting.take_if(|waiting| which(&waiting.piece));
-        self.messages.values_mut().filter_map(meant).collect()
+        in_order(self.messages.values_mut().filter_map(meant).collect())
     }
 
     /// What has gathered for long enough.
@@ -171,11 +172,17 @@ impl Pieces {
             true
         });
         self.due = self.messages.values().map(|message| message.due).min();
-        ready
+        in_order(ready)
     }
 
     /// When [`Pieces::on_due`] wants to be called next.
     pub fn due(&self) -> Option<Instant> {
         self.due
     }
+}
+
+/// As they came: ids of events sort by time.
+fn in_order(mut ready: Vec<Unsent>) -> Vec<Unsent> {
+    ready.sort_by_key(|unsent| unsent.piece.event);
+    ready
 }

@@ -171,13 +171,13 @@ impl InHand {
         let Case { store, event, at, .. } = *case;
         let run = RunKey::new(&event.tenant, &event.thread, event.run.as_deref().unwrap_or_default());
         let open = self.runs.judge_piece(store, &run)?;
-        let piece = self.messages.judge(store, event, run.clone(), open)?;
+        let piece = self.messages.judge(store, event, run.clone(), &thread.row, open)?;
         let duplicate = piece.is_none();
         if let Some((piece, before)) = piece {
-            if self.messages.apply(store, run.clone(), (&piece, before), at, batch)? {
-                thread.row.writing += 1;
-                thread.changed = true;
-            }
+            let begins = self.messages.apply(store, run.clone(), (&piece, before), at, batch)?;
+            thread.row.writing += u32::from(begins);
+            thread.row.writing_bytes += piece.text.len() as u64;
+            thread.changed = true;
             self.runs.written(store, run, at, batch)?;
             out.events.push(CommittedEvent { key: thread.key.clone(), news: News::Piece(Arc::new(piece)) });
         }
@@ -221,6 +221,7 @@ impl InHand {
         batch: &mut Batch<'_>,
     ) -> Result<(), StoreError> {
         thread.row.writing = thread.row.writing.saturating_sub(1);
+        thread.row.writing_bytes = thread.row.writing_bytes.saturating_sub(closing.bytes());
         self.messages.close(closing, event, mark, batch)
     }
 }

@@ -20,11 +20,15 @@ use crate::event::{AGENT_MESSAGE, LogEvent, PieceData, text_of};
 use crate::piece::Piece;
 use crate::store::messages::{ClosedRow, MessageKey, MessageRow};
 use crate::store::runs::{Mark, RunKey};
-use crate::store::{Batch, Store, StoreError};
+use crate::store::{Batch, Store, StoreError, ThreadRow};
 use crate::submit::{Published, Verdict};
 
 /// The longest text of a message written in pieces, in bytes.
-pub const MAX_TEXT: u64 = 1 << 20;
+const MAX_TEXT: u64 = 1 << 20;
+/// Messages of a thread that are written at a time, and the bytes of their texts: the end of a run closes all of its own at
+/// once, and who joins is told all of them.
+const MAX_OPEN: u32 = 1_000;
+const MAX_OPEN_TEXT: u64 = 8 << 20;
 
 /// What the batch in hand has written, which the store does not show yet.
 #[derive(Default)]
@@ -82,6 +86,7 @@ impl Messages {
         store: &Store,
         event: &LogEvent<'_>,
         run: RunKey,
+        thread: &ThreadRow,
         open: Result<u64, Error>,
     ) -> Result<Option<(Piece, u64)>, Unfit> {
         let data: PieceData = data(event)?;
@@ -101,11 +106,7 @@ impl Messages {
             return Err(refused(why, "data.from_char"));
         }
         let text: String = data.text.chars().skip((chars - data.from_char) as usize).collect();
-        if row.map_or(0, |row| row.bytes) + text.len() as u64 > MAX_TEXT {
-            return Err(Error::new(Code::TooLarge, format!("a message has at most {MAX_TEXT} bytes"))
-                .at("data.text")
-                .into());
-        }
+        check_room(row.as_ref(), thread, text.len() as u64)?;
         let piece = Piece {
             name: Piece::name(&key.run.run, &key.message),
             thread: key.run.thread.into(),
@@ -115,6 +116,7 @@ impl Messages {
             from: (*event.from).into(),
             at: (*event.at).into(),
             priority: event.priority,
+            behind: thread.head,
             from_char: chars,
             to_char,
             text,
@@ -170,7 +172,7 @@ impl Messages {
             Some(key) => self.row(store, &key)?.map(|row| (key, row)),
             None => None,
         };
-        let Some((key, row)) = found.filter(|(_, row)| !by_member || row.from == event.from) else {
+        let Some((key, row)) = found else {
             return match content {
                 Some(_) => Ok(Closes::None),
                 None => {
@@ -178,6 +180,9 @@ impl Messages {
                 }
             };
         };
+        if by_member && row.from != event.from {
+            return Err(Error::new(Code::Forbidden, "the message is another's to close").at("data.message").into());
+        }
         if let Some(closed) = &row.closed {
             let seq = closed.mark.seq;
             return Ok(Closes::Was(if closed.content == event.content_digest() {
@@ -285,10 +290,28 @@ impl Closing {
         }
     }
 
+    /// Of its text.
+    pub(super) fn bytes(&self) -> u64 {
+        self.row.bytes
+    }
+
     /// What readers know the message by.
     pub(super) fn name(&self) -> Arc<str> {
         Piece::name(&self.key.run.run, &self.key.message)
     }
+}
+
+fn check_room(row: Option<&MessageRow>, thread: &ThreadRow, more: u64) -> Result<(), Error> {
+    let why = if row.map_or(0, |row| row.bytes) + more > MAX_TEXT {
+        format!("a message has at most {MAX_TEXT} bytes")
+    } else if row.is_none() && thread.writing >= MAX_OPEN {
+        format!("at most {MAX_OPEN} messages of a thread are written at a time")
+    } else if thread.writing_bytes + more > MAX_OPEN_TEXT {
+        format!("the messages of a thread that are being written have at most {MAX_OPEN_TEXT} bytes together")
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(Code::TooLarge, why).at("data.text"))
 }
 
 fn refused(what: impl Into<Cow<'static, str>>, field: &'static str) -> Unfit {

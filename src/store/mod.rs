@@ -42,8 +42,9 @@ pub struct ThreadRow {
     pub title: Option<String>,
     /// For each class of priority the newest seq: tells what waits behind a cursor.
     pub newest: [u64; Priority::CLASSES],
-    /// Messages that are being written in pieces.
+    /// Messages that are being written in pieces, and the bytes of their texts.
     pub writing: u32,
+    pub writing_bytes: u64,
 }
 
 impl ThreadRow {

@@ -132,10 +132,6 @@ impl Subscriptions {
     }
 
     fn take(&mut self, who: &Principal, id: SubId, events: Vec<StoredEvent>) -> Result<(), Error> {
-        let Some(sub) = self.by_id.get(&id) else { return Ok(()) };
-        if events.is_empty() && self.ctx.store.head(&who.tenant, &sub.thread)? > sub.cursor {
-            return Err(Error::new(Code::Internal, "the store lacks events that it should have"));
-        }
         self.replayed.increment(events.len() as u64);
         for event in events {
             if !self.take_one(who, id, event) {
@@ -172,8 +168,10 @@ impl Subscriptions {
         sub.joins = false;
         let told = pieces.iter().map(|piece| (piece.name.clone(), piece.to_char)).collect();
         sub.told = Some(Box::new(told));
-        // What was told before needs no repeating, unless nothing was.
         for piece in pieces {
+            if piece.text.is_empty() && piece.from_char > 0 {
+                continue;
+            }
             self.replay_bytes += piece.text.len();
             self.replay.push(Some(id), Some(Priority::class(piece.priority)), Step::Piece { id, piece });
         }
@@ -186,17 +184,26 @@ impl Subscriptions {
         if sub.stage != Stage::Live || !sub.wants(AGENT_TOKEN) {
             return None;
         }
-        let told = sub.told.get_or_insert_default().entry(piece.name.clone()).or_default();
-        if piece.from_char > *told {
-            // The message was closed while the subscription joined, and its event is on its way; or it joins anew.
-            self.lagged(who, id);
+        // From before it was attached: the store had it, or the event that closed the message.
+        if piece.behind < sub.cursor {
             return None;
         }
-        if piece.to_char <= *told && *told > 0 {
-            return None;
+        let told = sub.told.as_ref().and_then(|told| told.get(&piece.name)).copied();
+        match told {
+            // The message was closed while the subscription joined, and its event is on its way.
+            None if piece.from_char > 0 => return None,
+            Some(told) if piece.from_char > told => {
+                // Cannot happen while the hub delivers in order; if it ever does, the store has what is missing.
+                tracing::error!(told, piece.from_char, "a hole in a message");
+                self.lagged(who, id);
+                return None;
+            }
+            Some(told) if piece.to_char <= told => return None,
+            _ => {}
         }
-        let frame = if piece.from_char == *told { piece.frame() } else { piece.behind(*told).frame() };
-        *told = piece.to_char;
+        let from_char = told.unwrap_or(0);
+        let frame = if piece.from_char == from_char { piece.frame() } else { piece.rest(from_char).frame() };
+        sub.told.get_or_insert_default().insert(piece.name.clone(), piece.to_char);
         Some(Ready::Event { seq: None, frame: sub.rename(frame) })
     }
 
@@ -251,7 +258,8 @@ impl Subscriptions {
         // Far behind there is no use in attaching: the outbox would only overflow.
         let near = head <= sub.cursor + room as u64;
         if near && (head <= sub.cursor || !self.paused) {
-            self.ctx.hub.attach(&sub.key, &self.outbox, id, &who.user, access::reads_by_scope(who.scopes));
+            let by_scope = access::reads_by_scope(who.scopes);
+            self.ctx.hub.attach(&sub.key, &self.outbox, id, &who.user, by_scope, sub.wants(AGENT_TOKEN));
             // Looked up after attaching: what is committed from here on comes through the hub, a removal too.
             sub.stage = Stage::Seam { to: sub.cursor };
             self.seams += 1;
@@ -303,7 +311,7 @@ impl Subscriptions {
             tokio::task::spawn_blocking(move || {
                 let read = match told {
                     Some(told) => texts(&ctx, &who, &thread, &told.unwrap_or_default()).map(Chunk::Texts),
-                    None => ctx.store.events(&who.tenant, &thread, range).map(Chunk::Events).map_err(Error::from),
+                    None => events(&ctx, &who, &thread, range).map(Chunk::Events),
                 };
                 // The right is looked up after the read: what was committed after a removal is not handed out.
                 let read = read.and_then(|read| ctx.may_read(&who, &thread).map(|()| read));
@@ -341,6 +349,16 @@ impl Subscriptions {
     }
 }
 
+fn events(ctx: &Context, who: &Principal, thread: &str, range: EventRange) -> Result<Vec<StoredEvent>, Error> {
+    // Looked up first: what is committed meanwhile may be missing.
+    let head = ctx.store.head(&who.tenant, thread)?;
+    let events = ctx.store.events(&who.tenant, thread, range)?;
+    if events.is_empty() && head >= range.from {
+        return Err(Error::new(Code::Internal, "the store lacks events that it should have"));
+    }
+    Ok(events)
+}
+
 /// What is being written in the thread, as far as it was not told.
 fn texts(ctx: &Context, who: &Principal, thread: &str, told: &Told) -> Result<Vec<Piece>, Error> {
     let mut pieces = Vec::new();
@@ -359,6 +377,7 @@ fn texts(ctx: &Context, who: &Principal, thread: &str, told: &Told) -> Result<Ve
             from: row.from.into(),
             at: clock::rfc3339(row.last_at).into(),
             priority: None,
+            behind: 0,
             from_char,
             to_char: from_char + text.chars().count() as u64,
             text,

@@ -1,7 +1,8 @@
 //! A session's subscriptions: where each one stands, and how it comes from the store to the live feed.
 //!
 //! A subscription is a cursor. Behind the head it reads chunks from the store; when a chunk ends at the head it attaches to
-//! the hub and reads once more what was committed meanwhile (the seam), then it is live. While any subscription is in its
+//! the hub and reads once more what was committed meanwhile (the seam), and of messages that are being written what they
+//! are by then; then it is live. While any subscription is in its
 //! seam, live events wait in the outbox, so that order holds; what arrives twice is dropped by its seq. `lagged` is the
 //! same road, taken again; so is a redelivery, under a new number, so that what is left of the round before is nobody's.
 //!

@@ -191,15 +191,21 @@ async fn a_member_who_is_no_agent_cannot_close_an_agent_s_message() {
     assert_eq!(server.http("PUT", "/v1/threads/t/members/ada", "scout", None).await.0, 201);
     agent.ask(piece("t", "r", "m", 0, "still ")).await;
     let mut ada = server.connect("ada").await;
-    let refused = ada.ask(step("t", "r", "agent_message", json!({"message": "m"}))).await;
-    assert_eq!(refused["code"], "run_order", "{refused}");
-    let aside = ada.ask(step("t", "r", "agent_message", json!({"message": "m", "content": "mine"}))).await;
-    assert_eq!(aside["seq"], 3, "with a content it stands for itself: {aside}");
+    for data in [json!({"message": "m"}), json!({"message": "m", "content": "mine"})] {
+        let refused = ada.ask(step("t", "r", "agent_message", data)).await;
+        assert_eq!((&refused["code"], &refused["field"]), (&json!("forbidden"), &json!("data.message")), "{refused}");
+    }
+    // An inbox is written to by whoever may, and that makes nobody an agent either.
+    let mut inbox = server.connect_as("scout", AGENT).await;
+    start(&mut inbox, "@user:ada", "r").await;
+    inbox.ask(piece("@user:ada", "r", "m", 0, "for ada")).await;
+    let refused = ada.ask(step("@me", "r", "agent_message", json!({"message": "m", "content": "mine"}))).await;
+    assert_eq!(refused["code"], "forbidden", "{refused}");
     agent.ask(piece("t", "r", "m", 6, "open")).await;
     agent.ask(step("t", "r", "agent_message", json!({"message": "m"}))).await;
     let page = server.http("GET", "/v1/threads/t/events?after=2", "scout", None).await.1;
     let told: Vec<_> = page["events"].as_array().unwrap().iter().map(|it| &it["data"]["content"]).collect();
-    assert_eq!(told, ["mine", "still open"]);
+    assert_eq!(told, ["still open"]);
 }
 
 #[tokio::test]
@@ -436,6 +442,54 @@ async fn an_agent_faster_than_a_reader_that_does_not_read_slows_neither_the_othe
     let mut stuck = stuck;
     let mut fold = Fold::default();
     fold.read_up_to(&mut stuck, "m", &text).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_subscribes_while_messages_are_closed_gets_no_piece_behind_the_end_of_its_message() {
+    const MESSAGES: usize = 1_500;
+    let server = Server::start_unlimited(LogKind::embedded());
+    let mut agent = server.connect_as("scout", AGENT).await;
+    start(&mut agent, "t", "r").await;
+    let mut reader = server.connect("scout").await;
+    let writing = tokio::spawn(async move {
+        for n in 0..MESSAGES {
+            let message = format!("{n}");
+            let close = step("t", "r", "agent_message", json!({"message": message}));
+            let pieces = [piece("t", "r", &message, 0, "begun"), piece("t", "r", &message, 5, " and over"), close];
+            assert!(play(&mut agent, &pieces).await.iter().all(|it| it["type"] == "published"));
+        }
+    });
+    let mut joined = 0;
+    while !writing.is_finished() {
+        // The n-th message is closed by event n + 2.
+        let mut seq = reader.subscribe("t", None).await["head"].as_u64().unwrap();
+        let mut fold = Fold::default();
+        let mut until = "caught_up";
+        loop {
+            let frame = reader.recv().await;
+            match (frame["type"].as_str().unwrap(), frame["seq"].as_u64()) {
+                ("event", Some(next)) => {
+                    assert_eq!(next, seq + 1, "{frame}");
+                    seq = next;
+                }
+                ("event", None) => {
+                    let message: u64 = frame["data"]["message"].as_str().unwrap().parse().unwrap();
+                    assert!(message + 2 > seq, "closed before {seq}: {frame}");
+                    fold.take(&frame);
+                }
+                (what, _) if what == until && until == "caught_up" => {
+                    // What is live by now comes before the answer.
+                    reader.send(&json!({"type": "unsubscribe", "id": 5, "thread": "t"})).await;
+                    until = "unsubscribed";
+                }
+                (what, _) if what == until => break,
+                other => panic!("{other:?}: {frame}"),
+            }
+        }
+        joined += 1;
+    }
+    writing.await.unwrap();
+    assert!(joined > 50, "{joined}");
 }
 
 /// How a message is written: pieces that go back a little, or leave a hole.
