@@ -10,10 +10,27 @@ mod tokens;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use proptest::strategy::Strategy;
+use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 
 use crate::on_both_logs;
-use crate::support::{Server, Socket, publish, seqs, token};
+use crate::support::{LogKind, Server, Socket, publish, seqs, token};
+
+/// Plays generated cases against one server, each on a thread of its own.
+fn on_threads<S: Strategy>(log: LogKind, cases: u32, strategy: S, play: impl AsyncFn(&Server, &str, &S::Value)) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let server = Server::start_unlimited(log);
+    let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
+    let thread = std::cell::Cell::new(0);
+    runner
+        .run(&strategy, |case| {
+            thread.set(thread.get() + 1);
+            runtime.block_on(play(&server, &format!("t{}", thread.get()), &case));
+            Ok(())
+        })
+        .unwrap();
+}
 
 on_both_logs!(a_conversation_of_two_users_and_an_agent_reaches_all_of_them_in_one_order, |log| async move {
     let server = Server::start(log);

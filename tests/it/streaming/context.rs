@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 
+use super::on_threads;
 use crate::support::{LogKind, Server, publish, token};
 
 const AGENT: &str = "publish subscribe agent";
@@ -265,17 +265,7 @@ async fn tells_the_newest_that_fit(server: &Server, thread: &str, history: &Hist
 
 #[test]
 fn of_any_history_the_newest_that_fit_are_told_each_result_behind_its_call() {
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let server = Server::start_unlimited(LogKind::embedded());
-    let mut runner = TestRunner::new(Config { cases: 96, failure_persistence: None, ..Config::default() });
-    let thread = std::cell::Cell::new(0);
-    runner
-        .run(&histories(), |history| {
-            thread.set(thread.get() + 1);
-            runtime.block_on(tells_the_newest_that_fit(&server, &format!("t{}", thread.get()), &history));
-            Ok(())
-        })
-        .unwrap();
+    on_threads(LogKind::embedded(), 96, histories(), tells_the_newest_that_fit);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 
+use super::on_threads;
 use crate::on_both_logs;
 use crate::support::{LogKind, Server, Socket, eventually, token};
 
@@ -121,7 +121,7 @@ impl Model {
 }
 
 /// Plays the acts in one frame and holds each answer against the model; then the events, the refusals and the page of runs.
-async fn plays_as_the_model_says(server: &Server, thread: &str, acts: &[(usize, Act)]) {
+async fn plays_as_the_model_says(server: &Server, thread: &str, acts: &Vec<(usize, Act)>) {
     let mut agent = server.connect_as("scout", AGENT).await;
     let frame: Vec<Value> = (0..)
         .zip(acts)
@@ -179,17 +179,7 @@ async fn plays_as_the_model_says(server: &Server, thread: &str, acts: &[(usize, 
 }
 
 fn check(log: LogKind, cases: u32) {
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let server = Server::start_unlimited(log);
-    let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
-    let thread = std::cell::Cell::new(0);
-    runner
-        .run(&acts(), |acts| {
-            thread.set(thread.get() + 1);
-            runtime.block_on(plays_as_the_model_says(&server, &format!("t{}", thread.get()), &acts));
-            Ok(())
-        })
-        .unwrap();
+    on_threads(log, cases, acts(), plays_as_the_model_says);
 }
 
 #[test]
@@ -293,6 +283,31 @@ async fn two_nodes_that_both_find_a_run_stalled_end_it_once() {
         let failed = ended["events"].as_array().unwrap().iter().filter(|it| it["kind"] == "agent_failed");
         assert_eq!(failed.count(), 20, "{ended}");
     }
+}
+
+#[tokio::test]
+async fn an_agent_hears_that_it_shall_stop_before_all_else_that_waits_for_it() {
+    let server = Server::start(LogKind::embedded());
+    let mut agent = server.connect_as("scout", AGENT).await;
+    assert_eq!(agent.ask(step("t", "r", "agent_started", json!({"agent": "scout"}))).await["type"], "published");
+    assert_eq!(agent.say("noise", "0").await, 1);
+    for thread in ["noise", "t"] {
+        agent.subscribe(thread, None).await;
+        agent.recv_type("caught_up").await;
+    }
+    agent.send(&json!({"type": "credit", "events": 1})).await;
+    assert_eq!(server.http("PUT", "/v1/threads/t/members/ada", "scout", None).await.0, 201);
+    assert_eq!(agent.recv_type("event").await["kind"], "member_added");
+    let mut other = server.connect("scout").await;
+    for n in 1..=100 {
+        other.say("noise", &n.to_string()).await;
+    }
+    let asked = server.connect("ada").await.ask(step("t", "r", "agent_cancel_requested", json!({}))).await;
+    assert_eq!(asked["type"], "published", "{asked}");
+    // Of eight turns one may be another thread's.
+    agent.send(&json!({"type": "credit", "events": 2})).await;
+    let told = agent.events(2).await;
+    assert!(told.iter().any(|event| event["kind"] == "agent_cancel_requested"), "{told:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

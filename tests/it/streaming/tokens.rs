@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 
+use super::on_threads;
 use super::runs::{AGENT, step};
 use crate::on_both_logs;
 use crate::support::sse::EventStream;
@@ -350,9 +350,8 @@ async fn what_is_wrong_with_a_piece_is_named() {
     }
 }
 
-#[tokio::test]
-async fn a_reader_that_waits_gets_bigger_pieces_and_not_more() {
-    const PIECES: usize = 3_000;
+/// An agent whose run `r` has begun on `t`, and a reader who has seen that and wants no more.
+async fn reader_without_credit() -> (Server, Socket, Socket) {
     let server = Server::start_unlimited(LogKind::embedded());
     let mut agent = server.connect_as("scout", AGENT).await;
     start(&mut agent, "t", "r").await;
@@ -360,6 +359,13 @@ async fn a_reader_that_waits_gets_bigger_pieces_and_not_more() {
     reader.send(&json!({"type": "credit", "events": 1})).await;
     reader.subscribe("t", Some(0)).await;
     assert_eq!(reader.recv_type("event").await["kind"], "agent_started");
+    (server, agent, reader)
+}
+
+#[tokio::test]
+async fn a_reader_that_waits_gets_bigger_pieces_and_not_more() {
+    const PIECES: usize = 3_000;
+    let (_server, mut agent, mut reader) = reader_without_credit().await;
     let word = "word ";
     let mut text = String::new();
     for chunk in 0..PIECES / 100 {
@@ -377,13 +383,7 @@ async fn a_reader_that_waits_gets_bigger_pieces_and_not_more() {
 #[tokio::test]
 async fn a_reader_whose_outbox_is_full_of_pieces_goes_on_where_it_was_and_misses_none() {
     const MESSAGES: usize = 40;
-    let server = Server::start_unlimited(LogKind::embedded());
-    let mut agent = server.connect_as("scout", AGENT).await;
-    start(&mut agent, "t", "r").await;
-    let mut reader = server.connect("scout").await;
-    reader.send(&json!({"type": "credit", "events": 1})).await;
-    reader.subscribe("t", Some(0)).await;
-    assert_eq!(reader.recv_type("event").await["kind"], "agent_started");
+    let (server, mut agent, mut reader) = reader_without_credit().await;
     // One is told in part before the reader wants no more, and goes on.
     agent.ask(piece("t", "r", "m0", 0, "begun ")).await;
     reader.send(&json!({"type": "credit", "events": 1})).await;
@@ -580,17 +580,7 @@ async fn every_reader_folds_the_text(server: &Server, thread: &str, script: &Scr
 }
 
 fn check(log: LogKind, cases: u32) {
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let server = Server::start_unlimited(log);
-    let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
-    let thread = std::cell::Cell::new(0);
-    runner
-        .run(&scripts(), |script| {
-            thread.set(thread.get() + 1);
-            runtime.block_on(every_reader_folds_the_text(&server, &format!("t{}", thread.get()), &script));
-            Ok(())
-        })
-        .unwrap();
+    on_threads(log, cases, scripts(), every_reader_folds_the_text);
 }
 
 #[test]
