@@ -202,7 +202,7 @@ fn told(step: &Step, next: Option<&Step>) -> StepItem {
 fn written(ctx: &Context, key: &RunKey) -> Result<Vec<(String, MessageRow)>, Error> {
     let rows = ctx.store.messages_of(key)?;
     let mut rows: Vec<_> = rows.into_iter().map(|(key, row)| (key.message, row)).collect();
-    rows.sort_by_key(|(_, row)| row.begun_at);
+    rows.sort_by_key(|(_, row)| row.begun);
     Ok(rows)
 }
 

@@ -310,42 +310,44 @@ async fn an_agent_hears_that_it_shall_stop_before_all_else_that_waits_for_it() {
     assert!(told.iter().any(|event| event["kind"] == "agent_cancel_requested"), "{told:?}");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hundred_agents_on_one_thread_and_one_agent_on_a_hundred_threads_keep_each_run_in_order() {
-    let server = Server::start_unlimited(LogKind::embedded());
-    let mut reader = server.connect_as("eva", "subscribe analyst").await;
-    let play = async |mut socket: Socket, thread: String, run: String| {
-        let kinds = ["agent_started", "agent_thinking", "tool_executing", "tool_completed", "agent_completed"];
-        for kind in kinds {
-            let data = json!({"agent": "scout", "tool": "map", "call": "c"});
-            assert_eq!(socket.ask(step(&thread, &run, kind, data)).await["type"], "published");
+on_both_logs!(
+    a_hundred_agents_on_one_thread_and_one_agent_on_a_hundred_threads_keep_each_run_in_order,
+    |log| async move {
+        let server = Server::start_unlimited(log);
+        let mut reader = server.connect_as("eva", "subscribe analyst").await;
+        let play = async |mut socket: Socket, thread: String, run: String| {
+            let kinds = ["agent_started", "agent_thinking", "tool_executing", "tool_completed", "agent_completed"];
+            for kind in kinds {
+                let data = json!({"agent": "scout", "tool": "map", "call": "c"});
+                assert_eq!(socket.ask(step(&thread, &run, kind, data)).await["type"], "published");
+            }
+        };
+        let mut all = Vec::new();
+        for n in 0..100 {
+            let agent = server.connect_as(&format!("agent{n}"), AGENT).await;
+            all.push(play(agent, "shared".to_owned(), format!("r{n}")));
+            let agent = server.connect_as("everywhere", AGENT).await;
+            all.push(play(agent, format!("own{n}"), "r".to_owned()));
+            if all.len() == 100 {
+                futures_util::future::join_all(std::mem::take(&mut all)).await;
+            }
         }
-    };
-    let mut all = Vec::new();
-    for n in 0..100 {
-        let agent = server.connect_as(&format!("agent{n}"), AGENT).await;
-        all.push(play(agent, "shared".to_owned(), format!("r{n}")));
-        let agent = server.connect_as("everywhere", AGENT).await;
-        all.push(play(agent, format!("own{n}"), "r".to_owned()));
-        if all.len() == 100 {
-            futures_util::future::join_all(std::mem::take(&mut all)).await;
+        reader.subscribe("shared", Some(0)).await;
+        let mut runs: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for event in reader.events(500).await {
+            let name = |field: &str| event[field].as_str().unwrap().to_owned();
+            runs.entry(name("run")).or_default().push(name("kind"));
         }
+        assert_eq!(runs.len(), 100);
+        for kinds in runs.values() {
+            assert_eq!(kinds.join(" "), "agent_started agent_thinking tool_executing tool_completed agent_completed");
+        }
+        let (_, found) = server.http_with("GET", "/v1/runs/r", &token("eva", "subscribe analyst"), None, &[]).await;
+        assert_eq!(found["code"], "conflict", "a hundred threads have a run of this name: {found}");
+        let (_, own) = server.http("GET", "/v1/threads/own7/runs/r", "everywhere", None).await;
+        assert_eq!((&own["state"], own["steps"].as_array().unwrap().len()), (&json!("completed"), 5), "{own}");
     }
-    reader.subscribe("shared", Some(0)).await;
-    let mut runs: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for event in reader.events(500).await {
-        let name = |field: &str| event[field].as_str().unwrap().to_owned();
-        runs.entry(name("run")).or_default().push(name("kind"));
-    }
-    assert_eq!(runs.len(), 100);
-    for kinds in runs.values() {
-        assert_eq!(kinds.join(" "), "agent_started agent_thinking tool_executing tool_completed agent_completed");
-    }
-    let (_, found) = server.http_with("GET", "/v1/runs/r", &token("eva", "subscribe analyst"), None, &[]).await;
-    assert_eq!(found["code"], "conflict", "a hundred threads have a run of this name: {found}");
-    let (_, own) = server.http("GET", "/v1/threads/own7/runs/r", "everywhere", None).await;
-    assert_eq!((&own["state"], own["steps"].as_array().unwrap().len()), (&json!("completed"), 5), "{own}");
-}
+);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_run_s_page_tells_its_steps_tools_times_and_end() {
