@@ -2,11 +2,12 @@
 //!
 //! AG-UI knows one run at a time, and nothing outside of one. A *stretch* is what AG-UI calls a run: from `agent_started` or
 //! `agent_resumed` to `agent_waiting` or the ending. Of the stretches that are open on the thread, the one that began first
-//! is told; when it is over, the next one, which then has to be read once more from where it began ([`Next::Again`]). So what
-//! is told at any seq follows from the thread alone, wherever a reader begins.
+//! is told; when it is over, the next one. Of those that are not told it is noted what is open in them, but for the texts of
+//! messages, which are there to be had when they are needed ([`Next::Again`]). So what is told at any seq follows from the
+//! thread alone, wherever a reader begins.
 //!
-//! Kept are the names of open runs, how far the open messages of the told one have come, and some messages that stand before
-//! a run; calls only while a reader is brought to its place, to be opened for it again. All of it is bounded.
+//! Kept are the names of open runs, their calls, how far the messages that were told have come, and some messages that stand
+//! before a run. All of it is bounded.
 
 #[cfg(test)]
 mod tests;
@@ -44,8 +45,8 @@ const THINKING: &str = "thinking";
 pub enum Next {
     /// The next event.
     On,
-    /// Another stretch is open and told from now on: the events behind `after` are to be read again.
-    Again { after: u64 },
+    /// Another stretch is told from now on: the texts of messages that are being written are wanted once more.
+    Again,
     /// The run that was asked for waits for a person, since this seq.
     Waits { seq: u64 },
     /// The run that was asked for has ended.
@@ -85,8 +86,12 @@ struct Run {
 struct Call {
     call: String,
     tool: String,
-    arguments: Option<String>,
+    /// What is still to be told of it.
+    untold: Option<Arguments>,
 }
+
+/// The arguments of a call, if it has any.
+type Arguments = Option<String>;
 
 /// A message that is written in pieces.
 struct Writing {
@@ -207,14 +212,14 @@ impl Mapper {
             return Next::On;
         }
         match &*it.kind {
-            "agent_started" | "agent_resumed" => self.begins(seq, &it, out),
+            "agent_started" | "agent_resumed" => return self.begins(seq, &it, out),
             "agent_waiting" | "agent_completed" | "agent_failed" | "agent_cancelled" => {
                 return self.ends(seq, &it, out);
             }
             "user_message" => self.message(&it, "user", out),
             "system_message" => self.message(&it, "system", out),
             AGENT_MESSAGE => self.message(&it, "assistant", out),
-            _ => self.inside(&it, frame, out),
+            _ => self.inside(seq, &it, frame, out),
         }
         Next::On
     }
@@ -249,10 +254,11 @@ impl Mapper {
         let Some(run) = self.runs.get_mut(name) else { return };
         run.thinking = (it.kind == "agent_thinking").then(|| it.event.clone().into_owned());
         match &*it.kind {
-            "tool_executing" => run.calls.extend(Call::of(it)),
-            "tool_completed" => {
-                let call = Fields::of(it.data).text("call");
-                run.calls.retain(|known| Some(&known.call) != call.as_ref());
+            "tool_executing" => run.call(Call::of(it)),
+            "tool_completed" => run.completed(it),
+            AGENT_MESSAGE => {
+                let named = Fields::of(it.data).text("message").unwrap_or_default();
+                run.writing.remove(&named);
             }
             "agent_waiting" => run.since = None,
             "agent_completed" | "agent_failed" | "agent_cancelled" => drop(self.runs.remove(name)),
@@ -263,21 +269,18 @@ impl Mapper {
     /// The reader's place is reached: what is open there is opened for it.
     fn speak(&mut self, out: &mut Out<'_>) {
         self.silent_to = None;
-        let mut calls = Vec::new();
-        for (name, run) in &mut self.runs {
-            let of_run = std::mem::take(&mut run.calls);
-            calls.extend(of_run.into_iter().map(|call| (name.clone(), call)));
-        }
         let Some((_, name)) = self.oldest() else { return };
-        self.begin(&name, None, out);
-        let mut bytes = 0;
-        let calls = calls.into_iter().filter(|(run, _)| !self.resumes && *run == name).take(CALLS);
-        for (_, call) in calls {
-            bytes += call.arguments.as_ref().map_or(0, String::len);
-            if bytes <= CALL_BYTES {
-                call.tell(&name, out);
-            }
+        if let Some(run) = self.runs.get_mut(&name).filter(|_| self.resumes) {
+            run.calls.iter_mut().for_each(|call| call.untold = None);
         }
+        self.take_up(&name, None, out);
+    }
+
+    /// Tells a run from now on, with what is open in it.
+    fn take_up(&mut self, name: &str, metadata: Option<&RawValue>, out: &mut Out<'_>) {
+        self.begin(name, metadata, out);
+        let Some(run) = self.runs.get_mut(name) else { return };
+        run.calls.iter_mut().for_each(|call| call.tell(name, out));
     }
 
     /// Notes that a stretch has begun.
@@ -287,18 +290,21 @@ impl Mapper {
             return false;
         }
         let run = self.runs.entry(name.to_owned()).or_default();
-        run.since = Some(seq);
+        (run.since, run.thinking) = (Some(seq), None);
         if it.kind == "agent_started" {
             run.parent = Fields::of(it.data).text("parent_run");
         }
         true
     }
 
-    fn begins(&mut self, seq: u64, it: &Frame<'_>, out: &mut Out<'_>) {
-        let Some(name) = it.run.as_deref() else { return };
-        if self.open(seq, name, it) && self.told.is_none() {
-            self.begin(name, Some(it.data), out);
+    fn begins(&mut self, seq: u64, it: &Frame<'_>, out: &mut Out<'_>) -> Next {
+        let Some(name) = it.run.as_deref() else { return Next::On };
+        if !self.open(seq, name, it) || self.told.is_some() {
+            return Next::On;
         }
+        self.take_up(name, Some(it.data), out);
+        // One that goes on may have messages that nobody was told of while it waited.
+        if it.kind == "agent_resumed" { Next::Again } else { Next::On }
     }
 
     /// Tells that a run begins, with the messages that stand before it.
@@ -343,10 +349,9 @@ impl Mapper {
             _ if self.only.is_some() && waits => Next::Waits { seq },
             _ if self.only.is_some() => Next::Ended,
             None => Next::On,
-            Some((since, _)) => {
-                (self.silent_to, self.resumes) = (Some(seq), false);
-                self.runs.clear();
-                Next::Again { after: since - 1 }
+            Some((_, name)) => {
+                self.take_up(&name, None, out);
+                Next::Again
             }
         }
     }
@@ -400,7 +405,7 @@ impl Mapper {
     fn message(&mut self, it: &Frame<'_>, role: &'static str, out: &mut Out<'_>) {
         let run = it.run.as_deref();
         if run.is_some_and(|run| !self.is_wanted(run) || self.told.as_deref().is_some_and(|told| told != run)) {
-            return;
+            return self.note(it.seq.unwrap_or(0), it);
         }
         if let Some(name) = run.filter(|_| self.told.is_some()) {
             self.end_thinking(name, out);
@@ -477,21 +482,29 @@ impl Mapper {
     }
 
     /// Anything else, if a run is told and it is not another's.
-    fn inside(&mut self, it: &Frame<'_>, frame: &str, out: &mut Out<'_>) {
-        let Some(told) = self.told.clone() else { return };
+    fn inside(&mut self, seq: u64, it: &Frame<'_>, frame: &str, out: &mut Out<'_>) {
+        let Some(told) = self.told.clone() else { return self.note(seq, it) };
         match it.run.as_deref() {
             Some(run) if run == told => self.end_thinking(&told, out),
-            Some(_) => return,
+            Some(_) => return self.note(seq, it),
             None => {}
         }
         match &*it.kind {
             "agent_thinking" => self.think(&told, it, out),
             "tool_executing" => {
-                if let Some(call) = Call::of(it) {
+                if let Some(mut call) = Call::of(it) {
                     call.tell(&told, out);
+                    if let Some(run) = self.runs.get_mut(&told) {
+                        run.call(Some(call));
+                    }
                 }
             }
-            "tool_completed" => completed(&told, it, out),
+            "tool_completed" => {
+                if let Some(run) = self.runs.get_mut(&told) {
+                    run.completed(it);
+                }
+                completed(&told, it, out);
+            }
             kind => {
                 // A frame without its type is JSON as well.
                 if let Ok(value) = RawValue::from_string(without_type(frame)) {
@@ -531,17 +544,33 @@ fn completed(run: &str, it: &Frame<'_>, out: &mut Out<'_>) {
     });
 }
 
+impl Run {
+    /// Notes a call, unless there are too many: those are not opened again.
+    fn call(&mut self, call: Option<Call>) {
+        let size = |call: &Call| call.untold.iter().flatten().map(String::len).sum::<usize>();
+        let room = CALL_BYTES.saturating_sub(self.calls.iter().map(size).sum());
+        self.calls.extend(call.filter(|call| self.calls.len() < CALLS && size(call) <= room));
+    }
+
+    fn completed(&mut self, it: &Frame<'_>) {
+        let call = Fields::of(it.data).text("call");
+        self.calls.retain(|known| Some(&known.call) != call.as_ref());
+    }
+}
+
 impl Call {
     fn of(it: &Frame<'_>) -> Option<Call> {
         let fields = Fields::of(it.data);
         let tool = fields.text("tool").unwrap_or_default();
-        Some(Call { call: fields.text("call")?, tool, arguments: fields.as_text("arguments") })
+        Some(Call { call: fields.text("call")?, tool, untold: Some(fields.as_text("arguments")) })
     }
 
-    fn tell(&self, run: &str, out: &mut Out<'_>) {
+    /// Tells the call, once.
+    fn tell(&mut self, run: &str, out: &mut Out<'_>) {
+        let Some(arguments) = self.untold.take() else { return };
         let tool_call_id = &id(run, &["calls", &self.call]);
         out.push(&Event::ToolCallStart { tool_call_id, tool_call_name: &self.tool });
-        if let Some(delta) = self.arguments.as_deref().filter(|delta| !delta.is_empty()) {
+        if let Some(delta) = arguments.as_deref().filter(|delta| !delta.is_empty()) {
             out.push(&Event::ToolCallArgs { tool_call_id, delta });
         }
         out.push(&Event::ToolCallEnd { tool_call_id });

@@ -100,28 +100,28 @@ impl Thread {
         self.frames.push((None, frame(None, AGENT_TOKEN, Some(run), data)));
     }
 
-    /// What a reader gets that wants the events behind `after` and reads them from behind `cursor` on. What was read once is
-    /// read again without its pieces, as from a store.
+    /// What a reader gets that wants the events behind `after` and reads them from behind `cursor` on. Who joins, and who
+    /// wants them again, gets the texts that are being written.
     fn read(&self, only: Option<&str>, cursor: u64, after: u64, resumes: bool) -> Vec<Value> {
         let silent_to = (cursor < after).then_some(after);
         let mut mapper = Mapper::new("t", only.map(str::to_owned), silent_to, resumes);
         let (mut verifier, mut events) = (Verifier::default(), Vec::new());
         let mut lines = Vec::new();
-        let begin = self.behind(cursor);
-        let mut todo: VecDeque<(usize, bool)> = (begin..self.frames.len()).map(|i| (i, true)).collect();
-        while let Some((i, first)) = todo.pop_front() {
-            let (seq, frame) = &self.frames[i];
-            let live = first && seq.is_some_and(|seq| seq > after);
-            if seq.is_none() && (!first || i < self.behind(after)) {
-                continue;
+        let live = self.behind(after);
+        for (_, frame) in self.frames[self.behind(cursor)..live].iter().filter(|(seq, _)| seq.is_some()) {
+            assert_eq!(mapper.event(frame, &mut lines), Next::On);
+        }
+        let join = |frames, mapper: &mut Mapper, lines: &mut Vec<String>| {
+            for piece in self.texts(frames) {
+                assert_eq!(mapper.event(&piece, lines), Next::On);
             }
-            match mapper.event(frame, &mut lines) {
+        };
+        join(live, &mut mapper, &mut lines);
+        for i in live..self.frames.len() {
+            match mapper.event(&self.frames[i].1, &mut lines) {
                 Next::On | Next::Waits { .. } => {}
                 Next::Ended => break,
-                Next::Again { after } => {
-                    assert!(live, "only told events end a stretch");
-                    (self.behind(after)..=i).rev().for_each(|i| todo.push_front((i, false)));
-                }
+                Next::Again => join(i + 1, &mut mapper, &mut lines),
             }
         }
         for line in lines {
@@ -130,6 +130,25 @@ impl Thread {
             events.push(event);
         }
         events
+    }
+
+    /// The messages that are being written after so many frames, each as one piece.
+    fn texts(&self, frames: usize) -> Vec<String> {
+        let mut open: BTreeMap<(String, String), String> = BTreeMap::new();
+        for (seq, frame) in &self.frames[..frames] {
+            let frame: Value = serde_json::from_str(frame).expect("JSON");
+            let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+            let key = (text(&frame["run"]), text(&frame["data"]["message"]));
+            if seq.is_none() {
+                open.entry(key).or_default().push_str(&text(&frame["data"]["text"]));
+            } else if frame["kind"] == AGENT_MESSAGE {
+                open.remove(&key);
+            }
+        }
+        let piece = |((run, message), text): (&(String, String), &String)| {
+            frame(None, AGENT_TOKEN, Some(run), json!({"message": message, "from_char": 0, "text": text}))
+        };
+        open.iter().map(piece).collect()
     }
 
     /// Where what stands behind this seq begins.
@@ -429,5 +448,24 @@ proptest! {
         let whole = runs(t.read(only, 0, 0, false));
         let told = runs(t.read(only, 0, place.min(t.head), resumes));
         prop_assert!(whole.ends_with(&told), "{told:?} of {whole:?}");
+        // A client appends what it gets: no text and no arguments come twice.
+        let mut folded: BTreeMap<String, String> = BTreeMap::new();
+        for event in t.read(only, 0, 0, false) {
+            let text = |field: &str| event[field].as_str().unwrap_or_default().to_owned();
+            if text("type").ends_with("_CONTENT") || text("type") == "TOOL_CALL_ARGS" {
+                folded.entry(text("messageId") + &text("toolCallId")).or_default().push_str(&text("delta"));
+            }
+        }
+        for (_, frame) in &t.frames {
+            let frame: Value = serde_json::from_str(frame).expect("JSON");
+            let (run, data) = (frame["run"].as_str().unwrap_or_default(), &frame["data"]);
+            let (named, called) = (data["message"].as_str(), data["call"].as_str());
+            if let Some(told) = named.and_then(|named| folded.get(&format!("{run}/{named}"))) && frame["kind"] == AGENT_MESSAGE {
+                prop_assert!(data["content"].as_str().is_some_and(|whole| whole.starts_with(told)), "{told} of {data}");
+            }
+            if let Some(told) = called.and_then(|call| folded.get(&format!("{run}/calls/{call}"))) && frame["kind"] == "tool_executing" {
+                prop_assert_eq!(told, &data["arguments"].to_string());
+            }
+        }
     }
 }

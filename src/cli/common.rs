@@ -110,6 +110,9 @@ pub enum Style {
     Cyan,
 }
 
+/// No line is longer, whatever a terminal says of itself.
+const MAX_COLUMNS: usize = 1_000;
+
 impl Out {
     pub fn new() -> Out {
         let colours = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
@@ -123,7 +126,7 @@ impl Out {
     /// How wide a line may be: what `COLUMNS` says, or the terminal; 100 where nobody says.
     pub fn columns(&self) -> usize {
         let said = std::env::var("COLUMNS").ok().and_then(|text| text.parse().ok()).filter(|columns| *columns > 0);
-        said.or_else(terminal_columns).unwrap_or(100)
+        said.or_else(terminal_columns).unwrap_or(100).min(MAX_COLUMNS)
     }
 
     pub fn paint(&self, style: Style, text: impl Display) -> String {

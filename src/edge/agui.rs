@@ -66,8 +66,14 @@ impl Place {
     ) -> Result<Option<Place>, Error> {
         let Some(key) = only else {
             let after = after.unwrap_or(head);
-            let runs = ctx.store.runs_of(tenant, thread)?;
-            let open = runs.iter().filter_map(|(_, row)| open_since(row, after)).min();
+            // At the head it is among those that are open now; further back it may be any.
+            let rows: Vec<RunRow> = if after == head {
+                let open = ctx.store.open_runs(tenant, Some(thread))?;
+                open.iter().filter_map(|key| ctx.store.run(key).transpose()).collect::<Result<_, _>>()?
+            } else {
+                ctx.store.runs_of(tenant, thread)?.into_iter().map(|(_, row)| row).collect()
+            };
+            let open = rows.iter().filter_map(|row| open_since(row, after)).min();
             return Ok(Some(Place { after, cursor: open.map_or(after, |since| since - 1) }));
         };
         let row = ctx.store.run(key)?;
@@ -108,8 +114,6 @@ impl Form for Agui {
     fn event(&mut self, seq: Option<u64>, frame: &str, out: &mut VecDeque<Event>) -> After {
         let mut lines = Vec::new();
         let next = self.mapper.event(frame, &mut lines);
-        // What is told in another run's place belongs to the same event.
-        let seq = seq.filter(|_| !matches!(next, Next::Again { .. }));
         let last = lines.len();
         for (i, json) in lines.iter().enumerate() {
             let event = Event::default().data(stream::line(json));
@@ -120,7 +124,7 @@ impl Form for Agui {
             });
         }
         match next {
-            Next::Again { after } => After::Again(after),
+            Next::Again => After::Again,
             Next::Ended => After::End,
             // What was answered long ago is no end, only a part of the run's history.
             Next::Waits { seq } if self.waits(seq) => After::End,

@@ -135,7 +135,8 @@ pub async fn of_thread(it: Request, thread: &str) -> Result<Reply, Error> {
         let more = runs.len() > limit;
         runs.truncate(limit);
         let next = runs.last().filter(|_| more).map(|(_, row)| scope.seal(&row.started.seq.to_be_bytes()));
-        page(&it.ctx, runs, next)
+        let reply = page(&it.ctx, runs, next)?;
+        it.ctx.may_read(&who, &thread).map(|()| reply)
     })
     .await
 }
@@ -201,7 +202,9 @@ pub async fn read(it: Request, thread: &str, run: &str) -> Result<Reply, Error> 
     let run = segment("run", run)?;
     blocking(move || {
         it.ctx.readable(&who, &thread)?;
-        detail(&it.ctx, &RunKey::new(&who.tenant, &thread, &run))
+        let reply = detail(&it.ctx, &RunKey::new(&who.tenant, &thread, &run))?;
+        // Looked up again: what came after a removal is not handed out.
+        it.ctx.may_read(&who, &thread).map(|()| reply)
     })
     .await
 }
@@ -217,7 +220,10 @@ pub async fn find(it: Request, run: &str) -> Result<Reply, Error> {
         threads.retain(|thread| it.ctx.may_read(&who, thread).is_ok());
         match threads.as_slice() {
             [] => Err(no_run()),
-            [thread] => detail(&it.ctx, &RunKey::new(&who.tenant, thread, &run)),
+            [thread] => {
+                let reply = detail(&it.ctx, &RunKey::new(&who.tenant, thread, &run))?;
+                it.ctx.may_read(&who, thread).map(|()| reply)
+            }
             several => {
                 let why = format!("{} threads have a run of this name: ask for it in its thread", several.len());
                 Err(Error::new(Code::Conflict, why).at("run"))

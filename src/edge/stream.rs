@@ -45,8 +45,8 @@ pub trait Form: Send + Sync + Unpin + 'static {
 /// How a stream goes on behind an event.
 pub enum After {
     On,
-    /// The thread is read once more, from behind this seq.
-    Again(u64),
+    /// The texts of messages that are being written are wanted once more.
+    Again,
     End,
 }
 
@@ -183,7 +183,8 @@ impl<F: Form> Stream for Thread<F> {
             match this.feed.next(&this.who) {
                 Some(Out::Event { seq, frame }) => {
                     if let Err(error) = this.on_event(seq, &frame) {
-                        return Poll::Ready(Some(Ok(this.end(&error))));
+                        let last = this.end(&error);
+                        this.ready.push_back(last);
                     }
                     continue;
                 }
@@ -212,7 +213,7 @@ impl<F: Form> Thread<F> {
     fn on_event(&mut self, seq: Option<u64>, frame: &str) -> Result<(), Error> {
         match self.form.event(seq, frame, &mut self.ready) {
             After::On => {}
-            After::Again(cursor) => self.feed.subs.restart(&self.who, &self.thread, cursor)?,
+            After::Again => self.feed.subs.restart(&self.who, &self.thread)?,
             After::End => self.ended = true,
         }
         Ok(())

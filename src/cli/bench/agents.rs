@@ -109,12 +109,16 @@ async fn stream(target: &Target, args: &AgentsArgs, burst: usize) -> Result<Vec<
         while let Some(heard) = listeners.join_next().await {
             seconds.add(heard??)?;
         }
+        Ok::<_, Failure>(())
+    };
+    let answering = async {
         while let Some(done) = answers.join_next().await {
             done??;
         }
-        Ok::<_, Failure>(())
+        Ok(())
     };
-    tokio::time::timeout(plan.patience(), listening).await??;
+    // At the same time, so that a refusal is told and not waited out.
+    tokio::time::timeout(plan.patience(), async { tokio::try_join!(listening, answering) }).await??;
     let (talked, _mouths) = talker.await?;
     talked?;
     let after = target.metrics(METRICS).await?;

@@ -48,7 +48,7 @@ pub(super) fn lines(run: &Value, others: &[Value], width: usize, unicode: bool) 
     rows.extend(messages(run));
     rows.extend(below(run, others));
     rows.sort_by_key(|row| (row.from, row.seq));
-    let end = rows.iter().map(|row| row.from + row.ms.unwrap_or(0)).max().unwrap_or(0);
+    let end = rows.iter().map(|row| row.from.saturating_add(row.ms.unwrap_or(0))).max().unwrap_or(0);
     let scale = Scale { width, total: end.max(number(&run["timings"]["total_ms"])).max(1), unicode };
     let mut lines = header(run, width);
     lines.extend(rows.iter().map(|row| scale.line(row)));
@@ -104,7 +104,12 @@ fn steps(run: &Value) -> Vec<Row> {
             continue;
         }
         let from = since(run, &step["at"]);
-        let open = step["ms"].is_null() && matches!(&*kind, "agent_thinking" | "agent_waiting");
+        // What goes on while a person is waited for is no answer.
+        let open = match &*kind {
+            "agent_waiting" => run["waiting"]["seq"] == seq,
+            "agent_thinking" => step["ms"].is_null(),
+            _ => false,
+        };
         let ms = match &*kind {
             "agent_started" => Some(number(&run["timings"]["queue_ms"])),
             _ if open => Some(total(run).saturating_sub(from)),

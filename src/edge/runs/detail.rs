@@ -151,8 +151,10 @@ pub(super) fn detail(ctx: &Context, key: &RunKey) -> Result<Reply, Error> {
     for seq in seqs {
         steps.extend(step(ctx, key, seq)?);
     }
-    let last = steps.last();
-    let error = last.filter(|step| step.kind == "agent_failed").and_then(|it| serde_json::from_str(it.data.get()).ok());
+    // Of a run that is cut short as well.
+    let end = row.ended.map(|(mark, _)| step(ctx, key, mark.seq)).transpose()?.flatten();
+    let error = end.as_ref().filter(|step| step.kind == "agent_failed");
+    let error = error.and_then(|step| serde_json::from_str(step.data.get()).ok());
     let mut run = item(ctx, key, &row)?;
     if let Some(cancel) = &mut run.cancel {
         let asked = cancel.requested.seq;
@@ -164,8 +166,8 @@ pub(super) fn detail(ctx: &Context, key: &RunKey) -> Result<Reply, Error> {
         timings: timings(&row, &steps, &written),
         tools: tools(&steps),
         messages: written.into_iter().map(message).collect(),
-        output: last.and_then(|step| step.known.output.clone()),
-        usage: last.and_then(|step| step.known.usage.clone()),
+        output: end.as_ref().and_then(|step| step.known.output.clone()),
+        usage: end.and_then(|step| step.known.usage),
         error,
         steps: steps.iter().enumerate().map(|(i, step)| told(step, steps.get(i + 1))).collect(),
         truncated,
@@ -224,18 +226,23 @@ fn writing_ms(row: &MessageRow) -> u64 {
 
 fn timings(row: &RunRow, steps: &[Step], written: &[(String, MessageRow)]) -> Timings {
     let end = row.ended.map_or(row.heard_at(), |(mark, _)| mark.at);
+    let mut begun: Vec<u64> = written.iter().map(|(_, row)| row.begun_at).collect();
+    begun.sort_unstable();
     let mut timings = Timings { total_ms: end.saturating_sub(row.started.at), ..Timings::default() };
     for (i, step) in steps.iter().enumerate() {
-        let next = steps.get(i + 1).map_or(end, |next| next.at);
+        let behind = &steps[i + 1..];
+        // That somebody wants it cancelled is no work of the agent's.
+        let next = behind.iter().find(|step| !is_peoples(&step.kind)).map_or(end, |next| next.at);
+        let answered = behind.iter().find(|step| step.kind == "agent_resumed").map_or(end, |next| next.at);
         // Who begins to write has thought, and the first piece of a message is no event.
-        let writes = written.get(written.partition_point(|(_, row)| row.begun_at < step.at));
-        let works = writes.map_or(next, |(_, row)| row.begun_at.min(next));
+        let writes = begun.get(begun.partition_point(|at| *at < step.at));
+        let works = writes.map_or(next, |at| next.min(*at));
         match &*step.kind {
             "agent_started" => timings.queue_ms += works.saturating_sub(step.at),
             "agent_thinking" | "tool_completed" | "agent_resumed" => {
                 timings.thinking_ms += works.saturating_sub(step.at)
             }
-            "agent_waiting" => timings.waiting_ms += next.saturating_sub(step.at),
+            "agent_waiting" => timings.waiting_ms += answered.saturating_sub(step.at),
             _ => {}
         }
     }

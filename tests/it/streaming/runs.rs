@@ -239,17 +239,26 @@ async fn a_run_that_comes_to_nothing_is_ended_once_and_a_question_whose_time_is_
     let server = Server::start_with(LogKind::embedded(), &["--run-stalled-after", "1s"]);
     let mut agent = server.connect_as("scout", AGENT).await;
     let soon = weft::clock::rfc3339(weft::clock::now_ms() + 1_500);
-    for (run, kind, data) in [
+    // In one frame, so that none of them has stalled before all are there.
+    let steps = [
         ("idle", "agent_started", json!({"agent": "scout"})),
         ("asks", "agent_started", json!({"agent": "scout"})),
         ("asks", "agent_waiting", json!({"reason": "approval", "expires_at": soon})),
         ("waits", "agent_started", json!({"agent": "scout"})),
         ("waits", "agent_waiting", json!({"reason": "approval"})),
-    ] {
-        assert_eq!(agent.ask(step("t", run, kind, data)).await["type"], "published");
+    ];
+    let frame = steps.into_iter().zip(900..).map(|((run, kind, data), id)| {
+        let mut command = step("t", run, kind, data);
+        command["id"] = json!(id);
+        command
+    });
+    agent.send(&frame.collect()).await;
+    for _ in 0..5 {
+        assert_eq!(agent.recv().await["type"], "published");
     }
-    agent.subscribe("t", Some(5)).await;
-    let mut ends: Vec<Value> = agent.events(3).await;
+    agent.subscribe("t", Some(0)).await;
+    let mut ends: Vec<Value> = agent.events(8).await;
+    ends.retain(|event| event["from"] == "weft");
     ends.sort_by_key(|event| (event["run"].to_string(), event["seq"].as_u64()));
     let told: Vec<_> = ends
         .iter()
