@@ -213,7 +213,8 @@ impl<F: Form> Thread<F> {
     fn on_event(&mut self, seq: Option<u64>, frame: &str) -> Result<(), Error> {
         match self.form.event(seq, frame, &mut self.ready) {
             After::On => {}
-            After::Again => self.feed.subs.restart(&self.who, &self.thread)?,
+            // Behind this event, and not behind what was read together with it.
+            After::Again => self.feed.subs.restart(&self.who, &self.thread, seq.unwrap_or(0))?,
             After::End => self.ended = true,
         }
         Ok(())

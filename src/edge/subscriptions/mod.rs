@@ -333,10 +333,9 @@ impl Subscriptions {
         Some(id)
     }
 
-    /// Joins a thread once more where it is, so that all text that is being written is told again.
-    pub fn restart(&mut self, who: &Principal, thread: &str) -> Result<(), Error> {
+    /// Joins a thread once more behind `cursor`, so that all text that is being written is told again.
+    pub fn restart(&mut self, who: &Principal, thread: &str, cursor: u64) -> Result<(), Error> {
         let Some(&id) = self.by_thread.get(thread) else { return Ok(()) };
-        let cursor = self.by_id.get(&id).map_or(0, |sub| sub.cursor);
         let Some(id) = self.renumber(id, cursor, Stage::Behind) else { return Ok(()) };
         self.approach(who, id).inspect_err(|_| drop(self.drop_sub(id)))
     }
