@@ -34,17 +34,17 @@ endif
 
 lint: ## formatting, clippy, licences and sources of dependencies, syntax of scripts, JSON and YAML
 	@scripts/setup.sh lint
-	cargo fmt --check
-	cargo clippy --release --all-targets --locked -- -D warnings
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets --locked -- -D warnings
 	cargo deny --locked check bans licenses sources
 	scripts/check-files.sh
 
 fmt: ## format the Rust sources
-	cargo fmt
+	cargo fmt --all
 
 bench: ## measure on both logs, beside what the log and the store can do bare
 	@scripts/setup.sh test
-	cargo build --release --bin weft
+	cargo build --release --workspace --bins
 	scripts/bench.sh $(ARGS)
 
 kafka: ## start a real Kafka broker (KRaft) in .kafka/ and print its address

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures Weft on each log, and in the same run what the log and the store can do bare; prints each figure beside its
-# limit and as a ratio to both. Expects a built `weft`. What is below its limit is marked and fails nothing: figures
+# limit and as a ratio to both. Expects a built `weft` and `weft-bench`. What is below its limit is marked and fails nothing: figures
 # depend on the machine. What errs does fail.
 #
 #   bench.sh [embedded] [kafka]     both unless named
@@ -11,7 +11,9 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=${WEFT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/weft}
-weft=${CARGO_TARGET_DIR:-$cache/target}/release/weft
+built=${CARGO_TARGET_DIR:-$cache/target}/release
+weft=$built/weft
+bench=$built/weft-bench
 # Not /tmp: where that is memory, a sync costs nothing and says nothing.
 mkdir -p "$cache"
 work=${WEFT_BENCH_DIR:-$(mktemp -d "$cache/bench.XXXXXX")}
@@ -79,8 +81,8 @@ start_server() {
 measure() {
   local file=$work/$1.json
   shift
-  echo "weft bench $*" >&2
-  if ! "$weft" bench "$@" --json >"$file"; then
+  echo "weft-bench $*" >&2
+  if ! "$bench" "$@" --json >"$file"; then
     failed=1
     # One that failed before it measured anything has printed nothing.
     [ -s "$file" ] || rm -f "$file"
@@ -102,7 +104,9 @@ bench_log() {
   measure "$log-bare" bare --log "$log" --dir "$work/$log-bare"
 }
 
-[ -x "$weft" ] || fail "$weft is missing: cargo build --release --bin weft"
+for built in "$weft" "$bench"; do
+  [ -x "$built" ] || fail "$built is missing: cargo build --release --workspace --bins"
+done
 # Thousands of connections on both ends.
 ulimit -n "$(ulimit -Hn)"
 WEFT_JWT_SECRET=$(head -c 32 /dev/urandom | base64)
@@ -122,5 +126,5 @@ done
 shopt -s nullglob
 figures=("$work"/*-server.json "$work"/*-rebuild.json "$work"/*-bare.json)
 [ ${#figures[@]} -gt 0 ] || fail "nothing could be measured"
-"$weft" bench report "${figures[@]}"
+"$bench" report "${figures[@]}"
 [ "$failed" -eq 0 ] || fail "not everything could be measured; see above"

@@ -9,20 +9,24 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::auth::{Authenticator, Rights};
 use crate::config::{Config, ConfigError, LogChoice};
-use crate::edge::{Context, http, listener};
-use crate::health::Health;
-use crate::hub::{Committer, Hub};
-use crate::identity::tickets::Tickets;
-use crate::limits::Limits;
+use crate::delivery::Delivery;
+use crate::delivery::hub::Hub;
+use crate::delivery::registry::Registry;
+use crate::edge::health::Health;
+use crate::edge::{Context, listener, routes};
+use crate::ingest::admit::Admission;
+use crate::ingest::limits::Limits;
+use crate::ingest::pending::Pending;
+use crate::ingest::submit::Submit;
 use crate::log::embedded::EmbeddedLog;
 use crate::log::kafka::{KafkaConfig, KafkaLog};
 use crate::log::{Log, LogError, Reader};
-use crate::projector::{Loop, Projector, Status};
-use crate::sessions::Sessions;
+use crate::projector::{Projector, Pump, Status};
+use crate::reaper::Reaper;
 use crate::store::{Progress, Store, StoreError};
-use crate::submit::{Pending, Submit};
-use crate::{overdue, telemetry};
+use crate::telemetry;
 
 /// How long sessions get to finish what was accepted, on the way down.
 const DRAIN_WITHIN: Duration = Duration::from_secs(9);
@@ -125,41 +129,52 @@ impl App {
         let (log, store, progress, reader) = opened.await.map_err(|_| StartError::Interrupted)??;
 
         let pending = Arc::new(Pending::default());
-        let sessions = Arc::new(Sessions::new(config.max_user_connections));
+        let registry = Arc::new(Registry::new(config.max_user_connections));
         let limits = Arc::new(Limits::new(config.rates()));
-        let (hub, committer, delivering) = Hub::start(pending.clone(), sessions.clone());
+        let (hub, commits, delivering) = Hub::start(pending.clone(), registry.clone());
         let status = Arc::new(Status::default());
         let stop_projecting = Arc::new(AtomicBool::new(false));
-        let projector = Loop {
+        let pump = Pump {
             projector: Projector::new(store.clone(), log.as_ref(), progress),
             log: log.clone(),
             reader,
             status: status.clone(),
             stop: stop_projecting.clone(),
-            publish: publish(committer),
+            // Hands what became visible to the hub; waits while the hub is behind.
+            publish: Box::new(move |commit| commits.blocking_send(commit).is_ok()),
         };
-        let projecting = std::thread::Builder::new().name("projector".into()).spawn(move || projector.run())?;
+        let projecting = std::thread::Builder::new().name("projector".into()).spawn(move || pump.run())?;
 
+        let rights = Rights::new(store.clone());
+        let submit = Arc::new(Submit::new(log.clone(), pending.clone()));
+        let health = Arc::new(Health::new(log.clone(), status.clone()));
+        let reaper = Reaper {
+            store: store.clone(),
+            submit: submit.clone(),
+            projector: status,
+            stalled_after: config.run_stalled_after(),
+        };
         let ctx = Arc::new(Context {
+            auth: Authenticator::new(verifier, store.clone()),
+            admission: Admission::new(rights.clone(), limits.clone()),
+            delivery: Arc::new(Delivery::new(store.clone(), rights.clone(), hub.clone(), submit.clone())),
+            rights,
             store,
             hub,
-            submit: Submit::new(log.clone(), pending.clone()),
-            verifier,
-            tickets: Tickets::default(),
+            submit,
             epoch: log.epoch().to_owned(),
-            sessions,
-            limits: limits.clone(),
+            registry,
             origins: config.allow_origin.clone(),
-            health: Health::new(log.clone(), status),
+            health: health.clone(),
             metrics: metrics.clone(),
         });
         let (address, stop_accepting, accepting) = accept(&config, listening, ctx.clone())?;
         let chores = vec![
             tokio::spawn(pending.expire()),
-            tokio::spawn(Health::watch(ctx.clone())),
+            tokio::spawn(health.watch()),
             tokio::spawn(telemetry::upkeep(metrics)),
             tokio::spawn(limits.upkeep()),
-            tokio::spawn(overdue::watch(ctx.clone(), config.run_stalled_after())),
+            tokio::spawn(reaper.run()),
         ];
         Ok(App { address, ctx, log, stop_accepting, accepting, delivering, chores, projecting, stop_projecting })
     }
@@ -174,8 +189,8 @@ impl App {
     pub async fn stop(self) {
         self.ctx.health.set_draining();
         self.stop_accepting.send_replace(true);
-        self.ctx.sessions.drain();
-        if tokio::time::timeout(DRAIN_WITHIN, self.ctx.sessions.emptied()).await.is_err() {
+        self.ctx.registry.drain();
+        if tokio::time::timeout(DRAIN_WITHIN, self.ctx.registry.emptied()).await.is_err() {
             tracing::warn!("some sessions did not end in time; their clients will resume");
         }
         // Requests under way have the same verdicts to wait for as sessions had, and nothing longer.
@@ -200,11 +215,6 @@ impl App {
     }
 }
 
-/// Hands what became visible to the hub; waits while the hub is behind.
-fn publish(committer: Committer) -> Box<dyn FnMut(crate::projector::Committed) -> bool + Send> {
-    Box::new(move |committed| committer.blocking_send(committed).is_ok())
-}
-
 fn accept(
     config: &Config,
     listening: TcpListener,
@@ -212,6 +222,6 @@ fn accept(
 ) -> Result<(SocketAddr, watch::Sender<bool>, JoinHandle<()>), StartError> {
     let address = listening.local_addr()?;
     let (stop, stopped) = watch::channel(false);
-    let accepting = tokio::spawn(listener::serve(listening, http::routes(ctx), config.max_connections, stopped));
+    let accepting = tokio::spawn(listener::serve(listening, routes::routes(ctx), config.max_connections, stopped));
     Ok((address, stop, accepting))
 }

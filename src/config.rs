@@ -8,8 +8,8 @@ use figment::Figment;
 use figment::providers::{Format, Serialized, Toml};
 use serde::{Deserialize, Serialize};
 
-use crate::identity::jwt::{Key, Verifier};
-use crate::limits::Rates;
+use crate::auth::jwt::{Key, Verifier};
+use crate::ingest::limits::Rates;
 
 /// Which log to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]

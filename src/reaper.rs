@@ -8,12 +8,16 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::edge::Context;
-use crate::edge::http::raw;
-use crate::error::{Code, Error};
+use crate::ingest::admit::new_event;
+use crate::ingest::submit::{Draft, Submit};
 use crate::log::Grant;
+use crate::projector::Status;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::event::LogEvent;
+use crate::protocol::json::encode_raw;
+use crate::protocol::kinds::{AGENT_FAILED, AGENT_RESUMED};
+use crate::store::Store;
 use crate::store::runs::{RunKey, RunRow};
-use crate::submit::{Draft, draft};
 use crate::{clock, telemetry};
 
 /// Who the server's own events are from.
@@ -29,30 +33,57 @@ struct Due {
     idempotency: String,
 }
 
-/// Runs for as long as the server does. A run with no event for `stalled_after` is ended.
-pub async fn watch(ctx: Arc<Context>, stalled_after: Duration) {
-    let mut every = tokio::time::interval(EVERY.min(stalled_after / 2).max(Duration::from_millis(100)));
-    loop {
-        every.tick().await;
-        if ctx.health.check_caught_up().is_err() {
-            continue;
+pub struct Reaper {
+    pub store: Arc<Store>,
+    pub submit: Arc<Submit>,
+    pub projector: Arc<Status>,
+    /// A run with no event for so long is ended.
+    pub stalled_after: Duration,
+}
+
+impl Reaper {
+    /// Runs for as long as the server does.
+    pub async fn run(self) {
+        let mut every = tokio::time::interval(EVERY.min(self.stalled_after / 2).max(Duration::from_millis(100)));
+        loop {
+            every.tick().await;
+            if !self.projector.caught_up() {
+                continue;
+            }
+            let (store, stalled_after) = (self.store.clone(), self.stalled_after);
+            match tokio::task::spawn_blocking(move || find(&store, stalled_after)).await {
+                Ok(Ok(due)) => self.write(due).await,
+                Ok(Err(error)) => tracing::warn!(%error, "open runs cannot be read"),
+                Err(_) => return,
+            }
         }
-        let asked = ctx.clone();
-        let due = tokio::task::spawn_blocking(move || find(&asked, stalled_after)).await;
-        match due {
-            Ok(Ok(due)) => write(&ctx, due).await,
-            Ok(Err(error)) => tracing::warn!(%error, "runs cannot be looked at"),
-            Err(_) => return,
+    }
+
+    async fn write(&self, due: Vec<Due>) {
+        for Due { key, kind, data, idempotency } in due {
+            let data = encode_raw(&data);
+            let event = LogEvent {
+                run: Some((&*key.run).into()),
+                key: Some(idempotency.into()),
+                ..new_event(&key.tenant, SERVER, &key.thread, kind, &data)
+            };
+
+            match self.submit.publish(&Draft { event, grant: Grant::Server, traceparent: None }).await {
+                Ok(_) => tracing::info!(run = key.run, thread = key.thread, kind, "an overdue run was dealt with"),
+                // Another node was faster, or the run has gone on.
+                Err(error) if matches!(error.code, Code::Conflict | Code::RunOrder) => {}
+                Err(error) => tracing::warn!(%error, run = key.run, "an overdue run could not be dealt with"),
+            }
         }
     }
 }
 
-fn find(ctx: &Context, stalled_after: Duration) -> Result<Vec<Due>, Error> {
+fn find(store: &Store, stalled_after: Duration) -> Result<Vec<Due>, Error> {
     let now = clock::now_ms();
     let stalled_before = now.saturating_sub(stalled_after.as_millis() as u64);
     let (mut due, mut open, mut waiting) = (Vec::new(), 0.0, 0.0);
-    for key in ctx.store.all_open_runs()? {
-        let Some(row) = ctx.store.run(&key)?.filter(|row| row.ended.is_none()) else { continue };
+    for key in store.all_open_runs()? {
+        let Some(row) = store.run(&key)?.filter(|row| row.ended.is_none()) else { continue };
         open += 1.0;
         waiting += f64::from(u8::from(row.waiting.is_some()));
         due.extend(overdue(key, &row, now, stalled_before));
@@ -67,13 +98,13 @@ fn overdue(key: RunKey, row: &RunRow, now: u64, stalled_before: u64) -> Option<D
     let run = &key.run;
     match &row.waiting {
         Some(wait) => wait.expires_at.filter(|until| *until <= now).map(|_| Due {
-            kind: "agent_resumed",
+            kind: AGENT_RESUMED,
             data: json!({"answer": null, "expired": true}),
             idempotency: format!("expired-{}-{run:.90}", wait.since.seq),
             key: key.clone(),
         }),
         None if row.children == 0 && row.heard_at() <= stalled_before => Some(Due {
-            kind: "agent_failed",
+            kind: AGENT_FAILED,
             data: json!({
                 "code": "stalled",
                 "message": "the run had no event for too long",
@@ -84,20 +115,5 @@ fn overdue(key: RunKey, row: &RunRow, now: u64, stalled_before: u64) -> Option<D
             key: key.clone(),
         }),
         None => None,
-    }
-}
-
-async fn write(ctx: &Context, due: Vec<Due>) {
-    for Due { key, kind, data, idempotency } in due {
-        let data = raw(&data);
-        let mut event = draft(&key.tenant, SERVER, &key.thread, kind, &data);
-        event.run = Some((&*key.run).into());
-        event.key = Some(idempotency.into());
-        match ctx.submit.publish(&Draft { event, grant: Grant::Server, traceparent: None }).await {
-            Ok(_) => tracing::info!(run = key.run, thread = key.thread, kind, "a run was overdue"),
-            // Somebody was faster, or the run has gone on.
-            Err(error) if matches!(error.code, Code::Conflict | Code::RunOrder) => {}
-            Err(error) => tracing::warn!(%error, run = key.run, "an overdue run could not be dealt with"),
-        }
     }
 }

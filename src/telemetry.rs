@@ -3,12 +3,11 @@
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use crate::protocol::records::{RUN_ORDER, UNACKNOWLEDGED, UNREADABLE};
 use metrics::{
     Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-
-use crate::projector::{RUN_ORDER, UNACKNOWLEDGED, UNREADABLE};
 
 /// Buckets of durations, in seconds: 50 µs to 10 s.
 const SECONDS: &[f64] = &[
@@ -96,7 +95,7 @@ fn build() -> PrometheusHandle {
     }
     metrics_process::Collector::default().describe();
     // Their ratio is asked for before the first agent has come.
-    [pieces_received(), pieces_appended()].iter().for_each(|counter| counter.increment(0));
+    [deltas_received(), deltas_appended()].iter().for_each(|counter| counter.increment(0));
     handle
 }
 
@@ -185,10 +184,10 @@ pub fn redeliveries() -> Counter {
 pub fn runs(state: &'static str) -> Gauge {
     gauge!("weft_runs", "state" => state)
 }
-pub fn pieces_received() -> Counter {
+pub fn deltas_received() -> Counter {
     counter!("weft_pieces_received_total")
 }
-pub fn pieces_appended() -> Counter {
+pub fn deltas_appended() -> Counter {
     counter!("weft_pieces_appended_total")
 }
 pub fn signals() -> Counter {

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use tokio::task::JoinSet;
 
-use super::publisher::{Frame, Publisher};
-use super::report::{Figure, micros, millis};
-use super::target::{Target, progress, raise_open_files};
-use crate::cli::common::Failure;
+use crate::publisher::{Frame, Publisher};
+use crate::report::{Figure, micros, millis};
+use crate::target::{Target, progress, raise_open_files};
+use weft::cli::common::Failure;
 
 const WARM_UP: Duration = Duration::from_secs(1);
 /// For the answers that are still out when the time is over.

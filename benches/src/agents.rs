@@ -9,12 +9,12 @@ use hdrhistogram::Histogram;
 use tokio::net::tcp::OwnedWriteHalf;
 use tokio::task::{JoinSet, spawn_blocking};
 
-use super::pace::{Plan, write_all};
-use super::reply::Reply;
-use super::report::{Figure, micros, millis};
-use super::socket::{Reader, Socket, text_frame};
-use super::target::{Target, progress, raise_open_files};
-use crate::cli::common::Failure;
+use crate::pace::{Plan, write_all};
+use crate::reply::Reply;
+use crate::report::{Figure, micros, millis};
+use crate::socket::{Reader, Socket, text_frame};
+use crate::target::{Target, progress, raise_open_files};
+use weft::cli::common::Failure;
 
 /// Characters of a piece, about those of a token.
 const CHARS: usize = 5;

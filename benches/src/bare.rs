@@ -4,9 +4,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::report::{Figure, LogKind};
-use super::{bare_embedded, bare_kafka};
-use crate::cli::common::Failure;
+use crate::report::{Figure, LogKind};
+use crate::{bare_embedded, bare_kafka};
+use weft::cli::common::Failure;
 
 #[derive(Debug, clap::Args)]
 pub struct BareArgs {

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use rocksdb::{DB, DBCompressionType, IteratorMode, Options, WriteBatch, WriteOptions};
 
-use super::bare::record_value;
-use super::report::{Figure, micros, millis};
-use super::target::progress;
-use crate::cli::common::Failure;
-use crate::log::embedded::EmbeddedLog;
-use crate::log::{Append, Grant, Log, Record, Topic};
+use crate::bare::record_value;
+use crate::report::{Figure, micros, millis};
+use crate::target::progress;
+use weft::cli::common::Failure;
+use weft::log::embedded::EmbeddedLog;
+use weft::log::{Append, Grant, Log, Record, Topic};
 
 const PARTITIONS: u32 = 16;
 const LOG_WINDOW: usize = 1024;
@@ -139,7 +139,7 @@ fn appended(dir: &Path, each: Duration) -> Result<Figure, Failure> {
     Ok(Figure::more("embedded log appends, 1024 outstanding", rate, "records/s"))
 }
 
-type Answer = Result<crate::log::Position, crate::log::AppendError>;
+type Answer = Result<weft::log::Position, weft::log::AppendError>;
 
 fn append(value: &Bytes, sender: &SyncSender<Answer>) -> Append {
     let record = Record {

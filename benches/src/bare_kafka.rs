@@ -13,11 +13,11 @@ use rdkafka::message::DeliveryResult;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use super::bare::record_value;
-use super::report::{Figure, micros, millis};
-use super::target::progress;
-use crate::cli::common::Failure;
-use crate::clock;
+use crate::bare::record_value;
+use crate::report::{Figure, micros, millis};
+use crate::target::progress;
+use weft::cli::common::Failure;
+use weft::clock;
 
 const PARTITIONS: i32 = 16;
 const WINDOW: usize = 4096;

@@ -5,10 +5,10 @@
 //! One user and many are measured in turn, and the measurements of each round are compared among themselves: what the
 //! machine does otherwise changes from minute to minute, and the median is what is left of it.
 
-use super::latency::{Measured, Talk};
-use super::report::{Figure, median};
-use super::target::{Target, progress};
-use crate::cli::common::Failure;
+use crate::latency::{Measured, Talk};
+use crate::report::{Figure, median};
+use crate::target::{Target, progress};
+use weft::cli::common::Failure;
 
 /// Who only listens for longer would have to answer pings.
 const LONGEST_SILENCE_SECONDS: u64 = 20;

@@ -1,10 +1,10 @@
 //! What a connection costs the server in memory that does nothing: authenticated, subscribed to a thread, silent.
 
-use super::publisher::{Frame, Publisher};
-use super::report::Figure;
-use super::socket::Socket;
-use super::target::{Target, progress, raise_open_files};
-use crate::cli::common::Failure;
+use crate::publisher::{Frame, Publisher};
+use crate::report::Figure;
+use crate::socket::Socket;
+use crate::target::{Target, progress, raise_open_files};
+use weft::cli::common::Failure;
 
 const MEMORY: &str = "process_resident_memory_bytes";
 

@@ -6,13 +6,13 @@ use hdrhistogram::Histogram;
 use tokio::net::tcp::OwnedWriteHalf;
 use tokio::task::{JoinSet, spawn_blocking};
 
-use super::pace::{Plan, talk};
-use super::publisher::{Frame, number_in, number_of};
-use super::reply::Reply;
-use super::report::{Figure, micros, millis};
-use super::socket::Reader;
-use super::target::{Target, progress, raise_open_files};
-use crate::cli::common::Failure;
+use crate::pace::{Plan, talk};
+use crate::publisher::{Frame, number_in, number_of};
+use crate::reply::Reply;
+use crate::report::{Figure, micros, millis};
+use crate::socket::Reader;
+use crate::target::{Target, progress, raise_open_files};
+use weft::cli::common::Failure;
 
 /// A user who is silent for longer would have to answer pings, and nobody here does.
 const LONGEST_SILENCE_SECONDS: usize = 10;

@@ -1,4 +1,4 @@
-//! `weft bench`: what the server does for real clients over real sockets, from a process of its own.
+//! `weft-bench`: what the server does for real clients over real sockets, from a process of its own.
 //!
 //! All the load comes from one thread, so that it takes no more than it must of the cores it shares with the server. Every
 //! bench checks what it counts: each publish is answered once, each reader sees each seq once and in order. One error
@@ -25,31 +25,37 @@ mod socket;
 mod target;
 
 use std::future::Future;
+use std::process::ExitCode;
 
+use clap::Parser;
 use tokio::runtime::Builder;
 use tokio::task::LocalSet;
 
-use super::common::{Failure, Out};
 use report::Report;
 use target::{Target, TargetArgs};
+use weft::cli::common::{Failure, Out};
 
-pub use rebuild::{Rebuild, RebuildArgs};
-pub use report::LogKind;
+use report::LogKind;
 
-#[derive(Debug, clap::Args)]
-pub struct BenchArgs {
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// Measures a Weft server, and what the log and the store can do bare.
+#[derive(Debug, clap::Parser)]
+#[command(name = "weft-bench", version, max_term_width = 120)]
+struct BenchArgs {
     #[command(subcommand)]
-    pub bench: Bench,
+    bench: Bench,
     /// The log behind the server: which limits the figures are held against.
     #[arg(long, global = true, env = "WEFT_LOG", value_enum, default_value = "embedded")]
-    pub log: LogKind,
+    log: LogKind,
     /// Print one JSON object.
     #[arg(long, global = true)]
-    pub json: bool,
+    json: bool,
 }
 
 #[derive(Debug, clap::Subcommand)]
-pub enum Bench {
+enum Bench {
     /// Publishes answered a second, with a window of unanswered ones.
     Ack(#[command(flatten)] With<ack::AckArgs>),
     /// As ack, each client waiting for the answer before it sends the next.
@@ -82,20 +88,36 @@ pub enum Bench {
 
 /// A bench's own arguments and those of the server it asks.
 #[derive(Debug, clap::Args)]
-pub struct With<T: clap::Args> {
+struct With<T: clap::Args> {
     #[command(flatten)]
-    pub args: T,
+    args: T,
     #[command(flatten)]
-    pub target: TargetArgs,
+    target: TargetArgs,
 }
 
-/// `rebuild` is what `weft bench rebuild` measures.
-pub async fn run(args: BenchArgs, rebuild: Rebuild) -> Result<(), Failure> {
+fn main() -> ExitCode {
+    let runtime = match Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("weft-bench: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(run(BenchArgs::parse())) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weft-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(args: BenchArgs) -> Result<(), Failure> {
     let BenchArgs { bench, log, json } = args;
     if let Bench::Report(files) = bench {
         return report::combine(&files);
     }
-    let report = on_one_thread(move || measure(bench, log, rebuild)).await?;
+    let report = on_one_thread(move || measure(bench, log)).await?;
     Out::new().line(if json { report.json()? } else { report.table(&[]) })?;
     match report.failures.as_slice() {
         [] => Ok(()),
@@ -115,7 +137,7 @@ where
     thread.await?
 }
 
-async fn measure(bench: Bench, log: LogKind, rebuild: Rebuild) -> Result<Report, Failure> {
+async fn measure(bench: Bench, log: LogKind) -> Result<Report, Failure> {
     let figures = match bench {
         Bench::All(target) => return all(&Target::new(&target)?, log).await,
         Bench::Ack(with) => ack::run(&Target::new(&with.target)?, &with.args).await?,
@@ -128,7 +150,7 @@ async fn measure(bench: Bench, log: LogKind, rebuild: Rebuild) -> Result<Report,
         Bench::Reconnect(with) => reconnect::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Slow(with) => slow::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Agents(with) => agents::run(&Target::new(&with.target)?, &with.args).await?,
-        Bench::Rebuild(args) => rebuild::run(&args, log, rebuild)?,
+        Bench::Rebuild(args) => rebuild::run(&args, log)?,
         Bench::Bare(args) => bare::run(&args, log).await?,
         Bench::Report(_) => return Err("a report is no bench".into()),
     };

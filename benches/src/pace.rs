@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use tokio::net::tcp::OwnedWriteHalf;
 
-use super::publisher::Frame;
-use super::report::micros;
-use crate::cli::common::Failure;
+use crate::publisher::Frame;
+use crate::report::micros;
+use weft::cli::common::Failure;
 
 const WARM_UP_SECONDS: u64 = 1;
 /// For what is still out when the last publish was due.

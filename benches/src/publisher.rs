@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use super::reply::Reply;
-use super::socket::{Socket, text_frame};
-use super::target::Target;
-use crate::cli::common::Failure;
+use crate::reply::Reply;
+use crate::socket::{Socket, text_frame};
+use crate::target::Target;
+use weft::cli::common::Failure;
 
 /// Numbers have ten digits in every frame, so that a frame can be patched in place.
 const BASE: u64 = 1_000_000_000;

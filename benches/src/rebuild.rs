@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use super::report::{Figure, LogKind};
-use super::target::progress;
-use crate::cli::common::Failure;
-
-/// Rebuilds the projections of a data folder from its log; tells how many records it read.
-pub type Rebuild = fn(&RebuildArgs, LogKind) -> Result<u64, Failure>;
+use crate::report::{Figure, LogKind};
+use crate::target::progress;
+use weft::cli::common::Failure;
+use weft::config::{Config, LogChoice, StorageArgs};
+use weft::projector::rebuild;
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct RebuildArgs {
@@ -20,10 +19,20 @@ pub struct RebuildArgs {
     pub brokers: String,
 }
 
-pub fn run(args: &RebuildArgs, log: LogKind, rebuild: Rebuild) -> Result<Vec<Figure>, Failure> {
+pub fn run(args: &RebuildArgs, log: LogKind) -> Result<Vec<Figure>, Failure> {
     progress("rebuild");
     let begin = Instant::now();
-    let records = rebuild(args, log)?;
+    let log = match log {
+        LogKind::Embedded => LogChoice::Embedded,
+        LogKind::Kafka => LogChoice::Kafka,
+    };
+    let storage = StorageArgs {
+        data: Some(args.data.clone()),
+        log: Some(log),
+        brokers: Some(args.brokers.clone()),
+        ..StorageArgs::default()
+    };
+    let records = rebuild::rebuild(&Config::load(None, &storage)?, |_| {})?.records;
     if records == 0 {
         return Err("the log is empty: there is nothing to measure".into());
     }

@@ -9,12 +9,12 @@ use hdrhistogram::Histogram;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-use super::publisher::{Frame, Publisher};
-use super::reply::Reply;
-use super::report::{Figure, micros, millis};
-use super::socket::Socket;
-use super::target::{Target, progress, raise_open_files};
-use crate::cli::common::Failure;
+use crate::publisher::{Frame, Publisher};
+use crate::reply::Reply;
+use crate::report::{Figure, micros, millis};
+use crate::socket::Socket;
+use crate::target::{Target, progress, raise_open_files};
+use weft::cli::common::Failure;
 
 const CONNECTIONS: &str = "weft_connections";
 /// Unanswered publishes to one thread, while the clients are gone.

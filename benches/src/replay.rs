@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::try_join_all;
 
-use super::publisher::{Frame, Publisher};
-use super::reply::Reply;
-use super::report::Figure;
-use super::socket::Socket;
-use super::target::{Target, progress, raise_open_files};
-use crate::cli::common::Failure;
+use crate::publisher::{Frame, Publisher};
+use crate::reply::Reply;
+use crate::report::Figure;
+use crate::socket::Socket;
+use crate::target::{Target, progress, raise_open_files};
+use weft::cli::common::Failure;
 
 const FILL_WINDOW: usize = 1024;
 const PATIENCE: Duration = Duration::from_secs(180);

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::cli::common::Failure;
+use weft::cli::common::Failure;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reply<'a> {

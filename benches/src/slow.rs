@@ -12,16 +12,16 @@ use tokio::net::tcp::OwnedWriteHalf;
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::pace::{Plan, talk};
-use super::publisher::{Frame, number_in, number_of};
-use super::reply::Reply;
-use super::report::{Figure, median, micros, millis};
-use super::socket::{Reader, Socket};
-use super::target::{Target, progress, raise_open_files};
-use crate::cli::common::Failure;
-use crate::edge::subscriptions::{CHUNK_BYTES, READS};
-use crate::edge::upgrade::WRITE_BUFFER;
-use crate::outbox::EVENT_BYTES;
+use crate::pace::{Plan, talk};
+use crate::publisher::{Frame, number_in, number_of};
+use crate::reply::Reply;
+use crate::report::{Figure, median, micros, millis};
+use crate::socket::{Reader, Socket};
+use crate::target::{Target, progress, raise_open_files};
+use weft::cli::common::Failure;
+use weft::delivery::outbox::EVENT_BYTES;
+use weft::delivery::subscriptions::{CHUNK_BYTES, READS};
+use weft::edge::ws::upgrade::WRITE_BUFFER;
 
 const MEMORY: &str = "process_resident_memory_bytes";
 const OUTBOX: &str = "weft_outbox_bytes";

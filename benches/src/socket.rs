@@ -15,8 +15,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpSocket, TcpStream};
 
-use super::reply::Reply;
-use crate::cli::common::Failure;
+use crate::reply::Reply;
+use weft::cli::common::Failure;
 
 /// On the stack, and the same for all connections, so that it stays in the cache.
 const READ_BYTES: usize = 64 * 1024;

@@ -6,10 +6,10 @@ use std::time::Duration;
 use futures_util::future::try_join_all;
 use serde_json::json;
 
-use super::socket::Socket;
-use crate::cli::common::{Failure, mint};
-use crate::client::{Address, Http};
-use crate::clock;
+use crate::socket::Socket;
+use weft::cli::common::{Failure, mint};
+use weft::client::{Address, Http};
+use weft::clock;
 
 /// Connections made at the same time: enough to be quick, few enough for any backlog.
 const AT_ONCE: usize = 64;

@@ -4,8 +4,8 @@ use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde::{Deserialize, Serialize};
 
 use super::{Principal, Scopes};
-use crate::error::{Code, Error};
-use crate::ids;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::ids;
 
 /// Seconds by which clocks may differ (`exp`, `nbf`).
 pub const LEEWAY: u64 = 30;

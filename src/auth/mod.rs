@@ -1,41 +1,21 @@
-//! Who somebody is: from a token to a [`Principal`].
+//! Who somebody is and what they may do.
+//!
+//! [`Authenticator`] turns a token or a ticket into a [`Principal`]; [`scopes`] says, without looking anything up, what its
+//! scopes allow; [`Rights`] looks up what depends on membership.
 
+mod authenticator;
 pub mod jwt;
+mod rights;
+pub mod scopes;
 pub mod tickets;
 
 use std::sync::Arc;
 
-use crate::ids::log_key;
+pub use authenticator::Authenticator;
+pub use rights::Rights;
+pub use scopes::Scopes;
 
-/// What a token allows, beyond being who it says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Scopes {
-    pub publish: bool,
-    pub subscribe: bool,
-    pub agent: bool,
-    pub broadcast: bool,
-    pub analyst: bool,
-    pub admin: bool,
-}
-
-impl Scopes {
-    /// From a space-separated list; absent means `publish subscribe`. Scopes of others are passed over.
-    pub fn parse(scope: Option<&str>) -> Scopes {
-        let mut scopes = Scopes::default();
-        for name in scope.unwrap_or("publish subscribe").split_ascii_whitespace() {
-            match name {
-                "publish" => scopes.publish = true,
-                "subscribe" => scopes.subscribe = true,
-                "agent" => scopes.agent = true,
-                "broadcast" => scopes.broadcast = true,
-                "analyst" => scopes.analyst = true,
-                "admin" => scopes.admin = true,
-                _ => {}
-            }
-        }
-        scopes
-    }
-}
+use crate::protocol::ids::log_key;
 
 /// An authenticated user.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,10 +1,39 @@
-//! Who may do what. Pure: the facts come in, the answer goes out.
+//! What a token allows, and who may do what. Pure: the facts come in, the answer goes out.
 
-use crate::error::{Code, Error};
-use crate::event::KindClass;
-use crate::identity::Scopes;
-use crate::ids::TENANT_THREAD;
 use crate::log::Grant;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::ids::TENANT_THREAD;
+use crate::protocol::kinds::KindClass;
+
+/// What a token allows, beyond being who it says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Scopes {
+    pub publish: bool,
+    pub subscribe: bool,
+    pub agent: bool,
+    pub broadcast: bool,
+    pub analyst: bool,
+    pub admin: bool,
+}
+
+impl Scopes {
+    /// From a space-separated list; absent means `publish subscribe`. Scopes of others are passed over.
+    pub fn parse(scope: Option<&str>) -> Scopes {
+        let mut scopes = Scopes::default();
+        for name in scope.unwrap_or("publish subscribe").split_ascii_whitespace() {
+            match name {
+                "publish" => scopes.publish = true,
+                "subscribe" => scopes.subscribe = true,
+                "agent" => scopes.agent = true,
+                "broadcast" => scopes.broadcast = true,
+                "analyst" => scopes.analyst = true,
+                "admin" => scopes.admin = true,
+                _ => {}
+            }
+        }
+        scopes
+    }
+}
 
 /// What is known of a user's place in a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

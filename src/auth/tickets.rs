@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::Principal;
 use crate::clock;
-use crate::error::{Code, Error};
+use crate::protocol::error::{Code, Error};
 
 /// How long a ticket is good.
 pub const LIFETIME: Duration = Duration::from_secs(30);
@@ -54,7 +54,7 @@ impl Tickets {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::Scopes;
+    use crate::auth::Scopes;
 
     #[test]
     fn a_ticket_is_good_once_and_for_30_seconds() {

@@ -6,9 +6,10 @@ use std::io::{self, IsTerminal, Write};
 use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
+use crate::auth::jwt;
+use crate::auth::jwt::Claims;
 use crate::client::Http;
 use crate::clock;
-use crate::identity::jwt::{self, Claims};
 
 /// Why a command failed, in words for the person who typed it.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;

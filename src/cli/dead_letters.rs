@@ -3,7 +3,8 @@
 use comfy_table::Table;
 use serde_json::Value;
 
-use super::common::{self, Failure, Server, all_pages, cell, print_rows};
+use super::common;
+use super::common::{Failure, Server, all_pages, cell, print_rows};
 use crate::client::Http;
 
 #[derive(Debug, clap::Args)]

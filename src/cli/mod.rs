@@ -1,6 +1,5 @@
 //! The command `weft`: one file a command.
 
-pub mod bench;
 pub mod common;
 pub mod dead_letters;
 pub mod demo;
@@ -42,8 +41,6 @@ enum Command {
     Runs(runs::Args),
     /// Make the projections anew from the log, of a stopped server
     Rebuild(rebuild::Args),
-    /// Measure a server, or what it stands on
-    Bench(bench::BenchArgs),
     /// Write the contract as JSON Schemas
     Schemas(schemas::Args),
 }
@@ -59,7 +56,6 @@ impl Cli {
             Command::DeadLetters(args) => dead_letters::run(args).await,
             Command::Runs(args) => runs::run(args).await,
             Command::Rebuild(args) => rebuild::run(args).await,
-            Command::Bench(args) => bench::run(args, rebuild::for_bench).await,
             Command::Schemas(args) => schemas::run(&args),
         }
     }

@@ -3,10 +3,9 @@
 use std::io::{IsTerminal, Write};
 use std::time::Instant;
 
-use super::bench::{LogKind, RebuildArgs};
 use super::common::Failure;
-use crate::config::{Config, LogChoice, StorageArgs};
-use crate::rebuild;
+use crate::config::{Config, StorageArgs};
+use crate::projector::rebuild;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -38,19 +37,4 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     let done = if check { "the projections equal the log's" } else { "rebuilt" };
     println!("{done}: {} records in {:.1} s", rebuilt.records, begin.elapsed().as_secs_f64());
     Ok(())
-}
-
-/// A rebuild for `weft bench`; gives the number of records.
-pub fn for_bench(args: &RebuildArgs, log: LogKind) -> Result<u64, Failure> {
-    let log = match log {
-        LogKind::Embedded => LogChoice::Embedded,
-        LogKind::Kafka => LogChoice::Kafka,
-    };
-    let storage = StorageArgs {
-        data: Some(args.data.clone()),
-        log: Some(log),
-        brokers: Some(args.brokers.clone()),
-        ..StorageArgs::default()
-    };
-    Ok(rebuild::rebuild(&Config::load(None, &storage)?, |_| {})?.records)
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::common::Failure;
-use crate::schemas;
+use crate::protocol::schemas;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {

@@ -6,8 +6,8 @@
 
 use std::collections::{HashSet, VecDeque};
 
-use crate::event::Priority;
-use crate::outbox::SubId;
+use super::outbox::SubId;
+use crate::protocol::event::Priority;
 
 /// What came lately, looked at from the end.
 const LATELY: usize = 256;
@@ -22,20 +22,20 @@ struct Waiting<T> {
 }
 
 #[derive(Debug)]
-pub struct Turns<T> {
+pub struct FairQueue<T> {
     waiting: VecDeque<Waiting<T>>,
     classes: [usize; Priority::CLASSES],
-    /// Turns taken so far.
+    /// FairQueue taken so far.
     taken: u32,
 }
 
-impl<T> Default for Turns<T> {
-    fn default() -> Turns<T> {
-        Turns { waiting: VecDeque::new(), classes: [0; Priority::CLASSES], taken: 0 }
+impl<T> Default for FairQueue<T> {
+    fn default() -> FairQueue<T> {
+        FairQueue { waiting: VecDeque::new(), classes: [0; Priority::CLASSES], taken: 0 }
     }
 }
 
-impl<T> Turns<T> {
+impl<T> FairQueue<T> {
     pub fn push(&mut self, sub: Option<SubId>, class: Option<usize>, item: T) {
         if let Some(class) = class {
             self.classes[class] += 1;
@@ -129,13 +129,13 @@ mod tests {
     const NORMAL: Option<usize> = Some(1);
     const LOW: Option<usize> = Some(2);
 
-    fn queue(items: &[(SubId, Option<usize>, u64)]) -> Turns<(SubId, u64)> {
-        let mut turns = Turns::default();
+    fn queue(items: &[(SubId, Option<usize>, u64)]) -> FairQueue<(SubId, u64)> {
+        let mut turns = FairQueue::default();
         items.iter().for_each(|(sub, class, seq)| turns.push(Some(*sub), *class, (*sub, *seq)));
         turns
     }
 
-    fn drain(turns: &mut Turns<(SubId, u64)>) -> Vec<(SubId, u64)> {
+    fn drain(turns: &mut FairQueue<(SubId, u64)>) -> Vec<(SubId, u64)> {
         std::iter::from_fn(|| turns.pop()).collect()
     }
 

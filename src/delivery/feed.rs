@@ -6,11 +6,11 @@ use std::sync::Arc;
 use metrics::Counter;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
-use super::Context;
-use super::subscriptions::{Ready, Subscriptions};
-use crate::error::{Code, Error};
-use crate::identity::Principal;
-use crate::outbox::{Item, Outbox, Wanted};
+use super::Delivery;
+use super::outbox::{Demand, Item, Outbox};
+use super::subscriptions::{OutFrame, Subscriptions};
+use crate::auth::Principal;
+use crate::protocol::error::{Code, Error};
 use crate::telemetry;
 
 /// Something to send.
@@ -37,10 +37,10 @@ pub struct Feed {
 }
 
 impl Feed {
-    pub fn new(ctx: &Arc<Context>) -> Feed {
+    pub(super) fn new(sources: &Arc<Delivery>) -> Feed {
         let outbox = Arc::new(Outbox::default());
         Feed {
-            subs: Subscriptions::new(ctx.clone(), outbox.clone()),
+            subs: Subscriptions::new(sources.clone(), outbox.clone()),
             outbox,
             shut: false,
             overrun: false,
@@ -71,11 +71,11 @@ impl Feed {
     }
 
     /// What of the outbox can be sent now.
-    pub fn wanted(&self) -> Wanted {
+    pub fn wanted(&self) -> Demand {
         match (self.shut, self.gate_open() && self.may_send()) {
-            (true, _) => Wanted::None,
-            (false, true) => Wanted::All,
-            (false, false) => Wanted::Notices,
+            (true, _) => Demand::None,
+            (false, true) => Demand::All,
+            (false, false) => Demand::Notices,
         }
     }
 
@@ -125,8 +125,8 @@ impl Feed {
                         return Some(ready.into());
                     }
                 }
-                Item::Piece { sub, piece } => {
-                    if let Some(ready) = self.subs.live_piece(who, sub, &piece) {
+                Item::Delta { sub, piece } => {
+                    if let Some(ready) = self.subs.live_delta(who, sub, &piece) {
                         return Some(ready.into());
                     }
                 }
@@ -149,11 +149,11 @@ impl Feed {
     }
 }
 
-impl From<Ready> for Out {
-    fn from(ready: Ready) -> Out {
+impl From<OutFrame> for Out {
+    fn from(ready: OutFrame) -> Out {
         match ready {
-            Ready::Event { seq, frame } => Out::Event { seq, frame },
-            Ready::Notice(frame) => Out::Notice(frame),
+            OutFrame::Event { seq, frame } => Out::Event { seq, frame },
+            OutFrame::Notice(frame) => Out::Notice(frame),
         }
     }
 }

@@ -13,13 +13,13 @@ use metrics::Counter;
 use tokio::sync::mpsc;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
-use crate::ids::log_key;
-use crate::outbox::{Item, Outbox, SubId};
-use crate::projector::{Change, Committed, CommittedEvent, News};
-use crate::sessions::Sessions;
-use crate::submit::Pending;
+use super::outbox::{Item, Outbox, SubId};
+use super::registry::Registry;
+use crate::ingest::pending::Pending;
+use crate::projector::{AccessChange, Commit, ThreadUpdate, Update};
+use crate::protocol::frame::ServerFrame;
+use crate::protocol::ids::log_key;
 use crate::telemetry;
-use crate::wire::ServerFrame;
 
 /// Batches that may wait for the fan-out; then the projector waits.
 const QUEUE: usize = 4;
@@ -44,7 +44,7 @@ struct Subscriber {
 struct Table {
     /// By `tenant/thread`.
     threads: HashMap<Arc<str>, Vec<Subscriber>>,
-    /// Sessions that follow all threads of their user, by `tenant/user`.
+    /// Registry that follow all threads of their user, by `tenant/user`.
     followers: HashMap<Arc<str>, Vec<Arc<Outbox>>>,
     /// Members with a subscription, and how many, by `tenant/thread`.
     present: HashMap<Arc<str>, BTreeMap<Arc<str>, u32>>,
@@ -52,17 +52,20 @@ struct Table {
 
 pub struct Hub {
     table: Mutex<Table>,
-    sessions: Arc<Sessions>,
+    sessions: Arc<Registry>,
     lagged: Counter,
     signals: Counter,
 }
 
 /// Where the projector hands over what became visible.
-pub type Committer = mpsc::Sender<Committed>;
+pub type CommitSender = mpsc::Sender<Commit>;
 
 impl Hub {
     /// The hub, and the task that delivers what comes in through the returned sender until that is dropped.
-    pub fn start(pending: Arc<Pending>, sessions: Arc<Sessions>) -> (Arc<Hub>, Committer, tokio::task::JoinHandle<()>) {
+    pub fn start(
+        pending: Arc<Pending>,
+        sessions: Arc<Registry>,
+    ) -> (Arc<Hub>, CommitSender, tokio::task::JoinHandle<()>) {
         let hub = Arc::new(Hub {
             table: Mutex::default(),
             sessions,
@@ -188,19 +191,19 @@ impl Hub {
         self.signals.increment(live.iter().filter(|it| it.outbox.push_signal(it.sub, frame)).count() as u64);
     }
 
-    fn deliver(&self, committed: Committed, pending: &Pending) {
-        for CommittedEvent { key, news } in &committed.events {
+    fn deliver(&self, committed: Commit, pending: &Pending) {
+        for ThreadUpdate { key, update } in &committed.events {
             // Locked for one at a time, so that sessions that come and go need not wait for a whole batch.
             let mut table = self.lock();
-            match news {
-                News::Event(event, change) => {
+            match update {
+                Update::Event(event, change) => {
                     if let Some(change) = change {
                         self.apply(&mut table, key, event.seq, change);
                     }
                     self.fan_out(&mut table, key, |it| it.outbox.push_event(it.sub, event));
                 }
-                News::Piece(piece) => {
-                    self.fan_out(&mut table, key, |it| !it.pieces || it.outbox.push_piece(it.sub, piece));
+                Update::Delta(piece) => {
+                    self.fan_out(&mut table, key, |it| !it.pieces || it.outbox.push_delta(it.sub, piece));
                 }
             }
         }
@@ -210,10 +213,10 @@ impl Hub {
     }
 
     /// Rights change with the event itself: who left does not get it, who joined does.
-    fn apply(&self, table: &mut Table, key: &Arc<str>, seq: u64, change: &Change) {
+    fn apply(&self, table: &mut Table, key: &Arc<str>, seq: u64, change: &AccessChange) {
         let Some((tenant, thread)) = key.split_once('/') else { return };
         match change {
-            Change::Joined(users) => {
+            AccessChange::Joined(users) => {
                 for user in users {
                     if let Some(sessions) = table.followers.get_mut(&*log_key(tenant, user)) {
                         sessions.retain(|outbox| {
@@ -222,13 +225,13 @@ impl Hub {
                     }
                 }
             }
-            Change::Left(user) => {
+            AccessChange::Left(user) => {
                 if let Some(subscribers) = table.threads.get_mut(key) {
                     subscribers.retain(|it| it.by_scope || *it.user != **user);
                 }
                 self.sessions.tell_left(&log_key(tenant, user), thread);
             }
-            Change::Revoked(user) => self.sessions.revoke(&log_key(tenant, user)),
+            AccessChange::Revoked(user) => self.sessions.revoke(&log_key(tenant, user)),
         }
     }
 

@@ -10,13 +10,13 @@ use std::task::{Context, Poll, Waker};
 
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
-use crate::error::Error;
-use crate::event::Priority;
-use crate::piece::Piece;
-use crate::projector::Visible;
-use crate::store::{Found, StoredEvent};
-use crate::submit::Verdict;
-use crate::turns::Turns;
+use super::fair_queue::FairQueue;
+use crate::projector::CommittedEvent;
+use crate::projector::Verdict;
+use crate::protocol::delta::Delta;
+use crate::protocol::error::Error;
+use crate::protocol::event::Priority;
+use crate::store::{JoinedThread, StoredEvent};
 
 /// Bytes of events that may wait for a socket.
 pub const EVENT_BYTES: usize = 256 << 10;
@@ -28,9 +28,9 @@ const MAX_JOINED: usize = 4_096;
 const OVERHEAD: usize = 64;
 
 /// What a piece costs beside its text.
-const PIECE_OVERHEAD: usize = 256;
+const DELTA_OVERHEAD: usize = 256;
 /// A piece that waits grows to so many bytes.
-const PIECE_BYTES: usize = 64 << 10;
+const DELTA_BYTES: usize = 64 << 10;
 
 /// A subscription's number within its session; never used twice.
 pub type SubId = u32;
@@ -40,12 +40,12 @@ pub type SubId = u32;
 pub enum Item {
     Event {
         sub: SubId,
-        event: Arc<Visible>,
+        event: Arc<CommittedEvent>,
     },
     /// A piece of a message that is being written; it grows while it waits.
-    Piece {
+    Delta {
         sub: SubId,
-        piece: Arc<Piece>,
+        piece: Arc<Delta>,
     },
     /// Live only: lost when there is no room for it.
     Signal {
@@ -69,7 +69,7 @@ pub enum Item {
 pub enum Chunk {
     Events(Vec<StoredEvent>),
     /// Of each message that is being written, what the reader does not have.
-    Texts(Vec<Piece>),
+    Texts(Vec<Delta>),
 }
 
 /// What overtakes events.
@@ -84,17 +84,17 @@ pub enum Answer {
     /// The user is no longer a member of the thread, or was not for a moment.
     Left { thread: Box<str> },
     /// The user's threads, for the `subscribe` to `"*"` that waits for them.
-    Threads(Result<Vec<Found>, Error>),
-    /// Whether the places of a new durable subscription are kept, for the `subscribe` that waits for that.
-    Placed {
+    Threads(Result<Vec<JoinedThread>, Error>),
+    /// Whether the places of a new durable subscription are stored, for the `subscribe` that waits for that.
+    PlacesStored {
         /// Which one, of those that the session has tried.
         attempt: u32,
-        placed: Result<(), Error>,
+        stored: Result<(), Error>,
     },
     /// Whether a subscription's place, as far as it had come, is kept.
-    Kept { thread: Box<str>, kept: bool },
+    ReceiptStored { thread: Box<str>, stored: bool },
     /// Whether an event that nobody acknowledged is a dead letter now.
-    Buried { thread: Box<str>, seq: u64, buried: bool },
+    DeadLettered { thread: Box<str>, seq: u64, dead_lettered: bool },
     /// The server is going down: come back after so many milliseconds.
     Drain { retry_after_ms: u64 },
     /// The user's sessions are ended.
@@ -110,7 +110,7 @@ pub enum Answer {
 #[derive(Default)]
 struct Inner {
     answers: VecDeque<Answer>,
-    items: Turns<Item>,
+    items: FairQueue<Item>,
     event_bytes: usize,
     /// Threads joined that wait to be noted.
     joined: usize,
@@ -120,14 +120,14 @@ struct Inner {
 
 impl Inner {
     /// The piece that this one goes on, if it waits and no event has come behind it.
-    fn piece_before(&mut self, sub: SubId, next: &Piece) -> Option<&mut Arc<Piece>> {
+    fn delta_before(&mut self, sub: SubId, next: &Delta) -> Option<&mut Arc<Delta>> {
         let newest = self.items.newest_of(sub, |item| match item {
-            Item::Piece { piece, .. } => piece.name == next.name,
+            Item::Delta { piece, .. } => piece.name == next.name,
             _ => true,
         })?;
         match newest {
-            Item::Piece { piece, .. }
-                if piece.is_before(next) && piece.priority == next.priority && piece.text.len() < PIECE_BYTES =>
+            Item::Delta { piece, .. }
+                if piece.is_before(next) && piece.priority == next.priority && piece.text.len() < DELTA_BYTES =>
             {
                 Some(piece)
             }
@@ -149,7 +149,7 @@ impl Outbox {
 
     /// Adds an event for a subscription; `false` if the subscription is to be forgotten, since the outbox is full or its
     /// session is gone.
-    pub fn push_event(&self, sub: SubId, event: &Arc<Visible>) -> bool {
+    pub fn push_event(&self, sub: SubId, event: &Arc<CommittedEvent>) -> bool {
         let mut inner = self.lock();
         if inner.closed {
             return false;
@@ -168,22 +168,22 @@ impl Outbox {
     }
 
     /// Adds a piece of a message, to the one that it goes on if that waits still; `false` as for an event.
-    pub fn push_piece(&self, sub: SubId, piece: &Arc<Piece>) -> bool {
+    pub fn push_delta(&self, sub: SubId, piece: &Arc<Delta>) -> bool {
         let mut inner = self.lock();
         if inner.closed {
             return false;
         }
-        let size = piece.text.len() + PIECE_OVERHEAD;
+        let size = piece.text.len() + DELTA_OVERHEAD;
         let fits = inner.event_bytes + size <= EVENT_BYTES || inner.event_bytes == 0;
         if !fits {
             inner.items.push(Some(sub), None, Item::Lagged { sub });
-        } else if let Some(waiting) = inner.piece_before(sub, piece) {
+        } else if let Some(waiting) = inner.delta_before(sub, piece) {
             Arc::make_mut(waiting).join(piece);
             inner.event_bytes += piece.text.len();
         } else {
             inner.event_bytes += size;
             let class = Priority::class(piece.priority);
-            inner.items.push(Some(sub), Some(class), Item::Piece { sub, piece: piece.clone() });
+            inner.items.push(Some(sub), Some(class), Item::Delta { sub, piece: piece.clone() });
         }
         wake(inner);
         fits
@@ -242,7 +242,7 @@ impl Outbox {
         };
         match &item {
             Some(Item::Event { event, .. }) => inner.event_bytes -= event.frame.len() + OVERHEAD,
-            Some(Item::Piece { piece, .. }) => inner.event_bytes -= piece.text.len() + PIECE_OVERHEAD,
+            Some(Item::Delta { piece, .. }) => inner.event_bytes -= piece.text.len() + DELTA_OVERHEAD,
             Some(Item::Signal { frame, .. }) => inner.event_bytes -= frame.len() + OVERHEAD,
             Some(Item::Joined { .. } | Item::Overrun) => inner.joined -= 1,
             _ => {}
@@ -256,12 +256,12 @@ impl Outbox {
     }
 
     /// Ready when there is something to pop: an answer, or (unless they are held back) an item.
-    pub fn poll_filled(&self, cx: &mut Context<'_>, items: Wanted) -> Poll<()> {
+    pub fn poll_filled(&self, cx: &mut Context<'_>, items: Demand) -> Poll<()> {
         let mut inner = self.lock();
         let filled = match items {
-            Wanted::All => !inner.items.is_empty(),
-            Wanted::Notices => inner.joined > 0 && inner.items.any(is_notice),
-            Wanted::None => false,
+            Demand::All => !inner.items.is_empty(),
+            Demand::Notices => inner.joined > 0 && inner.items.any(is_notice),
+            Demand::None => false,
         };
         if filled || !inner.answers.is_empty() {
             return Poll::Ready(());
@@ -287,7 +287,7 @@ impl Outbox {
 
 /// Which items a session can use now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wanted {
+pub enum Demand {
     All,
     /// No events: the client has asked for none.
     Notices,
@@ -313,7 +313,7 @@ mod tests {
     use super::*;
 
     fn push(outbox: &Outbox, sub: SubId, seq: u64, priority: Option<Priority>) {
-        let event = Visible { seq, kind: "x.y".into(), priority, frame: "{}".into(), closes: None };
+        let event = CommittedEvent { seq, kind: "x.y".into(), priority, frame: "{}".into(), closes: None };
         assert!(outbox.push_event(sub, &Arc::new(event)));
     }
 
@@ -330,7 +330,7 @@ mod tests {
     #[test]
     fn signals_are_the_first_to_be_dropped() {
         let outbox = Outbox::default();
-        let event = Arc::new(Visible {
+        let event = Arc::new(CommittedEvent {
             seq: 1,
             kind: "x.y".into(),
             priority: None,

@@ -4,13 +4,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use metrics::{Counter, Gauge};
-use schemars::JsonSchema;
-use serde::Serialize;
 use tokio::sync::watch;
 
-use crate::error::{Code, Error};
-use crate::identity::Principal;
-use crate::outbox::{Answer, Outbox};
+use super::outbox::{Answer, Outbox};
+use crate::auth::Principal;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::http::{SessionItem, Transport};
 use crate::{clock, telemetry};
 
 /// Clients that are told to come back within one second, when the server drains: what one node takes in without haste.
@@ -19,26 +18,6 @@ const RETURNS_PER_SECOND: u64 = 500;
 const SPREAD: (u64, u64) = (1_000, 60_000);
 /// Nobody is told to come back sooner: the next server must have started.
 const FIRST_RETURN: u64 = 200;
-
-/// How a client is connected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Transport {
-    Websocket,
-    Sse,
-}
-
-/// A session as the list has it.
-#[derive(Debug, Clone, Serialize, JsonSchema)]
-pub struct SessionItem {
-    pub connection: String,
-    pub user: String,
-    pub transport: Transport,
-    /// RFC 3339.
-    pub connected_at: String,
-    /// Bytes of events that wait for its socket.
-    pub outbox_bytes: usize,
-}
 
 struct Session {
     outbox: Weak<Outbox>,
@@ -59,9 +38,9 @@ struct Open {
     draining: bool,
 }
 
-pub struct Sessions {
+pub struct Registry {
     open: Mutex<Open>,
-    /// Sessions of one user.
+    /// Registry of one user.
     limit: usize,
     count: watch::Sender<usize>,
     connections: Gauge,
@@ -70,15 +49,15 @@ pub struct Sessions {
 }
 
 /// A session's place among the open ones, given up when dropped.
-pub struct Entered {
-    sessions: Arc<Sessions>,
+pub struct Registration {
+    sessions: Arc<Registry>,
     id: u64,
 }
 
-impl Sessions {
+impl Registry {
     /// `limit` is the number of sessions that one user may have.
-    pub fn new(limit: usize) -> Sessions {
-        Sessions {
+    pub fn new(limit: usize) -> Registry {
+        Registry {
             open: Mutex::default(),
             limit,
             count: watch::channel(0).0,
@@ -93,7 +72,12 @@ impl Sessions {
     }
 
     /// Counts a session in until the returned guard is dropped.
-    pub fn enter(self: &Arc<Sessions>, outbox: &Arc<Outbox>, connection: &str, transport: Transport) -> Entered {
+    pub fn register(
+        self: &Arc<Registry>,
+        outbox: &Arc<Outbox>,
+        connection: &str,
+        transport: Transport,
+    ) -> Registration {
         let mut open = self.lock();
         let id = open.next;
         open.next += 1;
@@ -118,7 +102,7 @@ impl Sessions {
             }
             Transport::Sse => self.streams.increment(1.0),
         }
-        Entered { sessions: self.clone(), id }
+        Registration { sessions: self.clone(), id }
     }
 
     /// Ends the user's sessions. `user` is `tenant/user`.
@@ -193,7 +177,7 @@ impl Sessions {
     }
 }
 
-impl Entered {
+impl Registration {
     /// Notes whose session it is; fails when the user has too many.
     pub fn identify(&self, who: &Principal) -> Result<(), Error> {
         let mut open = self.sessions.lock();
@@ -210,7 +194,7 @@ impl Entered {
     }
 }
 
-impl Drop for Entered {
+impl Drop for Registration {
     fn drop(&mut self) {
         let sessions = &self.sessions;
         let mut open = sessions.lock();

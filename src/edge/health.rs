@@ -5,12 +5,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use metrics::Gauge;
-use schemars::JsonSchema;
-use serde::Serialize;
 
-use crate::error::{Code, Error};
 use crate::log::Log;
 use crate::projector::Status;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::http::{PartHealth, ProjectorHealth, Ready};
 use crate::{clock, telemetry};
 
 /// How often the lag is measured.
@@ -23,38 +22,8 @@ pub struct Health {
     lag_records: AtomicU64,
 }
 
-/// The body of `/readyz`.
-#[derive(Debug, Serialize, JsonSchema)]
-pub struct Ready {
-    pub ready: bool,
-    pub draining: bool,
-    pub log: Part,
-    pub projector: Projector,
-    pub store: Part,
-}
-
-#[derive(Debug, Serialize, JsonSchema)]
-pub struct Part {
-    pub ok: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error: Option<String>,
-}
-
-#[derive(Debug, Serialize, JsonSchema)]
-pub struct Projector {
-    pub ok: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error: Option<String>,
-    /// Whether it has seen all that was in the log at the start.
-    pub caught_up: bool,
-    pub lag_records: u64,
-    pub lag_seconds: f64,
-}
-
-impl Part {
-    fn of(result: Result<(), String>) -> Part {
-        Part { ok: result.is_ok(), error: result.err() }
-    }
+fn part(result: Result<(), String>) -> PartHealth {
+    PartHealth { ok: result.is_ok(), error: result.err() }
 }
 
 impl Health {
@@ -85,17 +54,17 @@ impl Health {
     /// Each part's state; `store` is the outcome of a lookup in it.
     pub fn ready(&self, store: Result<(), String>) -> Ready {
         let draining = self.draining.load(Ordering::Acquire);
-        let log = Part::of(self.log.health());
+        let log = part(self.log.health());
         let error = self.projector.failing();
         let caught_up = self.projector.caught_up();
-        let projector = Projector {
+        let projector = ProjectorHealth {
             ok: error.is_none(),
             error,
             caught_up,
             lag_records: self.lag_records.load(Ordering::Relaxed),
             lag_seconds: self.lag_seconds(),
         };
-        let store = Part::of(store);
+        let store = part(store);
         Ready { ready: !draining && log.ok && projector.ok && caught_up && store.ok, draining, log, projector, store }
     }
 
@@ -109,18 +78,17 @@ impl Health {
     }
 
     /// Measures the lag every second. A log that does not answer keeps the figure that it had.
-    pub async fn watch(ctx: Arc<crate::edge::Context>) {
+    pub async fn watch(self: Arc<Health>) {
         let gauges: (Gauge, Gauge) = (telemetry::lag_records(), telemetry::lag_seconds());
         let mut every = tokio::time::interval(EVERY);
         loop {
             every.tick().await;
-            let asked = ctx.clone();
-            let lag =
-                tokio::task::spawn_blocking(move || asked.health.log.lag(&asked.health.projector.positions())).await;
+            let asked = self.clone();
+            let lag = tokio::task::spawn_blocking(move || asked.log.lag(&asked.projector.positions())).await;
             if let Ok(Ok(lag)) = lag {
-                ctx.health.lag_records.store(lag, Ordering::Relaxed);
+                self.lag_records.store(lag, Ordering::Relaxed);
                 gauges.0.set(lag as f64);
-                gauges.1.set(ctx.health.lag_seconds());
+                gauges.1.set(self.lag_seconds());
             }
         }
     }

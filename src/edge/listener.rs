@@ -17,7 +17,7 @@ use warp::filters::BoxedFilter;
 use warp::hyper;
 use warp::reply::Response;
 
-use super::socket::Socket;
+use super::ws::socket::Socket;
 use crate::telemetry;
 
 /// Time for the first byte and for all headers of a request.
@@ -33,8 +33,8 @@ const BACKLOG: u32 = 4_096;
 /// The longest pause after a failed accept.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
 
-/// A connection's place under the limit; a WebSocket session keeps it.
-pub type Place = Arc<OwnedSemaphorePermit>;
+/// A connection's permit under the limit; a WebSocket session keeps it.
+pub type ConnectionPermit = Arc<OwnedSemaphorePermit>;
 
 pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
@@ -50,7 +50,7 @@ pub async fn serve(
     limit: usize,
     mut stop: watch::Receiver<bool>,
 ) {
-    let places = Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS)));
+    let permits = Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS)));
     let refusals = Arc::new(Semaphore::new(REFUSALS));
     let mut connections = JoinSet::new();
     let mut pause = Duration::from_millis(5);
@@ -63,12 +63,16 @@ pub async fn serve(
         match accepted {
             Ok((stream, peer)) => {
                 pause = Duration::from_millis(5);
-                match places.clone().try_acquire_owned() {
-                    Ok(place) => {
-                        drop(connections.spawn(connection(stream, peer, routes.clone(), Arc::new(place), stop.clone())))
-                    }
+                match permits.clone().try_acquire_owned() {
+                    Ok(permit) => drop(connections.spawn(connection(
+                        stream,
+                        peer,
+                        routes.clone(),
+                        Arc::new(permit),
+                        stop.clone(),
+                    ))),
                     Err(_) => match refusals.clone().try_acquire_owned() {
-                        Ok(place) => drop(connections.spawn(refuse(stream, place))),
+                        Ok(permit) => drop(connections.spawn(refuse(stream, permit))),
                         Err(_) => telemetry::refused("connection_limit").increment(1),
                     },
                 }
@@ -92,7 +96,7 @@ async fn connection(
     stream: TcpStream,
     peer: SocketAddr,
     routes: BoxedFilter<(Response,)>,
-    place: Place,
+    permit: ConnectionPermit,
     mut stop: watch::Receiver<bool>,
 ) {
     if let Err(error) = stream.set_nodelay(true) {
@@ -100,7 +104,7 @@ async fn connection(
     }
     let service = TowerToHyperService::new(warp::service(routes));
     let service = hyper::service::service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
-        request.extensions_mut().insert(place.clone());
+        request.extensions_mut().insert(permit.clone());
         hyper::service::Service::call(&service, request)
     });
     let mut http = hyper::server::conn::http1::Builder::new();
@@ -162,7 +166,7 @@ async fn refuse(mut stream: TcpStream, _place: OwnedSemaphorePermit) {
     }
 }
 
-/// A connection's place, for routes.
-pub fn place() -> impl Filter<Extract = (Option<Place>,), Error = std::convert::Infallible> + Clone {
-    warp::ext::optional::<Place>()
+/// A connection's permit, for routes.
+pub fn permit() -> impl Filter<Extract = (Option<ConnectionPermit>,), Error = std::convert::Infallible> + Clone {
+    warp::ext::optional::<ConnectionPermit>()
 }

@@ -2,7 +2,6 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Instant;
 
 use futures_util::Stream;
 use serde_json::value::RawValue;
@@ -11,16 +10,24 @@ use warp::http::{HeaderMap, Method, StatusCode, header};
 use warp::hyper::upgrade::OnUpgrade;
 use warp::{Buf, Filter, Rejection, Reply as _};
 
-use super::listener::{self, Place};
-use super::reply::{self, Reply, body, header_text, json, problem};
-use super::upgrade::upgrade;
-use super::{Asked, Context, agui, context, dead_letters, runs, sessions, stream, threads};
-use crate::command::{self, PublishBody};
-use crate::error::{Code, Error};
-use crate::event::{AGENT_TOKEN, PieceData};
-use crate::identity::Principal;
-use crate::identity::tickets::LIFETIME;
-use crate::submit::Draft;
+use super::http::reply;
+use super::http::reply::Reply;
+use super::http::reply::{body, header_text, json, problem};
+use super::http::{context, dead_letters, runs, sessions, threads};
+use super::listener;
+use super::listener::ConnectionPermit;
+use super::sse::agui;
+use super::ws::upgrade::upgrade;
+use super::{Context, sse};
+use crate::auth::Principal;
+use crate::auth::tickets::LIFETIME;
+use crate::ingest::admit::PublishRequest;
+use crate::protocol::command;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::http::PublishBody;
+use crate::protocol::http::{PublishReply, Ticket};
+use crate::protocol::json;
+use crate::protocol::kinds::{AGENT_TOKEN, DeltaData};
 use crate::{clock, telemetry};
 
 /// What a handler gets of a request.
@@ -35,7 +42,7 @@ impl Request {
     pub fn who(&self) -> Result<Principal, Error> {
         let who = authenticate(&self.ctx, &self.headers)?;
         self.ctx.health.check_caught_up()?;
-        self.ctx.count(&who).map(|()| who)
+        self.ctx.admission.count(&who).map(|()| who)
     }
 }
 
@@ -48,7 +55,7 @@ pub fn authenticate(ctx: &Context, headers: &HeaderMap) -> Result<Principal, Err
     if !scheme.eq_ignore_ascii_case("bearer") {
         return Err(refuse("the Authorization header is not Bearer <token>"));
     }
-    ctx.verify(token.trim())
+    ctx.auth.verify(token.trim())
 }
 
 /// Everything a client can ask for over HTTP.
@@ -67,8 +74,10 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
         .and(warp::get())
         .and(with.clone())
         .and(warp::ext::optional::<OnUpgrade>())
-        .and(listener::place())
-        .map(|it: Request, on: Option<OnUpgrade>, place: Option<Place>| counted("ws", upgrade(&it, on, place)))
+        .and(listener::permit())
+        .map(|it: Request, on: Option<OnUpgrade>, permit: Option<ConnectionPermit>| {
+            counted("ws", upgrade(&it, on, permit))
+        })
         .boxed();
     let ticket = warp::path!("v1" / "tickets")
         .and(warp::post())
@@ -147,7 +156,7 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
     let stream = warp::path!("v1" / "threads" / String / "stream")
         .and(warp::get())
         .and(with.clone())
-        .map(|id: String, it: Request| match stream::open(&it, &id) {
+        .map(|id: String, it: Request| match sse::open(&it, &id) {
             Ok(stream) => stream,
             Err(error) => answer("stream", Err(error)).into_response(),
         })
@@ -253,7 +262,7 @@ fn ready(ctx: &Context) -> Reply {
 }
 
 fn metrics_text(ctx: &Context) -> Reply {
-    telemetry::outbox_bytes().set(ctx.sessions.outbox_bytes() as f64);
+    telemetry::outbox_bytes().set(ctx.registry.outbox_bytes() as f64);
     let mut reply = Reply::new(telemetry::render(&ctx.metrics));
     reply
         .headers_mut()
@@ -265,18 +274,9 @@ fn metrics_text(ctx: &Context) -> Reply {
 fn ticket(it: &Request) -> Result<Reply, Error> {
     let who = it.who()?;
     reply::query(&it.query, &[])?;
-    let ticket = it.ctx.tickets.issue(&who, Instant::now())?;
+    let ticket = it.ctx.auth.issue_ticket(&who)?;
     let expires_at = clock::rfc3339(clock::now_ms() + LIFETIME.as_millis() as u64);
     Ok(json(StatusCode::CREATED, &Ticket { ticket, expires_at }))
-}
-
-/// The answer to `POST /v1/tickets`.
-#[derive(serde::Serialize, schemars::JsonSchema)]
-pub struct Ticket {
-    /// For `GET /v1/ws?ticket=`: good once.
-    ticket: String,
-    /// RFC 3339, 30 s from now.
-    expires_at: String,
 }
 
 /// `POST /v1/threads/{t}/events`
@@ -289,12 +289,13 @@ async fn publish<B: Buf, E>(
     reply::query(&it.query, &[])?;
     let (called, thread) = threads::address(&who, thread)?;
     let text = body(stream).await?;
-    let publish: PublishBody = command::from_json(&text)?;
+    let publish: PublishBody = json::decode(&text)?;
     let key = header_text(&it.headers, "Idempotency-Key")?;
     command::check_content(publish.data, key, publish.run.as_deref(), publish.parent)?;
-    let (event, grant) = it.ctx.admit(
+    let traceparent = traceparent(&it.headers)?;
+    let draft = it.ctx.admission.admit(
         &who,
-        Asked {
+        PublishRequest {
             thread: &thread,
             kind: &publish.kind,
             data: publish.data,
@@ -302,10 +303,11 @@ async fn publish<B: Buf, E>(
             run: publish.run.as_deref(),
             parent: publish.parent,
             priority: publish.priority,
+            traceparent: traceparent.as_deref(),
         },
     )?;
-    let piece = if event.kind == AGENT_TOKEN { Some(PieceData::parse(publish.data)?) } else { None };
-    let published = it.ctx.submit.publish(&Draft { event, grant, traceparent: traceparent(&it.headers)? }).await?;
+    let piece = if draft.event.kind == AGENT_TOKEN { Some(DeltaData::parse(publish.data)?) } else { None };
+    let published = it.ctx.submit.publish(&draft).await?;
     let status = if published.duplicate { StatusCode::OK } else { StatusCode::CREATED };
     let reply = PublishReply {
         thread: &called,
@@ -313,26 +315,9 @@ async fn publish<B: Buf, E>(
         event: published.event,
         duplicate: published.duplicate,
         message: piece.as_ref().map(|piece| &*piece.message),
-        to_char: piece.as_ref().map(PieceData::to_char),
+        to_char: piece.as_ref().map(DeltaData::to_char),
     };
     Ok(json(status, &reply))
-}
-
-/// The answer to `POST /v1/threads/{t}/events`.
-#[derive(serde::Serialize, schemars::JsonSchema)]
-pub struct PublishReply<'a> {
-    thread: &'a str,
-    /// Absent for a piece of a message, which has none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    seq: Option<u64>,
-    event: uuid::Uuid,
-    duplicate: bool,
-    /// For a piece: its message.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    message: Option<&'a str>,
-    /// For a piece: the characters of the message up to its end.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    to_char: Option<u64>,
 }
 
 pub fn traceparent(headers: &HeaderMap) -> Result<Option<String>, Error> {

@@ -11,13 +11,15 @@ use std::sync::Arc;
 use serde_json::value::to_raw_value;
 use tokio::time::{Duration, Instant};
 
-use crate::error::Error;
-use crate::event::{AGENT_TOKEN, LogEvent, PieceData};
-use crate::identity::Principal;
+use super::submit::Draft;
+use crate::auth::Principal;
+use crate::delivery::outbox::{Answer, Outbox};
+use crate::ingest::pending::OnVerdict;
 use crate::log::Grant;
-use crate::outbox::{Answer, Outbox};
-use crate::piece::Piece;
-use crate::submit::{Draft, Reply};
+use crate::protocol::delta::Delta;
+use crate::protocol::error::Error;
+use crate::protocol::event::LogEvent;
+use crate::protocol::kinds::{AGENT_TOKEN, DeltaData};
 use crate::telemetry;
 
 /// How long pieces gather.
@@ -41,7 +43,7 @@ struct Message {
 
 /// A piece that was asked for, once or several times in a row.
 pub struct Unsent {
-    piece: Piece,
+    piece: Delta,
     grant: Grant,
     asked: Vec<Asked>,
 }
@@ -56,11 +58,11 @@ struct Asked {
 impl Unsent {
     /// The piece of an event that was admitted.
     pub fn new(event: &LogEvent<'_>, grant: Grant, id: i64, called: &str) -> Result<Unsent, Error> {
-        let data = PieceData::parse(event.data)?;
+        let data = DeltaData::parse(event.data)?;
         let run = event.run.as_deref().unwrap_or_default();
         let to_char = data.to_char();
-        let piece = Piece {
-            name: Piece::name(run, &data.message),
+        let piece = Delta {
+            name: Delta::name(run, &data.message),
             thread: (*event.thread).into(),
             run: run.into(),
             message: (*data.message).into(),
@@ -93,11 +95,11 @@ impl Unsent {
         who: &Principal,
         traceparent: Option<String>,
         outbox: &Arc<Outbox>,
-        prepare: impl FnOnce(&Draft<'_>, Reply) -> T,
+        prepare: impl FnOnce(&Draft<'_>, OnVerdict) -> T,
     ) -> T {
         let Unsent { piece, grant, asked } = self;
         let data =
-            PieceData { message: (&*piece.message).into(), from_char: piece.from_char, text: (&*piece.text).into() };
+            DeltaData { message: (&*piece.message).into(), from_char: piece.from_char, text: (&*piece.text).into() };
         // Strings and numbers always serialise.
         let data = to_raw_value(&data).unwrap_or_default();
         let event = LogEvent {
@@ -114,13 +116,13 @@ impl Unsent {
             priority: piece.priority,
         };
         let (outbox, message) = (outbox.clone(), piece.message.clone());
-        let reply = Box::new(move |verdict: crate::submit::Verdict| {
+        let reply = Box::new(move |verdict: crate::projector::Verdict| {
             for Asked { id, called, to_char } in asked {
                 let piece = Some((message.clone(), to_char));
                 outbox.push_answer(Answer::Publish { id, thread: called, piece, verdict: verdict.clone() });
             }
         });
-        telemetry::pieces_appended().increment(1);
+        telemetry::deltas_appended().increment(1);
         prepare(&Draft { event, grant, traceparent }, reply)
     }
 }
@@ -128,7 +130,7 @@ impl Unsent {
 impl Pieces {
     /// Takes a piece, and gives what is to be sent now.
     pub fn take(&mut self, new: Unsent, now: Instant) -> Vec<Unsent> {
-        telemetry::pieces_received().increment(1);
+        telemetry::deltas_received().increment(1);
         let key = (new.piece.thread.clone(), new.piece.name.clone());
         let message = self.messages.entry(key).or_insert(Message { due: now, waiting: None });
         self.due = [self.due, Some(message.due)].into_iter().flatten().min();
@@ -154,7 +156,7 @@ impl Pieces {
     }
 
     /// What waits of the messages that are meant.
-    pub fn flush(&mut self, which: impl Fn(&Piece) -> bool) -> Vec<Unsent> {
+    pub fn flush(&mut self, which: impl Fn(&Delta) -> bool) -> Vec<Unsent> {
         let meant = |message: &mut Message| message.waiting.take_if(|waiting| which(&waiting.piece));
         in_order(self.messages.values_mut().filter_map(meant).collect())
     }

@@ -9,9 +9,9 @@ use governor::middleware::NoOpMiddleware;
 use governor::state::keyed::DashMapStateStore;
 use governor::{Quota, RateLimiter};
 
-use crate::command::MAX_FRAME;
-use crate::error::{Code, Error};
-use crate::identity::Principal;
+use crate::auth::Principal;
+use crate::protocol::command::MAX_FRAME;
+use crate::protocol::error::{Code, Error};
 
 /// A full bucket holds what so many seconds bring.
 const BURST_SECONDS: u32 = 5;
@@ -158,7 +158,7 @@ mod tests {
     use governor::clock::FakeRelativeClock;
 
     use super::*;
-    use crate::identity::Scopes;
+    use crate::auth::Scopes;
 
     fn limits(rates: Rates) -> (Limits<FakeRelativeClock>, FakeRelativeClock) {
         let clock = FakeRelativeClock::default();

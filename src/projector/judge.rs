@@ -7,19 +7,21 @@ use serde_json::value::RawValue;
 
 use super::messages::{Closes, Closing, Messages};
 use super::notes::Notes;
-use super::runs::{Runs, Unfit};
-use super::thread::{self, Thread};
-use super::{Change, Committed, CommittedEvent, KEY_LIFETIME, News, Visible};
-use crate::error::{Code, Error};
-use crate::event::{AGENT_MESSAGE, AGENT_TOKEN, EventFrame, LogEvent, Priority};
-use crate::ids;
+use super::runs::{Rejected, Runs};
+use super::thread;
+use super::thread::Thread;
+use super::{AccessChange, Commit, CommittedEvent, KEY_LIFETIME, ThreadUpdate, Update};
+use super::{Published, Verdict};
 use crate::log::{Grant, Record};
+use crate::protocol::error::{Code, Error};
+use crate::protocol::event::{EventFrame, LogEvent, Priority};
+use crate::protocol::ids;
+use crate::protocol::kinds::{AGENT_MESSAGE, AGENT_TOKEN};
 use crate::store::runs::{Mark, RunKey};
 use crate::store::{Batch, EventRow, KeyRow, Store, StoreError, keys};
-use crate::submit::{Published, Verdict};
 
 /// What the batch in hand has decided, which the store does not show yet.
-pub(super) struct InHand {
+pub(super) struct BatchState {
     /// What it has beside events.
     pub(super) notes: Notes,
     /// Runs that it changed, and their messages.
@@ -31,9 +33,9 @@ pub(super) struct InHand {
     pub(super) oldest_key: u64,
 }
 
-impl Default for InHand {
-    fn default() -> InHand {
-        InHand {
+impl Default for BatchState {
+    fn default() -> BatchState {
+        BatchState {
             notes: Notes::default(),
             runs: Runs::default(),
             messages: Messages::default(),
@@ -54,7 +56,7 @@ pub(super) struct Case<'a> {
     pub(super) log_time: u64,
 }
 
-impl InHand {
+impl BatchState {
     pub(super) fn clear(&mut self) {
         self.notes.clear();
         self.runs.clear();
@@ -69,7 +71,7 @@ impl InHand {
         case: &Case<'_>,
         thread: &mut Thread,
         batch: &mut Batch<'_>,
-        out: &mut Committed,
+        out: &mut Commit,
     ) -> Result<Verdict, StoreError> {
         let Case { store, record, event, .. } = *case;
         // Threads that exist by their name have no members: who may write there was judged at the edge.
@@ -78,14 +80,14 @@ impl InHand {
             return Ok(Err(Error::no_thread()));
         }
         let judged = if event.kind == AGENT_TOKEN {
-            self.take_piece(case, thread, batch, out)
+            self.take_delta(case, thread, batch, out)
         } else {
             self.take_event(case, thread, batch, out)
         };
         match judged {
             Ok(verdict) => Ok(verdict),
-            Err(Unfit::Store(error)) => Err(error),
-            Err(Unfit::Refused(refused)) => {
+            Err(Rejected::Store(error)) => Err(error),
+            Err(Rejected::Refused(refused)) => {
                 if refused.code == Code::RunOrder {
                     self.notes.refuse(store, record, (event, case.at), &refused, batch, out)?;
                 }
@@ -99,8 +101,8 @@ impl InHand {
         case: &Case<'_>,
         thread: &mut Thread,
         batch: &mut Batch<'_>,
-        out: &mut Committed,
-    ) -> Result<Verdict, Unfit> {
+        out: &mut Commit,
+    ) -> Result<Verdict, Rejected> {
         let Case { store, record, event, at, .. } = *case;
         let key = event.key.as_deref().map(|key| keys::joined(&[&event.tenant, &event.thread, &event.from, key]));
         if let Some(key) = &key
@@ -161,16 +163,16 @@ impl InHand {
     }
 
     /// A piece of a message: it gets no seq, and readers have it live.
-    fn take_piece(
+    fn take_delta(
         &mut self,
         case: &Case<'_>,
         thread: &mut Thread,
         batch: &mut Batch<'_>,
-        out: &mut Committed,
-    ) -> Result<Verdict, Unfit> {
+        out: &mut Commit,
+    ) -> Result<Verdict, Rejected> {
         let Case { store, event, at, .. } = *case;
         let run = RunKey::new(&event.tenant, &event.thread, event.run.as_deref().unwrap_or_default());
-        let open = self.runs.judge_piece(store, &run)?;
+        let open = self.runs.judge_delta(store, &run)?;
         let piece = self.messages.judge(store, event, run.clone(), &thread.row, open)?;
         let duplicate = piece.is_none();
         if let Some((piece, before)) = piece {
@@ -179,7 +181,7 @@ impl InHand {
             thread.row.writing_bytes += piece.text.len() as u64;
             thread.changed = true;
             self.runs.written(store, run, at, batch)?;
-            out.events.push(CommittedEvent { key: thread.key.clone(), news: News::Piece(Arc::new(piece)) });
+            out.events.push(ThreadUpdate { key: thread.key.clone(), update: Update::Delta(Arc::new(piece)) });
         }
         Ok(Ok(Published { seq: 0, event: event.event, duplicate }))
     }
@@ -191,7 +193,7 @@ impl InHand {
         case: &Case<'_>,
         thread: &mut Thread,
         batch: &mut Batch<'_>,
-        out: &mut Committed,
+        out: &mut Commit,
     ) -> Result<(), StoreError> {
         if thread.row.writing == 0 {
             return Ok(());
@@ -234,12 +236,12 @@ struct Placing<'a> {
     /// What the thread's hash covers.
     value: &'a [u8],
     at: u64,
-    change: Option<Change>,
+    change: Option<AccessChange>,
     closes: Option<Arc<str>>,
 }
 
 /// Gives an event the thread's next seq, and says which.
-fn place(placing: Placing<'_>, thread: &mut Thread, batch: &mut Batch<'_>, out: &mut Committed) -> u64 {
+fn place(placing: Placing<'_>, thread: &mut Thread, batch: &mut Batch<'_>, out: &mut Commit) -> u64 {
     let Placing { event, data, value, at, change, closes } = placing;
     // An agent must hear at once that it shall stop.
     let priority = if event.kind == "agent_cancel_requested" { Some(Priority::High) } else { event.priority };
@@ -249,7 +251,7 @@ fn place(placing: Placing<'_>, thread: &mut Thread, batch: &mut Batch<'_>, out: 
     let row = EventRow { kind: &event.kind, class, hash: thread.row.hash, frame: &frame };
     batch.put_event(&event.tenant, &event.thread, seq, &row);
     thread.apply(&change, event, seq, at, batch);
-    let visible = Visible { seq, kind: (*event.kind).into(), priority, frame: frame.into(), closes };
-    out.events.push(CommittedEvent { key: thread.key.clone(), news: News::Event(Arc::new(visible), change) });
+    let visible = CommittedEvent { seq, kind: (*event.kind).into(), priority, frame: frame.into(), closes };
+    out.events.push(ThreadUpdate { key: thread.key.clone(), update: Update::Event(Arc::new(visible), change) });
     seq
 }

@@ -14,14 +14,15 @@ use serde_json::value::{RawValue, to_raw_value};
 use uuid::Uuid;
 
 use super::data;
-use super::runs::Unfit;
-use crate::error::{Code, Error};
-use crate::event::{AGENT_MESSAGE, LogEvent, PieceData, text_of};
-use crate::piece::Piece;
+use super::runs::Rejected;
+use super::{Published, Verdict};
+use crate::protocol::delta::Delta;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::event::LogEvent;
+use crate::protocol::kinds::{AGENT_MESSAGE, DeltaData, text_of};
 use crate::store::messages::{ClosedRow, MessageKey, MessageRow};
 use crate::store::runs::{Mark, RunKey};
 use crate::store::{Batch, Store, StoreError, ThreadRow};
-use crate::submit::{Published, Verdict};
 
 /// The longest text of a message written in pieces, in bytes.
 const MAX_TEXT: u64 = 1 << 20;
@@ -88,8 +89,8 @@ impl Messages {
         run: RunKey,
         thread: &ThreadRow,
         open: Result<u64, Error>,
-    ) -> Result<Option<(Piece, u64)>, Unfit> {
-        let data: PieceData = data(event)?;
+    ) -> Result<Option<(Delta, u64)>, Rejected> {
+        let data: DeltaData = data(event)?;
         let key = MessageKey { run, message: data.message.clone().into_owned() };
         let row = self.row(store, &key)?;
         let chars = row.as_ref().map_or(0, |row| row.chars);
@@ -107,8 +108,8 @@ impl Messages {
         }
         let text: String = data.text.chars().skip((chars - data.from_char) as usize).collect();
         check_room(row.as_ref(), thread, text.len() as u64)?;
-        let piece = Piece {
-            name: Piece::name(&key.run.run, &key.message),
+        let piece = Delta {
+            name: Delta::name(&key.run.run, &key.message),
             thread: key.run.thread.into(),
             run: key.run.run.into(),
             message: key.message.into(),
@@ -129,7 +130,7 @@ impl Messages {
         &mut self,
         store: &Store,
         run: RunKey,
-        (piece, before): (&Piece, u64),
+        (piece, before): (&Delta, u64),
         at: u64,
         batch: &mut Batch<'_>,
     ) -> Result<bool, StoreError> {
@@ -148,7 +149,7 @@ impl Messages {
         });
         (row.chars, row.last_at, row.event) = (piece.to_char, at, *piece.event.as_bytes());
         row.bytes += piece.text.len() as u64;
-        batch.put_piece(&key, &row, piece.from_char, &piece.text);
+        batch.put_delta(&key, &row, piece.from_char, &piece.text);
         let at_hand = self.at_hand.entry(key).or_insert_with(|| AtHand { row: row.clone(), fresh: Vec::new() });
         at_hand.row = row;
         at_hand.fresh.push((piece.from_char, piece.text.clone()));
@@ -165,7 +166,12 @@ impl Messages {
 
     /// What an `agent_message` that names a message does to it. A message is closed by who began it, or by any agent, but
     /// by no other member of the thread.
-    pub(super) fn judge_closing(&self, store: &Store, event: &LogEvent<'_>, by_member: bool) -> Result<Closes, Unfit> {
+    pub(super) fn judge_closing(
+        &self,
+        store: &Store,
+        event: &LogEvent<'_>,
+        by_member: bool,
+    ) -> Result<Closes, Rejected> {
         // What is no object with such fields was refused at the edge, or is nobody's closing.
         let Ok(Named { message: Some(message), content }) = data::<Named>(event) else { return Ok(Closes::None) };
         let found = match self.find(store, event, &message)? {
@@ -297,7 +303,7 @@ impl Closing {
 
     /// What readers know the message by.
     pub(super) fn name(&self) -> Arc<str> {
-        Piece::name(&self.key.run.run, &self.key.message)
+        Delta::name(&self.key.run.run, &self.key.message)
     }
 }
 
@@ -314,7 +320,7 @@ fn check_room(row: Option<&MessageRow>, thread: &ThreadRow, more: u64) -> Result
     Err(Error::new(Code::TooLarge, why).at("data.text"))
 }
 
-fn refused(what: impl Into<Cow<'static, str>>, field: &'static str) -> Unfit {
+fn refused(what: impl Into<Cow<'static, str>>, field: &'static str) -> Rejected {
     Error::new(Code::RunOrder, what).at(field).into()
 }
 

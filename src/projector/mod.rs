@@ -10,7 +10,8 @@
 mod judge;
 mod messages;
 mod notes;
-mod run;
+mod pump;
+pub mod rebuild;
 mod runs;
 mod thread;
 
@@ -20,16 +21,17 @@ use std::sync::Arc;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
-use self::judge::{Case, InHand};
-pub use self::notes::{DeadLetterNote, RUN_ORDER, ReceiptNote, UNACKNOWLEDGED, UNREADABLE};
-pub use self::run::{Loop, Status};
+use self::judge::{BatchState, Case};
+pub use self::pump::{Pump, Status};
 use self::thread::{Thread, data};
-use crate::event::{LogEvent, Priority};
 use crate::log::{Entry, Foreign, Log, Positions, Record, Topic};
-use crate::piece::Piece;
+use crate::protocol::delta::Delta;
+use crate::protocol::error::Error;
+use crate::protocol::event::{LogEvent, Priority};
+use crate::protocol::ids;
+pub use crate::protocol::records::{DeadLetterRecord, RUN_ORDER, ReceiptRecord, UNACKNOWLEDGED, UNREADABLE};
 use crate::store::{Batch, Progress, Store, StoreError};
-use crate::submit::Verdict;
-use crate::{clock, ids, telemetry};
+use crate::{clock, telemetry};
 
 /// How long an idempotency key is kept, in milliseconds of log time.
 pub const KEY_LIFETIME: u64 = 24 * 60 * 60 * 1_000;
@@ -38,32 +40,44 @@ const PURGE_STEP: u64 = 1_000;
 /// Threads whose state is kept at hand; beyond that it is read from the store again.
 const THREADS_AT_HAND: usize = 50_000;
 
+/// The projector's judgement of one record.
+pub type Verdict = Result<Published, Error>;
+
+/// A record that has its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Published {
+    pub seq: u64,
+    pub event: Uuid,
+    /// The event was there before: by its key, or because nothing had to change.
+    pub duplicate: bool,
+}
+
 /// What became visible with one commit, in log order.
 #[derive(Default)]
-pub struct Committed {
-    pub events: Vec<CommittedEvent>,
+pub struct Commit {
+    pub events: Vec<ThreadUpdate>,
     pub verdicts: Vec<(Uuid, Verdict)>,
     /// The reasons of dead letters that came in.
     pub dead_letters: Vec<String>,
 }
 
 /// What became visible in a thread.
-pub struct CommittedEvent {
+pub struct ThreadUpdate {
     /// `tenant/thread`.
     pub key: Arc<str>,
-    pub news: News,
+    pub update: Update,
 }
 
-pub enum News {
+pub enum Update {
     /// An event that has its seq.
-    Event(Arc<Visible>, Option<Change>),
+    Event(Arc<CommittedEvent>, Option<AccessChange>),
     /// A piece of a message that is being written.
-    Piece(Arc<Piece>),
+    Delta(Arc<Delta>),
 }
 
 /// What readers need of an event: one for all of them.
 #[derive(Debug)]
-pub struct Visible {
+pub struct CommittedEvent {
     pub seq: u64,
     pub kind: Box<str>,
     pub priority: Option<Priority>,
@@ -74,7 +88,7 @@ pub struct Visible {
 
 /// Who may read the thread from this event on, or be connected at all.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
+pub enum AccessChange {
     Joined(Vec<String>),
     Left(String),
     /// The user's sessions end.
@@ -104,7 +118,7 @@ pub struct Projector {
     progress: Vec<Progress>,
     threads: HashMap<String, Thread>,
     /// What the batch in hand has decided.
-    hand: InHand,
+    hand: BatchState,
 }
 
 impl Projector {
@@ -115,7 +129,7 @@ impl Projector {
             places: Places::of(log),
             progress,
             threads: HashMap::new(),
-            hand: InHand::default(),
+            hand: BatchState::default(),
         }
     }
 
@@ -131,7 +145,7 @@ impl Projector {
 
     /// Judges and commits the first entries, as many as go together, and returns how many that were; `positions` is where
     /// the log goes on behind all of them. After an error nothing has happened, and the call can be repeated.
-    pub fn project(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Committed), StoreError> {
+    pub fn project(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), StoreError> {
         let progress = self.progress.clone();
         let result = self.project_some(entries, positions);
         if result.is_err() {
@@ -144,10 +158,10 @@ impl Projector {
 
     /// Commits as many entries as go into one batch: all, unless expired keys must be purged in between, since the purge
     /// sees only what is committed.
-    fn project_some(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Committed), StoreError> {
+    fn project_some(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), StoreError> {
         let store = self.store.clone();
         let mut batch = store.batch();
-        let mut out = Committed::default();
+        let mut out = Commit::default();
         let mut taken = 0;
         for entry in entries {
             if !self.take(entry, &mut batch, &mut out, taken == 0)? {
@@ -180,7 +194,7 @@ impl Projector {
         &mut self,
         entry: &Entry,
         batch: &mut Batch<'_>,
-        out: &mut Committed,
+        out: &mut Commit,
         first: bool,
     ) -> Result<bool, StoreError> {
         let partition = entry.at.partition;
@@ -209,7 +223,7 @@ impl Projector {
             tracing::warn!(position = %entry.at, foreign.why, "a record in the log is not ours");
             telemetry::foreign_records().increment(1);
             let log_time = self.progress[partition as usize].log_time;
-            self.hand.notes.bury(&self.store, &self.places, entry.at, &foreign, log_time, batch, out)?;
+            self.hand.notes.dead_letter(&self.store, &self.places, entry.at, &foreign, log_time, batch, out)?;
         }
         self.progress[partition as usize].next = entry.at.offset + 1;
         Ok(true)
@@ -240,7 +254,7 @@ impl Projector {
         event: &LogEvent<'_>,
         at: u64,
         batch: &mut Batch<'_>,
-        out: &mut Committed,
+        out: &mut Commit,
     ) -> Result<Verdict, StoreError> {
         let log_time = self.progress[partition as usize].log_time;
         let thread = match self.threads.get_mut(&record.key) {

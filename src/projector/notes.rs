@@ -6,113 +6,22 @@
 
 use std::collections::{HashMap, HashSet};
 
-use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use uuid::Uuid;
 
-use super::{Committed, Places};
-use crate::error::Error;
-use crate::event::LogEvent;
-use crate::log::{Foreign, Grant, Position, Record, Topic};
+use super::Published;
+use super::{Commit, Places};
+use crate::clock;
+use crate::log::{Foreign, Position, Record, Topic};
+use crate::protocol::error::Error;
+use crate::protocol::event::LogEvent;
+use crate::protocol::ids;
+use crate::protocol::records::{DeadLetterRecord, RUN_ORDER, ReceiptRecord, UNREADABLE};
 use crate::store::dead_letters::{DeadLetterRow, SourceRow};
 use crate::store::{Batch, ReceiptRow, Store, StoreError, keys};
-use crate::submit::Published;
-use crate::{clock, ids};
 
-/// The reason of a record that is not ours.
-pub const UNREADABLE: &str = "unreadable";
-/// The reason of an event that a subscription with `confirm` was sent again and again.
-pub const UNACKNOWLEDGED: &str = "unacknowledged";
-/// The reason of an event that broke the order of its run.
-pub const RUN_ORDER: &str = "run_order";
 /// What is kept of a record that is not ours.
 const KEPT_BYTES: usize = 64 << 10;
-
-/// A receipt as the log has it, in the topic `receipts`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct ReceiptNote {
-    /// UUIDv7 of this record.
-    pub id: Uuid,
-    pub tenant: String,
-    /// A thread, or `*` for the durable subscription to all threads itself.
-    pub thread: String,
-    pub user: String,
-    /// The durable subscription, empty for acknowledgements without one.
-    pub name: String,
-    /// The seq behind which the subscription goes on.
-    pub place: u64,
-    /// The newest seq acknowledged, 0 for none.
-    pub acked: u64,
-    /// The newest seq sent and not acknowledged.
-    pub sent: u64,
-    /// How often the event behind `place` was sent.
-    pub attempts: u32,
-    /// RFC 3339.
-    pub at: String,
-}
-
-impl ReceiptNote {
-    /// The record: one key for each subscription, so that compaction leaves each its newest.
-    pub fn record(&self) -> Record {
-        Record {
-            topic: Topic::Receipts,
-            key: [&*self.tenant, &self.thread, &self.user, &self.name].join("/"),
-            kind: "receipt".into(),
-            grant: Grant::Scope,
-            traceparent: None,
-            // Strings and numbers always serialise.
-            value: Bytes::from(serde_json::to_vec(self).unwrap_or_default()),
-        }
-    }
-}
-
-/// A delivery that was given up, as the log has it, in the topic `dead-letters`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct DeadLetterNote {
-    /// UUIDv7 of this record.
-    pub id: Uuid,
-    /// The dead letter's own id, made of what it is about.
-    pub letter: Uuid,
-    pub reason: String,
-    pub tenant: String,
-    pub thread: String,
-    pub user: String,
-    /// The durable subscription, if it was one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-    pub seq: u64,
-    pub attempts: u32,
-    pub error: String,
-    /// RFC 3339.
-    pub at: String,
-}
-
-impl DeadLetterNote {
-    /// The id of a dead letter about these facts.
-    pub fn letter_of(facts: &[&[u8]]) -> Uuid {
-        let mut hasher = blake3::Hasher::new_derive_key("weft 2026-11 dead letter");
-        for fact in facts {
-            hasher.update(&(fact.len() as u64).to_be_bytes()).update(fact);
-        }
-        let mut id = [0; 16];
-        id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-        uuid::Builder::from_custom_bytes(id).into_uuid()
-    }
-
-    pub fn record(&self) -> Record {
-        Record {
-            topic: Topic::DeadLetters,
-            key: ids::log_key(&self.tenant, &self.thread),
-            kind: self.reason.clone(),
-            grant: Grant::Scope,
-            traceparent: None,
-            // Strings and numbers always serialise.
-            value: Bytes::from(serde_json::to_vec(self).unwrap_or_default()),
-        }
-    }
-}
 
 /// What the batch in hand has, which the store does not show yet.
 #[derive(Default)]
@@ -133,18 +42,18 @@ impl Notes {
         store: &Store,
         record: &Record,
         batch: &mut Batch<'_>,
-        out: &mut Committed,
+        out: &mut Commit,
     ) -> Result<Result<u64, Foreign>, StoreError> {
         let foreign = |why: String| Foreign::new(why, record);
         let (id, at) = match record.topic {
-            Topic::Receipts => match read::<ReceiptNote>(record).and_then(|note| {
+            Topic::Receipts => match read::<ReceiptRecord>(record).and_then(|note| {
                 check(&note.tenant, (note.thread != "*").then_some(&note.thread), &note.user)?;
                 Ok((clock::parse_rfc3339(&note.at).ok_or("at is not RFC 3339")?, note))
             }) {
                 Ok((at, note)) => (self.receipt(store, note, at, batch)?, at),
                 Err(why) => return Ok(Err(foreign(why))),
             },
-            _ => match read::<DeadLetterNote>(record).and_then(|note| {
+            _ => match read::<DeadLetterRecord>(record).and_then(|note| {
                 check(&note.tenant, Some(&note.thread), &note.user)?;
                 Ok((clock::parse_rfc3339(&note.at).ok_or("at is not RFC 3339")?, note))
             }) {
@@ -175,7 +84,7 @@ impl Notes {
     fn receipt(
         &mut self,
         store: &Store,
-        note: ReceiptNote,
+        note: ReceiptRecord,
         at: u64,
         batch: &mut Batch<'_>,
     ) -> Result<Uuid, StoreError> {
@@ -195,7 +104,7 @@ impl Notes {
 
     /// Makes a dead letter of a record that is not ours, for the tenant that its key or its value names.
     #[expect(clippy::too_many_arguments, reason = "each is a thing of its own")]
-    pub(super) fn bury(
+    pub(super) fn dead_letter(
         &mut self,
         store: &Store,
         places: &Places,
@@ -203,13 +112,13 @@ impl Notes {
         foreign: &Foreign,
         log_time: u64,
         batch: &mut Batch<'_>,
-        out: &mut Committed,
+        out: &mut Commit,
     ) -> Result<(), StoreError> {
         let Some((topic, partition)) = places.topics.get(at.partition as usize) else { return Ok(()) };
         let topic = &places.names[*topic as usize];
         let value = foreign.value.as_deref().unwrap_or_default();
         let (tenant, thread) = owner(foreign);
-        let letter = DeadLetterNote::letter_of(&[
+        let letter = DeadLetterRecord::letter_of(&[
             UNREADABLE.as_bytes(),
             topic.as_bytes(),
             &partition.to_be_bytes(),
@@ -245,9 +154,9 @@ impl Notes {
         (event, at): (&LogEvent<'_>, u64),
         refusal: &Error,
         batch: &mut Batch<'_>,
-        out: &mut Committed,
+        out: &mut Commit,
     ) -> Result<(), StoreError> {
-        let letter = DeadLetterNote::letter_of(&[RUN_ORDER.as_bytes(), event.event.as_bytes()]);
+        let letter = DeadLetterRecord::letter_of(&[RUN_ORDER.as_bytes(), event.event.as_bytes()]);
         let row = DeadLetterRow {
             reason: RUN_ORDER.into(),
             at,
@@ -270,7 +179,7 @@ impl Notes {
         id: [u8; 16],
         row: DeadLetterRow,
         batch: &mut Batch<'_>,
-        out: &mut Committed,
+        out: &mut Commit,
     ) -> Result<(), StoreError> {
         if self.letters.insert((tenant.to_owned(), id)) && store.dead_letter(tenant, &id)?.is_none() {
             batch.put_dead_letter(tenant, id, &row);

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Committed, News, Projector};
+use super::{Commit, Projector, Update};
 use crate::log::{Entry, Log, Positions, Reader};
 use crate::telemetry;
 
@@ -52,17 +52,17 @@ impl Status {
 }
 
 /// The projector's thread: reads, projects and hands on, until `stop` is set and the log is read to its end.
-pub struct Loop {
+pub struct Pump {
     pub log: Arc<dyn Log>,
     pub reader: Box<dyn Reader>,
     pub projector: Projector,
     pub status: Arc<Status>,
     pub stop: Arc<AtomicBool>,
     /// Takes what became visible; `false` when nobody is there any more.
-    pub publish: Box<dyn FnMut(Committed) -> bool + Send>,
+    pub publish: Box<dyn FnMut(Commit) -> bool + Send>,
 }
 
-impl Loop {
+impl Pump {
     pub fn run(mut self) {
         let _stopped = Stopped(self.status.clone());
         let mut ends = self.ends();
@@ -98,7 +98,7 @@ impl Loop {
                 let begin = Instant::now();
                 let Some((taken, committed)) = self.project(&entries[done..]) else { return };
                 seconds.record(begin.elapsed());
-                let seqs = committed.events.iter().filter(|it| matches!(it.news, News::Event(..)));
+                let seqs = committed.events.iter().filter(|it| matches!(it.update, Update::Event(..)));
                 events.increment(seqs.count() as u64);
                 for reason in &committed.dead_letters {
                     telemetry::dead_letters(reason).increment(1);
@@ -114,7 +114,7 @@ impl Loop {
     }
 
     /// Projects entries; a store that fails is asked again until it answers, or the loop shall stop.
-    fn project(&mut self, entries: &[Entry]) -> Option<(usize, Committed)> {
+    fn project(&mut self, entries: &[Entry]) -> Option<(usize, Commit)> {
         while !self.stop.load(Ordering::Acquire) || self.status.failing().is_none() {
             match self.projector.project(entries, self.reader.positions()) {
                 Ok(done) => return Some(done),

@@ -4,10 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::Projector;
 use crate::app::{StartError, open_log};
 use crate::config::Config;
 use crate::log::{Log, LogError};
-use crate::projector::Projector;
 use crate::store::{Store, StoreError};
 
 /// Records taken from the log at once: more than live, since nobody waits.

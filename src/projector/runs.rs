@@ -10,8 +10,8 @@ use serde::Deserialize;
 
 use super::data;
 use crate::clock;
-use crate::error::{Code, Error};
-use crate::event::LogEvent;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::event::LogEvent;
 use crate::store::runs::{CallRow, Ending, Mark, RunKey, RunRow, WaitRow};
 use crate::store::{Batch, Store, StoreError};
 
@@ -23,20 +23,20 @@ pub(super) struct Runs {
 }
 
 /// Why an event is not taken: it is refused, or it cannot be judged now.
-pub(super) enum Unfit {
+pub(super) enum Rejected {
     Refused(Error),
     Store(StoreError),
 }
 
-impl From<Error> for Unfit {
-    fn from(error: Error) -> Unfit {
-        Unfit::Refused(error)
+impl From<Error> for Rejected {
+    fn from(error: Error) -> Rejected {
+        Rejected::Refused(error)
     }
 }
 
-impl From<StoreError> for Unfit {
-    fn from(error: StoreError) -> Unfit {
-        Unfit::Store(error)
+impl From<StoreError> for Rejected {
+    fn from(error: StoreError) -> Rejected {
+        Rejected::Store(error)
     }
 }
 
@@ -122,7 +122,7 @@ impl Runs {
     }
 
     /// What the event makes of its run; `None` if it is no agent's event.
-    pub(super) fn judge(&self, store: &Store, event: &LogEvent<'_>, by_server: bool) -> Result<Option<Step>, Unfit> {
+    pub(super) fn judge(&self, store: &Store, event: &LogEvent<'_>, by_server: bool) -> Result<Option<Step>, Rejected> {
         let Some(run) = event.run.as_deref().filter(|_| is_agents(&event.kind)) else { return Ok(None) };
         let key = RunKey::new(&event.tenant, &event.thread, run);
         let row = self.row(store, &key)?;
@@ -157,7 +157,7 @@ impl Runs {
     }
 
     /// Whether a piece of a message may come now, and how many came before.
-    pub(super) fn judge_piece(&self, store: &Store, key: &RunKey) -> Result<Result<u64, Error>, StoreError> {
+    pub(super) fn judge_delta(&self, store: &Store, key: &RunKey) -> Result<Result<u64, Error>, StoreError> {
         Ok(match self.row(store, key)? {
             None => Err(unknown()),
             Some(row) if row.ended.is_some() => Err(ended()),
@@ -187,7 +187,7 @@ impl Runs {
         event: &LogEvent<'_>,
         key: RunKey,
         row: Option<RunRow>,
-    ) -> Result<Step, Unfit> {
+    ) -> Result<Step, Rejected> {
         let started = data::<Started>(event)?;
         if row.is_some() {
             return Err(expected("the run exists already: another run is expected").into());
@@ -223,7 +223,7 @@ impl Runs {
         store: &Store,
         event: &LogEvent<'_>,
         key: &RunKey,
-    ) -> Result<(Does, (String, CallRow)), Unfit> {
+    ) -> Result<(Does, (String, CallRow)), Rejected> {
         let named = data::<Call>(event)?;
         let known = self.call(store, key, &named.call)?;
         match (event.kind == "tool_executing", known) {

@@ -7,14 +7,14 @@ use std::sync::Arc;
 use serde::Deserialize;
 use uuid::Uuid;
 
-use super::Change;
-use crate::error::{Code, Error};
-use crate::event::{
-    self, LogEvent, MEMBER_ADDED, MEMBER_REMOVED, Priority, SESSIONS_REVOKED, THREAD_CREATED, THREAD_UPDATED,
-};
-use crate::ids;
+use super::AccessChange;
+use super::{Published, Verdict};
+use crate::protocol::error::{Code, Error};
+use crate::protocol::event;
+use crate::protocol::event::{LogEvent, Priority};
+use crate::protocol::ids;
+use crate::protocol::kinds::{MEMBER_ADDED, MEMBER_REMOVED, SESSIONS_REVOKED, THREAD_CREATED, THREAD_UPDATED};
 use crate::store::{Batch, KeyRow, MemberRow, RevocationRow, Store, StoreError, ThreadRow};
-use crate::submit::{Published, Verdict};
 
 /// A thread's state while the projector works on it. What it holds is true at the record in hand, committed or not.
 pub(super) struct Thread {
@@ -57,7 +57,7 @@ impl Thread {
         &mut self,
         store: &Store,
         event: &LogEvent<'_>,
-    ) -> Result<Result<Option<Change>, Verdict>, StoreError> {
+    ) -> Result<Result<Option<AccessChange>, Verdict>, StoreError> {
         let exists = self.row.head > 0;
         let unchanged = Err(Ok(Published { seq: self.row.head, event: event.event, duplicate: true }));
         Ok(match &*event.kind {
@@ -69,13 +69,13 @@ impl Thread {
                     // A clock that is behind takes nothing back.
                     let before = store.revocation(&event.tenant, user)?.map_or(0, |row| row.until);
                     self.revoked_until = self.revoked_until.max(before);
-                    Ok(Some(Change::Revoked(user.to_owned())))
+                    Ok(Some(AccessChange::Revoked(user.to_owned())))
                 }
                 None => Err(Err(Error::field("thread", "sessions are revoked in their user's inbox"))),
             },
             THREAD_CREATED if exists => Err(Err(Error::new(Code::Conflict, "the thread exists already").at("thread"))),
             THREAD_CREATED => match data::<Created>(event).and_then(|created| created.members_with(&event.from)) {
-                Ok(members) => Ok(Some(Change::Joined(members))),
+                Ok(members) => Ok(Some(AccessChange::Joined(members))),
                 Err(error) => Err(Err(error)),
             },
             THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED if !exists => Err(Err(Error::no_thread())),
@@ -88,8 +88,8 @@ impl Thread {
                 Ok(member) => {
                     let adding = event.kind == MEMBER_ADDED;
                     match (adding, self.is_member(store, event, &member.user)?) {
-                        (true, false) => Ok(Some(Change::Joined(vec![member.user.into_owned()]))),
-                        (false, true) => Ok(Some(Change::Left(member.user.into_owned()))),
+                        (true, false) => Ok(Some(AccessChange::Joined(vec![member.user.into_owned()]))),
+                        (false, true) => Ok(Some(AccessChange::Left(member.user.into_owned()))),
                         _ => unchanged,
                     }
                 }
@@ -98,7 +98,9 @@ impl Thread {
             _ if event.parent.is_some_and(|parent| parent > self.row.head) => {
                 Err(Err(Error::field("parent", format!("parent is behind the thread's head, {}", self.row.head))))
             }
-            _ if !exists && !ids::is_reserved(&event.thread) => Ok(Some(Change::Joined(vec![event.from.to_string()]))),
+            _ if !exists && !ids::is_reserved(&event.thread) => {
+                Ok(Some(AccessChange::Joined(vec![event.from.to_string()])))
+            }
             _ => Ok(None),
         })
     }
@@ -119,24 +121,24 @@ impl Thread {
 
     pub(super) fn apply(
         &mut self,
-        change: &Option<Change>,
+        change: &Option<AccessChange>,
         event: &LogEvent<'_>,
         seq: u64,
         at: u64,
         batch: &mut Batch<'_>,
     ) {
         match change {
-            Some(Change::Joined(users)) => {
+            Some(AccessChange::Joined(users)) => {
                 for user in users {
                     batch.put_member(&event.tenant, &event.thread, user, &MemberRow { since: seq });
                     self.members.insert(user.clone(), true);
                 }
             }
-            Some(Change::Left(user)) => {
+            Some(AccessChange::Left(user)) => {
                 batch.delete_member(&event.tenant, &event.thread, user);
                 self.members.insert(user.clone(), false);
             }
-            Some(Change::Revoked(user)) => {
+            Some(AccessChange::Revoked(user)) => {
                 self.revoked_until = self.revoked_until.max(at);
                 batch.put_revocation(&event.tenant, user, &RevocationRow { until: self.revoked_until });
             }

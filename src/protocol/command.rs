@@ -10,9 +10,9 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 
-use crate::error::{Code, Error};
-use crate::event::Priority;
-use crate::ids;
+use super::error::{Code, Error};
+use super::event::Priority;
+use super::{ids, json};
 
 /// The most commands one array frame may hold.
 pub const MAX_COMMANDS: usize = 1_000;
@@ -167,34 +167,6 @@ pub struct Publish<'a> {
     pub parent: Option<u64>,
 }
 
-/// The body of `POST /v1/threads/{t}/events`; the key comes in `Idempotency-Key`.
-#[derive(Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct PublishBody<'a> {
-    #[serde(borrow)]
-    pub kind: Cow<'a, str>,
-    #[serde(borrow)]
-    #[schemars(with = "serde_json::Value")]
-    pub data: &'a RawValue,
-    #[serde(default)]
-    pub priority: Option<Priority>,
-    #[serde(borrow, default)]
-    pub run: Option<Cow<'a, str>>,
-    #[serde(default)]
-    pub parent: Option<u64>,
-}
-
-/// The body of `PUT /v1/threads/{t}`.
-#[derive(Debug, Deserialize, JsonSchema, Default)]
-#[serde(deny_unknown_fields)]
-pub struct ThreadBody {
-    #[serde(default)]
-    pub title: Option<String>,
-    /// Users to add; the caller is a member of a thread it creates in any case.
-    #[serde(default)]
-    pub members: Option<Vec<String>>,
-}
-
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Ping {
@@ -291,18 +263,18 @@ pub fn id_of(text: &str) -> Option<i64> {
 
 /// Parses one command and checks its values.
 pub fn parse(text: &str) -> Result<Command<'_>, BadCommand> {
-    let head: Head = from_json(text).map_err(|error| BadCommand { id: None, error })?;
+    let head: Head = json::decode(text).map_err(|error| BadCommand { id: None, error })?;
     let id = head.id.and_then(|id| id.get().parse().ok());
     let command = match &*head.r#type {
-        "publish" => from_json(text).and_then(check_publish).map(Command::Publish),
-        "subscribe" => from_json(text).and_then(check_subscribe).map(Command::Subscribe),
-        "unsubscribe" => from_json(text).map(Command::Unsubscribe),
-        "ping" => from_json(text).map(Command::Ping),
-        "ack" => from_json(text).and_then(check_ack).map(Command::Ack),
-        "credit" => from_json(text).and_then(check_credit).map(Command::Credit),
-        "signal" => from_json(text).and_then(check_signal).map(Command::Signal),
-        "connect" => from_json(text).map(Command::Connect),
-        "refresh" => from_json(text).map(Command::Refresh),
+        "publish" => json::decode(text).and_then(check_publish).map(Command::Publish),
+        "subscribe" => json::decode(text).and_then(check_subscribe).map(Command::Subscribe),
+        "unsubscribe" => json::decode(text).map(Command::Unsubscribe),
+        "ping" => json::decode(text).map(Command::Ping),
+        "ack" => json::decode(text).and_then(check_ack).map(Command::Ack),
+        "credit" => json::decode(text).and_then(check_credit).map(Command::Credit),
+        "signal" => json::decode(text).and_then(check_signal).map(Command::Signal),
+        "connect" => json::decode(text).map(Command::Connect),
+        "refresh" => json::decode(text).map(Command::Refresh),
         other => Err(Error::field("type", format!("there is no command {other:.40}"))),
     };
     command.map_err(|error| BadCommand { id, error })
@@ -374,37 +346,6 @@ fn check_subscribe(subscribe: Subscribe<'_>) -> Result<Subscribe<'_>, Error> {
         }
         (Some(After::Seq(_)), _) if all => Err(Error::field("after", "with \"*\" after is an object of thread → seq")),
         _ => Ok(subscribe),
-    }
-}
-
-/// Deserialises strictly; an error names the field at fault.
-pub fn from_json<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, Error> {
-    serde_json::from_str(text).map_err(|error| name_the_field::<T>(text, &error.to_string()))
-}
-
-/// Finds the field a serde error is about. Off the fast path: the text is parsed once more, with its path kept.
-fn name_the_field<'a, T: Deserialize<'a>>(text: &'a str, message: &str) -> Error {
-    // serde's own words for an unknown, missing or duplicate field, with the name in backticks.
-    for (start, says) in [
-        ("unknown field `", "unknown field"),
-        ("missing field `", "missing field"),
-        ("duplicate field `", "duplicate field"),
-    ] {
-        if let Some(name) = message.strip_prefix(start).and_then(|rest| rest.split('`').next()) {
-            return Error::field(name.to_owned(), format!("{says} {name:.60}"));
-        }
-    }
-    let mut deserializer = serde_json::Deserializer::from_str(text);
-    let path = match serde_path_to_error::deserialize::<_, T>(&mut deserializer) {
-        Err(error) => error.path().to_string(),
-        Ok(_) => ".".to_owned(),
-    };
-    // "… at line 1 column 20" tells nothing about a frame that a program wrote.
-    let what = message.split(" at line ").next().unwrap_or(message);
-    if path == "." {
-        Error::new(Code::BadRequest, what.to_owned())
-    } else {
-        Error::field(path.clone(), format!("{path}: {what}"))
     }
 }
 

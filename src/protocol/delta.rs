@@ -9,10 +9,11 @@ use serde_json::value::to_raw_value;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
-use crate::event::{AGENT_TOKEN, EventFrame, PieceData, Priority};
+use super::event::{EventFrame, Priority};
+use crate::protocol::kinds::{AGENT_TOKEN, DeltaData};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Piece {
+pub struct Delta {
     /// What tells the message from all others of its thread.
     pub name: Arc<str>,
     pub thread: Box<str>,
@@ -32,7 +33,7 @@ pub struct Piece {
     pub text: String,
 }
 
-impl Piece {
+impl Delta {
     /// A message's name among all of its thread.
     pub fn name(run: &str, message: &str) -> Arc<str> {
         format!("{}:{run}{message}", run.len()).into()
@@ -41,7 +42,7 @@ impl Piece {
     /// The `event` frame, without a seq.
     pub fn frame(&self) -> Utf8Bytes {
         let data =
-            PieceData { message: (&*self.message).into(), from_char: self.from_char, text: (&*self.text).into() };
+            DeltaData { message: (&*self.message).into(), from_char: self.from_char, text: (&*self.text).into() };
         // Strings and numbers always serialise.
         let Ok(data) = to_raw_value(&data) else { return Utf8Bytes::default() };
         let frame = EventFrame {
@@ -63,19 +64,19 @@ impl Piece {
     }
 
     /// Whether `next` goes on where this one ends.
-    pub fn is_before(&self, next: &Piece) -> bool {
+    pub fn is_before(&self, next: &Delta) -> bool {
         self.to_char == next.from_char && self.name == next.name
     }
 
     /// Takes the next one in.
-    pub fn join(&mut self, next: &Piece) {
+    pub fn join(&mut self, next: &Delta) {
         self.text.push_str(&next.text);
         self.to_char = next.to_char;
     }
 
     /// What is left of it behind the first characters of the message.
-    pub fn rest(&self, from_char: u64) -> Piece {
+    pub fn rest(&self, from_char: u64) -> Delta {
         let passed = from_char.saturating_sub(self.from_char);
-        Piece { from_char, text: self.text.chars().skip(passed as usize).collect(), ..self.clone() }
+        Delta { from_char, text: self.text.chars().skip(passed as usize).collect(), ..self.clone() }
     }
 }

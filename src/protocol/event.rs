@@ -1,4 +1,4 @@
-//! The event: its kinds, the record it is in the log, and the frame it is on the wire.
+//! The event: what it is in the log, and the frame it is on the wire.
 //!
 //! The payload (`data`) is raw JSON from end to end: checked for its shape once at the edge, then carried as it came.
 
@@ -8,8 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::error::Error;
-use crate::ids;
+use super::json;
 
 /// What a publisher may put in front of other events (delivery only; the order of a thread is its seq).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -171,8 +170,7 @@ pub fn with_attempt(frame: &str, attempt: u32) -> String {
 /// The frame with the thread called as its reader calls it. In every frame that has one, the thread stands right behind the
 /// type.
 pub fn with_thread(frame: &str, thread: &str, called: &str) -> String {
-    // Strings always serialise.
-    let field = |name: &str| format!(r#","thread":{}"#, serde_json::to_string(name).unwrap_or_default());
+    let field = |name: &str| format!(r#","thread":{}"#, json::encode(name));
     let behind_type = frame.find(',').unwrap_or(0);
     let (begin, rest) = frame.split_at(behind_type);
     match rest.strip_prefix(&field(thread)) {
@@ -186,176 +184,6 @@ pub fn chain(previous: &[u8; 32], seq: u64, value: &[u8]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(previous).update(&seq.to_be_bytes()).update(value);
     *hasher.finalize().as_bytes()
-}
-
-/// Kinds that only the server writes.
-pub const THREAD_CREATED: &str = "thread_created";
-pub const THREAD_UPDATED: &str = "thread_updated";
-pub const MEMBER_ADDED: &str = "member_added";
-pub const MEMBER_REMOVED: &str = "member_removed";
-/// In a user's inbox: its sessions were ended, and its tokens issued until then are refused.
-pub const SESSIONS_REVOKED: &str = "sessions_revoked";
-
-pub const AGENT_MESSAGE: &str = "agent_message";
-/// A piece of a message that an agent is writing.
-pub const AGENT_TOKEN: &str = "agent_token";
-
-/// `data` of `agent_token`. Characters are Unicode scalar values.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct PieceData<'a> {
-    /// The message that is being written, 1–128 characters; each run has its own.
-    #[serde(borrow)]
-    pub message: Cow<'a, str>,
-    /// The characters of the message before this piece.
-    pub from_char: u64,
-    #[serde(borrow)]
-    pub text: Cow<'a, str>,
-}
-
-impl<'a> PieceData<'a> {
-    /// The same with its values checked.
-    pub fn parse(data: &'a RawValue) -> Result<PieceData<'a>, Error> {
-        let in_data = |error: Error| {
-            let field = error.field.as_deref().map_or("data".to_owned(), |field| format!("data.{field}"));
-            error.at(field)
-        };
-        let piece: PieceData = crate::command::from_json(data.get()).map_err(in_data)?;
-        ids::check_text("data.message", &piece.message)?;
-        if piece.from_char > u64::from(u32::MAX) {
-            return Err(Error::field("data.from_char", "data.from_char is out of range"));
-        }
-        Ok(piece)
-    }
-
-    /// Behind the last character.
-    pub fn to_char(&self) -> u64 {
-        self.from_char.saturating_add(self.text.chars().count() as u64)
-    }
-}
-
-/// The text of a message's `content`: a string, or the texts of its parts.
-pub fn text_of(content: &RawValue) -> Option<String> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Content<'a> {
-        #[serde(borrow)]
-        Text(Cow<'a, str>),
-        Parts(Vec<Part>),
-    }
-    #[derive(Deserialize)]
-    struct Part {
-        #[serde(default)]
-        text: String,
-    }
-    Some(match serde_json::from_str(content.get()).ok()? {
-        Content::Text(text) => text.into_owned(),
-        Content::Parts(parts) => parts.into_iter().map(|part| part.text).collect(),
-    })
-}
-
-/// What may be published, and by whom.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KindClass {
-    /// `user_message`, `system_message`: `data.content` is checked.
-    Message,
-    /// `agent_message`: the same, and an agent may write it wherever it works. One that closes a message written in pieces
-    /// may leave the content to them.
-    AgentMessage,
-    /// `agent_token`: an agent event that gets no seq.
-    Token,
-    /// An agent event: needs `run` and scope `agent`, except the two that any member may write.
-    Agent { member_may: bool, required: &'static [&'static str] },
-    /// `x.<name>`: kept as it is.
-    Custom,
-}
-
-/// The class of a kind that a client wants to publish.
-pub fn classify(kind: &str) -> Result<KindClass, Error> {
-    let agent = |required| Ok(KindClass::Agent { member_may: false, required });
-    let member = |required| Ok(KindClass::Agent { member_may: true, required });
-    match kind {
-        "user_message" | "system_message" => Ok(KindClass::Message),
-        AGENT_MESSAGE => Ok(KindClass::AgentMessage),
-        AGENT_TOKEN => Ok(KindClass::Token),
-        "agent_started" => agent(&["agent"]),
-        "agent_thinking" => agent(&[]),
-        "tool_executing" => agent(&["tool", "call"]),
-        "tool_completed" => agent(&["call"]),
-        "agent_waiting" => agent(&["reason"]),
-        "agent_completed" => agent(&[]),
-        "agent_failed" => agent(&["code", "message"]),
-        "agent_cancelled" => agent(&[]),
-        "agent_resumed" => member(&[]),
-        "agent_cancel_requested" => member(&[]),
-        THREAD_CREATED | THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED | SESSIONS_REVOKED => {
-            Err(Error::field("kind", format!("{kind} is written by the server alone")))
-        }
-        _ if kind.strip_prefix("x.").is_some_and(|name| !name.is_empty() && kind.len() <= 128) => Ok(KindClass::Custom),
-        _ => Err(Error::field("kind", "kind is none of the contract's kinds and not x.<name> of at most 128 bytes")),
-    }
-}
-
-/// Checks that `data` has the shape its kind asks for.
-pub fn check_data(class: KindClass, data: &RawValue) -> Result<(), Error> {
-    match class {
-        KindClass::Custom => Ok(()),
-        KindClass::Message => check_message(data, false),
-        KindClass::AgentMessage => check_message(data, true),
-        KindClass::Token => PieceData::parse(data).map(drop),
-        KindClass::Agent { required, .. } => check_agent(required, data),
-    }
-}
-
-/// Agent events belong to a run; a piece is not in the thread's order, and replies to nothing there.
-pub fn check_place(class: KindClass, run: Option<&str>, parent: Option<u64>) -> Result<(), Error> {
-    if matches!(class, KindClass::Agent { .. } | KindClass::Token) && run.is_none() {
-        return Err(Error::field("run", "an agent event needs a run"));
-    }
-    if class == KindClass::Token && parent.is_some() {
-        return Err(Error::field("parent", "a piece replies to nothing: the agent_message that closes it does"));
-    }
-    Ok(())
-}
-
-fn check_message(data: &RawValue, may_close: bool) -> Result<(), Error> {
-    #[derive(Deserialize)]
-    struct Message<'a> {
-        #[serde(borrow)]
-        content: Option<&'a RawValue>,
-        #[serde(borrow)]
-        message: Option<&'a RawValue>,
-    }
-    #[derive(Deserialize)]
-    struct Part<'a> {
-        #[serde(borrow)]
-        #[expect(dead_code, reason = "only its presence and type are wanted")]
-        r#type: Cow<'a, str>,
-    }
-    let bad = || {
-        Error::field(
-            "data.content",
-            "data must be an object whose content is a string or a list of parts, each with a type",
-        )
-    };
-    let message: Message = serde_json::from_str(data.get()).map_err(|_| bad())?;
-    match message.content.map(RawValue::get) {
-        None if may_close && message.message.is_some_and(|name| name.get().starts_with('"')) => Ok(()),
-        Some(text) if text.starts_with('"') => Ok(()),
-        Some(text) if serde_json::from_str::<Vec<Part>>(text).is_ok() => Ok(()),
-        _ => Err(bad()),
-    }
-}
-
-fn check_agent(required: &[&'static str], data: &RawValue) -> Result<(), Error> {
-    let fields: std::collections::HashMap<Cow<str>, &RawValue> =
-        serde_json::from_str(data.get()).map_err(|_| Error::field("data", "data must be an object"))?;
-    for name in required {
-        if !fields.get(*name).is_some_and(|value| value.get().starts_with('"')) {
-            return Err(Error::field(format!("data.{name}"), format!("data.{name} must be a string")));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -397,23 +225,5 @@ mod tests {
     fn white_space_inside_strings_does() {
         assert_ne!(digest(r#"{"a":"b c"}"#), digest(r#"{"a":"bc"}"#));
         assert_ne!(digest(r#"{"a":"\" c"}"#), digest(r#"{"a":"\"c"}"#));
-    }
-
-    #[test]
-    fn messages_need_content_and_agent_events_their_fields() {
-        let check = |kind: &str, data: &str| {
-            let raw: &RawValue = serde_json::from_str(data).expect("test data is JSON");
-            check_data(classify(kind).expect("a known kind"), raw)
-        };
-        assert!(check("user_message", r#"{"content":"hi","more":1}"#).is_ok());
-        assert!(check("user_message", r#"{"content":[{"type":"text","text":"hi"}]}"#).is_ok());
-        for bad in ["{}", r#"{"content":1}"#, r#"{"content":[{}]}"#, "[]", "\"hi\"", "null"] {
-            assert_eq!(check("user_message", bad).expect_err(bad).field.as_deref(), Some("data.content"));
-        }
-        assert!(check("tool_executing", r#"{"tool":"t","call":"c"}"#).is_ok());
-        assert_eq!(
-            check("tool_executing", r#"{"tool":"t"}"#).expect_err("call is missing").field.as_deref(),
-            Some("data.call")
-        );
     }
 }

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use crate::error::{Code, Error};
+use super::error::{Code, Error};
 
 /// A seq, or for `"*"` one for each thread.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
@@ -35,7 +35,7 @@ pub struct Limits {
     pub unacknowledged: usize,
 }
 
-/// The answers and notices of the server, all but `event`, which is [`crate::event::EventFrame`].
+/// The answers and notices of the server, all but `event`, which is [`super::event::EventFrame`].
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ServerFrame<'a> {
@@ -149,33 +149,4 @@ pub fn error_frame(id: Option<i64>, thread: Option<&str>, error: &Error) -> Stri
         outcome: error.outcome_unknown.then_some("unknown"),
     }
     .encode()
-}
-
-/// The body of an HTTP refusal: `application/problem+json` (RFC 9457).
-#[derive(Debug, Serialize, JsonSchema)]
-pub struct Problem<'a> {
-    pub title: &'static str,
-    pub status: u16,
-    pub code: Code,
-    pub detail: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub field: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub retry_after_ms: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub outcome: Option<&'static str>,
-}
-
-impl<'a> Problem<'a> {
-    pub fn of(error: &'a Error) -> Problem<'a> {
-        Problem {
-            title: error.code.as_str(),
-            status: error.code.status(),
-            code: error.code,
-            detail: &error.message,
-            field: error.field.as_deref(),
-            retry_after_ms: error.retry_after_ms,
-            outcome: error.outcome_unknown.then_some("unknown"),
-        }
-    }
 }

@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 
-use crate::error::Error;
+use super::error::Error;
 
 const MAX: usize = 128;
 

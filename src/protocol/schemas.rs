@@ -2,19 +2,15 @@
 
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
-use crate::command::{
-    Ack, Connect, Credit, Ping, Publish, PublishBody, Refresh, Signal, Subscribe, ThreadBody, Unsubscribe,
+use super::command::{Ack, Connect, Credit, Ping, Publish, Refresh, Signal, Subscribe, Unsubscribe};
+use super::event::{EventFrame, LogEvent};
+use super::frame::ServerFrame;
+use super::http::{
+    Conversation, DeadLetterItem, DeadLetterList, MembershipReply, Presence, Problem, PublishBody, PublishReply, Ready,
+    ReceiptList, RevocationReply, RunDetail, RunList, SessionList, ThreadBody, ThreadDetail, ThreadList, Ticket,
 };
-use crate::edge::context::Conversation;
-use crate::edge::dead_letters::{DeadLetterItem, DeadLetterList};
-use crate::edge::http::{PublishReply, Ticket};
-use crate::edge::runs::{RunDetail, RunList};
-use crate::edge::sessions::SessionList;
-use crate::edge::threads::{Presence, Receipts, ThreadDetail, ThreadList};
-use crate::event::{EventFrame, LogEvent, PieceData};
-use crate::health::Ready;
-use crate::projector::{DeadLetterNote, ReceiptNote};
-use crate::wire::{Problem, ServerFrame};
+use super::kinds::DeltaData;
+use super::records::{DeadLetterRecord, ReceiptRecord};
 
 /// Each schema's file name without its ending, and the schema.
 pub fn all() -> Vec<(&'static str, Schema)> {
@@ -28,7 +24,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("command.ack", of::<Ack>()),
         ("command.credit", of::<Credit>()),
         ("command.ping", of::<Ping>()),
-        ("data.agent_token", of::<PieceData>()),
+        ("data.agent_token", of::<DeltaData>()),
         ("frame.event", of::<EventFrame>()),
         ("frame.server", of::<ServerFrame>()),
         ("http.publish", of::<PublishBody>()),
@@ -38,18 +34,20 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.thread-detail", of::<ThreadDetail>()),
         ("http.thread-list", of::<ThreadList>()),
         ("http.presence", of::<Presence>()),
-        ("http.receipts", of::<Receipts>()),
+        ("http.receipts", of::<ReceiptList>()),
         ("http.session-list", of::<SessionList>()),
         ("http.dead-letter", of::<DeadLetterItem>()),
         ("http.dead-letter-list", of::<DeadLetterList>()),
         ("http.context", of::<Conversation>()),
+        ("http.membership", of::<MembershipReply>()),
+        ("http.revocation", of::<RevocationReply>()),
         ("http.run", of::<RunDetail>()),
         ("http.run-list", of::<RunList>()),
         ("http.problem", of::<Problem>()),
         ("http.readyz", of::<Ready>()),
         ("log.event", of::<LogEvent>()),
-        ("log.receipt", of::<ReceiptNote>()),
-        ("log.dead-letter", of::<DeadLetterNote>()),
+        ("log.receipt", of::<ReceiptRecord>()),
+        ("log.dead-letter", of::<DeadLetterRecord>()),
     ]
 }
 

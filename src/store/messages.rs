@@ -98,7 +98,7 @@ impl Store {
 
 impl Batch<'_> {
     /// A message has grown by the text from `from_char` on.
-    pub fn put_piece(&mut self, key: &MessageKey, row: &MessageRow, from_char: u64, text: &str) {
+    pub fn put_delta(&mut self, key: &MessageKey, row: &MessageRow, from_char: u64, text: &str) {
         self.put(MESSAGES, &key.bytes(), row);
         self.put(MESSAGE_TEXTS, &key.text(from_char), &TextRow { text });
         if from_char == 0 {

@@ -21,10 +21,11 @@ use bincode::{BorrowDecode, Decode, Encode};
 use rocksdb::{BoundColumnFamily, DB, Direction, IteratorMode, ReadOptions, WriteBatch, WriteOptions};
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
-use crate::codec::{self, CodecError};
+use crate::codec;
+use crate::codec::CodecError;
 use crate::disk;
-use crate::error::{Code, Error};
-use crate::event::Priority;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::event::Priority;
 use catalogue::{EVENTS, KEY_TIMES, KEYS, MEMBERS, MEMBERSHIPS, META, RECEIPTS, REVOCATIONS, THREADS};
 
 /// The version of the rows below; a store of another version is rebuilt.
@@ -78,7 +79,7 @@ pub struct RevocationRow {
 
 /// A thread as a subscription to it begins.
 #[derive(Debug, Clone)]
-pub struct Found {
+pub struct JoinedThread {
     pub thread: String,
     pub head: u64,
     /// The seq of the event that made the user a member.
@@ -310,6 +311,25 @@ impl Store {
     /// The threads a user is a member of, in the order of their ids.
     pub fn threads_of(&self, tenant: &str, user: &str) -> Result<Vec<String>, StoreError> {
         self.names_under(MEMBERSHIPS, keys::prefix(&[tenant, user]))
+    }
+
+    /// The user's threads, as subscriptions to them begin; with the places of the durable subscription `name`.
+    pub fn joined_threads(
+        &self,
+        tenant: &str,
+        user: &str,
+        name: Option<&str>,
+    ) -> Result<Vec<JoinedThread>, StoreError> {
+        let mut joined = Vec::new();
+        for thread in self.threads_of(tenant, user)? {
+            let receipt = match name {
+                Some(name) => self.receipt(tenant, &thread, user, name)?,
+                None => None,
+            };
+            let since = self.member(tenant, &thread, user)?.map_or(1, |member| member.since);
+            joined.push(JoinedThread { head: self.head(tenant, &thread)?, since, receipt, thread });
+        }
+        Ok(joined)
     }
 
     /// What stands in a family under keys with this prefix, in order: the rest of the key, and the value.

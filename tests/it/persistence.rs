@@ -8,14 +8,15 @@ use std::time::Duration;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use weft::clock;
-use weft::error::Code;
-use weft::event::{LogEvent, chain};
+use weft::ingest::admit::new_event;
 use weft::log::embedded::EmbeddedLog;
 use weft::log::{Append, Entry, Grant, Log, Position, Record, Topic};
+use weft::projector::Verdict;
 use weft::projector::{KEY_LIFETIME, Projector};
+use weft::protocol::error::Code;
+use weft::protocol::event::{LogEvent, chain};
 use weft::store::catalogue::{KEY_TIMES, KEYS};
 use weft::store::{EventRange, Store};
-use weft::submit::{Verdict, draft};
 
 use crate::on_both_logs;
 use crate::support::{LogKind, Server, TENANT, publish, weft};
@@ -184,12 +185,12 @@ async fn a_record_that_is_not_ours_is_counted_and_the_rest_is_served() {
 /// A record as the server writes it, at a moment of our choosing.
 fn record(at: u64, thread: &str, from: &str, kind: &str, data: &Value, key: Option<&str>) -> Record {
     let data = serde_json::value::to_raw_value(data).unwrap();
-    let mut event = draft(TENANT, from, thread, kind, &data);
+    let mut event = new_event(TENANT, from, thread, kind, &data);
     event.at = clock::rfc3339(at).into();
     event.key = key.map(Into::into);
     Record {
         topic: Topic::Events,
-        key: weft::ids::log_key(TENANT, thread),
+        key: weft::protocol::ids::log_key(TENANT, thread),
         kind: kind.to_owned(),
         grant: Grant::Member,
         traceparent: None,
@@ -317,7 +318,7 @@ fn a_key_is_taken_for_24_hours_of_its_partitions_log_time_and_free_after_that() 
             .collect();
     assert_eq!((rows_of(&stores[0], KEYS), rows_of(&stores[0], KEY_TIMES)), (1, 1));
     for store in &stores[1..] {
-        weft::rebuild::compare(&stores[0], store).unwrap();
+        weft::projector::rebuild::compare(&stores[0], store).unwrap();
     }
 }
 
@@ -341,7 +342,7 @@ fn a_key_gets_free_at_the_same_record_whatever_is_projected_together_with_it() {
     {
         let (store, others) = project(&log, &all, &folder.path().join(format!("store-{n}")), splits);
         assert_eq!(others, verdicts, "{splits:?}");
-        weft::rebuild::compare(&one_by_one, &store).unwrap();
+        weft::projector::rebuild::compare(&one_by_one, &store).unwrap();
     }
 }
 
@@ -377,7 +378,7 @@ fn messages_in_pieces_come_out_the_same_whatever_is_projected_together() {
     {
         let (store, others) = project(&log, &all, &folder.path().join(format!("store-{n}")), splits);
         assert_eq!(others, verdicts, "{splits:?}");
-        weft::rebuild::compare(&one_by_one, &store).unwrap();
+        weft::projector::rebuild::compare(&one_by_one, &store).unwrap();
     }
 }
 
@@ -489,7 +490,7 @@ fn write(log: &EmbeddedLog, steps: &[Step]) {
             What::Stray { thread, text } => {
                 let mut stray = record(now, THREADS[*thread], USERS[0], "x.stray", &json!(1), None);
                 if *text == "another thread's" {
-                    stray.key = weft::ids::log_key(TENANT, "not-the-one-it-says");
+                    stray.key = weft::protocol::ids::log_key(TENANT, "not-the-one-it-says");
                 } else {
                     stray.value = text.as_bytes().into();
                 }
@@ -509,7 +510,7 @@ fn check(entries: &[Entry], verdicts: &[Verdict], store: &Store) {
     for entry in entries {
         let Ok(record) = &entry.record else { continue };
         let Ok(event) = serde_json::from_slice::<LogEvent>(&record.value) else { continue };
-        if record.key != weft::ids::log_key(&event.tenant, &event.thread) {
+        if record.key != weft::protocol::ids::log_key(&event.tenant, &event.thread) {
             continue;
         }
         let time = &mut log_time[entry.at.partition as usize];
@@ -565,7 +566,7 @@ proptest! {
         for (name, splits) in [("split", splits), ("restarted", restarts)] {
             let other = project(&log, &entries, &folder.path().join(name), &splits);
             prop_assert_eq!(&at_once.1, &other.1, "{} verdicts", name);
-            if let Err(differs) = weft::rebuild::compare(&at_once.0, &other.0) {
+            if let Err(differs) = weft::projector::rebuild::compare(&at_once.0, &other.0) {
                 return Err(TestCaseError::fail(format!("{name}: {differs}")));
             }
         }

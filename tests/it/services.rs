@@ -233,10 +233,10 @@ async fn dashboards_and_docs_name_no_metric_that_is_not_there() {
 fn the_schemas_in_the_repository_are_those_of_the_types() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("schemas");
     let mut names: Vec<String> = Vec::new();
-    for (name, schema) in weft::schemas::all() {
+    for (name, schema) in weft::protocol::schemas::all() {
         let file = format!("{name}.json");
         let stored = std::fs::read_to_string(folder.join(&file)).unwrap_or_default();
-        assert_eq!(stored, weft::schemas::text(&schema), "{file}: run `weft schemas`");
+        assert_eq!(stored, weft::protocol::schemas::text(&schema), "{file}: run `weft schemas`");
         names.push(file);
     }
     let mut stored: Vec<String> =
@@ -250,7 +250,7 @@ fn the_schemas_in_the_repository_are_those_of_the_types() {
 #[tokio::test]
 async fn what_is_on_the_wire_is_what_the_schemas_say() {
     let schema = |wanted: &str| {
-        let (_, schema) = weft::schemas::all().into_iter().find(|(name, _)| *name == wanted).unwrap();
+        let (_, schema) = weft::protocol::schemas::all().into_iter().find(|(name, _)| *name == wanted).unwrap();
         jsonschema::validator_for(&serde_json::to_value(schema).unwrap()).unwrap()
     };
     let (event, frame, publish_schema, subscribe) =

@@ -6,7 +6,8 @@ use comfy_table::Table;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 
-use super::common::{self, Failure, Out, Server, all_pages, cell, print_rows};
+use super::common;
+use super::common::{Failure, Out, Server, all_pages, cell, print_rows};
 use crate::client::Http;
 use crate::clock;
 

@@ -1,15 +1,17 @@
 //! From the store to the live feed.
 
-use super::{Ready, Stage, Step, Subscriptions, Told};
-use crate::edge::Context;
-use crate::error::{Code, Error};
-use crate::event::{AGENT_TOKEN, Priority};
-use crate::identity::Principal;
-use crate::outbox::{Answer, Chunk, SubId};
-use crate::piece::Piece;
+use super::{DeliveredText, OutFrame, Stage, Step, Subscriptions};
+use crate::auth::Principal;
+use crate::auth::scopes;
+use crate::clock;
+use crate::delivery::Delivery;
+use crate::delivery::outbox::{Answer, Chunk, SubId};
+use crate::protocol::delta::Delta;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::event::Priority;
+use crate::protocol::frame::ServerFrame;
+use crate::protocol::kinds::AGENT_TOKEN;
 use crate::store::{EventRange, StoredEvent};
-use crate::wire::ServerFrame;
-use crate::{access, clock};
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
@@ -32,7 +34,7 @@ impl Subscriptions {
         let Some(sub) = self.by_id.get_mut(&id) else { return };
         let from = sub.cursor + 1;
         // Only told, not relied upon: without an answer from the store the notice names what is known to be missing.
-        let to = self.ctx.store.head(&who.tenant, &sub.thread).unwrap_or(from);
+        let to = self.sources.store.head(&who.tenant, &sub.thread).unwrap_or(from);
         // Otherwise only pieces of messages are missing: the next one brings them.
         if to >= from {
             sub.announce = true;
@@ -53,7 +55,7 @@ impl Subscriptions {
     }
 
     /// The next frame from the store.
-    pub fn next_replayed(&mut self, events: bool) -> Option<Ready> {
+    pub fn next_replayed(&mut self, events: bool) -> Option<OutFrame> {
         loop {
             let step = if events { self.replay.pop() } else { self.replay.pop_in_order(is_notice) };
             match step? {
@@ -61,30 +63,30 @@ impl Subscriptions {
                     self.replay_bytes -= frame.len();
                     // What is left of a subscription that has ended is not wanted any more.
                     if let Some(frame) = self.dress(id, seq, &frame) {
-                        return Some(Ready::Event { seq: Some(seq), frame });
+                        return Some(OutFrame::Event { seq: Some(seq), frame });
                     }
                 }
-                Step::Piece { id, piece } => {
+                Step::Delta { id, piece } => {
                     self.replay_bytes -= piece.text.len();
                     if let Some(sub) = self.by_id.get(&id) {
-                        return Some(Ready::Event { seq: None, frame: sub.rename(piece.frame()) });
+                        return Some(OutFrame::Event { seq: None, frame: sub.rename(piece.frame()) });
                     }
                 }
                 Step::CaughtUp(id) => {
                     if let Some(frame) = self.caught_up(id) {
-                        return Some(Ready::Notice(frame));
+                        return Some(OutFrame::Notice(frame));
                     }
                 }
-                Step::Notice { id, frame } if self.by_id.contains_key(&id) => return Some(Ready::Notice(frame)),
+                Step::Notice { id, frame } if self.by_id.contains_key(&id) => return Some(OutFrame::Notice(frame)),
                 Step::Notice { .. } => {}
                 Step::Position { id, seq } => {
                     if let Some(frame) = self.by_id.get_mut(&id).and_then(|sub| sub.position(seq)) {
-                        return Some(Ready::Notice(frame));
+                        return Some(OutFrame::Notice(frame));
                     }
                 }
                 Step::Live(id) => {
                     if let Some(frame) = self.live(id) {
-                        return Some(Ready::Notice(frame));
+                        return Some(OutFrame::Notice(frame));
                     }
                 }
             }
@@ -94,15 +96,15 @@ impl Subscriptions {
     /// The step is reached: the gate opens for this subscription.
     fn live(&mut self, id: SubId) -> Option<Utf8Bytes> {
         // One that was detached meanwhile is on its way once more.
-        let sub = self.by_id.get_mut(&id).filter(|sub| matches!(sub.stage, Stage::Seam { .. }))?;
-        self.seams -= 1;
+        let sub = self.by_id.get_mut(&id).filter(|sub| matches!(sub.stage, Stage::Handover { .. }))?;
+        self.handovers -= 1;
         sub.stage = Stage::Live;
         self.caught_up(id)
     }
 
     /// `caught_up`, if it is to be told.
     fn caught_up(&mut self, id: SubId) -> Option<Utf8Bytes> {
-        let sub = self.by_id.get_mut(&id).filter(|sub| matches!(sub.stage, Stage::Seam { .. } | Stage::Live))?;
+        let sub = self.by_id.get_mut(&id).filter(|sub| matches!(sub.stage, Stage::Handover { .. } | Stage::Live))?;
         let announced = std::mem::replace(&mut sub.announce, false);
         if let Some(filter) = sub.filter.as_mut().filter(|_| announced) {
             filter.tell(sub.cursor);
@@ -141,20 +143,20 @@ impl Subscriptions {
         let Some(sub) = self.by_id.get_mut(&id) else { return Ok(()) };
         match sub.stage {
             // While the client wants nothing, the others need not wait for this one's seam.
-            Stage::Seam { to } if sub.cursor < to && self.paused => {
+            Stage::Handover { to } if sub.cursor < to && self.paused => {
                 self.detach(id);
                 self.enqueue(who, id);
             }
-            Stage::Seam { to } if sub.cursor < to => self.queue[0].push_front(id),
-            Stage::Seam { .. } => self.end_seam(id),
-            Stage::Behind => self.approach(who, id)?,
+            Stage::Handover { to } if sub.cursor < to => self.queue[0].push_front(id),
+            Stage::Handover { .. } => self.end_handover(id),
+            Stage::CatchingUp => self.approach(who, id)?,
             Stage::Live | Stage::Held { .. } => {}
         }
         Ok(())
     }
 
     /// All events are read. What is being written is told behind them, before anything comes live.
-    fn end_seam(&mut self, id: SubId) {
+    fn end_handover(&mut self, id: SubId) {
         if self.by_id.get(&id).is_some_and(|sub| sub.joins) {
             self.replay.push(Some(id), None, Step::CaughtUp(id));
             self.queue[0].push_front(id);
@@ -163,7 +165,7 @@ impl Subscriptions {
         }
     }
 
-    fn take_texts(&mut self, id: SubId, pieces: Vec<Piece>) {
+    fn take_texts(&mut self, id: SubId, pieces: Vec<Delta>) {
         let Some(sub) = self.by_id.get_mut(&id).filter(|sub| sub.joins) else { return };
         sub.joins = false;
         let told = pieces.iter().map(|piece| (piece.name.clone(), piece.to_char)).collect();
@@ -173,13 +175,13 @@ impl Subscriptions {
                 continue;
             }
             self.replay_bytes += piece.text.len();
-            self.replay.push(Some(id), Some(Priority::class(piece.priority)), Step::Piece { id, piece });
+            self.replay.push(Some(id), Some(Priority::class(piece.priority)), Step::Delta { id, piece });
         }
         self.replay.push(Some(id), None, Step::Live(id));
     }
 
     /// A live piece: the frame to send, if it is to be sent.
-    pub fn live_piece(&mut self, who: &Principal, id: SubId, piece: &Piece) -> Option<Ready> {
+    pub fn live_delta(&mut self, who: &Principal, id: SubId, piece: &Delta) -> Option<OutFrame> {
         let sub = self.by_id.get_mut(&id)?;
         if sub.stage != Stage::Live || !sub.wants(AGENT_TOKEN) {
             return None;
@@ -204,7 +206,7 @@ impl Subscriptions {
         let from_char = told.unwrap_or(0);
         let frame = if piece.from_char == from_char { piece.frame() } else { piece.rest(from_char).frame() };
         sub.told.get_or_insert_default().insert(piece.name.clone(), piece.to_char);
-        Some(Ready::Event { seq: None, frame: sub.rename(frame) })
+        Some(OutFrame::Event { seq: None, frame: sub.rename(frame) })
     }
 
     /// `false` if the subscription takes no more now.
@@ -228,7 +230,7 @@ impl Subscriptions {
                 return true;
             }
             if confirm.oldest().is_none() && confirm.exhausted(event.seq) {
-                self.bury(who, id, event.seq);
+                self.dead_letter(who, id, event.seq);
                 return false;
             }
             if confirm.room() == 0 {
@@ -254,26 +256,26 @@ impl Subscriptions {
             self.hold(id, None);
             return Ok(());
         }
-        let mut head = self.ctx.store.head(&who.tenant, &sub.thread)?;
+        let mut head = self.sources.store.head(&who.tenant, &sub.thread)?;
         // Far behind there is no use in attaching: the outbox would only overflow.
         let near = head <= sub.cursor + room as u64;
         if near && (head <= sub.cursor || !self.paused) {
-            let by_scope = access::reads_by_scope(who.scopes);
-            self.ctx.hub.attach(&sub.key, &self.outbox, id, &who.user, by_scope, sub.wants(AGENT_TOKEN));
+            let by_scope = scopes::reads_by_scope(who.scopes);
+            self.sources.hub.attach(&sub.key, &self.outbox, id, &who.user, by_scope, sub.wants(AGENT_TOKEN));
             // Looked up after attaching: what is committed from here on comes through the hub, a removal too.
-            sub.stage = Stage::Seam { to: sub.cursor };
-            self.seams += 1;
-            let row = self.ctx.store.thread(&who.tenant, &sub.thread)?.unwrap_or_default();
+            sub.stage = Stage::Handover { to: sub.cursor };
+            self.handovers += 1;
+            let row = self.sources.store.thread(&who.tenant, &sub.thread)?.unwrap_or_default();
             head = row.head;
-            sub.stage = Stage::Seam { to: head };
+            sub.stage = Stage::Handover { to: head };
             sub.joins = row.writing > 0 && sub.wants(AGENT_TOKEN);
             if !sub.joins {
                 sub.told = None;
             }
-            self.ctx.may_read(who, &sub.thread)?;
+            self.sources.rights.may_read(who, &sub.thread)?;
             if head <= sub.cursor {
                 // Live once the frames before this step are on their way.
-                self.end_seam(id);
+                self.end_handover(id);
             } else {
                 // The seam first: the other subscriptions wait for it.
                 self.queue[0].push_front(id);
@@ -288,7 +290,7 @@ impl Subscriptions {
     pub(super) fn enqueue(&mut self, who: &Principal, id: SubId) {
         let Some(sub) = self.by_id.get(&id) else { return };
         // A store that fails will say so to the read.
-        let row = self.ctx.store.thread(&who.tenant, &sub.thread).ok().flatten();
+        let row = self.sources.store.thread(&who.tenant, &sub.thread).ok().flatten();
         let class = row.and_then(|row| row.class_behind(sub.cursor)).unwrap_or(1);
         self.queue[class].push_back(id);
     }
@@ -305,16 +307,17 @@ impl Subscriptions {
                 None => sub.confirm().map_or(CHUNK_EVENTS, |confirm| confirm.room().max(1)),
             };
             let limit = room.min(CHUNK_EVENTS).min(if sub.filter.is_some() { CHUNK_EVENTS } else { allowed });
-            let (ctx, outbox, who, thread) = (self.ctx.clone(), self.outbox.clone(), who.clone(), sub.thread.clone());
-            let told = matches!(sub.stage, Stage::Seam { to } if sub.cursor >= to).then(|| sub.told.clone());
+            let (sources, outbox, who, thread) =
+                (self.sources.clone(), self.outbox.clone(), who.clone(), sub.thread.clone());
+            let told = matches!(sub.stage, Stage::Handover { to } if sub.cursor >= to).then(|| sub.told.clone());
             let range = EventRange { from: sub.cursor + 1, limit, bytes: CHUNK_BYTES, ..EventRange::all() };
             tokio::task::spawn_blocking(move || {
                 let read = match told {
-                    Some(told) => texts(&ctx, &who, &thread, &told.unwrap_or_default()).map(Chunk::Texts),
-                    None => events(&ctx, &who, &thread, range).map(Chunk::Events),
+                    Some(told) => texts(&sources, &who, &thread, &told.unwrap_or_default()).map(Chunk::Texts),
+                    None => events(&sources, &who, &thread, range).map(Chunk::Events),
                 };
                 // The right is looked up after the read: what was committed after a removal is not handed out.
-                let read = read.and_then(|read| ctx.may_read(&who, &thread).map(|()| read));
+                let read = read.and_then(|read| sources.rights.may_read(&who, &thread).map(|()| read));
                 outbox.push_answer(Answer::Chunk { sub: (id, class), read });
             });
         }
@@ -349,10 +352,10 @@ impl Subscriptions {
     }
 }
 
-fn events(ctx: &Context, who: &Principal, thread: &str, range: EventRange) -> Result<Vec<StoredEvent>, Error> {
+fn events(sources: &Delivery, who: &Principal, thread: &str, range: EventRange) -> Result<Vec<StoredEvent>, Error> {
     // Looked up first: what is committed meanwhile may be missing.
-    let head = ctx.store.head(&who.tenant, thread)?;
-    let events = ctx.store.events(&who.tenant, thread, range)?;
+    let head = sources.store.head(&who.tenant, thread)?;
+    let events = sources.store.events(&who.tenant, thread, range)?;
     if events.is_empty() && head >= range.from {
         return Err(Error::new(Code::Internal, "the store lacks events that it should have"));
     }
@@ -360,15 +363,15 @@ fn events(ctx: &Context, who: &Principal, thread: &str, range: EventRange) -> Re
 }
 
 /// What is being written in the thread, as far as it was not told.
-fn texts(ctx: &Context, who: &Principal, thread: &str, told: &Told) -> Result<Vec<Piece>, Error> {
+fn texts(sources: &Delivery, who: &Principal, thread: &str, told: &DeliveredText) -> Result<Vec<Delta>, Error> {
     let mut pieces = Vec::new();
-    for key in ctx.store.open_messages(&who.tenant, thread)? {
-        let name = Piece::name(&key.run.run, &key.message);
+    for key in sources.store.open_messages(&who.tenant, thread)? {
+        let name = Delta::name(&key.run.run, &key.message);
         let from_char = told.get(&name).copied().unwrap_or(0);
-        let text = ctx.store.text_behind(&key, from_char)?;
+        let text = sources.store.text_behind(&key, from_char)?;
         // Looked up last: one that was closed meanwhile has no text, or not all of it, but an event that comes live.
-        let Some(row) = ctx.store.message(&key)?.filter(|row| row.closed.is_none()) else { continue };
-        pieces.push(Piece {
+        let Some(row) = sources.store.message(&key)?.filter(|row| row.closed.is_none()) else { continue };
+        pieces.push(Delta {
             name,
             thread: thread.into(),
             run: key.run.run.into(),

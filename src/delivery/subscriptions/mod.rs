@@ -19,20 +19,23 @@ use metrics::Counter;
 use tokio::time::{Duration, Instant};
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
-pub use self::catchup::{CHUNK_BYTES, READS};
-pub use self::confirm::WINDOW;
-pub use self::receipts::{Receipt, first_note};
-use crate::edge::Context;
-use crate::error::{Code, Error};
-use crate::event::{self, Priority};
-use crate::identity::Principal;
-use crate::ids::{self, log_key};
-use crate::outbox::{Outbox, SubId};
-use crate::piece::Piece;
-use crate::projector::Visible;
-use crate::turns::Turns;
-use crate::wire::ServerFrame;
-use crate::{access, telemetry};
+use super::fair_queue::FairQueue;
+use super::outbox::{Outbox, SubId};
+pub use super::subscriptions::catchup::{CHUNK_BYTES, READS};
+pub use super::subscriptions::confirm::WINDOW;
+pub use super::subscriptions::receipts::{Receipt, first_receipt};
+use crate::auth::Principal;
+use crate::auth::scopes;
+use crate::delivery::Delivery;
+use crate::projector::CommittedEvent;
+use crate::protocol::delta::Delta;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::event;
+use crate::protocol::event::Priority;
+use crate::protocol::frame::ServerFrame;
+use crate::protocol::ids;
+use crate::protocol::ids::log_key;
+use crate::telemetry;
 
 /// Subscriptions of one session, those of `"*"` included.
 pub const MAX_SUBSCRIPTIONS: usize = 10_000;
@@ -42,14 +45,14 @@ const POSITION_EVERY: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Stage {
     /// Reads from the store, not attached.
-    Behind,
+    CatchingUp,
     /// Reads nothing and is not attached: acknowledgements are awaited, or a dead letter's place in the log, or the time
     /// of the next attempt.
     Held {
         until: Option<Instant>,
     },
     /// Attached; reads up to the head of that moment.
-    Seam {
+    Handover {
         to: u64,
     },
     Live,
@@ -67,9 +70,9 @@ enum Step {
         frame: Utf8Bytes,
     },
     /// What the client does not have of a message that is being written.
-    Piece {
+    Delta {
         id: SubId,
-        piece: Piece,
+        piece: Delta,
     },
     /// All events before the live feed are sent, and only pieces are left.
     CaughtUp(SubId),
@@ -83,7 +86,7 @@ enum Step {
 }
 
 /// A frame ready for the socket.
-pub enum Ready {
+pub enum OutFrame {
     /// A piece of a message has no seq.
     Event {
         seq: Option<u64>,
@@ -128,7 +131,7 @@ impl Filter {
 pub type Kinds = Arc<[String]>;
 
 /// A subscription as it is asked for.
-pub struct Wanted {
+pub struct NewSubscription {
     /// As the client calls the thread.
     pub called: String,
     /// The seq behind which it begins.
@@ -140,7 +143,7 @@ pub struct Wanted {
 }
 
 /// Of messages that are being written, how many characters the client has.
-type Told = HashMap<Arc<str>, u64>;
+type DeliveredText = HashMap<Arc<str>, u64>;
 
 struct Subscription {
     thread: String,
@@ -158,7 +161,7 @@ struct Subscription {
     present: bool,
     /// What is being written is to be told before it goes live.
     joins: bool,
-    told: Option<Box<Told>>,
+    told: Option<Box<DeliveredText>>,
     filter: Option<Box<Filter>>,
     receipt: Option<Box<Receipt>>,
 }
@@ -173,7 +176,7 @@ pub struct Following {
 }
 
 pub struct Subscriptions {
-    ctx: Arc<Context>,
+    sources: Arc<Delivery>,
     outbox: Arc<Outbox>,
     /// The session's user, once there is a subscription.
     user: Option<Arc<str>>,
@@ -187,9 +190,9 @@ pub struct Subscriptions {
     picks: u32,
     /// Reads under way, by that class.
     reads: [usize; Priority::CLASSES],
-    seams: usize,
+    handovers: usize,
     /// What comes from the store, ready to be sent.
-    replay: Turns<Step>,
+    replay: FairQueue<Step>,
     replay_bytes: usize,
     /// Whose receipts have changed.
     dirty: Vec<SubId>,
@@ -202,9 +205,9 @@ pub struct Subscriptions {
 }
 
 impl Subscriptions {
-    pub fn new(ctx: Arc<Context>, outbox: Arc<Outbox>) -> Subscriptions {
+    pub fn new(sources: Arc<Delivery>, outbox: Arc<Outbox>) -> Subscriptions {
         Subscriptions {
-            ctx,
+            sources,
             outbox,
             user: None,
             by_id: HashMap::new(),
@@ -214,8 +217,8 @@ impl Subscriptions {
             queue: Default::default(),
             picks: 0,
             reads: [0; Priority::CLASSES],
-            seams: 0,
-            replay: Turns::default(),
+            handovers: 0,
+            replay: FairQueue::default(),
             replay_bytes: 0,
             dirty: Vec::new(),
             paused: false,
@@ -231,23 +234,23 @@ impl Subscriptions {
 
     /// Live events must wait while a subscription is in its seam.
     pub fn gate_open(&self) -> bool {
-        self.seams == 0
+        self.handovers == 0
     }
 
     /// Adds a subscription.
-    pub fn add(&mut self, who: &Principal, wanted: Wanted) -> Result<(), Error> {
+    pub fn add(&mut self, who: &Principal, wanted: NewSubscription) -> Result<(), Error> {
         if self.by_id.len() >= MAX_SUBSCRIPTIONS {
             let why = format!("a session has at most {MAX_SUBSCRIPTIONS} subscriptions");
             return Err(Error::new(Code::TooLarge, why).at("thread"));
         }
         let thread = ids::resolve(&who.user, &wanted.called).into_owned();
         let key: Arc<str> = log_key(&who.tenant, &thread).into();
-        let present = !ids::is_reserved(&thread) && self.ctx.store.is_member(&who.tenant, &thread, &who.user)?;
+        let present = !ids::is_reserved(&thread) && self.sources.store.is_member(&who.tenant, &thread, &who.user)?;
         let sub = Subscription {
             called: (wanted.called != thread).then(|| wanted.called.into()),
             key: key.clone(),
             cursor: wanted.cursor,
-            stage: Stage::Behind,
+            stage: Stage::CatchingUp,
             named: wanted.named,
             announce: true,
             joins: false,
@@ -264,7 +267,7 @@ impl Subscriptions {
         }
         let result = self.approach(who, id);
         match &result {
-            Ok(()) if present => self.ctx.hub.arrive(&key, &who.user),
+            Ok(()) if present => self.sources.hub.arrive(&key, &who.user),
             Ok(()) => {}
             Err(_) => {
                 if let Some(sub) = self.by_id.get_mut(&id) {
@@ -301,7 +304,7 @@ impl Subscriptions {
         if sub.present
             && let Some(user) = &self.user
         {
-            self.ctx.hub.leave(&sub.key, user);
+            self.sources.hub.leave(&sub.key, user);
         }
         Some(sub.called.map_or(sub.thread, String::from))
     }
@@ -309,13 +312,13 @@ impl Subscriptions {
     /// The hub forgets the subscription, which is behind then.
     fn detach(&mut self, id: SubId) {
         let Some(sub) = self.by_id.get_mut(&id) else { return };
-        if matches!(sub.stage, Stage::Seam { .. }) {
-            self.seams -= 1;
+        if matches!(sub.stage, Stage::Handover { .. }) {
+            self.handovers -= 1;
         }
-        if matches!(sub.stage, Stage::Seam { .. } | Stage::Live) {
-            self.ctx.hub.detach(&sub.key, &self.outbox, id);
+        if matches!(sub.stage, Stage::Handover { .. } | Stage::Live) {
+            self.sources.hub.detach(&sub.key, &self.outbox, id);
         }
-        sub.stage = Stage::Behind;
+        sub.stage = Stage::CatchingUp;
     }
 
     /// Goes on under a new number from behind `cursor`: what is on its way under the old one is not sent.
@@ -336,7 +339,7 @@ impl Subscriptions {
     /// Joins a thread once more behind `cursor`, so that all text that is being written is told again.
     pub fn restart(&mut self, who: &Principal, thread: &str, cursor: u64) -> Result<(), Error> {
         let Some(&id) = self.by_thread.get(thread) else { return Ok(()) };
-        let Some(id) = self.renumber(id, cursor, Stage::Behind) else { return Ok(()) };
+        let Some(id) = self.renumber(id, cursor, Stage::CatchingUp) else { return Ok(()) };
         self.approach(who, id).inspect_err(|_| drop(self.drop_sub(id)))
     }
 
@@ -347,13 +350,13 @@ impl Subscriptions {
 
     /// From now on the session hears of threads that its user joins.
     pub fn follow(&mut self, who: &Principal, following: Following) {
-        self.ctx.hub.follow(&who.key, &self.outbox);
+        self.sources.hub.follow(&who.key, &self.outbox);
         self.following = Some((who.key.clone(), following));
     }
 
     fn unfollow(&mut self) {
         if let Some((user, _)) = self.following.take() {
-            self.ctx.hub.unfollow(&user, &self.outbox);
+            self.sources.hub.unfollow(&user, &self.outbox);
         }
     }
 
@@ -365,19 +368,25 @@ impl Subscriptions {
         }
         let receipt =
             Receipt::wanted(following.name.as_deref(), None, before, following.confirm).map(Receipt::unwritten);
-        let wanted =
-            Wanted { called: thread.clone(), cursor: before, named: false, kinds: following.kinds.clone(), receipt };
+        let wanted = NewSubscription {
+            called: thread.clone(),
+            cursor: before,
+            named: false,
+            kinds: following.kinds.clone(),
+            receipt,
+        };
         self.add(who, wanted).map_err(|error| (thread, error))
     }
 
     /// Judges all subscriptions by a new token's rights; gives those that ended, with the reason.
     pub fn regrant(&mut self, who: &Principal) -> Vec<(String, Error)> {
-        let by_scope = access::reads_by_scope(who.scopes);
+        let by_scope = scopes::reads_by_scope(who.scopes);
         for (id, sub) in &self.by_id {
             // Before the look at the store: a removal that comes after it goes by the new right.
-            self.ctx.hub.regrant(&sub.key, &self.outbox, *id, by_scope);
+            self.sources.hub.regrant(&sub.key, &self.outbox, *id, by_scope);
         }
-        let judge = |sub: &Subscription| access::read(who.scopes).and_then(|()| self.ctx.may_read(who, &sub.thread));
+        let judge =
+            |sub: &Subscription| scopes::read(who.scopes).and_then(|()| self.sources.rights.may_read(who, &sub.thread));
         let lost: Vec<_> = self.by_id.iter().filter_map(|(id, sub)| Some((*id, judge(sub).err()?))).collect();
         lost.into_iter().filter_map(|(id, error)| Some((self.drop_sub(id)?, error))).collect()
     }
@@ -385,12 +394,12 @@ impl Subscriptions {
     /// The user left the thread: its subscription ends and is returned as the client calls it.
     pub fn left(&mut self, who: &Principal, thread: &str) -> Option<String> {
         let id = *self.by_thread.get(thread)?;
-        if access::reads_by_scope(who.scopes) { None } else { self.drop_sub(id) }
+        if scopes::reads_by_scope(who.scopes) { None } else { self.drop_sub(id) }
     }
 
     /// After that: with `"*"` a user that is a member again by now reads on from there.
     pub fn rejoin(&mut self, who: &Principal, thread: &str) -> Result<(), (String, Error)> {
-        match self.ctx.store.member(&who.tenant, thread, &who.user) {
+        match self.sources.store.member(&who.tenant, thread, &who.user) {
             Ok(Some(member)) => self.joined(who, thread.to_owned(), member.since - 1),
             // A store that fails says so to whoever reads next.
             _ => Ok(()),
@@ -418,7 +427,7 @@ impl Subscriptions {
     }
 
     /// A live event: the frame to send, if it is to be sent.
-    pub fn live_event(&mut self, who: &Principal, id: SubId, event: &Visible) -> Option<Ready> {
+    pub fn live_event(&mut self, who: &Principal, id: SubId, event: &CommittedEvent) -> Option<OutFrame> {
         let sub = self.by_id.get_mut(&id)?;
         if sub.stage != Stage::Live || event.seq <= sub.cursor {
             return None;
@@ -434,11 +443,11 @@ impl Subscriptions {
         }
         if sub.is_plain() {
             sub.cursor = event.seq;
-            return Some(Ready::Event { seq: Some(event.seq), frame: event.frame.clone() });
+            return Some(OutFrame::Event { seq: Some(event.seq), frame: event.frame.clone() });
         }
         if !sub.wants(&event.kind) {
             sub.cursor = event.seq;
-            return self.left_out(id).map(Ready::Notice);
+            return self.left_out(id).map(OutFrame::Notice);
         }
         if let Some(confirm) = sub.confirm() {
             if confirm.has(event.seq) {
@@ -454,7 +463,7 @@ impl Subscriptions {
         }
         sub.cursor = event.seq;
         let frame = self.dress(id, event.seq, &event.frame)?;
-        Some(Ready::Event { seq: Some(event.seq), frame })
+        Some(OutFrame::Event { seq: Some(event.seq), frame })
     }
 
     /// A signal, if its subscription still is.
@@ -527,7 +536,7 @@ impl Subscription {
         self.filter.is_none() && self.receipt.is_none() && self.called.is_none()
     }
 
-    /// `position`, if it is news that the client has everything up to `seq`.
+    /// `position`, if it is update that the client has everything up to `seq`.
     fn position(&mut self, seq: u64) -> Option<Utf8Bytes> {
         let filter = self.filter.as_mut().filter(|filter| filter.owes() && seq > filter.sent)?;
         filter.tell(seq);

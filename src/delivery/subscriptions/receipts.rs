@@ -1,15 +1,15 @@
-//! What the client acknowledges: kept in the log, and missed when it does not come.
+//! What the client acknowledges: stored in the log, and missed when it does not come.
 
 use super::confirm::Confirm;
 use super::{Stage, Step, Subscriptions};
+use crate::auth::Principal;
 use crate::clock;
-use crate::error::{Code, Error};
-use crate::identity::Principal;
+use crate::delivery::outbox::{Answer, SubId};
+use crate::ingest::pending::OnVerdict;
 use crate::log::Append;
-use crate::outbox::{Answer, SubId};
-use crate::projector::{DeadLetterNote, ReceiptNote, UNACKNOWLEDGED};
+use crate::protocol::error::{Code, Error};
+use crate::protocol::records::{DeadLetterRecord, ReceiptRecord, UNACKNOWLEDGED};
 use crate::store::{ReceiptRow, Store};
-use crate::submit::Reply;
 use tokio::time::{Duration, Instant};
 
 /// When what the log did not take is tried again.
@@ -28,7 +28,7 @@ pub struct Receipt {
     /// It is on its way there.
     writing: bool,
     /// The event that is to become a dead letter.
-    burying: Option<u64>,
+    dead_lettering: Option<u64>,
 }
 
 impl Receipt {
@@ -51,7 +51,7 @@ impl Receipt {
             confirm: confirm.then(|| Confirm::resume(&row, cursor)),
             dirty: false,
             writing: false,
-            burying: None,
+            dead_lettering: None,
         }
     }
 
@@ -75,18 +75,18 @@ impl Receipt {
     }
 
     /// What to write. Another session of the user's may have come further: what is written last is all that compaction leaves.
-    fn latest_note(&mut self, store: &Store, who: (&str, &str), thread: &str) -> ReceiptNote {
+    fn latest_note(&mut self, store: &Store, who: (&str, &str), thread: &str) -> ReceiptRecord {
         if let Ok(Some(row)) = store.receipt(who.0, thread, who.1, &self.name) {
             self.hear_of(&row);
         }
         self.note(who, thread)
     }
 
-    fn note(&self, who: (&str, &str), thread: &str) -> ReceiptNote {
+    fn note(&self, who: (&str, &str), thread: &str) -> ReceiptRecord {
         let (sent, attempts) = self.confirm.as_ref().map_or((0, 0), Confirm::progress);
         // What was sent without a name is nobody's to resume.
         let (sent, attempts) = if self.name.is_empty() { (0, 0) } else { (sent, attempts) };
-        ReceiptNote {
+        ReceiptRecord {
             id: clock::event_id(),
             tenant: who.0.to_owned(),
             thread: thread.to_owned(),
@@ -105,7 +105,7 @@ impl Receipt {
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// The record that a durable subscription begins with in a thread.
-pub fn first_note(who: &Principal, thread: &str, name: &str, place: u64) -> ReceiptNote {
+pub fn first_receipt(who: &Principal, thread: &str, name: &str, place: u64) -> ReceiptRecord {
     Receipt::new(name, None, place, false).note((&who.tenant, &who.user), thread)
 }
 
@@ -121,7 +121,7 @@ impl Subscriptions {
             return Err(Error::new(Code::NotFound, "the subscription does not have this name").at("name"));
         }
         if seq > cursor {
-            let head = self.ctx.store.head(&who.tenant, &sub.thread)?;
+            let head = self.sources.store.head(&who.tenant, &sub.thread)?;
             if seq > head {
                 return Err(
                     Error::new(Code::CursorInvalid, format!("seq is behind the thread's head, {head}")).at("seq")
@@ -144,9 +144,9 @@ impl Subscriptions {
         let Some(confirm) = &mut receipt.confirm else { return };
         confirm.ack(seq, Instant::now());
         let deadline = confirm.deadline();
-        let waits = sub.stage == Stage::Held { until: None } && receipt.burying.is_none();
+        let waits = sub.stage == Stage::Held { until: None } && receipt.dead_lettering.is_none();
         if waits && confirm.room() > 0 {
-            sub.stage = Stage::Behind;
+            sub.stage = Stage::CatchingUp;
             self.enqueue(who, id);
         }
         self.note_due(deadline);
@@ -172,21 +172,21 @@ impl Subscriptions {
                 continue;
             }
             (receipt.dirty, receipt.writing) = (false, true);
-            let note = receipt.latest_note(&self.ctx.store, (&who.tenant, &who.user), &sub.thread);
+            let note = receipt.latest_note(&self.sources.store, (&who.tenant, &who.user), &sub.thread);
             let (outbox, thread) = (self.outbox.clone(), Box::from(&*sub.thread));
-            let reply: Reply =
-                Box::new(move |verdict| outbox.push_answer(Answer::Kept { thread, kept: verdict.is_ok() }));
-            batch.push(self.ctx.submit.prepare_record(note.id, note.record(), reply));
+            let reply: OnVerdict =
+                Box::new(move |verdict| outbox.push_answer(Answer::ReceiptStored { thread, stored: verdict.is_ok() }));
+            batch.push(self.sources.submit.prepare_record(note.id, (&note).into(), reply));
         }
         batch
     }
 
     /// The log has taken a receipt, or not.
-    pub fn kept(&mut self, thread: &str, kept: bool) {
+    pub fn stored(&mut self, thread: &str, stored: bool) {
         let Some(id) = self.by_thread.get(thread).copied() else { return };
         let Some(receipt) = self.by_id.get_mut(&id).and_then(|sub| sub.receipt.as_mut()) else { return };
         receipt.writing = false;
-        if !kept {
+        if !stored {
             receipt.dirty = true;
             self.note_due(Some(Instant::now() + RETRY_AFTER));
         } else if receipt.dirty {
@@ -203,10 +203,10 @@ impl Subscriptions {
             && let Some((tenant, _)) = sub.key.split_once('/')
             && let Some(user) = &self.user
         {
-            let note = receipt.latest_note(&self.ctx.store, (tenant, user), &sub.thread);
+            let note = receipt.latest_note(&self.sources.store, (tenant, user), &sub.thread);
             // Nobody is left to hear of it.
-            let last = self.ctx.submit.prepare_record(note.id, note.record(), Box::new(drop));
-            self.ctx.submit.send(vec![last]);
+            let last = self.sources.submit.prepare_record(note.id, (&note).into(), Box::new(drop));
+            self.sources.submit.send(vec![last]);
         }
     }
 
@@ -252,7 +252,7 @@ impl Subscriptions {
             if until > now {
                 self.note_due(Some(until));
             } else {
-                sub.stage = Stage::Behind;
+                sub.stage = Stage::CatchingUp;
                 self.enqueue(who, id);
             }
             return;
@@ -265,7 +265,7 @@ impl Subscriptions {
         let Some(confirm) = self.by_id.get_mut(&id).and_then(|sub| sub.confirm()) else { return };
         match (confirm.deadline(), confirm.oldest()) {
             (Some(deadline), _) if deadline > now => self.note_due(Some(deadline)),
-            (Some(_), Some(oldest)) if confirm.exhausted(oldest) => self.bury(who, id, oldest),
+            (Some(_), Some(oldest)) if confirm.exhausted(oldest) => self.dead_letter(who, id, oldest),
             (Some(_), Some(oldest)) => self.begin_round(id, oldest, now),
             _ => {}
         }
@@ -278,7 +278,7 @@ impl Subscriptions {
             return;
         };
         let known = sub.receipt.as_ref().map_or(0, |receipt| receipt.place);
-        if let Ok(Some(row)) = self.ctx.store.receipt(&who.tenant, &sub.thread, &who.user, name)
+        if let Ok(Some(row)) = self.sources.store.receipt(&who.tenant, &sub.thread, &who.user, name)
             && row.place > known
         {
             if let Some(receipt) = self.by_id.get_mut(&id).and_then(|sub| sub.receipt.as_mut()) {
@@ -304,11 +304,11 @@ impl Subscriptions {
     }
 
     /// Nobody acknowledged the event: it becomes a dead letter, and the subscription waits until that is durable.
-    pub(super) fn bury(&mut self, who: &Principal, id: SubId, seq: u64) {
+    pub(super) fn dead_letter(&mut self, who: &Principal, id: SubId, seq: u64) {
         let Some(id) = self.renumber(id, seq - 1, Stage::Held { until: None }) else { return };
         let Some(sub) = self.by_id.get_mut(&id) else { return };
         let Some(receipt) = &mut sub.receipt else { return };
-        receipt.burying = Some(seq);
+        receipt.dead_lettering = Some(seq);
         let attempts = receipt.confirm.as_ref().map_or(0, |confirm| confirm.progress().1);
         let facts: [&[u8]; 5] = [
             UNACKNOWLEDGED.as_bytes(),
@@ -317,9 +317,9 @@ impl Subscriptions {
             receipt.name.as_bytes(),
             &seq.to_be_bytes(),
         ];
-        let note = DeadLetterNote {
+        let note = DeadLetterRecord {
             id: clock::event_id(),
-            letter: DeadLetterNote::letter_of(&facts),
+            letter: DeadLetterRecord::letter_of(&facts),
             reason: UNACKNOWLEDGED.into(),
             tenant: who.tenant.to_string(),
             thread: sub.thread.clone(),
@@ -331,23 +331,24 @@ impl Subscriptions {
             at: clock::rfc3339(clock::now_ms()),
         };
         let (outbox, thread) = (self.outbox.clone(), Box::from(&*sub.thread));
-        let reply: Reply =
-            Box::new(move |verdict| outbox.push_answer(Answer::Buried { thread, seq, buried: verdict.is_ok() }));
-        let record = self.ctx.submit.prepare_record(note.id, note.record(), reply);
-        self.ctx.submit.send(vec![record]);
+        let reply: OnVerdict = Box::new(move |verdict| {
+            outbox.push_answer(Answer::DeadLettered { thread, seq, dead_lettered: verdict.is_ok() })
+        });
+        let record = self.sources.submit.prepare_record(note.id, (&note).into(), reply);
+        self.sources.submit.send(vec![record]);
     }
 
     /// The dead letter is durable, and the subscription goes on behind it; or it is not, and is tried again.
-    pub fn buried(&mut self, who: &Principal, thread: &str, seq: u64, buried: bool) {
+    pub fn dead_lettered(&mut self, who: &Principal, thread: &str, seq: u64, dead_lettered: bool) {
         let Some(id) = self.by_thread.get(thread).copied() else { return };
         let Some(sub) = self.by_id.get_mut(&id) else { return };
-        let Some(receipt) = sub.receipt.as_mut().filter(|receipt| receipt.burying == Some(seq)) else { return };
-        receipt.burying = None;
+        let Some(receipt) = sub.receipt.as_mut().filter(|receipt| receipt.dead_lettering == Some(seq)) else { return };
+        receipt.dead_lettering = None;
         let Some(confirm) = &mut receipt.confirm else { return };
-        if buried {
+        if dead_lettered {
             confirm.give_up(seq);
             receipt.place = receipt.place.max(seq);
-            if let Some(id) = self.renumber(id, seq, Stage::Behind) {
+            if let Some(id) = self.renumber(id, seq, Stage::CatchingUp) {
                 self.mark_dirty(id);
                 self.enqueue(who, id);
             }

@@ -7,18 +7,20 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::value::{RawValue, to_raw_value};
 use warp::http::{HeaderValue, StatusCode};
 
-use super::Context;
-use super::http::{Request, blocking};
-use super::reply::{Reply, json, query};
+use super::reply::{json, query};
 use super::threads::address;
-use crate::access;
-use crate::error::Error;
-use crate::event::AGENT_MESSAGE;
-use crate::identity::Principal;
+use crate::auth::Principal;
+use crate::auth::scopes;
+use crate::edge::Context;
+use crate::edge::http::reply::Reply;
+use crate::edge::routes::{Request, blocking};
+use crate::protocol::error::Error;
+use crate::protocol::http::{ChatMessage, Conversation, Function, ToolCall};
+use crate::protocol::kinds::AGENT_MESSAGE;
 use crate::store::runs::RunKey;
 use crate::store::{EventRange, Store, StoreError, StoredEvent};
 
@@ -34,63 +36,6 @@ const TRUNCATED: &str = "weft-truncated";
 /// Events, and bytes of them, that are read at once.
 const PAGE: usize = 256;
 const PAGE_BYTES: usize = 1 << 20;
-
-/// A conversation as chat messages, oldest first.
-#[derive(Serialize, schemars::JsonSchema)]
-#[serde(transparent)]
-pub struct Conversation(Vec<ChatMessage>);
-
-/// What was said, by whom. `seq` is the event's.
-#[derive(Serialize, schemars::JsonSchema)]
-#[serde(tag = "role", rename_all = "snake_case")]
-pub enum ChatMessage {
-    System {
-        /// A string or a list of parts.
-        #[schemars(with = "serde_json::Value")]
-        content: Box<RawValue>,
-        seq: u64,
-    },
-    User {
-        /// A string or a list of parts.
-        #[schemars(with = "serde_json::Value")]
-        content: Box<RawValue>,
-        /// The user who said it.
-        name: String,
-        seq: u64,
-    },
-    Assistant {
-        /// A string or a list of parts; `null` where a tool is called.
-        #[schemars(with = "serde_json::Value")]
-        content: Option<Box<RawValue>>,
-        /// One call; its result is the next message.
-        #[serde(skip_serializing_if = "Vec::is_empty")]
-        #[schemars(default)]
-        tool_calls: Vec<ToolCall>,
-        seq: u64,
-    },
-    Tool {
-        tool_call_id: String,
-        /// The result, or the error: a string as it is, anything else as JSON.
-        content: String,
-        seq: u64,
-    },
-}
-
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct ToolCall {
-    /// Only this call's in the answer.
-    id: String,
-    #[schemars(extend("const" = "function"))]
-    r#type: &'static str,
-    function: Function,
-}
-
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct Function {
-    name: String,
-    /// JSON, as text.
-    arguments: String,
-}
 
 /// What still fits.
 struct Room {
@@ -134,7 +79,7 @@ impl<'a> Data<'a> {
 /// `GET /v1/threads/{t}/context`
 pub async fn read(it: Request, thread: &str) -> Result<Reply, Error> {
     let who = it.who()?;
-    access::read(who.scopes)?;
+    scopes::read(who.scopes)?;
     let (_, thread) = address(&who, thread)?;
     let query = query(&it.query, &["max_chars", "max_messages"])?;
     let room = Room {
@@ -144,9 +89,9 @@ pub async fn read(it: Request, thread: &str) -> Result<Reply, Error> {
     };
     blocking(move || {
         // Before, so that a stranger learns nothing; after, so that what came after a removal is not handed out.
-        it.ctx.may_read(&who, &thread)?;
+        it.ctx.rights.may_read(&who, &thread)?;
         let (conversation, truncated) = newest(&it.ctx, &who, &thread, room)?;
-        it.ctx.may_read(&who, &thread)?;
+        it.ctx.rights.may_read(&who, &thread)?;
         let mut reply = json(StatusCode::OK, &conversation);
         reply.headers_mut().insert(TRUNCATED, HeaderValue::from_static(if truncated { "true" } else { "false" }));
         Ok(reply)
@@ -156,7 +101,7 @@ pub async fn read(it: Request, thread: &str) -> Result<Reply, Error> {
 
 /// The end of the conversation, as much as there is room for; and whether there is more of it before.
 fn newest(ctx: &Context, who: &Principal, thread: &str, mut room: Room) -> Result<(Conversation, bool), Error> {
-    let head = ctx.head(who, thread)?;
+    let head = ctx.rights.head(who, thread)?;
     let reader = Turns { store: &ctx.store, tenant: &who.tenant, thread, head };
     let (mut turns, mut to, mut looked) = (Vec::new(), head, 0);
     while to > 0 && looked < SCAN {

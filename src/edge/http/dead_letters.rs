@@ -2,76 +2,29 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use serde::Serialize;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 use warp::http::StatusCode;
 
-use super::Context;
-use super::cursor::{self, Scope};
-use super::http::{Request, blocking};
-use super::reply::{Reply, json, query, segment};
-use crate::access;
+use super::page;
+use super::page::Scope;
+use super::reply::{json, query, segment};
+use crate::auth::Principal;
+use crate::auth::scopes;
 use crate::clock;
-use crate::error::{Code, Error};
-use crate::event::without_type;
-use crate::identity::Principal;
+use crate::edge::Context;
+use crate::edge::http::reply::Reply;
+use crate::edge::routes::{Request, blocking};
+use crate::protocol::error::{Code, Error};
+use crate::protocol::event::without_type;
+use crate::protocol::http::{DeadLetterItem, DeadLetterList, UnreadableSource};
 use crate::store::EventRange;
 use crate::store::dead_letters::{DeadLetterFilter, DeadLetterRow, ListPlace};
-
-/// A dead letter. What does not apply to its reason is absent.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct DeadLetterItem {
-    id: Uuid,
-    /// `unacknowledged`: sent with `confirm` and never acknowledged; `unreadable`: a record in the log that is not ours;
-    /// `run_order`: an event that its run did not allow.
-    reason: String,
-    /// RFC 3339.
-    at: String,
-    attempts: u32,
-    error: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    thread: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    user: Option<String>,
-    /// The durable subscription.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    name: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    seq: Option<u64>,
-    /// The event.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<serde_json::Value>")]
-    event: Option<Box<RawValue>>,
-    #[serde(flatten)]
-    source: Option<Source>,
-}
-
-/// Where a record stands that cannot be read, and what it is.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct Source {
-    topic: String,
-    partition: u32,
-    offset: u64,
-    /// The record's length.
-    size: u64,
-    /// Its first 64 KiB, in base64. Left out when nobody can tell whose it is: it might be another tenant's.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    bytes: Option<String>,
-}
-
-/// A page of dead letters.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct DeadLetterList {
-    items: Vec<DeadLetterItem>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    next: Option<String>,
-}
 
 /// `GET /v1/dead-letters`
 pub async fn list(it: Request) -> Result<Reply, Error> {
     let who = it.who()?;
-    access::administer(who.scopes)?;
+    scopes::administer(who.scopes)?;
     let query = query(&it.query, &["reason", "thread", "group", "cursor", "limit"])?;
     let text = |name| query.text(name).map(str::to_owned);
     let filter = DeadLetterFilter { reason: text("reason"), thread: text("thread") };
@@ -94,14 +47,14 @@ pub async fn list(it: Request) -> Result<Reply, Error> {
 }
 
 fn place_of(bytes: &[u8]) -> Result<ListPlace, Error> {
-    let (at, id) = bytes.split_first_chunk::<8>().ok_or_else(cursor::refused)?;
-    Ok(ListPlace { at: u64::from_be_bytes(*at), id: id.try_into().map_err(|_| cursor::refused())? })
+    let (at, id) = bytes.split_first_chunk::<8>().ok_or_else(page::refused)?;
+    Ok(ListPlace { at: u64::from_be_bytes(*at), id: id.try_into().map_err(|_| page::refused())? })
 }
 
 /// `GET /v1/dead-letters/{id}`
 pub async fn read(it: Request, id: &str) -> Result<Reply, Error> {
     let who = it.who()?;
-    access::administer(who.scopes)?;
+    scopes::administer(who.scopes)?;
     query(&it.query, &[])?;
     let none = || Error::new(Code::NotFound, "there is no such dead letter").at("id");
     let id: Uuid = segment("id", id)?.parse().map_err(|_| none())?;
@@ -146,7 +99,7 @@ fn item(
         name: row.name,
         seq: row.seq,
         event,
-        source: row.source.map(|source| Source {
+        source: row.source.map(|source| UnreadableSource {
             topic: source.topic,
             partition: source.partition,
             offset: source.offset,

@@ -3,7 +3,7 @@
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
-use crate::error::{Code, Error};
+use crate::protocol::error::{Code, Error};
 
 /// Everything that makes the list what it is: its name, its user, its filters.
 pub struct Scope([u8; 32]);

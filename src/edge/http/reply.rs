@@ -9,9 +9,9 @@ use warp::Buf;
 use warp::http::{HeaderMap, Response, StatusCode, header};
 use warp::hyper::body::Bytes;
 
-use crate::command::MAX_FRAME;
-use crate::error::{Code, Error};
-use crate::wire::Problem;
+use crate::protocol::command::MAX_FRAME;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::http::Problem;
 
 pub type Reply = Response<String>;
 

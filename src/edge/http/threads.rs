@@ -1,26 +1,34 @@
 //! Threads over HTTP: list, read, create, members, pages of events.
 
 use futures_util::Stream;
-use serde::Serialize;
 use serde_json::json as value;
 use serde_json::value::RawValue;
 use warp::Buf;
 use warp::http::{Method, StatusCode};
 
-use super::Context;
-use super::cursor::{self, Scope};
-use super::http::{Request, blocking, raw, traceparent};
-use super::reply::{Reply, body, json, query, raw_json, segment};
-use crate::access::{self, Standing};
+use super::page;
+use super::page::Scope;
+use super::reply::{body, json, query, raw_json, segment};
+use crate::auth::Principal;
+use crate::auth::scopes;
+use crate::auth::scopes::Standing;
 use crate::clock;
-use crate::command::{self, ThreadBody};
-use crate::error::{Code, Error};
-use crate::event::{self, MEMBER_ADDED, MEMBER_REMOVED, THREAD_CREATED, THREAD_UPDATED, without_type};
-use crate::identity::Principal;
-use crate::ids;
+use crate::edge::Context;
+use crate::edge::http::reply::Reply;
+use crate::edge::routes::{Request, blocking, raw, traceparent};
+use crate::ingest::admit::new_event;
+use crate::ingest::submit::Draft;
 use crate::log::Grant;
+use crate::projector::Published;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::event;
+use crate::protocol::event::without_type;
+use crate::protocol::http::ThreadBody;
+use crate::protocol::http::{Presence, Present, ReceiptItem, ReceiptList, ThreadDetail, ThreadItem, ThreadList};
+use crate::protocol::ids;
+use crate::protocol::json;
+use crate::protocol::kinds::{MEMBER_ADDED, MEMBER_REMOVED, THREAD_CREATED, THREAD_UPDATED};
 use crate::store::{EventRange, Store, StoredEvent, ThreadRow};
-use crate::submit::{Draft, Published, draft};
 
 /// The most events one page looks at; with a filter on kinds the rest is the next page's.
 const SCAN: usize = 10_000;
@@ -30,49 +38,10 @@ const MAX_TITLE: usize = 512;
 /// Members that one `PUT` may name.
 const MAX_MEMBERS: usize = 1_000;
 
-/// A thread as a list has it.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct ThreadItem {
-    thread: String,
-    head: u64,
-    /// Events that the user has not acknowledged.
-    unread: u64,
-    members: Vec<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    title: Option<String>,
-    /// The newest event.
-    #[schemars(with = "Option<serde_json::Value>")]
-    last: Option<Box<RawValue>>,
-}
-
-/// A page of threads.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct ThreadList {
-    threads: Vec<ThreadItem>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    next: Option<String>,
-}
-
-/// A thread on its own.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct ThreadDetail {
-    thread: String,
-    epoch: String,
-    head: u64,
-    members: Vec<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    title: Option<String>,
-    /// Absent before the first event of an inbox.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    created_at: Option<String>,
-    /// The head's link of the hash chain, BLAKE3, in hex.
-    hash: String,
-}
-
 /// `GET /v1/threads`
 pub async fn list(it: Request) -> Result<Reply, Error> {
     let who = it.who()?;
-    access::read(who.scopes)?;
+    scopes::read(who.scopes)?;
     let query = query(&it.query, &["cursor", "limit"])?;
     let limit = query.limit()?;
     let scope = Scope::of(&["threads", &who.key]);
@@ -137,8 +106,8 @@ impl Cursor {
 
     fn open(scope: &Scope, text: &str) -> Result<Cursor, Error> {
         let place = scope.open(text)?;
-        let (last_at, thread) = place.split_first_chunk::<8>().ok_or_else(cursor::refused)?;
-        let thread = String::from_utf8(thread.to_vec()).map_err(|_| cursor::refused())?;
+        let (last_at, thread) = place.split_first_chunk::<8>().ok_or_else(page::refused)?;
+        let thread = String::from_utf8(thread.to_vec()).map_err(|_| page::refused())?;
         Ok(Cursor { last_at: u64::from_be_bytes(*last_at), thread })
     }
 }
@@ -146,13 +115,13 @@ impl Cursor {
 /// `GET /v1/threads/{t}`
 pub async fn read(it: Request, thread: &str) -> Result<Reply, Error> {
     let who = it.who()?;
-    access::read(who.scopes)?;
+    scopes::read(who.scopes)?;
     query(&it.query, &[])?;
     let (called, thread) = address(&who, thread)?;
     blocking(move || {
         let detail = ThreadDetail { thread: called, ..detail(&it.ctx, &who, thread.clone())? };
         // The right is looked up after the read, so that what came after a removal is not handed out.
-        it.ctx.may_read(&who, &thread).map(|()| json(StatusCode::OK, &detail))
+        it.ctx.rights.may_read(&who, &thread).map(|()| json(StatusCode::OK, &detail))
     })
     .await
 }
@@ -199,10 +168,11 @@ pub async fn put<B: Buf, E>(
     query(&it.query, &[])?;
     let thread = thread_id(thread)?;
     let text = body(stream).await?;
-    let wanted: ThreadBody = if text.trim().is_empty() { ThreadBody::default() } else { command::from_json(&text)? };
+    let wanted: ThreadBody = if text.trim().is_empty() { ThreadBody::default() } else { json::decode(&text)? };
     check_wanted(&wanted)?;
-    access::may_publish(who.scopes)?;
-    let created = it.ctx.standing(&who, &thread)? == Standing::NoThread && create(&it, &who, &thread, &wanted).await?;
+    scopes::may_publish(who.scopes)?;
+    let created =
+        it.ctx.rights.standing(&who, &thread)? == Standing::NoThread && create(&it, &who, &thread, &wanted).await?;
     if !created {
         change(&it, &who, &thread, &wanted).await?;
     }
@@ -236,7 +206,7 @@ async fn create(it: &Request, who: &Principal, thread: &str, wanted: &ThreadBody
 }
 
 async fn change(it: &Request, who: &Principal, thread: &str, wanted: &ThreadBody) -> Result<(), Error> {
-    let grant = access::manage(who.scopes, it.ctx.standing(who, thread)?)?;
+    let grant = scopes::manage(who.scopes, it.ctx.rights.standing(who, thread)?)?;
     if let Some(title) = &wanted.title {
         append(it, who, thread, THREAD_UPDATED, &value!({"title": title}), grant).await?;
     }
@@ -256,8 +226,8 @@ async fn append(
     grant: Grant,
 ) -> Result<Published, Error> {
     let data = raw(data);
-    it.ctx.limits.append(&who.tenant, data.get().len())?;
-    let event = draft(&who.tenant, &who.user, thread, kind, &data);
+    it.ctx.admission.count_bytes(who, data.get().len())?;
+    let event = new_event(&who.tenant, &who.user, thread, kind, &data);
     it.ctx.submit.publish(&Draft { event, grant, traceparent: traceparent(&it.headers)? }).await
 }
 
@@ -276,7 +246,7 @@ pub async fn member(it: Request, thread: &str, user: &str, method: &Method) -> R
     query(&it.query, &[])?;
     let (thread, user) = (thread_id(thread)?, segment("user", user)?);
     ids::check_name("user", &user)?;
-    let grant = access::manage(who.scopes, it.ctx.standing(&who, &thread)?)?;
+    let grant = scopes::manage(who.scopes, it.ctx.rights.standing(&who, &thread)?)?;
     let done = append(&it, &who, &thread, kind, &value!({"user": user}), grant).await?;
     let status = if kind == MEMBER_ADDED && !done.duplicate { StatusCode::CREATED } else { StatusCode::OK };
     Ok(json(
@@ -298,7 +268,7 @@ struct Page {
 /// `GET /v1/threads/{t}/events`
 pub async fn page(it: Request, thread: &str) -> Result<Reply, Error> {
     let who = it.who()?;
-    access::read(who.scopes)?;
+    scopes::read(who.scopes)?;
     let (called, thread) = address(&who, thread)?;
     let query = query(&it.query, &["after", "before", "limit", "kinds", "order"])?;
     let newest_first = match query.text("order") {
@@ -315,15 +285,15 @@ pub async fn page(it: Request, thread: &str) -> Result<Reply, Error> {
     };
     blocking(move || {
         // Before, so that a stranger learns nothing; after, so that what came after a removal is not handed out.
-        it.ctx.may_read(&who, &thread)?;
+        it.ctx.rights.may_read(&who, &thread)?;
         let reply = read_page(&it.ctx, &who, &called, &thread, &page)?;
-        it.ctx.may_read(&who, &thread).map(|()| reply)
+        it.ctx.rights.may_read(&who, &thread).map(|()| reply)
     })
     .await
 }
 
 fn read_page(ctx: &Context, who: &Principal, called: &str, thread: &str, page: &Page) -> Result<Reply, Error> {
-    let head = ctx.head(who, thread)?;
+    let head = ctx.rights.head(who, thread)?;
     if page.after > head {
         return Err(Error::new(Code::CursorInvalid, format!("after is behind the thread's head, {head}")).at("after"));
     }
@@ -366,62 +336,27 @@ fn page_body(events: &[StoredEvent], head: u64, next: Option<u64>) -> String {
     format!(r#"{{"events":[{}],"head":{head}{next}}}"#, events.join(","))
 }
 
-/// Who is in a thread now, on this node.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct Presence {
-    thread: String,
-    users: Vec<Present>,
-}
-
-/// A member with at least one subscription to the thread.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct Present {
-    user: String,
-    /// How many.
-    connections: u32,
-}
-
 /// `GET /v1/threads/{t}/presence`
 pub async fn presence(it: Request, thread: &str) -> Result<Reply, Error> {
     let who = it.who()?;
-    access::read(who.scopes)?;
+    scopes::read(who.scopes)?;
     query(&it.query, &[])?;
     let (called, thread) = address(&who, thread)?;
-    it.ctx.readable(&who, &thread)?;
+    it.ctx.rights.readable(&who, &thread)?;
     let present = it.ctx.hub.present(&ids::log_key(&who.tenant, &thread));
     let users =
         present.into_iter().map(|(user, connections)| Present { user: user.to_string(), connections }).collect();
     Ok(json(StatusCode::OK, &Presence { thread: called, users }))
 }
 
-/// How far members have come in a thread.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct Receipts {
-    thread: String,
-    head: u64,
-    receipts: Vec<ReceiptItem>,
-}
-
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct ReceiptItem {
-    user: String,
-    /// The durable subscription; absent for acknowledgements without one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    name: Option<String>,
-    /// The newest seq acknowledged, 0 for none.
-    seq: u64,
-    /// When that was last changed, RFC 3339.
-    at: String,
-}
-
 /// `GET /v1/threads/{t}/receipts`
 pub async fn receipts(it: Request, thread: &str) -> Result<Reply, Error> {
     let who = it.who()?;
-    access::read(who.scopes)?;
+    scopes::read(who.scopes)?;
     query(&it.query, &[])?;
     let (called, thread) = address(&who, thread)?;
     blocking(move || {
-        let head = it.ctx.readable(&who, &thread)?;
+        let head = it.ctx.rights.readable(&who, &thread)?;
         let all = it.ctx.store.receipts(&who.tenant, &thread)?;
         let mut receipts = Vec::with_capacity(all.len());
         for (user, name, row) in all {
@@ -431,8 +366,8 @@ pub async fn receipts(it: Request, thread: &str) -> Result<Reply, Error> {
                 receipts.push(ReceiptItem { user, name, seq: row.acked, at: clock::rfc3339(row.at) });
             }
         }
-        it.ctx.may_read(&who, &thread)?;
-        Ok(json(StatusCode::OK, &Receipts { thread: called, head, receipts }))
+        it.ctx.rights.may_read(&who, &thread)?;
+        Ok(json(StatusCode::OK, &ReceiptList { thread: called, head, receipts }))
     })
     .await
 }

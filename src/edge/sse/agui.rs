@@ -1,4 +1,4 @@
-//! A thread's runs as an AG-UI event stream: [`crate::agui`] over the same Server-Sent Events as the thread itself.
+//! A thread's runs as an AG-UI event stream: [`crate::views::agui`] over the same Server-Sent Events as the thread itself.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,25 +8,26 @@ use warp::http::StatusCode;
 use warp::reply::Response;
 use warp::sse::Event;
 
-use super::Context;
-use super::http::{Request, blocking};
-use super::reply::query;
-use super::stream::{self, After, Begin, Form};
-use super::threads::address;
-use crate::agui::{Mapper, Next};
-use crate::error::{Code, Error};
-use crate::identity::Principal;
-use crate::ids;
+use super::{After, Begin, Form};
+use crate::auth::Principal;
+use crate::auth::scopes;
+use crate::edge::Context;
+use crate::edge::http::reply::query;
+use crate::edge::http::threads::address;
+use crate::edge::routes::{Request, blocking};
+use crate::protocol::error::{Code, Error};
+use crate::protocol::ids;
 use crate::store::runs::{RunKey, RunRow};
-use crate::{access, telemetry};
+use crate::telemetry;
+use crate::views::agui::{Mapper, Next};
 
 /// `GET /v1/threads/{t}/agui`
 pub async fn open(it: Request, thread: &str) -> Result<Response, Error> {
     let who = it.who()?;
-    access::read(who.scopes)?;
+    scopes::read(who.scopes)?;
     let query = query(&it.query, &["after", "run"])?;
     let (called, thread) = address(&who, thread)?;
-    let head = it.ctx.readable(&who, &thread)?;
+    let head = it.ctx.rights.readable(&who, &thread)?;
     let Begin { after, resumes } = Begin::of(&it, &query, head)?;
     let run = query.text("run").map(|run| ids::check_text("run", run).map(|()| run.to_owned())).transpose()?;
     let only = run.clone().map(|run| RunKey::new(&who.tenant, &thread, &run));
@@ -39,7 +40,7 @@ pub async fn open(it: Request, thread: &str) -> Result<Response, Error> {
     };
     let mapper = Mapper::new(&called, run.clone(), (cursor < after).then_some(after), resumes);
     let form = Agui { key: run.map(|run| key(&who, &called, &run)), ctx: it.ctx.clone(), mapper };
-    stream::start(&it, "agui", who, called, cursor, form)
+    super::start(&it, "agui", who, called, cursor, form)
 }
 
 fn key(who: &Principal, called: &str, run: &str) -> RunKey {
@@ -116,7 +117,7 @@ impl Form for Agui {
         let next = self.mapper.event(frame, &mut lines);
         let last = lines.len();
         for (i, json) in lines.iter().enumerate() {
-            let event = Event::default().data(stream::line(json));
+            let event = Event::default().data(super::line(json));
             // Only behind the last one all that became of the event is there.
             out.push_back(match seq.filter(|_| i + 1 == last) {
                 Some(seq) => event.id(seq.to_string()),
@@ -134,7 +135,7 @@ impl Form for Agui {
 
     fn error(&mut self, error: &Error) -> Event {
         match self.mapper.error(error) {
-            Some(json) => Event::default().data(stream::line(&json)),
+            Some(json) => Event::default().data(super::line(&json)),
             None => Event::default().comment(error.code.as_str()),
         }
     }

@@ -1,6 +1,8 @@
 //! A thread as Server-Sent Events (HTML Living Standard, section 9.2): the same road from the store to the live feed as a
 //! WebSocket session's, for clients that only listen.
 
+pub mod agui;
+
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -17,19 +19,20 @@ use warp::reply::Response;
 use warp::sse::{self, Event};
 
 use super::Context;
-use super::feed::{Feed, Out};
-use super::http::Request;
-use super::reply::{Query, header_text, query};
-use super::subscriptions::Wanted;
-use super::threads::address;
-use crate::access;
-use crate::error::{Code, Error};
-use crate::event::without_type;
-use crate::identity::{Principal, jwt};
-use crate::outbox::Answer;
-use crate::sessions::{Entered, Transport};
-use crate::wire::Problem;
-use crate::{clock, ids, telemetry};
+use super::http::reply::{Query, header_text, query};
+use super::http::threads::address;
+use super::routes::Request;
+use crate::auth::scopes;
+use crate::auth::{Principal, jwt};
+use crate::delivery::feed::{Feed, Out};
+use crate::delivery::outbox::Answer;
+use crate::delivery::registry::Registration;
+use crate::delivery::subscriptions::NewSubscription;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::event::without_type;
+use crate::protocol::http::{Problem, Transport};
+use crate::protocol::ids;
+use crate::{clock, telemetry};
 
 /// A comment after so much silence, so that both sides notice when the other is gone.
 const HEARTBEAT: Duration = Duration::from_secs(15);
@@ -53,10 +56,10 @@ pub enum After {
 /// `GET /v1/threads/{t}/stream`
 pub fn open(it: &Request, thread: &str) -> Result<Response, Error> {
     let who = it.who()?;
-    access::read(who.scopes)?;
+    scopes::read(who.scopes)?;
     let query = query(&it.query, &["after"])?;
     let (called, thread) = address(&who, thread)?;
-    let head = it.ctx.readable(&who, &thread)?;
+    let head = it.ctx.rights.readable(&who, &thread)?;
     let Begin { after, .. } = Begin::of(it, &query, head)?;
     start(it, "stream", who, called, after.unwrap_or(head), Plain)
 }
@@ -98,11 +101,11 @@ pub fn start(
     cursor: u64,
     form: impl Form,
 ) -> Result<Response, Error> {
-    let feed = Feed::new(&it.ctx);
+    let feed = it.ctx.delivery.feed();
     let connection = clock::random_id().simple().to_string();
-    let entered = it.ctx.sessions.enter(&feed.outbox, &connection, Transport::Sse);
-    entered.identify(&who)?;
-    it.ctx.check_revoked(&who)?;
+    let registration = it.ctx.registry.register(&feed.outbox, &connection, Transport::Sse);
+    registration.identify(&who)?;
+    it.ctx.auth.check_revoked(&who)?;
     let mut stream = Thread {
         ctx: it.ctx.clone(),
         feed,
@@ -112,9 +115,9 @@ pub fn start(
         who,
         form,
         ready: VecDeque::new(),
-        entered,
+        registration,
     };
-    let wanted = Wanted { called, cursor, named: true, kinds: None, receipt: None };
+    let wanted = NewSubscription { called, cursor, named: true, kinds: None, receipt: None };
     stream.feed.subs.add(&stream.who, wanted)?;
     let mut reply = sse::reply(sse::keep_alive().interval(HEARTBEAT).stream(stream)).into_response();
     reply.headers_mut().insert("x-accel-buffering", warp::http::HeaderValue::from_static("no"));
@@ -160,7 +163,7 @@ struct Thread<F> {
     timer: Pin<Box<Sleep>>,
     ended: bool,
     #[expect(dead_code, reason = "held for as long as the stream lasts")]
-    entered: Entered,
+    registration: Registration,
 }
 
 impl<F: Form> Stream for Thread<F> {
@@ -236,7 +239,7 @@ impl<F: Form> Thread<F> {
                 Some(self.end(&error))
             }
             Answer::Revoked => {
-                let refused = self.ctx.check_revoked(&self.who).err()?;
+                let refused = self.ctx.auth.check_revoked(&self.who).err()?;
                 Some(self.end(&refused))
             }
             _ => None,

@@ -4,19 +4,21 @@ use serde_json::value::RawValue;
 
 use tokio::time::Instant;
 
-use super::Asked;
-use super::pieces::Unsent;
 use super::session::{End, LIMITS, PING_AFTER, Session, close, text};
-use crate::command::{self, Ack, BadCommand, Command, Publish, Signal};
-use crate::error::{Code, Error};
-use crate::event::AGENT_TOKEN;
-use crate::identity::Principal;
-use crate::ids::{self, log_key};
+use crate::auth::Principal;
+use crate::delivery::outbox::Answer;
+use crate::ingest::admit::PublishRequest;
+use crate::ingest::coalesce::Unsent;
+use crate::ingest::submit::Draft;
 use crate::log::Append;
-use crate::outbox::Answer;
-use crate::piece::Piece;
-use crate::submit::Draft;
-use crate::wire::{ServerFrame, error_frame};
+use crate::protocol::command;
+use crate::protocol::command::{Ack, BadCommand, Command, Publish, Signal};
+use crate::protocol::delta::Delta;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::frame::{ServerFrame, error_frame};
+use crate::protocol::ids;
+use crate::protocol::ids::log_key;
+use crate::protocol::kinds::AGENT_TOKEN;
 use crate::{clock, telemetry};
 
 pub(super) use super::subscribe::Waiting;
@@ -24,7 +26,7 @@ pub(super) use super::subscribe::Waiting;
 /// A publish that was checked.
 enum Prepared {
     Event(Append),
-    Piece(Box<Unsent>),
+    Delta(Box<Unsent>),
 }
 
 impl Session {
@@ -106,7 +108,7 @@ impl Session {
             self.refuse(Some(id), &Error::new(Code::Conflict, "the session is connected already; use refresh"));
             return Ok(());
         }
-        self.who = Some(self.ctx.verify(token).map_err(refused_token)?);
+        self.who = Some(self.ctx.auth.verify(token).map_err(refused_token)?);
         telemetry::commands("connect", "ok").increment(1);
         self.begin(Some(id))
     }
@@ -116,7 +118,7 @@ impl Session {
             self.refuse(Some(id), &Error::new(Code::Unauthenticated, "connect first"));
             return Ok(());
         };
-        let new = self.ctx.verify(token).map_err(refused_token)?;
+        let new = self.ctx.auth.verify(token).map_err(refused_token)?;
         if new.key != old.key {
             return Err(close(4500, "the token is another user's"));
         }
@@ -143,7 +145,7 @@ impl Session {
                 self.flush_pieces(|piece| run.is_none_or(|run| *piece.run == *run));
                 self.batch.push(append);
             }
-            Ok(Prepared::Piece(piece)) => {
+            Ok(Prepared::Delta(piece)) => {
                 self.in_flight += 1;
                 let ready = self.pieces.take(*piece, Instant::now());
                 self.send_pieces(ready);
@@ -158,9 +160,9 @@ impl Session {
     fn prepare(&self, publish: &Publish<'_>) -> Result<Prepared, Error> {
         let who = self.who()?;
         let named = ids::resolve(&who.user, &publish.thread);
-        let (event, grant) = self.ctx.admit(
+        let draft = self.ctx.admission.admit(
             who,
-            Asked {
+            PublishRequest {
                 thread: &named,
                 kind: &publish.kind,
                 data: publish.data,
@@ -168,14 +170,14 @@ impl Session {
                 run: publish.run.as_deref(),
                 parent: publish.parent,
                 priority: publish.priority,
+                traceparent: self.traceparent.as_deref(),
             },
         )?;
-        if event.kind == AGENT_TOKEN {
-            return Ok(Prepared::Piece(Unsent::new(&event, grant, publish.id, &publish.thread)?.into()));
+        if draft.event.kind == AGENT_TOKEN {
+            return Ok(Prepared::Delta(Unsent::new(&draft.event, draft.grant, publish.id, &publish.thread)?.into()));
         }
         let (outbox, id, thread) = (self.feed.outbox.clone(), publish.id, Box::from(&*publish.thread));
         let reply = Box::new(move |verdict| outbox.push_answer(Answer::Publish { id, thread, piece: None, verdict }));
-        let draft = Draft { event, grant, traceparent: self.traceparent.clone() };
         Ok(Prepared::Event(self.ctx.submit.prepare(&draft, reply)))
     }
 
@@ -198,7 +200,7 @@ impl Session {
     }
 
     /// Pieces that gather gather no longer.
-    pub(super) fn flush_pieces(&mut self, which: impl Fn(&Piece) -> bool) {
+    pub(super) fn flush_pieces(&mut self, which: impl Fn(&Delta) -> bool) {
         if !self.pieces.is_empty() {
             let ready = self.pieces.flush(which);
             self.send_pieces(ready);
@@ -226,7 +228,7 @@ impl Session {
     fn signal(&mut self, signal: &Signal<'_>) -> Result<(), Error> {
         let who = self.who()?;
         let thread = ids::resolve(&who.user, &signal.thread);
-        self.ctx.may_signal(who, &thread)?;
+        self.ctx.rights.may_signal(who, &thread)?;
         let frame =
             ServerFrame::Signal { thread: &thread, kind: &signal.kind, from: &who.user, data: signal.data }.encode();
         self.ctx.hub.signal(&log_key(&who.tenant, &thread), &self.feed.outbox, &frame.into());

@@ -272,7 +272,7 @@ mod tests {
     #[test]
     fn the_largest_message_in_small_pieces_is_no_flood() {
         let mut watch = Watch::new(Instant::now());
-        let pieces = crate::command::MAX_FRAME / (SMALL_FRAGMENT as usize - 1) + 1;
+        let pieces = crate::protocol::command::MAX_FRAME / (SMALL_FRAGMENT as usize - 1) + 1;
         for _ in 0..pieces {
             watch.read(&Frame { first: 0, masked: true, wide: 0, length: 511 }.bytes());
         }

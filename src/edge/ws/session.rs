@@ -5,7 +5,7 @@
 //! - every publish that was accepted is answered, also while the server drains;
 //! - what waits is bounded: publishes in flight by [`MAX_IN_FLIGHT`] (beyond it the socket is not read), events by the
 //!   outbox, replayed frames by the subscriptions. A socket that takes nothing is closed after 30 s;
-//! - control frames (answers, errors, `expiring`) overtake events; what goes out of these, [`super::feed`] says.
+//! - control frames (answers, errors, `expiring`) overtake events; what goes out of these, [`crate::delivery::feed`] says.
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -25,20 +25,21 @@ use tokio_tungstenite::tungstenite::error::{CapacityError, Error as WsError, Pro
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::{Bytes, Message};
 
-use super::Context;
 use super::commands::Waiting;
-use super::feed::{Feed, Out};
-use super::pieces::Pieces;
 use super::socket::Socket;
-use super::subscriptions::{MAX_SUBSCRIPTIONS, WINDOW};
-use crate::command;
-use crate::error::Code;
-use crate::identity::{Principal, jwt};
+use crate::auth::{Principal, jwt};
+use crate::delivery::feed::{Feed, Out};
+use crate::delivery::outbox::{Answer, Demand, EVENT_BYTES};
+use crate::delivery::registry::Registration;
+use crate::delivery::subscriptions::{MAX_SUBSCRIPTIONS, WINDOW};
+use crate::edge::Context;
+use crate::ingest::coalesce::Pieces;
 use crate::log::Append;
-use crate::outbox::{Answer, EVENT_BYTES, Wanted};
-use crate::sessions::{Entered, Transport};
-use crate::submit::Verdict;
-use crate::wire::{Limits, ServerFrame, error_frame};
+use crate::projector::Verdict;
+use crate::protocol::command;
+use crate::protocol::error::Code;
+use crate::protocol::frame::{Limits, ServerFrame, error_frame};
+use crate::protocol::http::Transport;
 use crate::{clock, telemetry};
 
 /// Publishes that may wait for their answer; beyond that the socket is not read.
@@ -98,7 +99,7 @@ pub struct Session {
     pub(super) connection: String,
     pub(super) traceparent: Option<String>,
     pub(super) who: Option<Principal>,
-    entered: Option<Entered>,
+    registration: Option<Registration>,
     pub(super) feed: Feed,
     /// Answers made by the session itself, and those of the outbox, encoded.
     pub(super) answers: VecDeque<Message>,
@@ -142,13 +143,13 @@ impl Session {
         let now = Instant::now();
         let deadline = if who.is_some() { PING_AFTER } else { CONNECT_WITHIN };
         Session {
-            feed: Feed::new(&ctx),
+            feed: ctx.delivery.feed(),
             ctx,
             ws,
             connection: clock::random_id().simple().to_string(),
             traceparent,
             who,
-            entered: None,
+            registration: None,
             answers: VecDeque::new(),
             batch: Vec::new(),
             pieces: Pieces::default(),
@@ -174,7 +175,7 @@ impl Session {
 
     /// Serves the session until it ends, on either side.
     pub async fn run(mut self: Box<Session>) {
-        self.entered = Some(self.ctx.sessions.enter(&self.feed.outbox, &self.connection, Transport::Websocket));
+        self.registration = Some(self.ctx.registry.register(&self.feed.outbox, &self.connection, Transport::Websocket));
         let end = match self.begin(None) {
             Err(end) => end,
             Ok(()) => self.serve().await,
@@ -202,8 +203,8 @@ impl Session {
 
     /// The user is known: the session counts as the user's from now on.
     pub(super) fn begin(&mut self, id: Option<i64>) -> Result<(), End> {
-        let (Some(who), Some(entered)) = (&self.who, &self.entered) else { return Ok(()) };
-        entered.identify(who).map_err(|error| End::Close(4503, error.message))?;
+        let (Some(who), Some(registration)) = (&self.who, &self.registration) else { return Ok(()) };
+        registration.identify(who).map_err(|error| End::Close(4503, error.message))?;
         // Looked up once more: a revocation from here on reaches the session itself.
         self.check_revoked()?;
         self.welcome(id);
@@ -213,7 +214,7 @@ impl Session {
     /// Ends the session if its token is from before its user's tokens were revoked.
     fn check_revoked(&self) -> Result<(), End> {
         let Some(who) = &self.who else { return Ok(()) };
-        self.ctx.check_revoked(who).map_err(|error| match error.code {
+        self.ctx.auth.check_revoked(who).map_err(|error| match error.code {
             Code::Unavailable => close(4006, "the token cannot be checked now"),
             _ => close(4504, "the user's sessions were revoked"),
         })
@@ -267,7 +268,7 @@ impl Session {
         // A socket that takes nothing does not want events, but answers change what there is to do.
         let more_to_write = match written.is_ready() {
             true => self.feed.outbox.poll_filled(cx, self.feed.wanted()).is_ready(),
-            false => self.answers.len() < MAX_ANSWERS && self.feed.outbox.poll_filled(cx, Wanted::None).is_ready(),
+            false => self.answers.len() < MAX_ANSWERS && self.feed.outbox.poll_filled(cx, Demand::None).is_ready(),
         };
         if more_to_read || more_to_write {
             return Poll::Ready(Wake::GoOn);
@@ -375,7 +376,7 @@ impl Session {
     /// Counts a command; one over the limit is refused, and a client that goes on like that is shown the door.
     fn within_limits(&mut self, command: &RawValue) -> Result<bool, End> {
         let Some(who) = &self.who else { return Ok(true) };
-        let Err(error) = self.ctx.count(who) else { return Ok(true) };
+        let Err(error) = self.ctx.admission.count(who) else { return Ok(true) };
         let now = Instant::now();
         let since = self.limited.filter(|(_, last)| now < *last + LULL).map_or(now, |(since, _)| since);
         self.limited = Some((since, now));
@@ -394,7 +395,7 @@ impl Session {
             match answer {
                 Answer::Publish { id, thread, piece, verdict } => self.on_verdict(id, &thread, piece, verdict),
                 Answer::Threads(threads) => self.on_threads(threads),
-                Answer::Placed { attempt, placed } => self.on_placed(attempt, placed),
+                Answer::PlacesStored { attempt, stored } => self.on_placed(attempt, stored),
                 Answer::Left { thread } => {
                     let ended = self.who.as_ref().map(|who| self.feed.left(who, &thread));
                     for (thread, error) in ended.into_iter().flatten() {
@@ -407,10 +408,10 @@ impl Session {
                     self.retry_after_ms = retry_after_ms;
                 }
                 Answer::Revoked => self.check_revoked()?,
-                Answer::Kept { thread, kept } => self.feed.subs.kept(&thread, kept),
-                Answer::Buried { thread, seq, buried } => {
+                Answer::ReceiptStored { thread, stored } => self.feed.subs.stored(&thread, stored),
+                Answer::DeadLettered { thread, seq, dead_lettered } => {
                     if let Some(who) = &self.who {
-                        self.feed.subs.buried(who, &thread, seq, buried);
+                        self.feed.subs.dead_lettered(who, &thread, seq, dead_lettered);
                     }
                 }
                 Answer::Chunk { sub, read } => {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::frames::Watch;
+use super::flood::Watch;
 
 /// How long a peer gets to take our close frame and to close its side.
 const LINGER: Duration = Duration::from_secs(2);

@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::session::{Session, text};
-use super::subscriptions::{Following, Receipt, Wanted, first_note};
-use crate::access;
-use crate::command::{After, Subscribe};
-use crate::error::{Code, Error};
-use crate::identity::Principal;
-use crate::ids;
-use crate::outbox::Answer;
-use crate::projector::ReceiptNote;
-use crate::store::Found;
-use crate::submit::Reply;
-use crate::wire::{Seqs, ServerFrame, error_frame};
+use crate::auth::Principal;
+use crate::auth::scopes;
+use crate::delivery::outbox::Answer;
+use crate::delivery::subscriptions::{Following, NewSubscription, Receipt, first_receipt};
+use crate::ingest::pending::OnVerdict;
+use crate::protocol::command::{After, Subscribe};
+use crate::protocol::error::{Code, Error};
+use crate::protocol::frame::{Seqs, ServerFrame, error_frame};
+use crate::protocol::ids;
+use crate::protocol::records::ReceiptRecord;
+use crate::store::JoinedThread;
 
 /// Threads that an `after` object may name although the user is no member of them (any more).
 const MAX_UNKNOWN: usize = 100;
@@ -49,17 +49,17 @@ pub(super) struct Begin {
     head: Seqs,
     after: Seqs,
     recovered: bool,
-    wanted: Vec<Wanted>,
+    wanted: Vec<NewSubscription>,
     /// Threads that `after` names and the user does not have.
     unknown: Vec<String>,
     /// Written last: that the durable subscription to all threads is there.
-    marker: Option<ReceiptNote>,
+    marker: Option<ReceiptRecord>,
 }
 
 impl Session {
     pub(super) fn subscribe(&mut self, subscribe: Subscribe<'_>) -> Result<(), Error> {
         let who = self.who()?.clone();
-        access::read(who.scopes)?;
+        scopes::read(who.scopes)?;
         let recovered = subscribe.epoch.as_ref().is_none_or(|epoch| **epoch == *self.ctx.epoch);
         if subscribe.thread == ALL {
             return self.list_threads(&who, subscribe, recovered);
@@ -68,7 +68,7 @@ impl Session {
         if self.feed.subs.contains(&thread) {
             return Err(Error::new(Code::Conflict, "the session is subscribed to this thread already").at("thread"));
         }
-        let head = self.ctx.readable(&who, &thread)?;
+        let head = self.ctx.rights.readable(&who, &thread)?;
         let after = match subscribe.after {
             Some(After::Seq(after)) => Some(after),
             _ => None,
@@ -80,9 +80,9 @@ impl Session {
         };
         let place = row.as_ref().filter(|_| subscribe.last.is_none()).map(|row| row.place.min(head));
         let cursor = begin(head, after.or(place), subscribe.last, recovered).map_err(|error| error.at("after"))?;
-        let fresh = name.filter(|_| row.is_none()).map(|name| first_note(&who, &thread, name, cursor));
+        let fresh = name.filter(|_| row.is_none()).map(|name| first_receipt(&who, &thread, name, cursor));
         let receipt = Receipt::wanted(name, row, cursor, subscribe.confirm == Some(true));
-        let wanted = Wanted {
+        let wanted = NewSubscription {
             called: subscribe.thread.to_string(),
             cursor,
             named: true,
@@ -123,7 +123,9 @@ impl Session {
         self.wait_for(Waiting::Threads(all));
         let (ctx, outbox, who) = (self.ctx.clone(), self.feed.outbox.clone(), who.clone());
         tokio::task::spawn_blocking(move || {
-            outbox.push_answer(Answer::Threads(ctx.find_threads(&who, name.as_deref())));
+            outbox.push_answer(Answer::Threads(
+                ctx.store.joined_threads(&who.tenant, &who.user, name.as_deref()).map_err(Into::into),
+            ));
         });
         Ok(())
     }
@@ -133,7 +135,7 @@ impl Session {
         self.waiting = Some(waiting);
     }
 
-    pub(super) fn on_threads(&mut self, threads: Result<Vec<Found>, Error>) {
+    pub(super) fn on_threads(&mut self, threads: Result<Vec<JoinedThread>, Error>) {
         let (Some(Waiting::Threads(all)), Some(who)) = (self.waiting.take(), self.who.clone()) else {
             return;
         };
@@ -147,8 +149,8 @@ impl Session {
         }
     }
 
-    /// A new durable subscription begins once its places are kept: otherwise what comes before a crash would be missed.
-    fn keep_places(&mut self, who: &Principal, mut begin: Begin, mut notes: Vec<ReceiptNote>) -> Result<(), Error> {
+    /// A new durable subscription begins once its places are stored: otherwise what comes before a crash would be missed.
+    fn keep_places(&mut self, who: &Principal, mut begin: Begin, mut notes: Vec<ReceiptRecord>) -> Result<(), Error> {
         if notes.is_empty() {
             notes.extend(begin.marker.take());
         }
@@ -161,20 +163,20 @@ impl Session {
         let (attempt, left) = (self.placings, Arc::new(AtomicUsize::new(notes.len())));
         for note in notes {
             let (outbox, left) = (self.feed.outbox.clone(), left.clone());
-            let reply: Reply = Box::new(move |verdict| {
+            let reply: OnVerdict = Box::new(move |verdict| {
                 let last = left.fetch_sub(1, Ordering::AcqRel) == 1;
                 match verdict {
-                    Ok(_) if last => outbox.push_answer(Answer::Placed { attempt, placed: Ok(()) }),
+                    Ok(_) if last => outbox.push_answer(Answer::PlacesStored { attempt, stored: Ok(()) }),
                     Ok(_) => {}
-                    Err(error) => outbox.push_answer(Answer::Placed { attempt, placed: Err(error) }),
+                    Err(error) => outbox.push_answer(Answer::PlacesStored { attempt, stored: Err(error) }),
                 }
             });
-            self.batch.push(self.ctx.submit.prepare_record(note.id, note.record(), reply));
+            self.batch.push(self.ctx.submit.prepare_record(note.id, (&note).into(), reply));
         }
         Ok(())
     }
 
-    pub(super) fn on_placed(&mut self, attempt: u32, placed: Result<(), Error>) {
+    pub(super) fn on_placed(&mut self, attempt: u32, stored: Result<(), Error>) {
         // After a first refusal nobody waits for the others.
         if attempt != self.placings || !matches!(self.waiting, Some(Waiting::Places(_))) {
             return;
@@ -184,7 +186,7 @@ impl Session {
         };
         self.feed.shut = false;
         let (id, all) = (begin.id, begin.called == ALL);
-        if let Err(error) = placed.and_then(|()| self.keep_places(&who, *begin, Vec::new())) {
+        if let Err(error) = stored.and_then(|()| self.keep_places(&who, *begin, Vec::new())) {
             if all {
                 self.feed.subs.unfollow_all();
             }
@@ -225,15 +227,15 @@ impl Session {
 
 impl All {
     /// Where each thread's subscription begins, and the places to write before.
-    fn begin(&self, who: &Principal, threads: Vec<Found>) -> Result<(Begin, Vec<ReceiptNote>), Error> {
+    fn begin(&self, who: &Principal, threads: Vec<JoinedThread>) -> Result<(Begin, Vec<ReceiptRecord>), Error> {
         let (mut heads, mut cursors) = (BTreeMap::new(), BTreeMap::new());
         let (mut wanted, mut notes) = (Vec::new(), Vec::new());
         let name = self.following.name.as_deref();
-        let marker = name.filter(|_| self.fresh).map(|name| first_note(who, ALL, name, 0));
+        let marker = name.filter(|_| self.fresh).map(|name| first_receipt(who, ALL, name, 0));
         for found in threads {
             let cursor = self.cursor(&found).map_err(|error| error.at(format!("after.{}", found.thread)))?;
             if let Some(name) = name.filter(|_| found.receipt.is_none()) {
-                notes.push(first_note(who, &found.thread, name, cursor));
+                notes.push(first_receipt(who, &found.thread, name, cursor));
             }
             heads.insert(found.thread.clone(), found.head);
             cursors.insert(found.thread.clone(), cursor);
@@ -258,7 +260,7 @@ impl All {
         Ok((begin, notes))
     }
 
-    fn cursor(&self, found: &Found) -> Result<u64, Error> {
+    fn cursor(&self, found: &JoinedThread) -> Result<u64, Error> {
         let place = found.receipt.as_ref().map(|row| row.place.min(found.head));
         let after = match (&self.after, &self.following.name) {
             // With a list of cursors, a thread that is not in it is one the client has nothing of.
@@ -271,10 +273,10 @@ impl All {
         begin(found.head, after.filter(|_| self.last.is_none()), self.last, self.recovered)
     }
 
-    fn wanted(&self, found: Found, cursor: u64) -> Wanted {
+    fn wanted(&self, found: JoinedThread, cursor: u64) -> NewSubscription {
         let Following { kinds, name, confirm } = self.following.clone();
         let receipt = Receipt::wanted(name.as_deref(), found.receipt, cursor, confirm);
-        Wanted { called: found.thread, cursor, named: false, kinds, receipt }
+        NewSubscription { called: found.thread, cursor, named: false, kinds, receipt }
     }
 }
 

@@ -1,7 +1,5 @@
 //! The upgrade to WebSocket (RFC 6455, section 4), answered by us so that a session's buffers fit.
 
-use std::time::Instant;
-
 use base64::Engine;
 use hyper_util::rt::TokioIo;
 use sha1::{Digest, Sha1};
@@ -10,15 +8,16 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use warp::http::{HeaderMap, HeaderValue, StatusCode, header};
 use warp::hyper::upgrade::OnUpgrade;
 
-use super::http::Request;
-use super::listener::Place;
-use super::reply::{Reply, header_text, problem, query, with_type};
 use super::session::Session;
 use super::socket::Socket;
-use super::{Context, http};
-use crate::command::MAX_FRAME;
-use crate::error::{Code, Error};
-use crate::identity::Principal;
+use crate::auth::Principal;
+use crate::edge::Context;
+use crate::edge::http::reply::Reply;
+use crate::edge::http::reply::{header_text, problem, query, with_type};
+use crate::edge::listener::ConnectionPermit;
+use crate::edge::routes::Request;
+use crate::protocol::command::MAX_FRAME;
+use crate::protocol::error::{Code, Error};
 
 /// What a session's buffers begin with; they grow with a frame and no further.
 const READ_BUFFER: usize = 4 << 10;
@@ -29,8 +28,8 @@ const BEARER: &str = "weft.bearer.";
 const ACCEPT_GUID: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// Answers `GET /v1/ws`.
-pub fn upgrade(it: &Request, upgrade: Option<OnUpgrade>, place: Option<Place>) -> Reply {
-    match accept(it, upgrade, place) {
+pub fn upgrade(it: &Request, upgrade: Option<OnUpgrade>, permit: Option<ConnectionPermit>) -> Reply {
+    match accept(it, upgrade, permit) {
         Ok(reply) => reply,
         Err(error) => {
             let mut reply = problem(&error);
@@ -43,7 +42,7 @@ pub fn upgrade(it: &Request, upgrade: Option<OnUpgrade>, place: Option<Place>) -
     }
 }
 
-fn accept(it: &Request, upgrade: Option<OnUpgrade>, place: Option<Place>) -> Result<Reply, Error> {
+fn accept(it: &Request, upgrade: Option<OnUpgrade>, permit: Option<ConnectionPermit>) -> Result<Reply, Error> {
     let (ctx, headers) = (&it.ctx, &it.headers);
     let has = |name, token: &str| {
         let values = headers.get_all(name).iter().filter_map(|value: &HeaderValue| value.to_str().ok());
@@ -86,8 +85,8 @@ fn accept(it: &Request, upgrade: Option<OnUpgrade>, place: Option<Place>) -> Res
     }
     let ctx = ctx.clone();
     tokio::spawn(async move {
-        // The place under the connection limit is the session's as long as it lasts.
-        let _place = place;
+        // The permit under the connection limit is the session's as long as it lasts.
+        let _place = permit;
         if let Some(ws) = websocket(upgrade).await {
             // Boxed: the futures around it then hold a pointer, not copies.
             let session = Box::new(Session::new(ctx, ws, who, traceparent));
@@ -119,13 +118,12 @@ async fn websocket(upgrade: OnUpgrade) -> Option<WebSocketStream<Socket>> {
 fn credentials(it: &Request, offered: &[&str]) -> Result<Option<Principal>, Error> {
     let query = query(&it.query, &["ticket"])?;
     if it.headers.contains_key(header::AUTHORIZATION) {
-        return http::authenticate(&it.ctx, &it.headers).map(Some);
+        return crate::edge::routes::authenticate(&it.ctx, &it.headers).map(Some);
     }
     if let Some(token) = offered.iter().find_map(|it| it.strip_prefix(BEARER)) {
-        return it.ctx.verify(token).map(Some);
+        return it.ctx.auth.verify(token).map(Some);
     }
-    let who = query.text("ticket").map(|ticket| it.ctx.tickets.redeem(ticket, Instant::now())).transpose()?;
-    who.as_ref().map_or(Ok(()), |who| it.ctx.check_revoked(who)).map(|()| who)
+    query.text("ticket").map(|ticket| it.ctx.auth.redeem_ticket(ticket)).transpose()
 }
 
 /// A browser's page must be of our own host, or of one that the configuration names.

@@ -24,8 +24,8 @@ use rdkafka::message::{DeliveryResult, Header, Message, OwnedHeaders};
 use rdkafka::metadata::MetadataTopic;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext};
 
-use self::reading::{KafkaReader, assignment, watermarks};
-use self::setup::{Topics, ensure_topics, first_epoch, write_marker};
+use super::kafka::reading::{KafkaReader, assignment, watermarks};
+use super::kafka::setup::{Topics, ensure_topics, first_epoch, write_marker};
 use super::{
     Append, AppendError, Bounds, Done, Log, LogError, Position, Positions, RECORD_VERSION, Reader, Record, Topic,
 };

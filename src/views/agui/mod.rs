@@ -21,10 +21,11 @@ use serde::Deserialize;
 use serde_json::json;
 use serde_json::value::{RawValue, to_raw_value};
 
-use self::wire::{Event, Interrupt, Outcome, PROTOCOL, Timed};
+use super::agui::wire::{Event, Interrupt, Outcome, PROTOCOL, Timed};
 use crate::clock;
-use crate::error::Error;
-use crate::event::{AGENT_MESSAGE, PieceData, text_of, without_type};
+use crate::protocol::error::Error;
+use crate::protocol::event::without_type;
+use crate::protocol::kinds::{AGENT_MESSAGE, DeltaData, text_of};
 
 /// Open runs that are noted; those beyond are left out.
 const RUNS: usize = 1_024;
@@ -459,7 +460,7 @@ impl Mapper {
 
     fn piece(&mut self, it: &Frame<'_>, out: &mut Out<'_>) {
         let Some(name) = it.run.as_deref().filter(|run| self.told.as_deref() == Some(run)) else { return };
-        let Ok(data) = serde_json::from_str::<PieceData>(it.data.get()) else { return };
+        let Ok(data) = serde_json::from_str::<DeltaData>(it.data.get()) else { return };
         let Some(run) = self.runs.get_mut(name) else { return };
         let writing = run.writing.get(&*data.message);
         let (sent, open) = writing.map_or((0, false), |writing| (writing.sent, writing.open));

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::event::AGENT_TOKEN;
+use crate::protocol::kinds::AGENT_TOKEN;
 
 /// What AG-UI's clients hold a stream to.
 #[derive(Default)]

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 use tokio_tungstenite::tungstenite::protocol::frame::{Frame, FrameHeader};
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
-use weft::identity::jwt::{Claims, mint};
+use weft::auth::jwt::{Claims, mint};
 
 use crate::support::{LogKind, PATIENCE, SECRET, Server, Socket, claims, publish, token};
 

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Error as WsError;
-use weft::identity::jwt::{Claims, mint};
+use weft::auth::jwt::{Claims, mint};
 
 use super::upgrade_status;
 use crate::on_both_logs;

@@ -1,7 +1,7 @@
 //! Who is connected, as the admin sees it.
 
 use serde_json::{Value, json};
-use weft::identity::jwt::{Claims, mint};
+use weft::auth::jwt::{Claims, mint};
 
 use crate::support::sse::EventStream;
 use crate::support::{LogKind, SECRET, Server, Socket, claims, eventually, token, token_of};

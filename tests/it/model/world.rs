@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
-use weft::identity::jwt::{Claims, mint};
+use weft::auth::jwt::{Claims, mint};
 
 use super::{DEVICES, SOON, THREADS, USERS};
 use crate::support::{SECRET, Server, Socket, claims};

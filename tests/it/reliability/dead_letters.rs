@@ -3,7 +3,7 @@
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
-use weft::identity::jwt::{Claims, mint};
+use weft::auth::jwt::{Claims, mint};
 use weft::log::embedded::EmbeddedLog;
 
 use crate::log_contract::only_kafka::produce;

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
-use weft::outbox::EVENT_BYTES;
+use weft::delivery::outbox::EVENT_BYTES;
 
 use super::{pour, write};
 use crate::support::{LogKind, Server, Socket, eventually, publish, seqs, token};

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
-use weft::outbox::EVENT_BYTES;
+use weft::delivery::outbox::EVENT_BYTES;
 
 use crate::on_both_logs;
 use crate::support::kafka::{self, Broker, fresh_prefix};

@@ -81,7 +81,7 @@ async fn a_thread_is_a_conversation_as_model_apis_take_it() {
     expected.push(json!({"role": "assistant", "content": "Noodles, they are open", "seq": closed["seq"]}));
     let told = context(&server, "t", "?max_messages=1000").await;
     assert_eq!(told["messages"], json!(expected), "a message is there once it is written");
-    let (_, schema) = weft::schemas::all().into_iter().find(|(name, _)| *name == "http.context").unwrap();
+    let (_, schema) = weft::protocol::schemas::all().into_iter().find(|(name, _)| *name == "http.context").unwrap();
     let schema = jsonschema::validator_for(&serde_json::to_value(schema).unwrap()).unwrap();
     assert!(schema.is_valid(&told["messages"]));
 }

@@ -414,7 +414,7 @@ on_both_logs!(a_run_s_page_tells_the_messages_that_it_wrote_piece_by_piece, |log
         assert_eq!(agent.ask(step.clone()).await["type"], "published", "{step}");
     }
     let run = server.http("GET", "/v1/threads/t/runs/r", "scout", None).await.1;
-    let schema = weft::schemas::all().into_iter().find(|(name, _)| *name == "http.run").unwrap().1;
+    let schema = weft::protocol::schemas::all().into_iter().find(|(name, _)| *name == "http.run").unwrap().1;
     assert!(jsonschema::validator_for(&serde_json::to_value(schema).unwrap()).unwrap().is_valid(&run), "{run}");
     let [first, second] = run["messages"].as_array().unwrap().as_slice() else { panic!("{run}") };
     assert_eq!(

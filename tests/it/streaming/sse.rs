@@ -1,7 +1,7 @@
 //! A thread as Server-Sent Events.
 
 use serde_json::{Value, json};
-use weft::identity::jwt::{Claims, mint};
+use weft::auth::jwt::{Claims, mint};
 
 use crate::on_both_logs;
 use crate::support::sse::EventStream;
@@ -86,7 +86,7 @@ async fn a_stream_that_is_not_read_costs_its_bound_and_gets_all_in_the_end() {
         assert_eq!(writer.ask(large.clone()).await["seq"], seq);
         if seq % 50 == 0 {
             let waiting = server.metric("weft_outbox_bytes").await;
-            assert!(waiting <= weft::outbox::EVENT_BYTES as f64, "{waiting}");
+            assert!(waiting <= weft::delivery::outbox::EVENT_BYTES as f64, "{waiting}");
         }
     }
     assert!(server.metric("weft_lagged_total").await >= 1.0, "24 MB are more than all buffers hold");

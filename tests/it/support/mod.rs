@@ -18,7 +18,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
-use weft::identity::jwt::{Claims, mint};
+use weft::auth::jwt::{Claims, mint};
 
 pub const SECRET: &str = "the tests' own secret, long enough for HS256";
 pub const TENANT: &str = "acme";

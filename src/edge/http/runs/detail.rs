@@ -2,116 +2,23 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 use warp::http::StatusCode;
 
-use super::{At, RunItem, item, no_run};
+use super::{at, item, no_run};
 use crate::clock;
 use crate::edge::Context;
-use crate::edge::reply::{Reply, json};
-use crate::error::Error;
+use crate::edge::http::reply::Reply;
+use crate::edge::http::reply::json;
+use crate::protocol::error::Error;
+use crate::protocol::http::{MessageItem, RunDetail, StepItem, Timings, ToolItem};
 use crate::store::EventRange;
 use crate::store::messages::MessageRow;
 use crate::store::runs::{Mark, RunKey, RunRow};
 
 /// Steps, and messages written in pieces, that a run's page tells; a run with more is cut short, and says so.
 const MAX_STEPS: usize = 10_000;
-
-/// A run with all that it did.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct RunDetail {
-    #[serde(flatten)]
-    run: RunItem,
-    timings: Timings,
-    steps: Vec<StepItem>,
-    tools: Vec<Tool>,
-    /// Those that were written piece by piece, in the order in which they were begun.
-    messages: Vec<Message>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<serde_json::Value>")]
-    output: Option<Box<RawValue>>,
-    /// Token counts, as `agent_completed` gives them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<serde_json::Value>")]
-    usage: Option<Box<RawValue>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<Failure>,
-    /// The run has more steps or messages than are told here.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    #[schemars(default)]
-    truncated: bool,
-}
-
-/// Why a run failed.
-#[derive(Serialize, Deserialize, schemars::JsonSchema)]
-pub struct Failure {
-    code: String,
-    message: String,
-}
-
-/// What the run's time went to, in milliseconds. Calls and messages that overlap count each for itself.
-#[derive(Default, Serialize, schemars::JsonSchema)]
-pub struct Timings {
-    /// From the start to the first sign of work.
-    queue_ms: u64,
-    thinking_ms: u64,
-    tool_ms: u64,
-    /// Writing messages piece by piece.
-    streaming_ms: u64,
-    /// Waiting for a person.
-    waiting_ms: u64,
-    /// From the start to the end, or to when the run was last heard of.
-    total_ms: u64,
-}
-
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct StepItem {
-    seq: u64,
-    kind: String,
-    /// RFC 3339.
-    at: String,
-    from: String,
-    /// Until the run's next event.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    ms: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    call: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tool: Option<String>,
-}
-
-/// A call of a tool.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct Tool {
-    call: String,
-    tool: String,
-    began: At,
-    /// Absent while it is executing.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    completed: Option<At>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    ms: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<serde_json::Value>")]
-    error: Option<Box<RawValue>>,
-}
-
-/// A message that was written piece by piece.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct Message {
-    message: String,
-    from: String,
-    /// Its length, in Unicode scalar values: of what was written, whatever the event that closed it says.
-    chars: u64,
-    /// When its first piece came, RFC 3339.
-    began: String,
-    /// The event that it became; absent while it is being written.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    closed: Option<At>,
-    /// From the first piece until it was closed, or to the newest one.
-    ms: u64,
-}
 
 /// What a stored frame says of a run's event.
 #[derive(Deserialize)]
@@ -159,7 +66,7 @@ pub(super) fn detail(ctx: &Context, key: &RunKey) -> Result<Reply, Error> {
     if let Some(cancel) = &mut run.cancel {
         let asked = cancel.requested.seq;
         let answer = steps.iter().find(|step| step.seq > asked && !is_peoples(&step.kind));
-        cancel.acknowledged = answer.map(|step| At::of(Mark { seq: step.seq, at: step.at }));
+        cancel.acknowledged = answer.map(|step| at(Mark { seq: step.seq, at: step.at }));
     }
     let detail = RunDetail {
         run,
@@ -208,12 +115,12 @@ fn written(ctx: &Context, key: &RunKey) -> Result<Vec<(String, MessageRow)>, Err
     Ok(rows)
 }
 
-fn message((message, row): (String, MessageRow)) -> Message {
-    Message {
+fn message((message, row): (String, MessageRow)) -> MessageItem {
+    MessageItem {
         message,
         chars: row.chars,
         began: clock::rfc3339(row.begun_at),
-        closed: row.closed.as_ref().map(|closed| At::of(closed.mark)),
+        closed: row.closed.as_ref().map(|closed| at(closed.mark)),
         ms: writing_ms(&row),
         from: row.from,
     }
@@ -251,17 +158,24 @@ fn timings(row: &RunRow, steps: &[Step], written: &[(String, MessageRow)]) -> Ti
     timings
 }
 
-fn tools(steps: &[Step]) -> Vec<Tool> {
-    let mut tools: Vec<Tool> = Vec::new();
+fn tools(steps: &[Step]) -> Vec<ToolItem> {
+    let mut tools: Vec<ToolItem> = Vec::new();
     let mut open: BTreeMap<&str, (usize, u64)> = BTreeMap::new();
     for step in steps {
         let Some(call) = step.known.call.as_deref() else { continue };
-        let mark = || At::of(Mark { seq: step.seq, at: step.at });
+        let mark = || at(Mark { seq: step.seq, at: step.at });
         match &*step.kind {
             "tool_executing" => {
                 open.insert(call, (tools.len(), step.at));
                 let tool = step.known.tool.clone().unwrap_or_default();
-                tools.push(Tool { call: call.to_owned(), tool, began: mark(), completed: None, ms: None, error: None });
+                tools.push(ToolItem {
+                    call: call.to_owned(),
+                    tool,
+                    began: mark(),
+                    completed: None,
+                    ms: None,
+                    error: None,
+                });
             }
             "tool_completed" => {
                 if let Some((at, began)) = open.remove(call) {

@@ -2,133 +2,40 @@
 
 mod detail;
 
-use serde::Serialize;
-use serde_json::value::RawValue;
 use warp::http::StatusCode;
 
-use super::Context;
-use super::cursor::{Scope, number};
-use super::http::{Request, blocking};
-use super::reply::{Reply, json, query, segment};
+use super::page::{Scope, number};
+use super::reply::{json, query, segment};
 use super::threads::address;
-use crate::access;
+use crate::auth::Principal;
+use crate::auth::scopes;
 use crate::clock;
-use crate::error::{Code, Error};
-use crate::identity::Principal;
-use crate::ids;
+use crate::edge::Context;
+use crate::edge::routes::{Request, blocking};
+use crate::protocol::error::{Code, Error};
+use crate::protocol::ids;
 use crate::store::runs::{Ending, Mark, RunKey, RunRow};
 
-pub use detail::RunDetail;
+use crate::edge::http::reply::Reply;
+use crate::protocol::http::{Cancellation, EventAt, EventBy, OpenQuestion, RunItem, RunList, RunState};
 use detail::{detail, step};
 
-/// Where a run stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, schemars::JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum State {
-    Open,
-    /// Open, and a person must answer.
-    Waiting,
-    Completed,
-    Failed,
-    Cancelled,
-}
-
-/// An event's place and time.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct At {
-    seq: u64,
-    /// RFC 3339.
-    at: String,
-}
-
-impl At {
-    fn of(mark: Mark) -> At {
-        At { seq: mark.seq, at: clock::rfc3339(mark.at) }
-    }
-}
-
-/// An event that somebody caused.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct By {
-    seq: u64,
-    /// RFC 3339.
-    at: String,
-    user: String,
-}
-
-/// A run as a list has it.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct RunItem {
-    run: String,
-    thread: String,
-    agent: String,
-    state: State,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    parent_run: Option<String>,
-    started: At,
-    /// The newest event.
-    last: At,
-    /// When it was last heard of, RFC 3339: later than `last` while it writes a message piece by piece.
-    heard_at: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    ended: Option<At>,
-    /// Calls that have not completed.
-    executing: u32,
-    /// Runs that work for this one and have not ended.
-    children: u32,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    waiting: Option<Wait>,
-    /// Who answered last.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    resumed: Option<By>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cancel: Option<Cancel>,
-}
-
-/// The question that a person must answer.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct Wait {
-    seq: u64,
-    /// RFC 3339.
-    at: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    expires_at: Option<String>,
-    /// What the agent says of it: `reason`, `prompt` and whatever else.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<serde_json::Value>")]
-    data: Option<Box<RawValue>>,
-}
-
-/// A run that somebody wants cancelled.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct Cancel {
-    requested: By,
-    /// The agent's first event after that.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    acknowledged: Option<At>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    ended: Option<At>,
-}
-
-/// A page of runs.
-#[derive(Serialize, schemars::JsonSchema)]
-pub struct RunList {
-    runs: Vec<RunItem>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    next: Option<String>,
+/// An event as pages name it.
+fn at(mark: Mark) -> EventAt {
+    EventAt { seq: mark.seq, at: clock::rfc3339(mark.at) }
 }
 
 /// `GET /v1/threads/{t}/runs`: newest first.
 pub async fn of_thread(it: Request, thread: &str) -> Result<Reply, Error> {
     let who = it.who()?;
-    access::read(who.scopes)?;
+    scopes::read(who.scopes)?;
     let query = query(&it.query, &["cursor", "limit"])?;
     let (_, thread) = address(&who, thread)?;
     let scope = Scope::of(&["runs", &who.key, &thread]);
     let behind = query.text("cursor").map(|text| scope.open(text).and_then(|place| number(&place))).transpose()?;
     let limit = query.limit()?;
     blocking(move || {
-        it.ctx.readable(&who, &thread)?;
+        it.ctx.rights.readable(&who, &thread)?;
         let mut runs = it.ctx.store.runs_of(&who.tenant, &thread)?;
         runs.sort_by_key(|(_, row)| std::cmp::Reverse(row.started.seq));
         runs.retain(|(_, row)| behind.is_none_or(|behind| row.started.seq < behind));
@@ -136,7 +43,7 @@ pub async fn of_thread(it: Request, thread: &str) -> Result<Reply, Error> {
         runs.truncate(limit);
         let next = runs.last().filter(|_| more).map(|(_, row)| scope.seal(&row.started.seq.to_be_bytes()));
         let reply = page(&it.ctx, runs, next)?;
-        it.ctx.may_read(&who, &thread).map(|()| reply)
+        it.ctx.rights.may_read(&who, &thread).map(|()| reply)
     })
     .await
 }
@@ -144,7 +51,7 @@ pub async fn of_thread(it: Request, thread: &str) -> Result<Reply, Error> {
 /// `GET /v1/runs?state`: those that are open, or wait for somebody, in all threads that the user reads; oldest first.
 pub async fn open(it: Request) -> Result<Reply, Error> {
     let who = it.who()?;
-    access::read(who.scopes)?;
+    scopes::read(who.scopes)?;
     let query = query(&it.query, &["state", "cursor", "limit"])?;
     let waiting = match query.text("state") {
         None | Some("open") => false,
@@ -177,7 +84,7 @@ fn place(key: &RunKey, row: &RunRow) -> Vec<u8> {
 }
 
 fn open_runs(ctx: &Context, who: &Principal) -> Result<Vec<RunKey>, Error> {
-    if access::reads_by_scope(who.scopes) {
+    if scopes::reads_by_scope(who.scopes) {
         return Ok(ctx.store.open_runs(&who.tenant, None)?);
     }
     let threads = ctx.store.threads_of(&who.tenant, &who.user)?.into_iter().chain([ids::inbox(&who.user)]);
@@ -196,15 +103,15 @@ fn page(ctx: &Context, runs: Vec<(RunKey, RunRow)>, next: Option<String>) -> Res
 /// `GET /v1/threads/{t}/runs/{run}`
 pub async fn read(it: Request, thread: &str, run: &str) -> Result<Reply, Error> {
     let who = it.who()?;
-    access::read(who.scopes)?;
+    scopes::read(who.scopes)?;
     query(&it.query, &[])?;
     let (_, thread) = address(&who, thread)?;
     let run = segment("run", run)?;
     blocking(move || {
-        it.ctx.readable(&who, &thread)?;
+        it.ctx.rights.readable(&who, &thread)?;
         let reply = detail(&it.ctx, &RunKey::new(&who.tenant, &thread, &run))?;
         // Looked up again: what came after a removal is not handed out.
-        it.ctx.may_read(&who, &thread).map(|()| reply)
+        it.ctx.rights.may_read(&who, &thread).map(|()| reply)
     })
     .await
 }
@@ -212,17 +119,17 @@ pub async fn read(it: Request, thread: &str, run: &str) -> Result<Reply, Error> 
 /// `GET /v1/runs/{run}`: the run of that name in the threads that the user reads.
 pub async fn find(it: Request, run: &str) -> Result<Reply, Error> {
     let who = it.who()?;
-    access::read(who.scopes)?;
+    scopes::read(who.scopes)?;
     query(&it.query, &[])?;
     let run = segment("run", run)?;
     blocking(move || {
         let mut threads = it.ctx.store.threads_of_run(&who.tenant, &run)?;
-        threads.retain(|thread| it.ctx.may_read(&who, thread).is_ok());
+        threads.retain(|thread| it.ctx.rights.may_read(&who, thread).is_ok());
         match threads.as_slice() {
             [] => Err(no_run()),
             [thread] => {
                 let reply = detail(&it.ctx, &RunKey::new(&who.tenant, thread, &run))?;
-                it.ctx.may_read(&who, thread).map(|()| reply)
+                it.ctx.rights.may_read(&who, thread).map(|()| reply)
             }
             several => {
                 let why = format!("{} threads have a run of this name: ask for it in its thread", several.len());
@@ -238,17 +145,17 @@ fn no_run() -> Error {
 }
 
 fn item(ctx: &Context, key: &RunKey, row: &RunRow) -> Result<RunItem, Error> {
-    let by = |(mark, user): &(Mark, String)| By { seq: mark.seq, at: clock::rfc3339(mark.at), user: user.clone() };
+    let by = |(mark, user): &(Mark, String)| EventBy { seq: mark.seq, at: clock::rfc3339(mark.at), user: user.clone() };
     let state = match &row.ended {
-        None if row.waiting.is_some() => State::Waiting,
-        None => State::Open,
-        Some((_, Ending::Completed)) => State::Completed,
-        Some((_, Ending::Failed)) => State::Failed,
-        Some((_, Ending::Cancelled)) => State::Cancelled,
+        None if row.waiting.is_some() => RunState::Waiting,
+        None => RunState::Open,
+        Some((_, Ending::Completed)) => RunState::Completed,
+        Some((_, Ending::Failed)) => RunState::Failed,
+        Some((_, Ending::Cancelled)) => RunState::Cancelled,
     };
-    let ended = || row.ended.map(|(mark, _)| At::of(mark));
+    let ended = || row.ended.map(|(mark, _)| at(mark));
     let waiting = match &row.waiting {
-        Some(wait) => Some(Wait {
+        Some(wait) => Some(OpenQuestion {
             seq: wait.since.seq,
             at: clock::rfc3339(wait.since.at),
             expires_at: wait.expires_at.map(clock::rfc3339),
@@ -262,10 +169,14 @@ fn item(ctx: &Context, key: &RunKey, row: &RunRow) -> Result<RunItem, Error> {
         agent: row.agent.clone(),
         state,
         parent_run: row.parent.clone(),
-        started: At::of(row.started),
-        last: At::of(row.last),
+        started: at(row.started),
+        last: at(row.last),
         heard_at: clock::rfc3339(row.heard_at()),
-        cancel: row.cancel.as_ref().map(|asked| Cancel { requested: by(asked), acknowledged: None, ended: ended() }),
+        cancel: row.cancel.as_ref().map(|asked| Cancellation {
+            requested: by(asked),
+            acknowledged: None,
+            ended: ended(),
+        }),
         ended: ended(),
         executing: row.executing,
         children: row.children,

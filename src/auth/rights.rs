@@ -1,0 +1,111 @@
+//! What a user may do in a thread now: looked up in the store.
+
+use std::sync::Arc;
+
+use super::Principal;
+use super::scopes::{self, Standing};
+use crate::log::Grant;
+use crate::protocol::error::Error;
+use crate::protocol::ids::{self, TENANT_THREAD};
+use crate::protocol::kinds::KindClass;
+use crate::store::Store;
+
+#[derive(Clone)]
+pub struct Rights {
+    store: Arc<Store>,
+}
+
+impl Rights {
+    pub fn new(store: Arc<Store>) -> Rights {
+        Rights { store }
+    }
+
+    /// By which right the user may publish an event of this class in the thread.
+    pub fn to_publish(&self, who: &Principal, thread: &str, class: KindClass) -> Result<Grant, Error> {
+        if ids::is_reserved(thread) {
+            scopes::publish_reserved(who.scopes, class, thread, || self.may_write_to(who, thread))
+        } else {
+            scopes::publish(who.scopes, class, || self.standing(who, thread))
+        }
+    }
+
+    /// The user's place in a thread, now.
+    pub fn standing(&self, who: &Principal, thread: &str) -> Result<Standing, Error> {
+        let is_member = || self.store.is_member(&who.tenant, thread, &who.user);
+        if is_member()? {
+            return Ok(Standing::Member);
+        }
+        if self.store.thread(&who.tenant, thread)?.is_none() {
+            return Ok(Standing::NoThread);
+        }
+        // Asked again: the thread may have been made, with its first member, between the two lookups.
+        Ok(if is_member()? { Standing::Member } else { Standing::Stranger })
+    }
+
+    /// Whether the user may write to an inbox without a scope for it: to the own one, and to those of people met in a
+    /// thread.
+    fn may_write_to(&self, who: &Principal, inbox: &str) -> Result<bool, Error> {
+        match ids::inbox_of(inbox) {
+            Some(user) if *user == *who.user => Ok(true),
+            Some(user) => Ok(self.store.share_a_thread(&who.tenant, &who.user, user)?),
+            None => Ok(false),
+        }
+    }
+
+    /// Whether the user may signal in the thread: as one who may write there.
+    pub fn may_signal(&self, who: &Principal, thread: &str) -> Result<(), Error> {
+        if ids::is_reserved(thread) {
+            let may_write = || self.may_write_to(who, thread);
+            return scopes::publish_reserved(who.scopes, KindClass::Custom, thread, may_write).map(drop);
+        }
+        if who.scopes.agent || who.scopes.admin {
+            return self.head(who, thread).map(drop);
+        }
+        scopes::may_publish(who.scopes)?;
+        let member = self.store.is_member(&who.tenant, thread, &who.user)?;
+        if member { Ok(()) } else { Err(Error::no_thread()) }
+    }
+
+    /// Whether the user may read the thread now.
+    pub fn may_read(&self, who: &Principal, thread: &str) -> Result<(), Error> {
+        let may = if scopes::reads_by_scope(who.scopes) {
+            true
+        } else if ids::is_reserved(thread) {
+            thread == TENANT_THREAD || ids::inbox_of(thread) == Some(&*who.user)
+        } else {
+            self.store.is_member(&who.tenant, thread, &who.user)?
+        };
+        if may { Ok(()) } else { Err(Error::no_thread()) }
+    }
+
+    /// The newest seq of a thread that is there; those that exist by their name always are.
+    pub fn head(&self, who: &Principal, thread: &str) -> Result<u64, Error> {
+        match self.store.thread(&who.tenant, thread)? {
+            Some(row) => Ok(row.head),
+            None if ids::is_reserved(thread) => Ok(0),
+            None => Err(Error::no_thread()),
+        }
+    }
+
+    /// The head of a thread that the user may read now.
+    pub fn readable(&self, who: &Principal, thread: &str) -> Result<u64, Error> {
+        let head = self.head(who, thread)?;
+        self.may_read(who, thread)?;
+        Ok(head)
+    }
+
+    /// Reads something of a thread on the user's behalf; `read` gets the thread's head. The one way to do so: the right is
+    /// looked up before, so that a stranger learns nothing, and once more after, so that what was committed after a
+    /// removal is not handed out.
+    pub fn read<T>(
+        &self,
+        who: &Principal,
+        thread: &str,
+        read: impl FnOnce(u64) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let head = self.readable(who, thread)?;
+        let found = read(head)?;
+        self.may_read(who, thread)?;
+        Ok(found)
+    }
+}

@@ -1,0 +1,89 @@
+//! Whether a publish is admitted: what can be judged before it is in the log. The rest is the projector's.
+
+use std::sync::Arc;
+
+use serde_json::value::RawValue;
+
+use super::limits::Limits;
+use super::submit::Draft;
+use crate::auth::{Principal, Rights};
+use crate::protocol::error::Error;
+use crate::protocol::event::{LogEvent, Priority};
+use crate::protocol::kinds::{self, KindClass};
+use crate::{clock, telemetry};
+
+/// A publish as either interface has it, its values checked.
+pub struct PublishRequest<'a> {
+    pub thread: &'a str,
+    pub kind: &'a str,
+    pub data: &'a RawValue,
+    pub key: Option<&'a str>,
+    pub run: Option<&'a str>,
+    pub parent: Option<u64>,
+    pub priority: Option<Priority>,
+    /// W3C trace context, passed on as it came.
+    pub traceparent: Option<&'a str>,
+}
+
+pub struct Admission {
+    rights: Rights,
+    limits: Arc<Limits>,
+}
+
+impl Admission {
+    pub fn new(rights: Rights, limits: Arc<Limits>) -> Admission {
+        Admission { rights, limits }
+    }
+
+    /// Counts one command or request of the user's.
+    pub fn count(&self, who: &Principal) -> Result<(), Error> {
+        self.limits.command(who).inspect_err(|_| telemetry::rate_limited().increment(1))
+    }
+
+    /// Counts bytes that the user's tenant is about to append.
+    pub fn count_bytes(&self, who: &Principal, bytes: usize) -> Result<(), Error> {
+        self.limits.append(&who.tenant, bytes).inspect_err(|_| telemetry::rate_limited().increment(1))
+    }
+
+    /// The event that a publish becomes, and by which right; or why it is plainly wrong.
+    pub fn admit<'a>(&self, who: &'a Principal, request: PublishRequest<'a>) -> Result<Draft<'a>, Error> {
+        let class = kinds::classify(request.kind)?;
+        kinds::check_data(class, request.data)?;
+        let grant = self.rights.to_publish(who, request.thread, class)?;
+        kinds::check_place(class, request.run, request.parent)?;
+        self.count_bytes(who, request.data.get().len())?;
+
+        let event = LogEvent {
+            // Its place in the message is a delta's key.
+            key: request.key.filter(|_| class != KindClass::Token).map(Into::into),
+            run: request.run.map(Into::into),
+            parent: request.parent,
+            priority: request.priority,
+            ..new_event(&who.tenant, &who.user, request.thread, request.kind, request.data)
+        };
+        Ok(Draft { event, grant, traceparent: request.traceparent.map(str::to_owned) })
+    }
+}
+
+/// An event that is published now.
+pub fn new_event<'a>(
+    tenant: &'a str,
+    from: &'a str,
+    thread: &'a str,
+    kind: &'a str,
+    data: &'a RawValue,
+) -> LogEvent<'a> {
+    LogEvent {
+        tenant: tenant.into(),
+        thread: thread.into(),
+        kind: kind.into(),
+        event: clock::event_id(),
+        from: from.into(),
+        at: clock::rfc3339(clock::now_ms()).into(),
+        data,
+        key: None,
+        run: None,
+        parent: None,
+        priority: None,
+    }
+}

@@ -1,0 +1,105 @@
+//! Who waits for the verdict on which record.
+//!
+//! Each publish is answered exactly once: with the projector's verdict, with the log's refusal, or after
+//! [`ANSWER_WITHIN`] with `outcome: unknown`, whichever comes first.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use metrics::{Gauge, Histogram};
+use uuid::Uuid;
+
+use crate::projector::Verdict;
+use crate::protocol::error::{Code, Error};
+use crate::telemetry;
+
+/// How long a publisher waits for the log before it is told that the outcome is unknown.
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+
+/// Called once with the verdict; it must not block.
+pub type OnVerdict = Box<dyn FnOnce(Verdict) + Send>;
+
+const SHARDS: usize = 16;
+
+/// Who waits for which event. Sharded, so that sessions seldom meet at a lock.
+pub struct Pending {
+    shards: [Mutex<HashMap<Uuid, Waiter>>; SHARDS],
+    publish_seconds: Histogram,
+    waiting: Gauge,
+}
+
+struct Waiter {
+    since: Instant,
+    reply: OnVerdict,
+    /// A client waits for it, and not only a session of ours.
+    publish: bool,
+}
+
+impl Default for Pending {
+    fn default() -> Pending {
+        Pending {
+            shards: std::array::from_fn(|_| Mutex::default()),
+            publish_seconds: telemetry::publish_seconds(),
+            waiting: telemetry::pending_publishes(),
+        }
+    }
+}
+
+impl Pending {
+    fn shard(&self, id: &Uuid) -> std::sync::MutexGuard<'_, HashMap<Uuid, Waiter>> {
+        // The last byte of a UUIDv7 is random. A holder that panicked left a whole map.
+        self.shards[usize::from(id.as_bytes()[15]) % SHARDS].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn insert(&self, id: Uuid, reply: OnVerdict, publish: bool) {
+        self.shard(&id).insert(id, Waiter { since: Instant::now(), reply, publish });
+    }
+
+    /// Answers whoever waits for the event; on other nodes, and after a timeout, nobody does.
+    pub fn resolve(&self, id: Uuid, verdict: Verdict) {
+        let waiter = self.shard(&id).remove(&id);
+        if let Some(Waiter { since, reply, publish }) = waiter {
+            if publish {
+                self.publish_seconds.record(since.elapsed());
+            }
+            reply(verdict);
+        }
+    }
+
+    /// Answers what has waited too long; runs for as long as the server does.
+    pub async fn expire(self: Arc<Pending>) {
+        let mut every = tokio::time::interval(Duration::from_millis(250));
+        loop {
+            every.tick().await;
+            self.waiting.set(self.len() as f64);
+            for shard in &self.shards {
+                let late: Vec<Waiter> = {
+                    let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+                    // A little early, so that the answer is out within the time that was promised.
+                    shard
+                        .extract_if(|_, waiter| waiter.since.elapsed() + Duration::from_millis(300) > ANSWER_WITHIN)
+                        .map(|(_, waiter)| waiter)
+                        .collect()
+                };
+                for waiter in late {
+                    (waiter.reply)(Err(unknown("no answer within 5 s")));
+                }
+            }
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.shards.iter().map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner).len()).sum()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The answer when nobody can tell whether the record was appended.
+pub(super) fn unknown(why: &str) -> Error {
+    telemetry::unknown_outcomes().increment(1);
+    Error::new(Code::Timeout, format!("the log did not answer: {why}; send it again with its key")).unknown_outcome()
+}

@@ -1,0 +1,120 @@
+//! A record: what is appended to the log, and what the log routes it by.
+
+use bytes::Bytes;
+
+use crate::protocol::records::{DeadLetterRecord, ReceiptRecord};
+use crate::protocol::{ids, json};
+
+/// The version of the record's shape, sent along with each record (on Kafka as the header `weft-version`).
+pub const RECORD_VERSION: u16 = 1;
+
+/// What a record belongs to. Every topic has the same number of partitions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Topic {
+    /// All events of all threads.
+    Events,
+    /// Acks and settlements; on Kafka compacted, so that only the newest record of a key is sure to stay.
+    Receipts,
+    DeadLetters,
+}
+
+impl Topic {
+    /// In the order in which their partitions are numbered.
+    pub const ALL: [Topic; 3] = [Topic::Events, Topic::Receipts, Topic::DeadLetters];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Topic::Events => "events",
+            Topic::Receipts => "receipts",
+            Topic::DeadLetters => "dead-letters",
+        }
+    }
+
+    /// The number over all topics of its partition `within`, when each topic has `each`.
+    pub(super) fn partition(self, within: u32, each: u32) -> u32 {
+        self as u32 * each + within
+    }
+
+    /// The way back: the topic, and the partition within it.
+    pub(super) fn place(partition: u32, each: u32) -> (Topic, u32) {
+        match partition / each {
+            0 => (Topic::Events, partition),
+            1 => (Topic::Receipts, partition - each),
+            _ => (Topic::DeadLetters, partition - 2 * each),
+        }
+    }
+}
+
+/// One record as it is appended: its JSON and what is needed to route and judge it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    pub topic: Topic,
+    /// `tenant/thread`; of a receipt, with its user and name behind it, since compaction leaves each key its newest record.
+    /// Chooses the partition, so that a thread has one order.
+    pub key: String,
+    /// The record's kind (header `weft-kind`), for people who look at the log with other tools.
+    pub kind: String,
+    /// By what right it was written (header `weft-grant`).
+    pub grant: Grant,
+    /// W3C trace context, passed on as it came (header `traceparent`).
+    pub traceparent: Option<String>,
+    /// One JSON object; of an event, the event without its seq, with its tenant.
+    pub value: Bytes,
+}
+
+/// By what right a record was written. The edge knows the token, the projector only the record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Grant {
+    /// The writer must be a member of the thread when the record's turn comes.
+    Member,
+    /// The writer's token allows it in every thread of its tenant.
+    Scope,
+    /// The server writes it, by itself.
+    Server,
+}
+
+impl Grant {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Grant::Member => "member",
+            Grant::Scope => "scope",
+            Grant::Server => "server",
+        }
+    }
+
+    pub fn parse(text: &[u8]) -> Option<Grant> {
+        match text {
+            b"member" => Some(Grant::Member),
+            b"scope" => Some(Grant::Scope),
+            b"server" => Some(Grant::Server),
+            _ => None,
+        }
+    }
+}
+
+impl From<&ReceiptRecord> for Record {
+    /// One key for each subscription, so that compaction leaves each its newest.
+    fn from(receipt: &ReceiptRecord) -> Record {
+        Record {
+            topic: Topic::Receipts,
+            key: [&*receipt.tenant, &receipt.thread, &receipt.user, &receipt.name].join("/"),
+            kind: "receipt".into(),
+            grant: Grant::Scope,
+            traceparent: None,
+            value: json::encode_bytes(receipt).into(),
+        }
+    }
+}
+
+impl From<&DeadLetterRecord> for Record {
+    fn from(letter: &DeadLetterRecord) -> Record {
+        Record {
+            topic: Topic::DeadLetters,
+            key: ids::log_key(&letter.tenant, &letter.thread),
+            kind: letter.reason.clone(),
+            grant: Grant::Scope,
+            traceparent: None,
+            value: json::encode_bytes(letter).into(),
+        }
+    }
+}

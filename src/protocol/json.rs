@@ -1,0 +1,173 @@
+//! JSON in and out: reading that names the field at fault in plain words, and writing that cannot fail.
+
+use serde::{Deserialize, Serialize};
+use serde_json::error::Category;
+use serde_json::value::{RawValue, to_raw_value};
+
+use super::error::{Code, Error};
+
+/// The text of a value.
+///
+/// A type fails to serialise only when a map's key is not a string, or when its own `Serialize` reports an error. No type
+/// that Weft writes has either, so a failure is a mistake in the type, found by the first test that uses it. An empty text
+/// in its place could become an empty durable record.
+pub fn encode<T: Serialize + ?Sized>(value: &T) -> String {
+    serde_json::to_string(value).expect("types of the protocol have string keys and no failing serialiser")
+}
+
+/// As [`encode`], for where bytes are wanted.
+pub fn encode_bytes<T: Serialize + ?Sized>(value: &T) -> Vec<u8> {
+    serde_json::to_vec(value).expect("types of the protocol have string keys and no failing serialiser")
+}
+
+/// As [`encode`], for `data` that the server makes.
+pub fn encode_raw<T: Serialize + ?Sized>(value: &T) -> Box<RawValue> {
+    to_raw_value(value).expect("types of the protocol have string keys and no failing serialiser")
+}
+
+/// Reads a JSON object strictly. An error names the field at fault and repeats what was sent where that is short.
+pub fn decode<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, Error> {
+    if !text.trim_ascii_start().starts_with('{') {
+        return Err(Error::new(Code::BadRequest, "expected a JSON object"));
+    }
+    serde_json::from_str(text).map_err(|error| explain::<T>(text, &error))
+}
+
+/// An error about a field of `data`, by its path from the command's top.
+pub fn in_data(error: Error) -> Error {
+    let field = error.field.as_deref().map_or("data".to_owned(), |field| format!("data.{field}"));
+    let message = match error.field.as_deref() {
+        Some(inner) => error.message.replacen(inner, &field, 1),
+        None => format!("data: {}", error.message),
+    };
+    Error { message: message.into(), ..error }.at(field)
+}
+
+/// What is wrong, in the words of the protocol and not in those of the library. Off the fast path: to learn which field
+/// it is, the text is parsed once more.
+fn explain<'a, T: Deserialize<'a>>(text: &'a str, error: &serde_json::Error) -> Error {
+    if error.classify() != Category::Data {
+        let why = format!("the JSON is not valid at line {}, column {}", error.line(), error.column());
+        return Error::new(Code::BadRequest, why);
+    }
+    let said = error.to_string();
+    // "… at line 1 column 20" says nothing about a text that a program wrote.
+    let said = said.split(" at line ").next().unwrap_or(&said);
+    for what in ["unknown field", "missing field", "duplicate field"] {
+        let name = said.strip_prefix(what).and_then(|rest| rest.trim_start().strip_prefix('`')?.split('`').next());
+        if let Some(name) = name {
+            return Error::field(name.to_owned(), format!("{what} {name:.60}"));
+        }
+    }
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    let path = match serde_path_to_error::deserialize::<_, T>(&mut deserializer) {
+        Err(error) => error.path().to_string(),
+        Ok(_) => ".".to_owned(),
+    };
+    match path.as_str() {
+        "." | "?" => Error::new(Code::BadRequest, in_plain_words("the value", said)),
+        field => Error::field(field.to_owned(), in_plain_words(field, said)),
+    }
+}
+
+/// serde's message about a value of the wrong type or out of range.
+fn in_plain_words(field: &str, said: &str) -> String {
+    if let Some(rest) = said.strip_prefix("unknown variant ") {
+        let (sent, known) = rest.split_once(", expected ").unwrap_or((rest, ""));
+        let known = known.strip_prefix("one of ").unwrap_or(known).replace('`', "");
+        return format!("{field} must be one of {known}, not {:.60}", sent.replace('`', ""));
+    }
+    let sent_and_wanted = said.strip_prefix("invalid type: ").or(said.strip_prefix("invalid value: "));
+    match sent_and_wanted.and_then(|rest| rest.rsplit_once(", expected ")) {
+        Some((sent, wanted)) => format!("{field} must be {}, not {}", wanted_words(wanted), sent_words(sent)),
+        None => format!("{field} does not have one of the shapes that it may have"),
+    }
+}
+
+fn wanted_words(wanted: &str) -> &str {
+    match wanted {
+        "u64" | "u32" | "u16" | "u8" | "usize" => "a whole number, 0 or more",
+        "i64" | "i32" => "a whole number",
+        "f64" | "f32" => "a number",
+        "a boolean" => "true or false",
+        "a sequence" => "a list",
+        "a string" | "a borrowed string" | "a character" => "a string",
+        "a map" => "an object",
+        "variant identifier" => "one of the known names",
+        _ if wanted.starts_with("struct ") || wanted.starts_with("internally tagged enum") => "an object",
+        other => other,
+    }
+}
+
+fn sent_words(sent: &str) -> String {
+    match sent {
+        "map" => "an object".to_owned(),
+        "sequence" => "a list".to_owned(),
+        "null" | "unit value" => "null".to_owned(),
+        _ => {
+            let value =
+                ["boolean ", "integer ", "floating point ", "string "].iter().find_map(|it| sent.strip_prefix(*it));
+            format!("{:.60}", value.unwrap_or(sent).replace('`', ""))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Sample {
+        #[expect(dead_code, reason = "only reading it matters")]
+        number: Option<i64>,
+        #[expect(dead_code, reason = "only reading it matters")]
+        seq: Option<u64>,
+        #[expect(dead_code, reason = "only reading it matters")]
+        words: Option<Vec<String>>,
+        #[expect(dead_code, reason = "only reading it matters")]
+        level: Option<Level>,
+        #[expect(dead_code, reason = "only reading it matters")]
+        each: Option<BTreeMap<String, u64>>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    enum Level {
+        High,
+        Low,
+    }
+
+    #[test]
+    fn errors_name_the_field_in_plain_words_and_repeat_what_was_sent() {
+        let cases = [
+            (r#"{"number":"x"}"#, Some("number"), r#"number must be a whole number, not "x""#),
+            (r#"{"number":1.5}"#, Some("number"), "number must be a whole number, not 1.5"),
+            (r#"{"seq":-1}"#, Some("seq"), "seq must be a whole number, 0 or more, not -1"),
+            (r#"{"seq":{}}"#, Some("seq"), "seq must be a whole number, 0 or more, not an object"),
+            (r#"{"words":true}"#, Some("words"), "words must be a list, not true"),
+            (r#"{"words":["a",5]}"#, Some("words[1]"), "words[1] must be a string, not 5"),
+            (r#"{"level":"middle"}"#, Some("level"), "level must be one of high, low, not middle"),
+            (r#"{"each":[]}"#, Some("each"), "each must be an object, not a list"),
+            (r#"{"other":1}"#, Some("other"), "unknown field other"),
+            (r#"{"seq":1,"seq":2}"#, Some("seq"), "duplicate field seq"),
+            (r#"{"seq":1,}"#, None, "the JSON is not valid at line 1, column 10"),
+            (r#"{seq:1}"#, None, "the JSON is not valid at line 1, column 2"),
+            ("[1]", None, "expected a JSON object"),
+            ("", None, "expected a JSON object"),
+        ];
+        for (text, field, message) in cases {
+            let error = decode::<Sample>(text).expect_err(text);
+            assert_eq!((error.field.as_deref(), &*error.message), (field, message), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_error_in_data_is_named_from_the_top() {
+        let error = in_data(decode::<Sample>(r#"{"seq":"x"}"#).expect_err("a string"));
+        assert_eq!(error.field.as_deref(), Some("data.seq"));
+        assert_eq!(error.message, r#"data.seq must be a whole number, 0 or more, not "x""#);
+    }
+}

@@ -1,0 +1,216 @@
+//! The kinds of events: what each is called, who may publish it, and what its `data` must be.
+
+use std::borrow::Cow;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::error::Error;
+use super::{ids, json};
+
+pub const USER_MESSAGE: &str = "user_message";
+pub const SYSTEM_MESSAGE: &str = "system_message";
+pub const AGENT_MESSAGE: &str = "agent_message";
+
+pub const AGENT_STARTED: &str = "agent_started";
+pub const AGENT_THINKING: &str = "agent_thinking";
+pub const TOOL_EXECUTING: &str = "tool_executing";
+pub const TOOL_COMPLETED: &str = "tool_completed";
+/// A delta: a piece of a message that an agent is writing.
+pub const AGENT_TOKEN: &str = "agent_token";
+pub const AGENT_WAITING: &str = "agent_waiting";
+pub const AGENT_RESUMED: &str = "agent_resumed";
+pub const AGENT_CANCEL_REQUESTED: &str = "agent_cancel_requested";
+pub const AGENT_COMPLETED: &str = "agent_completed";
+pub const AGENT_FAILED: &str = "agent_failed";
+pub const AGENT_CANCELLED: &str = "agent_cancelled";
+
+/// Kinds that only the server writes.
+pub const THREAD_CREATED: &str = "thread_created";
+pub const THREAD_UPDATED: &str = "thread_updated";
+pub const MEMBER_ADDED: &str = "member_added";
+pub const MEMBER_REMOVED: &str = "member_removed";
+/// In a user's inbox: its sessions were ended, and its tokens issued until then are refused.
+pub const SESSIONS_REVOKED: &str = "sessions_revoked";
+
+/// `data` of `agent_token`. Characters are Unicode scalar values.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DeltaData<'a> {
+    /// The message that is being written, 1–128 characters; each run has its own.
+    #[serde(borrow)]
+    pub message: Cow<'a, str>,
+    /// The characters of the message before this delta.
+    pub from_char: u64,
+    #[serde(borrow)]
+    pub text: Cow<'a, str>,
+}
+
+impl<'a> DeltaData<'a> {
+    /// The same with its values checked.
+    pub fn parse(data: &'a RawValue) -> Result<DeltaData<'a>, Error> {
+        let delta: DeltaData = json::decode(data.get()).map_err(json::in_data)?;
+        ids::check_text("data.message", &delta.message)?;
+        if delta.from_char > u64::from(u32::MAX) {
+            return Err(Error::field("data.from_char", "data.from_char is out of range"));
+        }
+        Ok(delta)
+    }
+
+    /// Behind the last character.
+    pub fn to_char(&self) -> u64 {
+        self.from_char.saturating_add(self.text.chars().count() as u64)
+    }
+}
+
+/// The text of a message's `content`: a string, or the texts of its parts.
+pub fn text_of(content: &RawValue) -> Option<String> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Content<'a> {
+        #[serde(borrow)]
+        Text(Cow<'a, str>),
+        Parts(Vec<Part>),
+    }
+    #[derive(Deserialize)]
+    struct Part {
+        #[serde(default)]
+        text: String,
+    }
+    Some(match serde_json::from_str(content.get()).ok()? {
+        Content::Text(text) => text.into_owned(),
+        Content::Parts(parts) => parts.into_iter().map(|part| part.text).collect(),
+    })
+}
+
+/// What may be published, and by whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KindClass {
+    /// `user_message`, `system_message`: `data.content` is checked.
+    Message,
+    /// `agent_message`: the same, and an agent may write it wherever it works. One that closes a message written in pieces
+    /// may leave the content to them.
+    AgentMessage,
+    /// `agent_token`: an agent event that gets no seq.
+    Token,
+    /// An agent event: needs `run` and scope `agent`, except the two that any member may write.
+    Agent { member_may: bool, required: &'static [&'static str] },
+    /// `x.<name>`: kept as it is.
+    Custom,
+}
+
+/// The class of a kind that a client wants to publish.
+pub fn classify(kind: &str) -> Result<KindClass, Error> {
+    let agent = |required| Ok(KindClass::Agent { member_may: false, required });
+    let member = |required| Ok(KindClass::Agent { member_may: true, required });
+    match kind {
+        USER_MESSAGE | SYSTEM_MESSAGE => Ok(KindClass::Message),
+        AGENT_MESSAGE => Ok(KindClass::AgentMessage),
+        AGENT_TOKEN => Ok(KindClass::Token),
+        AGENT_STARTED => agent(&["agent"]),
+        AGENT_THINKING => agent(&[]),
+        TOOL_EXECUTING => agent(&["tool", "call"]),
+        TOOL_COMPLETED => agent(&["call"]),
+        AGENT_WAITING => agent(&["reason"]),
+        AGENT_COMPLETED => agent(&[]),
+        AGENT_FAILED => agent(&["code", "message"]),
+        AGENT_CANCELLED => agent(&[]),
+        AGENT_RESUMED => member(&[]),
+        AGENT_CANCEL_REQUESTED => member(&[]),
+        THREAD_CREATED | THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED | SESSIONS_REVOKED => {
+            Err(Error::field("kind", format!("{kind} is written by the server alone")))
+        }
+        _ if kind.strip_prefix("x.").is_some_and(|name| !name.is_empty() && kind.len() <= 128) => Ok(KindClass::Custom),
+        _ => {
+            let why =
+                format!("there is no kind {kind:.60}; kinds of your own are x.<name>, of at most 128 bytes in all");
+            Err(Error::field("kind", why))
+        }
+    }
+}
+
+/// Checks that `data` has the shape its kind asks for.
+pub fn check_data(class: KindClass, data: &RawValue) -> Result<(), Error> {
+    match class {
+        KindClass::Custom => Ok(()),
+        KindClass::Message => check_message(data, false),
+        KindClass::AgentMessage => check_message(data, true),
+        KindClass::Token => DeltaData::parse(data).map(drop),
+        KindClass::Agent { required, .. } => check_agent(required, data),
+    }
+}
+
+/// Agent events belong to a run; a piece is not in the thread's order, and replies to nothing there.
+pub fn check_place(class: KindClass, run: Option<&str>, parent: Option<u64>) -> Result<(), Error> {
+    if matches!(class, KindClass::Agent { .. } | KindClass::Token) && run.is_none() {
+        return Err(Error::field("run", "an agent event needs a run"));
+    }
+    if class == KindClass::Token && parent.is_some() {
+        return Err(Error::field("parent", "a piece replies to nothing: the agent_message that closes it does"));
+    }
+    Ok(())
+}
+
+fn check_message(data: &RawValue, may_close: bool) -> Result<(), Error> {
+    #[derive(Deserialize)]
+    struct Message<'a> {
+        #[serde(borrow)]
+        content: Option<&'a RawValue>,
+        #[serde(borrow)]
+        message: Option<&'a RawValue>,
+    }
+    #[derive(Deserialize)]
+    struct Part<'a> {
+        #[serde(borrow)]
+        #[expect(dead_code, reason = "only its presence and type are wanted")]
+        r#type: Cow<'a, str>,
+    }
+    let bad = || {
+        Error::field(
+            "data.content",
+            "data must be an object whose content is a string or a list of parts, each with a type",
+        )
+    };
+    let message: Message = serde_json::from_str(data.get()).map_err(|_| bad())?;
+    match message.content.map(RawValue::get) {
+        None if may_close && message.message.is_some_and(|name| name.get().starts_with('"')) => Ok(()),
+        Some(text) if text.starts_with('"') => Ok(()),
+        Some(text) if serde_json::from_str::<Vec<Part>>(text).is_ok() => Ok(()),
+        _ => Err(bad()),
+    }
+}
+
+fn check_agent(required: &[&'static str], data: &RawValue) -> Result<(), Error> {
+    let fields: std::collections::HashMap<Cow<str>, &RawValue> =
+        serde_json::from_str(data.get()).map_err(|_| Error::field("data", "data must be an object"))?;
+    for name in required {
+        if !fields.get(*name).is_some_and(|value| value.get().starts_with('"')) {
+            return Err(Error::field(format!("data.{name}"), format!("data.{name} must be a string")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_need_content_and_agent_events_their_fields() {
+        let check = |kind: &str, data: &str| {
+            let raw: &RawValue = serde_json::from_str(data).expect("test data is JSON");
+            check_data(classify(kind).expect("a known kind"), raw)
+        };
+        assert!(check("user_message", r#"{"content":"hi","more":1}"#).is_ok());
+        assert!(check("user_message", r#"{"content":[{"type":"text","text":"hi"}]}"#).is_ok());
+        for bad in ["{}", r#"{"content":1}"#, r#"{"content":[{}]}"#, "[]", "\"hi\"", "null"] {
+            assert_eq!(check("user_message", bad).expect_err(bad).field.as_deref(), Some("data.content"));
+        }
+        assert!(check("tool_executing", r#"{"tool":"t","call":"c"}"#).is_ok());
+        assert_eq!(
+            check("tool_executing", r#"{"tool":"t"}"#).expect_err("call is missing").field.as_deref(),
+            Some("data.call")
+        );
+    }
+}

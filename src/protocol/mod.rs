@@ -1,0 +1,14 @@
+//! What is on the wire and in the log, and nothing else: every type here is pure, knows no other room, and is what
+//! `schemas/` is generated from.
+
+pub mod command;
+pub mod delta;
+pub mod error;
+pub mod event;
+pub mod frame;
+pub mod http;
+pub mod ids;
+pub mod json;
+pub mod kinds;
+pub mod records;
+pub mod schemas;

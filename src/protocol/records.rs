@@ -1,0 +1,72 @@
+//! What the log holds beside events: receipts and dead letters, as their topics have them.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// The reason of a record that is not ours.
+pub const UNREADABLE: &str = "unreadable";
+
+/// The reason of an event that a subscription with `confirm` was sent again and again.
+pub const UNACKNOWLEDGED: &str = "unacknowledged";
+
+/// The reason of an event that broke the order of its run.
+pub const RUN_ORDER: &str = "run_order";
+
+/// A receipt as the log has it, in the topic `receipts`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiptRecord {
+    /// UUIDv7 of this record.
+    pub id: Uuid,
+    pub tenant: String,
+    /// A thread, or `*` for the durable subscription to all threads itself.
+    pub thread: String,
+    pub user: String,
+    /// The durable subscription, empty for acknowledgements without one.
+    pub name: String,
+    /// The seq behind which the subscription goes on.
+    pub place: u64,
+    /// The newest seq acknowledged, 0 for none.
+    pub acked: u64,
+    /// The newest seq sent and not acknowledged.
+    pub sent: u64,
+    /// How often the event behind `place` was sent.
+    pub attempts: u32,
+    /// RFC 3339.
+    pub at: String,
+}
+
+/// A delivery that was given up, as the log has it, in the topic `dead-letters`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DeadLetterRecord {
+    /// UUIDv7 of this record.
+    pub id: Uuid,
+    /// The dead letter's own id, made of what it is about.
+    pub letter: Uuid,
+    pub reason: String,
+    pub tenant: String,
+    pub thread: String,
+    pub user: String,
+    /// The durable subscription, if it was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    pub seq: u64,
+    pub attempts: u32,
+    pub error: String,
+    /// RFC 3339.
+    pub at: String,
+}
+
+impl DeadLetterRecord {
+    /// The id of a dead letter about these facts.
+    pub fn letter_of(facts: &[&[u8]]) -> Uuid {
+        let mut hasher = blake3::Hasher::new_derive_key("weft 2026-11 dead letter");
+        for fact in facts {
+            hasher.update(&(fact.len() as u64).to_be_bytes()).update(fact);
+        }
+        let mut id = [0; 16];
+        id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        uuid::Builder::from_custom_bytes(id).into_uuid()
+    }
+}
