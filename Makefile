@@ -27,9 +27,10 @@ run: setup ## build, start on the embedded log in ./data, play the demo, stay up
 test: ## run every test, on both logs (ONLY=name: the integration tests whose name contains it)
 	@scripts/setup.sh test
 ifndef ONLY
-	cargo test --release --lib --bins
+	cargo test --release --workspace --lib --bins
 	cargo test --release --doc
 endif
+	cargo build --release --workspace --bins
 	cargo test --release --test it -- $(ONLY)
 
 lint: ## formatting, clippy, licences and sources of dependencies, syntax of scripts, JSON and YAML

@@ -149,7 +149,7 @@ mod tests {
             (r#"{"seq":{}}"#, Some("seq"), "seq must be a whole number, 0 or more, not an object"),
             (r#"{"words":true}"#, Some("words"), "words must be a list, not true"),
             (r#"{"words":["a",5]}"#, Some("words[1]"), "words[1] must be a string, not 5"),
-            (r#"{"level":"middle"}"#, Some("level"), "level must be one of high, low, not middle"),
+            (r#"{"level":"middle"}"#, Some("level"), "level must be one of high or low, not middle"),
             (r#"{"each":[]}"#, Some("each"), "each must be an object, not a list"),
             (r#"{"other":1}"#, Some("other"), "unknown field other"),
             (r#"{"seq":1,"seq":2}"#, Some("seq"), "duplicate field seq"),

@@ -6,6 +6,7 @@ mod support;
 
 mod connection;
 mod crash;
+mod house;
 mod log_contract;
 mod model;
 mod performance;

@@ -78,11 +78,24 @@ impl LogKind {
 /// The binary under test.
 pub fn weft() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_weft"));
-    // Settings of the machine must not reach the tests.
+    without_settings(&mut command);
+    command
+}
+
+/// The benchmark, which `make test` builds beside the binary under test.
+pub fn weft_bench() -> Command {
+    let path = Path::new(env!("CARGO_BIN_EXE_weft")).with_file_name("weft-bench");
+    assert!(path.exists(), "{} is missing: cargo build --release --workspace --bins", path.display());
+    let mut command = Command::new(path);
+    without_settings(&mut command);
+    command
+}
+
+/// Settings of the machine must not reach the tests.
+fn without_settings(command: &mut Command) {
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("WEFT_")) {
         command.env_remove(name);
     }
-    command
 }
 
 /// A server process.
