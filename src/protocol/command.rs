@@ -293,7 +293,7 @@ fn check_credit(credit: Credit) -> Result<Credit, Error> {
 fn check_signal(signal: Signal<'_>) -> Result<Signal<'_>, Error> {
     ids::check_address(&signal.thread)?;
     ids::check_text("kind", &signal.kind)?;
-    signal.data.map_or(Ok(()), check_size)?;
+    signal.data.map_or(Ok(()), check_data_limits)?;
     Ok(signal)
 }
 
@@ -305,7 +305,7 @@ fn check_publish(publish: Publish<'_>) -> Result<Publish<'_>, Error> {
 
 /// What holds for a publish over either interface.
 pub fn check_content(data: &RawValue, key: Option<&str>, run: Option<&str>, parent: Option<u64>) -> Result<(), Error> {
-    check_size(data)?;
+    check_data_limits(data)?;
     key.map_or(Ok(()), |key| ids::check_text("key", key))?;
     run.map_or(Ok(()), |run| ids::check_text("run", run))?;
     if parent == Some(0) {
@@ -314,17 +314,13 @@ pub fn check_content(data: &RawValue, key: Option<&str>, run: Option<&str>, pare
     Ok(())
 }
 
-fn check_size(data: &RawValue) -> Result<(), Error> {
+fn check_data_limits(data: &RawValue) -> Result<(), Error> {
     if data.get().len() > MAX_DATA {
         return Err(
             Error::new(Code::TooLarge, format!("data is {} bytes, more than {MAX_DATA}", data.get().len())).at("data")
         );
     }
-    // Raw JSON is checked for its grammar only; half of a surrogate pair is a string that no reader can decode.
-    if data.get().contains("\\u") && serde_json::from_str::<serde_json::Value>(data.get()).is_err() {
-        return Err(Error::field("data", "data holds a string that is not Unicode, or a number out of range"));
-    }
-    Ok(())
+    json::check_contents(data.get()).map_err(|why| Error::field("data", format!("data {why}")))
 }
 
 fn check_subscribe(subscribe: Subscribe<'_>) -> Result<Subscribe<'_>, Error> {

@@ -33,6 +33,71 @@ pub fn decode<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, Error> {
     serde_json::from_str(text).map_err(|error| explain::<T>(text, &error))
 }
 
+/// How deep arrays and objects of `data` may be nested.
+pub const MAX_DEPTH: usize = 64;
+
+/// Checks what the grammar of raw JSON leaves open and a reader may fail over: nesting, numbers that no 64-bit float
+/// holds, and halves of surrogate pairs. `text` must be JSON already; one pass, without recursion.
+pub fn check_contents(text: &str) -> Result<(), &'static str> {
+    let bytes = text.as_bytes();
+    let (mut at, mut depth) = (0, 0);
+    while let Some(byte) = bytes.get(at) {
+        match byte {
+            b'"' => at = string_end(bytes, at + 1)?,
+            b'{' | b'[' => {
+                depth += 1;
+                if depth > MAX_DEPTH {
+                    return Err("is nested deeper than 64 levels");
+                }
+                at += 1;
+            }
+            b'}' | b']' => {
+                depth -= 1;
+                at += 1;
+            }
+            b'-' | b'0'..=b'9' => {
+                let rest = &text[at..];
+                let is_part = |c: char| c.is_ascii_digit() || matches!(c, '+' | '-' | '.' | 'e' | 'E');
+                let number = &rest[..rest.find(|c| !is_part(c)).unwrap_or(rest.len())];
+                if !number.parse::<f64>().is_ok_and(f64::is_finite) {
+                    return Err("holds a number that is out of the range of a 64-bit float");
+                }
+                at += number.len();
+            }
+            _ => at += 1,
+        }
+    }
+    Ok(())
+}
+
+/// The position after the quote that ends a string whose contents begin at `at`.
+fn string_end(bytes: &[u8], mut at: usize) -> Result<usize, &'static str> {
+    const BROKEN: &str = "holds a string that is not Unicode: half of a surrogate pair";
+    let code_unit = |at: usize| {
+        let digits = std::str::from_utf8(bytes.get(at..at + 4)?).ok()?;
+        u16::from_str_radix(digits, 16).ok()
+    };
+    while let Some(byte) = bytes.get(at) {
+        match (byte, bytes.get(at + 1)) {
+            (b'"', _) => return Ok(at + 1),
+            (b'\\', Some(b'u')) => match code_unit(at + 2) {
+                Some(0xd800..=0xdbff) => {
+                    let low = (bytes.get(at + 6..at + 8) == Some(b"\\u")).then(|| code_unit(at + 8)).flatten();
+                    if !matches!(low, Some(0xdc00..=0xdfff)) {
+                        return Err(BROKEN);
+                    }
+                    at += 12;
+                }
+                Some(0xdc00..=0xdfff) => return Err(BROKEN),
+                _ => at += 6,
+            },
+            (b'\\', _) => at += 2,
+            _ => at += 1,
+        }
+    }
+    Ok(at)
+}
+
 /// An error about a field of `data`, by its path from the command's top.
 pub fn in_data(error: Error) -> Error {
     let field = error.field.as_deref().map_or("data".to_owned(), |field| format!("data.{field}"));
@@ -161,6 +226,34 @@ mod tests {
         for (text, field, message) in cases {
             let error = decode::<Sample>(text).expect_err(text);
             assert_eq!((error.field.as_deref(), &*error.message), (field, message), "{text}");
+        }
+    }
+
+    #[test]
+    fn contents_that_a_reader_could_fail_over_are_found() {
+        let deep = |levels: usize| format!("{}1{}", "[".repeat(levels), "]".repeat(levels));
+        let good = [
+            r#"{"a":[1,-2.5e-3,"x\"]}[[",null,true],"b":{}}"#.to_owned(),
+            r#""\u00e9 \ud83d\ude00 \\u""#.to_owned(),
+            "1e308".to_owned(),
+            "9".repeat(300),
+            deep(64),
+        ];
+        for text in good {
+            assert_eq!(check_contents(&text), Ok(()), "{text:.80}");
+        }
+        let bad = [
+            ("1e400".to_owned(), "number"),
+            ("[0,-1e999]".to_owned(), "number"),
+            ("9".repeat(5_000), "number"),
+            (deep(65), "nested"),
+            (r#""\ud800""#.to_owned(), "surrogate"),
+            (r#""\ud800\ud800""#.to_owned(), "surrogate"),
+            (r#"{"\udc00":1}"#.to_owned(), "surrogate"),
+        ];
+        for (text, what) in bad {
+            let why = check_contents(&text).expect_err(what);
+            assert!(why.contains(what), "{why}: {text:.80}");
         }
     }
 

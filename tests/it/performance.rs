@@ -13,15 +13,7 @@ async fn bench(server: &Server, arguments: &str) -> Vec<Value> {
         LogKind::Kafka { .. } => "kafka",
     };
     let mut command = weft_bench();
-    command.args(arguments.split(' ')).args([
-        "--json",
-        "--log",
-        log,
-        "--url",
-        &server.url,
-        "--jwt-secret",
-        SECRET,
-    ]);
+    command.args(arguments.split(' ')).args(["--json", "--log", log, "--url", &server.url, "--jwt-secret", SECRET]);
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(0), "{arguments}: {said}");
