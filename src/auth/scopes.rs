@@ -48,6 +48,20 @@ fn missing(scope: &'static str) -> Error {
     Error::new(Code::Forbidden, format!("the token lacks scope {scope}"))
 }
 
+/// What a class of events asks of the token, wherever it is written: who speaks in another role than a user's, and what
+/// only agents do.
+fn check_role(scopes: Scopes, class: KindClass) -> Result<(), Error> {
+    let needs_agent = match class {
+        KindClass::SystemMessage | KindClass::AgentMessage | KindClass::Token => true,
+        KindClass::Agent { member_may, .. } => !member_may,
+        KindClass::UserMessage | KindClass::Custom => false,
+    };
+    if needs_agent && !(scopes.agent || scopes.admin) {
+        return Err(missing("agent").at("kind"));
+    }
+    Ok(())
+}
+
 /// By which right an event of this class may be appended. `standing` is asked for only where it matters.
 pub fn publish(
     scopes: Scopes,
@@ -60,16 +74,16 @@ pub fn publish(
     if !(scopes.publish || scopes.admin || agents_own) {
         return Err(missing("publish"));
     }
-    if matches!(class, KindClass::Agent { member_may: false, .. } | KindClass::Token) && !(scopes.agent || scopes.admin)
-    {
-        return Err(missing("agent").at("kind"));
-    }
+    check_role(scopes, class)?;
     if scopes.admin || agents_own {
         return Ok(Grant::Scope);
     }
+
     match standing()? {
-        Standing::Member | Standing::NoThread => Ok(Grant::Member),
         Standing::Stranger => Err(Error::no_thread()),
+        // The record must show that its writer had the right to this role: readers of the log have nothing else to go by.
+        Standing::Member | Standing::NoThread if class == KindClass::SystemMessage => Ok(Grant::Scope),
+        Standing::Member | Standing::NoThread => Ok(Grant::Member),
     }
 }
 
@@ -89,10 +103,8 @@ pub fn publish_reserved(
     if !(by_scope || scopes.publish) {
         return Err(missing("publish"));
     }
-    if matches!(class, KindClass::Agent { member_may: false, .. } | KindClass::Token) && !(scopes.agent || scopes.admin)
-    {
-        return Err(missing("agent").at("kind"));
-    }
+    check_role(scopes, class)?;
+
     match by_scope {
         true if scopes.agent || scopes.admin => Ok(Grant::Scope),
         // Not as an agent: with no more rights to what agents write than a member of a thread has.
@@ -144,9 +156,9 @@ mod tests {
 
     #[test]
     fn members_publish_and_strangers_find_nothing() {
-        assert_eq!(judged("publish", KindClass::Message, Standing::Member), Ok(Grant::Member));
-        assert_eq!(judged("publish", KindClass::Message, Standing::NoThread), Ok(Grant::Member));
-        assert_eq!(judged("publish", KindClass::Message, Standing::Stranger), Err(Code::NotFound));
+        assert_eq!(judged("publish", KindClass::UserMessage, Standing::Member), Ok(Grant::Member));
+        assert_eq!(judged("publish", KindClass::UserMessage, Standing::NoThread), Ok(Grant::Member));
+        assert_eq!(judged("publish", KindClass::UserMessage, Standing::Stranger), Err(Code::NotFound));
         // The same answer as for a thread that is not there.
         assert_eq!(judged("publish", AGENT_EVENT, Standing::Stranger), Err(Code::Forbidden));
         assert_eq!(judged("publish", AGENT_EVENT, Standing::NoThread), Err(Code::Forbidden));
@@ -159,15 +171,26 @@ mod tests {
         assert_eq!(judged("publish", AGENT_EVENT, Standing::Member), Err(Code::Forbidden));
         assert_eq!(judged("agent", AGENT_EVENT, Standing::Stranger), Ok(Grant::Scope));
         assert_eq!(judged("agent", KindClass::AgentMessage, Standing::Stranger), Ok(Grant::Scope));
-        assert_eq!(judged("agent", KindClass::Message, Standing::Member), Err(Code::Forbidden));
-        assert_eq!(judged("agent publish", KindClass::Message, Standing::Stranger), Err(Code::NotFound));
+        assert_eq!(judged("agent", KindClass::UserMessage, Standing::Member), Err(Code::Forbidden));
+        assert_eq!(judged("agent publish", KindClass::UserMessage, Standing::Stranger), Err(Code::NotFound));
         assert_eq!(judged("agent publish", KindClass::Custom, Standing::Stranger), Err(Code::NotFound));
+    }
+
+    #[test]
+    fn only_agents_and_admins_speak_as_the_assistant_or_the_system_and_the_record_shows_it() {
+        for class in [KindClass::SystemMessage, KindClass::AgentMessage] {
+            assert_eq!(judged("publish", class, Standing::Member), Err(Code::Forbidden));
+            assert_eq!(judged("publish agent", class, Standing::Member), Ok(Grant::Scope));
+            assert_eq!(judged("admin", class, Standing::Stranger), Ok(Grant::Scope));
+        }
+        assert_eq!(judged("publish agent", KindClass::SystemMessage, Standing::Stranger), Err(Code::NotFound));
+        assert_eq!(judged("publish agent", KindClass::UserMessage, Standing::Member), Ok(Grant::Member));
     }
 
     #[test]
     fn everybody_hears_who_may_broadcast_and_an_inbox_takes_what_agents_and_acquaintances_write() {
         let judged = |scope: &str, thread: &str, met: bool| {
-            publish_reserved(Scopes::parse(Some(scope)), KindClass::Message, thread, || Ok(met)).map_err(|it| it.code)
+            publish_reserved(Scopes::parse(Some(scope)), KindClass::UserMessage, thread, || Ok(met)).map_err(|it| it.code)
         };
         assert_eq!(judged("broadcast", "@tenant", false), Ok(Grant::Member));
         assert_eq!(judged("broadcast agent", "@tenant", false), Ok(Grant::Scope));
@@ -181,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_token_without_the_scope_is_refused_before_anything_is_looked_up() {
-        let refused = publish(Scopes::parse(Some("subscribe")), KindClass::Message, || panic!("not looked up"));
+        let refused = publish(Scopes::parse(Some("subscribe")), KindClass::UserMessage, || panic!("not looked up"));
         assert_eq!(refused.map_err(|error| error.code), Err(Code::Forbidden));
         assert!(read(Scopes::parse(Some("publish"))).is_err());
         assert!(read(Scopes::parse(None)).is_ok());

@@ -87,10 +87,12 @@ pub fn text_of(content: &RawValue) -> Option<String> {
 /// What may be published, and by whom.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KindClass {
-    /// `user_message`, `system_message`: `data.content` is checked.
-    Message,
-    /// `agent_message`: the same, and an agent may write it wherever it works. One that closes a message written in pieces
-    /// may leave the content to them.
+    /// `user_message`: `data.content` is checked.
+    UserMessage,
+    /// `system_message`: the same, and models obey it, so that it needs scope `agent` or `admin`.
+    SystemMessage,
+    /// `agent_message`: needs scope `agent`, with which it may be written in every thread. One that closes a message
+    /// written in deltas may leave its content to them.
     AgentMessage,
     /// `agent_token`: an agent event that gets no seq.
     Token,
@@ -105,7 +107,8 @@ pub fn classify(kind: &str) -> Result<KindClass, Error> {
     let agent = |required| Ok(KindClass::Agent { member_may: false, required });
     let member = |required| Ok(KindClass::Agent { member_may: true, required });
     match kind {
-        USER_MESSAGE | SYSTEM_MESSAGE => Ok(KindClass::Message),
+        USER_MESSAGE => Ok(KindClass::UserMessage),
+        SYSTEM_MESSAGE => Ok(KindClass::SystemMessage),
         AGENT_MESSAGE => Ok(KindClass::AgentMessage),
         AGENT_TOKEN => Ok(KindClass::Token),
         AGENT_STARTED => agent(&["agent"]),
@@ -134,7 +137,7 @@ pub fn classify(kind: &str) -> Result<KindClass, Error> {
 pub fn check_data(class: KindClass, data: &RawValue) -> Result<(), Error> {
     match class {
         KindClass::Custom => Ok(()),
-        KindClass::Message => check_message(data, false),
+        KindClass::UserMessage | KindClass::SystemMessage => check_message(data, false),
         KindClass::AgentMessage => check_message(data, true),
         KindClass::Token => DeltaData::parse(data).map(drop),
         KindClass::Agent { required, .. } => check_agent(required, data),
