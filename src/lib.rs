@@ -1,13 +1,15 @@
-//! Weft: an event-sourced messaging backend for AI platforms. The way of one event, in order:
+//! Weft: an event-sourced messaging backend for AI platforms. The way of one event, from socket to socket:
 //!
-//! - [`edge`]: a socket's frame becomes a [`command`], is checked ([`access`], [`identity`]) and becomes an [`event`];
-//! - [`submit`]: the event becomes a record of the [`log`], durable there, and whoever waits is noted;
-//! - [`projector`]: reads the log in order, judges, gives the seq, commits rows to the [`store`];
-//! - [`hub`]: answers the publisher and hands the event to each reader's [`outbox`], which the session writes to its socket.
+//! 1. [`edge`]: a WebSocket session reads a frame, and its command is parsed into a type of [`protocol`];
+//! 2. [`ingest`]: the publish is admitted, by the rights that [`auth`] looks up, and becomes a record;
+//! 3. [`log`]: the record becomes durable;
+//! 4. [`projector`]: reads the log in order, judges each record, gives it its seq and commits rows to the [`store`];
+//! 5. [`delivery`]: the commit answers the publisher and goes to the outbox of each reader of the thread;
+//! 6. [`edge`]: the reader's session writes it to its socket.
 //!
-//! Beside it: [`edge::subscriptions`] brings readers from the store to the live feed, [`rebuild`] makes the store anew,
-//! [`limits`] tells who asks too much, [`health`] and [`telemetry`] tell how it goes. [`app`] puts the parts together;
-//! [`client`] and [`cli`] use it from outside.
+//! Beside it: [`views`] are pure folds of events into what others speak, [`reaper`] ends runs that nobody ends,
+//! [`client`] and [`cli`] use the server from outside. [`app`] puts the parts together and is the only file that names
+//! them all. Folders are layers: each imports only from those further down this page's way, never back.
 
 pub mod app;
 pub mod auth;

@@ -190,7 +190,8 @@ mod tests {
     #[test]
     fn everybody_hears_who_may_broadcast_and_an_inbox_takes_what_agents_and_acquaintances_write() {
         let judged = |scope: &str, thread: &str, met: bool| {
-            publish_reserved(Scopes::parse(Some(scope)), KindClass::UserMessage, thread, || Ok(met)).map_err(|it| it.code)
+            publish_reserved(Scopes::parse(Some(scope)), KindClass::UserMessage, thread, || Ok(met))
+                .map_err(|it| it.code)
         };
         assert_eq!(judged("broadcast", "@tenant", false), Ok(Grant::Member));
         assert_eq!(judged("broadcast agent", "@tenant", false), Ok(Grant::Scope));
