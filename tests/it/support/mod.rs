@@ -2,6 +2,7 @@
 //! shows what is on the wire. Nothing waits by sleeping; every wait is for something, with a limit that only a hang meets.
 
 pub mod kafka;
+pub mod schemas;
 pub mod sse;
 
 use std::collections::VecDeque;
@@ -188,7 +189,7 @@ impl Server {
         Socket::open(&self.url, &token(user, scope)).await
     }
 
-    /// A request with a user's token; gives the status and the body as JSON.
+    /// A request with a user's token; gives the status and the body as JSON. The body is what its schema says.
     pub async fn http(&self, method: &str, path: &str, user: &str, body: Option<Value>) -> (u16, Value) {
         self.http_with(method, path, &token(user, ""), body, &[]).await
     }
@@ -211,7 +212,10 @@ impl Server {
         }
         let reply = request.send().await.unwrap();
         let status = reply.status().as_u16();
-        (status, serde_json::from_str(&reply.text().await.unwrap()).unwrap_or(Value::Null))
+        let text = reply.text().await.unwrap();
+        let body = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{method} {path}: {status} {text:?}"));
+        schemas::check_body(method, path, status, &body);
+        (status, body)
     }
 
     /// A request of the tenant's admin.
@@ -325,7 +329,11 @@ impl Socket {
         loop {
             let message = tokio::time::timeout(PATIENCE, self.ws.next()).await.expect("a frame, or the end");
             match message {
-                Some(Ok(Message::Text(text))) => return Ok(serde_json::from_str(&text).unwrap()),
+                Some(Ok(Message::Text(text))) => {
+                    let frame = serde_json::from_str(&text).unwrap();
+                    schemas::check_frame(&frame);
+                    return Ok(frame);
+                }
                 Some(Ok(Message::Close(close))) => {
                     let (code, reason) =
                         close.map_or((1005, String::new()), |it| (it.code.into(), it.reason.to_string()));
