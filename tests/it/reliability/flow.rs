@@ -10,7 +10,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use weft::delivery::outbox::EVENT_BYTES;
 
 use super::{pour, write};
-use crate::support::{LogKind, Server, Socket, eventually, publish, seqs, token};
+use crate::support::{LogKind, Server, Socket, eventually, publish, refused, refused_with, seqs, token};
 
 async fn credit(socket: &mut Socket, events: u64) {
     socket.send(&json!({"type": "credit", "events": events})).await;
@@ -48,8 +48,8 @@ async fn credit_is_counted_over_replay_and_live_events_and_nothing_comes_without
     assert_eq!(seqs(&reader.events(1).await), [106]);
     for events in [json!(0), json!(-1), json!(1.5), json!("3"), Value::Null] {
         reader.send(&json!({"type": "credit", "events": events})).await;
-        let refused = reader.recv().await;
-        assert_eq!((&refused["code"], &refused["field"]), (&json!("bad_request"), &json!("events")), "{refused}");
+        let rejection = reader.recv().await;
+        refused(&rejection, "bad_request", "events");
     }
     credit(&mut reader, u64::MAX).await;
     reader.silent().await;
@@ -70,7 +70,7 @@ async fn what_is_no_event_comes_without_credit_also_that_a_member_was_removed() 
     ada.say("t", "this one").await;
     assert_eq!(seqs(&ben.events(1).await), [2]);
     ada.say("t", "waits").await;
-    assert_eq!(ben.ask(json!({"type": "subscribe", "thread": "nowhere"})).await["code"], "not_found");
+    refused_with(&ben.ask(json!({"type": "subscribe", "thread": "nowhere"})).await, "not_found");
     ben.subscribe("u", None).await;
     assert_eq!(ben.recv_type("caught_up").await["thread"], "u");
     assert_eq!(ben.say("u", "publishing needs none").await, 2);

@@ -9,7 +9,7 @@ use super::on_threads;
 use super::runs::{AGENT, step};
 use crate::on_both_logs;
 use crate::support::sse::EventStream;
-use crate::support::{LogKind, Server, Socket, eventually, publish, seqs, token};
+use crate::support::{LogKind, Server, Socket, accepted, eventually, publish, refused, refused_with, seqs, token};
 
 fn piece(thread: &str, run: &str, message: &str, from_char: usize, text: &str) -> Value {
     step(thread, run, "agent_token", json!({"message": message, "from_char": from_char, "text": text}))
@@ -17,7 +17,7 @@ fn piece(thread: &str, run: &str, message: &str, from_char: usize, text: &str) -
 
 async fn start(agent: &mut Socket, thread: &str, run: &str) {
     let answer = agent.ask(step(thread, run, "agent_started", json!({"agent": "scout"}))).await;
-    assert_eq!(answer["type"], "published", "{answer}");
+    accepted(&answer);
 }
 
 /// Publishes in one frame; gives the answers in the order of the commands.
@@ -123,7 +123,7 @@ on_both_logs!(the_end_of_a_run_closes_what_it_left_open_in_the_order_it_was_begu
         piece("t", "r", "a", 5, " second"),
     ];
     for command in &pieces {
-        assert_eq!(agent.ask(command.clone()).await["type"], "published");
+        accepted(&agent.ask(command.clone()).await);
     }
     let ended = agent.ask(step("t", "r", "agent_failed", json!({"code": "broken", "message": "it broke"}))).await;
     assert_eq!(ended["seq"], 5, "the messages come before the end: {ended}");
@@ -146,14 +146,14 @@ on_both_logs!(the_end_of_a_run_closes_what_it_left_open_in_the_order_it_was_begu
         ]
     );
     let late = agent.ask(piece("t", "r", "a", 12, "!")).await;
-    assert_eq!((&late["code"], &late["field"]), (&json!("run_order"), &json!("kind")));
+    refused(&late, "run_order", "kind");
 });
 
 on_both_logs!(a_piece_sent_again_is_harmless_a_hole_is_run_order_and_a_dead_letter, |log| async move {
     let server = Server::start(log);
     let mut agent = server.connect_as("scout", AGENT).await;
     let early = agent.ask(piece("t", "r", "m", 0, "x")).await;
-    assert_eq!(early["code"], "run_order", "no run: {early}");
+    refused_with(&early, "run_order");
     start(&mut agent, "t", "r").await;
     for (from, text, to) in [(0, "abcdef", 6), (0, "abc", 3), (3, "def", 6), (4, "efgh", 8)] {
         let answer = agent.ask(piece("t", "r", "m", from, text)).await;
@@ -161,7 +161,7 @@ on_both_logs!(a_piece_sent_again_is_harmless_a_hole_is_run_order_and_a_dead_lett
         assert_eq!(answer["duplicate"], to <= 6 && (from, text) != (0, "abcdef"), "{answer}");
     }
     let hole = agent.ask(piece("t", "r", "m", 9, "x")).await;
-    assert_eq!((&hole["code"], &hole["field"]), (&json!("run_order"), &json!("data.from_char")));
+    refused(&hole, "run_order", "data.from_char");
     assert!(hole["message"].as_str().unwrap().contains("from character 8"), "{hole}");
     let letters = server.admin("GET", "/v1/dead-letters?reason=run_order").await.1;
     let items = letters["items"].as_array().unwrap();
@@ -176,11 +176,11 @@ on_both_logs!(a_piece_sent_again_is_harmless_a_hole_is_run_order_and_a_dead_lett
     let again = agent.ask(close).await;
     assert_eq!((&again["seq"], &again["event"], &again["duplicate"]), (&json!(2), &closed["event"], &json!(true)));
     let other = agent.ask(step("t", "r", "agent_message", json!({"message": "m", "content": "else"}))).await;
-    assert_eq!((&other["code"], &other["field"]), (&json!("conflict"), &json!("data.message")));
+    refused(&other, "conflict", "data.message");
     let more = agent.ask(piece("t", "r", "m", 8, "i")).await;
-    assert_eq!((&more["code"], &more["field"]), (&json!("run_order"), &json!("data.message")));
+    refused(&more, "run_order", "data.message");
     let none = agent.ask(step("t", "r", "agent_message", json!({"message": "unknown"}))).await;
-    assert_eq!((&none["code"], &none["field"]), (&json!("run_order"), &json!("data.message")));
+    refused(&none, "run_order", "data.message");
 });
 
 #[tokio::test]
@@ -192,15 +192,15 @@ async fn a_member_who_is_no_agent_cannot_close_an_agent_s_message() {
     agent.ask(piece("t", "r", "m", 0, "still ")).await;
     let mut ada = server.connect("ada").await;
     for data in [json!({"message": "m"}), json!({"message": "m", "content": "mine"})] {
-        let refused = ada.ask(step("t", "r", "agent_message", data)).await;
-        assert_eq!((&refused["code"], &refused["field"]), (&json!("forbidden"), &json!("data.message")), "{refused}");
+        let rejection = ada.ask(step("t", "r", "agent_message", data)).await;
+        refused(&rejection, "forbidden", "data.message");
     }
     // An inbox is written to by whoever may, and that makes nobody an agent either.
     let mut inbox = server.connect_as("scout", AGENT).await;
     start(&mut inbox, "@user:ada", "r").await;
     inbox.ask(piece("@user:ada", "r", "m", 0, "for ada")).await;
-    let refused = ada.ask(step("@me", "r", "agent_message", json!({"message": "m", "content": "mine"}))).await;
-    assert_eq!(refused["code"], "forbidden", "{refused}");
+    let rejection = ada.ask(step("@me", "r", "agent_message", json!({"message": "m", "content": "mine"}))).await;
+    refused_with(&rejection, "forbidden");
     agent.ask(piece("t", "r", "m", 6, "open")).await;
     agent.ask(step("t", "r", "agent_message", json!({"message": "m"}))).await;
     let page = server.http("GET", "/v1/threads/t/events?after=2", "scout", None).await.1;
@@ -329,8 +329,8 @@ async fn what_is_wrong_with_a_piece_is_named() {
         (json!({"message": "m", "from_char": 0, "text": "x", "more": 1}), "data.more"),
         (json!("x"), "data"),
     ] {
-        let refused = agent.ask(step("t", "r", "agent_token", data.clone())).await;
-        assert_eq!((&refused["code"], &refused["field"]), (&json!("bad_request"), &json!(field)), "{data}: {refused}");
+        let rejection = agent.ask(step("t", "r", "agent_token", data.clone())).await;
+        refused(&rejection, "bad_request", field);
     }
     let mut command = piece("t", "r", "m", 0, "x");
     command["parent"] = json!(1);
@@ -338,14 +338,14 @@ async fn what_is_wrong_with_a_piece_is_named() {
     command.as_object_mut().unwrap().retain(|name, _| name != "parent" && name != "run");
     assert_eq!(agent.ask(command).await["field"], "run");
     let mut person = server.connect("ada").await;
-    assert_eq!(person.ask(piece("t", "r", "m", 0, "x")).await["code"], "forbidden");
+    refused_with(&person.ask(piece("t", "r", "m", 0, "x")).await, "forbidden");
     let long = "x".repeat(60_000);
     for n in 0..18 {
         let answer = agent.ask(piece("t", "r", "long", n * long.len(), &long)).await;
         let expected = if n < 17 { "published" } else { "error" };
         assert_eq!(answer["type"], expected, "{n}: {answer}");
         if n == 17 {
-            assert_eq!((&answer["code"], &answer["field"]), (&json!("too_large"), &json!("data.text")));
+            refused(&answer, "too_large", "data.text");
         }
     }
 }
@@ -393,7 +393,7 @@ async fn a_reader_whose_outbox_is_full_of_pieces_goes_on_where_it_was_and_misses
     let text = "x".repeat(30_000);
     for n in 0..MESSAGES {
         let from = if n == 0 { 6 } else { 0 };
-        assert_eq!(agent.ask(piece("t", "r", &format!("m{n}"), from, &text)).await["type"], "published");
+        accepted(&agent.ask(piece("t", "r", &format!("m{n}"), from, &text)).await);
     }
     reader.send(&json!({"type": "credit", "events": 1_000})).await;
     for n in 0..MESSAGES {
@@ -401,7 +401,7 @@ async fn a_reader_whose_outbox_is_full_of_pieces_goes_on_where_it_was_and_misses
         fold.read_up_to(&mut reader, &format!("m{n}"), &whole).await;
     }
     assert!(server.metric("weft_lagged_total").await >= 1.0, "the outbox is bounded, so the reader must have lagged");
-    assert_eq!(agent.ask(piece("t", "r", "m1", text.len(), "!")).await["type"], "published");
+    accepted(&agent.ask(piece("t", "r", "m1", text.len(), "!")).await);
     fold.read_up_to(&mut reader, "m1", &format!("{text}!")).await;
 }
 

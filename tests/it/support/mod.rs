@@ -246,13 +246,39 @@ impl Drop for Server {
     }
 }
 
-/// Asks again until something holds.
+/// The longest pause of [`eventually`].
+const MAX_POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Asks again and again, at growing intervals, until something holds.
 pub async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let begin = Instant::now();
+    let mut interval = Duration::from_millis(1);
     while !holds().await {
         assert!(begin.elapsed() < PATIENCE, "in vain: {what}");
-        tokio::task::yield_now().await;
+        tokio::time::sleep(interval).await;
+        interval = (interval * 2).min(MAX_POLL_INTERVAL);
     }
+}
+
+/// Fails unless the server took the publish.
+#[track_caller]
+pub fn accepted(answer: &Value) {
+    assert_eq!(answer["type"], "published", "{answer}");
+}
+
+/// Fails unless the server refused the command or request with this code and names this field.
+#[track_caller]
+pub fn refused(answer: &Value, code: &str, field: &str) {
+    refused_with(answer, code);
+    assert_eq!(answer["field"], field, "{answer}");
+}
+
+/// Fails unless the server refused the command or request with this code.
+#[track_caller]
+pub fn refused_with(answer: &Value, code: &str) {
+    assert_eq!(answer["code"], code, "{answer}");
+    // A problem of HTTP has no type.
+    assert!(answer.get("type").is_none_or(|frame_type| frame_type == "error"), "{answer}");
 }
 
 pub fn claims(user: &str, scope: &str) -> Claims {
@@ -394,6 +420,12 @@ impl Socket {
             }
             self.stash.push_back(frame);
         }
+    }
+
+    /// The session lives: it answers a ping. Frames that come before stay to be read.
+    pub async fn answers(&mut self) {
+        let pong = self.ask(json!({"type": "ping"})).await;
+        assert_eq!(pong["type"], "pong", "{pong}");
     }
 
     /// A durable subscription, or one with more than a cursor to it: gives the `subscribed`.

@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 
 use jsonschema::Validator;
 use serde_json::{Map, Value, json};
+use weft::protocol::error::Code;
 
 /// Each schema by its name, and each frame of the server as `frame.<type>`.
 static VALIDATORS: LazyLock<BTreeMap<String, Validator>> = LazyLock::new(|| {
@@ -117,7 +118,8 @@ pub fn check_body(method: &str, path: &str, status: u16, body: &Value) {
     check(name, body);
     // A wrong method is 405 and has the code, and with it the status, of a bad request.
     if name == "http.problem" && status != 405 {
-        assert_eq!(body["status"], status, "{body}");
+        let code: Code = serde_json::from_value(body["code"].clone()).unwrap();
+        assert_eq!((code.status(), &body["status"]), (status, &json!(status)), "{body}");
     }
     for event in events_of(body) {
         check_data(event);
