@@ -22,7 +22,7 @@ use weft::delivery::outbox::EVENT_BYTES;
 use crate::on_both_logs;
 use crate::support::kafka::{self, Broker, fresh_prefix};
 use crate::support::{
-    LogKind, PATIENCE, Server, Socket, accepted, eventually, publish, refused_with, seqs, token, weft,
+    LogKind, PATIENCE, Server, Socket, accepted, eventually, publish, refused, refused_with, seqs, token, weft,
 };
 
 const CONSUMER: &str = "org.apache.kafka.tools.consumer.ConsoleConsumer";
@@ -225,6 +225,47 @@ async fn a_record_that_another_program_put_into_a_partition_not_its_keys_is_not_
     eventually("both are seen", async || server.metric("weft_foreign_records_total").await == 2.0).await;
     server.ready().await;
     assert_eq!(server.connect("ada").await.say("t", "and on it goes").await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_is_taken_for_24_hours_of_log_time_and_free_after_that() {
+    const HOUR: u64 = 3_600_000;
+    let log = LogKind::kafka();
+    let LogKind::Kafka { brokers, prefix } = log.clone() else { unreachable!("it is Kafka") };
+    let topic = format!("{prefix}events");
+    let server = Server::start_with(log, &["--partitions", "1"]);
+    let mut ada = server.connect("ada").await;
+    let keyed = |content: &str| {
+        let mut command = publish("t", "user_message", json!({"content": content}));
+        command["key"] = json!("k");
+        command
+    };
+    assert_eq!(ada.ask(keyed("first")).await["seq"], 1);
+    let (partition, _, key, value) =
+        consumed(&brokers, &topic, 2).into_iter().find(|(_, _, key, _)| key == "acme/t").unwrap();
+    let first: Value = serde_json::from_str(&value).unwrap();
+    let taken_at = weft::clock::parse_rfc3339(first["at"].as_str().unwrap()).unwrap();
+    // A node whose clock is ahead moves the log's time.
+    let mut ahead = first.clone();
+    ahead.as_object_mut().unwrap().remove("key");
+    let mut move_to = |at: u64| {
+        ahead["at"] = json!(weft::clock::rfc3339(at));
+        ahead["event"] = json!(weft::clock::event_id());
+        write_again(&brokers, &topic, partition, &key, &ahead.to_string());
+    };
+    let head = async || server.http("GET", "/v1/threads/t", "ada", None).await.1["head"].clone();
+
+    move_to(taken_at + 23 * HOUR);
+    eventually("23 hours have passed in the log", async || head().await == 2).await;
+    let again = ada.ask(keyed("first")).await;
+    assert_eq!((&again["seq"], &again["duplicate"], &again["event"]), (&json!(1), &json!(true), &first["event"]));
+    refused(&ada.ask(keyed("another")).await, "conflict", "key");
+
+    move_to(taken_at + 25 * HOUR);
+    eventually("25 hours have passed in the log", async || head().await == 3).await;
+    let later = ada.ask(keyed("another")).await;
+    assert_eq!((&later["seq"], &later["duplicate"]), (&json!(4), &json!(false)), "{later}");
+    refused(&ada.ask(keyed("first")).await, "conflict", "key");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt, StreamExt};
@@ -93,6 +94,8 @@ pub struct Server {
     pub url: String,
     log: LogKind,
     more: Vec<String>,
+    /// What it has written to stderr.
+    errors: Arc<Mutex<String>>,
     data: PathBuf,
     _folder: TempDir,
 }
@@ -112,7 +115,8 @@ impl Server {
         let folder = tempfile::tempdir().unwrap();
         let data = folder.path().join("data");
         let more: Vec<String> = more.iter().map(|it| (*it).to_owned()).collect();
-        let mut server = Server { child: None, url: String::new(), log, more, data, _folder: folder };
+        let errors = Arc::default();
+        let mut server = Server { child: None, url: String::new(), log, more, errors, data, _folder: folder };
         server.up();
         server
     }
@@ -130,15 +134,18 @@ impl Server {
         }
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         // Read to the end, so that the server never waits for its own log.
-        let mut errors = BufReader::new(child.stderr.take().unwrap());
-        let said = std::thread::spawn(move || {
-            let mut text = String::new();
-            while errors.read_line(&mut text).is_ok_and(|n| n > 0) {}
-            text
+        let (mut stderr, errors) = (BufReader::new(child.stderr.take().unwrap()), self.errors.clone());
+        let reading = std::thread::spawn(move || {
+            let mut line = String::new();
+            while stderr.read_line(&mut line).is_ok_and(|n| n > 0) {
+                errors.lock().unwrap().push_str(&line);
+                line.clear();
+            }
         });
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let Some(Ok(line)) = lines.next() else {
-            panic!("the server did not start: {}", said.join().unwrap());
+            reading.join().unwrap();
+            panic!("the server did not start: {}", self.errors());
         };
         self.url = line.split_whitespace().nth(4).unwrap_or_else(|| panic!("no address in {line:?}")).to_owned();
         self.child = Some(child);
@@ -150,6 +157,11 @@ impl Server {
 
     pub fn log(&self) -> &LogKind {
         &self.log
+    }
+
+    /// What the server has written to stderr: its log.
+    pub fn errors(&self) -> String {
+        self.errors.lock().unwrap().clone()
     }
 
     pub fn pid(&self) -> u32 {
@@ -317,6 +329,29 @@ impl Socket {
         let welcome = socket.recv().await;
         assert_eq!(welcome["type"], "welcome", "{welcome}");
         socket
+    }
+
+    /// The same over a connection that takes a few kilobytes beyond what is read, so that whoever does not read is felt.
+    pub async fn open_with_small_buffer(url: &str, token: &str) -> Socket {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4 << 10).unwrap();
+        // The loopback's segments are larger than that buffer.
+        socket2::SockRef::from(&socket).set_tcp_mss(1_460).unwrap();
+        let address = url.trim_start_matches("http://").parse().unwrap();
+        let stream = MaybeTlsStream::Plain(socket.connect(address).await.unwrap());
+        let mut request = format!("ws://{address}/v1/ws").into_client_request().unwrap();
+        request.headers_mut().insert("Authorization", HeaderValue::try_from(format!("Bearer {token}")).unwrap());
+        let (ws, _) = tokio_tungstenite::client_async(request, stream).await.unwrap();
+        let mut socket = Socket { ws, next_id: 1, stash: VecDeque::new(), reason: String::new() };
+        let welcome = socket.recv().await;
+        assert_eq!(welcome["type"], "welcome", "{welcome}");
+        socket
+    }
+
+    /// The connection takes more beyond what is read, so that reading on is fast.
+    pub fn enlarge_buffer(&self) {
+        let MaybeTlsStream::Plain(stream) = self.ws.get_ref() else { unreachable!("tests speak without TLS") };
+        socket2::SockRef::from(stream).set_recv_buffer_size(4 << 20).unwrap();
     }
 
     /// Connects with these headers and nothing else.
