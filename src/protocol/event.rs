@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -63,7 +63,7 @@ pub struct LogEvent<'a> {
     pub priority: Option<Priority>,
 }
 
-/// The `event` frame: what readers get, live, replayed and (without `type`) over HTTP.
+/// The `event` frame: what readers get, live and replayed. Over HTTP it is an [`EventItem`].
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct EventFrame<'a> {
     #[schemars(extend("const" = "event"))]
@@ -92,6 +92,28 @@ pub struct EventFrame<'a> {
     /// Which delivery of the event this is, if not the first: 2, 3 …
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attempt: Option<u32>,
+}
+
+/// An event in a page or stream of HTTP: an [`EventFrame`] without its `type`. Only the schema is needed, since its text is
+/// made of the frame's by [`without_type`].
+pub struct EventItem;
+
+impl JsonSchema for EventItem {
+    fn schema_name() -> Cow<'static, str> {
+        "EventItem".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let mut schema = EventFrame::json_schema(generator);
+        schema.insert("description".into(), "An event as pages and streams of HTTP have it.".into());
+        if let Some(properties) = schema.get_mut("properties").and_then(|it| it.as_object_mut()) {
+            properties.remove("type");
+        }
+        if let Some(required) = schema.get_mut("required").and_then(|it| it.as_array_mut()) {
+            required.retain(|name| name != "type");
+        }
+        schema
+    }
 }
 
 /// Every event frame begins with these bytes; over HTTP an event goes without its `type`.

@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::error::{Code, Error};
-use super::event::Priority;
+use super::event::{EventItem, Priority};
 
 /// A thread as a list has it.
 #[derive(Serialize, JsonSchema)]
@@ -21,7 +21,7 @@ pub struct ThreadItem {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub title: Option<String>,
     /// The newest event.
-    #[schemars(with = "Option<serde_json::Value>")]
+    #[schemars(with = "Option<EventItem>")]
     pub last: Option<Box<RawValue>>,
 }
 
@@ -430,6 +430,13 @@ pub struct Function {
     pub arguments: String,
 }
 
+/// The body of `/healthz`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Alive {
+    /// Always `true`: a server that is not alive does not answer.
+    pub alive: bool,
+}
+
 /// The body of `/readyz`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Ready {
@@ -539,8 +546,9 @@ pub struct RevocationReply<'a> {
 #[derive(JsonSchema)]
 #[expect(dead_code, reason = "the shape that the schema is generated from")]
 pub struct EventPage {
-    #[schemars(with = "Vec<serde_json::Value>")]
-    events: (),
+    events: Vec<EventItem>,
+    /// The thread's newest seq.
     head: u64,
+    /// Where the next page goes on, for `after`, or with `order=desc` for `before`. Absent at the end.
     next: Option<u64>,
 }

@@ -2,6 +2,7 @@
 //! `schemas/` is generated from.
 
 pub mod command;
+pub mod data;
 pub mod delta;
 pub mod error;
 pub mod event;

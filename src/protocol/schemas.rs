@@ -3,11 +3,13 @@
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
 use super::command::{Ack, Connect, Credit, Ping, Publish, Refresh, Signal, Subscribe, Unsubscribe};
-use super::event::{EventFrame, LogEvent};
+use super::data;
+use super::event::{EventFrame, EventItem, LogEvent};
 use super::frame::ServerFrame;
 use super::http::{
-    Conversation, DeadLetterItem, DeadLetterList, MembershipReply, Presence, Problem, PublishBody, PublishReply, Ready,
-    ReceiptList, RevocationReply, RunDetail, RunList, SessionList, ThreadBody, ThreadDetail, ThreadList, Ticket,
+    Alive, Conversation, DeadLetterItem, DeadLetterList, EventPage, MembershipReply, Presence, Problem, PublishBody,
+    PublishReply, Ready, ReceiptList, RevocationReply, RunDetail, RunList, SessionList, ThreadBody, ThreadDetail,
+    ThreadList, Ticket,
 };
 use super::kinds::DeltaData;
 use super::records::{DeadLetterRecord, ReceiptRecord};
@@ -24,9 +26,29 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("command.ack", of::<Ack>()),
         ("command.credit", of::<Credit>()),
         ("command.ping", of::<Ping>()),
+        ("data.user_message", of::<data::Message>()),
+        ("data.system_message", of::<data::Message>()),
+        ("data.agent_message", of::<data::AgentMessage>()),
+        ("data.agent_started", of::<data::AgentStarted>()),
+        ("data.agent_thinking", of::<data::AgentThinking>()),
+        ("data.tool_executing", of::<data::ToolExecuting>()),
+        ("data.tool_completed", of::<data::ToolCompleted>()),
         ("data.agent_token", of::<DeltaData>()),
+        ("data.agent_waiting", of::<data::AgentWaiting>()),
+        ("data.agent_resumed", of::<data::AgentResumed>()),
+        ("data.agent_cancel_requested", of::<data::Cancel>()),
+        ("data.agent_completed", of::<data::AgentCompleted>()),
+        ("data.agent_failed", of::<data::AgentFailed>()),
+        ("data.agent_cancelled", of::<data::Cancel>()),
+        ("data.thread_created", of::<data::ThreadCreated>()),
+        ("data.thread_updated", of::<data::ThreadUpdated>()),
+        ("data.member_added", of::<data::Member>()),
+        ("data.member_removed", of::<data::Member>()),
+        ("data.sessions_revoked", of::<data::SessionsRevoked>()),
         ("frame.event", of::<EventFrame>()),
         ("frame.server", of::<ServerFrame>()),
+        ("http.event", of::<EventItem>()),
+        ("http.event-page", of::<EventPage>()),
         ("http.publish", of::<PublishBody>()),
         ("http.published", of::<PublishReply>()),
         ("http.thread", of::<ThreadBody>()),
@@ -44,6 +66,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.run", of::<RunDetail>()),
         ("http.run-list", of::<RunList>()),
         ("http.problem", of::<Problem>()),
+        ("http.healthz", of::<Alive>()),
         ("http.readyz", of::<Ready>()),
         ("log.event", of::<LogEvent>()),
         ("log.receipt", of::<ReceiptRecord>()),

@@ -1,4 +1,15 @@
-//! Every integration test, in one binary: a file for each of the seven areas, the log's contract and crashes.
+//! Every integration test, in one binary, so that it is linked once: a folder for each area.
+//!
+//! - `connection`: who gets in, what a bad frame or too many of them cost, how sessions end
+//! - `routing`: who gets what
+//! - `streaming`: events, runs and messages in deltas on their way to readers
+//! - `reliability`: acknowledgements, durable subscriptions, dead letters, flow control, brokers and clients that fail
+//! - `persistence`: keys, projections and their rebuild
+//! - `services`: HTTP, health, metrics, schemas and the command
+//! - `performance`: the benchmark measures what the server did
+//! - `log_contract`: what both logs promise; `model`: random acts against a model; `crash`: kills
+//!
+//! `support` has the server, the clients and the waiting. It checks every frame and body against `schemas/`.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 

@@ -148,8 +148,8 @@ on_both_logs!(every_event_that_the_reconnect_bench_counts_was_replayed_to_its_cl
     figure(&figures, &name("all level after"), "s");
     figure(&figures, &name("replayed"), "events/s");
     assert!(figure(&figures, &name("one client, P50"), "s") <= figure(&figures, &name("one client, slowest"), "s"));
-    let refused = figures.iter().find(|figure| figure["name"] == *name("refused")).unwrap();
-    assert_eq!((&refused["value"], &refused["limit"]), (&json!(0.0), &json!(0.0)));
+    let rejection = figures.iter().find(|figure| figure["name"] == *name("refused")).unwrap();
+    assert_eq!((&rejection["value"], &rejection["limit"]), (&json!(0.0), &json!(0.0)));
     assert_eq!(counted.grew(EVENTS).await, 3.0 * (1.0 + 20.0), "three threads, and what was published to each");
     assert_eq!(counted.grew(REPLAYED).await, 60.0 * 20.0);
     assert_eq!(counted.grew(CONNECTIONS).await, 60.0 + 3.0 + 60.0, "before, the publishers, and after");

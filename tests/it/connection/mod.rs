@@ -1,15 +1,16 @@
 //! The life of a connection: who gets in, what a bad frame or command costs, and how it ends.
 
+mod descriptors;
 mod drain;
 mod limits;
 mod revocation;
 mod sessions;
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::SinkExt;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
@@ -19,7 +20,10 @@ use tokio_tungstenite::tungstenite::protocol::frame::{Frame, FrameHeader};
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 use weft::auth::jwt::{Claims, mint};
 
-use crate::support::{LogKind, PATIENCE, SECRET, Server, Socket, claims, publish, token};
+use crate::on_both_logs;
+use crate::support::{
+    LogKind, PATIENCE, SECRET, Server, Socket, claims, eventually, publish, refused, refused_with, token,
+};
 
 fn signed(claims: &Value, algorithm: Algorithm, key: &EncodingKey) -> String {
     jsonwebtoken::encode(&Header::new(algorithm), claims, key).unwrap()
@@ -77,8 +81,8 @@ async fn tokens_that_are_not_valid_get_401_at_the_upgrade_4500_in_a_frame_and_40
         let mut socket = Socket::raw(&server.url, &[]).await.unwrap();
         socket.send(&json!({"type": "connect", "id": 1, "token": token})).await;
         assert_eq!(socket.closed().await, 4500, "{what}");
-        let (status, body) = server.http_with("GET", "/v1/threads", token, None, &[]).await;
-        assert_eq!((status, &body["code"]), (401, &json!("unauthenticated")), "{what}");
+        let (_, body) = server.http_with("GET", "/v1/threads", token, None, &[]).await;
+        refused_with(&body, "unauthenticated");
     }
     for (what, token) in [
         ("good", hmac(&good)),
@@ -157,12 +161,12 @@ async fn a_token_comes_by_header_by_subprotocol_or_by_a_connect_frame_and_never_
     );
     let mut by_frame = Socket::raw(&server.url, &[]).await.unwrap();
     let early = by_frame.ask(json!({"type": "subscribe", "thread": "t"})).await;
-    assert_eq!(early["code"], "unauthenticated", "{early}");
+    refused_with(&early, "unauthenticated");
     let early = by_frame.ask(publish("t", "user_message", json!({"content": "hi"}))).await;
-    assert_eq!(early["code"], "unauthenticated", "{early}");
+    refused_with(&early, "unauthenticated");
     let welcome = by_frame.ask(json!({"type": "connect", "token": token("ben", "")})).await;
     assert_eq!((&welcome["type"], &welcome["user"]), (&json!("welcome"), &json!("ben")));
-    assert_eq!(by_frame.ask(json!({"type": "connect", "token": token("ben", "")})).await["code"], "conflict");
+    refused_with(&by_frame.ask(json!({"type": "connect", "token": token("ben", "")})).await, "conflict");
     let reply = reqwest::get(format!("{}/v1/threads?token={}", server.url, token("ada", ""))).await.unwrap();
     assert_eq!(reply.status(), 401);
     let mut other_version = Socket::raw(
@@ -258,11 +262,7 @@ async fn a_bad_command_gets_its_code_and_field_and_the_session_lives_on() {
     socket.say("t", "so that the thread is there").await;
     for (command, code, field) in cases {
         let answer = socket.ask(command.clone()).await;
-        assert_eq!(
-            (&answer["type"], &answer["code"], &answer["field"]),
-            (&json!("error"), &json!(code), &json!(field)),
-            "{command}: {answer}"
-        );
+        refused(&answer, code, field);
         assert!(answer["message"].is_string() && answer["temporary"] == false, "{answer}");
     }
     let mut agent = server.connect_as("bot", "agent publish").await;
@@ -275,20 +275,20 @@ async fn a_bad_command_gets_its_code_and_field_and_the_session_lives_on() {
         ),
     ] {
         let answer = agent.ask(command).await;
-        assert_eq!((&answer["code"], &answer["field"]), (&json!("bad_request"), &json!(field)), "{answer}");
+        refused(&answer, "bad_request", field);
     }
     // Duplicate fields cannot be made with a JSON library.
     socket.send_text(r#"{"type":"ping","id":77,"id":78}"#).await;
     let answer = socket.recv().await;
-    assert_eq!((&answer["code"], &answer["field"]), (&json!("bad_request"), &json!("id")));
+    refused(&answer, "bad_request", "id");
     // Half of a surrogate pair is in no Unicode string.
     socket.send_text(r#"{"type":"publish","id":79,"thread":"t","kind":"x.a","data":"\ud800"}"#).await;
     let answer = socket.recv().await;
     assert_eq!((&answer["id"], &answer["code"], &answer["field"]), (&json!(79), &json!("bad_request"), &json!("data")));
     socket.send_text("[]").await;
-    assert_eq!(socket.recv().await["code"], "bad_request");
+    refused_with(&socket.recv().await, "bad_request");
     socket.send(&Value::Array(vec![json!({"type": "ping", "id": 1}); 1_001])).await;
-    assert_eq!(socket.recv().await["code"], "too_large");
+    refused_with(&socket.recv().await, "too_large");
     assert_eq!(socket.say("t", "still here").await, 2);
 }
 
@@ -347,7 +347,7 @@ async fn a_malformed_frame_closes_with_the_code_that_says_what_it_was() {
     reserved.ws.send(Message::Frame(Frame::from_payload(header, "{}".into()))).await.unwrap();
     assert_eq!(reserved.closed().await, 1002);
     drop((binary, no_utf8, too_large, reserved));
-    crate::support::eventually("no session is left", async || server.metric("weft_connections").await == 0.0).await;
+    eventually("no session is left", async || server.metric("weft_connections").await == 0.0).await;
 }
 
 #[tokio::test]
@@ -383,7 +383,7 @@ async fn a_token_s_end_is_announced_refresh_moves_it_and_without_one_the_session
     assert_eq!(stranger.closed().await, 4500, "another user's token");
     assert_eq!(dying.recv().await["type"], "expiring");
     assert_eq!(dying.closed().await, 4003);
-    assert_eq!(refreshed.ask(json!({"type": "ping"})).await["type"], "pong");
+    refreshed.answers().await;
 }
 
 #[tokio::test]
@@ -423,36 +423,74 @@ async fn a_refresh_with_fewer_rights_ends_what_they_allowed() {
     let ended = analyst.recv_type("error").await;
     assert_eq!((&ended["thread"], &ended["code"]), (&json!("t"), &json!("not_found")));
     server.connect("ada").await.say("t", "still not").await;
-    assert_eq!(analyst.ask(json!({"type": "unsubscribe", "thread": "t"})).await["code"], "not_found");
-    assert_eq!(analyst.ask(json!({"type": "ping"})).await["type"], "pong");
+    refused_with(&analyst.ask(json!({"type": "unsubscribe", "thread": "t"})).await, "not_found");
+    analyst.answers().await;
+}
+
+fn tcp(server: &Server) -> TcpStream {
+    TcpStream::connect(server.url.trim_start_matches("http://")).unwrap()
+}
+
+/// All that comes until the server closes. Fails if it does not.
+fn read_until_closed(mut stream: TcpStream) -> String {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut reply = Vec::new();
+    match stream.read_to_end(&mut reply) {
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+        Err(error) => panic!("the server keeps the connection: {error}"),
+    }
+    String::from_utf8_lossy(&reply).into_owned()
 }
 
 /// Sends bytes as they are and gives all that comes back until the server closes.
 fn raw_http(server: &Server, bytes: &[u8]) -> String {
-    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut stream = tcp(server);
     stream.write_all(bytes).unwrap();
-    let mut reply = Vec::new();
-    // A reset is an end as well.
-    drop(stream.read_to_end(&mut reply));
-    String::from_utf8_lossy(&reply).into_owned()
+    read_until_closed(stream)
+}
+
+/// Sends a header that never ends, a byte at a time, until the server closes.
+fn drip(mut stream: TcpStream) {
+    let begin = Instant::now();
+    stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: ").unwrap();
+    loop {
+        assert!(begin.elapsed() < PATIENCE, "the server keeps the connection");
+        // Until the server closes, reading is no more than the pause between two bytes.
+        match stream.read(&mut [0; 1_024]) {
+            Ok(0) => return,
+            Ok(_) => continue,
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(_) => return,
+        }
+        if stream.write_all(b"y").is_err() {
+            return;
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn slow_and_oversized_headers_do_not_hold_a_connection() {
-    let server = Server::start(LogKind::embedded());
+    const CONNECTIONS: usize = 3;
+    let server = Server::start_with(LogKind::embedded(), &["--max-connections", &CONNECTIONS.to_string()]);
     let many: String = (0..70).map(|n| format!("x-{n}: 1\r\n")).collect();
     let reply = raw_http(&server, format!("GET /healthz HTTP/1.1\r\nhost: x\r\n{many}\r\n").as_bytes());
     assert!(reply.starts_with("HTTP/1.1 431"), "{reply}");
     let reply =
         raw_http(&server, format!("GET /healthz HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "y".repeat(20_000)).as_bytes());
     assert!(reply.starts_with("HTTP/1.1 431"), "{reply}");
-    // These return only because the server gives up: nothing sent at all, and a request that never ends.
-    raw_http(&server, b"");
-    raw_http(&server, b"GET /healthz HTTP/1.1\r\nhost: x\r\n");
-    assert!(
-        raw_http(&server, b"GET /healthz HTTP/1.1\r\nconnection: close\r\nhost: x\r\n\r\n").starts_with("HTTP/1.1 200")
-    );
+    // Who sends nothing, half a request, or a byte now and then holds a connection until the server has had enough.
+    let healthz = b"GET /healthz HTTP/1.1\r\nconnection: close\r\nhost: x\r\n\r\n";
+    eventually("all connections are free", async || raw_http(&server, healthz).starts_with("HTTP/1.1 200")).await;
+    let (silent, mut half, dripping) = (tcp(&server), tcp(&server), tcp(&server));
+    half.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n").unwrap();
+    let dripping = std::thread::spawn(move || drip(dripping));
+    assert!(raw_http(&server, healthz).starts_with("HTTP/1.1 503"), "all {CONNECTIONS} connections are held");
+    assert_eq!(read_until_closed(silent), "");
+    read_until_closed(half);
+    dripping.join().unwrap();
+    eventually("they are free again", async || raw_http(&server, healthz).starts_with("HTTP/1.1 200")).await;
 }
 
 #[tokio::test]
@@ -460,19 +498,18 @@ async fn beyond_the_connection_limit_a_client_is_told_and_a_place_that_is_left_i
     let server = Server::start_with(LogKind::embedded(), &["--max-connections", "2"]);
     let first = server.connect("ada").await;
     let mut second = server.connect("ada").await;
-    let refused = Socket::raw(&server.url, &[("Authorization", &format!("Bearer {}", token("ada", "")))]).await;
-    assert!(matches!(refused, Err(WsError::Http(reply)) if reply.status() == 503));
+    let rejection = Socket::raw(&server.url, &[("Authorization", &format!("Bearer {}", token("ada", "")))]).await;
+    assert!(matches!(rejection, Err(WsError::Http(reply)) if reply.status() == 503));
     drop(first);
-    crate::support::eventually("the place is free", async || {
+    eventually("the place is free", async || {
         Socket::raw(&server.url, &[("Authorization", &format!("Bearer {}", token("ada", "")))]).await.is_ok()
     })
     .await;
-    assert_eq!(second.ask(json!({"type": "ping"})).await["type"], "pong");
+    second.answers().await;
 }
 
-#[tokio::test]
-async fn sigterm_under_load_loses_no_answer_and_closes_1001() {
-    let mut server = Server::start_unlimited(LogKind::embedded());
+on_both_logs!(sigterm_under_load_loses_no_answer_and_closes_1001, |log| async move {
+    let mut server = Server::start_unlimited(log);
     let mut writers = Vec::new();
     for n in 0..4 {
         let mut socket = server.connect("ada").await;
@@ -495,10 +532,9 @@ async fn sigterm_under_load_loses_no_answer_and_closes_1001() {
             }
         }));
     }
-    crate::support::eventually("the load is on", async || server.metric("weft_project_events_total").await > 2_000.0)
-        .await;
+    eventually("the load is on", async || server.metric("weft_project_events_total").await > 2_000.0).await;
     server.signal("TERM");
-    let begin = std::time::Instant::now();
+    let begin = Instant::now();
     let mut answered = Vec::new();
     for writer in writers {
         let (seq, code) = writer.await.unwrap();
@@ -513,4 +549,4 @@ async fn sigterm_under_load_loses_no_answer_and_closes_1001() {
         let head = server.http("GET", &format!("/v1/threads/t{n}"), "ada", None).await.1["head"].as_u64().unwrap();
         assert_eq!(head, *answered, "what was accepted was answered, and what was answered is there");
     }
-}
+});

@@ -2,15 +2,12 @@
 
 use std::time::Duration;
 
-use futures_util::SinkExt;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
-use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use weft::delivery::outbox::EVENT_BYTES;
 
 use super::{pour, write};
-use crate::support::{LogKind, Server, Socket, eventually, publish, seqs, token};
+use crate::support::{LogKind, Server, Socket, eventually, publish, refused, refused_with, seqs, token};
 
 async fn credit(socket: &mut Socket, events: u64) {
     socket.send(&json!({"type": "credit", "events": events})).await;
@@ -48,8 +45,8 @@ async fn credit_is_counted_over_replay_and_live_events_and_nothing_comes_without
     assert_eq!(seqs(&reader.events(1).await), [106]);
     for events in [json!(0), json!(-1), json!(1.5), json!("3"), Value::Null] {
         reader.send(&json!({"type": "credit", "events": events})).await;
-        let refused = reader.recv().await;
-        assert_eq!((&refused["code"], &refused["field"]), (&json!("bad_request"), &json!("events")), "{refused}");
+        let rejection = reader.recv().await;
+        refused(&rejection, "bad_request", "events");
     }
     credit(&mut reader, u64::MAX).await;
     reader.silent().await;
@@ -70,7 +67,7 @@ async fn what_is_no_event_comes_without_credit_also_that_a_member_was_removed() 
     ada.say("t", "this one").await;
     assert_eq!(seqs(&ben.events(1).await), [2]);
     ada.say("t", "waits").await;
-    assert_eq!(ben.ask(json!({"type": "subscribe", "thread": "nowhere"})).await["code"], "not_found");
+    refused_with(&ben.ask(json!({"type": "subscribe", "thread": "nowhere"})).await, "not_found");
     ben.subscribe("u", None).await;
     assert_eq!(ben.recv_type("caught_up").await["thread"], "u");
     assert_eq!(ben.say("u", "publishing needs none").await, 2);
@@ -198,21 +195,13 @@ async fn a_reader_that_takes_a_kilobyte_a_second_is_slow_and_stays() {
         writer.say("t", &"x".repeat(60_000)).await;
     }
     // Buffers as small as on a thin line, so that what the reader takes shows.
-    let socket = tokio::net::TcpSocket::new_v4().unwrap();
-    socket.set_recv_buffer_size(4 << 10).unwrap();
-    socket2::SockRef::from(&socket).set_tcp_mss(1_460).unwrap();
-    let address = server.url.trim_start_matches("http://").parse().unwrap();
-    let stream = socket.connect(address).await.unwrap();
-    let mut request = format!("ws://{address}/v1/ws").into_client_request().unwrap();
-    request.headers_mut().insert("Authorization", format!("Bearer {}", token("eva", "analyst")).parse().unwrap());
-    let (mut ws, _) = tokio_tungstenite::client_async(request, stream).await.unwrap();
-    let subscribe = json!({"type": "subscribe", "id": 1, "thread": "t", "after": 0}).to_string();
-    ws.send(Message::text(subscribe)).await.unwrap();
+    let mut reader = Socket::open_with_small_buffer(&server.url, &token("eva", "analyst")).await;
+    reader.send(&json!({"type": "subscribe", "id": 1, "thread": "t", "after": 0})).await;
     // Longer than a heartbeat and its answer take, and than a socket may take nothing.
     let mut every = tokio::time::interval(Duration::from_secs(1));
     for _ in 0..45 {
         every.tick().await;
-        let read = ws.get_mut().read(&mut [0; 1_024]).await.unwrap();
+        let read = reader.ws.get_mut().read(&mut [0; 1_024]).await.unwrap();
         assert!(read > 0, "the server has closed");
     }
     let (_, open) = server.http_with("GET", "/v1/sessions?user=eva", &token("root", "admin"), None, &[]).await;

@@ -21,7 +21,9 @@ use weft::delivery::outbox::EVENT_BYTES;
 
 use crate::on_both_logs;
 use crate::support::kafka::{self, Broker, fresh_prefix};
-use crate::support::{LogKind, PATIENCE, Server, Socket, eventually, publish, seqs, token, weft};
+use crate::support::{
+    LogKind, PATIENCE, Server, Socket, accepted, eventually, publish, refused, refused_with, seqs, token, weft,
+};
 
 const CONSUMER: &str = "org.apache.kafka.tools.consumer.ConsoleConsumer";
 
@@ -49,7 +51,7 @@ async fn write(mut socket: Socket, thread: &str, events: usize) {
             .collect();
         socket.send(&Value::Array(commands)).await;
         for _ in 0..100 {
-            assert_eq!(socket.recv().await["type"], "published");
+            accepted(&socket.recv().await);
         }
     }
 }
@@ -98,7 +100,7 @@ async fn two_nodes_on_one_broker_serve_one_thread_in_one_order_with_one_set_of_k
         (&first["seq"], &first["event"], &json!(true)),
         "{again}"
     );
-    assert_eq!(b.connect("ada").await.ask(keyed("twice")).await["code"], "conflict");
+    refused_with(&b.connect("ada").await.ask(keyed("twice")).await, "conflict");
 
     let mut cid = b.connect("cid").await;
     cid.subscribe("t", None).await;
@@ -226,6 +228,47 @@ async fn a_record_that_another_program_put_into_a_partition_not_its_keys_is_not_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_is_taken_for_24_hours_of_log_time_and_free_after_that() {
+    const HOUR: u64 = 3_600_000;
+    let log = LogKind::kafka();
+    let LogKind::Kafka { brokers, prefix } = log.clone() else { unreachable!("it is Kafka") };
+    let topic = format!("{prefix}events");
+    let server = Server::start_with(log, &["--partitions", "1"]);
+    let mut ada = server.connect("ada").await;
+    let keyed = |content: &str| {
+        let mut command = publish("t", "user_message", json!({"content": content}));
+        command["key"] = json!("k");
+        command
+    };
+    assert_eq!(ada.ask(keyed("first")).await["seq"], 1);
+    let (partition, _, key, value) =
+        consumed(&brokers, &topic, 2).into_iter().find(|(_, _, key, _)| key == "acme/t").unwrap();
+    let first: Value = serde_json::from_str(&value).unwrap();
+    let taken_at = weft::clock::parse_rfc3339(first["at"].as_str().unwrap()).unwrap();
+    // A node whose clock is ahead moves the log's time.
+    let mut ahead = first.clone();
+    ahead.as_object_mut().unwrap().remove("key");
+    let mut move_to = |at: u64| {
+        ahead["at"] = json!(weft::clock::rfc3339(at));
+        ahead["event"] = json!(weft::clock::event_id());
+        write_again(&brokers, &topic, partition, &key, &ahead.to_string());
+    };
+    let head = async || server.http("GET", "/v1/threads/t", "ada", None).await.1["head"].clone();
+
+    move_to(taken_at + 23 * HOUR);
+    eventually("23 hours have passed in the log", async || head().await == 2).await;
+    let again = ada.ask(keyed("first")).await;
+    assert_eq!((&again["seq"], &again["duplicate"], &again["event"]), (&json!(1), &json!(true), &first["event"]));
+    refused(&ada.ask(keyed("another")).await, "conflict", "key");
+
+    move_to(taken_at + 25 * HOUR);
+    eventually("25 hours have passed in the log", async || head().await == 3).await;
+    let later = ada.ask(keyed("another")).await;
+    assert_eq!((&later["seq"], &later["duplicate"]), (&json!(4), &json!(false)), "{later}");
+    refused(&ada.ask(keyed("first")).await, "conflict", "key");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn while_its_broker_is_silent_a_server_says_so_and_still_reads_and_afterwards_takes_the_same_key_once() {
     let broker = Broker::own();
     let server = Server::start(LogKind::Kafka { brokers: broker.brokers(), prefix: fresh_prefix() });
@@ -252,11 +295,11 @@ async fn while_its_broker_is_silent_a_server_says_so_and_still_reads_and_afterwa
     assert_eq!(server.http("GET", "/healthz", "x", None).await.0, 200, "alive, though not ready");
 
     // What is known to be away is refused at once, and never appears.
-    let refused = ada.ask(publish("t", "user_message", json!({"content": "refused"}))).await;
-    assert_eq!((&refused["code"], &refused["temporary"]), (&json!("unavailable"), &json!(true)), "{refused}");
+    let rejection = ada.ask(publish("t", "user_message", json!({"content": "refused"}))).await;
+    assert_eq!((&rejection["code"], &rejection["temporary"]), (&json!("unavailable"), &json!(true)), "{rejection}");
     let body = json!({"kind": "user_message", "data": {"content": "refused"}});
-    let (status, problem) = server.http("POST", "/v1/threads/t/events", "ada", Some(body)).await;
-    assert_eq!((status, &problem["code"]), (503, &json!("unavailable")), "{problem}");
+    let (_, problem) = server.http("POST", "/v1/threads/t/events", "ada", Some(body)).await;
+    refused_with(&problem, "unavailable");
 
     let page = server.http("GET", "/v1/threads/t/events", "ada", None).await.1;
     assert_eq!(page["events"][0]["data"]["content"], "before", "{page}");
@@ -315,7 +358,7 @@ async fn pour(writer: &mut Socket, thread: &str, events: u64) {
             sent += 1_000;
         }
         let frame = writer.recv().await;
-        assert_eq!(frame["type"], "published", "{frame}");
+        accepted(&frame);
         answered += 1;
     }
 }
@@ -437,7 +480,7 @@ async fn a_client_that_answers_no_ping_is_closed_4002_and_one_that_only_listens_
     };
     assert_eq!(end, (CLOSE, 4002));
     assert!(pings >= 1, "the listener was pinged as well");
-    assert_eq!(listener.ask(json!({"type": "ping"})).await["type"], "pong", "and it is still there");
+    listener.answers().await;
 }
 
 on_both_logs!(publishes_cut_off_by_a_kill_and_sent_again_with_their_keys_are_in_effect_once, |log| async move {
@@ -461,7 +504,7 @@ on_both_logs!(publishes_cut_off_by_a_kill_and_sent_again_with_their_keys_are_in_
         // Some answers are here, the others under way or not yet made.
         let mut told = BTreeMap::new();
         let mut note = |frame: Value| {
-            assert_eq!(frame["type"], "published", "{frame}");
+            accepted(&frame);
             told.insert(frame["id"].as_u64().unwrap(), frame["seq"].clone());
         };
         for _ in 0..=round * 20 {
@@ -479,7 +522,7 @@ on_both_logs!(publishes_cut_off_by_a_kill_and_sent_again_with_their_keys_are_in_
         }
         for _ in 0..EVENTS {
             let answer = again.recv().await;
-            assert_eq!(answer["type"], "published", "{answer}");
+            accepted(&answer);
             if let Some(seq) = told.get(&answer["id"].as_u64().unwrap()) {
                 assert_eq!((&answer["seq"], &answer["duplicate"]), (seq, &json!(true)), "{answer}");
             }

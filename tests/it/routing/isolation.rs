@@ -6,7 +6,7 @@ use tokio_tungstenite::tungstenite::Message;
 use weft::auth::jwt::{Claims, mint};
 
 use super::caught_up;
-use crate::support::{LogKind, SECRET, Server, Socket, claims, publish, token, token_of};
+use crate::support::{LogKind, SECRET, Server, Socket, accepted, claims, publish, refused_with, token, token_of};
 
 /// A token of another tenant.
 fn foreign(user: &str, scope: &str) -> String {
@@ -86,7 +86,7 @@ async fn a_thread_one_is_not_in_and_one_that_is_not_there_give_the_same_bytes_on
     ada.say("secret", "for members").await;
     ada.subscribe("secret", Some(0)).await;
     ada.send(&json!({"type": "ack", "thread": "secret", "seq": 1})).await;
-    assert_eq!(ada.ask(json!({"type": "ping"})).await["type"], "pong");
+    ada.answers().await;
     for token in [token("eve", ""), token("eve", "publish subscribe broadcast"), token_of("umbrella", "ada")] {
         let there = doors_of_a_socket(&server, &token, "secret").await;
         assert_eq!(there, doors_of_a_socket(&server, &token, "nowhere").await);
@@ -104,7 +104,7 @@ async fn a_thread_one_is_not_in_and_one_that_is_not_there_give_the_same_bytes_on
     // Publishing and putting would make a thread that is not there; one that is there stays shut.
     let mut eve = server.connect("eve").await;
     let answer = eve.ask(publish("secret", "user_message", json!({"content": "hi"}))).await;
-    assert_eq!(answer["code"], "not_found", "{answer}");
+    refused_with(&answer, "not_found");
     let body = json!({"kind": "user_message", "data": {"content": "hi"}});
     assert_eq!(server.http("POST", "/v1/threads/secret/events", "eve", Some(body)).await.0, 404);
     assert_eq!(server.http("PUT", "/v1/threads/secret", "eve", Some(json!({"title": "mine"}))).await.0, 404);
@@ -167,15 +167,15 @@ async fn stir(server: &Server, token: &str, user: &str, thread: &str) {
     other.send(&json!({"type": "ack", "thread": thread, "seq": 1, "name": "n"})).await;
     member.send(&json!({"type": "signal", "thread": thread, "kind": "typing"})).await;
     let inbox = format!("@user:{user}");
-    assert_eq!(member.ask(publish(&inbox, "x.note", json!({}))).await["type"], "published");
+    accepted(&member.ask(publish(&inbox, "x.note", json!({}))).await);
     member.send(&json!({"type": "signal", "thread": "@me", "kind": "typing"})).await;
     for (method, body) in [("PUT", Some(json!({"title": "A title", "members": ["someone"]}))), ("GET", None)] {
         assert_eq!(server.http_with(method, &format!("/v1/threads/{thread}"), token, body, &[]).await.0, 200);
     }
     let path = format!("/v1/threads/{thread}/members/someone");
     assert_eq!(server.http_with("DELETE", &path, token, None, &[]).await.0, 200);
-    assert_eq!(other.ask(json!({"type": "ping"})).await["type"], "pong");
-    assert_eq!(member.ask(json!({"type": "ping"})).await["type"], "pong");
+    other.answers().await;
+    member.answers().await;
 }
 
 #[tokio::test]
@@ -197,7 +197,7 @@ async fn a_session_with_everything_subscribed_hears_nothing_of_another_tenant_or
     }
     stir(&server, &token("ada", ""), "ada", "t").await;
     let mut herald = server.connect_as("herald", "broadcast").await;
-    assert_eq!(herald.ask(publish("@tenant", "x.news", json!({}))).await["type"], "published");
+    accepted(&herald.ask(publish("@tenant", "x.news", json!({}))).await);
     for (n, (socket, own)) in listeners.iter_mut().enumerate() {
         let marker = socket.say(own, "a marker").await;
         if n == 1 {
@@ -247,7 +247,7 @@ async fn receipts_of_who_has_left_are_shown_no_more() {
         socket.subscribe("t", Some(0)).await;
         socket.events(1).await;
         socket.send(&json!({"type": "ack", "thread": "t", "seq": 1})).await;
-        assert_eq!(socket.ask(json!({"type": "ping"})).await["type"], "pong");
+        socket.answers().await;
     }
     let users = async || {
         let receipts = server.http("GET", "/v1/threads/t/receipts", "ada", None).await.1;

@@ -7,32 +7,15 @@ mod removal;
 mod reserved;
 mod signals;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::support::{LogKind, PATIENCE, Server, Socket, publish, seqs, token};
+use crate::support::{LogKind, Server, Socket, publish, refused_with, seqs, token};
 
 /// Takes frames up to a thread's `caught_up`, which must be the next but for those of other threads, and gives its seq.
 async fn caught_up(socket: &mut Socket, thread: &str) -> u64 {
     let frame = socket.recv_type("caught_up").await;
     assert_eq!(frame["thread"], thread, "{frame}");
     frame["seq"].as_u64().unwrap()
-}
-
-/// The first event of a stream.
-async fn sse_event(server: &Server, path: &str, token: &str) -> Value {
-    let request = reqwest::Client::new().get(format!("{}{path}", server.url)).bearer_auth(token);
-    let mut stream = request.send().await.unwrap();
-    assert_eq!(stream.status(), 200, "{path}");
-    let mut text = String::new();
-    loop {
-        if let Some(data) = text.lines().find_map(|line| line.strip_prefix("data:"))
-            && text.contains("\n\n")
-        {
-            return serde_json::from_str(data).unwrap();
-        }
-        let chunk = tokio::time::timeout(PATIENCE, stream.chunk()).await.expect("an event").unwrap();
-        text.push_str(std::str::from_utf8(&chunk.expect("the stream goes on")).unwrap());
-    }
 }
 
 #[tokio::test]
@@ -55,8 +38,8 @@ async fn a_removed_member_gets_nothing_more_and_is_told() {
     );
     ben.send(&json!({"type": "ping", "id": 99})).await;
     assert_eq!(ben.recv().await["type"], "pong", "nothing of the thread came in between");
-    assert_eq!(ben.ask(publish("t", "user_message", json!({"content": "let me in"}))).await["code"], "not_found");
-    assert_eq!(ben.ask(json!({"type": "subscribe", "thread": "t"})).await["code"], "not_found");
+    refused_with(&ben.ask(publish("t", "user_message", json!({"content": "let me in"}))).await, "not_found");
+    refused_with(&ben.ask(json!({"type": "subscribe", "thread": "t"})).await, "not_found");
 }
 
 #[tokio::test]
@@ -100,10 +83,10 @@ async fn a_star_subscription_follows_all_threads_also_those_joined_later() {
     }
     seen.sort();
     assert_eq!((seen, gone), (vec![("a".into(), 2), ("d".into(), 1), ("d".into(), 2)], 1));
-    let refused = resumed.ask(json!({"type": "subscribe", "thread": "a"})).await;
-    assert_eq!(refused["code"], "conflict");
+    let rejection = resumed.ask(json!({"type": "subscribe", "thread": "a"})).await;
+    refused_with(&rejection, "conflict");
     assert_eq!(resumed.ask(json!({"type": "unsubscribe", "thread": "*"})).await["type"], "unsubscribed");
-    assert_eq!(resumed.ask(json!({"type": "unsubscribe", "thread": "a"})).await["code"], "not_found");
+    refused_with(&resumed.ask(json!({"type": "unsubscribe", "thread": "a"})).await, "not_found");
 }
 
 #[tokio::test]
@@ -128,7 +111,7 @@ async fn an_analyst_reads_every_thread_of_the_tenant_and_writes_none() {
     let mut analyst = server.connect_as("ana", "analyst").await;
     analyst.subscribe("t", Some(0)).await;
     assert_eq!(seqs(&analyst.events(1).await), [1]);
-    assert_eq!(analyst.ask(publish("t", "user_message", json!({"content": "hi"}))).await["code"], "forbidden");
+    refused_with(&analyst.ask(publish("t", "user_message", json!({"content": "hi"}))).await, "forbidden");
     assert_eq!(server.http_with("PUT", "/v1/threads/t/members/ana", &token("ana", "analyst"), None, &[]).await.0, 403);
 }
 

@@ -2,8 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::{caught_up, sse_event};
-use crate::support::{LogKind, PATIENCE, Server, Socket, eventually, publish, seqs, token};
+use super::caught_up;
+use crate::support::sse::EventStream;
+use crate::support::{LogKind, PATIENCE, Server, Socket, accepted, eventually, publish, refused_with, seqs, token};
 
 /// The error with which a subscription ends.
 async fn told(socket: &mut Socket, thread: &str) {
@@ -36,8 +37,7 @@ async fn a_member_removed_on_one_node_loses_its_subscriptions_on_every_node_and_
         caught_up(&mut ben, "t").await;
         readers.push((ben, all));
     }
-    let stream = format!("{}/v1/threads/t/stream?after=0", b.url);
-    let mut stream = reqwest::Client::new().get(stream).bearer_auth(token("ben", "")).send().await.unwrap();
+    let mut stream = EventStream::of(&b, "t", "ben", "?after=0").await;
     assert_eq!(a.connect("ada").await.say("t", "with ben").await, 2);
     for (ben, _) in &mut readers {
         assert_eq!(seqs(&ben.events(1).await), [2]);
@@ -48,12 +48,15 @@ async fn a_member_removed_on_one_node_loses_its_subscriptions_on_every_node_and_
     for (ben, _) in &mut readers {
         told(ben, "t").await;
     }
-    let mut streamed = String::new();
-    while let Some(bytes) = tokio::time::timeout(PATIENCE, stream.chunk()).await.unwrap().unwrap() {
-        streamed.push_str(std::str::from_utf8(&bytes).unwrap());
+    let mut streamed = Vec::new();
+    while let Some(block) = stream.next().await {
+        streamed.push(block);
     }
-    assert!(streamed.contains("event:error") && streamed.contains("not_found"), "{streamed}");
-    assert!(streamed.contains("with ben") && !streamed.contains("without ben"), "{streamed}");
+    let last = streamed.pop().unwrap();
+    assert_eq!(last.event.as_deref(), Some("error"), "{last:?}");
+    refused_with(&last.json(), "not_found");
+    let ids: Vec<&str> = streamed.iter().filter_map(|block| block.id.as_deref()).collect();
+    assert_eq!(ids, ["1", "2"], "up to the last one with ben");
     // Once ada has it on B, B has it from the log.
     assert_eq!(seqs(&ada.events(4).await), [1, 2, 3, 4]);
     for server in [&a, &b] {
@@ -61,8 +64,8 @@ async fn a_member_removed_on_one_node_loses_its_subscriptions_on_every_node_and_
             assert_eq!(server.http("GET", &format!("/v1/threads/t{path}"), "ben", None).await.0, 404, "{path}");
         }
         let mut ben = server.connect("ben").await;
-        assert_eq!(ben.ask(json!({"type": "subscribe", "thread": "t", "after": 0})).await["code"], "not_found");
-        assert_eq!(ben.ask(publish("t", "x.n", json!(1))).await["code"], "not_found");
+        refused_with(&ben.ask(json!({"type": "subscribe", "thread": "t", "after": 0})).await, "not_found");
+        refused_with(&ben.ask(publish("t", "x.n", json!(1))).await, "not_found");
     }
 
     // Added again: who follows all threads gets it from there on, the others when they ask.
@@ -99,7 +102,7 @@ async fn inboxes_and_the_tenants_thread_reach_readers_on_every_node() {
     let mut other = b.connect_as("bot", "agent broadcast").await;
     for thread in ["@user:ada", "@tenant"] {
         for socket in [&mut bot, &mut other] {
-            assert_eq!(socket.ask(publish(thread, "x.n", json!(thread))).await["type"], "published");
+            accepted(&socket.ask(publish(thread, "x.n", json!(thread))).await);
         }
     }
     let mut seen = Vec::new();
@@ -121,7 +124,7 @@ async fn who_asks_for_no_events_is_told_at_once_of_a_removal_and_gets_nothing_th
     ben.subscribe("t", None).await;
     caught_up(&mut ben, "t").await;
     ben.send(&json!({"type": "credit", "events": 1})).await;
-    assert_eq!(ben.ask(json!({"type": "ping"})).await["type"], "pong");
+    ben.answers().await;
     ada.say("t", "uses the credit").await;
     assert_eq!(seqs(&ben.events(1).await), [2]);
     ada.say("t", "waits").await;
@@ -139,7 +142,7 @@ async fn stall(server: &Server, writer: &mut Socket, thread: &str) -> u64 {
     let mut written = 0;
     loop {
         let answer = writer.ask(publish(thread, "x.load", json!("x".repeat(60_000)))).await;
-        assert_eq!(answer["type"], "published", "{answer}");
+        accepted(&answer);
         written += 1;
         let mut waits = true;
         for _ in 0..5 {
@@ -171,10 +174,10 @@ async fn a_thread_left_and_joined_again_while_the_socket_takes_nothing_is_still_
         command
     };
     // Behind the large ones wait: a low one, the end of one subscription, its beginning, and a high one.
-    assert_eq!(ada.ask(with_priority("low", "low")).await["type"], "published");
+    accepted(&ada.ask(with_priority("low", "low")).await);
     assert_eq!(server.http("DELETE", "/v1/threads/left/members/ben", "ada", None).await.0, 200);
     assert_eq!(server.http("PUT", "/v1/threads/left/members/ben", "ada", None).await.0, 201);
-    assert_eq!(ada.ask(with_priority("load", "high")).await["type"], "published");
+    accepted(&ada.ask(with_priority("load", "high")).await);
     assert_eq!(ada.say("left", "after all").await, 4);
 
     let (mut others, mut ended, mut again) = (0, false, Vec::new());
@@ -199,8 +202,16 @@ async fn a_thread_left_and_joined_again_while_the_socket_takes_nothing_is_still_
 async fn a_stream_resumed_by_a_member_goes_on_and_one_by_a_stranger_is_refused() {
     let server = Server::start(LogKind::embedded());
     server.http("PUT", "/v1/threads/t", "ada", Some(json!({"members": ["ben"]}))).await;
-    let event = sse_event(&server, "/v1/threads/t/stream?after=0", &token("ben", "")).await;
-    assert_eq!((&event["thread"], &event["seq"]), (&json!("t"), &json!(1)));
-    let (eve, resume) = (token("eve", ""), [("Last-Event-ID", "1")]);
+    let mut stream = EventStream::of(&server, "t", "ben", "?after=0").await;
+    assert_eq!(stream.seqs(1).await, [1]);
+    drop(stream);
+    assert_eq!(
+        server.http("POST", "/v1/threads/t/events", "ada", Some(json!({"kind": "x.note", "data": 1}))).await.0,
+        201
+    );
+    let resume = [("Last-Event-ID", "1")];
+    let resumed = EventStream::open(&server, "/v1/threads/t/stream?after=0", &token("ben", ""), &resume).await;
+    assert_eq!(resumed.ok().unwrap().seqs(1).await, [2], "after what it has seen");
+    let eve = token("eve", "");
     assert_eq!(server.http_with("GET", "/v1/threads/t/stream", &eve, None, &resume).await.0, 404);
 }

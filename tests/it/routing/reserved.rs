@@ -2,8 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::{caught_up, sse_event};
-use crate::support::{LogKind, Server, Socket, publish, seqs, token, token_of};
+use super::caught_up;
+use crate::support::sse::EventStream;
+use crate::support::{LogKind, Server, Socket, publish, refused, refused_with, seqs, token, token_of};
 
 /// A `user_message` to a thread, and its answer.
 async fn write(socket: &mut Socket, thread: &str, content: &str) -> Value {
@@ -13,13 +14,6 @@ async fn write(socket: &mut Socket, thread: &str, content: &str) -> Value {
 fn contents(events: &[Value]) -> Vec<&str> {
     events.iter().map(|event| event["data"]["content"].as_str().unwrap()).collect()
 }
-
-fn refused(answer: &Value) -> (&str, &str, &str) {
-    let text = |name: &str| answer[name].as_str().unwrap_or("");
-    (text("type"), text("code"), text("field"))
-}
-
-const NOT_FOUND: (&str, &str, &str) = ("error", "not_found", "thread");
 
 #[tokio::test]
 async fn an_inbox_is_there_before_its_first_event_and_is_called_me_by_its_user() {
@@ -44,12 +38,12 @@ async fn an_inbox_is_there_before_its_first_event_and_is_called_me_by_its_user()
     assert_eq!(write(&mut ada, "@user:ada", "and another").await["seq"], 2);
     let event = ada.recv().await;
     assert_eq!((&event["thread"], &event["seq"]), (&json!("@me"), &json!(2)));
-    assert_eq!(ada.ask(json!({"type": "subscribe", "thread": "@user:ada"})).await["code"], "conflict");
+    refused_with(&ada.ask(json!({"type": "subscribe", "thread": "@user:ada"})).await, "conflict");
     for (called, path) in [("@me", "@me"), ("@user:ada", "@user:ada"), ("@user:ada", "%40user%3Aada")] {
         let page = server.http("GET", &format!("/v1/threads/{path}/events"), "ada", None).await.1;
         assert_eq!((&page["events"][1]["thread"], &page["head"]), (&json!(called), &json!(2)), "{page}");
         assert_eq!(server.http("GET", &format!("/v1/threads/{path}"), "ada", None).await.1["thread"], called);
-        let streamed = sse_event(&server, &format!("/v1/threads/{path}/stream?after=1"), &token("ada", "")).await;
+        let streamed = EventStream::of(&server, path, "ada", "?after=1").await.next().await.unwrap().json();
         assert_eq!((&streamed["thread"], &streamed["seq"]), (&json!(called), &json!(2)), "{streamed}");
     }
 }
@@ -73,7 +67,7 @@ async fn an_inbox_is_read_by_its_user_and_by_those_who_read_the_whole_tenant() {
     for (user, scope) in [("bot", "publish subscribe agent broadcast"), ("ben", "")] {
         let mut reader = server.connect_as(user, scope).await;
         let answer = reader.ask(json!({"type": "subscribe", "thread": "@user:ada"})).await;
-        assert_eq!(refused(&answer), NOT_FOUND, "{answer}");
+        refused(&answer, "not_found", "thread");
         let token = token(user, scope);
         assert_eq!(server.http_with("GET", "/v1/threads/@user:ada/events", &token, None, &[]).await.0, 404);
         // `@me` is the asker's own.
@@ -92,9 +86,9 @@ async fn agents_and_members_of_a_common_thread_write_to_an_inbox_and_strangers_d
     let over_http =
         async |content: &str| server.http("POST", "/v1/threads/@user:ada/events", "ben", body(content)).await;
 
-    assert_eq!(refused(&write(&mut ben, "@user:ada", "let me in").await), NOT_FOUND);
-    let (status, problem) = over_http("let me in").await;
-    assert_eq!((status, &problem["code"], &problem["field"]), (404, &json!("not_found"), &json!("thread")));
+    refused(&write(&mut ben, "@user:ada", "let me in").await, "not_found", "thread");
+    let (_, problem) = over_http("let me in").await;
+    refused(&problem, "not_found", "thread");
 
     let mut bot = server.connect_as("bot", "agent").await;
     let answer = bot.ask(publish("@user:ada", "x.reminder", json!({"at": "noon"}))).await;
@@ -113,16 +107,16 @@ async fn agents_and_members_of_a_common_thread_write_to_an_inbox_and_strangers_d
 
     // The last thread they had in common is left, by either side.
     assert_eq!(server.http("DELETE", "/v1/threads/common/members/ben", "ben", None).await.0, 200);
-    assert_eq!(refused(&write(&mut ben, "@user:ada", "still there?").await), NOT_FOUND);
+    refused(&write(&mut ben, "@user:ada", "still there?").await, "not_found", "thread");
     assert_eq!(over_http("still there?").await.0, 404);
     server.http("PUT", "/v1/threads/later", "ben", Some(json!({"members": ["ada"]}))).await;
     assert_eq!(write(&mut ben, "@user:ada", "met again").await["seq"], 4);
     assert_eq!(server.http("DELETE", "/v1/threads/later/members/ada", "ada", None).await.0, 200);
-    assert_eq!(refused(&write(&mut ben, "@user:ada", "and gone").await), NOT_FOUND);
+    refused(&write(&mut ben, "@user:ada", "and gone").await, "not_found", "thread");
     assert_eq!(contents(&ada.events(1).await), ["met again"]);
     // Without scope publish nobody writes, not even to the own one.
     let mut quiet = server.connect_as("ada", "subscribe").await;
-    assert_eq!(write(&mut quiet, "@me", "no").await["code"], "forbidden");
+    refused_with(&write(&mut quiet, "@me", "no").await, "forbidden");
 }
 
 #[tokio::test]
@@ -146,7 +140,7 @@ async fn an_inbox_is_ordered_and_replayable_and_takes_a_key_once_like_any_thread
         (&first["seq"], &first["duplicate"], &again["seq"], &again["duplicate"]),
         (&json!(7), &json!(false), &json!(7), &json!(true))
     );
-    assert_eq!(refused(&ben.ask(keyed("other", "@user:ada")).await), ("error", "conflict", "key"));
+    refused(&ben.ask(keyed("other", "@user:ada")).await, "conflict", "key");
     // A key belongs to its user and thread: by either name of the inbox it is the same thread.
     assert_eq!(ada.ask(keyed("8", "@me")).await["seq"], 8);
     assert_eq!(ada.ask(keyed("8", "@user:ada")).await["duplicate"], true);
@@ -161,7 +155,7 @@ async fn an_inbox_is_ordered_and_replayable_and_takes_a_key_once_like_any_thread
         assert_eq!(caught_up(&mut reader, "@me").await, 8);
     }
     let beyond = ada.ask(json!({"type": "subscribe", "thread": "@me", "after": 9})).await;
-    assert_eq!(refused(&beyond), ("error", "cursor_invalid", "after"));
+    refused(&beyond, "cursor_invalid", "after");
     let page = server.http("GET", "/v1/threads/@me/events?after=6&limit=1", "ada", None).await.1;
     assert_eq!((contents(page["events"].as_array().unwrap()), &page["next"]), (vec!["7"], &json!(7)));
 }
@@ -204,7 +198,7 @@ async fn everyone_in_the_tenant_reads_its_thread_and_only_scope_broadcast_or_adm
 
     for scope in ["", "publish subscribe agent analyst"] {
         let mut socket = server.connect_as("ben", scope).await;
-        assert_eq!(refused(&write(&mut socket, "@tenant", "hear me").await), ("error", "forbidden", "thread"));
+        refused(&write(&mut socket, "@tenant", "hear me").await, "forbidden", "thread");
         let body = json!({"kind": "user_message", "data": {"content": "hear me"}});
         let token = token("ben", scope);
         let answer = server.http_with("POST", "/v1/threads/@tenant/events", &token, Some(body), &[]).await;
@@ -219,7 +213,7 @@ async fn everyone_in_the_tenant_reads_its_thread_and_only_scope_broadcast_or_adm
         assert!(events.iter().all(|event| event["thread"] == "@tenant"));
     }
     // The scope to write it is none to read by.
-    assert_eq!(herald.ask(json!({"type": "subscribe", "thread": "@tenant"})).await["code"], "forbidden");
+    refused_with(&herald.ask(json!({"type": "subscribe", "thread": "@tenant"})).await, "forbidden");
     let late = server.http("GET", "/v1/threads/@tenant/events", "cid", None).await.1;
     assert_eq!((contents(late["events"].as_array().unwrap()), &late["head"]), (vec!["one", "two"], &json!(2)));
 
@@ -266,7 +260,7 @@ async fn reserved_threads_have_no_members_and_no_title_and_other_names_with_an_a
                 }
                 _ => root.ask(command.clone()).await,
             };
-            assert_eq!(refused(&answer), ("error", "bad_request", "thread"), "{command}: {answer}");
+            refused(&answer, "bad_request", "thread");
         }
         let bad = bad.replace(' ', "%20");
         for path in ["", "/events", "/stream", "/presence", "/receipts"] {

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::caught_up;
-use crate::support::{LogKind, Server, Socket, eventually, publish, seqs, token};
+use crate::support::{LogKind, Server, Socket, eventually, publish, refused, seqs, token};
 
 /// A socket that is live in a thread.
 async fn live(server: &Server, user: &str, thread: &str) -> Socket {
@@ -60,8 +60,8 @@ async fn signals_go_through_reserved_threads_under_the_name_each_reader_uses() {
         json!({"type": "signal", "thread": "@tenant", "kind": "drill", "from": "herald", "data": 2})
     );
     send(&mut ben, "@tenant", "drill", json!(3)).await;
-    let refused = ben.recv().await;
-    assert_eq!((&refused["code"], &refused["field"]), (&json!("forbidden"), &json!("thread")), "{refused}");
+    let rejection = ben.recv().await;
+    refused(&rejection, "forbidden", "thread");
     // Who has met nobody learns nothing by knocking.
     let mut eve = server.connect("eve").await;
     let mut answers = Vec::new();
@@ -120,7 +120,7 @@ async fn a_reader_with_a_full_outbox_loses_signals_and_no_events() {
     writer.say("t", "first").await;
     let mut reader = live(&server, "ada", "t").await;
     reader.send(&json!({"type": "credit", "events": 1})).await;
-    assert_eq!(reader.ask(json!({"type": "ping"})).await["type"], "pong");
+    reader.answers().await;
     writer.say("t", "uses the credit").await;
     assert_eq!(seqs(&reader.events(1).await), [2]);
     // More waits than signals may be behind, and less than events may.
@@ -129,7 +129,7 @@ async fn a_reader_with_a_full_outbox_loses_signals_and_no_events() {
     }
     send(&mut writer, "t", "typing", json!("lost")).await;
     // Commands take effect in their order: with the answer the signal has been handed out, or not.
-    assert_eq!(writer.ask(json!({"type": "ping"})).await["type"], "pong");
+    writer.answers().await;
     reader.send(&json!({"type": "credit", "events": 100})).await;
     assert_eq!(seqs(&reader.events(4).await), [3, 4, 5, 6]);
     send(&mut writer, "t", "typing", json!("kept")).await;

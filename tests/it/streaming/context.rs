@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::on_threads;
-use crate::support::{LogKind, Server, publish, token};
+use crate::support::{LogKind, Server, accepted, publish, refused, schemas, token};
 
 const AGENT: &str = "publish subscribe agent";
 
@@ -20,7 +20,9 @@ async fn context(server: &Server, thread: &str, query: &str) -> Value {
     let reply = reqwest::Client::new().get(url).bearer_auth(token("scout", "")).send().await.unwrap();
     assert_eq!(reply.status(), 200);
     let truncated = reply.headers()["weft-truncated"].to_str().unwrap() == "true";
-    json!({"messages": reply.json::<Value>().await.unwrap(), "truncated": truncated})
+    let messages = reply.json().await.unwrap();
+    schemas::check("http.context", &messages);
+    json!({"messages": messages, "truncated": truncated})
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -53,7 +55,7 @@ async fn a_thread_is_a_conversation_as_model_apis_take_it() {
     ];
     for step in &steps {
         let answer = agent.ask(step.clone()).await;
-        assert_eq!(answer["type"], "published", "{step}: {answer}");
+        accepted(&answer);
     }
     let call = |seq: u64, id: &str, name: &str, arguments: &str| {
         let function = json!({"name": name, "arguments": arguments});
@@ -81,9 +83,6 @@ async fn a_thread_is_a_conversation_as_model_apis_take_it() {
     expected.push(json!({"role": "assistant", "content": "Noodles, they are open", "seq": closed["seq"]}));
     let told = context(&server, "t", "?max_messages=1000").await;
     assert_eq!(told["messages"], json!(expected), "a message is there once it is written");
-    let (_, schema) = weft::protocol::schemas::all().into_iter().find(|(name, _)| *name == "http.context").unwrap();
-    let schema = jsonschema::validator_for(&serde_json::to_value(schema).unwrap()).unwrap();
-    assert!(schema.is_valid(&told["messages"]));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -109,8 +108,8 @@ async fn nothing_is_cut_and_what_is_wrong_is_refused_by_name() {
         ("?max_messages=x", "max_messages"),
         ("?limit=1", "limit"),
     ] {
-        let (status, body) = server.http("GET", &format!("/v1/threads/t/context{query}"), "scout", None).await;
-        assert_eq!((status, &body["code"], &body["field"]), (400, &json!("bad_request"), &json!(field)), "{body}");
+        let (_, body) = server.http("GET", &format!("/v1/threads/t/context{query}"), "scout", None).await;
+        refused(&body, "bad_request", field);
     }
     assert_eq!(server.http("GET", "/v1/threads/t/context", "mallory", None).await.0, 404);
     assert_eq!(server.http("GET", "/v1/threads/none/context", "scout", None).await.0, 404);
@@ -279,7 +278,7 @@ async fn a_long_thread_is_read_no_further_than_its_last_ten_thousand_events() {
             .collect();
         agent.send(&Value::Array(notes)).await;
         for _ in 0..1_000 {
-            assert_eq!(agent.recv().await["type"], "published");
+            accepted(&agent.recv().await);
         }
     }
     assert_eq!(context(&server, "t", "").await, json!({"messages": [], "truncated": true}));
@@ -288,7 +287,7 @@ async fn a_long_thread_is_read_no_further_than_its_last_ten_thousand_events() {
         (0..999).map(|id| json!({"type": "publish", "id": id, "thread": "u", "kind": "x.note", "data": {}})).collect();
     agent.send(&Value::Array(notes)).await;
     for _ in 0..999 {
-        assert_eq!(agent.recv().await["type"], "published");
+        accepted(&agent.recv().await);
     }
     let told = context(&server, "u", "").await;
     assert_eq!((&told["messages"][0]["content"], &told["truncated"]), (&json!("long ago"), &json!(false)));

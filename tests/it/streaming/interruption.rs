@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::runs::{AGENT, step};
 use crate::on_both_logs;
-use crate::support::{LogKind, Server, Socket, eventually, seqs, token};
+use crate::support::{LogKind, Server, Socket, accepted, eventually, seqs, token};
 
 /// A number that looks random and is the same in every run.
 fn scattered(n: u64, below: u64) -> u64 {
@@ -54,7 +54,7 @@ on_both_logs!(an_agent_whose_connection_breaks_goes_on_by_key_and_its_readers_se
     let run = long_run(300);
     let mut reader = server.connect_as("eva", "subscribe analyst").await;
     let mut agent = server.connect_as("scout", AGENT).await;
-    assert_eq!(agent.ask(run[0].clone()).await["type"], "published");
+    accepted(&agent.ask(run[0].clone()).await);
     reader.subscribe("t", Some(0)).await;
     let (mut answered, mut broken) = (1, 0);
     while answered < run.len() {
@@ -65,7 +65,7 @@ on_both_logs!(an_agent_whose_connection_breaks_goes_on_by_key_and_its_readers_se
         let mut seen = BTreeMap::new();
         for _ in 0..wanted {
             let answer = agent.recv().await;
-            assert_eq!(answer["type"], "published", "{answer}");
+            accepted(&answer);
             seen.insert(answer["id"].as_u64().unwrap() as usize - 1_000_000, ());
         }
         // Sent again is all that has no answer, in order.
@@ -99,14 +99,14 @@ on_both_logs!(a_reader_that_loses_its_network_twenty_times_sees_each_event_of_a_
     let run = long_run(EVENTS);
     let kept = run.iter().filter(|it| it["kind"] != "agent_token").count() + 1;
     let mut agent = server.connect_as("scout", AGENT).await;
-    assert_eq!(agent.ask(run[0].clone()).await["type"], "published");
+    accepted(&agent.ask(run[0].clone()).await);
     let rest = run[1..].to_vec();
     let total = rest.len();
     let playing = tokio::spawn(async move {
         for part in rest.chunks(50) {
             agent.send(&Value::Array(part.to_vec())).await;
             for _ in part {
-                assert_eq!(agent.recv().await["type"], "published");
+                accepted(&agent.recv().await);
             }
         }
         total
@@ -155,7 +155,7 @@ async fn of_two_nodes_that_race_to_end_resume_or_cancel_a_run_one_wins_and_both_
             for (kind, data) in
                 [("agent_started", json!({"agent": "scout"})), ("agent_waiting", json!({"reason": "approval"}))]
             {
-                assert_eq!(agents[0].ask(step("t", &run, kind, data)).await["type"], "published");
+                accepted(&agents[0].ask(step("t", &run, kind, data)).await);
             }
             let [one, other] = &mut agents[..] else { unreachable!("two nodes") };
             let ask = |agent, (kind, data): &(&str, Value)| {

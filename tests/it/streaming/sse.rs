@@ -35,7 +35,9 @@ on_both_logs!(a_stream_gives_a_threads_events_as_history_has_them_and_goes_on_li
     assert_eq!(ada.ask(keyed).await["seq"], 4);
     blocks.push(stream.next().await.unwrap());
     let page = server.http("GET", "/v1/threads/t/events", "ada", None).await.1;
-    for (block, stored) in blocks.iter().zip(page["events"].as_array().unwrap()) {
+    let stored = page["events"].as_array().unwrap();
+    assert_eq!(stored.len(), blocks.len(), "{page}");
+    for (block, stored) in blocks.iter().zip(stored) {
         assert_eq!(&block.json(), stored);
         assert_eq!((&block.id, &block.event), (&Some(stored["seq"].to_string()), &None), "{block:?}");
     }

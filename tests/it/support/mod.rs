@@ -2,12 +2,14 @@
 //! shows what is on the wire. Nothing waits by sleeping; every wait is for something, with a limit that only a hang meets.
 
 pub mod kafka;
+pub mod schemas;
 pub mod sse;
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt, StreamExt};
@@ -105,6 +107,8 @@ pub struct Server {
     pub url: String,
     log: LogKind,
     more: Vec<String>,
+    /// What it has written to stderr.
+    errors: Arc<Mutex<String>>,
     data: PathBuf,
     _folder: TempDir,
 }
@@ -124,7 +128,8 @@ impl Server {
         let folder = tempfile::tempdir().unwrap();
         let data = folder.path().join("data");
         let more: Vec<String> = more.iter().map(|it| (*it).to_owned()).collect();
-        let mut server = Server { child: None, url: String::new(), log, more, data, _folder: folder };
+        let errors = Arc::default();
+        let mut server = Server { child: None, url: String::new(), log, more, errors, data, _folder: folder };
         server.up();
         server
     }
@@ -142,15 +147,18 @@ impl Server {
         }
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         // Read to the end, so that the server never waits for its own log.
-        let mut errors = BufReader::new(child.stderr.take().unwrap());
-        let said = std::thread::spawn(move || {
-            let mut text = String::new();
-            while errors.read_line(&mut text).is_ok_and(|n| n > 0) {}
-            text
+        let (mut stderr, errors) = (BufReader::new(child.stderr.take().unwrap()), self.errors.clone());
+        let reading = std::thread::spawn(move || {
+            let mut line = String::new();
+            while stderr.read_line(&mut line).is_ok_and(|n| n > 0) {
+                errors.lock().unwrap().push_str(&line);
+                line.clear();
+            }
         });
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let Some(Ok(line)) = lines.next() else {
-            panic!("the server did not start: {}", said.join().unwrap());
+            reading.join().unwrap();
+            panic!("the server did not start: {}", self.errors());
         };
         self.url = line.split_whitespace().nth(4).unwrap_or_else(|| panic!("no address in {line:?}")).to_owned();
         self.child = Some(child);
@@ -162,6 +170,11 @@ impl Server {
 
     pub fn log(&self) -> &LogKind {
         &self.log
+    }
+
+    /// What the server has written to stderr: its log.
+    pub fn errors(&self) -> String {
+        self.errors.lock().unwrap().clone()
     }
 
     pub fn pid(&self) -> u32 {
@@ -201,7 +214,7 @@ impl Server {
         Socket::open(&self.url, &token(user, scope)).await
     }
 
-    /// A request with a user's token; gives the status and the body as JSON.
+    /// A request with a user's token; gives the status and the body as JSON. The body is what its schema says.
     pub async fn http(&self, method: &str, path: &str, user: &str, body: Option<Value>) -> (u16, Value) {
         self.http_with(method, path, &token(user, ""), body, &[]).await
     }
@@ -224,7 +237,10 @@ impl Server {
         }
         let reply = request.send().await.unwrap();
         let status = reply.status().as_u16();
-        (status, serde_json::from_str(&reply.text().await.unwrap()).unwrap_or(Value::Null))
+        let text = reply.text().await.unwrap();
+        let body = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{method} {path}: {status} {text:?}"));
+        schemas::check_body(method, path, status, &body);
+        (status, body)
     }
 
     /// A request of the tenant's admin.
@@ -255,13 +271,39 @@ impl Drop for Server {
     }
 }
 
-/// Asks again until something holds.
+/// The longest pause of [`eventually`].
+const MAX_POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Asks again and again, at growing intervals, until something holds.
 pub async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let begin = Instant::now();
+    let mut interval = Duration::from_millis(1);
     while !holds().await {
         assert!(begin.elapsed() < PATIENCE, "in vain: {what}");
-        tokio::task::yield_now().await;
+        tokio::time::sleep(interval).await;
+        interval = (interval * 2).min(MAX_POLL_INTERVAL);
     }
+}
+
+/// Fails unless the server took the publish.
+#[track_caller]
+pub fn accepted(answer: &Value) {
+    assert_eq!(answer["type"], "published", "{answer}");
+}
+
+/// Fails unless the server refused the command or request with this code and names this field.
+#[track_caller]
+pub fn refused(answer: &Value, code: &str, field: &str) {
+    refused_with(answer, code);
+    assert_eq!(answer["field"], field, "{answer}");
+}
+
+/// Fails unless the server refused the command or request with this code.
+#[track_caller]
+pub fn refused_with(answer: &Value, code: &str) {
+    assert_eq!(answer["code"], code, "{answer}");
+    // A problem of HTTP has no type.
+    assert!(answer.get("type").is_none_or(|frame_type| frame_type == "error"), "{answer}");
 }
 
 pub fn claims(user: &str, scope: &str) -> Claims {
@@ -302,6 +344,29 @@ impl Socket {
         socket
     }
 
+    /// The same over a connection that takes a few kilobytes beyond what is read, so that whoever does not read is felt.
+    pub async fn open_with_small_buffer(url: &str, token: &str) -> Socket {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4 << 10).unwrap();
+        // The loopback's segments are larger than that buffer.
+        socket2::SockRef::from(&socket).set_tcp_mss(1_460).unwrap();
+        let address = url.trim_start_matches("http://").parse().unwrap();
+        let stream = MaybeTlsStream::Plain(socket.connect(address).await.unwrap());
+        let mut request = format!("ws://{address}/v1/ws").into_client_request().unwrap();
+        request.headers_mut().insert("Authorization", HeaderValue::try_from(format!("Bearer {token}")).unwrap());
+        let (ws, _) = tokio_tungstenite::client_async(request, stream).await.unwrap();
+        let mut socket = Socket { ws, next_id: 1, stash: VecDeque::new(), reason: String::new() };
+        let welcome = socket.recv().await;
+        assert_eq!(welcome["type"], "welcome", "{welcome}");
+        socket
+    }
+
+    /// The connection takes more beyond what is read, so that reading on is fast.
+    pub fn enlarge_buffer(&self) {
+        let MaybeTlsStream::Plain(stream) = self.ws.get_ref() else { unreachable!("tests speak without TLS") };
+        socket2::SockRef::from(stream).set_recv_buffer_size(4 << 20).unwrap();
+    }
+
     /// Connects with these headers and nothing else.
     pub async fn raw(url: &str, headers: &[(&str, &str)]) -> Result<Socket, WsError> {
         Socket::raw_at(url, "/v1/ws", headers).await
@@ -338,7 +403,11 @@ impl Socket {
         loop {
             let message = tokio::time::timeout(PATIENCE, self.ws.next()).await.expect("a frame, or the end");
             match message {
-                Some(Ok(Message::Text(text))) => return Ok(serde_json::from_str(&text).unwrap()),
+                Some(Ok(Message::Text(text))) => {
+                    let frame = serde_json::from_str(&text).unwrap();
+                    schemas::check_frame(&frame);
+                    return Ok(frame);
+                }
                 Some(Ok(Message::Close(close))) => {
                     let (code, reason) =
                         close.map_or((1005, String::new()), |it| (it.code.into(), it.reason.to_string()));
@@ -399,6 +468,12 @@ impl Socket {
             }
             self.stash.push_back(frame);
         }
+    }
+
+    /// The session lives: it answers a ping. Frames that come before stay to be read.
+    pub async fn answers(&mut self) {
+        let pong = self.ask(json!({"type": "ping"})).await;
+        assert_eq!(pong["type"], "pong", "{pong}");
     }
 
     /// A durable subscription, or one with more than a cursor to it: gives the `subscribed`.

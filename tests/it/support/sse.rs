@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{PATIENCE, Server, token};
+use super::{PATIENCE, Server, schemas, token};
 
 /// What stands between two empty lines.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -57,7 +57,11 @@ impl EventStream {
         let reply = request.send().await.unwrap();
         match reply.status().as_u16() {
             200 => Ok(EventStream { reply, read: Vec::new() }),
-            status => Err((status, reply.json().await.unwrap())),
+            status => {
+                let problem = reply.json().await.unwrap();
+                schemas::check_body("GET", path, status, &problem);
+                Err((status, problem))
+            }
         }
     }
 
@@ -72,7 +76,9 @@ impl EventStream {
         loop {
             if let Some(end) = self.read.windows(2).position(|two| two == b"\n\n") {
                 let text: Vec<u8> = self.read.drain(..end + 2).collect();
-                return Some(Block::parse(std::str::from_utf8(&text).unwrap()));
+                let block = Block::parse(std::str::from_utf8(&text).unwrap());
+                self.check(&block);
+                return Some(block);
             }
             match tokio::time::timeout(PATIENCE, self.reply.chunk()).await.expect("a block, or the end").unwrap() {
                 Some(bytes) => self.read.extend_from_slice(&bytes),
@@ -81,6 +87,18 @@ impl EventStream {
                     return None;
                 }
             }
+        }
+    }
+
+    /// What a block of a thread's events holds is what its schema says. The events of AG-UI are checked by its own client.
+    fn check(&self, block: &Block) {
+        if block.data.is_empty() || !self.reply.url().path().ends_with("/stream") {
+            return;
+        }
+        match block.event.as_deref() {
+            None => schemas::check_event(&block.json()),
+            Some("error") => schemas::check("http.problem", &block.json()),
+            Some(other) => panic!("no such event: {other}"),
         }
     }
 
