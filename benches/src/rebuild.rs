@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::report::{Figure, LogKind};
 use crate::target::progress;
+use weft::app::open_log;
 use weft::cli::common::Failure;
 use weft::config::{Config, LogChoice, StorageArgs};
 use weft::projector::rebuild;
@@ -32,7 +33,10 @@ pub fn run(args: &RebuildArgs, log: LogKind) -> Result<Vec<Figure>, Failure> {
         brokers: Some(args.brokers.clone()),
         ..StorageArgs::default()
     };
-    let records = rebuild::rebuild(&Config::load(None, &storage)?, |_| {})?.records;
+    let config = Config::load(None, &storage)?;
+    let log = open_log(&config)?;
+    let records = rebuild::rebuild(log.as_ref(), &config.projections_dir(), |_| {})?.records;
+    log.close();
     if records == 0 {
         return Err("the log is empty: there is nothing to measure".into());
     }

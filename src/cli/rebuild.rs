@@ -4,7 +4,8 @@ use std::io::{IsTerminal, Write};
 use std::time::Instant;
 
 use super::common::Failure;
-use crate::config::{Config, StorageArgs};
+use crate::app::open_log;
+use crate::config::{Config, LogChoice, StorageArgs};
 use crate::projector::rebuild;
 
 #[derive(Debug, clap::Args)]
@@ -18,6 +19,10 @@ pub struct Args {
 
 pub async fn run(args: Args) -> Result<(), Failure> {
     let config = Config::load(args.storage.config.as_deref(), &args.storage)?;
+    // Opening an embedded log that does not exist would create an empty one.
+    if config.log == LogChoice::Embedded && !config.log_dir().join("CURRENT").exists() {
+        return Err(format!("there is no log in {}: nothing to rebuild from", config.log_dir().display()).into());
+    }
     let begin = Instant::now();
     let terminal = std::io::stderr().is_terminal();
     let progress = move |records: u64| {
@@ -28,7 +33,15 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     };
     let check = args.check;
     let work = move || {
-        if check { rebuild::check(&config, progress) } else { rebuild::rebuild(&config, progress) }
+        let log = open_log(&config)?;
+        let projections = config.projections_dir();
+        let rebuilt = if check {
+            rebuild::check(log.as_ref(), &projections, progress)?
+        } else {
+            rebuild::rebuild(log.as_ref(), &projections, progress)?
+        };
+        log.close();
+        Ok::<_, Failure>(rebuilt)
     };
     let rebuilt = tokio::task::spawn_blocking(work).await??;
     if terminal {

@@ -1,257 +1,244 @@
-//! What becomes of one record with an event: the way of an event through the projector.
+//! What becomes of one event record: its verdict, its rows, and the updates that its readers get.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde_json::value::RawValue;
 
-use super::messages::{Closes, Closing, Messages};
-use super::notes::Notes;
+use super::dead_letters::DeadLetters;
+use super::keys::Keys;
+use super::messages::{ClosingMessage, MessageClosing, Messages};
+use super::receipts::Receipts;
 use super::runs::{Rejected, Runs};
-use super::thread;
-use super::thread::Thread;
-use super::{AccessChange, Commit, CommittedEvent, KEY_LIFETIME, ThreadUpdate, Update};
-use super::{Published, Verdict};
+use super::thread::{Thread, ThreadChange, repeated};
+use super::{AccessChange, Commit, CommittedEvent, Published, ThreadUpdate, Update, Verdict};
 use crate::log::{Grant, Record};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::{EventFrame, LogEvent, Priority};
-use crate::protocol::ids;
-use crate::protocol::kinds::{AGENT_MESSAGE, AGENT_TOKEN};
-use crate::store::runs::{Mark, RunKey};
+use crate::protocol::kinds::{AGENT_CANCEL_REQUESTED, AGENT_MESSAGE, AGENT_TOKEN};
+use crate::protocol::{ids, json};
+use crate::store::runs::{EventRef, RunKey};
 use crate::store::{Batch, EventRow, KeyRow, Store, StoreError, keys};
 
-/// What the batch in hand has decided, which the store does not show yet.
-pub(super) struct BatchState {
-    /// What it has beside events.
-    pub(super) notes: Notes,
-    /// Runs that it changed, and their messages.
+/// What one commit will write and publish, and the store before it.
+pub(super) struct Transaction<'s> {
+    pub(super) store: &'s Store,
+    pub(super) rows: Batch<'s>,
+    pub(super) commit: Commit,
+}
+
+/// What the batch has decided so far, which the store does not show before the commit.
+pub(super) struct BatchState<'s> {
+    pub(super) tx: Transaction<'s>,
+    pub(super) receipts: Receipts,
+    pub(super) dead_letters: DeadLetters,
+    pub(super) keys: Keys,
     runs: Runs,
     messages: Messages,
-    /// Keys that it took.
-    pub(super) keys: HashMap<Vec<u8>, KeyRow>,
-    /// The log time of the oldest of them, those taken again since included.
-    pub(super) oldest_key: u64,
 }
 
-impl Default for BatchState {
-    fn default() -> BatchState {
-        BatchState {
-            notes: Notes::default(),
-            runs: Runs::default(),
-            messages: Messages::default(),
-            keys: HashMap::new(),
-            oldest_key: u64::MAX,
-        }
-    }
-}
-
-/// A record that is judged.
-pub(super) struct Case<'a> {
-    pub(super) store: &'a Store,
+/// An event, with what decides about it.
+pub(super) struct EventRecord<'a> {
     pub(super) partition: u32,
     pub(super) record: &'a Record,
     pub(super) event: &'a LogEvent<'a>,
-    /// The event's time and the partition's, in milliseconds.
+    /// The event's time, in milliseconds.
     pub(super) at: u64,
-    pub(super) log_time: u64,
+    /// The time by which idempotency keys are judged, in milliseconds.
+    pub(super) key_time: u64,
 }
 
-impl BatchState {
-    pub(super) fn clear(&mut self) {
-        self.notes.clear();
-        self.runs.clear();
-        self.messages.clear();
-        self.keys.clear();
-        self.oldest_key = u64::MAX;
+impl<'s> BatchState<'s> {
+    pub(super) fn new(store: &'s Store) -> BatchState<'s> {
+        BatchState {
+            tx: Transaction { store, rows: store.batch(), commit: Commit::default() },
+            receipts: Receipts::default(),
+            dead_letters: DeadLetters::default(),
+            keys: Keys::default(),
+            runs: Runs::default(),
+            messages: Messages::default(),
+        }
     }
 
     /// Gives the event its seq, or refuses it.
-    pub(super) fn judge(
-        &mut self,
-        case: &Case<'_>,
-        thread: &mut Thread,
-        batch: &mut Batch<'_>,
-        out: &mut Commit,
-    ) -> Result<Verdict, StoreError> {
-        let Case { store, record, event, .. } = *case;
-        // Threads that exist by their name have no members: who may write there was judged at the edge.
-        let judged = record.grant != Grant::Member || ids::is_reserved(&event.thread);
-        if thread.row.head > 0 && !judged && !thread.is_member(store, event, &event.from)? {
+    pub(super) fn judge(&mut self, input: &EventRecord<'_>, thread: &mut Thread) -> Result<Verdict, StoreError> {
+        let EventRecord { record, event, .. } = *input;
+        // Reserved threads have no members: who may write there was decided before the record was appended.
+        let by_membership = record.grant == Grant::Member && !ids::is_reserved(&event.thread);
+        let exists = thread.row.head > 0;
+        if exists && by_membership && !thread.is_member(self.tx.store, event, &event.from)? {
             return Ok(Err(Error::no_thread()));
         }
-        let judged = if event.kind == AGENT_TOKEN {
-            self.take_delta(case, thread, batch, out)
-        } else {
-            self.take_event(case, thread, batch, out)
+
+        let judged = match &*event.kind {
+            AGENT_TOKEN => self.judge_delta(input, thread),
+            _ => self.judge_event(input, thread),
         };
         match judged {
-            Ok(verdict) => Ok(verdict),
+            Ok(published) => Ok(Ok(published)),
             Err(Rejected::Store(error)) => Err(error),
             Err(Rejected::Refused(refused)) => {
                 if refused.code == Code::RunOrder {
-                    self.notes.refuse(store, record, (event, case.at), &refused, batch, out)?;
+                    self.dead_letters.put_refused(&mut self.tx, input, &refused)?;
                 }
                 Ok(Err(refused))
             }
         }
     }
 
-    fn take_event(
-        &mut self,
-        case: &Case<'_>,
-        thread: &mut Thread,
-        batch: &mut Batch<'_>,
-        out: &mut Commit,
-    ) -> Result<Verdict, Rejected> {
-        let Case { store, record, event, at, .. } = *case;
+    fn judge_event(&mut self, input: &EventRecord<'_>, thread: &mut Thread) -> Result<Published, Rejected> {
+        let EventRecord { record, event, at, .. } = *input;
+        let store = self.tx.store;
+
         let key = event.key.as_deref().map(|key| keys::joined(&[&event.tenant, &event.thread, &event.from, key]));
         if let Some(key) = &key
-            && let Some(taken) = self.taken(store, key, case.log_time)?
+            && let Some(taken) = self.keys.find(store, key, input.key_time)?
         {
-            return Ok(thread::repeated(event, &taken));
+            return Ok(repeated(event, &taken)?);
         }
-        let change = match thread.change(store, event)? {
-            Ok(change) => change,
-            Err(verdict) => return Ok(verdict),
-        };
-        let (closing, step) = if event.kind == AGENT_MESSAGE {
-            let closing = match self.messages.judge_closing(store, event, record.grant == Grant::Member)? {
-                Closes::None => None,
-                Closes::It(closing) => Some(closing),
-                Closes::Was(verdict) => return Ok(verdict),
-            };
-            let named = || Some(RunKey::new(&event.tenant, &event.thread, event.run.as_deref()?));
-            let run = closing.as_ref().map(|closing| closing.key.run.clone()).or_else(named);
-            (closing, run.map_or(Ok(None), |run| self.runs.judge_message(store, run))?)
-        } else {
-            (None, self.runs.judge(store, event, record.grant == Grant::Server)?)
-        };
-        if let Some(run) = step.as_ref().and_then(|step| step.ends()) {
-            self.close_all(run, case, thread, batch, out)?;
-        }
-        let mut placing = Placing { event, data: event.data, value: &record.value, at, change, closes: None };
-        let seq = match closing {
-            None => place(placing, thread, batch, out),
-            Some(closing) => {
-                placing.closes = Some(closing.name());
-                placing.data = closing.data.as_deref().unwrap_or(event.data);
-                let seq = place(placing, thread, batch, out);
-                self.close(&closing, event, Mark { seq, at }, thread, batch)?;
-                seq
+
+        let access = match thread.change(store, event)? {
+            ThreadChange::Append(access) => access,
+            ThreadChange::Unchanged => {
+                return Ok(Published { seq: thread.row.head, event: event.event, duplicate: true });
             }
+            ThreadChange::Refused(error) => return Err(error.into()),
         };
-        if let Some(step) = step {
-            self.runs.apply(step, event, Mark { seq, at }, batch);
+
+        let mut closing = None;
+        let run = if event.kind == AGENT_MESSAGE {
+            match self.messages.judge_closing(store, event, record.grant == Grant::Member)? {
+                MessageClosing::None => {}
+                MessageClosing::Closes(message) => closing = Some(message),
+                MessageClosing::AlreadyClosed(verdict) => return Ok(verdict?),
+            }
+            let run = match &closing {
+                Some(closing) => Some(closing.key.run.clone()),
+                None => event.run.as_deref().map(|run| RunKey::new(&event.tenant, &event.thread, run)),
+            };
+            match run {
+                Some(run) => self.runs.judge_message(store, run)?,
+                None => None,
+            }
+        } else {
+            self.runs.judge(store, event, record.grant == Grant::Server)?
+        };
+
+        // From here on nothing is refused any more.
+        if let Some(run) = run.as_ref().and_then(|run| run.ending()) {
+            self.close_messages(run, input, thread)?;
+        }
+        let new_event = NewEvent {
+            event,
+            data: closing.as_ref().and_then(|closing| closing.data.as_deref()).unwrap_or(event.data),
+            value: &record.value,
+            at,
+            access,
+            closes: closing.as_ref().map(|closing| closing.name()),
+        };
+        let appended = append_event(new_event, thread, &mut self.tx);
+        if let Some(closing) = closing {
+            self.close_message(&closing, event, appended, thread)?;
+        }
+        if let Some(run) = run {
+            self.runs.apply(run, event, appended, &mut self.tx);
         }
         if let Some(key) = key {
-            let row =
-                KeyRow { seq, event: *event.event.as_bytes(), at: case.log_time, content: event.content_digest() };
-            batch.put_key(case.partition, &key, &row);
-            self.oldest_key = self.oldest_key.min(row.at);
-            self.keys.insert(key, row);
+            let row = KeyRow {
+                seq: appended.seq,
+                event: *event.event.as_bytes(),
+                at: input.key_time,
+                content: event.content_digest(),
+            };
+            self.keys.put(&mut self.tx, input.partition, key, row);
         }
-        Ok(Ok(Published { seq, event: event.event, duplicate: false }))
+        Ok(Published { seq: appended.seq, event: event.event, duplicate: false })
     }
 
-    /// What an idempotency key stands for, if it is still good.
-    fn taken(&self, store: &Store, key: &[u8], log_time: u64) -> Result<Option<KeyRow>, StoreError> {
-        let taken = match self.keys.get(key) {
-            Some(row) => Some(row.clone()),
-            None => store.key(key)?,
+    /// A delta gets no seq; readers get it live.
+    fn judge_delta(&mut self, input: &EventRecord<'_>, thread: &mut Thread) -> Result<Published, Rejected> {
+        let EventRecord { event, at, .. } = *input;
+        let store = self.tx.store;
+
+        let key = RunKey::new(&event.tenant, &event.thread, event.run.as_deref().unwrap_or_default());
+        let run = self.runs.row(store, &key)?;
+        let Some(accepted) = self.messages.judge_delta(store, event, key.clone(), run, &thread.row, at)? else {
+            return Ok(Published { seq: 0, event: event.event, duplicate: true });
         };
-        Ok(taken.filter(|row| log_time.saturating_sub(row.at) < KEY_LIFETIME))
+
+        thread.row.writing += u32::from(accepted.begins);
+        thread.row.writing_bytes += accepted.delta.text.len() as u64;
+        thread.changed = true;
+        let (run, delta) = self.messages.apply_delta(accepted, &mut self.tx);
+        self.runs.apply_delta(key, run, at, &mut self.tx);
+        let update = ThreadUpdate { key: thread.key.clone(), update: Update::Delta(Arc::new(delta)) };
+        self.tx.commit.events.push(update);
+        Ok(Published { seq: 0, event: event.event, duplicate: false })
     }
 
-    /// A piece of a message: it gets no seq, and readers have it live.
-    fn take_delta(
-        &mut self,
-        case: &Case<'_>,
-        thread: &mut Thread,
-        batch: &mut Batch<'_>,
-        out: &mut Commit,
-    ) -> Result<Verdict, Rejected> {
-        let Case { store, event, at, .. } = *case;
-        let run = RunKey::new(&event.tenant, &event.thread, event.run.as_deref().unwrap_or_default());
-        let open = self.runs.judge_delta(store, &run)?;
-        let piece = self.messages.judge(store, event, run.clone(), &thread.row, open)?;
-        let duplicate = piece.is_none();
-        if let Some((piece, before)) = piece {
-            let begins = self.messages.apply(store, run.clone(), (&piece, before), at, batch)?;
-            thread.row.writing += u32::from(begins);
-            thread.row.writing_bytes += piece.text.len() as u64;
-            thread.changed = true;
-            self.runs.written(store, run, at, batch)?;
-            out.events.push(ThreadUpdate { key: thread.key.clone(), update: Update::Delta(Arc::new(piece)) });
-        }
-        Ok(Ok(Published { seq: 0, event: event.event, duplicate }))
-    }
-
-    /// The end of a run closes what it has left open.
-    fn close_all(
-        &mut self,
-        run: &RunKey,
-        case: &Case<'_>,
-        thread: &mut Thread,
-        batch: &mut Batch<'_>,
-        out: &mut Commit,
-    ) -> Result<(), StoreError> {
+    /// The end of a run closes its open messages, in the order in which they were begun.
+    fn close_messages(&mut self, run: &RunKey, input: &EventRecord<'_>, thread: &mut Thread) -> Result<(), StoreError> {
         if thread.row.writing == 0 {
             return Ok(());
         }
-        for closing in self.messages.left_open(case.store, run)? {
-            let Some(data) = &closing.data else { continue };
-            let event = closing.event(case.event, data);
-            // Strings and raw JSON always serialise.
-            let value = serde_json::to_vec(&event).unwrap_or_default();
+        let store = self.tx.store;
+        for (key, row) in self.messages.open_in_run(store, run)? {
+            let (closing, data) = self.messages.close_by_end(store, key, row)?;
+            let event = closing.event(input.event, &data);
+            let value = json::encode_bytes(&event);
             let closes = Some(closing.name());
-            let placing = Placing { event: &event, data, value: &value, at: case.at, change: None, closes };
-            let mark = Mark { seq: place(placing, thread, batch, out), at: case.at };
-            self.close(&closing, &event, mark, thread, batch)?;
-            if let Some(step) = self.runs.judge_message(case.store, run.clone())? {
-                self.runs.apply(step, &event, mark, batch);
+            let new_event = NewEvent { event: &event, data: &data, value: &value, at: input.at, access: None, closes };
+            let appended = append_event(new_event, thread, &mut self.tx);
+
+            self.close_message(&closing, &event, appended, thread)?;
+            if let Some(run) = self.runs.judge_message(store, run.clone())? {
+                self.runs.apply(run, &event, appended, &mut self.tx);
             }
         }
         Ok(())
     }
 
-    fn close(
+    /// The message is closed by the event that was appended.
+    fn close_message(
         &mut self,
-        closing: &Closing,
+        closing: &ClosingMessage,
         event: &LogEvent<'_>,
-        mark: Mark,
+        appended: EventRef,
         thread: &mut Thread,
-        batch: &mut Batch<'_>,
     ) -> Result<(), StoreError> {
         thread.row.writing = thread.row.writing.saturating_sub(1);
         thread.row.writing_bytes = thread.row.writing_bytes.saturating_sub(closing.bytes());
-        self.messages.close(closing, event, mark, batch)
+        self.messages.close(closing, event, appended, &mut self.tx)
     }
 }
 
-/// An event that is to have a place in its thread.
-struct Placing<'a> {
+/// An event that is accepted.
+struct NewEvent<'a> {
     event: &'a LogEvent<'a>,
     /// As its readers get it.
     data: &'a RawValue,
     /// What the thread's hash covers.
     value: &'a [u8],
     at: u64,
-    change: Option<AccessChange>,
+    access: Option<AccessChange>,
+    /// The message that it closes.
     closes: Option<Arc<str>>,
 }
 
-/// Gives an event the thread's next seq, and says which.
-fn place(placing: Placing<'_>, thread: &mut Thread, batch: &mut Batch<'_>, out: &mut Commit) -> u64 {
-    let Placing { event, data, value, at, change, closes } = placing;
-    // An agent must hear at once that it shall stop.
-    let priority = if event.kind == "agent_cancel_requested" { Some(Priority::High) } else { event.priority };
+/// Appends an event to its thread: gives it the next seq, writes its rows, and publishes it.
+fn append_event(new: NewEvent<'_>, thread: &mut Thread, tx: &mut Transaction<'_>) -> EventRef {
+    let NewEvent { event, data, value, at, access, closes } = new;
+    // An agent must learn at once that it shall stop.
+    let priority = if event.kind == AGENT_CANCEL_REQUESTED { Some(Priority::High) } else { event.priority };
+
     let seq = thread.append(value, priority, at);
-    let frame = serde_json::to_string(&EventFrame { data, ..event.frame(seq) }).unwrap_or_default();
+    let frame = json::encode(&EventFrame { data, ..event.frame(seq) });
     let class = Priority::class(priority) as u8;
     let row = EventRow { kind: &event.kind, class, hash: thread.row.hash, frame: &frame };
-    batch.put_event(&event.tenant, &event.thread, seq, &row);
-    thread.apply(&change, event, seq, at, batch);
-    let visible = CommittedEvent { seq, kind: (*event.kind).into(), priority, frame: frame.into(), closes };
-    out.events.push(ThreadUpdate { key: thread.key.clone(), update: Update::Event(Arc::new(visible), change) });
-    seq
+    tx.rows.put_event(&event.tenant, &event.thread, seq, &row);
+    thread.apply(&access, event, seq, at, tx);
+
+    let committed = CommittedEvent { seq, kind: (*event.kind).into(), priority, frame: frame.into(), closes };
+    let update = Update::Event(Arc::new(committed), access);
+    tx.commit.events.push(ThreadUpdate { key: thread.key.clone(), update });
+    EventRef { seq, at }
 }

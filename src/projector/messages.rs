@@ -1,118 +1,153 @@
-//! Messages written in pieces (the contract's section 5): pieces have no seq, they are the making of one event, the
-//! `agent_message` that closes them.
+//! Messages written in deltas (the contract's section 5). Deltas have no seq: together they become one event, the
+//! `agent_message` that closes the message.
 //!
-//! A piece goes on where the message ends by now: what is there already is passed over, a hole is `run_order`. The agent
-//! closes a message by an `agent_message` with its name in `data.message`, which may have a text of its own; what the end of
-//! a run leaves open is closed before it, by an event that the projector makes of the text and whose id follows from it.
+//! A delta continues the message where its text ends by now: characters that are there already are skipped, a gap is
+//! `run_order`. The agent closes a message by an `agent_message` with its name in `data.message`, which may have a text of
+//! its own. Messages that are open when their run ends are closed before the run is, by events that the projector makes of
+//! their texts; the ids of these events follow from the ending event.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use serde::Deserialize;
-use serde_json::value::{RawValue, to_raw_value};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use super::data;
-use super::runs::Rejected;
-use super::{Published, Verdict};
+use super::judge::Transaction;
+use super::runs::{Rejected, check_open};
+use super::{Published, Verdict, data};
 use crate::protocol::delta::Delta;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::LogEvent;
+use crate::protocol::json;
 use crate::protocol::kinds::{AGENT_MESSAGE, DeltaData, text_of};
 use crate::store::messages::{ClosedRow, MessageKey, MessageRow};
-use crate::store::runs::{Mark, RunKey};
-use crate::store::{Batch, Store, StoreError, ThreadRow};
+use crate::store::runs::{EventRef, RunKey, RunRow};
+use crate::store::{Store, StoreError, ThreadRow};
 
-/// The longest text of a message written in pieces, in bytes.
+/// The longest text of a message written in deltas, in bytes.
 const MAX_TEXT: u64 = 1 << 20;
 /// Messages of a thread that are written at a time, and the bytes of their texts: the end of a run closes all of its own at
-/// once, and who joins is told all of them.
+/// once, and a reader that joins gets all of them.
 const MAX_OPEN: u32 = 1_000;
 const MAX_OPEN_TEXT: u64 = 8 << 20;
 
-/// What the batch in hand has written, which the store does not show yet.
+/// The messages that this batch has changed.
 #[derive(Default)]
 pub(super) struct Messages {
-    at_hand: HashMap<MessageKey, AtHand>,
+    cached: HashMap<MessageKey, CachedMessage>,
 }
 
-struct AtHand {
+struct CachedMessage {
     row: MessageRow,
-    /// Pieces of this batch, by where they begin.
-    fresh: Vec<(u64, String)>,
+    /// Deltas of this batch: where each begins, and its text.
+    new_deltas: Vec<(u64, String)>,
 }
 
-/// A message that is to be closed, with the `data` of the event that does.
-pub(super) struct Closing {
+/// A delta that is accepted, with the rows of its message and its run.
+pub(super) struct AcceptedDelta {
+    pub(super) delta: Delta,
+    /// Whether it is the message's first.
+    pub(super) begins: bool,
+    key: MessageKey,
+    /// As it is with the delta.
+    row: MessageRow,
+    /// As it was before.
+    run: RunRow,
+}
+
+/// A message that an event closes.
+pub(super) struct ClosingMessage {
     pub(super) key: MessageKey,
     row: MessageRow,
-    /// If it is not what was published.
+    /// `data` of the event as its readers get it, where that differs from what was published.
     pub(super) data: Option<Box<RawValue>>,
 }
 
-/// What an `agent_message` means for a message written in pieces.
-pub(super) enum Closes {
-    /// Nothing: it stands for itself.
+/// What an `agent_message` does to a message written in deltas.
+pub(super) enum MessageClosing {
+    /// Nothing: it is a message of its own.
     None,
-    It(Box<Closing>),
-    /// It was closed before.
-    Was(Verdict),
+    Closes(Box<ClosingMessage>),
+    AlreadyClosed(Verdict),
 }
 
+/// `data` of an `agent_message` that closes a message.
 #[derive(Deserialize)]
-struct Named<'a> {
+struct ClosingData<'a> {
     #[serde(borrow, default)]
     message: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
     content: Option<&'a RawValue>,
 }
 
-impl Messages {
-    pub(super) fn clear(&mut self) {
-        self.at_hand.clear();
-    }
+/// `data` of the event that closes a message because its run ends.
+#[derive(Serialize)]
+struct ClosedByEnd<'a> {
+    content: &'a str,
+    message: &'a str,
+}
 
+impl Messages {
     fn row(&self, store: &Store, key: &MessageKey) -> Result<Option<MessageRow>, StoreError> {
-        match self.at_hand.get(key) {
-            Some(it) => Ok(Some(it.row.clone())),
+        match self.cached.get(key) {
+            Some(cached) => Ok(Some(cached.row.clone())),
             None => store.message(key),
         }
     }
 
-    /// What of a piece is new: nothing, if all of it is there already. `open` says whether its run is, and with how many
-    /// pieces so far.
-    pub(super) fn judge(
+    /// The part of a delta that is new; `None` if all of it is there already.
+    pub(super) fn judge_delta(
         &self,
         store: &Store,
         event: &LogEvent<'_>,
-        run: RunKey,
+        run_key: RunKey,
+        run: Option<RunRow>,
         thread: &ThreadRow,
-        open: Result<u64, Error>,
-    ) -> Result<Option<(Delta, u64)>, Rejected> {
+        at: u64,
+    ) -> Result<Option<AcceptedDelta>, Rejected> {
         let data: DeltaData = data(event)?;
-        let key = MessageKey { run, message: data.message.clone().into_owned() };
-        let row = self.row(store, &key)?;
-        let chars = row.as_ref().map_or(0, |row| row.chars);
+        let key = MessageKey { run: run_key, message: data.message.clone().into_owned() };
+        let known = self.row(store, &key)?;
+        let chars = known.as_ref().map_or(0, |row| row.chars);
         let to_char = data.to_char();
-        if row.is_some() && to_char <= chars {
+        if known.is_some() && to_char <= chars {
             return Ok(None);
         }
-        let before = open?;
-        if row.as_ref().is_some_and(|row| row.closed.is_some()) {
+
+        let run = check_open(run)?;
+        if known.as_ref().is_some_and(|row| row.closed.is_some()) {
             return Err(refused("the message is closed: another message is expected", "data.message"));
         }
         if data.from_char > chars {
-            let why = format!("the message has {chars} characters: the piece from character {chars} on is expected");
+            let why = format!("the message has {chars} characters: the delta from character {chars} on is expected");
             return Err(refused(why, "data.from_char"));
         }
         let text: String = data.text.chars().skip((chars - data.from_char) as usize).collect();
-        check_room(row.as_ref(), thread, text.len() as u64)?;
-        let piece = Delta {
+        check_room(known.as_ref(), thread, text.len() as u64)?;
+
+        let begins = known.is_none();
+        let mut row = known.unwrap_or_else(|| MessageRow {
+            from: event.from.to_string(),
+            event: [0; 16],
+            begun: run.pieces,
+            chars: 0,
+            bytes: 0,
+            begun_at: at,
+            last_at: at,
+            closed: None,
+        });
+        row.chars = to_char;
+        row.bytes += text.len() as u64;
+        row.last_at = at;
+        row.event = *event.event.as_bytes();
+
+        let delta = Delta {
             name: Delta::name(&key.run.run, &key.message),
-            thread: key.run.thread.into(),
-            run: key.run.run.into(),
-            message: key.message.into(),
+            thread: key.run.thread.as_str().into(),
+            run: key.run.run.as_str().into(),
+            message: key.message.as_str().into(),
             event: event.event,
             from: (*event.from).into(),
             at: (*event.at).into(),
@@ -122,154 +157,144 @@ impl Messages {
             to_char,
             text,
         };
-        Ok(Some((piece, before)))
+        Ok(Some(AcceptedDelta { delta, begins, key, row, run }))
     }
 
-    /// Writes the piece; whether it is a message's first.
-    pub(super) fn apply(
-        &mut self,
-        store: &Store,
-        run: RunKey,
-        (piece, before): (&Delta, u64),
-        at: u64,
-        batch: &mut Batch<'_>,
-    ) -> Result<bool, StoreError> {
-        let key = MessageKey { run, message: piece.message.to_string() };
-        let known = self.row(store, &key)?;
-        let begins = known.is_none();
-        let mut row = known.unwrap_or_else(|| MessageRow {
-            from: piece.from.to_string(),
-            event: [0; 16],
-            begun: before,
-            chars: 0,
-            bytes: 0,
-            begun_at: at,
-            last_at: at,
-            closed: None,
-        });
-        (row.chars, row.last_at, row.event) = (piece.to_char, at, *piece.event.as_bytes());
-        row.bytes += piece.text.len() as u64;
-        batch.put_delta(&key, &row, piece.from_char, &piece.text);
-        let at_hand = self.at_hand.entry(key).or_insert_with(|| AtHand { row: row.clone(), fresh: Vec::new() });
-        at_hand.row = row;
-        at_hand.fresh.push((piece.from_char, piece.text.clone()));
-        Ok(begins)
+    /// Writes an accepted delta; returns its run's row as it was before, and the delta for its readers.
+    pub(super) fn apply_delta(&mut self, accepted: AcceptedDelta, tx: &mut Transaction<'_>) -> (RunRow, Delta) {
+        let AcceptedDelta { delta, key, row, run, .. } = accepted;
+        tx.rows.put_delta(&key, &row, delta.from_char, &delta.text);
+        let new_delta = (delta.from_char, delta.text.clone());
+        match self.cached.get_mut(&key) {
+            Some(cached) => {
+                cached.row = row;
+                cached.new_deltas.push(new_delta);
+            }
+            None => {
+                self.cached.insert(key, CachedMessage { row, new_deltas: vec![new_delta] });
+            }
+        }
+        (run, delta)
     }
 
     /// The whole text of an open message.
     fn text(&self, store: &Store, key: &MessageKey) -> Result<String, StoreError> {
-        let mut text = store.text_behind(key, 0)?;
-        let fresh = self.at_hand.get(key).into_iter().flat_map(|it| &it.fresh);
-        text.extend(fresh.map(|(_, text)| text.as_str()));
+        let mut text = store.text_after(key, 0)?;
+        let new_deltas = self.cached.get(key).into_iter().flat_map(|cached| &cached.new_deltas);
+        text.extend(new_deltas.map(|(_, text)| text.as_str()));
         Ok(text)
     }
 
-    /// What an `agent_message` that names a message does to it. A message is closed by who began it, or by any agent, but
+    /// What an `agent_message` does to the message that it names. A message is closed by who began it, or by any agent, but
     /// by no other member of the thread.
     pub(super) fn judge_closing(
         &self,
         store: &Store,
         event: &LogEvent<'_>,
         by_member: bool,
-    ) -> Result<Closes, Rejected> {
-        // What is no object with such fields was refused at the edge, or is nobody's closing.
-        let Ok(Named { message: Some(message), content }) = data::<Named>(event) else { return Ok(Closes::None) };
-        let found = match self.find(store, event, &message)? {
-            Some(key) => self.row(store, &key)?.map(|row| (key, row)),
-            None => None,
+    ) -> Result<MessageClosing, Rejected> {
+        // Without a `message` that is a string, the event is a message of its own.
+        let Ok(ClosingData { message: Some(message), content }) = data::<ClosingData>(event) else {
+            return Ok(MessageClosing::None);
         };
-        let Some((key, row)) = found else {
+        let Some((key, row)) = self.find(store, event, &message)? else {
             return match content {
-                Some(_) => Ok(Closes::None),
+                Some(_) => Ok(MessageClosing::None),
                 None => {
                     Err(refused("no such message is being written: agent_token is expected before", "data.message"))
                 }
             };
         };
         if by_member && row.from != event.from {
-            return Err(Error::new(Code::Forbidden, "the message is another's to close").at("data.message").into());
+            return Err(Error::new(Code::Forbidden, "another user writes this message").at("data.message").into());
         }
         if let Some(closed) = &row.closed {
-            let seq = closed.mark.seq;
-            return Ok(Closes::Was(if closed.content == event.content_digest() {
-                Ok(Published { seq, event: Uuid::from_bytes(closed.event), duplicate: true })
-            } else {
-                Err(Error::new(Code::Conflict, format!("the message was closed before, seq {seq}")).at("data.message"))
-            }));
+            return Ok(MessageClosing::AlreadyClosed(closed_before(closed, event)));
         }
+
         let text = self.text(store, &key)?;
         let data = match content {
             Some(content) if text_of(content).as_deref() == Some(&text) => None,
             Some(_) => Some(with_field(event.data, "revised", &true)),
             None => Some(with_field(event.data, "content", &text)),
         };
-        Ok(Closes::It(Box::new(Closing { key, row, data })))
+        Ok(MessageClosing::Closes(Box::new(ClosingMessage { key, row, data })))
     }
 
-    /// The message of this name: in the event's run, or (if it says none) the one that its user writes on the thread.
-    fn find(&self, store: &Store, event: &LogEvent<'_>, message: &str) -> Result<Option<MessageKey>, StoreError> {
+    /// The message of this name: in the event's run, or (if it names none) the one that its user is writing on the thread.
+    fn find(
+        &self,
+        store: &Store,
+        event: &LogEvent<'_>,
+        message: &str,
+    ) -> Result<Option<(MessageKey, MessageRow)>, StoreError> {
         if let Some(run) = event.run.as_deref() {
             let run = RunKey::new(&event.tenant, &event.thread, run);
             let key = MessageKey { run, message: message.to_owned() };
-            return Ok(self.row(store, &key)?.map(|_| key));
+            return Ok(self.row(store, &key)?.map(|row| (key, row)));
         }
+
         let mut keys = store.open_messages(&event.tenant, &event.thread)?;
-        keys.extend(
-            self.at_hand
-                .keys()
-                .filter(|key| *key.run.tenant == *event.tenant && *key.run.thread == *event.thread)
-                .cloned(),
-        );
+        let on_thread = |key: &&MessageKey| key.run.tenant == *event.tenant && key.run.thread == *event.thread;
+        keys.extend(self.cached.keys().filter(on_thread).cloned());
         keys.retain(|key| key.message == message);
         keys.sort_by(|a, b| a.run.run.cmp(&b.run.run));
         for key in keys {
-            if self.row(store, &key)?.is_some_and(|row| row.closed.is_none() && row.from == event.from) {
-                return Ok(Some(key));
+            let row = self.row(store, &key)?.filter(|row| row.closed.is_none() && row.from == event.from);
+            if let Some(row) = row {
+                return Ok(Some((key, row)));
             }
         }
         Ok(None)
     }
 
-    /// Messages that the end of their run closes, in the order in which they were begun.
-    pub(super) fn left_open(&self, store: &Store, run: &RunKey) -> Result<Vec<Closing>, StoreError> {
+    /// The open messages of a run, in the order in which they were begun.
+    pub(super) fn open_in_run(&self, store: &Store, run: &RunKey) -> Result<Vec<(MessageKey, MessageRow)>, StoreError> {
         let mut rows: BTreeMap<String, MessageRow> = BTreeMap::new();
-        rows.extend(store.messages_of(run)?.into_iter().map(|(key, row)| (key.message, row)));
-        rows.extend(
-            self.at_hand
-                .iter()
-                .filter(|(key, _)| key.run == *run)
-                .map(|(key, it)| (key.message.clone(), it.row.clone())),
-        );
-        let mut open = Vec::new();
-        for (message, row) in rows.into_iter().filter(|(_, row)| row.closed.is_none()) {
-            let key = MessageKey { run: run.clone(), message };
-            let content = self.text(store, &key)?;
-            // Strings always serialise.
-            let data = to_raw_value(&serde_json::json!({"content": content, "message": key.message})).ok();
-            open.push(Closing { key, row, data });
+        for (key, row) in store.messages_of(run)? {
+            rows.insert(key.message, row);
         }
-        open.sort_by_key(|closing| closing.row.begun);
+        for (key, cached) in self.cached.iter().filter(|(key, _)| key.run == *run) {
+            rows.insert(key.message.clone(), cached.row.clone());
+        }
+
+        let key = |message| MessageKey { run: run.clone(), message };
+        let open = rows.into_iter().filter(|(_, row)| row.closed.is_none());
+        let mut open: Vec<(MessageKey, MessageRow)> = open.map(|(message, row)| (key(message), row)).collect();
+        open.sort_by_key(|(_, row)| row.begun);
         Ok(open)
     }
 
-    /// The message is closed by this event.
+    /// An open message whose run ends, and the `data` of the event that closes it.
+    pub(super) fn close_by_end(
+        &self,
+        store: &Store,
+        key: MessageKey,
+        row: MessageRow,
+    ) -> Result<(ClosingMessage, Box<RawValue>), StoreError> {
+        let text = self.text(store, &key)?;
+        let data = json::encode_raw(&ClosedByEnd { content: &text, message: &key.message });
+        Ok((ClosingMessage { key, row, data: None }, data))
+    }
+
+    /// Writes that the message is closed by this event. Its text is in the event from now on.
     pub(super) fn close(
         &mut self,
-        closing: &Closing,
+        closing: &ClosingMessage,
         event: &LogEvent<'_>,
-        mark: Mark,
-        batch: &mut Batch<'_>,
+        appended: EventRef,
+        tx: &mut Transaction<'_>,
     ) -> Result<(), StoreError> {
-        let closed = ClosedRow { mark, event: *event.event.as_bytes(), content: event.content_digest() };
+        let closed = ClosedRow { mark: appended, event: *event.event.as_bytes(), content: event.content_digest() };
         let row = MessageRow { closed: Some(closed), ..closing.row.clone() };
-        let fresh = self.at_hand.remove(&closing.key).map(|it| it.fresh).unwrap_or_default();
-        batch.close_message(&closing.key, &row, fresh.iter().map(|(from_char, _)| *from_char))?;
-        self.at_hand.insert(closing.key.clone(), AtHand { row, fresh: Vec::new() });
+        let new_deltas = self.cached.remove(&closing.key).map(|cached| cached.new_deltas).unwrap_or_default();
+        tx.rows.close_message(&closing.key, &row, new_deltas.iter().map(|(from_char, _)| *from_char))?;
+        self.cached.insert(closing.key.clone(), CachedMessage { row, new_deltas: Vec::new() });
         Ok(())
     }
 }
 
-impl Closing {
+impl ClosingMessage {
     /// The event that closes the message because its run ends with `ending`.
     pub(super) fn event<'a>(&'a self, ending: &'a LogEvent<'_>, data: &'a RawValue) -> LogEvent<'a> {
         let mut id = [0; 16];
@@ -296,7 +321,7 @@ impl Closing {
         }
     }
 
-    /// Of its text.
+    /// The bytes of its text.
     pub(super) fn bytes(&self) -> u64 {
         self.row.bytes
     }
@@ -320,14 +345,40 @@ fn check_room(row: Option<&MessageRow>, thread: &ThreadRow, more: u64) -> Result
     Err(Error::new(Code::TooLarge, why).at("data.text"))
 }
 
+/// The answer to an event that would close a message which is closed.
+fn closed_before(closed: &ClosedRow, event: &LogEvent<'_>) -> Verdict {
+    let seq = closed.mark.seq;
+    if closed.content != event.content_digest() {
+        let why = format!("the message was closed before, seq {seq}");
+        return Err(Error::new(Code::Conflict, why).at("data.message"));
+    }
+    Ok(Published { seq, event: Uuid::from_bytes(closed.event), duplicate: true })
+}
+
 fn refused(what: impl Into<Cow<'static, str>>, field: &'static str) -> Rejected {
     Error::new(Code::RunOrder, what).at(field).into()
 }
 
-/// An object with one field set.
-fn with_field(object: &RawValue, name: &str, value: &impl serde::Serialize) -> Box<RawValue> {
+/// An object with one field set. `object` has been read as a struct before; serde takes an array for one as well, whose
+/// values have no names, and of which only the new field is kept.
+fn with_field(object: &RawValue, name: &str, value: &impl Serialize) -> Box<RawValue> {
     let mut fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(object.get()).unwrap_or_default();
-    fields.extend(to_raw_value(value).ok().map(|value| (name.to_owned(), value)));
-    // A map of raw JSON always serialises.
-    to_raw_value(&fields).unwrap_or_else(|_| object.to_owned())
+    fields.insert(name.to_owned(), json::encode_raw(value));
+    json::encode_raw(&fields)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_field_is_set_or_replaced_and_the_others_stay_as_they_were() {
+        let set = |object: &str| {
+            let object: Box<RawValue> = serde_json::from_str(object).expect("JSON");
+            with_field(&object, "content", &"new").get().to_owned()
+        };
+        assert_eq!(set(r#"{"message":"m","n":1.50}"#), r#"{"content":"new","message":"m","n":1.50}"#);
+        assert_eq!(set(r#"{"content":"old"}"#), r#"{"content":"new"}"#);
+        assert_eq!(set(r#"["m"]"#), r#"{"content":"new"}"#);
+    }
 }

@@ -1,17 +1,24 @@
-//! The projector: reads the log in order and is the only one who gives a seq.
+//! The projector: reads the log in order and makes the rows of the store from it. It alone assigns seqs.
 //!
 //! Invariants:
 //! - what depends on other events (membership, a duplicate key, the next seq) is decided here, once, from the record and
-//!   what came before it in its partition: never from the clock, so that every node and every rebuild decides alike;
-//! - nothing here looks from one partition into another, since they have no common order;
-//! - rows and the position they come from are committed together, and only then does anybody hear of them;
-//! - nothing stops it: what is not ours becomes a dead letter, a store that fails is tried again with the same records.
+//!   the records before it in its partition: never from the clock, so that every node and every rebuild decides alike;
+//! - nothing is decided from another partition, since partitions have no common order;
+//! - where a batch ends changes no verdict and no row: [`judge::BatchState`] shows what the batch has decided so far;
+//! - rows and the position they come from are committed together, and updates are published only after the commit;
+//! - foreign records are skipped and reported as dead letters, and reading continues; when the store fails, the same
+//!   records are tried again.
+//!
+//! [`pump`] is the thread, [`rebuild`] makes the store anew. Of one record, [`judge`] says what becomes of an event, with
+//! [`thread`], [`keys`], [`runs`] and [`messages`] for the parts; [`receipts`] and [`dead_letters`] apply the other topics.
 
+mod dead_letters;
 mod judge;
+mod keys;
 mod messages;
-mod notes;
 mod pump;
 pub mod rebuild;
+mod receipts;
 mod runs;
 mod thread;
 
@@ -21,7 +28,8 @@ use std::sync::Arc;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
-use self::judge::{BatchState, Case};
+use self::judge::{BatchState, EventRecord};
+pub use self::keys::KEY_LIFETIME;
 pub use self::pump::{Pump, Status};
 use self::thread::{Thread, data};
 use crate::log::{Entry, Foreign, Log, Positions, Record, Topic};
@@ -29,21 +37,16 @@ use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;
 use crate::protocol::event::{LogEvent, Priority};
 use crate::protocol::ids;
-pub use crate::protocol::records::{DeadLetterRecord, RUN_ORDER, ReceiptRecord, UNACKNOWLEDGED, UNREADABLE};
-use crate::store::{Batch, Progress, Store, StoreError};
+use crate::store::{Progress, Store, StoreError};
 use crate::{clock, telemetry};
 
-/// How long an idempotency key is kept, in milliseconds of log time.
-pub const KEY_LIFETIME: u64 = 24 * 60 * 60 * 1_000;
-/// Expired keys are purged for whole seconds of log time: often, so that it is never much at once.
-const PURGE_STEP: u64 = 1_000;
-/// Threads whose state is kept at hand; beyond that it is read from the store again.
-const THREADS_AT_HAND: usize = 50_000;
+/// Threads whose state is kept in memory; beyond that it is read from the store again.
+const CACHED_THREADS: usize = 50_000;
 
 /// The projector's judgement of one record.
 pub type Verdict = Result<Published, Error>;
 
-/// A record that has its place.
+/// A record that was accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Published {
     pub seq: u64,
@@ -57,7 +60,7 @@ pub struct Published {
 pub struct Commit {
     pub events: Vec<ThreadUpdate>,
     pub verdicts: Vec<(Uuid, Verdict)>,
-    /// The reasons of dead letters that came in.
+    /// The reasons of new dead letters.
     pub dead_letters: Vec<String>,
 }
 
@@ -71,7 +74,7 @@ pub struct ThreadUpdate {
 pub enum Update {
     /// An event that has its seq.
     Event(Arc<CommittedEvent>, Option<AccessChange>),
-    /// A piece of a message that is being written.
+    /// A delta of a message that is being written.
     Delta(Arc<Delta>),
 }
 
@@ -82,7 +85,7 @@ pub struct CommittedEvent {
     pub kind: Box<str>,
     pub priority: Option<Priority>,
     pub frame: Utf8Bytes,
-    /// The message that it closes, if that was written in pieces.
+    /// The message that it closes, if that was written in deltas.
     pub closes: Option<Arc<str>>,
 }
 
@@ -95,30 +98,62 @@ pub enum AccessChange {
     Revoked(String),
 }
 
-/// How the log names the places it gives out.
-pub struct Places {
-    pub topics: Vec<(Topic, u32)>,
-    pub names: [String; 3],
+/// What the log calls its partitions.
+struct PartitionNames {
+    /// For each partition its topic, and its number there.
+    topics: Vec<(Topic, u32)>,
+    /// What each topic is called.
+    names: [String; 3],
 }
 
-impl Places {
-    pub fn of(log: &dyn Log) -> Places {
-        Places {
+impl PartitionNames {
+    fn of(log: &dyn Log) -> PartitionNames {
+        PartitionNames {
             topics: (0..log.partitions()).map(|partition| log.place(partition)).collect(),
             names: Topic::ALL.map(|topic| log.topic_name(topic)),
         }
     }
+
+    /// The name of a partition's topic, and its number there.
+    fn get(&self, partition: u32) -> Option<(&str, u32)> {
+        let (topic, number) = self.topics.get(partition as usize)?;
+        Some((&self.names[*topic as usize], *number))
+    }
+}
+
+/// Why a record was not applied.
+enum RecordError {
+    Foreign(Foreign),
+    Store(StoreError),
+}
+
+impl From<Foreign> for RecordError {
+    fn from(foreign: Foreign) -> RecordError {
+        RecordError::Foreign(foreign)
+    }
+}
+
+impl From<StoreError> for RecordError {
+    fn from(error: StoreError) -> RecordError {
+        RecordError::Store(error)
+    }
+}
+
+/// Whether a record went into the batch.
+#[derive(PartialEq, Eq)]
+enum Applied {
+    Yes,
+    /// The batch must be committed before.
+    CommitFirst,
 }
 
 /// Judges records and turns them into rows.
 pub struct Projector {
     store: Arc<Store>,
     epoch: String,
-    places: Places,
+    partitions: PartitionNames,
     progress: Vec<Progress>,
     threads: HashMap<String, Thread>,
-    /// What the batch in hand has decided.
-    hand: BatchState,
 }
 
 impl Projector {
@@ -126,10 +161,9 @@ impl Projector {
         Projector {
             store,
             epoch: log.epoch().to_owned(),
-            places: Places::of(log),
+            partitions: PartitionNames::of(log),
             progress,
             threads: HashMap::new(),
-            hand: BatchState::default(),
         }
     }
 
@@ -144,119 +178,103 @@ impl Projector {
     }
 
     /// Judges and commits the first entries, as many as go together, and returns how many that were; `positions` is where
-    /// the log goes on behind all of them. After an error nothing has happened, and the call can be repeated.
+    /// the log goes on after all of them. After an error nothing has happened, and the call can be repeated.
     pub fn project(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), StoreError> {
         let progress = self.progress.clone();
-        let result = self.project_some(entries, positions);
+        let result = self.project_batch(entries, positions);
         if result.is_err() {
             self.progress = progress;
             self.threads.clear();
-            self.hand.clear();
         }
         result
     }
 
-    /// Commits as many entries as go into one batch: all, unless expired keys must be purged in between, since the purge
-    /// sees only what is committed.
-    fn project_some(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), StoreError> {
+    /// Commits as many entries as go into one batch.
+    fn project_batch(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), StoreError> {
         let store = self.store.clone();
-        let mut batch = store.batch();
-        let mut out = Commit::default();
-        let mut taken = 0;
+        let mut state = BatchState::new(&store);
+
+        let mut applied = 0;
         for entry in entries {
-            if !self.take(entry, &mut batch, &mut out, taken == 0)? {
+            if self.apply_entry(entry, &mut state, applied == 0)? == Applied::CommitFirst {
                 break;
             }
-            taken += 1;
+            applied += 1;
         }
-        if taken == entries.len() {
+        if applied == entries.len() {
             for (progress, next) in self.progress.iter_mut().zip(positions) {
                 progress.next = progress.next.max(*next);
             }
         }
+
+        let BatchState { tx, .. } = state;
+        let mut rows = tx.rows;
         for thread in self.threads.values_mut().filter(|thread| thread.changed) {
             thread.changed = false;
             if let Some((tenant, id)) = thread.key.split_once('/') {
-                batch.put_thread(tenant, id, &thread.row);
+                rows.put_thread(tenant, id, &thread.row);
             }
         }
-        batch.put_progress(&self.epoch, &self.progress);
-        store.commit(batch)?;
-        self.hand.clear();
-        if self.threads.len() > THREADS_AT_HAND {
+        rows.put_progress(&self.epoch, &self.progress);
+        store.commit(rows)?;
+
+        if self.threads.len() > CACHED_THREADS {
             self.threads.clear();
         }
-        Ok((taken, out))
+        Ok((applied, tx.commit))
     }
 
-    /// Takes one entry into the batch; `false` if the batch must be committed before.
-    fn take(
-        &mut self,
-        entry: &Entry,
-        batch: &mut Batch<'_>,
-        out: &mut Commit,
-        first: bool,
-    ) -> Result<bool, StoreError> {
+    /// Applies one entry, whatever it is, and moves its partition's position past it.
+    fn apply_entry(&mut self, entry: &Entry, state: &mut BatchState<'_>, first: bool) -> Result<Applied, StoreError> {
         let partition = entry.at.partition;
-        let taken = match &entry.record {
-            Ok(record) if record.topic == Topic::Events => match read_event(record) {
-                Ok((event, at)) => {
-                    if !self.pass_time(partition, at, batch, first)? {
-                        return Ok(false);
-                    }
-                    let verdict = self.judge(partition, record, &event, at, batch, out)?;
-                    if let Err(refused) = &verdict {
-                        telemetry::project_refused(refused.code.as_str()).increment(1);
-                    }
-                    out.verdicts.push((event.event, verdict));
-                    Ok(())
+        match self.apply_record(entry, state, first) {
+            Ok(Applied::Yes) => {}
+            Ok(Applied::CommitFirst) => return Ok(Applied::CommitFirst),
+            Err(RecordError::Store(error)) => return Err(error),
+            Err(RecordError::Foreign(foreign)) => {
+                tracing::warn!(position = %entry.at, foreign.why, "a foreign record in the log is skipped");
+                telemetry::foreign_records().increment(1);
+                let log_time = self.progress[partition as usize].log_time;
+                if let Some((topic, number)) = self.partitions.get(partition) {
+                    let source = dead_letters::ForeignSource { topic, partition: number, offset: entry.at.offset };
+                    state.dead_letters.put_foreign(&mut state.tx, &source, &foreign, log_time)?;
                 }
-                Err(foreign) => Err(foreign),
-            },
-            Ok(record) => self.hand.notes.take(&self.store, record, batch, out)?.map(|at| {
-                let progress = &mut self.progress[partition as usize];
-                progress.log_time = progress.log_time.max(at);
-            }),
-            Err(foreign) => Err(foreign.clone()),
-        };
-        if let Err(foreign) = taken {
-            tracing::warn!(position = %entry.at, foreign.why, "a record in the log is not ours");
-            telemetry::foreign_records().increment(1);
-            let log_time = self.progress[partition as usize].log_time;
-            self.hand.notes.dead_letter(&self.store, &self.places, entry.at, &foreign, log_time, batch, out)?;
+            }
         }
         self.progress[partition as usize].next = entry.at.offset + 1;
-        Ok(true)
+        Ok(Applied::Yes)
     }
 
-    /// Moves the partition's log time on and purges the keys that expired; `false` if the batch must be committed before.
-    fn pass_time(&mut self, partition: u32, at: u64, batch: &mut Batch<'_>, first: bool) -> Result<bool, StoreError> {
+    fn apply_record(&mut self, entry: &Entry, state: &mut BatchState<'_>, first: bool) -> Result<Applied, RecordError> {
+        let partition = entry.at.partition;
+        let record = entry.record.as_ref().map_err(Clone::clone)?;
+        let at = match record.topic {
+            Topic::Events => return self.apply_event(partition, record, state, first),
+            Topic::Receipts => state.receipts.apply(&mut state.tx, record)?,
+            Topic::DeadLetters => state.dead_letters.apply(&mut state.tx, record)?,
+        };
         let progress = &mut self.progress[partition as usize];
-        let log_time = progress.log_time.max(at);
-        let purge_to = log_time.saturating_sub(KEY_LIFETIME) / PURGE_STEP * PURGE_STEP;
-        if purge_to > progress.purged_to {
-            // The purge sees what is committed. Keys of this batch are that old only when the log's time jumps.
-            if !first && self.hand.oldest_key < purge_to {
-                return Ok(false);
-            }
-            batch.purge_keys(partition, progress.purged_to, purge_to, |key| self.hand.keys.contains_key(key))?;
-            progress.purged_to = purge_to;
-        }
-        progress.log_time = log_time;
-        Ok(true)
+        progress.log_time = progress.log_time.max(at);
+        Ok(Applied::Yes)
     }
 
-    /// Gives the event its seq, or refuses it.
-    fn judge(
+    /// Gives an event its seq, or refuses it.
+    fn apply_event(
         &mut self,
         partition: u32,
         record: &Record,
-        event: &LogEvent<'_>,
-        at: u64,
-        batch: &mut Batch<'_>,
-        out: &mut Commit,
-    ) -> Result<Verdict, StoreError> {
-        let log_time = self.progress[partition as usize].log_time;
+        state: &mut BatchState<'_>,
+        first: bool,
+    ) -> Result<Applied, RecordError> {
+        let (event, at) = read_event(record)?;
+
+        let progress = &mut self.progress[partition as usize];
+        let log_time = progress.log_time.max(at);
+        if keys::purge(partition, progress, log_time, state, first)? == Applied::CommitFirst {
+            return Ok(Applied::CommitFirst);
+        }
+        progress.log_time = log_time;
+
         let thread = match self.threads.get_mut(&record.key) {
             Some(thread) => thread,
             None => {
@@ -264,24 +282,32 @@ impl Projector {
                 self.threads.entry(record.key.clone()).or_insert_with(|| Thread::new(&record.key, row, at))
             }
         };
-        let case = Case { store: &self.store, partition, record, event, at, log_time };
-        self.hand.judge(&case, thread, batch, out)
+        let input = EventRecord { partition, record, event: &event, at, key_time: log_time };
+        let verdict = state.judge(&input, thread)?;
+        if let Err(refused) = &verdict {
+            telemetry::project_refused(refused.code.as_str()).increment(1);
+        }
+        state.tx.commit.verdicts.push((event.event, verdict));
+        Ok(Applied::Yes)
     }
 }
 
-/// The event in a record, and its time in milliseconds; or why it is not ours.
+/// The event in a record, and its time in milliseconds; or why the record is foreign.
 fn read_event(record: &Record) -> Result<(LogEvent<'_>, u64), Foreign> {
     let foreign = |why: String| Foreign::new(why, record);
     let event: LogEvent = serde_json::from_slice(&record.value)
         .map_err(|error| foreign(format!("the value is not an event: {error}")))?;
+
     let names = ids::check_name("tenant", &event.tenant)
         .and(ids::check_name("from", &event.from))
         .and(ids::check_thread(&event.thread));
     names.map_err(|error| foreign(error.to_string()))?;
+
     let key = record.key.split_once('/');
     if key != Some((&event.tenant, &event.thread)) {
         return Err(foreign("the key is not tenant/thread of the value".into()));
     }
+
     let at = clock::parse_rfc3339(&event.at).ok_or_else(|| foreign("at is not RFC 3339".into()))?;
     Ok((event, at))
 }

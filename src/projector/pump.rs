@@ -1,4 +1,4 @@
-//! The projector's thread: reads the log, has it projected, and hands on what became visible.
+//! The projector's thread: reads the log, has it projected, and publishes what became visible.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,11 +10,11 @@ use crate::telemetry;
 
 /// Records judged and committed at once: enough to spread the cost of a commit, few enough to stay quick.
 const BATCH: usize = 1_024;
-/// How long the loop goes on once it was told to stop.
-const LAST_CALL: Duration = Duration::from_secs(1);
-/// How often the log is asked where it ends, while it does not say.
-const ASK_AGAIN: Duration = Duration::from_secs(10);
-/// How long the loop waits for the log before it looks whether it shall stop.
+/// How long the loop goes on after `stop` was set.
+const STOP_WITHIN: Duration = Duration::from_secs(1);
+/// How often the log is asked where it ends, until it answers.
+const ASK_EVERY: Duration = Duration::from_secs(10);
+/// How long the loop waits for the log before it checks `stop`.
 const WAIT: Duration = Duration::from_millis(100);
 
 /// How the projector is doing, for `/readyz` and metrics.
@@ -36,7 +36,7 @@ impl Status {
         self.newest.load(Ordering::Relaxed)
     }
 
-    /// Why it does not move on, if so.
+    /// Why it makes no progress, if so.
     pub fn failing(&self) -> Option<String> {
         self.failing.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -51,30 +51,31 @@ impl Status {
     }
 }
 
-/// The projector's thread: reads, projects and hands on, until `stop` is set and the log is read to its end.
+/// The projector's thread: reads, projects and publishes, until `stop` is set and the log is read to its end.
 pub struct Pump {
     pub log: Arc<dyn Log>,
     pub reader: Box<dyn Reader>,
     pub projector: Projector,
     pub status: Arc<Status>,
     pub stop: Arc<AtomicBool>,
-    /// Takes what became visible; `false` when nobody is there any more.
+    /// Gets what became visible; returns `false` when nothing receives it any more.
     pub publish: Box<dyn FnMut(Commit) -> bool + Send>,
 }
 
 impl Pump {
     pub fn run(mut self) {
-        let _stopped = Stopped(self.status.clone());
+        let _on_exit = ReportStopped(self.status.clone());
         let mut ends = self.ends();
         self.status.newest.store(self.projector.log_time(), Ordering::Relaxed);
         let (mut stopped, mut asked) = (None, Instant::now());
         let (seconds, records, events) =
             (telemetry::project_seconds(), telemetry::project_batch_records(), telemetry::project_events());
         loop {
-            self.look_around(&mut ends, &mut asked);
+            self.update_status(&mut ends, &mut asked);
             let stopping = self.stop.load(Ordering::Acquire);
-            // Whoever had to be answered has been; others may go on writing for as long as they like.
-            if stopping && stopped.get_or_insert_with(Instant::now).elapsed() > LAST_CALL {
+            // By now every publish that was waiting has its answer. Other nodes may go on writing, so the end of the log is
+            // not waited for.
+            if stopping && stopped.get_or_insert_with(Instant::now).elapsed() > STOP_WITHIN {
                 return;
             }
             let entries = match self.reader.next(BATCH, WAIT) {
@@ -96,15 +97,15 @@ impl Pump {
             let mut done = 0;
             while done < entries.len() {
                 let begin = Instant::now();
-                let Some((taken, committed)) = self.project(&entries[done..]) else { return };
+                let Some((applied, commit)) = self.project(&entries[done..]) else { return };
                 seconds.record(begin.elapsed());
-                let seqs = committed.events.iter().filter(|it| matches!(it.update, Update::Event(..)));
-                events.increment(seqs.count() as u64);
-                for reason in &committed.dead_letters {
+                let with_seq = commit.events.iter().filter(|it| matches!(it.update, Update::Event(..)));
+                events.increment(with_seq.count() as u64);
+                for reason in &commit.dead_letters {
                     telemetry::dead_letters(reason).increment(1);
                 }
-                done += taken;
-                if !(self.publish)(committed) {
+                done += applied;
+                if !(self.publish)(commit) {
                     return;
                 }
             }
@@ -113,7 +114,7 @@ impl Pump {
         }
     }
 
-    /// Projects entries; a store that fails is asked again until it answers, or the loop shall stop.
+    /// Projects entries; tries again while the store fails, until `stop` is set.
     fn project(&mut self, entries: &[Entry]) -> Option<(usize, Commit)> {
         while !self.stop.load(Ordering::Acquire) || self.status.failing().is_none() {
             match self.projector.project(entries, self.reader.positions()) {
@@ -130,14 +131,14 @@ impl Pump {
         std::thread::sleep(WAIT * 5);
     }
 
-    /// Notes the position, and whether the end that the log had at the start has been reached.
-    fn look_around(&self, ends: &mut Option<Positions>, asked: &mut Instant) {
+    /// Publishes the position, and whether the end that the log had at the start has been reached.
+    fn update_status(&self, ends: &mut Option<Positions>, asked: &mut Instant) {
         let positions = self.reader.positions();
         self.status.positions.lock().unwrap_or_else(PoisonError::into_inner).clone_from(positions);
         if self.status.caught_up() {
             return;
         }
-        if ends.is_none() && asked.elapsed() > ASK_AGAIN {
+        if ends.is_none() && asked.elapsed() > ASK_EVERY {
             *ends = self.ends();
             *asked = Instant::now();
         }
@@ -151,10 +152,10 @@ impl Pump {
     }
 }
 
-/// Tells, however the loop ended, that it did.
-struct Stopped(Arc<Status>);
+/// Sets the status when the loop ends, by a panic as well.
+struct ReportStopped(Arc<Status>);
 
-impl Drop for Stopped {
+impl Drop for ReportStopped {
     fn drop(&mut self) {
         self.0.set_failing(Some("the projector has stopped".into()));
     }

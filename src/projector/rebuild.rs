@@ -5,12 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Projector;
-use crate::app::{StartError, open_log};
-use crate::config::Config;
 use crate::log::{Log, LogError};
 use crate::store::{Store, StoreError};
 
-/// Records taken from the log at once: more than live, since nobody waits.
+/// Records read from the log at once: more than live, since no client waits.
 const BATCH: usize = 8_192;
 const WAIT: Duration = Duration::from_secs(5);
 
@@ -18,61 +16,57 @@ const WAIT: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum RebuildError {
     #[error(transparent)]
-    Start(#[from] StartError),
-    #[error(transparent)]
     Log(#[from] LogError),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("cannot move the projections: {0}")]
     Move(#[from] std::io::Error),
     #[error("the projections have not read the whole log: start the server, stop it, and check again")]
-    Behind,
+    NotCaughtUp,
     #[error("the projections differ from the log in {0}")]
     Differs(String),
 }
 
-/// What a rebuild went through.
+/// What a rebuild has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rebuilt {
     pub records: u64,
 }
 
-/// Rebuilds the projections of a stopped server and swaps them in. `progress` hears how many records are done.
-pub fn rebuild(config: &Config, progress: impl FnMut(u64)) -> Result<Rebuilt, RebuildError> {
-    let log = open_log(config)?;
-    let (fresh, old) = (config.data.join("projections.new"), config.data.join("projections.old"));
-    let current = config.projections_dir();
-    remove(&fresh)?;
+/// Rebuilds the projections of a stopped server and swaps them in. `progress` gets how many records are done.
+pub fn rebuild(log: &dyn Log, projections: &Path, progress: impl FnMut(u64)) -> Result<Rebuilt, RebuildError> {
+    let (new, old) = (projections.with_extension("new"), projections.with_extension("old"));
+    remove(&new)?;
     remove(&old)?;
+
     // Held open until the swap, so that no server starts on it meanwhile.
-    let guard = Store::open(&current)?;
-    let store = project_all(log.as_ref(), &fresh, progress)?;
-    let records = store.1;
-    store.0.flush()?;
+    let current = Store::open(projections)?;
+    let (store, records) = project_all(log, &new, progress)?;
+    store.flush()?;
     drop(store);
-    drop(guard);
-    std::fs::rename(&current, &old)?;
-    std::fs::rename(&fresh, &current)?;
+    drop(current);
+
+    std::fs::rename(projections, &old)?;
+    std::fs::rename(&new, projections)?;
     remove(&old)?;
-    log.close();
     Ok(Rebuilt { records })
 }
 
 /// Rebuilds beside the projections of a stopped server and compares row by row; changes nothing.
-pub fn check(config: &Config, progress: impl FnMut(u64)) -> Result<Rebuilt, RebuildError> {
-    let log = open_log(config)?;
-    let fresh = config.data.join("projections.check");
-    remove(&fresh)?;
-    let current = Store::open(&config.projections_dir())?;
-    let (store, records) = project_all(log.as_ref(), &fresh, progress)?;
-    // After a kill the projections are older than the log, which is no difference but a place to go on from.
-    let result = match current.progress()? == store.progress()? {
-        true => compare(&current, &store),
-        false => Err(RebuildError::Behind),
+pub fn check(log: &dyn Log, projections: &Path, progress: impl FnMut(u64)) -> Result<Rebuilt, RebuildError> {
+    let new = projections.with_extension("check");
+    remove(&new)?;
+
+    let current = Store::open(projections)?;
+    let (store, records) = project_all(log, &new, progress)?;
+    // After a kill the projections are older than the log. That is no difference: the next start goes on from there.
+    let result = if current.progress()? == store.progress()? {
+        compare(&current, &store)
+    } else {
+        Err(RebuildError::NotCaughtUp)
     };
     drop(store);
-    remove(&fresh)?;
-    log.close();
+    remove(&new)?;
     result.map(|()| Rebuilt { records })
 }
 
@@ -88,13 +82,14 @@ fn project_all(log: &dyn Log, path: &Path, mut progress: impl FnMut(u64)) -> Res
     while reader.positions().iter().zip(&bounds).any(|(next, bounds)| *next < bounds.end) {
         let before = reader.positions().clone();
         let entries = reader.next(BATCH, WAIT)?;
-        // It may have passed what only the log itself needs.
+        // Without entries the position may still move: past what Kafka writes for itself.
         if entries.is_empty() && *reader.positions() == before {
-            return Err(LogError::Unavailable("the log does not give what it holds".into()).into());
+            return Err(LogError::Unavailable("it does not return the records that it holds".into()).into());
         }
         let mut done = 0;
         loop {
-            done += projector.project(&entries[done..], reader.positions())?.0;
+            let (applied, _) = projector.project(&entries[done..], reader.positions())?;
+            done += applied;
             if done >= entries.len() {
                 break;
             }

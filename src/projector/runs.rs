@@ -9,20 +9,25 @@ use std::collections::HashMap;
 use serde::Deserialize;
 
 use super::data;
+use super::judge::Transaction;
 use crate::clock;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::LogEvent;
-use crate::store::runs::{CallRow, Ending, Mark, RunKey, RunRow, WaitRow};
-use crate::store::{Batch, Store, StoreError};
+use crate::protocol::kinds::{
+    AGENT_CANCEL_REQUESTED, AGENT_CANCELLED, AGENT_COMPLETED, AGENT_FAILED, AGENT_RESUMED, AGENT_STARTED,
+    AGENT_THINKING, AGENT_WAITING, TOOL_COMPLETED, TOOL_EXECUTING,
+};
+use crate::store::runs::{CallRow, Ending, EventRef, RunKey, RunRow, WaitRow};
+use crate::store::{Store, StoreError};
 
-/// What the batch in hand has changed, which the store does not show yet.
+/// The runs and calls that this batch has changed.
 #[derive(Default)]
 pub(super) struct Runs {
     rows: HashMap<RunKey, RunRow>,
     calls: HashMap<(RunKey, String), CallRow>,
 }
 
-/// Why an event is not taken: it is refused, or it cannot be judged now.
+/// Why an event is not accepted: it is refused, or the store cannot be read.
 pub(super) enum Rejected {
     Refused(Error),
     Store(StoreError),
@@ -40,36 +45,39 @@ impl From<StoreError> for Rejected {
     }
 }
 
-/// What an event makes of its run, once it has its seq.
-pub(super) struct Step {
+/// How an event changes its run. The rows are as they were before the event.
+pub(super) struct Transition {
     key: RunKey,
     row: RunRow,
     /// The call that begins or completes.
     call: Option<(String, CallRow)>,
     parent: Option<(RunKey, RunRow)>,
-    does: Does,
+    effect: Effect,
 }
 
-impl Step {
+impl Transition {
     /// The run, if this ends it.
-    pub(super) fn ends(&self) -> Option<&RunKey> {
-        matches!(self.does, Does::End(_)).then_some(&self.key)
+    pub(super) fn ending(&self) -> Option<&RunKey> {
+        matches!(self.effect, Effect::End(_)).then_some(&self.key)
     }
 }
 
-enum Does {
+enum Effect {
     Start,
-    GoOn,
-    Begin,
-    Complete,
-    Wait { expires_at: Option<u64> },
+    /// The event changes nothing but the newest one.
+    None,
+    BeginCall,
+    CompleteCall,
+    Wait {
+        expires_at: Option<u64>,
+    },
     Resume,
-    AskToCancel,
+    RequestCancel,
     End(Ending),
 }
 
 #[derive(Deserialize)]
-struct Started<'a> {
+struct StartedData<'a> {
     #[serde(borrow)]
     agent: Cow<'a, str>,
     #[serde(borrow, default)]
@@ -77,7 +85,7 @@ struct Started<'a> {
 }
 
 #[derive(Deserialize)]
-struct Call<'a> {
+struct CallData<'a> {
     #[serde(borrow)]
     call: Cow<'a, str>,
     #[serde(borrow, default)]
@@ -85,29 +93,24 @@ struct Call<'a> {
 }
 
 #[derive(Deserialize)]
-struct Waiting<'a> {
+struct WaitingData<'a> {
     #[serde(borrow, default)]
     expires_at: Option<Cow<'a, str>>,
 }
 
-/// What the server says when it ends a run that came to nothing.
+/// `data` of `agent_failed` when the server ends a run that has stalled.
 #[derive(Deserialize)]
-struct Stalled {
-    /// The run's newest event by then.
+struct StalledData {
+    /// The run's newest event when the server looked.
     #[serde(default)]
     after: Option<u64>,
-    /// Its pieces by then.
+    /// Its deltas then.
     #[serde(default)]
     pieces: u64,
 }
 
 impl Runs {
-    pub(super) fn clear(&mut self) {
-        self.rows.clear();
-        self.calls.clear();
-    }
-
-    fn row(&self, store: &Store, key: &RunKey) -> Result<Option<RunRow>, StoreError> {
+    pub(super) fn row(&self, store: &Store, key: &RunKey) -> Result<Option<RunRow>, StoreError> {
         match self.rows.get(key) {
             Some(row) => Ok(Some(row.clone())),
             None => store.run(key),
@@ -121,64 +124,51 @@ impl Runs {
         }
     }
 
-    /// What the event makes of its run; `None` if it is no agent's event.
-    pub(super) fn judge(&self, store: &Store, event: &LogEvent<'_>, by_server: bool) -> Result<Option<Step>, Rejected> {
-        let Some(run) = event.run.as_deref().filter(|_| is_agents(&event.kind)) else { return Ok(None) };
+    /// How the event changes its run; `None` if its kind belongs to no run.
+    pub(super) fn judge(
+        &self,
+        store: &Store,
+        event: &LogEvent<'_>,
+        by_server: bool,
+    ) -> Result<Option<Transition>, Rejected> {
+        let Some(run) = event.run.as_deref().filter(|_| changes_run(&event.kind)) else { return Ok(None) };
         let key = RunKey::new(&event.tenant, &event.thread, run);
         let row = self.row(store, &key)?;
-        if event.kind == "agent_started" {
+        if event.kind == AGENT_STARTED {
             return self.judge_start(store, event, key, row).map(Some);
         }
         let row = row.ok_or_else(unknown)?;
         if row.ended.is_some() {
-            return Err(over(&row, event).into());
+            return Err(refused_by_end(&row, event).into());
         }
-        let (does, call) = match &*event.kind {
-            "tool_executing" | "tool_completed" => {
-                let (does, call) = self.judge_call(store, event, &key)?;
-                (does, Some(call))
+        let (effect, call) = match &*event.kind {
+            TOOL_EXECUTING | TOOL_COMPLETED => {
+                let (effect, call) = self.judge_call(store, event, &key)?;
+                (effect, Some(call))
             }
             _ => (judge_open(&row, event, by_server)?, None),
         };
-        let parent = match (&does, &row.parent) {
-            (Does::End(_), Some(parent)) => {
+        let parent = match (&effect, &row.parent) {
+            (Effect::End(_), Some(parent)) => {
                 let parent = RunKey { run: parent.clone(), ..key.clone() };
                 self.row(store, &parent)?.map(|row| (parent, row))
             }
             _ => None,
         };
-        Ok(Some(Step { key, row, call, parent, does }))
+        Ok(Some(Transition { key, row, call, parent, effect }))
     }
 
-    /// A message of the run's, if the run is open: one that is not stands for itself.
-    pub(super) fn judge_message(&self, store: &Store, key: RunKey) -> Result<Option<Step>, StoreError> {
+    /// How an `agent_message` changes its run: not at all, unless the run is open.
+    pub(super) fn judge_message(&self, store: &Store, key: RunKey) -> Result<Option<Transition>, StoreError> {
         let row = self.row(store, &key)?.filter(|row| row.ended.is_none());
-        Ok(row.map(|row| Step { key, row, call: None, parent: None, does: Does::GoOn }))
+        Ok(row.map(|row| Transition { key, row, call: None, parent: None, effect: Effect::None }))
     }
 
-    /// Whether a piece of a message may come now, and how many came before.
-    pub(super) fn judge_delta(&self, store: &Store, key: &RunKey) -> Result<Result<u64, Error>, StoreError> {
-        Ok(match self.row(store, key)? {
-            None => Err(unknown()),
-            Some(row) if row.ended.is_some() => Err(ended()),
-            Some(row) => Ok(row.pieces),
-        })
-    }
-
-    /// A piece of a message has come.
-    pub(super) fn written(
-        &mut self,
-        store: &Store,
-        key: RunKey,
-        at: u64,
-        batch: &mut Batch<'_>,
-    ) -> Result<(), StoreError> {
-        let Some(mut row) = self.row(store, &key)? else { return Ok(()) };
-        row.pieces += 1;
-        row.written_at = at;
-        batch.put_run_row(&key, &row);
+    /// A delta of one of the run's messages was accepted. `row` is as it was before.
+    pub(super) fn apply_delta(&mut self, key: RunKey, row: RunRow, at: u64, tx: &mut Transaction<'_>) {
+        let row = RunRow { pieces: row.pieces + 1, written_at: at, ..row };
+        tx.rows.put_run_row(&key, &row);
         self.rows.insert(key, row);
-        Ok(())
     }
 
     fn judge_start(
@@ -187,8 +177,8 @@ impl Runs {
         event: &LogEvent<'_>,
         key: RunKey,
         row: Option<RunRow>,
-    ) -> Result<Step, Rejected> {
-        let started = data::<Started>(event)?;
+    ) -> Result<Transition, Rejected> {
+        let started = data::<StartedData>(event)?;
         if row.is_some() {
             return Err(expected("the run exists already: another run is expected").into());
         }
@@ -204,8 +194,8 @@ impl Runs {
         let row = RunRow {
             agent: started.agent.into_owned(),
             parent: parent.as_ref().map(|(key, _)| key.run.clone()),
-            started: Mark::default(),
-            last: Mark::default(),
+            started: EventRef::default(),
+            last: EventRef::default(),
             ended: None,
             executing: 0,
             children: 0,
@@ -215,7 +205,7 @@ impl Runs {
             pieces: 0,
             written_at: 0,
         };
-        Ok(Step { key, row, call: None, parent, does: Does::Start })
+        Ok(Transition { key, row, call: None, parent, effect: Effect::Start })
     }
 
     fn judge_call(
@@ -223,15 +213,18 @@ impl Runs {
         store: &Store,
         event: &LogEvent<'_>,
         key: &RunKey,
-    ) -> Result<(Does, (String, CallRow)), Rejected> {
-        let named = data::<Call>(event)?;
+    ) -> Result<(Effect, (String, CallRow)), Rejected> {
+        let named = data::<CallData>(event)?;
         let known = self.call(store, key, &named.call)?;
-        match (event.kind == "tool_executing", known) {
+        match (event.kind == TOOL_EXECUTING, known) {
             (true, None) => {
                 let tool = named.tool.map(Cow::into_owned).unwrap_or_default();
-                Ok((Does::Begin, (named.call.into_owned(), CallRow { tool, begun: Mark::default(), done: None })))
+                Ok((
+                    Effect::BeginCall,
+                    (named.call.into_owned(), CallRow { tool, begun: EventRef::default(), done: None }),
+                ))
             }
-            (false, Some(call)) if call.done.is_none() => Ok((Does::Complete, (named.call.into_owned(), call))),
+            (false, Some(call)) if call.done.is_none() => Ok((Effect::CompleteCall, (named.call.into_owned(), call))),
             (true, Some(_)) => {
                 Err(expected("the call is not new in the run: another call is expected").at("data.call").into())
             }
@@ -241,31 +234,36 @@ impl Runs {
         }
     }
 
-    /// Writes what the event made of its run.
-    pub(super) fn apply(&mut self, step: Step, event: &LogEvent<'_>, mark: Mark, batch: &mut Batch<'_>) {
-        let Step { key, mut row, call, parent, does } = step;
-        row.last = mark;
-        let mut call = call;
-        match does {
-            Does::Start => row.started = mark,
-            Does::GoOn => {}
-            Does::Begin => {
+    /// Writes the run as the event has changed it.
+    pub(super) fn apply(
+        &mut self,
+        transition: Transition,
+        event: &LogEvent<'_>,
+        appended: EventRef,
+        tx: &mut Transaction<'_>,
+    ) {
+        let Transition { key, mut row, mut call, parent, effect } = transition;
+        row.last = appended;
+        match effect {
+            Effect::Start => row.started = appended,
+            Effect::None => {}
+            Effect::BeginCall => {
                 row.executing += 1;
-                call = call.map(|(name, row)| (name, CallRow { begun: mark, ..row }));
+                call = call.map(|(name, row)| (name, CallRow { begun: appended, ..row }));
             }
-            Does::Complete => {
+            Effect::CompleteCall => {
                 row.executing = row.executing.saturating_sub(1);
-                call = call.map(|(name, row)| (name, CallRow { done: Some(mark), ..row }));
+                call = call.map(|(name, row)| (name, CallRow { done: Some(appended), ..row }));
             }
-            Does::Wait { expires_at } => row.waiting = Some(WaitRow { since: mark, expires_at }),
-            Does::Resume => {
+            Effect::Wait { expires_at } => row.waiting = Some(WaitRow { since: appended, expires_at }),
+            Effect::Resume => {
                 row.waiting = None;
-                row.resumed = Some((mark, event.from.to_string()));
+                row.resumed = Some((appended, event.from.to_string()));
             }
-            Does::AskToCancel => row.cancel = row.cancel.or_else(|| Some((mark, event.from.to_string()))),
-            Does::End(ending) => {
+            Effect::RequestCancel => row.cancel = row.cancel.or_else(|| Some((appended, event.from.to_string()))),
+            Effect::End(ending) => {
                 row.waiting = None;
-                row.ended = Some((mark, ending));
+                row.ended = Some((appended, ending));
             }
         }
         if let Some((parent, mut above)) = parent {
@@ -273,71 +271,83 @@ impl Runs {
                 None => above.children += 1,
                 Some(_) => above.children = above.children.saturating_sub(1),
             }
-            batch.put_run(&parent, &above);
+            tx.rows.put_run(&parent, &above);
             self.rows.insert(parent, above);
         }
         if let Some((name, call)) = call {
-            batch.put_call(&key, &name, &call);
+            tx.rows.put_call(&key, &name, &call);
             self.calls.insert((key.clone(), name), call);
         }
-        batch.put_run_event(&key, mark.seq);
-        batch.put_run(&key, &row);
+        tx.rows.put_run_event(&key, appended.seq);
+        tx.rows.put_run(&key, &row);
         self.rows.insert(key, row);
     }
 }
 
-/// Whether the kind moves a run.
-fn is_agents(kind: &str) -> bool {
+/// Whether events of the kind change their run.
+fn changes_run(kind: &str) -> bool {
     matches!(
         kind,
-        "agent_started"
-            | "agent_thinking"
-            | "tool_executing"
-            | "tool_completed"
-            | "agent_waiting"
-            | "agent_resumed"
-            | "agent_cancel_requested"
-            | "agent_completed"
-            | "agent_failed"
-            | "agent_cancelled"
+        AGENT_STARTED
+            | AGENT_THINKING
+            | TOOL_EXECUTING
+            | TOOL_COMPLETED
+            | AGENT_WAITING
+            | AGENT_RESUMED
+            | AGENT_CANCEL_REQUESTED
+            | AGENT_COMPLETED
+            | AGENT_FAILED
+            | AGENT_CANCELLED
     )
 }
 
-/// What an event makes of an open run, calls aside.
-fn judge_open(row: &RunRow, event: &LogEvent<'_>, by_server: bool) -> Result<Does, Error> {
+/// How an event changes an open run, calls aside.
+fn judge_open(row: &RunRow, event: &LogEvent<'_>, by_server: bool) -> Result<Effect, Error> {
     let end = |ending| match row.children {
-        0 => Ok(Does::End(ending)),
+        0 => Ok(Effect::End(ending)),
         n => Err(expected(format!("{n} runs work for this one: their ends are expected first"))),
     };
     match &*event.kind {
-        "agent_waiting" if row.waiting.is_some() => Err(expected("the run waits already: agent_resumed is expected")),
-        "agent_waiting" => {
-            let until = data::<Waiting>(event)?.expires_at;
+        AGENT_WAITING if row.waiting.is_some() => Err(expected("the run waits already: agent_resumed is expected")),
+        AGENT_WAITING => {
+            let until = data::<WaitingData>(event)?.expires_at;
             let expires_at = until.as_deref().map(|text| {
                 clock::parse_rfc3339(text).ok_or_else(|| Error::field("data.expires_at", "data.expires_at is RFC 3339"))
             });
-            Ok(Does::Wait { expires_at: expires_at.transpose()? })
+            Ok(Effect::Wait { expires_at: expires_at.transpose()? })
         }
-        "agent_resumed" if row.waiting.is_some() => Ok(Does::Resume),
-        "agent_resumed" => Err(not_waiting(row)),
-        "agent_cancel_requested" => Ok(Does::AskToCancel),
-        "agent_completed" if row.executing > 0 => {
+        AGENT_RESUMED if row.waiting.is_some() => Ok(Effect::Resume),
+        AGENT_RESUMED => Err(not_waiting(row)),
+        AGENT_CANCEL_REQUESTED => Ok(Effect::RequestCancel),
+        AGENT_COMPLETED if row.executing > 0 => {
             Err(expected(format!("{} calls are executing: tool_completed is expected first", row.executing)))
         }
-        "agent_completed" => end(Ending::Completed),
-        "agent_failed" if by_server => match data::<Stalled>(event)? {
-            Stalled { after: Some(seq), pieces } if seq == row.last.seq && pieces == row.pieces => end(Ending::Failed),
+        AGENT_COMPLETED => end(Ending::Completed),
+        AGENT_FAILED if by_server => match data::<StalledData>(event)? {
+            StalledData { after: Some(seq), pieces } if seq == row.last.seq && pieces == row.pieces => {
+                end(Ending::Failed)
+            }
             _ => Err(Error::new(Code::Conflict, "the run has gone on")),
         },
-        "agent_failed" => end(Ending::Failed),
-        "agent_cancelled" => end(Ending::Cancelled),
-        _ => Ok(Does::GoOn),
+        AGENT_FAILED => end(Ending::Failed),
+        AGENT_CANCELLED => end(Ending::Cancelled),
+        _ => Ok(Effect::None),
     }
 }
 
-fn over(row: &RunRow, event: &LogEvent<'_>) -> Error {
+/// The run, if it can be written in.
+pub(super) fn check_open(row: Option<RunRow>) -> Result<RunRow, Error> {
+    match row {
+        None => Err(unknown()),
+        Some(row) if row.ended.is_some() => Err(ended()),
+        Some(row) => Ok(row),
+    }
+}
+
+/// Why nothing can be appended to a run that has ended.
+fn refused_by_end(row: &RunRow, event: &LogEvent<'_>) -> Error {
     match (&*event.kind, &row.resumed) {
-        ("agent_resumed", Some(_)) => not_waiting(row),
+        (AGENT_RESUMED, Some(_)) => not_waiting(row),
         _ => ended(),
     }
 }
@@ -350,7 +360,7 @@ fn ended() -> Error {
     expected("the run has ended: nothing more is expected of it")
 }
 
-/// Nobody waits for the answer: somebody else has given it, or nobody has asked.
+/// The run does not wait for this answer: there was one already, or nothing was asked.
 fn not_waiting(row: &RunRow) -> Error {
     match &row.resumed {
         Some((mark, who)) => Error::new(Code::Conflict, format!("{who} has answered before, seq {}", mark.seq)),

@@ -7,16 +7,17 @@ use std::sync::Arc;
 use serde::Deserialize;
 use uuid::Uuid;
 
-use super::AccessChange;
-use super::{Published, Verdict};
+use super::judge::Transaction;
+use super::{AccessChange, Published};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event;
 use crate::protocol::event::{LogEvent, Priority};
 use crate::protocol::ids;
 use crate::protocol::kinds::{MEMBER_ADDED, MEMBER_REMOVED, SESSIONS_REVOKED, THREAD_CREATED, THREAD_UPDATED};
-use crate::store::{Batch, KeyRow, MemberRow, RevocationRow, Store, StoreError, ThreadRow};
+use crate::store::{KeyRow, MemberRow, RevocationRow, Store, StoreError, ThreadRow};
 
-/// A thread's state while the projector works on it. What it holds is true at the record in hand, committed or not.
+/// A thread's state while the projector works on it. It shows what the batch has decided, before
+/// the store does.
 pub(super) struct Thread {
     pub(super) key: Arc<str>,
     pub(super) row: ThreadRow,
@@ -27,12 +28,20 @@ pub(super) struct Thread {
     members: HashMap<String, bool>,
 }
 
+/// What becomes of an event as far as its thread decides.
+pub(super) enum ThreadChange {
+    /// It is appended, with what it changes about who may read.
+    Append(Option<AccessChange>),
+    /// Nothing had to change, and nothing is appended.
+    Unchanged,
+    Refused(Error),
+}
+
 /// The answer to a key that is already taken.
-pub(super) fn repeated(event: &LogEvent<'_>, taken: &KeyRow) -> Verdict {
+pub(super) fn repeated(event: &LogEvent<'_>, taken: &KeyRow) -> Result<Published, Error> {
     if taken.content != event.content_digest() {
-        return Err(
-            Error::new(Code::Conflict, format!("this key was used for another content, seq {}", taken.seq)).at("key")
-        );
+        let why = format!("this key was used before with different content, seq {}", taken.seq);
+        return Err(Error::new(Code::Conflict, why).at("key"));
     }
     Ok(Published { seq: taken.seq, event: Uuid::from_bytes(taken.event), duplicate: true })
 }
@@ -52,57 +61,79 @@ impl Thread {
         Ok(member)
     }
 
-    /// What the event changes about who may read; or the verdict, if there is nothing to append.
-    pub(super) fn change(
-        &mut self,
-        store: &Store,
-        event: &LogEvent<'_>,
-    ) -> Result<Result<Option<AccessChange>, Verdict>, StoreError> {
-        let exists = self.row.head > 0;
-        let unchanged = Err(Ok(Published { seq: self.row.head, event: event.event, duplicate: true }));
-        Ok(match &*event.kind {
+    /// What becomes of the event as far as the thread decides: its existence, its title, its members.
+    pub(super) fn change(&mut self, store: &Store, event: &LogEvent<'_>) -> Result<ThreadChange, StoreError> {
+        match &*event.kind {
             THREAD_CREATED | THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED if ids::is_reserved(&event.thread) => {
-                Err(Err(Error::field("thread", "this thread has no members and no title")))
+                let error = Error::field("thread", "this thread has no members and no title");
+                Ok(ThreadChange::Refused(error))
             }
-            SESSIONS_REVOKED => match ids::inbox_of(&event.thread) {
-                Some(user) => {
-                    // A clock that is behind takes nothing back.
-                    let before = store.revocation(&event.tenant, user)?.map_or(0, |row| row.until);
-                    self.revoked_until = self.revoked_until.max(before);
-                    Ok(Some(AccessChange::Revoked(user.to_owned())))
-                }
-                None => Err(Err(Error::field("thread", "sessions are revoked in their user's inbox"))),
-            },
-            THREAD_CREATED if exists => Err(Err(Error::new(Code::Conflict, "the thread exists already").at("thread"))),
-            THREAD_CREATED => match data::<Created>(event).and_then(|created| created.members_with(&event.from)) {
-                Ok(members) => Ok(Some(AccessChange::Joined(members))),
-                Err(error) => Err(Err(error)),
-            },
-            THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED if !exists => Err(Err(Error::no_thread())),
-            THREAD_UPDATED => match data::<Updated>(event) {
-                Ok(updated) if self.row.title.as_deref() == Some(&*updated.title) => unchanged,
-                Ok(_) => Ok(None),
-                Err(error) => Err(Err(error)),
-            },
-            MEMBER_ADDED | MEMBER_REMOVED => match data::<Member>(event).and_then(Member::checked) {
-                Ok(member) => {
-                    let adding = event.kind == MEMBER_ADDED;
-                    match (adding, self.is_member(store, event, &member.user)?) {
-                        (true, false) => Ok(Some(AccessChange::Joined(vec![member.user.into_owned()]))),
-                        (false, true) => Ok(Some(AccessChange::Left(member.user.into_owned()))),
-                        _ => unchanged,
-                    }
-                }
-                Err(error) => Err(Err(error)),
-            },
-            _ if event.parent.is_some_and(|parent| parent > self.row.head) => {
-                Err(Err(Error::field("parent", format!("parent is behind the thread's head, {}", self.row.head))))
+            SESSIONS_REVOKED => self.revoke(store, event),
+            THREAD_CREATED => Ok(self.create(event)),
+            THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED if self.row.head == 0 => {
+                Ok(ThreadChange::Refused(Error::no_thread()))
             }
-            _ if !exists && !ids::is_reserved(&event.thread) => {
-                Ok(Some(AccessChange::Joined(vec![event.from.to_string()])))
-            }
-            _ => Ok(None),
+            THREAD_UPDATED => Ok(self.retitle(event)),
+            MEMBER_ADDED | MEMBER_REMOVED => self.change_member(store, event),
+            _ => Ok(self.publish(event)),
+        }
+    }
+
+    fn revoke(&mut self, store: &Store, event: &LogEvent<'_>) -> Result<ThreadChange, StoreError> {
+        let Some(user) = ids::inbox_of(&event.thread) else {
+            let error = Error::field("thread", "sessions are revoked in their user's inbox");
+            return Ok(ThreadChange::Refused(error));
+        };
+        // A revocation with an earlier time, from a clock that is slow, takes nothing back.
+        let before = store.revocation(&event.tenant, user)?.map_or(0, |row| row.until);
+        self.revoked_until = self.revoked_until.max(before);
+        Ok(ThreadChange::Append(Some(AccessChange::Revoked(user.to_owned()))))
+    }
+
+    fn create(&self, event: &LogEvent<'_>) -> ThreadChange {
+        if self.row.head > 0 {
+            return ThreadChange::Refused(Error::new(Code::Conflict, "the thread exists already").at("thread"));
+        }
+        match data::<Created>(event).and_then(|created| created.members_with(&event.from)) {
+            Ok(members) => ThreadChange::Append(Some(AccessChange::Joined(members))),
+            Err(error) => ThreadChange::Refused(error),
+        }
+    }
+
+    fn retitle(&self, event: &LogEvent<'_>) -> ThreadChange {
+        match data::<Updated>(event) {
+            Ok(updated) if self.row.title.as_deref() == Some(&*updated.title) => ThreadChange::Unchanged,
+            Ok(_) => ThreadChange::Append(None),
+            Err(error) => ThreadChange::Refused(error),
+        }
+    }
+
+    fn change_member(&mut self, store: &Store, event: &LogEvent<'_>) -> Result<ThreadChange, StoreError> {
+        let user = match data::<Member>(event).and_then(Member::checked) {
+            Ok(member) => member.user,
+            Err(error) => return Ok(ThreadChange::Refused(error)),
+        };
+        let adding = event.kind == MEMBER_ADDED;
+        Ok(match (adding, self.is_member(store, event, &user)?) {
+            (true, false) => ThreadChange::Append(Some(AccessChange::Joined(vec![user.into_owned()]))),
+            (false, true) => ThreadChange::Append(Some(AccessChange::Left(user.into_owned()))),
+            (true, true) | (false, false) => ThreadChange::Unchanged,
         })
+    }
+
+    /// Any other event. The first one of a thread creates it.
+    fn publish(&self, event: &LogEvent<'_>) -> ThreadChange {
+        let head = self.row.head;
+        match event.parent {
+            Some(parent) if parent > head => {
+                let why = format!("`parent` ({parent}) is beyond the thread's head ({head})");
+                ThreadChange::Refused(Error::field("parent", why))
+            }
+            _ if head == 0 && !ids::is_reserved(&event.thread) => {
+                ThreadChange::Append(Some(AccessChange::Joined(vec![event.from.to_string()])))
+            }
+            _ => ThreadChange::Append(None),
+        }
     }
 
     /// The next seq, and its link of the chain.
@@ -119,28 +150,29 @@ impl Thread {
         seq
     }
 
+    /// Writes what the event changes beside the thread's head.
     pub(super) fn apply(
         &mut self,
         change: &Option<AccessChange>,
         event: &LogEvent<'_>,
         seq: u64,
         at: u64,
-        batch: &mut Batch<'_>,
+        tx: &mut Transaction<'_>,
     ) {
         match change {
             Some(AccessChange::Joined(users)) => {
                 for user in users {
-                    batch.put_member(&event.tenant, &event.thread, user, &MemberRow { since: seq });
+                    tx.rows.put_member(&event.tenant, &event.thread, user, &MemberRow { since: seq });
                     self.members.insert(user.clone(), true);
                 }
             }
             Some(AccessChange::Left(user)) => {
-                batch.delete_member(&event.tenant, &event.thread, user);
+                tx.rows.delete_member(&event.tenant, &event.thread, user);
                 self.members.insert(user.clone(), false);
             }
             Some(AccessChange::Revoked(user)) => {
                 self.revoked_until = self.revoked_until.max(at);
-                batch.put_revocation(&event.tenant, user, &RevocationRow { until: self.revoked_until });
+                tx.rows.put_revocation(&event.tenant, user, &RevocationRow { until: self.revoked_until });
             }
             None => {}
         }

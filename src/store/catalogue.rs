@@ -1,17 +1,17 @@
-//! Every column family of the projections, in one list, with the tuning its work asks for.
+//! Every column family of the projections, in one list, tuned for how it is read and written.
 
 use rocksdb::{BlockBasedOptions, Cache, ColumnFamilyDescriptor, DBCompressionType, Env, Options};
 
 /// How a family is used.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Work {
-    /// Small rows, looked up by their whole key; most lookups find nothing.
+enum Access {
+    /// Small rows, looked up by their whole key with every event; most lookups find nothing.
     Lookup,
-    /// The same beside the way of an event. Without a filter in memory: each takes a tenth of a memtable, written or not,
-    /// and together they would leave no room for what is.
-    Seldom,
+    /// The same, but looked up with few events. Without a filter in memory: each filter takes a tenth of a memtable,
+    /// whether the family is written or not, and many filters would leave too little room for rows.
+    RareLookup,
     /// Written once in key order, read in ranges.
-    Sequence,
+    Range,
 }
 
 pub const META: &str = "default";
@@ -34,45 +34,45 @@ pub const MESSAGE_TEXTS: &str = "message_texts";
 pub const DEAD_LETTERS: &str = "dead_letters";
 pub const DEAD_LETTER_TIMES: &str = "dead_letter_times";
 
-const FAMILIES: &[(&str, Work)] = &[
-    // position → offsets of the log; epoch; format
-    (META, Work::Seldom),
+const FAMILIES: &[(&str, Access)] = &[
+    // "identity" → the log's epoch, and the progress of each partition
+    (META, Access::RareLookup),
     // tenant 0 thread → ThreadRow
-    (THREADS, Work::Lookup),
+    (THREADS, Access::Lookup),
     // tenant 0 thread 0 user → MemberRow
-    (MEMBERS, Work::Lookup),
+    (MEMBERS, Access::Lookup),
     // tenant 0 user 0 thread → empty
-    (MEMBERSHIPS, Work::Sequence),
+    (MEMBERSHIPS, Access::Range),
     // tenant 0 thread 0 seq → EventRow
-    (EVENTS, Work::Sequence),
+    (EVENTS, Access::Range),
     // tenant 0 thread 0 user 0 key → KeyRow
-    (KEYS, Work::Lookup),
-    // partition · at · the key's key → empty; what the purge of `keys` walks
-    (KEY_TIMES, Work::Sequence),
+    (KEYS, Access::Lookup),
+    // partition · at · the row's key in `keys` → empty; the order in which keys are purged
+    (KEY_TIMES, Access::Range),
     // tenant 0 thread 0 user 0 name → ReceiptRow
-    (RECEIPTS, Work::Seldom),
+    (RECEIPTS, Access::RareLookup),
     // tenant 0 user → RevocationRow
-    (REVOCATIONS, Work::Seldom),
+    (REVOCATIONS, Access::RareLookup),
     // tenant 0 thread 0 run → RunRow
-    (RUNS, Work::Seldom),
+    (RUNS, Access::RareLookup),
     // tenant 0 thread 0 length of run · run · call → CallRow
-    (RUN_CALLS, Work::Seldom),
+    (RUN_CALLS, Access::RareLookup),
     // tenant 0 thread 0 length of run · run · seq → empty
-    (RUN_EVENTS, Work::Sequence),
+    (RUN_EVENTS, Access::Range),
     // tenant 0 length of run · run · thread → empty
-    (RUN_THREADS, Work::Sequence),
+    (RUN_THREADS, Access::Range),
     // tenant 0 thread 0 run → empty, for those that have not ended
-    (OPEN_RUNS, Work::Sequence),
+    (OPEN_RUNS, Access::Range),
     // tenant 0 thread 0 length of run · run · message → MessageRow
-    (MESSAGES, Work::Seldom),
+    (MESSAGES, Access::RareLookup),
     // the same → empty, for those that are not closed
-    (OPEN_MESSAGES, Work::Sequence),
+    (OPEN_MESSAGES, Access::Range),
     // tenant 0 thread 0 length of run · run · length of message · message · from_char → TextRow, for those that are not closed
-    (MESSAGE_TEXTS, Work::Sequence),
+    (MESSAGE_TEXTS, Access::Range),
     // tenant (empty if not known) 0 id → DeadLetterRow
-    (DEAD_LETTERS, Work::Seldom),
+    (DEAD_LETTERS, Access::RareLookup),
     // tenant 0 at · id → empty; the list, oldest first
-    (DEAD_LETTER_TIMES, Work::Sequence),
+    (DEAD_LETTER_TIMES, Access::Range),
 ];
 
 /// The families' names.
@@ -85,25 +85,25 @@ const BLOCK_CACHE: usize = 64 << 20;
 
 pub fn descriptors() -> Vec<ColumnFamilyDescriptor> {
     let cache = Cache::new_lru_cache(BLOCK_CACHE);
-    FAMILIES.iter().map(|(name, work)| ColumnFamilyDescriptor::new(*name, tuning(*work, &cache))).collect()
+    FAMILIES.iter().map(|(name, access)| ColumnFamilyDescriptor::new(*name, tuning(*access, &cache))).collect()
 }
 
-fn tuning(work: Work, cache: &Cache) -> Options {
+fn tuning(access: Access, cache: &Cache) -> Options {
     let mut blocks = BlockBasedOptions::default();
     blocks.set_block_cache(cache);
     blocks.set_cache_index_and_filter_blocks(true);
     blocks.set_format_version(6);
     let mut options = Options::default();
     options.set_compression_type(DBCompressionType::Lz4);
-    match work {
-        Work::Lookup => {
+    match access {
+        Access::Lookup => {
             blocks.set_bloom_filter(10.0, false);
             // The filter over what is not flushed yet spares most lookups of new keys the memtable's skip list.
             options.set_memtable_prefix_bloom_ratio(0.1);
             options.set_memtable_whole_key_filtering(true);
         }
-        Work::Seldom => blocks.set_bloom_filter(10.0, false),
-        Work::Sequence => {
+        Access::RareLookup => blocks.set_bloom_filter(10.0, false),
+        Access::Range => {
             blocks.set_block_size(16 << 10);
             options.set_level_zero_file_num_compaction_trigger(8);
         }
@@ -127,7 +127,7 @@ pub fn database(direct_io: bool) -> Options {
     options.set_keep_log_file_num(4);
     options.set_max_log_file_size(4 << 20);
     options.increase_parallelism(2);
-    // Compaction takes what the way of an event leaves. Without a priority of its own it only works as fast as before.
+    // Compaction gets the processor time that events leave: at a lower priority it is no slower when there is enough.
     if let Ok(mut env) = Env::new() {
         env.lower_thread_pool_cpu_priority();
         options.set_env(&env);

@@ -1,4 +1,4 @@
-//! Dead letters: what could not be handled, kept with its reason.
+//! Dead letters: events and records that could not be handled, each with the reason.
 
 use std::collections::BTreeMap;
 
@@ -25,7 +25,7 @@ pub struct DeadLetterRow {
     pub source: Option<SourceRow>,
 }
 
-/// Where a record stood that cannot be read, and what it was.
+/// A record that cannot be read, and its position.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct SourceRow {
     pub topic: String,
@@ -36,9 +36,9 @@ pub struct SourceRow {
     pub bytes: Vec<u8>,
 }
 
-/// A dead letter's place in the list: newest first.
+/// Where a list of dead letters goes on: after this one. The newest comes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ListPlace {
+pub struct DeadLetterCursor {
     pub at: u64,
     pub id: [u8; 16],
 }
@@ -51,62 +51,66 @@ pub struct DeadLetterFilter {
 }
 
 impl DeadLetterFilter {
-    fn takes(&self, row: &DeadLetterRow) -> bool {
+    fn accepts(&self, row: &DeadLetterRow) -> bool {
         self.reason.as_ref().is_none_or(|reason| *reason == row.reason)
             && self.thread.as_ref().is_none_or(|thread| row.thread.as_ref() == Some(thread))
     }
 }
 
-/// Rows that one page looks at; with a filter, the rest is the next page's.
+/// Rows that one page looks at; with a filter, the next page looks at the rest.
 const SCAN: usize = 10_000;
 
 /// A page of dead letters, each with whether its tenant is known, and where the next page begins.
-pub type DeadLetterPage = (Vec<(ListPlace, DeadLetterRow, bool)>, Option<ListPlace>);
+pub type DeadLetterPage = (Vec<(DeadLetterCursor, DeadLetterRow, bool)>, Option<DeadLetterCursor>);
 
 impl Store {
-    /// A tenant's dead letter; an empty tenant has those whose tenant nobody can tell.
+    /// A tenant's dead letter; those whose tenant is not known are under an empty one.
     pub fn dead_letter(&self, tenant: &str, id: &[u8; 16]) -> Result<Option<DeadLetterRow>, StoreError> {
         self.get(DEAD_LETTERS, &key(tenant, id))
     }
 
-    /// Dead letters of these tenants, newest first, from behind a place on.
+    /// Dead letters of these tenants, newest first, from after a cursor on.
     pub fn dead_letters(
         &self,
         tenants: &[&str],
         filter: &DeadLetterFilter,
-        behind: Option<ListPlace>,
+        after: Option<DeadLetterCursor>,
         limit: usize,
     ) -> Result<DeadLetterPage, StoreError> {
-        let mut places: BTreeMap<ListPlace, &str> = BTreeMap::new();
+        let mut cursors: BTreeMap<DeadLetterCursor, &str> = BTreeMap::new();
         for tenant in tenants {
-            let found = self.dead_letter_places(tenant, behind)?;
-            places.extend(found.into_iter().map(|place| (place, *tenant)));
+            let found = self.newest_cursors(tenant, after)?;
+            cursors.extend(found.into_iter().map(|cursor| (cursor, *tenant)));
         }
-        let looked_at_all = places.len() < SCAN;
+        let looked_at_all = cursors.len() < SCAN;
         let (mut page, mut last) = (Vec::new(), None);
-        for (place, tenant) in places.into_iter().rev().take(SCAN) {
+        for (cursor, tenant) in cursors.into_iter().rev().take(SCAN) {
             if page.len() == limit {
                 return Ok((page, last));
             }
-            last = Some(place);
-            if let Some(row) = self.dead_letter(tenant, &place.id)?.filter(|row| filter.takes(row)) {
-                page.push((place, row, !tenant.is_empty()));
+            last = Some(cursor);
+            if let Some(row) = self.dead_letter(tenant, &cursor.id)?.filter(|row| filter.accepts(row)) {
+                page.push((cursor, row, !tenant.is_empty()));
             }
         }
         Ok((page, last.filter(|_| !looked_at_all)))
     }
 
-    /// The newest places behind one, as many as a page looks at.
-    fn dead_letter_places(&self, tenant: &str, behind: Option<ListPlace>) -> Result<Vec<ListPlace>, StoreError> {
+    /// The newest dead letters of a tenant after a cursor, as many as a page looks at.
+    fn newest_cursors(
+        &self,
+        tenant: &str,
+        after: Option<DeadLetterCursor>,
+    ) -> Result<Vec<DeadLetterCursor>, StoreError> {
         let prefix = keys::prefix(&[tenant]);
         let mut options = ReadOptions::default();
         options.set_iterate_lower_bound(prefix.clone());
-        options.set_iterate_upper_bound(match behind {
-            Some(place) => time_key(tenant, place),
-            None => keys::behind(prefix.clone()),
+        options.set_iterate_upper_bound(match after {
+            Some(cursor) => time_key(tenant, cursor),
+            None => keys::after(prefix.clone()),
         });
         let rows = self.db.iterator_cf_opt(&self.family(DEAD_LETTER_TIMES), options, IteratorMode::End);
-        rows.take(SCAN).map(|row| Ok(place_of(&row?.0[prefix.len()..]))).collect()
+        rows.take(SCAN).map(|row| Ok(cursor_of(&row?.0[prefix.len()..]))).collect()
     }
 }
 
@@ -114,7 +118,7 @@ impl Batch<'_> {
     /// Puts a dead letter into the list; the first one with an id stays.
     pub fn put_dead_letter(&mut self, tenant: &str, id: [u8; 16], row: &DeadLetterRow) {
         self.put(DEAD_LETTERS, &key(tenant, &id), row);
-        self.rows.put_cf(&self.store.family(DEAD_LETTER_TIMES), time_key(tenant, ListPlace { at: row.at, id }), []);
+        self.put_empty(DEAD_LETTER_TIMES, &time_key(tenant, DeadLetterCursor { at: row.at, id }));
     }
 }
 
@@ -122,15 +126,15 @@ fn key(tenant: &str, id: &[u8; 16]) -> Vec<u8> {
     [&keys::prefix(&[tenant])[..], id].concat()
 }
 
-fn time_key(tenant: &str, place: ListPlace) -> Vec<u8> {
-    [&keys::prefix(&[tenant])[..], &place.at.to_be_bytes(), &place.id].concat()
+fn time_key(tenant: &str, cursor: DeadLetterCursor) -> Vec<u8> {
+    [&keys::prefix(&[tenant])[..], &cursor.at.to_be_bytes(), &cursor.id].concat()
 }
 
-fn place_of(rest: &[u8]) -> ListPlace {
+fn cursor_of(rest: &[u8]) -> DeadLetterCursor {
     let (mut at, mut id) = ([0; 8], [0; 16]);
     if rest.len() == 24 {
         at.copy_from_slice(&rest[..8]);
         id.copy_from_slice(&rest[8..]);
     }
-    ListPlace { at: u64::from_be_bytes(at), id }
+    DeadLetterCursor { at: u64::from_be_bytes(at), id }
 }

@@ -1,4 +1,4 @@
-//! Keys of the projections: parts separated by NUL (no name holds one), numbers big-endian, so that order on disk is order
+//! How keys of rows are made: parts separated by NUL (no name holds one), numbers big-endian, so that order on disk is order
 //! in meaning.
 
 /// `parts` joined by NUL.
@@ -41,8 +41,15 @@ pub fn key_time(partition: u32, at: u64, key: &[u8]) -> Vec<u8> {
     out
 }
 
-/// The first key that does not begin with `prefix`; prefixes end in NUL or a number, never in all 0xff.
-pub fn behind(mut prefix: Vec<u8>) -> Vec<u8> {
+/// The time and the idempotency key in a row of `key_times`.
+pub fn split_key_time(row: &[u8]) -> Option<(u64, &[u8])> {
+    let (_partition, rest) = row.split_first_chunk::<4>()?;
+    let (at, key) = rest.split_first_chunk::<8>()?;
+    Some((u64::from_be_bytes(*at), key))
+}
+
+/// The first key after all that begin with `prefix`; prefixes end in NUL or a number, never in all 0xff.
+pub fn after(mut prefix: Vec<u8>) -> Vec<u8> {
     while let Some(last) = prefix.pop() {
         if last < u8::MAX {
             prefix.push(last + 1);
@@ -60,8 +67,16 @@ mod tests {
     fn events_sort_by_seq_and_stay_in_their_thread() {
         assert!(event("t", "a", 255) < event("t", "a", 256));
         assert!(event("t", "a", u64::MAX) < event("t", "a.b", 1));
-        assert!(event("t", "a", 1) < behind(prefix(&["t", "a"])));
-        assert!(behind(prefix(&["t", "a"])) <= event("t", "a-", 1));
+        assert!(event("t", "a", 1) < after(prefix(&["t", "a"])));
+        assert!(after(prefix(&["t", "a"])) <= event("t", "a-", 1));
         assert_eq!(seq_of(&event("t", "a", 77)), Some(77));
+    }
+
+    #[test]
+    fn keys_sort_by_time_within_their_partition() {
+        assert!(key_time(1, 255, b"z") < key_time(1, 256, b"a"));
+        assert!(key_time(1, u64::MAX, b"z") < key_time(2, 0, b""));
+        assert_eq!(split_key_time(&key_time(1, 77, b"a\0b")), Some((77, &b"a\0b"[..])));
+        assert_eq!(split_key_time(b"short"), None);
     }
 }

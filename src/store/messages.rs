@@ -1,9 +1,9 @@
-//! Messages that agents write piece by piece: how far each has come, and the text of those that are still being written.
+//! Messages that agents write in deltas: how far each has come, and the text of those that are still being written.
 
 use bincode::{BorrowDecode, Decode, Encode};
 
 use super::catalogue::{MESSAGE_TEXTS, MESSAGES, OPEN_MESSAGES};
-use super::runs::{Mark, RunKey};
+use super::runs::{EventRef, RunKey};
 use super::{Batch, Store, StoreError, decoded, keys};
 
 /// A message's key: its run, and its name there.
@@ -13,16 +13,16 @@ pub struct MessageKey {
     pub message: String,
 }
 
-/// A message that is written in pieces. Characters are Unicode scalar values.
+/// A message that is written in deltas. Characters are Unicode scalar values.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct MessageRow {
     /// Who began it.
     pub from: String,
-    /// The newest piece.
+    /// The newest delta.
     pub event: [u8; 16],
-    /// The pieces that its run had before.
+    /// The deltas that its run had before.
     pub begun: u64,
-    /// How long it is by now.
+    /// The length of its text by now.
     pub chars: u64,
     pub bytes: u64,
     /// Milliseconds.
@@ -34,7 +34,7 @@ pub struct MessageRow {
 /// What closed a message.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct ClosedRow {
-    pub mark: Mark,
+    pub mark: EventRef,
     pub event: [u8; 16],
     /// Digest of what was published to close it.
     pub content: [u8; 32],
@@ -84,13 +84,13 @@ impl Store {
     }
 
     /// The text of an open message from this character on.
-    pub fn text_behind(&self, key: &MessageKey, from_char: u64) -> Result<String, StoreError> {
+    pub fn text_after(&self, key: &MessageKey, from_char: u64) -> Result<String, StoreError> {
         let mut text = String::new();
         for row in self.under(MESSAGE_TEXTS, key.texts()) {
             let (at, value) = row?;
             let row: TextRow = decoded(MESSAGE_TEXTS, &value)?;
-            let before = from_char.saturating_sub(keys::seq_of(&at).unwrap_or(0));
-            text.extend(row.text.chars().skip(before as usize));
+            let known = from_char.saturating_sub(keys::seq_of(&at).unwrap_or(0));
+            text.extend(row.text.chars().skip(known as usize));
         }
         Ok(text)
     }
@@ -102,24 +102,26 @@ impl Batch<'_> {
         self.put(MESSAGES, &key.bytes(), row);
         self.put(MESSAGE_TEXTS, &key.text(from_char), &TextRow { text });
         if from_char == 0 {
-            self.rows.put_cf(&self.store.family(OPEN_MESSAGES), key.bytes(), []);
+            self.put_empty(OPEN_MESSAGES, &key.bytes());
         }
     }
 
-    /// A message is closed: its event has the text now. `fresh` are the pieces that this batch has put.
+    /// A message is closed: its event has the text now. `new_deltas` are where deltas
+    /// begin that this batch has put.
     pub fn close_message(
         &mut self,
         key: &MessageKey,
         row: &MessageRow,
-        fresh: impl Iterator<Item = u64>,
+        new_deltas: impl Iterator<Item = u64>,
     ) -> Result<(), StoreError> {
         self.put(MESSAGES, &key.bytes(), row);
-        self.rows.delete_cf(&self.store.family(OPEN_MESSAGES), key.bytes());
-        let texts = self.store.family(MESSAGE_TEXTS);
-        fresh.for_each(|from_char| self.rows.delete_cf(&texts, key.text(from_char)));
-        for row in self.store.under(MESSAGE_TEXTS, key.texts()) {
-            let (at, _) = row?;
-            self.rows.delete_cf(&texts, key.text(keys::seq_of(&at).unwrap_or(0)));
+        self.delete(OPEN_MESSAGES, &key.bytes());
+
+        new_deltas.for_each(|from_char| self.delete(MESSAGE_TEXTS, &key.text(from_char)));
+        let prefix = key.texts();
+        for row in self.store.under(MESSAGE_TEXTS, prefix.clone()) {
+            let (from_char, _) = row?;
+            self.delete(MESSAGE_TEXTS, &[&prefix[..], &from_char].concat());
         }
         Ok(())
     }

@@ -1,13 +1,13 @@
-//! Runs: what each agent's work on a thread has come to.
+//! Runs: the state of each agent's work on a thread, its calls of tools, and its events.
 
 use bincode::{Decode, Encode};
 
 use super::catalogue::{OPEN_RUNS, RUN_CALLS, RUN_EVENTS, RUN_THREADS, RUNS};
 use super::{Batch, Store, StoreError, keys};
 
-/// An event's place and time.
+/// An event by its seq, with its time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
-pub struct Mark {
+pub struct EventRef {
     pub seq: u64,
     /// Milliseconds.
     pub at: u64,
@@ -21,26 +21,26 @@ pub enum Ending {
     Cancelled,
 }
 
-/// A run as far as the log tells. What is told once and at length (input, output, answers) stays in its events.
+/// A run as its events have made it. Long values (input, output, answers) stay in the events alone.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct RunRow {
     pub agent: String,
     /// The run that this one works for, on the same thread.
     pub parent: Option<String>,
-    pub started: Mark,
+    pub started: EventRef,
     /// The newest event.
-    pub last: Mark,
-    pub ended: Option<(Mark, Ending)>,
-    /// Calls that have not completed.
+    pub last: EventRef,
+    pub ended: Option<(EventRef, Ending)>,
+    /// Calls of tools that have not completed.
     pub executing: u32,
     /// Runs that work for this one and have not ended.
     pub children: u32,
     pub waiting: Option<WaitRow>,
     /// Who answered last, and with which event.
-    pub resumed: Option<(Mark, String)>,
+    pub resumed: Option<(EventRef, String)>,
     /// Who asked first that it be cancelled, and with which event.
-    pub cancel: Option<(Mark, String)>,
-    /// Records of pieces that its messages were written in.
+    pub cancel: Option<(EventRef, String)>,
+    /// Deltas of its messages.
     pub pieces: u64,
     /// When the newest of them came, in milliseconds.
     pub written_at: u64,
@@ -56,7 +56,7 @@ impl RunRow {
 /// A person must answer.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct WaitRow {
-    pub since: Mark,
+    pub since: EventRef,
     /// Milliseconds.
     pub expires_at: Option<u64>,
 }
@@ -65,8 +65,8 @@ pub struct WaitRow {
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct CallRow {
     pub tool: String,
-    pub begun: Mark,
-    pub done: Option<Mark>,
+    pub begun: EventRef,
+    pub done: Option<EventRef>,
 }
 
 /// A run's key: its thread and its name there.
@@ -86,7 +86,7 @@ impl RunKey {
         keys::joined(&[&self.tenant, &self.thread, &self.run])
     }
 
-    /// The prefix of what a run has many of.
+    /// The prefix of the rows that a run has many of.
     pub(super) fn under(&self) -> Vec<u8> {
         named(&[&self.tenant, &self.thread], &self.run)
     }
@@ -156,24 +156,22 @@ impl Batch<'_> {
         self.put_run_row(key, row);
         if row.started == row.last {
             let name = [&named(&[&key.tenant], &key.run)[..], key.thread.as_bytes()].concat();
-            self.rows.put_cf(&self.store.family(RUN_THREADS), name, []);
+            self.put_empty(RUN_THREADS, &name);
         }
-        let open = self.store.family(OPEN_RUNS);
         match row.ended {
-            Some(_) => self.rows.delete_cf(&open, key.bytes()),
-            None if row.started == row.last => self.rows.put_cf(&open, key.bytes(), []),
+            Some(_) => self.delete(OPEN_RUNS, &key.bytes()),
+            None if row.started == row.last => self.put_empty(OPEN_RUNS, &key.bytes()),
             None => {}
         }
     }
 
-    /// The run goes on without an event.
+    /// A run that changed without an event.
     pub fn put_run_row(&mut self, key: &RunKey, row: &RunRow) {
         self.put(RUNS, &key.bytes(), row);
     }
 
     pub fn put_run_event(&mut self, key: &RunKey, seq: u64) {
-        let key = [&key.under()[..], &seq.to_be_bytes()].concat();
-        self.rows.put_cf(&self.store.family(RUN_EVENTS), key, []);
+        self.put_empty(RUN_EVENTS, &[&key.under()[..], &seq.to_be_bytes()].concat());
     }
 
     pub fn put_call(&mut self, key: &RunKey, call: &str, row: &CallRow) {

@@ -128,6 +128,19 @@ on_both_logs!(rebuilt_projections_equal_the_live_ones_row_by_row, |log| async mo
     assert_eq!(server.http("GET", "/v1/threads/a", "ada", None).await.1, before);
 });
 
+#[test]
+fn a_rebuild_without_a_log_is_refused_and_makes_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("nowhere");
+    for more in [&[][..], &["--check"]] {
+        let output = weft().args(["rebuild", "--data"]).arg(&data).args(more).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("there is no log in") && said.contains("nowhere"), "{said}");
+        assert!(!data.exists(), "nothing was created");
+    }
+}
+
 #[tokio::test]
 async fn a_thread_s_hash_covers_every_event_in_order() {
     let mut server = Server::start(LogKind::embedded());

@@ -291,7 +291,7 @@ impl Subscriptions {
         let Some(sub) = self.by_id.get(&id) else { return };
         // A store that fails will say so to the read.
         let row = self.sources.store.thread(&who.tenant, &sub.thread).ok().flatten();
-        let class = row.and_then(|row| row.class_behind(sub.cursor)).unwrap_or(1);
+        let class = row.and_then(|row| row.class_after(sub.cursor)).unwrap_or(1);
         self.queue[class].push_back(id);
     }
 
@@ -368,7 +368,7 @@ fn texts(sources: &Delivery, who: &Principal, thread: &str, told: &DeliveredText
     for key in sources.store.open_messages(&who.tenant, thread)? {
         let name = Delta::name(&key.run.run, &key.message);
         let from_char = told.get(&name).copied().unwrap_or(0);
-        let text = sources.store.text_behind(&key, from_char)?;
+        let text = sources.store.text_after(&key, from_char)?;
         // Looked up last: one that was closed meanwhile has no text, or not all of it, but an event that comes live.
         let Some(row) = sources.store.message(&key)?.filter(|row| row.closed.is_none()) else { continue };
         pieces.push(Delta {

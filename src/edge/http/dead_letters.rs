@@ -19,7 +19,7 @@ use crate::protocol::error::{Code, Error};
 use crate::protocol::event::without_type;
 use crate::protocol::http::{DeadLetterItem, DeadLetterList, UnreadableSource};
 use crate::store::EventRange;
-use crate::store::dead_letters::{DeadLetterFilter, DeadLetterRow, ListPlace};
+use crate::store::dead_letters::{DeadLetterCursor, DeadLetterFilter, DeadLetterRow};
 
 /// `GET /v1/dead-letters`
 pub async fn list(it: Request) -> Result<Reply, Error> {
@@ -46,9 +46,9 @@ pub async fn list(it: Request) -> Result<Reply, Error> {
     .await
 }
 
-fn place_of(bytes: &[u8]) -> Result<ListPlace, Error> {
+fn place_of(bytes: &[u8]) -> Result<DeadLetterCursor, Error> {
     let (at, id) = bytes.split_first_chunk::<8>().ok_or_else(page::refused)?;
-    Ok(ListPlace { at: u64::from_be_bytes(*at), id: id.try_into().map_err(|_| page::refused())? })
+    Ok(DeadLetterCursor { at: u64::from_be_bytes(*at), id: id.try_into().map_err(|_| page::refused())? })
 }
 
 /// `GET /v1/dead-letters/{id}`

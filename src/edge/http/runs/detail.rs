@@ -15,7 +15,7 @@ use crate::protocol::error::Error;
 use crate::protocol::http::{MessageItem, RunDetail, StepItem, Timings, ToolItem};
 use crate::store::EventRange;
 use crate::store::messages::MessageRow;
-use crate::store::runs::{Mark, RunKey, RunRow};
+use crate::store::runs::{EventRef, RunKey, RunRow};
 
 /// Steps, and messages written in pieces, that a run's page tells; a run with more is cut short, and says so.
 const MAX_STEPS: usize = 10_000;
@@ -66,7 +66,7 @@ pub(super) fn detail(ctx: &Context, key: &RunKey) -> Result<Reply, Error> {
     if let Some(cancel) = &mut run.cancel {
         let asked = cancel.requested.seq;
         let answer = steps.iter().find(|step| step.seq > asked && !is_peoples(&step.kind));
-        cancel.acknowledged = answer.map(|step| at(Mark { seq: step.seq, at: step.at }));
+        cancel.acknowledged = answer.map(|step| at(EventRef { seq: step.seq, at: step.at }));
     }
     let detail = RunDetail {
         run,
@@ -163,7 +163,7 @@ fn tools(steps: &[Step]) -> Vec<ToolItem> {
     let mut open: BTreeMap<&str, (usize, u64)> = BTreeMap::new();
     for step in steps {
         let Some(call) = step.known.call.as_deref() else { continue };
-        let mark = || at(Mark { seq: step.seq, at: step.at });
+        let mark = || at(EventRef { seq: step.seq, at: step.at });
         match &*step.kind {
             "tool_executing" => {
                 open.insert(call, (tools.len(), step.at));

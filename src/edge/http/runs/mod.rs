@@ -14,14 +14,14 @@ use crate::edge::Context;
 use crate::edge::routes::{Request, blocking};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::ids;
-use crate::store::runs::{Ending, Mark, RunKey, RunRow};
+use crate::store::runs::{Ending, EventRef, RunKey, RunRow};
 
 use crate::edge::http::reply::Reply;
 use crate::protocol::http::{Cancellation, EventAt, EventBy, OpenQuestion, RunItem, RunList, RunState};
 use detail::{detail, step};
 
 /// An event as pages name it.
-fn at(mark: Mark) -> EventAt {
+fn at(mark: EventRef) -> EventAt {
     EventAt { seq: mark.seq, at: clock::rfc3339(mark.at) }
 }
 
@@ -145,7 +145,8 @@ fn no_run() -> Error {
 }
 
 fn item(ctx: &Context, key: &RunKey, row: &RunRow) -> Result<RunItem, Error> {
-    let by = |(mark, user): &(Mark, String)| EventBy { seq: mark.seq, at: clock::rfc3339(mark.at), user: user.clone() };
+    let by =
+        |(mark, user): &(EventRef, String)| EventBy { seq: mark.seq, at: clock::rfc3339(mark.at), user: user.clone() };
     let state = match &row.ended {
         None if row.waiting.is_some() => RunState::Waiting,
         None => RunState::Open,

@@ -1,0 +1,78 @@
+//! Receipts: how far users and their durable subscriptions have come.
+//!
+//! A receipt is judged from its record alone, and only moves forward: an old one that arrives late, or is the only one that
+//! compaction left, takes back nothing that was confirmed.
+
+use std::collections::HashMap;
+
+use super::judge::Transaction;
+use super::{Published, RecordError, dead_letters};
+use crate::clock;
+use crate::log::{Foreign, Record};
+use crate::protocol::records::ReceiptRecord;
+use crate::store::{ReceiptRow, keys};
+
+/// The receipts of this batch.
+#[derive(Default)]
+pub(super) struct Receipts {
+    rows: HashMap<Vec<u8>, ReceiptRow>,
+}
+
+impl Receipts {
+    /// Applies a receipt, and returns its time.
+    pub(super) fn apply(&mut self, tx: &mut Transaction<'_>, record: &Record) -> Result<u64, RecordError> {
+        let (receipt, at) = read(record).map_err(|why| Foreign::new(why, record))?;
+        let ReceiptRecord { id, tenant, thread, user, name, .. } = &receipt;
+
+        let key = keys::joined(&[tenant, thread, user, name]);
+        let old = match self.rows.get(&key) {
+            Some(row) => row.clone(),
+            None => tx.store.receipt(tenant, thread, user, name)?.unwrap_or_default(),
+        };
+        let row = forward(&old, &receipt, at);
+        tx.rows.put_receipt(tenant, thread, user, name, &row);
+        self.rows.insert(key, row);
+
+        // Who wrote it waits only for its commit.
+        tx.commit.verdicts.push((*id, Ok(Published { seq: 0, event: *id, duplicate: false })));
+        Ok(at)
+    }
+}
+
+/// The row after a receipt.
+fn forward(old: &ReceiptRow, receipt: &ReceiptRecord, at: u64) -> ReceiptRow {
+    let late = receipt.place < old.place;
+    let (sent, attempts) = if late { (old.sent, old.attempts) } else { (receipt.sent, receipt.attempts) };
+    ReceiptRow { place: receipt.place.max(old.place), acked: receipt.acked.max(old.acked), sent, attempts, at }
+}
+
+/// The receipt in a record, and its time in milliseconds; or why the record is foreign.
+fn read(record: &Record) -> Result<(ReceiptRecord, u64), String> {
+    let receipt: ReceiptRecord = dead_letters::read_value(record)?;
+    let thread = (receipt.thread != "*").then_some(&*receipt.thread);
+    dead_letters::check_names(&receipt.tenant, thread, &receipt.user)?;
+    let at = clock::parse_rfc3339(&receipt.at).ok_or("at is not RFC 3339")?;
+    Ok((receipt, at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::event_id;
+
+    fn receipt(place: u64, acked: u64, sent: u64, attempts: u32) -> ReceiptRecord {
+        let text = |text: &str| text.to_owned();
+        let (tenant, thread, user, name, at) = (text("acme"), text("t"), text("ada"), text(""), text(""));
+        ReceiptRecord { id: event_id(), tenant, thread, user, name, place, acked, sent, attempts, at }
+    }
+
+    #[test]
+    fn a_late_receipt_takes_nothing_back() {
+        let first = forward(&ReceiptRow::default(), &receipt(5, 5, 9, 2), 100);
+        assert_eq!(first, ReceiptRow { place: 5, acked: 5, sent: 9, attempts: 2, at: 100 });
+        let late = forward(&first, &receipt(3, 3, 4, 7), 90);
+        assert_eq!(late, ReceiptRow { at: 90, ..first.clone() });
+        let next = forward(&late, &receipt(6, 4, 9, 0), 110);
+        assert_eq!(next, ReceiptRow { place: 6, acked: 5, sent: 9, attempts: 0, at: 110 });
+    }
+}

@@ -1,0 +1,104 @@
+//! Events: the frame of each, under its thread and seq.
+
+use bincode::{BorrowDecode, Encode};
+use rocksdb::ReadOptions;
+use tokio_tungstenite::tungstenite::Utf8Bytes;
+
+use super::catalogue::EVENTS;
+use super::{Batch, Store, StoreError, decoded, keys};
+use crate::protocol::event::Priority;
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub struct EventRow<'a> {
+    pub kind: &'a str,
+    /// The class of its priority.
+    pub class: u8,
+    pub hash: [u8; 32],
+    /// The frame as every reader gets it.
+    pub frame: &'a str,
+}
+
+/// An event as the store has it.
+#[derive(Debug, Clone)]
+pub struct StoredEvent {
+    pub seq: u64,
+    pub kind: String,
+    /// The class of its priority.
+    pub class: usize,
+    pub frame: Utf8Bytes,
+}
+
+/// Which events to read.
+#[derive(Debug, Clone, Copy)]
+pub struct EventRange {
+    pub from: u64,
+    pub to: u64,
+    pub limit: usize,
+    pub bytes: usize,
+    pub newest_first: bool,
+}
+
+impl EventRange {
+    pub fn all() -> EventRange {
+        EventRange { from: 1, to: u64::MAX, limit: usize::MAX, bytes: usize::MAX, newest_first: false }
+    }
+}
+
+/// Reads of more events than this are worth reading ahead on the disk.
+const READAHEAD_FROM: usize = 64;
+const READAHEAD_BYTES: usize = 256 << 10;
+
+impl Store {
+    /// Events of a thread with seqs in `from..=to`, at most `limit` of them and (but for the first) `bytes` of frames;
+    /// newest first if `newest_first`.
+    pub fn events(&self, tenant: &str, thread: &str, seqs: EventRange) -> Result<Vec<StoredEvent>, StoreError> {
+        let EventRange { from, to, limit, bytes, newest_first } = seqs;
+        let mut found = Vec::new();
+        if from > to || limit == 0 {
+            return Ok(found);
+        }
+
+        let mut options = ReadOptions::default();
+        options.set_iterate_lower_bound(keys::event(tenant, thread, from));
+        options.set_iterate_upper_bound(match to.checked_add(1) {
+            Some(end) => keys::event(tenant, thread, end),
+            None => keys::after(keys::prefix(&[tenant, thread])),
+        });
+        options.set_readahead_size(if limit > READAHEAD_FROM { READAHEAD_BYTES } else { 0 });
+        let mut rows = self.db.raw_iterator_cf_opt(&self.family(EVENTS), options);
+        if newest_first {
+            rows.seek_to_last()
+        } else {
+            rows.seek_to_first()
+        }
+
+        let mut room = bytes;
+        while let Some((key, value)) = rows.item() {
+            let row: EventRow = decoded(EVENTS, value)?;
+            if found.len() == limit || (row.frame.len() > room && !found.is_empty()) {
+                break;
+            }
+            room = room.saturating_sub(row.frame.len());
+            found.push(StoredEvent {
+                seq: keys::seq_of(key).unwrap_or(0),
+                kind: row.kind.to_owned(),
+                class: usize::from(row.class).min(Priority::CLASSES - 1),
+                frame: row.frame.into(),
+            });
+            if newest_first { rows.prev() } else { rows.next() }
+        }
+        rows.status()?;
+        Ok(found)
+    }
+
+    /// The newest event's frame.
+    pub fn newest(&self, tenant: &str, thread: &str) -> Result<Option<StoredEvent>, StoreError> {
+        Ok(self.events(tenant, thread, EventRange { limit: 1, newest_first: true, ..EventRange::all() })?.pop())
+    }
+}
+
+impl Batch<'_> {
+    pub fn put_event(&mut self, tenant: &str, thread: &str, seq: u64, row: &EventRow<'_>) {
+        self.put(EVENTS, &keys::event(tenant, thread, seq), row);
+    }
+}
