@@ -104,7 +104,7 @@ pub struct Places {
 impl Places {
     pub fn of(log: &dyn Log) -> Places {
         Places {
-            topics: (0..log.partitions()).map(|partition| log.place(partition)).collect(),
+            topics: (0..log.partitions()).map(|partition| log.topic_of(partition)).collect(),
             names: Topic::ALL.map(|topic| log.topic_name(topic)),
         }
     }
