@@ -1,5 +1,6 @@
 //! The command `weft`: one file a command.
 
+pub mod append;
 pub mod common;
 pub mod dead_letters;
 pub mod demo;
@@ -43,6 +44,9 @@ enum Command {
     Rebuild(rebuild::Args),
     /// Write the contract as JSON Schemas
     Schemas(schemas::Args),
+    /// For tests of the log: append records until the process is killed
+    #[command(hide = true)]
+    AppendUntilKilled(append::Args),
 }
 
 impl Cli {
@@ -57,6 +61,7 @@ impl Cli {
             Command::Runs(args) => runs::run(args).await,
             Command::Rebuild(args) => rebuild::run(args).await,
             Command::Schemas(args) => schemas::run(&args),
+            Command::AppendUntilKilled(args) => append::run(args).await,
         }
     }
 }

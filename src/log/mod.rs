@@ -1,7 +1,7 @@
 //! The log: the append-only record of everything, and the only source of truth.
 //!
 //! Two implementations stand behind one trait: [`embedded`] (RocksDB, needs no setup) and [`kafka`]. One contract suite
-//! (`tests/it/log_contract.rs`) holds both to the duties written here.
+//! (`tests/it/log_contract/`) holds both to the duties written here.
 //!
 //! A log has three [`Topic`]s, each with the same number of partitions, n. Partitions are numbered over all of them: events
 //! are in 0..n, receipts in n..2n, dead letters in 2n..3n. One reader reads them all.
@@ -12,7 +12,7 @@
 //! - a position, once given, names that record for ever; positions of a partition only grow, with holes allowed, and a
 //!   reader that has read all of a partition gets to its end, past any hole;
 //! - a reader sees only what is durable: nothing that it returned can be taken back by a crash;
-//! - what is not ours does not stop anybody: it is handed out as [`Foreign`], and reading goes on.
+//! - foreign records are skipped and reported, as [`Foreign`] at their position; reading continues.
 
 pub mod embedded;
 pub mod kafka;
@@ -31,7 +31,7 @@ pub const READ_BYTES: usize = 4 << 20;
 /// Where a record stands. Stays inside the server: clients see seqs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Position {
-    /// Counted over all topics; [`Log::place`] tells which one it is in.
+    /// Counted over all topics; [`Log::topic_of`] tells which one it is in.
     pub partition: u32,
     pub offset: u64,
 }
@@ -46,24 +46,24 @@ pub struct Bounds {
     pub end: u64,
 }
 
-/// Called exactly once for each record handed to [`Log::append`], on a thread of the log's or, when the record is refused at
+/// Called exactly once for each record given to [`Log::append`], on a thread of the log's or, when the record is refused at
 /// once, on the caller's; it must not block.
 pub type Done = Box<dyn FnOnce(Result<Position, AppendError>) + Send>;
 
-/// A record and the one who waits for it.
+/// A record, and what is called with its outcome.
 pub struct Append {
     pub record: Record,
     pub done: Done,
 }
 
-/// What a reader gets: a record of ours, or something else that stood at that position.
+/// What a reader gets: a record of Weft's, or what else was at that position.
 #[derive(Debug, Clone)]
 pub struct Entry {
     pub at: Position,
     pub record: Result<Record, Foreign>,
 }
 
-/// A record that is not ours: another writer's mistake, or damage. Its topic is that of its position.
+/// A record that is not Weft's: another writer's mistake, or damage. Its topic is that of its position.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Foreign {
     pub why: String,
@@ -74,13 +74,13 @@ pub struct Foreign {
 }
 
 impl Foreign {
-    /// A record that has our frame and nonetheless is not ours.
+    /// A record that has Weft's format and nonetheless is not Weft's.
     pub fn new(why: String, record: &Record) -> Foreign {
         Foreign { why, key: Some(record.key.clone().into()), value: Some(record.value.clone()), at: None }
     }
 }
 
-/// Why a record was not, or perhaps not, appended.
+/// Why a record was not, or possibly not, appended.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AppendError {
     /// The log's queue is full. The record will never appear.
@@ -119,8 +119,8 @@ pub trait Log: Send + Sync + 'static {
     fn partitions(&self) -> u32;
 
     /// The topic of one of the log's partitions, and its number within that topic.
-    fn place(&self, partition: u32) -> (Topic, u32) {
-        Topic::place(partition, self.partitions() / Topic::ALL.len() as u32)
+    fn topic_of(&self, partition: u32) -> (Topic, u32) {
+        Topic::locate(partition, self.partitions() / Topic::ALL.len() as u32)
     }
 
     /// What the topic is called in the log, for people and for the log's own tools.
@@ -138,10 +138,10 @@ pub trait Log: Send + Sync + 'static {
     /// guessing would lose events.
     fn reader(&self, from: &[u64]) -> Result<Box<dyn Reader>, LogError>;
 
-    /// What each partition holds now. May ask over the network: not for the way of an event.
+    /// What each partition holds now. May ask over the network: not to be called for each event.
     fn bounds(&self) -> Result<Vec<Bounds>, LogError>;
 
-    /// How many records stand behind `positions`.
+    /// How many records the log holds after `positions`.
     fn lag(&self, positions: &[u64]) -> Result<u64, LogError> {
         Ok(self
             .bounds()?
@@ -161,14 +161,14 @@ pub trait Log: Send + Sync + 'static {
     fn close(&self);
 }
 
-/// A place in the log that moves forward. Owned by one thread; blocks it.
+/// A cursor over the log that only moves forward. Owned by one thread; blocks it.
 pub trait Reader: Send {
-    /// Up to `max` entries (and about [`READ_BYTES`]) from the current place on, in order within each partition; waits at most `wait` for the first
-    /// one, and returns none when it did not come. An error leaves the place where it was, so that the call can be
-    /// repeated. After [`Log::close`] it may end with [`LogError::Unavailable`].
+    /// Up to `max` entries (and about [`READ_BYTES`]) from the cursor on, in order within each partition; waits at most
+    /// `wait` for the first one, and returns none when it did not come. An error leaves the cursor where it was, so that
+    /// the call can be repeated. After [`Log::close`] it may end with [`LogError::Unavailable`].
     fn next(&mut self, max: usize, wait: Duration) -> Result<Vec<Entry>, LogError>;
 
-    /// Where the next call goes on: behind all that was returned. A reader opened there returns the same as this one.
+    /// Where the next call continues: after all that was returned. A reader opened there returns the same as this one.
     fn positions(&self) -> &Positions;
 }
 

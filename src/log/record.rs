@@ -36,7 +36,7 @@ impl Topic {
     }
 
     /// The way back: the topic, and the partition within it.
-    pub(super) fn place(partition: u32, each: u32) -> (Topic, u32) {
+    pub(super) fn locate(partition: u32, each: u32) -> (Topic, u32) {
         match partition / each {
             0 => (Topic::Events, partition),
             1 => (Topic::Receipts, partition - each),
@@ -49,14 +49,14 @@ impl Topic {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     pub topic: Topic,
-    /// `tenant/thread`; of a receipt, with its user and name behind it, since compaction leaves each key its newest record.
+    /// `tenant/thread`; of a receipt, followed by its user and name, since compaction leaves each key its newest record.
     /// Chooses the partition, so that a thread has one order.
     pub key: String,
     /// The record's kind (header `weft-kind`), for people who look at the log with other tools.
     pub kind: String,
     /// By what right it was written (header `weft-grant`).
     pub grant: Grant,
-    /// W3C trace context, passed on as it came (header `traceparent`).
+    /// W3C trace context, stored as it came (header `traceparent`).
     pub traceparent: Option<String>,
     /// One JSON object; of an event, the event without its seq, with its tenant.
     pub value: Bytes,

@@ -109,7 +109,7 @@ struct PartitionNames {
 impl PartitionNames {
     fn of(log: &dyn Log) -> PartitionNames {
         PartitionNames {
-            topics: (0..log.partitions()).map(|partition| log.place(partition)).collect(),
+            topics: (0..log.partitions()).map(|partition| log.topic_of(partition)).collect(),
             names: Topic::ALL.map(|topic| log.topic_name(topic)),
         }
     }

@@ -13,21 +13,21 @@ use crate::support::{Server, Socket, publish, token};
 const KILLS: usize = 20;
 const WRITERS: usize = 3;
 
-/// What a writer was told: key → seq.
-type Told = BTreeMap<String, u64>;
+/// What a writer was answered: key → seq.
+type Answers = BTreeMap<String, u64>;
 
 on_both_logs!(after_twenty_kills_under_load_every_answered_event_is_there_once_and_in_order, |log| async move {
     let mut server = Server::start_unlimited(log);
     server.connect("ada").await.say("t", "begin").await;
     let mut random = 7u64;
-    let mut told: Vec<Arc<Mutex<Told>>> = (0..WRITERS).map(|_| Arc::default()).collect();
+    let mut answers: Vec<Arc<Mutex<Answers>>> = (0..WRITERS).map(|_| Arc::default()).collect();
     for round in 0..KILLS {
         let answered = Arc::new(tokio::sync::Semaphore::new(0));
-        let writers: Vec<_> = told
+        let writers: Vec<_> = answers
             .iter()
             .enumerate()
-            .map(|(n, told)| {
-                tokio::spawn(write_until_lost(server.url.clone(), n, round, told.clone(), answered.clone()))
+            .map(|(n, answers)| {
+                tokio::spawn(write_until_lost(server.url.clone(), n, round, answers.clone(), answered.clone()))
             })
             .collect();
         // The kill comes at a random moment of the load, measured in answers.
@@ -55,8 +55,8 @@ on_both_logs!(after_twenty_kills_under_load_every_answered_event_is_there_once_a
         }
     }
     let mut answered = 0;
-    for told in &mut told {
-        for (key, seq) in told.lock().await.iter() {
+    for answers in &mut answers {
+        for (key, seq) in answers.lock().await.iter() {
             assert_eq!(seqs_by_key.get(key), Some(seq), "{key} was answered");
             answered += 1;
         }
@@ -69,7 +69,7 @@ async fn write_until_lost(
     url: String,
     writer: usize,
     round: usize,
-    told: Arc<Mutex<Told>>,
+    answers: Arc<Mutex<Answers>>,
     answered: Arc<tokio::sync::Semaphore>,
 ) {
     let Ok(mut socket) = Socket::raw(&url, &[("Authorization", &format!("Bearer {}", token("ada", "")))]).await else {
@@ -96,7 +96,7 @@ async fn write_until_lost(
             let Ok(frame) = socket.next().await else { return };
             if frame["type"] == "published" {
                 let key = format!("{writer}-{round}-{}", frame["id"]);
-                told.lock().await.insert(key, frame["seq"].as_u64().unwrap());
+                answers.lock().await.insert(key, frame["seq"].as_u64().unwrap());
                 answered.add_permits(1);
                 open -= 1;
             } else {

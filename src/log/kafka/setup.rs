@@ -1,100 +1,53 @@
-//! The topics, and the record in them that says which log they are.
+//! The topics: created where they are missing, and checked for settings with which they would lose records.
 
 use std::future::Future;
 use std::pin::pin;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
-use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{BorrowedMessage, Message};
-use rdkafka::producer::BaseProducer;
-use rdkafka::{Offset, TopicPartitionList};
+use rdkafka::consumer::Consumer;
+use rdkafka::error::RDKafkaErrorCode;
 
-use super::reading::{KIND, header, watermarks};
-use super::{
-    ANSWER_WITHIN, ASK, KafkaConfig, Pending, Producing, Quiet, TICK, client_config, consumer_config, send, unavailable,
-};
-use crate::clock;
-use crate::log::{Done, Grant, LogError, Record, Topic};
+use super::client::{ASK, KafkaConfig, QueryClient, Quiet, TICK, client_config};
+use super::topics::Topics;
+use crate::log::{LogError, Topic};
 
 /// How long a new topic may take until every broker knows of it; busy ones take their time.
 const APPEARS_WITHIN: Duration = Duration::from_secs(30);
 
-/// The record that names the log: the first of this kind in partition 0 of the events holds the epoch.
-const MARKER_KIND: &str = "log_created";
-const MARKER_KEY: &str = "weft";
-
-/// What the topics are called on the brokers, and how their partitions are numbered.
-pub(super) struct Topics {
-    names: [String; Topic::ALL.len()],
-    pub(super) each: u32,
-}
-
-impl Topics {
-    pub(super) fn new(config: &KafkaConfig) -> Topics {
-        let names = Topic::ALL.map(|topic| format!("{}{}", config.topic_prefix, topic.as_str()));
-        Topics { names, each: config.partitions }
-    }
-
-    pub(super) fn name(&self, topic: Topic) -> &str {
-        &self.names[topic as usize]
-    }
-
-    pub(super) fn named(&self, name: &str) -> Option<Topic> {
-        Topic::ALL.into_iter().find(|topic| self.name(*topic) == name)
-    }
-
-    /// Of all topics together.
-    pub(super) fn partitions(&self) -> u32 {
-        self.each * Topic::ALL.len() as u32
-    }
-
-    pub(super) fn place(&self, partition: u32) -> (Topic, u32) {
-        Topic::place(partition, self.each)
-    }
-}
-
-/// Creates the topics that do not exist, and makes sure that those which do are fit for us.
-pub(super) fn ensure_topics(config: &KafkaConfig, topics: &Topics, side: &BaseConsumer<Quiet>) -> Result<(), LogError> {
+/// The topics that do not exist.
+pub(super) fn missing_topics(
+    config: &KafkaConfig,
+    topics: &Topics,
+    client: &QueryClient,
+) -> Result<Vec<Topic>, LogError> {
     let mut missing = Vec::new();
     for topic in Topic::ALL {
-        if partitions_of(side, topics.name(topic))?.is_none() {
+        if partitions_of(config, client, topics.name(topic))?.is_none() {
             missing.push(topic);
         }
     }
-    let admin: AdminClient<Quiet> = client_config(config).create_with_context(Quiet).map_err(unavailable)?;
+    Ok(missing)
+}
+
+/// Creates the topics that do not exist, and makes sure that all of them keep what they are given.
+pub(super) fn ensure_topics(
+    config: &KafkaConfig,
+    topics: &Topics,
+    missing: &[Topic],
+    client: &QueryClient,
+) -> Result<(), LogError> {
+    let admin: AdminClient<Quiet> =
+        client_config(config).create_with_context(Quiet).map_err(|error| config.unavailable(&error))?;
     let options = AdminOptions::new().request_timeout(Some(ASK)).operation_timeout(Some(ASK));
     if !missing.is_empty() {
-        // -1: as many replicas as the brokers are set up to make.
-        let new = missing.iter().map(|topic| {
-            let new = NewTopic::new(topics.name(*topic), config.partitions as i32, TopicReplication::Fixed(-1))
-                .set("retention.ms", "-1")
-                .set("retention.bytes", "-1");
-            if *topic == Topic::Receipts { new.set("cleanup.policy", "compact") } else { new }
-        });
-        let new: Vec<NewTopic<'_>> = new.collect();
-        for result in block_on(admin.create_topics(&new, &options)).map_err(unavailable)? {
-            match result {
-                // Another node that starts as well was faster.
-                Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
-                Err((name, e)) => return Err(LogError::Unavailable(format!("topic {name} could not be created: {e}"))),
-            }
-        }
+        create(config, topics, missing, &admin, &options)?;
     }
     for name in Topic::ALL.map(|topic| topics.name(topic)) {
-        let until = Instant::now() + APPEARS_WITHIN;
-        // A new topic takes a moment until every broker knows of it.
-        let found = loop {
-            match partitions_of(side, name)? {
-                Some(found) => break found,
-                None if Instant::now() < until => drop(side.poll(TICK)),
-                None => return Err(LogError::Unavailable(format!("topic {name} did not appear"))),
-            }
-        };
+        let found = wait_for_topic(config, client, name)?;
         if found != config.partitions {
             return Err(LogError::PartitionMismatch { found, configured: config.partitions });
         }
@@ -102,9 +55,47 @@ pub(super) fn ensure_topics(config: &KafkaConfig, topics: &Topics, side: &BaseCo
     Topic::ALL.into_iter().try_for_each(|topic| check_retention(&admin, &options, topic, topics.name(topic)))
 }
 
+fn create(
+    config: &KafkaConfig,
+    topics: &Topics,
+    missing: &[Topic],
+    admin: &AdminClient<Quiet>,
+    options: &AdminOptions,
+) -> Result<(), LogError> {
+    // -1: as many replicas as the brokers are set up to make.
+    let new = missing.iter().map(|topic| {
+        let new = NewTopic::new(topics.name(*topic), config.partitions as i32, TopicReplication::Fixed(-1))
+            .set("retention.ms", "-1")
+            .set("retention.bytes", "-1");
+        if *topic == Topic::Receipts { new.set("cleanup.policy", "compact") } else { new }
+    });
+    let new: Vec<NewTopic<'_>> = new.collect();
+    let created = block_on(admin.create_topics(&new, options)).map_err(|error| config.unavailable(&error))?;
+    for result in created {
+        match result {
+            // Another node that starts as well was faster.
+            Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+            Err((name, e)) => return Err(LogError::Unavailable(format!("topic {name} could not be created: {e}"))),
+        }
+    }
+    Ok(())
+}
+
+/// How many partitions a topic has; a new one takes a moment until every broker knows of it.
+fn wait_for_topic(config: &KafkaConfig, client: &QueryClient, name: &str) -> Result<u32, LogError> {
+    let until = Instant::now() + APPEARS_WITHIN;
+    loop {
+        match partitions_of(config, client, name)? {
+            Some(found) => return Ok(found),
+            None if Instant::now() < until => drop(client.poll(TICK)),
+            None => return Err(LogError::Unavailable(format!("topic {name} did not appear"))),
+        }
+    }
+}
+
 /// None when the topic does not exist, or not everywhere yet.
-fn partitions_of(side: &BaseConsumer<Quiet>, topic: &str) -> Result<Option<u32>, LogError> {
-    let metadata = side.fetch_metadata(Some(topic), ASK).map_err(unavailable)?;
+fn partitions_of(config: &KafkaConfig, client: &QueryClient, topic: &str) -> Result<Option<u32>, LogError> {
+    let metadata = client.fetch_metadata(Some(topic), ASK).map_err(|error| config.unavailable(&error))?;
     let Some(found) = metadata.topics().first() else {
         return Ok(None);
     };
@@ -116,7 +107,7 @@ fn partitions_of(side: &BaseConsumer<Quiet>, topic: &str) -> Result<Option<u32>,
     }
 }
 
-/// A topic that somebody else made may throw away what must stay. Of receipts only the newest of a key must.
+/// A topic that somebody else made may delete what must stay. Of receipts only the newest of a key must.
 fn check_retention(
     admin: &AdminClient<Quiet>,
     options: &AdminOptions,
@@ -125,7 +116,7 @@ fn check_retention(
 ) -> Result<(), LogError> {
     let answer = block_on(admin.describe_configs([&ResourceSpecifier::Topic(name)], options));
     let Some(Ok(settings)) = answer.ok().and_then(|mut found| found.pop()) else {
-        tracing::warn!(topic = name, "Kafka does not tell what the topic throws away: nothing must get lost");
+        tracing::warn!(topic = name, "Kafka does not say which records the topic deletes; it must delete none");
         return Ok(());
     };
     let setting = |name| settings.get(name).and_then(|entry| entry.value.as_deref()).unwrap_or_default();
@@ -136,85 +127,21 @@ fn check_retention(
         }
     } else if policy.contains("compact") {
         return Err(LogError::Damaged(format!(
-            "{name} has cleanup.policy=compact, which throws records away; set it to delete"
+            "{name} has cleanup.policy=compact, which deletes records; set it to delete"
         )));
     }
     for setting_name in ["retention.ms", "retention.bytes"] {
-        // Compaction alone knows no retention.
+        // A topic that is only compacted has no retention.
         if policy != "compact" && setting(setting_name) != "-1" {
             tracing::warn!(
                 topic = name,
                 setting = setting_name,
                 value = setting(setting_name),
-                "the topic throws old records away; set it to -1"
+                "the topic deletes old records; set it to -1"
             );
         }
     }
     Ok(())
-}
-
-/// The epoch in the first marker of partition 0 of the topic (that of the events), if there is one.
-pub(super) fn first_epoch(
-    config: &KafkaConfig,
-    topic: &str,
-    side: &BaseConsumer<Quiet>,
-) -> Result<Option<String>, LogError> {
-    let start = watermarks(side, topic, 0)?.start;
-    let consumer: BaseConsumer<Quiet> =
-        consumer_config(config).set("enable.partition.eof", "true").create_with_context(Quiet).map_err(unavailable)?;
-    let mut from = TopicPartitionList::new();
-    // From an i64, so it is one.
-    from.add_partition_offset(topic, 0, Offset::Offset(start as i64))
-        .and_then(|()| consumer.assign(&from))
-        .map_err(unavailable)?;
-    let mut until = Instant::now() + ASK;
-    while Instant::now() < until {
-        match consumer.poll(TICK) {
-            Some(Ok(message)) => match marker_epoch(&message) {
-                Some(epoch) => return Ok(Some(epoch)),
-                // As long as something comes, it is no outage.
-                None => until = Instant::now() + ASK,
-            },
-            Some(Err(KafkaError::PartitionEOF(_))) => return Ok(None),
-            Some(Err(error)) => tracing::debug!(%error, "looking for the log's epoch"),
-            None => {}
-        }
-    }
-    Err(LogError::Unavailable(format!("partition 0 of {topic} cannot be read")))
-}
-
-pub(super) fn write_marker(producer: &BaseProducer<Producing>, pending: &Pending, topic: &str) -> Result<(), LogError> {
-    let (epoch, at) = (clock::random_id(), clock::rfc3339(clock::now_ms()));
-    let record = Record {
-        topic: Topic::Events,
-        key: MARKER_KEY.to_owned(),
-        kind: MARKER_KIND.to_owned(),
-        grant: Grant::Scope,
-        traceparent: None,
-        value: serde_json::json!({ "kind": MARKER_KIND, "epoch": epoch.to_string(), "at": at }).to_string().into(),
-    };
-    let (answer, answered) = mpsc::sync_channel(1);
-    let done: Done = Box::new(move |result| drop(answer.send(result)));
-    let id = pending.add(std::iter::once((Topic::Events, done)));
-    send(producer, topic, Some(0), &record, id).map_err(|e| LogError::Unavailable(e.to_string()))?;
-    loop {
-        producer.poll(TICK);
-        pending.expire(ANSWER_WITHIN);
-        match answered.try_recv() {
-            Ok(Ok(_)) => return Ok(()),
-            Ok(Err(e)) => return Err(LogError::Unavailable(e.to_string())),
-            Err(_) => {}
-        }
-    }
-}
-
-/// The epoch, if this is a marker that can be read.
-pub(super) fn marker_epoch(message: &BorrowedMessage<'_>) -> Option<String> {
-    if message.key() != Some(MARKER_KEY.as_bytes()) || header(message, KIND) != Some(MARKER_KIND.as_bytes()) {
-        return None;
-    }
-    let value: serde_json::Value = serde_json::from_slice(message.payload()?).ok()?;
-    Some(value.get("epoch")?.as_str()?.to_owned())
 }
 
 /// rdkafka's admin calls are futures that its own thread completes; opening a log needs no runtime for them.

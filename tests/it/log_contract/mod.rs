@@ -4,10 +4,10 @@
 pub mod only_kafka;
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::ops::Deref;
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use weft::log::embedded::EmbeddedLog;
 use weft::log::kafka::{KafkaConfig, KafkaLog};
 use weft::log::{Append, AppendError, Entry, Grant, Log, LogError, Position, Positions, Reader, Record, Topic};
 
-use crate::support::kafka;
+use crate::support::{kafka, weft};
 
 /// Long enough for the slowest machine, short enough to see that something hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -49,7 +49,7 @@ impl Place {
 
     fn try_open(&self, partitions: u32) -> Result<Opened, LogError> {
         match self {
-            Place::Embedded(dir) => open_embedded(dir.path(), partitions),
+            Place::Embedded(data) => open_embedded(&log_dir(data), partitions),
             Place::Kafka { brokers, prefix } => open_kafka(brokers, prefix, partitions),
         }
     }
@@ -58,17 +58,25 @@ impl Place {
         self.try_open(partitions).expect("the log opens")
     }
 
-    /// How to find it from another process.
-    fn arguments(&self) -> [(&str, String); 2] {
+    /// How another process finds it.
+    fn arguments(&self) -> Vec<String> {
         match self {
-            Place::Embedded(dir) => {
-                [("WEFT_TEST_DIR", dir.path().display().to_string()), ("WEFT_TEST_PREFIX", String::new())]
+            Place::Embedded(data) => {
+                ["--log", "embedded", "--data", &data.path().display().to_string()].map(String::from).to_vec()
             }
             Place::Kafka { brokers, prefix } => {
-                [("WEFT_TEST_BROKERS", brokers.clone()), ("WEFT_TEST_PREFIX", prefix.clone())]
+                let data = std::env::temp_dir().display().to_string();
+                ["--log", "kafka", "--data", &data, "--brokers", brokers, "--topic-prefix", prefix]
+                    .map(String::from)
+                    .to_vec()
             }
         }
     }
+}
+
+/// Where the embedded log is in a data folder.
+fn log_dir(data: &TempDir) -> PathBuf {
+    data.path().join("log")
 }
 
 fn open_embedded(dir: &Path, partitions: u32) -> Result<Opened, LogError> {
@@ -107,7 +115,7 @@ impl Opened {
         match (self, place) {
             (Opened::Embedded(log), _) => drop(log.append_foreign(partition, bytes).expect("it is written")),
             (Opened::Kafka(log), Place::Kafka { brokers, .. }) => {
-                let (topic, within) = log.place(partition);
+                let (topic, within) = log.topic_of(partition);
                 // A compacted topic takes nothing without a key.
                 let key = Some(&b"not ours"[..]);
                 only_kafka::produce(brokers, &place.topic(topic), Some(within), key, Some(bytes), None)
@@ -555,13 +563,12 @@ mod contract {
     pub fn a_killed_process_loses_no_acknowledged_record(place: Place) {
         let (mut acknowledged, mut next) = (Vec::new(), 0);
         for _ in 0..3 {
-            let mut child = Command::new(std::env::current_exe().expect("a test has a binary"))
-                .args(["--exact", "log_contract::appends_until_it_is_killed", "--nocapture"])
-                .env("WEFT_TEST_CHILD", next.to_string())
-                .envs(place.arguments())
+            let mut child = weft()
+                .args(["append-until-killed", "--partitions", "4", "--first", &next.to_string()])
+                .args(place.arguments())
                 .stdout(Stdio::piped())
                 .spawn()
-                .expect("the test's binary runs");
+                .expect("the binary runs");
             let mut out = BufReader::new(child.stdout.take().expect("stdout is piped"));
             let (mut line, mut found) = (String::new(), 0);
             while found < 2000 || line.ends_with('\n') {
@@ -598,37 +605,6 @@ mod contract {
             assert_eq!(times.get(&n), Some(&1), "record {n}");
         }
         append_ok(&*log, vec![numbered("k", next)]);
-    }
-}
-
-/// No test by itself: the process that [`contract::a_killed_process_loses_no_acknowledged_record`] starts and kills.
-#[test]
-fn appends_until_it_is_killed() {
-    let Ok(first) = std::env::var("WEFT_TEST_CHILD") else {
-        return;
-    };
-    let first: usize = first.parse().expect("a number");
-    let prefix = std::env::var("WEFT_TEST_PREFIX").expect("set beside WEFT_TEST_CHILD");
-    let log = match std::env::var("WEFT_TEST_DIR") {
-        Ok(dir) if prefix.is_empty() => open_embedded(Path::new(&dir), 4),
-        _ => open_kafka(&std::env::var("WEFT_TEST_BROKERS").expect("set for Kafka"), &prefix, 4),
-    };
-    let log = log.expect("the log opens");
-    let (room, wait_for_room) = mpsc::sync_channel(200);
-    (0..200).for_each(|_| room.send(()).expect("we hold the receiver"));
-    for n in first.. {
-        wait_for_room.recv().expect("we hold a sender");
-        let room = room.clone();
-        let done = Box::new(move |answer: Answer| {
-            answer.expect("the record is taken");
-            // In one write, so that the kill cuts no line in two with another one behind it.
-            let line = format!("\nacknowledged={n}\n");
-            std::io::stdout().lock().write_all(line.as_bytes()).expect("the parent reads");
-            // Nobody waits for room when the process ends.
-            room.send(()).unwrap_or_default();
-        });
-        let record = numbered(&format!("k{}", n % 7), n).in_topic(Topic::ALL[n % 3]);
-        log.append(vec![Append { record, done }]);
     }
 }
 

@@ -159,9 +159,11 @@ fn a_full_queue_is_said_at_once_and_closing_ends_in_time_without_a_broker() {
 }
 
 #[test]
-fn without_a_broker_opening_fails_with_a_reason() {
+fn without_a_broker_opening_fails_and_names_the_address() {
     let error = Place::on("127.0.0.1:1").try_open(2).err().expect("nothing listens there");
     assert!(matches!(error, LogError::Unavailable(_)), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("no Kafka broker answered") && text.contains("127.0.0.1:1"), "{text}");
 }
 
 #[test]
@@ -206,7 +208,7 @@ fn kafkas_own_producer_agrees_on_partitions_and_its_records_are_foreign() {
 }
 
 #[test]
-fn whatever_another_program_writes_is_foreign_and_stops_nobody() {
+fn whatever_another_program_writes_is_foreign_and_reading_continues() {
     let place = Place::kafka();
     let log = place.open(1);
     let (brokers, topic) = (kafka::brokers(), place.topic(Topic::Events));
@@ -311,7 +313,7 @@ fn holes_left_by_another_programs_transactions_are_stepped_over_in_every_topic()
     assert_eq!(found.len(), 6, "of each topic the committed one, and ours");
     for topic in Topic::ALL {
         let found: Vec<bool> =
-            found.iter().filter(|e| log.place(e.at.partition).0 == topic).map(|e| e.record.is_ok()).collect();
+            found.iter().filter(|e| log.topic_of(e.at.partition).0 == topic).map(|e| e.record.is_ok()).collect();
         assert_eq!(found, [false, true], "{topic:?}");
     }
 }
@@ -510,7 +512,7 @@ fn a_record_in_another_partition_than_its_keys_is_foreign_in_every_topic() {
             .into_iter()
             .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: Some(value) }));
         let right = append_ok(&*log, vec![numbered("acme/t", 1).in_topic(topic)])[0];
-        let wrong = (log.place(right.partition).1 + 1) % 12;
+        let wrong = (log.topic_of(right.partition).1 + 1) % 12;
         let (brokers, name) = (kafka::brokers(), place.topic(topic));
         produce(brokers, &name, Some(wrong), Some(b"acme/t"), Some(b"{}"), Some(headers));
     }

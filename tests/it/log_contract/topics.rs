@@ -18,7 +18,7 @@ fn mixed(each: usize) -> Vec<Record> {
 }
 
 fn of(log: &dyn Log, entry: &Entry) -> Topic {
-    log.place(entry.at.partition).0
+    log.topic_of(entry.at.partition).0
 }
 
 /// Places and records in the order of places, so that what two readers found can be compared.
@@ -35,15 +35,15 @@ mod contract {
         assert_eq!(log.partitions(), 12);
         let expected: Vec<(Topic, u32)> =
             Topic::ALL.into_iter().flat_map(|topic| (0..4).map(move |within| (topic, within))).collect();
-        assert_eq!((0..12).map(|partition| log.place(partition)).collect::<Vec<_>>(), expected);
+        assert_eq!((0..12).map(|partition| log.topic_of(partition)).collect::<Vec<_>>(), expected);
         for topic in Topic::ALL {
             assert!(log.topic_name(topic).ends_with(topic.as_str()));
         }
         for n in 0..20 {
             let key = format!("acme/t{n}");
             let at = append_ok(&*log, Topic::ALL.map(|topic| numbered(&key, n).in_topic(topic)).into());
-            let within = log.place(at[0].partition).1;
-            let found: Vec<(Topic, u32)> = at.iter().map(|at| log.place(at.partition)).collect();
+            let within = log.topic_of(at[0].partition).1;
+            let found: Vec<(Topic, u32)> = at.iter().map(|at| log.topic_of(at.partition)).collect();
             assert_eq!(found, Topic::ALL.map(|topic| (topic, within)), "{key} is in the same one of each topic");
         }
     }
@@ -79,7 +79,7 @@ mod contract {
         assert_eq!(found.len(), records.len());
         for (at, record) in positions.iter().zip(&records) {
             assert_eq!(found.get(at), Some(record));
-            assert_eq!(log.place(at.partition).0, record.topic);
+            assert_eq!(log.topic_of(at.partition).0, record.topic);
         }
     }
 
@@ -89,7 +89,7 @@ mod contract {
         for topic in Topic::ALL {
             let expected = sorted(read_all(&*log).into_iter().filter(|entry| of(&*log, entry) == topic).collect());
             let (start, mut from) = (starts(&*log), ends(&*log));
-            for partition in (0..log.partitions()).filter(|partition| log.place(*partition).0 == topic) {
+            for partition in (0..log.partitions()).filter(|partition| log.topic_of(*partition).0 == topic) {
                 from[partition as usize] = start[partition as usize];
             }
             let mut reader = log.reader(&from).expect("within the bounds");

@@ -1,0 +1,115 @@
+//! How the embedded log is on disk.
+//!
+//! Column family `records`: key = offset (u64) · partition (u32), both big-endian; value = a framed [`Row`]. The offset
+//! counts over all partitions, without holes: keys only grow, so files never overlap and compaction moves them without
+//! rewriting. The partition counts over all topics, events first, and determines the topic: no row names it, and a log
+//! from before there were other topics reads as one of events. Column family `default` holds `epoch` and `partitions`,
+//! those of one topic.
+
+use std::sync::Arc;
+
+use bincode::{BorrowDecode, Encode};
+use bytes::Bytes;
+use rocksdb::{BoundColumnFamily, ColumnFamilyDescriptor, DB, Options, WriteOptions};
+
+use crate::codec;
+use crate::log::{Foreign, Grant, Position, Record, Topic};
+
+const RECORDS: &str = "records";
+const ROW_SCHEMA: u8 = 1;
+
+/// Rows of the column family `default`.
+pub(super) const EPOCH: &str = "epoch";
+pub(super) const PARTITIONS: &str = "partitions";
+
+#[derive(Encode, BorrowDecode)]
+struct Row<'a> {
+    key: &'a str,
+    kind: &'a str,
+    /// 0 = member, 1 = scope, 2 = server.
+    grant: u8,
+    traceparent: Option<&'a str>,
+    value: &'a [u8],
+}
+
+pub(super) fn encode(record: &Record) -> Vec<u8> {
+    let row = Row {
+        key: &record.key,
+        kind: &record.kind,
+        grant: match record.grant {
+            Grant::Member => 0,
+            Grant::Scope => 1,
+            Grant::Server => 2,
+        },
+        traceparent: record.traceparent.as_deref(),
+        value: &record.value,
+    };
+    codec::encode(ROW_SCHEMA, &row)
+}
+
+pub(super) fn decode(topic: Topic, bytes: &[u8]) -> Result<Record, Foreign> {
+    let foreign = |why| Foreign { why, key: None, value: Some(Bytes::copy_from_slice(bytes)), at: None };
+    let row: Row = codec::decode(ROW_SCHEMA, bytes).map_err(|error| foreign(error.to_string()))?;
+    let grant = match row.grant {
+        0 => Grant::Member,
+        1 => Grant::Scope,
+        2 => Grant::Server,
+        other => return Err(foreign(format!("there is no grant {other}"))),
+    };
+    Ok(Record {
+        topic,
+        key: row.key.to_owned(),
+        kind: row.kind.to_owned(),
+        grant,
+        traceparent: row.traceparent.map(str::to_owned),
+        value: Bytes::copy_from_slice(row.value),
+    })
+}
+
+pub(super) fn key_of(at: Position) -> [u8; 12] {
+    let mut key = [0; 12];
+    key[..8].copy_from_slice(&at.offset.to_be_bytes());
+    key[8..].copy_from_slice(&at.partition.to_be_bytes());
+    key
+}
+
+pub(super) fn parse_key(key: &[u8]) -> Option<Position> {
+    let (offset, partition) = key.split_at_checked(8)?;
+    Some(Position {
+        offset: u64::from_be_bytes(offset.try_into().ok()?),
+        partition: u32::from_be_bytes(partition.try_into().ok()?),
+    })
+}
+
+/// The options of the database, and those of its column family of records.
+pub(super) fn options(direct_io: bool) -> Options {
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    options.set_compression_type(rocksdb::DBCompressionType::Lz4);
+    // A reused file keeps its size, so that a sync need not write the file system's own records.
+    options.set_recycle_log_file_num(4);
+    // Bounds what is replayed from the write-ahead log at start, and with it the start's time.
+    options.set_write_buffer_size(32 << 20);
+    options.set_max_write_buffer_number(4);
+    options.set_keep_log_file_num(4);
+    options.set_max_log_file_size(4 << 20);
+    // Files written beside the page cache leave no dirty pages for a sync to wait for.
+    options.set_use_direct_io_for_flush_and_compaction(direct_io);
+    options
+}
+
+pub(super) fn descriptors(options: &Options) -> [ColumnFamilyDescriptor; 2] {
+    [ColumnFamilyDescriptor::new("default", Options::default()), ColumnFamilyDescriptor::new(RECORDS, options.clone())]
+}
+
+pub(super) fn records(db: &DB) -> Arc<BoundColumnFamily<'_>> {
+    // Every database of ours is opened with `descriptors`, which fails without this family.
+    db.cf_handle(RECORDS).expect("the log was opened with its records")
+}
+
+pub(super) fn synced() -> WriteOptions {
+    let mut options = WriteOptions::default();
+    options.set_sync(true);
+    options
+}

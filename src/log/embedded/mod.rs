@@ -1,0 +1,214 @@
+//! The embedded log: a RocksDB of records in the order in which they were appended, synced before anybody is answered.
+//!
+//! Invariants:
+//! - one writer thread takes all that waits, writes it as one batch, syncs once (group commit) and then answers each;
+//! - `end` is published only after the sync, and readers stop there: nothing they return can be lost;
+//! - a batch whose write failed is deleted again before any other is written, so that what was answered as "will never
+//!   appear" cannot come back, and the log reads the same from memory and from disk.
+//!
+//! Files, each using only those before it: [`format`] (rows, keys, options), [`shared`] (queue and tail), [`writer`],
+//! [`reader`].
+
+mod format;
+mod reader;
+mod shared;
+mod writer;
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use bytes::Bytes;
+use rocksdb::{DB, WriteBatch};
+
+use self::format::{descriptors, options, parse_key, records, synced};
+use self::reader::EmbeddedReader;
+use self::shared::{Shared, lock};
+use self::writer::{FOREIGN, Writer};
+use super::{Append, AppendError, Bounds, Done, Grant, Log, LogError, Position, Reader, Record};
+use crate::{clock, disk};
+
+/// What may wait for the writer: more is answered `queue_full`.
+const QUEUE_BYTES: usize = 64 << 20;
+
+pub struct EmbeddedLog {
+    shared: Arc<Shared>,
+    writer: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl EmbeddedLog {
+    /// Opens the log in `dir`, or creates it with `partitions` for each topic.
+    pub fn open(dir: &Path, partitions: u32) -> Result<EmbeddedLog, LogError> {
+        std::fs::create_dir_all(dir).map_err(|error| LogError::Unavailable(format!("{}: {error}", dir.display())))?;
+        let options = options(disk::takes_direct_io(dir));
+        let db =
+            DB::open_cf_descriptors(&options, dir, descriptors(&options)).map_err(|error| open_error(dir, &error))?;
+        let epoch = identity(&db, partitions)?;
+        let end = last_offset(&db)?.map_or(0, |last| last + 1);
+
+        let shared = Arc::new(Shared::new(db, epoch, partitions, end));
+        let writer = Writer::new(shared.clone(), end);
+        let handle = std::thread::Builder::new()
+            .name("log-writer".into())
+            .spawn(move || writer.run())
+            .map_err(|error| LogError::Unavailable(format!("cannot start the log writer: {error}")))?;
+        Ok(EmbeddedLog { shared, writer: Mutex::new(Some(handle)) })
+    }
+
+    /// Puts bytes that are no record of Weft's into a partition, as damage or another program would: for tests.
+    #[doc(hidden)]
+    pub fn append_foreign(&self, partition: u32, bytes: &[u8]) -> Result<Position, AppendError> {
+        let (sender, answer) = std::sync::mpsc::sync_channel(1);
+        let record = Record {
+            topic: self.topic_of(partition).0,
+            key: format!("{FOREIGN}{partition}"),
+            kind: String::new(),
+            grant: Grant::Member,
+            traceparent: None,
+            value: Bytes::copy_from_slice(bytes),
+        };
+        let done: Done = Box::new(move |result| drop(sender.send(result)));
+        self.append(vec![Append { record, done }]);
+        answer.recv().unwrap_or_else(|_| Err(AppendError::Unknown("the writer stopped".into())))
+    }
+}
+
+fn open_error(dir: &Path, error: &rocksdb::Error) -> LogError {
+    let text = error.to_string();
+    // RocksDB has no kind of its own for it: the same process holds the lock, or another one does.
+    let locked = text.contains("lock hold by current process") || text.contains("While lock file");
+    match error.kind() {
+        rocksdb::ErrorKind::IOError if locked => {
+            LogError::Unavailable(format!("{} is in use by another process", dir.display()))
+        }
+        rocksdb::ErrorKind::Corruption => LogError::Damaged(text),
+        _ => LogError::Unavailable(text),
+    }
+}
+
+/// Reads the log's epoch, or gives it one.
+fn identity(db: &DB, partitions: u32) -> Result<String, LogError> {
+    let get = |name: &str| db.get(name).map_err(|error| LogError::Unavailable(error.to_string()));
+    if let Some(epoch) = get(format::EPOCH)? {
+        let found = get(format::PARTITIONS)?
+            .and_then(|bytes| Some(u32::from_be_bytes(bytes.try_into().ok()?)))
+            .ok_or_else(|| LogError::Damaged("the number of partitions is missing".into()))?;
+        if found != partitions {
+            return Err(LogError::PartitionMismatch { found, configured: partitions });
+        }
+        return String::from_utf8(epoch).map_err(|_| LogError::Damaged("the epoch is not text".into()));
+    }
+    let epoch = clock::random_id().simple().to_string();
+    let mut batch = WriteBatch::default();
+    batch.put(format::EPOCH, &epoch);
+    batch.put(format::PARTITIONS, partitions.to_be_bytes());
+    db.write_opt(batch, &synced()).map_err(|error| LogError::Unavailable(error.to_string()))?;
+    // Left in memory, these two rows would keep every file of the write-ahead log from being deleted.
+    db.flush().map_err(|error| LogError::Unavailable(error.to_string()))?;
+    Ok(epoch)
+}
+
+fn last_offset(db: &DB) -> Result<Option<u64>, LogError> {
+    let mut newest = db.raw_iterator_cf(&records(db));
+    newest.seek_to_last();
+    newest.status().map_err(|error| LogError::Damaged(error.to_string()))?;
+    Ok(newest.key().and_then(parse_key).map(|at| at.offset))
+}
+
+impl Log for EmbeddedLog {
+    fn epoch(&self) -> &str {
+        &self.shared.epoch
+    }
+
+    fn partitions(&self) -> u32 {
+        self.shared.partitions()
+    }
+
+    fn append(&self, batch: Vec<Append>) {
+        let now = Instant::now();
+        let mut refused = Vec::new();
+        let mut queue = lock(&self.shared.queue);
+        let closed = queue.closed;
+        let was_empty = queue.waiting.is_empty();
+        for append in batch {
+            let size = append.record.value.len();
+            if closed || queue.bytes + size > QUEUE_BYTES {
+                refused.push(append.done);
+            } else {
+                queue.bytes += size;
+                queue.waiting.push((append, now));
+            }
+        }
+        let wake = was_empty && !queue.waiting.is_empty();
+        drop(queue);
+        if wake {
+            self.shared.queued.notify_one();
+        }
+
+        let why = if closed { AppendError::Unavailable("the log is closed".into()) } else { AppendError::QueueFull };
+        for done in refused {
+            done(Err(why.clone()));
+        }
+    }
+
+    fn reader(&self, from: &[u64]) -> Result<Box<dyn Reader>, LogError> {
+        let end = lock(&self.shared.tail).end;
+        if from.len() != self.partitions() as usize {
+            return Err(LogError::PartitionMismatch { found: self.partitions(), configured: from.len() as u32 });
+        }
+        for (partition, offset) in from.iter().enumerate() {
+            if *offset > end {
+                let at = Position { partition: partition as u32, offset: *offset };
+                return Err(LogError::OutOfRange { at, bounds: Bounds { start: 0, end } });
+            }
+        }
+        Ok(Box::new(EmbeddedReader::new(self.shared.clone(), from.to_vec())))
+    }
+
+    fn bounds(&self) -> Result<Vec<Bounds>, LogError> {
+        let end = lock(&self.shared.tail).end;
+        Ok(vec![Bounds { start: 0, end }; self.partitions() as usize])
+    }
+
+    /// Offsets count over all partitions, so the lag of the slowest partition is that of all.
+    fn lag(&self, positions: &[u64]) -> Result<u64, LogError> {
+        Ok(lock(&self.shared.tail).end.saturating_sub(positions.iter().copied().min().unwrap_or(0)))
+    }
+
+    fn committed(&self, _: &[u64]) {}
+
+    fn health(&self) -> Result<(), String> {
+        lock(&self.shared.health).clone()
+    }
+
+    fn close(&self) {
+        lock(&self.shared.queue).closed = true;
+        self.shared.queued.notify_one();
+        *lock(&self.shared.health) = Err("the log is closed".into());
+        if let Some(writer) = lock(&self.writer).take() {
+            // A writer that panicked has already been reported; there is nothing left to wait for.
+            drop(writer.join());
+        }
+    }
+}
+
+impl Drop for EmbeddedLog {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_block_is_not_taken_for_a_lock() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        EmbeddedLog::open(dir.path(), 1).expect("a new log").close();
+        std::fs::write(dir.path().join("CURRENT"), "a block that is no manifest\n").expect("the file is written");
+        let error = EmbeddedLog::open(dir.path(), 1).err().expect("it is damaged").to_string();
+        assert!(!error.contains("in use"), "{error}");
+    }
+}

@@ -1,0 +1,134 @@
+//! Readers: from memory while they are at the tail, and from disk while they are catching up.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use rocksdb::ReadOptions;
+
+use super::format::{decode, parse_key, records};
+use super::shared::{Shared, lock};
+use crate::log::{Entry, LogError, Positions, READ_BYTES, Reader, Topic};
+
+pub(super) struct EmbeddedReader {
+    shared: Arc<Shared>,
+    positions: Positions,
+    /// The tail's batch to read next and how much of it was read, once the reader is at the tail.
+    cursor: Option<(u64, usize)>,
+}
+
+impl Reader for EmbeddedReader {
+    fn next(&mut self, max: usize, wait: Duration) -> Result<Vec<Entry>, LogError> {
+        let deadline = Instant::now() + wait;
+        loop {
+            let Some((from, end)) = self.range(deadline) else {
+                return Ok(Vec::new());
+            };
+            let entries = match self.read_memory(from, max) {
+                Some(entries) => entries,
+                None => self.read_disk(from, end, max)?,
+            };
+            if !entries.is_empty() {
+                return Ok(entries);
+            }
+        }
+    }
+
+    fn positions(&self) -> &Positions {
+        &self.positions
+    }
+}
+
+impl EmbeddedReader {
+    pub(super) fn new(shared: Arc<Shared>, positions: Positions) -> EmbeddedReader {
+        EmbeddedReader { shared, positions, cursor: None }
+    }
+
+    /// Where to read on and where the log ends, as soon as these differ; `None` at the deadline.
+    fn range(&self, deadline: Instant) -> Option<(u64, u64)> {
+        let from = self.positions.iter().copied().min().unwrap_or(0);
+        let mut tail = lock(&self.shared.tail);
+        while tail.end <= from {
+            let left = deadline.checked_duration_since(Instant::now())?;
+            tail = self.shared.grown.wait_timeout(tail, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Some((from, tail.end))
+    }
+
+    /// What the tail holds from `from` on; `None` when the tail begins after it.
+    fn read_memory(&mut self, from: u64, max: usize) -> Option<Vec<Entry>> {
+        let (first, skip, batches) = {
+            let tail = lock(&self.shared.tail);
+            if from < tail.start {
+                self.cursor = None;
+                return None;
+            }
+            let (batch, skip) = self.cursor.filter(|(batch, _)| *batch >= tail.first).unwrap_or((tail.first, 0));
+            let mut room = max + skip;
+            let fits = |batch: &&Arc<Vec<Entry>>| {
+                let fits = room > 0;
+                room = room.saturating_sub(batch.len());
+                fits
+            };
+            let batches: Vec<_> =
+                tail.batches.iter().skip((batch - tail.first) as usize).take_while(fits).cloned().collect();
+            (batch, skip, batches)
+        };
+
+        let (mut found, mut cursor, mut end) = (Vec::with_capacity(max.min(64)), (first, skip), from);
+        let mut bytes = 0;
+        for entry in batches.iter().flat_map(|batch| batch.iter()).skip(skip).take(max) {
+            if bytes > READ_BYTES {
+                break;
+            }
+            bytes += entry.record.as_ref().map_or(0, |record| record.value.len());
+            let full = cursor.1 + 1 == batches[(cursor.0 - first) as usize].len();
+            cursor = if full { (cursor.0 + 1, 0) } else { (cursor.0, cursor.1 + 1) };
+            end = entry.at.offset + 1;
+            if entry.at.offset >= self.positions[entry.at.partition as usize] {
+                found.push(entry.clone());
+            }
+        }
+        self.cursor = Some(cursor);
+        self.advance(end);
+        Some(found)
+    }
+
+    fn read_disk(&mut self, from: u64, end: u64, max: usize) -> Result<Vec<Entry>, LogError> {
+        let mut options = ReadOptions::default();
+        options.set_readahead_size(1 << 20);
+        options.fill_cache(false);
+        options.set_iterate_upper_bound(end.to_be_bytes().to_vec());
+        let mut rows = self.shared.db.raw_iterator_cf_opt(&records(&self.shared.db), options);
+
+        let mut found = Vec::with_capacity(max.min((end - from) as usize));
+        let mut next = end;
+        let mut bytes = 0;
+        rows.seek(from.to_be_bytes());
+        while let Some((key, value)) = rows.item() {
+            let Some(at) = parse_key(key).filter(|at| at.partition < self.shared.partitions()) else {
+                return Err(LogError::Damaged(format!("a key of {} bytes among the records", key.len())));
+            };
+            if found.len() == max || bytes > READ_BYTES {
+                next = at.offset;
+                break;
+            }
+            if at.offset >= self.positions[at.partition as usize] {
+                bytes += value.len();
+                let topic = Topic::locate(at.partition, self.shared.each).0;
+                found.push(Entry { at, record: decode(topic, value) });
+            }
+            rows.next();
+        }
+        rows.status().map_err(|error| LogError::Damaged(error.to_string()))?;
+        drop(rows);
+        self.advance(next);
+        Ok(found)
+    }
+
+    /// Offsets count over all partitions, so after `offset` is after it in each of them.
+    fn advance(&mut self, offset: u64) {
+        for position in &mut self.positions {
+            *position = offset.max(*position);
+        }
+    }
+}

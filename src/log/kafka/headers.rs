@@ -1,0 +1,80 @@
+//! A record as a Kafka message: key and value as they are, everything else in headers.
+
+use std::ffi::CStr;
+
+use bytes::Bytes;
+use rdkafka::bindings;
+use rdkafka::message::{BorrowedMessage, Header, Message, OwnedHeaders};
+
+use crate::log::{Foreign, Grant, RECORD_VERSION, Record, Topic};
+
+const KIND: &CStr = c"weft-kind";
+const VERSION: &CStr = c"weft-version";
+const GRANT: &CStr = c"weft-grant";
+const TRACEPARENT: &CStr = c"traceparent";
+
+pub(super) fn headers_of(record: &Record) -> OwnedHeaders {
+    let header = |key, value| Header { key, value: Some(value) };
+    let version = RECORD_VERSION.to_string();
+    let headers = OwnedHeaders::new_with_capacity(4)
+        .insert(header("weft-kind", record.kind.as_str()))
+        .insert(header("weft-version", version.as_str()))
+        .insert(header("weft-grant", record.grant.as_str()));
+    match &record.traceparent {
+        Some(traceparent) => headers.insert(header("traceparent", traceparent.as_str())),
+        None => headers,
+    }
+}
+
+/// The way back; what was written by another program is foreign.
+pub(super) fn decode(topic: Topic, message: &BorrowedMessage<'_>) -> Result<Record, Foreign> {
+    let foreign = |why: &str| Foreign {
+        why: why.to_owned(),
+        key: message.key().map(Bytes::copy_from_slice),
+        value: message.payload().map(Bytes::copy_from_slice),
+        at: time_of(message),
+    };
+    let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
+
+    let version = last(message, VERSION).ok_or_else(|| foreign("it has no header weft-version"))?;
+    if std::str::from_utf8(version).ok().and_then(|v| v.parse().ok()) != Some(RECORD_VERSION) {
+        return Err(foreign("its weft-version is not one that this server knows"));
+    }
+    let kind = last(message, KIND).and_then(text).ok_or_else(|| foreign("it has no header weft-kind"))?;
+    let grant =
+        last(message, GRANT).and_then(Grant::parse).ok_or_else(|| foreign("it has no valid header weft-grant"))?;
+    let key = message.key().and_then(text).ok_or_else(|| foreign("it has no key, or one that is not UTF-8"))?;
+    let value = message.payload().ok_or_else(|| foreign("it has no value"))?;
+    let traceparent = last(message, TRACEPARENT).and_then(text);
+
+    Ok(Record { topic, key, kind, grant, traceparent, value: Bytes::copy_from_slice(value) })
+}
+
+/// The kind that the message's header names.
+pub(super) fn kind_of<'m>(message: &'m BorrowedMessage<'_>) -> Option<&'m [u8]> {
+    last(message, KIND)
+}
+
+/// When Kafka took the record, or its writer says that it was made.
+pub(super) fn time_of(message: &BorrowedMessage<'_>) -> Option<u64> {
+    message.timestamp().to_millis()?.try_into().ok()
+}
+
+/// The last header of that name. Not through rdkafka's own iterator, which panics over a name that is not UTF-8; another
+/// program may write any.
+#[expect(unsafe_code, reason = "the safe reader panics on a header whose name is not UTF-8")]
+fn last<'m>(message: &'m BorrowedMessage<'_>, name: &CStr) -> Option<&'m [u8]> {
+    let ok = bindings::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR;
+    let (mut headers, mut value, mut len) = (std::ptr::null_mut(), std::ptr::null(), 0);
+    // SAFETY: the message lives as long as the borrow, and owns its headers and their values; both calls write the
+    // pointers they are given only when they return `ok`, and a null value is sorted out before it is read.
+    unsafe {
+        if bindings::rd_kafka_message_headers(message.ptr(), &mut headers) != ok
+            || bindings::rd_kafka_header_get_last(headers, name.as_ptr(), &mut value, &mut len) != ok
+            || value.is_null()
+        {
+            return None;
+        }
+        Some(std::slice::from_raw_parts(value.cast(), len))
+    }
+}
