@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -161,50 +162,20 @@ impl App {
             projector: status,
             stalled_after: config.run_stalled_after(),
         };
-        let auth = Arc::new(Authenticator::new(verifier, store.clone()));
-        let admission = Arc::new(Admission::new(rights.clone(), limits.clone()));
-        let delivery = Arc::new(Delivery::new(store.clone(), rights.clone(), hub.clone(), submit.clone()));
-        let edge = Edge {
-            api: Arc::new(Api {
-                store: store.clone(),
-                rights: rights.clone(),
-                auth: auth.clone(),
-                admission: admission.clone(),
-                submit: submit.clone(),
-                hub: hub.clone(),
-                registry: registry.clone(),
-                epoch: log.epoch().to_owned(),
-            }),
-            streams: Arc::new(Streams {
-                auth: auth.clone(),
-                rights: rights.clone(),
-                delivery: delivery.clone(),
-                registry: registry.clone(),
-                store: store.clone(),
-            }),
-            sockets: Arc::new(Sockets {
-                store: store.clone(),
-                hub,
-                submit,
-                auth: auth.clone(),
-                rights,
-                admission: admission.clone(),
-                delivery,
-                registry: registry.clone(),
-                health: health.clone(),
-                epoch: log.epoch().to_owned(),
-                origins: config.allow_origin.clone(),
-            }),
-            probes: Arc::new(Probes {
-                store: store.clone(),
-                registry: registry.clone(),
-                health: health.clone(),
-                metrics: metrics.clone(),
-            }),
-            auth,
+        let edge = edge(Handles {
+            auth: Arc::new(Authenticator::new(verifier, store.clone())),
+            admission: Arc::new(Admission::new(rights.clone(), limits.clone())),
+            delivery: Arc::new(Delivery::new(store.clone(), rights.clone(), hub.clone(), submit.clone())),
+            store: store.clone(),
+            rights,
+            submit,
+            hub,
+            registry: registry.clone(),
             health: health.clone(),
-            admission,
-        };
+            metrics: metrics.clone(),
+            epoch: log.epoch().to_owned(),
+            origins: config.allow_origin.clone(),
+        });
         let (address, stop_accepting, accepting) = accept(&config, listening, edge)?;
         let chores = vec![
             tokio::spawn(pending.expire()),
@@ -261,6 +232,68 @@ impl App {
         for chore in self.chores {
             chore.abort();
         }
+    }
+}
+
+/// Everything that some part of the edge works with.
+struct Handles {
+    store: Arc<Store>,
+    rights: Rights,
+    auth: Arc<Authenticator>,
+    admission: Arc<Admission>,
+    submit: Arc<Submit>,
+    hub: Arc<Hub>,
+    delivery: Arc<Delivery>,
+    registry: Arc<Registry>,
+    health: Arc<Health>,
+    metrics: PrometheusHandle,
+    epoch: String,
+    origins: Vec<String>,
+}
+
+/// Gives each part of the edge the handles that it uses.
+fn edge(handles: Handles) -> Edge {
+    let Handles { store, rights, auth, admission, submit, hub, delivery, registry, health, metrics, epoch, origins } =
+        handles;
+    let api = Api {
+        store: store.clone(),
+        rights: rights.clone(),
+        auth: auth.clone(),
+        admission: admission.clone(),
+        submit: submit.clone(),
+        hub: hub.clone(),
+        registry: registry.clone(),
+        epoch: epoch.clone(),
+    };
+    let streams = Streams {
+        auth: auth.clone(),
+        rights: rights.clone(),
+        delivery: delivery.clone(),
+        registry: registry.clone(),
+        store: store.clone(),
+    };
+    let probes = Probes { store: store.clone(), registry: registry.clone(), health: health.clone(), metrics };
+    let sockets = Sockets {
+        store,
+        hub,
+        submit,
+        auth: auth.clone(),
+        rights,
+        admission: admission.clone(),
+        delivery,
+        registry,
+        health: health.clone(),
+        epoch,
+        origins,
+    };
+    Edge {
+        auth,
+        health,
+        admission,
+        api: Arc::new(api),
+        streams: Arc::new(streams),
+        sockets: Arc::new(sockets),
+        probes: Arc::new(probes),
     }
 }
 

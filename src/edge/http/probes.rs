@@ -1,4 +1,4 @@
-//! What tells machines how the server is doing: `/healthz`, `/readyz` and `/metrics`. They ask for no token.
+//! The state of the server, for monitoring: `/healthz`, `/readyz` and `/metrics`. They need no token.
 
 use std::sync::Arc;
 

@@ -38,7 +38,7 @@ pub struct Request<Who = Principal> {
     body: Body,
 }
 
-/// A request of which nobody asked who sends it.
+/// A request without a user: none was authenticated.
 pub type AnonymousRequest = Request<()>;
 
 impl AnonymousRequest {

@@ -125,9 +125,13 @@ pub async fn put(api: Arc<Api>, mut it: Request) -> Result<Reply, Error> {
         change(&api, &it, &thread, &wanted).await?;
     }
 
-    // Not through the right to read: who may manage the thread gets the answer even if its token does not allow reading.
     let status = if created { StatusCode::CREATED } else { StatusCode::OK };
-    blocking(move || Ok(json(status, &detail(&api, &it.who, &ThreadAddress::named(thread))?))).await
+    let address = ThreadAddress::named(thread);
+    blocking(move || {
+        let detail = api.rights.read(&it.who, &address.name, |_| detail(&api, &it.who, &address))?;
+        Ok(json(status, &detail))
+    })
+    .await
 }
 
 fn check_wanted(wanted: &ThreadBody) -> Result<(), Error> {

@@ -24,7 +24,7 @@ impl Verifier {
             self.open.clear();
             return;
         }
-        assert!(!self.failed, "behind an error: {event}");
+        assert!(!self.failed, "after an error: {event}");
         if kind == "RUN_ERROR" {
             text("message");
             (self.running, self.failed) = (None, true);
@@ -100,20 +100,20 @@ impl Thread {
         self.frames.push((None, frame(None, AGENT_TOKEN, Some(run), data)));
     }
 
-    /// What a reader gets that wants the events behind `after` and reads them from behind `cursor` on. Who joins, and who
+    /// What a reader gets that wants the events after `after` and reads them from after `cursor` on. Who joins, and who
     /// wants them again, gets the texts that are being written.
     fn read(&self, only: Option<&str>, cursor: u64, after: u64, resumes: bool) -> Vec<Value> {
         let silent_to = (cursor < after).then_some(after);
         let mut mapper = Mapper::new("t", only.map(str::to_owned), silent_to, resumes);
         let (mut verifier, mut events) = (Verifier::default(), Vec::new());
         let mut lines = Vec::new();
-        let live = self.behind(after);
-        for (_, frame) in self.frames[self.behind(cursor)..live].iter().filter(|(seq, _)| seq.is_some()) {
+        let live = self.index_after(after);
+        for (_, frame) in self.frames[self.index_after(cursor)..live].iter().filter(|(seq, _)| seq.is_some()) {
             assert_eq!(mapper.event(frame, &mut lines), Next::Continue);
         }
         let join = |frames, mapper: &mut Mapper, lines: &mut Vec<String>| {
-            for piece in self.texts(frames) {
-                assert_eq!(mapper.event(&piece, lines), Next::Continue);
+            for delta in self.texts(frames) {
+                assert_eq!(mapper.event(&delta, lines), Next::Continue);
             }
         };
         join(live, &mut mapper, &mut lines);
@@ -132,7 +132,7 @@ impl Thread {
         events
     }
 
-    /// The messages that are being written after so many frames, each as one piece.
+    /// The messages that are being written after so many frames, each as one delta.
     fn texts(&self, frames: usize) -> Vec<String> {
         let mut open: BTreeMap<(String, String), String> = BTreeMap::new();
         for (seq, frame) in &self.frames[..frames] {
@@ -145,14 +145,14 @@ impl Thread {
                 open.remove(&key);
             }
         }
-        let piece = |((run, message), text): (&(String, String), &String)| {
+        let delta = |((run, message), text): (&(String, String), &String)| {
             frame(None, AGENT_TOKEN, Some(run), json!({"message": message, "from_char": 0, "text": text}))
         };
-        open.iter().map(piece).collect()
+        open.iter().map(delta).collect()
     }
 
-    /// Where what stands behind this seq begins.
-    fn behind(&self, seq: u64) -> usize {
+    /// The index of the first frame after this seq.
+    fn index_after(&self, seq: u64) -> usize {
         self.frames.iter().position(|(s, _)| *s == Some(seq)).map_or(0, |i| i + 1)
     }
 }
