@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -15,7 +16,12 @@ use crate::delivery::Delivery;
 use crate::delivery::hub::Hub;
 use crate::delivery::registry::Registry;
 use crate::edge::health::Health;
-use crate::edge::{Context, listener, routes};
+use crate::edge::http::Api;
+use crate::edge::http::probes::Probes;
+use crate::edge::listener;
+use crate::edge::routes::{self, Edge};
+use crate::edge::sse::Streams;
+use crate::edge::ws::Sockets;
 use crate::ingest::admit::Admission;
 use crate::ingest::limits::Limits;
 use crate::ingest::pending::Pending;
@@ -51,7 +57,9 @@ pub enum StartError {
 /// A running server.
 pub struct App {
     pub address: SocketAddr,
-    ctx: Arc<Context>,
+    store: Arc<Store>,
+    registry: Arc<Registry>,
+    health: Arc<Health>,
     log: Arc<dyn Log>,
     stop_accepting: watch::Sender<bool>,
     accepting: JoinHandle<()>,
@@ -154,55 +162,67 @@ impl App {
             projector: status,
             stalled_after: config.run_stalled_after(),
         };
-        let ctx = Arc::new(Context {
-            auth: Authenticator::new(verifier, store.clone()),
-            admission: Admission::new(rights.clone(), limits.clone()),
+        let edge = edge(Handles {
+            auth: Arc::new(Authenticator::new(verifier, store.clone())),
+            admission: Arc::new(Admission::new(rights.clone(), limits.clone())),
             delivery: Arc::new(Delivery::new(store.clone(), rights.clone(), hub.clone(), submit.clone())),
+            store: store.clone(),
             rights,
-            store,
-            hub,
             submit,
-            epoch: log.epoch().to_owned(),
-            registry,
-            origins: config.allow_origin.clone(),
+            hub,
+            registry: registry.clone(),
             health: health.clone(),
             metrics: metrics.clone(),
+            epoch: log.epoch().to_owned(),
+            origins: config.allow_origin.clone(),
         });
-        let (address, stop_accepting, accepting) = accept(&config, listening, ctx.clone())?;
+        let (address, stop_accepting, accepting) = accept(&config, listening, edge)?;
         let chores = vec![
             tokio::spawn(pending.expire()),
-            tokio::spawn(health.watch()),
+            tokio::spawn(health.clone().watch()),
             tokio::spawn(telemetry::upkeep(metrics)),
             tokio::spawn(limits.upkeep()),
             tokio::spawn(reaper.run()),
         ];
-        Ok(App { address, ctx, log, stop_accepting, accepting, delivering, chores, projecting, stop_projecting })
+        Ok(App {
+            address,
+            store,
+            registry,
+            health,
+            log,
+            stop_accepting,
+            accepting,
+            delivering,
+            chores,
+            projecting,
+            stop_projecting,
+        })
     }
 
     /// Waits until the server answers: the projections have what the log had at the start.
     pub async fn ready(&self) {
-        self.ctx.health.caught_up().await;
+        self.health.caught_up().await;
     }
 
     /// Stops everything, from the outside in: no new connections, sessions finish what was accepted, then the projector,
     /// the log and the store. Takes at most about 10 s.
     pub async fn stop(self) {
-        self.ctx.health.set_draining();
+        self.health.set_draining();
         self.stop_accepting.send_replace(true);
-        self.ctx.registry.drain();
-        if tokio::time::timeout(DRAIN_WITHIN, self.ctx.registry.emptied()).await.is_err() {
+        self.registry.drain();
+        if tokio::time::timeout(DRAIN_WITHIN, self.registry.emptied()).await.is_err() {
             tracing::warn!("some sessions did not end in time; their clients will resume");
         }
         // Requests under way have the same verdicts to wait for as sessions had, and nothing longer.
         drop(tokio::time::timeout(Duration::from_secs(1), self.accepting).await);
         self.stop_projecting.store(true, Ordering::Release);
-        let (log, ctx, projecting) = (self.log, self.ctx, self.projecting);
+        let (log, store, projecting) = (self.log, self.store, self.projecting);
         let closing = tokio::task::spawn_blocking(move || {
             if projecting.join().is_err() {
                 tracing::error!("the projector had panicked");
             }
             log.close();
-            if let Err(error) = ctx.store.flush() {
+            if let Err(error) = store.flush() {
                 tracing::warn!(%error, "the projections are not flushed; the next start reads more of the log");
             }
         });
@@ -215,13 +235,76 @@ impl App {
     }
 }
 
+/// Everything that some part of the edge works with.
+struct Handles {
+    store: Arc<Store>,
+    rights: Rights,
+    auth: Arc<Authenticator>,
+    admission: Arc<Admission>,
+    submit: Arc<Submit>,
+    hub: Arc<Hub>,
+    delivery: Arc<Delivery>,
+    registry: Arc<Registry>,
+    health: Arc<Health>,
+    metrics: PrometheusHandle,
+    epoch: String,
+    origins: Vec<String>,
+}
+
+/// Gives each part of the edge the handles that it uses.
+fn edge(handles: Handles) -> Edge {
+    let Handles { store, rights, auth, admission, submit, hub, delivery, registry, health, metrics, epoch, origins } =
+        handles;
+    let api = Api {
+        store: store.clone(),
+        rights: rights.clone(),
+        auth: auth.clone(),
+        admission: admission.clone(),
+        submit: submit.clone(),
+        hub: hub.clone(),
+        registry: registry.clone(),
+        epoch: epoch.clone(),
+    };
+    let streams = Streams {
+        auth: auth.clone(),
+        rights: rights.clone(),
+        delivery: delivery.clone(),
+        registry: registry.clone(),
+        store: store.clone(),
+    };
+    let probes = Probes { store: store.clone(), registry: registry.clone(), health: health.clone(), metrics };
+    let sockets = Sockets {
+        store,
+        hub,
+        submit,
+        auth: auth.clone(),
+        rights,
+        admission: admission.clone(),
+        delivery,
+        registry,
+        health: health.clone(),
+        epoch,
+        origins,
+    };
+    Edge {
+        auth,
+        health,
+        admission,
+        api: Arc::new(api),
+        streams: Arc::new(streams),
+        sockets: Arc::new(sockets),
+        probes: Arc::new(probes),
+    }
+}
+
 fn accept(
     config: &Config,
     listening: TcpListener,
-    ctx: Arc<Context>,
+    edge: Edge,
 ) -> Result<(SocketAddr, watch::Sender<bool>, JoinHandle<()>), StartError> {
     let address = listening.local_addr()?;
     let (stop, stopped) = watch::channel(false);
-    let accepting = tokio::spawn(listener::serve(listening, routes::routes(ctx), config.max_connections, stopped));
+    let service = routes::service(Arc::new(edge));
+    let accepting = tokio::spawn(listener::serve(listening, service, config.max_connections, stopped));
     Ok((address, stop, accepting))
 }

@@ -1,4 +1,4 @@
-//! Our own accept loop under warp's filters: deadlines, bounds and a connection limit, which `warp::serve` does not have.
+//! The accept loop under the routes: deadlines, bounds and a connection limit, which `warp::serve` does not have.
 
 use std::io;
 use std::net::SocketAddr;
@@ -18,6 +18,9 @@ use warp::hyper;
 use warp::reply::Response;
 
 use super::ws::socket::Socket;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::http::Problem;
+use crate::protocol::json;
 use crate::telemetry;
 
 /// Time for the first byte and for all headers of a request.
@@ -26,7 +29,7 @@ const MAX_HEADERS: usize = 64;
 const HEADER_BYTES: usize = 16 << 10;
 /// A connection that writes nothing for so long has a peer that reads nothing.
 const STALLED_AFTER: Duration = Duration::from_secs(30);
-/// Refusals under way; beyond that a connection over the limit is dropped without a word.
+/// Refusals under way; beyond that a connection over the limit is closed without an answer.
 const REFUSALS: usize = 64;
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 4_096;
@@ -77,10 +80,11 @@ pub async fn serve(
                     },
                 }
             }
-            // This connection's own trouble, over with it.
+            // The client was gone before the connection was accepted.
             Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {
             }
-            // Out of descriptors or memory: others must end first, and asking at once would only burn the processor.
+            // Out of descriptors or memory: other connections must end first, and trying again at once would only use the
+            // processor.
             Err(error) => {
                 telemetry::refused("accept_failed").increment(1);
                 tracing::warn!(%error, ?pause, "cannot accept");
@@ -118,7 +122,7 @@ async fn connection(
     let result = tokio::select! {
         result = connection.as_mut() => result,
         () = stalled(&written) => {
-            tracing::debug!(%peer, "a connection took nothing");
+            tracing::debug!(%peer, "a connection was stalled");
             return;
         }
         () = stopped(&mut stop) => {
@@ -131,8 +135,8 @@ async fn connection(
     }
 }
 
-/// Waits until nothing was written for a while: by then an idle connection has met the deadline for its next request, and
-/// a request its answer, so that only a peer who does not read is left.
+/// Waits until nothing was written for a while. An idle connection meets the deadline for its next request earlier, and a
+/// request is answered earlier, so that only a peer that does not read gets here.
 async fn stalled(written: &AtomicU64) {
     let mut every = tokio::time::interval(STALLED_AFTER);
     every.tick().await;
@@ -146,22 +150,24 @@ async fn stalled(written: &AtomicU64) {
     }
 }
 
-/// Waits for the word to stop; a sender that is gone says it as well.
+/// Waits until the server stops.
 async fn stopped(stop: &mut watch::Receiver<bool>) {
+    // An error means that the sender is gone, and the server with it.
     drop(stop.wait_for(|stop| *stop).await);
 }
 
-/// Over the limit: says so, which costs less than leaving the client to guess.
-async fn refuse(mut stream: TcpStream, _place: OwnedSemaphorePermit) {
+/// Answers a connection over the limit, which has no request read, and closes it.
+async fn refuse(mut stream: TcpStream, _permit: OwnedSemaphorePermit) {
     telemetry::refused("connection_limit").increment(1);
-    let body = r#"{"title":"unavailable","status":503,"code":"unavailable","detail":"the connection limit is reached","retry_after_ms":1000}"#;
+    let error = Error::new(Code::Unavailable, "the connection limit is reached").retry_after(1_000);
+    let body = json::encode(&Problem::of(&error));
     let reply = format!(
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     );
-    let say = async { stream.write_all(reply.as_bytes()).await };
-    // Whether the client still listens is its own affair.
-    if tokio::time::timeout(HEADERS_WITHIN, say).await.is_ok_and(|said| said.is_ok()) {
+    let written = tokio::time::timeout(HEADERS_WITHIN, stream.write_all(reply.as_bytes())).await;
+    // A client that is gone needs no answer.
+    if written.is_ok_and(|written| written.is_ok()) {
         Socket::new(stream).linger().await;
     }
 }

@@ -1,36 +1,24 @@
-//! The edge: sockets in, frames and replies out. Nothing here decides; it parses, asks for rights and hands on.
+//! The edge: sockets in, frames and replies out. It parses requests, checks rights and calls the layers below.
+//!
+//! - [`listener`] accepts connections, within their limit;
+//! - [`routes`] lists everything that a client can ask for; [`matcher`] finds the route of a request;
+//! - [`http`] answers requests, [`sse`] sends a thread as Server-Sent Events, [`ws`] runs WebSocket sessions;
+//! - [`health`] knows how each part of the server is doing.
 
 pub mod health;
 pub mod http;
 pub mod listener;
+pub mod matcher;
 pub mod routes;
 pub mod sse;
 pub mod ws;
 
-use std::sync::Arc;
+use crate::protocol::error::{Code, Error};
 
-use crate::auth::{Authenticator, Rights};
-use crate::delivery::Delivery;
-use crate::delivery::hub::Hub;
-use crate::delivery::registry::Registry;
-use crate::ingest::admit::Admission;
-use crate::ingest::submit::Submit;
-use crate::store::Store;
+/// Runs work that reads a range of the store, and so may block, off the threads that serve sockets.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+    let finished = tokio::task::spawn_blocking(work).await;
 
-/// What sessions and requests work with.
-pub struct Context {
-    pub store: Arc<Store>,
-    pub hub: Arc<Hub>,
-    pub submit: Arc<Submit>,
-    pub auth: Authenticator,
-    pub rights: Rights,
-    pub admission: Admission,
-    pub delivery: Arc<Delivery>,
-    /// The log's identity.
-    pub epoch: String,
-    pub registry: Arc<Registry>,
-    /// Origins that browsers may come from, beside the server's own.
-    pub origins: Vec<String>,
-    pub health: Arc<health::Health>,
-    pub metrics: metrics_exporter_prometheus::PrometheusHandle,
+    // Fails only if the work panicked or the runtime is shutting down.
+    finished.unwrap_or_else(|_| Err(Error::new(Code::Internal, "the request was not finished")))
 }

@@ -1,339 +1,247 @@
-//! The HTTP interface: every route, in one list.
+//! Everything that a client can ask for over HTTP, in one list: [`ROUTES`].
+//!
+//! A request with a token is checked in this order: who it is, whether the server has caught up with its log, whether the
+//! user's rate allows it, whether the token's scopes do; then its handler reads query and path.
 
-use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::Arc;
 
-use futures_util::Stream;
-use serde_json::value::RawValue;
 use warp::filters::BoxedFilter;
-use warp::http::{HeaderMap, Method, StatusCode, header};
+use warp::http::{HeaderMap, Method};
 use warp::hyper::upgrade::OnUpgrade;
-use warp::{Buf, Filter, Rejection, Reply as _};
+use warp::path::FullPath;
+use warp::reply::Response;
+use warp::{Filter, Rejection, Reply as _};
 
-use super::http::reply;
-use super::http::reply::Reply;
-use super::http::reply::{body, header_text, json, problem};
-use super::http::{context, dead_letters, runs, sessions, threads};
+use super::health::Health;
+use super::http::probes::Probes;
+use super::http::reply::{method_not_allowed, problem};
+use super::http::request::{AnonymousRequest, Request, bearer_token};
+use super::http::{Api, context, dead_letters, events, members, probes, readers, runs, sessions, threads, tickets};
 use super::listener;
-use super::listener::ConnectionPermit;
-use super::sse::agui;
+use super::matcher::{Found, Matcher};
+use super::sse::{Streams, agui, stream};
+use super::ws::Sockets;
 use super::ws::upgrade::upgrade;
-use super::{Context, sse};
-use crate::auth::Principal;
-use crate::auth::tickets::LIFETIME;
-use crate::ingest::admit::PublishRequest;
-use crate::protocol::command;
+use crate::auth::{Authenticator, Principal, scopes};
+use crate::ingest::admit::Admission;
 use crate::protocol::error::{Code, Error};
-use crate::protocol::http::PublishBody;
-use crate::protocol::http::{PublishReply, Ticket};
-use crate::protocol::json;
-use crate::protocol::kinds::{AGENT_TOKEN, DeltaData};
-use crate::{clock, telemetry};
+use crate::telemetry;
 
-/// What a handler gets of a request.
-pub struct Request {
-    pub ctx: Arc<Context>,
-    pub headers: HeaderMap,
-    pub query: String,
+/// What a request must have before its handler is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    Nothing,
+    /// A token that is valid; the handler checks what it allows.
+    Token,
+    /// A token that allows reading.
+    Read,
+    /// A token with scope `admin`.
+    Admin,
 }
 
-impl Request {
-    /// The user who asks, counted against the rate limit.
-    pub fn who(&self) -> Result<Principal, Error> {
-        let who = authenticate(&self.ctx, &self.headers)?;
-        self.ctx.health.check_caught_up()?;
-        self.ctx.admission.count(&who).map(|()| who)
+type Answer = Pin<Box<dyn Future<Output = Result<Response, Error>> + Send>>;
+
+#[derive(Clone, Copy)]
+enum Handler {
+    Anyone(fn(&Edge, AnonymousRequest) -> Answer),
+    User(Needs, fn(&Edge, Request) -> Answer),
+}
+
+/// One method of one path.
+pub struct Route {
+    pub method: Method,
+    /// Parts in braces are parameters.
+    pub path: &'static str,
+    /// What metrics call it.
+    pub name: &'static str,
+    handler: Handler,
+}
+
+impl Route {
+    pub fn needs(&self) -> Needs {
+        match self.handler {
+            Handler::Anyone(_) => Needs::Nothing,
+            Handler::User(needs, _) => needs,
+        }
     }
 }
 
-/// The user of `Authorization: Bearer …`.
-pub fn authenticate(ctx: &Context, headers: &HeaderMap) -> Result<Principal, Error> {
-    let refuse = |why| Error::new(Code::Unauthenticated, why).at("Authorization");
-    let value = header_text(headers, "Authorization")?.ok_or_else(|| refuse("there is no Authorization header"))?;
-    let (scheme, token) =
-        value.split_once(' ').ok_or_else(|| refuse("the Authorization header is not Bearer <token>"))?;
-    if !scheme.eq_ignore_ascii_case("bearer") {
-        return Err(refuse("the Authorization header is not Bearer <token>"));
-    }
-    ctx.auth.verify(token.trim())
+const GET: Method = Method::GET;
+const PUT: Method = Method::PUT;
+const POST: Method = Method::POST;
+const DELETE: Method = Method::DELETE;
+
+const THREAD: &str = "/v1/threads/{thread}";
+const EVENTS: &str = "/v1/threads/{thread}/events";
+const MEMBER: &str = "/v1/threads/{thread}/members/{user}";
+
+/// The name of the route whose requests are not counted.
+const UNCOUNTED: &str = "metrics";
+/// What metrics call a request that has no route.
+const NO_ROUTE: &str = "none";
+
+#[rustfmt::skip]
+pub const ROUTES: &[Route] = &[
+    anyone(GET, "/v1/ws", "ws", |edge, it| ready(upgrade(&edge.sockets, it))),
+    user(POST, "/v1/tickets", "tickets", Needs::Token, |edge, it| answer(tickets::issue(edge.api.clone(), it))),
+
+    user(GET, "/v1/threads", "threads", Needs::Read, |edge, it| answer(threads::list(edge.api.clone(), it))),
+    user(GET, THREAD, "thread", Needs::Read, |edge, it| answer(threads::read(edge.api.clone(), it))),
+    user(PUT, THREAD, "thread", Needs::Token, |edge, it| answer(threads::put(edge.api.clone(), it))),
+    user(PUT, MEMBER, "member", Needs::Token, |edge, it| answer(members::add(edge.api.clone(), it))),
+    user(DELETE, MEMBER, "member", Needs::Token, |edge, it| answer(members::remove(edge.api.clone(), it))),
+    user(GET, EVENTS, "events", Needs::Read, |edge, it| answer(events::page(edge.api.clone(), it))),
+    user(POST, EVENTS, "publish", Needs::Token, |edge, it| answer(events::publish(edge.api.clone(), it))),
+    user(GET, "/v1/threads/{thread}/presence", "presence", Needs::Read, |edge, it| answer(readers::presence(edge.api.clone(), it))),
+    user(GET, "/v1/threads/{thread}/receipts", "receipts", Needs::Read, |edge, it| answer(readers::receipts(edge.api.clone(), it))),
+    user(GET, "/v1/threads/{thread}/context", "context", Needs::Read, |edge, it| answer(context::read(edge.api.clone(), it))),
+    user(GET, "/v1/threads/{thread}/stream", "stream", Needs::Read, |edge, it| answer(stream(edge.streams.clone(), it))),
+    user(GET, "/v1/threads/{thread}/agui", "agui", Needs::Read, |edge, it| answer(agui::stream(edge.streams.clone(), it))),
+
+    user(GET, "/v1/threads/{thread}/runs", "runs", Needs::Read, |edge, it| answer(runs::of_thread(edge.api.clone(), it))),
+    user(GET, "/v1/threads/{thread}/runs/{run}", "run", Needs::Read, |edge, it| answer(runs::read(edge.api.clone(), it))),
+    user(GET, "/v1/runs", "runs", Needs::Read, |edge, it| answer(runs::open(edge.api.clone(), it))),
+    user(GET, "/v1/runs/{run}", "run", Needs::Read, |edge, it| answer(runs::find(edge.api.clone(), it))),
+
+    user(GET, "/v1/dead-letters", "dead_letters", Needs::Admin, |edge, it| answer(dead_letters::list(edge.api.clone(), it))),
+    user(GET, "/v1/dead-letters/{id}", "dead_letter", Needs::Admin, |edge, it| answer(dead_letters::read(edge.api.clone(), it))),
+    user(GET, "/v1/sessions", "sessions", Needs::Admin, |edge, it| answer(sessions::list(edge.api.clone(), it))),
+    user(DELETE, "/v1/users/{user}/sessions", "revoke", Needs::Admin, |edge, it| answer(sessions::revoke(edge.api.clone(), it))),
+
+    anyone(GET, "/healthz", "healthz", |_, _| ready(probes::alive())),
+    anyone(GET, "/readyz", "readyz", |edge, _| ready(probes::ready(&edge.probes))),
+    anyone(GET, "/metrics", UNCOUNTED, |edge, _| ready(probes::metrics(&edge.probes))),
+];
+
+const fn anyone(
+    method: Method,
+    path: &'static str,
+    name: &'static str,
+    handler: fn(&Edge, AnonymousRequest) -> Answer,
+) -> Route {
+    Route { method, path, name, handler: Handler::Anyone(handler) }
 }
 
-/// Everything a client can ask for over HTTP.
-pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
-    let with = {
-        let ctx = ctx.clone();
-        let raw = warp::query::raw().or_else(async |_| Ok::<_, Rejection>((String::new(),)));
-        warp::any()
-            .map(move || ctx.clone())
-            .and(warp::header::headers_cloned())
-            .and(raw)
-            .map(|ctx, headers, query| Request { ctx, headers, query })
-            .boxed()
-    };
-    let ws = warp::path!("v1" / "ws")
-        .and(warp::get())
-        .and(with.clone())
+const fn user(
+    method: Method,
+    path: &'static str,
+    name: &'static str,
+    needs: Needs,
+    handler: fn(&Edge, Request) -> Answer,
+) -> Route {
+    Route { method, path, name, handler: Handler::User(needs, handler) }
+}
+
+fn answer<R: warp::Reply>(handled: impl Future<Output = Result<R, Error>> + Send + 'static) -> Answer {
+    Box::pin(async { handled.await.map(warp::Reply::into_response) })
+}
+
+fn ready(reply: impl warp::Reply + 'static) -> Answer {
+    Box::pin(std::future::ready(Ok(reply.into_response())))
+}
+
+/// What the routes work with.
+pub struct Edge {
+    pub auth: Arc<Authenticator>,
+    pub health: Arc<Health>,
+    pub admission: Arc<Admission>,
+    pub api: Arc<Api>,
+    pub streams: Arc<Streams>,
+    pub sockets: Arc<Sockets>,
+    pub probes: Arc<Probes>,
+}
+
+impl Edge {
+    async fn handle(&self, route: &Route, it: AnonymousRequest) -> Result<Response, Error> {
+        match route.handler {
+            Handler::Anyone(handler) => handler(self, it).await,
+            Handler::User(needs, handler) => {
+                let who = self.admit(&it.headers, needs)?;
+                handler(self, it.of(who)).await
+            }
+        }
+    }
+
+    /// The user of a request, counted against its rate, if its token allows what the route needs.
+    fn admit(&self, headers: &HeaderMap, needs: Needs) -> Result<Principal, Error> {
+        let who = self.auth.verify(bearer_token(headers)?)?;
+        self.health.check_caught_up()?;
+        self.admission.count(&who)?;
+        match needs {
+            Needs::Nothing | Needs::Token => {}
+            Needs::Read => scopes::read(who.scopes)?,
+            Needs::Admin => scopes::administer(who.scopes)?,
+        }
+        Ok(who)
+    }
+}
+
+/// The routes as a service.
+pub fn service(edge: Arc<Edge>) -> BoxedFilter<(Response,)> {
+    let matcher = Arc::new(matcher());
+    let query = warp::query::raw().or_else(async |_| Ok::<_, Rejection>((String::new(),)));
+    warp::method()
+        .and(warp::path::full())
+        .and(warp::header::headers_cloned())
+        .and(query)
+        .and(warp::body::stream())
         .and(warp::ext::optional::<OnUpgrade>())
         .and(listener::permit())
-        .map(|it: Request, on: Option<OnUpgrade>, permit: Option<ConnectionPermit>| {
-            counted("ws", upgrade(&it, on, permit))
+        .then(move |method: Method, path: FullPath, headers, query, body, upgrade, permit| {
+            let (edge, matcher) = (edge.clone(), matcher.clone());
+            let request = AnonymousRequest::new(headers, query, body, upgrade, permit);
+            async move { serve(&edge, &matcher, &method, path.as_str(), request).await }
         })
-        .boxed();
-    let ticket = warp::path!("v1" / "tickets")
-        .and(warp::post())
-        .and(with.clone())
-        .map(|it: Request| answer("tickets", ticket(&it)))
-        .boxed();
-    let list = warp::path!("v1" / "threads")
-        .and(warp::get())
-        .and(with.clone())
-        .then(async |it: Request| answer("threads", threads::list(it).await))
-        .boxed();
-    let thread = warp::path!("v1" / "threads" / String).and(with.clone());
-    let read = thread
-        .clone()
-        .and(warp::get())
-        .then(async |id: String, it: Request| answer("thread", threads::read(it, &id).await))
-        .boxed();
-    let put = thread
-        .and(warp::put())
-        .and(warp::body::stream())
-        .then(async |id: String, it: Request, body| answer("thread", threads::put(it, &id, body).await))
-        .boxed();
-    let member = warp::path!("v1" / "threads" / String / "members" / String)
-        .and(warp::method())
-        .and(with.clone())
-        .then(async |id: String, user: String, method: Method, it: Request| {
-            answer("member", threads::member(it, &id, &user, &method).await)
-        })
-        .boxed();
-    let events = warp::path!("v1" / "threads" / String / "events").and(with.clone());
-    let page = events
-        .clone()
-        .and(warp::get())
-        .then(async |id: String, it: Request| answer("events", threads::page(it, &id).await))
-        .boxed();
-    let publish = events
-        .and(warp::post())
-        .and(warp::body::stream())
-        .then(async |id: String, it: Request, body| answer("publish", publish(it, &id, body).await))
-        .boxed();
-    let presence = warp::path!("v1" / "threads" / String / "presence")
-        .and(warp::get())
-        .and(with.clone())
-        .then(async |id: String, it: Request| answer("presence", threads::presence(it, &id).await))
-        .boxed();
-    let receipts = warp::path!("v1" / "threads" / String / "receipts")
-        .and(warp::get())
-        .and(with.clone())
-        .then(async |id: String, it: Request| answer("receipts", threads::receipts(it, &id).await))
-        .boxed();
-    let chat = warp::path!("v1" / "threads" / String / "context")
-        .and(warp::get())
-        .and(with.clone())
-        .then(async |id: String, it: Request| answer("context", context::read(it, &id).await))
-        .boxed();
-    let letters = warp::path!("v1" / "dead-letters")
-        .and(warp::get())
-        .and(with.clone())
-        .then(async |it: Request| answer("dead_letters", dead_letters::list(it).await))
-        .boxed();
-    let letter = warp::path!("v1" / "dead-letters" / String)
-        .and(warp::get())
-        .and(with.clone())
-        .then(async |id: String, it: Request| answer("dead_letter", dead_letters::read(it, &id).await))
-        .boxed();
-    let connected = warp::path!("v1" / "sessions")
-        .and(warp::get())
-        .and(with.clone())
-        .map(|it: Request| answer("sessions", sessions::list(&it)))
-        .boxed();
-    let revoke = warp::path!("v1" / "users" / String / "sessions")
-        .and(warp::delete())
-        .and(with.clone())
-        .then(async |user: String, it: Request| answer("revoke", sessions::revoke(it, &user).await))
-        .boxed();
-    let stream = warp::path!("v1" / "threads" / String / "stream")
-        .and(warp::get())
-        .and(with.clone())
-        .map(|id: String, it: Request| match sse::open(&it, &id) {
-            Ok(stream) => stream,
-            Err(error) => answer("stream", Err(error)).into_response(),
-        })
-        .boxed();
-    let agui = warp::path!("v1" / "threads" / String / "agui")
-        .and(warp::get())
-        .and(with.clone())
-        .then(async |id: String, it: Request| match agui::open(it, &id).await {
-            Ok(stream) => stream,
-            Err(error) => answer("agui", Err(error)).into_response(),
-        })
-        .boxed();
-    let runs = warp::path!("v1" / "runs")
-        .and(warp::get())
-        .and(with.clone())
-        .then(async |it: Request| answer("runs", runs::open(it).await))
-        .boxed();
-    let run = warp::path!("v1" / "runs" / String)
-        .and(warp::get())
-        .and(with.clone())
-        .then(async |run: String, it: Request| answer("run", runs::find(it, &run).await))
-        .boxed();
-    let thread_runs = warp::path!("v1" / "threads" / String / "runs")
-        .and(warp::get())
-        .and(with.clone())
-        .then(async |id: String, it: Request| answer("runs", runs::of_thread(it, &id).await))
-        .boxed();
-    let thread_run = warp::path!("v1" / "threads" / String / "runs" / String)
-        .and(warp::get())
-        .and(with.clone())
-        .then(async |id: String, run: String, it: Request| answer("run", runs::read(it, &id, &run).await))
-        .boxed();
-    let runs = runs.or(run).unify().or(thread_runs).unify().or(thread_run).unify().boxed();
-    let healthz = warp::path!("healthz")
-        .and(warp::get())
-        .map(|| counted("healthz", json(StatusCode::OK, &serde_json::json!({"alive": true}))))
-        .boxed();
-    let readyz = warp::path!("readyz")
-        .and(warp::get())
-        .and(with.clone())
-        .map(|it: Request| counted("readyz", ready(&it.ctx)))
-        .boxed();
-    let metrics = warp::path!("metrics").and(warp::get()).and(with).map(|it: Request| metrics_text(&it.ctx)).boxed();
-    let all = ws
-        .or(ticket)
-        .unify()
-        .or(publish)
-        .unify()
-        .or(page)
-        .unify()
-        .or(list)
-        .unify()
-        .or(read)
-        .unify()
-        .or(put)
-        .unify()
-        .or(member)
-        .unify()
-        .boxed();
-    let beside = presence
-        .or(receipts)
-        .unify()
-        .or(chat)
-        .unify()
-        .or(letters)
-        .unify()
-        .or(letter)
-        .unify()
-        .or(connected)
-        .unify()
-        .or(revoke)
-        .unify()
-        .boxed();
-    let all =
-        all.or(beside).unify().or(runs).unify().or(healthz).unify().or(readyz).unify().or(metrics).unify().boxed();
-    let all = all.map(warp::Reply::into_response).boxed().or(stream).unify().or(agui).unify().boxed();
-    all.recover(no_route).map(warp::Reply::into_response).boxed()
+        .boxed()
 }
 
-fn counted(route: &'static str, reply: Reply) -> Reply {
-    telemetry::http_requests(route, reply.status().as_u16()).increment(1);
-    reply
+fn matcher() -> Matcher<&'static Route> {
+    let routes = ROUTES.iter().map(|route| (route.method.clone(), route.path, route));
+    Matcher::new(routes).expect("a test makes the same matcher")
 }
 
-fn answer(route: &'static str, result: Result<Reply, Error>) -> Reply {
-    counted(route, result.unwrap_or_else(|error| problem(&error)))
-}
-
-/// Rejections mean only that no route took the request.
-async fn no_route(rejection: Rejection) -> Result<Reply, Infallible> {
-    let mut reply = problem(&Error::new(Code::NotFound, "there is no such resource"));
-    if rejection.find::<warp::reject::MethodNotAllowed>().is_some() {
-        reply = problem(&Error::new(Code::BadRequest, "the resource has no such method"));
-        *reply.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
-    }
-    Ok(counted("none", reply))
-}
-
-fn ready(ctx: &Context) -> Reply {
-    let store = ctx.store.head("readyz", "readyz").map(drop).map_err(|error| error.to_string());
-    let ready = ctx.health.ready(store);
-    json(if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &ready)
-}
-
-fn metrics_text(ctx: &Context) -> Reply {
-    telemetry::outbox_bytes().set(ctx.registry.outbox_bytes() as f64);
-    let mut reply = Reply::new(telemetry::render(&ctx.metrics));
-    reply
-        .headers_mut()
-        .insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
-    reply
-}
-
-/// `POST /v1/tickets`
-fn ticket(it: &Request) -> Result<Reply, Error> {
-    let who = it.who()?;
-    reply::query(&it.query, &[])?;
-    let ticket = it.ctx.auth.issue_ticket(&who)?;
-    let expires_at = clock::rfc3339(clock::now_ms() + LIFETIME.as_millis() as u64);
-    Ok(json(StatusCode::CREATED, &Ticket { ticket, expires_at }))
-}
-
-/// `POST /v1/threads/{t}/events`
-async fn publish<B: Buf, E>(
-    it: Request,
-    thread: &str,
-    stream: impl Stream<Item = Result<B, E>>,
-) -> Result<Reply, Error> {
-    let who = it.who()?;
-    reply::query(&it.query, &[])?;
-    let (called, thread) = threads::address(&who, thread)?;
-    let text = body(stream).await?;
-    let publish: PublishBody = json::decode(&text)?;
-    let key = header_text(&it.headers, "Idempotency-Key")?;
-    command::check_content(publish.data, key, publish.run.as_deref(), publish.parent)?;
-    let traceparent = traceparent(&it.headers)?;
-    let draft = it.ctx.admission.admit(
-        &who,
-        PublishRequest {
-            thread: &thread,
-            kind: &publish.kind,
-            data: publish.data,
-            key,
-            run: publish.run.as_deref(),
-            parent: publish.parent,
-            priority: publish.priority,
-            traceparent: traceparent.as_deref(),
-        },
-    )?;
-    let piece = if draft.event.kind == AGENT_TOKEN { Some(DeltaData::parse(publish.data)?) } else { None };
-    let published = it.ctx.submit.publish(&draft).await?;
-    let status = if published.duplicate { StatusCode::OK } else { StatusCode::CREATED };
-    let reply = PublishReply {
-        thread: &called,
-        seq: piece.is_none().then_some(published.seq),
-        event: published.event,
-        duplicate: published.duplicate,
-        message: piece.as_ref().map(|piece| &*piece.message),
-        to_char: piece.as_ref().map(DeltaData::to_char),
+async fn serve(
+    edge: &Edge,
+    matcher: &Matcher<&'static Route>,
+    method: &Method,
+    path: &str,
+    request: AnonymousRequest,
+) -> Response {
+    let (name, reply) = match matcher.find(method, path) {
+        Found::One { value: route, params } => {
+            let handled = edge.handle(route, request.with_params(params)).await;
+            (route.name, handled.unwrap_or_else(|error| problem(&error).into_response()))
+        }
+        Found::WrongMethod { template, allowed } => {
+            (NO_ROUTE, method_not_allowed(method, template, &allowed).into_response())
+        }
+        Found::Nothing => (NO_ROUTE, problem(&Error::new(Code::NotFound, "there is no such resource")).into_response()),
     };
-    Ok(json(status, &reply))
+    if name != UNCOUNTED {
+        telemetry::http_requests(name, reply.status().as_u16()).increment(1);
+    }
+    reply
 }
 
-pub fn traceparent(headers: &HeaderMap) -> Result<Option<String>, Error> {
-    Ok(header_text(headers, "traceparent")?.map(str::to_owned))
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Runs what walks a range of the store where it may block.
-pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
-    // Fails only if the work panicked or the runtime is going down.
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|_| Err(Error::new(Code::Internal, "the request was not finished")))
-}
+    #[test]
+    fn every_route_is_found_by_its_method_and_path_and_no_two_are_the_same() {
+        let matcher = matcher();
+        for route in ROUTES {
+            let path = route.path.replace(['{', '}'], "");
+            let Found::One { value, params } = matcher.find(&route.method, &path) else { panic!("{path}") };
+            assert!(std::ptr::eq(*value, route), "{} {}", route.method, route.path);
+            assert_eq!(params.len(), route.path.matches('{').count());
+        }
+    }
 
-/// `data` made by the server.
-pub fn raw(value: &serde_json::Value) -> Box<RawValue> {
-    // A JSON value's text is JSON.
-    RawValue::from_string(value.to_string()).unwrap_or_else(|_| RawValue::NULL.to_owned())
+    #[test]
+    fn only_probes_and_the_socket_which_authenticates_by_itself_need_nothing() {
+        let open: Vec<_> = ROUTES.iter().filter(|it| it.needs() == Needs::Nothing).map(|it| it.path).collect();
+        assert_eq!(open, ["/v1/ws", "/healthz", "/readyz", "/metrics"]);
+    }
 }

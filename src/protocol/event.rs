@@ -3,6 +3,7 @@
 //! The payload (`data`) is raw JSON from end to end: checked for its shape once at the edge, then carried as it came.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
@@ -114,6 +115,68 @@ impl JsonSchema for EventItem {
         }
         schema
     }
+}
+
+/// A stored event frame, read again: what views look at, borrowed from its text.
+#[derive(Debug, Deserialize)]
+pub struct StoredFrame<'a> {
+    pub seq: Option<u64>,
+    #[serde(borrow)]
+    pub kind: Cow<'a, str>,
+    #[serde(borrow)]
+    pub event: Cow<'a, str>,
+    #[serde(borrow)]
+    pub from: Cow<'a, str>,
+    #[serde(borrow)]
+    pub at: Cow<'a, str>,
+    #[serde(borrow)]
+    pub data: &'a RawValue,
+    #[serde(borrow)]
+    pub run: Option<Cow<'a, str>>,
+}
+
+impl<'a> StoredFrame<'a> {
+    /// `None` for a text that is no event frame; the server's own frames always are.
+    pub fn parse(frame: &'a str) -> Option<StoredFrame<'a>> {
+        serde_json::from_str(frame).ok()
+    }
+
+    /// The fields of `data`; none if it is no object.
+    pub fn fields(&self) -> Fields<'a> {
+        Fields::parse(self.data).unwrap_or_default()
+    }
+}
+
+/// The fields of an event's `data`. Which of them mean something, and what they must be, depends on the event's kind; one of
+/// another type than its reader expects counts as absent.
+#[derive(Debug, Default)]
+pub struct Fields<'a>(HashMap<Cow<'a, str>, &'a RawValue>);
+
+impl<'a> Fields<'a> {
+    /// `None` if the value is no object.
+    pub fn parse(data: &'a RawValue) -> Option<Fields<'a>> {
+        serde_json::from_str(data.get()).ok().map(Fields)
+    }
+
+    /// A field's JSON; `null` is the same as absence.
+    pub fn raw(&self, name: &str) -> Option<&'a RawValue> {
+        self.0.get(name).copied().filter(|value| value.get() != "null")
+    }
+
+    /// A field that is a string.
+    pub fn string(&self, name: &str) -> Option<String> {
+        serde_json::from_str(self.raw(name)?.get()).ok()
+    }
+
+    /// A field as text; see [`text_of_value`].
+    pub fn text(&self, name: &str) -> Option<String> {
+        self.raw(name).map(text_of_value)
+    }
+}
+
+/// A string as it is, anything else as its JSON.
+pub fn text_of_value(value: &RawValue) -> String {
+    serde_json::from_str(value.get()).unwrap_or_else(|_| value.get().to_owned())
 }
 
 /// Every event frame begins with these bytes; over HTTP an event goes without its `type`.
@@ -233,6 +296,20 @@ mod tests {
     #[test]
     fn white_space_between_tokens_does_not_change_the_content() {
         assert_eq!(digest(r#"{"a": [1, "b c"]}"#), digest(r#"{"a":[1,"b c"]}"#));
+    }
+
+    #[test]
+    fn a_stored_frame_is_read_with_the_fields_of_its_data() {
+        let frame = r#"{"type":"event","thread":"t","seq":1,"kind":"x.y","event":"e","from":"a\"b","at":"now",
+            "data":{"text":"a\nb","list":[1, 2],"none":null},"run":"r"}"#;
+        let frame = StoredFrame::parse(frame).expect("a frame");
+        assert_eq!((frame.seq, &*frame.from, frame.run.as_deref()), (Some(1), "a\"b", Some("r")));
+        let fields = frame.fields();
+        assert_eq!((fields.string("text").as_deref(), fields.string("list")), (Some("a\nb"), None));
+        assert_eq!((fields.text("text").as_deref(), fields.text("list").as_deref()), (Some("a\nb"), Some("[1, 2]")));
+        assert!(fields.raw("none").is_none() && fields.raw("other").is_none());
+        assert!(StoredFrame::parse("{}").is_none());
+        assert!(Fields::parse(RawValue::NULL).is_none(), "null is no object");
     }
 
     #[test]

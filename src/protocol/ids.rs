@@ -51,6 +51,39 @@ pub fn resolve<'a>(user: &str, thread: &'a str) -> Cow<'a, str> {
     if thread == MY_INBOX { Cow::Owned(inbox(user)) } else { Cow::Borrowed(thread) }
 }
 
+/// A thread as a client addressed it, resolved once, where the request comes in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ThreadAddress {
+    /// As the client calls the thread, and as it is called in answers: its name, or `@me`.
+    pub called: String,
+    /// Its name in the store and the log.
+    pub name: String,
+}
+
+impl ThreadAddress {
+    /// Checks and resolves what a user calls a thread.
+    pub fn parse(user: &str, called: String) -> Result<ThreadAddress, Error> {
+        check_address(&called)?;
+        Ok(ThreadAddress::resolve(user, called))
+    }
+
+    /// Resolves what a user calls a thread, where it is checked already.
+    pub fn resolve(user: &str, called: String) -> ThreadAddress {
+        let name = resolve(user, &called).into_owned();
+        ThreadAddress { called, name }
+    }
+
+    /// A thread that is called by its name.
+    pub fn named(name: String) -> ThreadAddress {
+        ThreadAddress { called: name.clone(), name }
+    }
+
+    /// Whether the client calls the thread by another name than its own.
+    pub fn is_alias(&self) -> bool {
+        self.called != self.name
+    }
+}
+
 /// A thread's name: an id, `@tenant`, or `@user:` and a user.
 pub fn check_thread(thread: &str) -> Result<(), Error> {
     match inbox_of(thread) {
@@ -99,6 +132,16 @@ mod tests {
         }
         assert!(check_address("@me").is_ok() && check_thread_id("@tenant").is_err());
         assert_eq!(resolve("ada", "@me"), "@user:ada");
+    }
+
+    #[test]
+    fn an_address_keeps_what_the_client_calls_the_thread() {
+        let mine = ThreadAddress::parse("ada", "@me".to_owned()).expect("everybody has an inbox");
+        assert_eq!((&*mine.called, &*mine.name, mine.is_alias()), ("@me", "@user:ada", true));
+        let thread = ThreadAddress::parse("ada", "t".to_owned()).expect("an id");
+        assert_eq!(thread, ThreadAddress::named("t".to_owned()));
+        assert!(!thread.is_alias());
+        assert!(ThreadAddress::parse("ada", "@you".to_owned()).is_err());
     }
 
     #[test]

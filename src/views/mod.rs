@@ -1,3 +1,4 @@
-//! Pure folds of a thread's events into what others speak.
+//! Other forms of a thread. Pure: event frames go in, and what clients of other protocols read comes out.
 
 pub mod agui;
+pub mod chat;

@@ -34,7 +34,7 @@ use crate::protocol::event;
 use crate::protocol::event::Priority;
 use crate::protocol::frame::ServerFrame;
 use crate::protocol::ids;
-use crate::protocol::ids::log_key;
+use crate::protocol::ids::{ThreadAddress, log_key};
 use crate::telemetry;
 
 /// Subscriptions of one session, those of `"*"` included.
@@ -132,8 +132,7 @@ pub type Kinds = Arc<[String]>;
 
 /// A subscription as it is asked for.
 pub struct NewSubscription {
-    /// As the client calls the thread.
-    pub called: String,
+    pub address: ThreadAddress,
     /// The seq behind which it begins.
     pub cursor: u64,
     /// Asked for by its own name, not brought by `"*"`.
@@ -243,11 +242,12 @@ impl Subscriptions {
             let why = format!("a session has at most {MAX_SUBSCRIPTIONS} subscriptions");
             return Err(Error::new(Code::TooLarge, why).at("thread"));
         }
-        let thread = ids::resolve(&who.user, &wanted.called).into_owned();
+        let called = wanted.address.is_alias().then(|| wanted.address.called.into());
+        let thread = wanted.address.name;
         let key: Arc<str> = log_key(&who.tenant, &thread).into();
         let present = !ids::is_reserved(&thread) && self.sources.store.is_member(&who.tenant, &thread, &who.user)?;
         let sub = Subscription {
-            called: (wanted.called != thread).then(|| wanted.called.into()),
+            called,
             key: key.clone(),
             cursor: wanted.cursor,
             stage: Stage::CatchingUp,
@@ -369,7 +369,7 @@ impl Subscriptions {
         let receipt =
             Receipt::wanted(following.name.as_deref(), None, before, following.confirm).map(Receipt::unwritten);
         let wanted = NewSubscription {
-            called: thread.clone(),
+            address: ThreadAddress::named(thread.clone()),
             cursor: before,
             named: false,
             kinds: following.kinds.clone(),

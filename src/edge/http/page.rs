@@ -1,46 +1,169 @@
-//! The opaque cursors of lists: a place, and a tag that binds it to its query and its user.
+//! One page of a list: where it begins, how long it is, and the cursor of the next one.
+//!
+//! A list is sorted by a key. A cursor is the key of the last entry that was sent, with a tag that binds it to the list, its
+//! user and its filters: a cursor of another list, or one that somebody made up, is refused.
+
+use std::cmp::Reverse;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
+use super::request::Query;
+use crate::auth::Principal;
 use crate::protocol::error::{Code, Error};
 
-/// Everything that makes the list what it is: its name, its user, its filters.
-pub struct Scope([u8; 32]);
+const TAG: usize = 8;
 
-impl Scope {
-    pub fn of(parts: &[&str]) -> Scope {
+/// What a list is sorted by, ascending, as it stands in a cursor.
+pub trait SortKey: Ord + Sized {
+    fn to_bytes(&self) -> Vec<u8>;
+    /// `None` if the bytes are no key of this list.
+    fn from_bytes(bytes: &[u8]) -> Option<Self>;
+}
+
+impl SortKey for u64 {
+    fn to_bytes(&self) -> Vec<u8> {
+        self.to_be_bytes().to_vec()
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<u64> {
+        Some(u64::from_be_bytes(bytes.try_into().ok()?))
+    }
+}
+
+/// Highest first.
+impl<K: SortKey> SortKey for Reverse<K> {
+    fn to_bytes(&self) -> Vec<u8> {
+        self.0.to_bytes()
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Reverse<K>> {
+        K::from_bytes(bytes).map(Reverse)
+    }
+}
+
+/// Sorted as the bytes are.
+impl SortKey for Vec<u8> {
+    fn to_bytes(&self) -> Vec<u8> {
+        self.clone()
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Vec<u8>> {
+        Some(bytes.to_vec())
+    }
+}
+
+/// The page that a request asks for.
+pub struct Page<K> {
+    /// The key of tags: everything that makes the list what it is.
+    list: [u8; 32],
+    /// The last entry of the page before.
+    pub after: Option<K>,
+    pub limit: usize,
+}
+
+impl<K: SortKey> Page<K> {
+    /// Reads `cursor` and `limit`. `list` is the list's name, `filters` what narrows it.
+    pub fn read(query: &Query<'_>, who: &Principal, list: &str, filters: &[&str]) -> Result<Page<K>, Error> {
         let mut hasher = blake3::Hasher::new_derive_key("weft 2026-11 cursor of a list");
-        for part in parts {
+        for part in [list, &*who.key].iter().chain(filters) {
             hasher.update(&(part.len() as u64).to_be_bytes()).update(part.as_bytes());
         }
-        Scope(*hasher.finalize().as_bytes())
+        let mut page = Page { list: *hasher.finalize().as_bytes(), after: None, limit: query.limit()? };
+        page.after = query.text("cursor").map(|cursor| page.open(cursor)).transpose()?;
+        Ok(page)
     }
 
-    fn tag(&self, place: &[u8]) -> [u8; 8] {
-        let mut tag = [0; 8];
-        tag.copy_from_slice(&blake3::keyed_hash(&self.0, place).as_bytes()[..8]);
+    /// This page of entries that come in any order, and the cursor of the next one if there is more.
+    pub fn cut<T>(&self, mut entries: Vec<(K, T)>) -> (Vec<(K, T)>, Option<String>) {
+        if let Some(after) = &self.after {
+            entries.retain(|(key, _)| key > after);
+        }
+        entries.sort_by(|(one, _), (other, _)| one.cmp(other));
+        let more = entries.len() > self.limit;
+        entries.truncate(self.limit);
+
+        let last = entries.last().filter(|_| more);
+        let next = last.map(|(key, _)| self.seal(key));
+        (entries, next)
+    }
+
+    /// The cursor of what comes after this key.
+    pub fn seal(&self, last: &K) -> String {
+        let key = last.to_bytes();
+        URL_SAFE_NO_PAD.encode([&self.tag(&key)[..], &key].concat())
+    }
+
+    fn open(&self, cursor: &str) -> Result<K, Error> {
+        let refused = || Error::new(Code::CursorInvalid, "the cursor is not of this list").at("cursor");
+        let bytes = URL_SAFE_NO_PAD.decode(cursor).map_err(|_| refused())?;
+        let (tag, key) = bytes.split_first_chunk::<TAG>().ok_or_else(refused)?;
+        if self.tag(key) != *tag {
+            return Err(refused());
+        }
+        K::from_bytes(key).ok_or_else(refused)
+    }
+
+    fn tag(&self, key: &[u8]) -> [u8; TAG] {
+        let mut tag = [0; TAG];
+        tag.copy_from_slice(&blake3::keyed_hash(&self.list, key).as_bytes()[..TAG]);
         tag
     }
-
-    pub fn seal(&self, place: &[u8]) -> String {
-        URL_SAFE_NO_PAD.encode([&self.tag(place)[..], place].concat())
-    }
-
-    /// The place in a cursor of this list.
-    pub fn open(&self, text: &str) -> Result<Vec<u8>, Error> {
-        let bytes = URL_SAFE_NO_PAD.decode(text).map_err(|_| refused())?;
-        let (tag, place) = bytes.split_first_chunk::<8>().ok_or_else(refused)?;
-        if self.tag(place) == *tag { Ok(place.to_vec()) } else { Err(refused()) }
-    }
 }
 
-/// The answer to a cursor of another list, or of none.
-pub fn refused() -> Error {
-    Error::new(Code::CursorInvalid, "the cursor is not of this list").at("cursor")
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::auth::Scopes;
+    use crate::edge::http::request;
 
-/// The place in a list that is sorted by one number.
-pub fn number(place: &[u8]) -> Result<u64, Error> {
-    Ok(u64::from_be_bytes(place.try_into().map_err(|_| refused())?))
+    fn page<K: SortKey>(raw: &str, user: &str, list: &str, filters: &[&str]) -> Result<Page<K>, Error> {
+        let who = Principal::new("acme", user, Scopes::default(), 1);
+        Page::read(&request::query(raw, &["cursor", "limit"])?, &who, list, filters)
+    }
+
+    fn numbers<K: SortKey>(of: impl Fn(u64) -> K) -> Vec<(K, u64)> {
+        [3, 1, 5, 2, 4].map(|n| (of(n), n)).into()
+    }
+
+    /// All pages of a list of five, two entries each.
+    fn pages<K: SortKey>(of: impl Fn(u64) -> K) -> Vec<Vec<u64>> {
+        let (mut raw, mut pages) = ("limit=2".to_owned(), Vec::new());
+        loop {
+            let (entries, next) = page(&raw, "ada", "l", &[]).expect("our own cursor").cut(numbers(&of));
+            pages.push(entries.into_iter().map(|(_, n)| n).collect());
+            match next {
+                Some(cursor) => raw = format!("limit=2&cursor={cursor}"),
+                None => return pages,
+            }
+        }
+    }
+
+    #[test]
+    fn cursors_lead_through_a_list_once() {
+        assert_eq!(pages(|n| n), [vec![1, 2], vec![3, 4], vec![5]]);
+        assert_eq!(pages(Reverse), [vec![5, 4], vec![3, 2], vec![1]]);
+        assert_eq!(pages(|n| vec![b'k', n as u8]), [vec![1, 2], vec![3, 4], vec![5]]);
+    }
+
+    #[test]
+    fn a_page_that_holds_all_has_no_next() {
+        let (entries, next) = page("limit=5", "ada", "l", &[]).expect("no cursor").cut(numbers(|n| n));
+        assert_eq!((entries.len(), next), (5, None));
+    }
+
+    #[test]
+    fn a_cursor_is_good_for_its_list_its_user_and_its_filters_alone() {
+        let cursor = page::<u64>("", "ada", "l", &["f"]).expect("no cursor").seal(&7);
+        let raw = format!("cursor={cursor}");
+        assert_eq!(page::<u64>(&raw, "ada", "l", &["f"]).expect("its own").after, Some(7));
+        let others = [("eve", "l", vec!["f"]), ("ada", "m", vec!["f"]), ("ada", "l", vec!["g"]), ("ada", "l", vec![])];
+        for (user, list, filters) in others {
+            let refused = page::<u64>(&raw, user, list, &filters).err().expect("another's");
+            assert_eq!((refused.code, refused.field.as_deref()), (Code::CursorInvalid, Some("cursor")));
+        }
+        for made_up in ["", "AAAA", "!", &format!("{cursor}AAAA"), &cursor[1..]] {
+            assert!(page::<u64>(&format!("cursor={made_up}"), "ada", "l", &["f"]).is_err(), "{made_up}");
+        }
+    }
 }

@@ -1,16 +1,15 @@
-//! A thread as Server-Sent Events (HTML Living Standard, section 9.2): the same road from the store to the live feed as a
-//! WebSocket session's, for clients that only listen.
+//! A thread as Server-Sent Events (HTML Living Standard, section 9.2), for clients that only listen. Events come the same
+//! way from the store to the live feed as those of a WebSocket session.
 
 pub mod agui;
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context as Task, Poll};
 use std::time::Duration;
-
-use std::future::Future;
 
 use futures_util::Stream;
 use tokio::time::{Instant, Sleep};
@@ -18,111 +17,125 @@ use warp::Reply as _;
 use warp::reply::Response;
 use warp::sse::{self, Event};
 
-use super::Context;
-use super::http::reply::{Query, header_text, query};
-use super::http::threads::address;
-use super::routes::Request;
-use crate::auth::scopes;
-use crate::auth::{Principal, jwt};
+use super::http::request::{Query, Request, beyond_head};
+use crate::auth::{Authenticator, Principal, Rights, jwt};
+use crate::clock;
+use crate::delivery::Delivery;
 use crate::delivery::feed::{Feed, Out};
 use crate::delivery::outbox::Answer;
-use crate::delivery::registry::Registration;
+use crate::delivery::registry::{Registration, Registry};
 use crate::delivery::subscriptions::NewSubscription;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::without_type;
 use crate::protocol::http::{Problem, Transport};
-use crate::protocol::ids;
-use crate::{clock, telemetry};
+use crate::protocol::ids::ThreadAddress;
+use crate::protocol::json;
+use crate::store::Store;
 
 /// A comment after so much silence, so that both sides notice when the other is gone.
 const HEARTBEAT: Duration = Duration::from_secs(15);
+/// The longest wait before the token's end is looked at again.
+const MAX_WAIT_S: u64 = 86_400;
+
+/// What streams work with.
+pub struct Streams {
+    pub auth: Arc<Authenticator>,
+    pub rights: Rights,
+    pub delivery: Arc<Delivery>,
+    pub registry: Arc<Registry>,
+    pub store: Arc<Store>,
+}
 
 /// What the events of a thread become on their way out.
-pub trait Form: Send + Sync + Unpin + 'static {
-    /// Puts what an event frame becomes behind what waits in `out`.
-    fn event(&mut self, seq: Option<u64>, frame: &str, out: &mut VecDeque<Event>) -> After;
-    /// What is said when an error ends the stream.
+pub trait EventFormat: Send + Sync + Unpin + 'static {
+    /// Appends what an event frame becomes to `out`.
+    fn event(&mut self, seq: Option<u64>, frame: &str, out: &mut VecDeque<Event>) -> AfterEvent;
+    /// The last event of a stream that an error ends.
     fn error(&mut self, error: &Error) -> Event;
 }
 
-/// How a stream goes on behind an event.
-pub enum After {
-    On,
-    /// The texts of messages that are being written are wanted once more.
-    Again,
+/// How a stream goes on after an event.
+pub enum AfterEvent {
+    Continue,
+    /// The texts of messages that are being written are needed once more.
+    Rejoin,
     End,
 }
 
-/// `GET /v1/threads/{t}/stream`
-pub fn open(it: &Request, thread: &str) -> Result<Response, Error> {
-    let who = it.who()?;
-    scopes::read(who.scopes)?;
-    let query = query(&it.query, &["after"])?;
-    let (called, thread) = address(&who, thread)?;
-    let head = it.ctx.rights.readable(&who, &thread)?;
-    let Begin { after, .. } = Begin::of(it, &query, head)?;
-    start(it, "stream", who, called, after.unwrap_or(head), Plain)
+/// `GET /v1/threads/{thread}/stream`
+pub async fn stream(streams: Arc<Streams>, it: Request) -> Result<Response, Error> {
+    let query = it.query(&["after"])?;
+    let address = it.address()?;
+    let cursor = streams.rights.read(&it.who, &address.name, |head| {
+        let start = RequestedStart::read(&it, &query, head)?;
+        Ok(start.after.unwrap_or(head))
+    })?;
+    drop(query);
+    streams.start(it.who, address, cursor, PlainFormat)
 }
 
 /// Where a client wants a stream to begin.
-pub struct Begin {
-    /// The seq behind which.
+pub struct RequestedStart {
+    /// After this seq.
     pub after: Option<u64>,
-    /// It comes back, and has seen all up to there.
+    /// The client comes back, and has seen all up to there.
     pub resumes: bool,
 }
 
-impl Begin {
-    pub fn of(it: &Request, query: &Query<'_>, head: u64) -> Result<Begin, Error> {
+impl RequestedStart {
+    pub fn read(it: &Request, query: &Query<'_>, head: u64) -> Result<RequestedStart, Error> {
         // What a client that comes back has seen is newer than what it first asked for.
-        let last = header_text(&it.headers, "Last-Event-ID")?.filter(|id| !id.is_empty());
+        let last = it.header("Last-Event-ID")?.filter(|id| !id.is_empty());
         let (field, after) = match last {
-            Some(id) => {
-                let seq =
-                    id.parse().map_err(|_| Error::field("Last-Event-ID", "Last-Event-ID is the seq of an event"))?;
-                ("Last-Event-ID", Some(seq))
-            }
+            Some(id) => ("Last-Event-ID", Some(last_event_id(id)?)),
             None => ("after", query.number("after")?),
         };
-        if after.is_some_and(|after| after > head) {
-            let why = format!("{field} is behind the thread's head, {head}");
-            return Err(Error::new(Code::CursorInvalid, why).at(field));
+        match after {
+            Some(after) if after > head => Err(beyond_head(field, after, head)),
+            _ => Ok(RequestedStart { after, resumes: last.is_some() }),
         }
-        Ok(Begin { after, resumes: last.is_some() })
     }
 }
 
-/// Answers with the events of a thread behind `cursor`.
-pub fn start(
-    it: &Request,
-    route: &'static str,
-    who: Principal,
-    called: String,
-    cursor: u64,
-    form: impl Form,
-) -> Result<Response, Error> {
-    let feed = it.ctx.delivery.feed();
-    let connection = clock::random_id().simple().to_string();
-    let registration = it.ctx.registry.register(&feed.outbox, &connection, Transport::Sse);
-    registration.identify(&who)?;
-    it.ctx.auth.check_revoked(&who)?;
-    let mut stream = Thread {
-        ctx: it.ctx.clone(),
-        feed,
-        timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
-        ended: false,
-        thread: ids::resolve(&who.user, &called).into_owned(),
-        who,
-        form,
-        ready: VecDeque::new(),
-        registration,
-    };
-    let wanted = NewSubscription { called, cursor, named: true, kinds: None, receipt: None };
-    stream.feed.subs.add(&stream.who, wanted)?;
-    let mut reply = sse::reply(sse::keep_alive().interval(HEARTBEAT).stream(stream)).into_response();
-    reply.headers_mut().insert("x-accel-buffering", warp::http::HeaderValue::from_static("no"));
-    telemetry::http_requests(route, 200).increment(1);
-    Ok(reply)
+fn last_event_id(id: &str) -> Result<u64, Error> {
+    let refuse = |_| Error::field("Last-Event-ID", format!("Last-Event-ID must be the seq of an event, not {id:.60}"));
+    id.parse().map_err(refuse)
+}
+
+impl Streams {
+    /// Answers with the events of a thread after `cursor`.
+    fn start(
+        &self,
+        who: Principal,
+        address: ThreadAddress,
+        cursor: u64,
+        format: impl EventFormat,
+    ) -> Result<Response, Error> {
+        let feed = self.delivery.feed();
+        let connection = clock::random_id().simple().to_string();
+        let registration = self.registry.register(&feed.outbox, &connection, Transport::Sse);
+        registration.identify(&who)?;
+        // Looked up again: from here on a revocation ends the stream, one just before it would not have.
+        self.auth.check_revoked(&who)?;
+
+        let mut stream = ThreadStream {
+            auth: self.auth.clone(),
+            feed,
+            timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
+            ended: false,
+            thread: address.name.clone(),
+            who,
+            format,
+            ready: VecDeque::new(),
+            registration,
+        };
+        let wanted = NewSubscription { address, cursor, named: true, kinds: None, receipt: None };
+        stream.feed.subs.add(&stream.who, wanted)?;
+
+        let mut reply = sse::reply(sse::keep_alive().interval(HEARTBEAT).stream(stream)).into_response();
+        reply.headers_mut().insert("x-accel-buffering", warp::http::HeaderValue::from_static("no"));
+        Ok(reply)
+    }
 }
 
 /// JSON in one line. Between its tokens a carriage return is white space, to this format it ends a line.
@@ -131,33 +144,32 @@ pub fn line(json: &str) -> String {
 }
 
 /// The events as they are.
-struct Plain;
+struct PlainFormat;
 
-impl Form for Plain {
-    fn event(&mut self, seq: Option<u64>, frame: &str, out: &mut VecDeque<Event>) -> After {
+impl EventFormat for PlainFormat {
+    fn event(&mut self, seq: Option<u64>, frame: &str, out: &mut VecDeque<Event>) -> AfterEvent {
         let event = Event::default().data(line(&without_type(frame)));
-        // Without an id of its own a client keeps the last one: it resumes behind that.
+        // Without an id of its own a client keeps the last one, and resumes after that.
         out.push_back(match seq {
             Some(seq) => event.id(seq.to_string()),
             None => event,
         });
-        After::On
+        AfterEvent::Continue
     }
 
     /// An event named `error`.
     fn error(&mut self, error: &Error) -> Event {
-        // Strings and numbers always serialise.
-        Event::default().event("error").data(serde_json::to_string(&Problem::of(error)).unwrap_or_default())
+        Event::default().event("error").data(json::encode(&Problem::of(error)))
     }
 }
 
 /// The events of one thread, until the right to read it ends, or the server.
-struct Thread<F> {
-    ctx: Arc<Context>,
+struct ThreadStream<F> {
+    auth: Arc<Authenticator>,
     feed: Feed,
     who: Principal,
     thread: String,
-    form: F,
+    format: F,
     /// What the newest event became, as far as it was not sent.
     ready: VecDeque<Event>,
     timer: Pin<Box<Sleep>>,
@@ -166,7 +178,7 @@ struct Thread<F> {
     registration: Registration,
 }
 
-impl<F: Form> Stream for Thread<F> {
+impl<F: EventFormat> Stream for ThreadStream<F> {
     type Item = Result<Event, Infallible>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Task<'_>) -> Poll<Option<Self::Item>> {
@@ -178,33 +190,19 @@ impl<F: Form> Stream for Thread<F> {
             if this.ended {
                 return Poll::Ready(None);
             }
-            while let Some(answer) = this.feed.outbox.pop_answer() {
-                if let Some(last) = this.on_answer(answer) {
-                    return Poll::Ready(Some(Ok(last)));
-                }
-            }
-            match this.feed.next(&this.who) {
-                Some(Out::Event { seq, frame }) => {
-                    if let Err(error) = this.on_event(seq, &frame) {
-                        let last = this.end(&error);
-                        this.ready.push_back(last);
-                    }
-                    continue;
-                }
-                // Where the replay ends and whether it fell behind makes no difference to who only listens.
-                Some(Out::Notice(_)) => continue,
-                Some(Out::Ended { error, .. }) => return Poll::Ready(Some(Ok(this.end(&error)))),
-                None => {}
+            if this.advance() {
+                continue;
             }
             if this.feed.outbox.poll_filled(cx, this.feed.wanted()).is_ready() {
                 continue;
             }
+
             let left = this.who.expires_at.saturating_add(jwt::LEEWAY).saturating_sub(clock::now_s());
             if left == 0 {
-                return Poll::Ready(Some(Ok(this.end(&Error::new(Code::Unauthenticated, "the token has expired")))));
+                this.end(&Error::new(Code::Unauthenticated, "the token has expired"));
+                continue;
             }
-            // Looked at again after at most a day.
-            this.timer.as_mut().reset(Instant::now() + Duration::from_secs(left.min(86_400)));
+            this.timer.as_mut().reset(Instant::now() + Duration::from_secs(left.min(MAX_WAIT_S)));
             if this.timer.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
             }
@@ -212,43 +210,68 @@ impl<F: Form> Stream for Thread<F> {
     }
 }
 
-impl<F: Form> Thread<F> {
+impl<F: EventFormat> ThreadStream<F> {
+    /// Does what is next without waiting; `false` if there is nothing.
+    fn advance(&mut self) -> bool {
+        while let Some(answer) = self.feed.outbox.pop_answer() {
+            self.on_answer(answer);
+            if self.ended {
+                return true;
+            }
+        }
+        match self.feed.next(&self.who) {
+            Some(Out::Event { seq, frame }) => {
+                if let Err(error) = self.on_event(seq, &frame) {
+                    self.end(&error);
+                }
+            }
+            // A client that only listens does not need to know where the replay ends or that it lagged.
+            Some(Out::Notice(_)) => {}
+            Some(Out::Ended { error, .. }) => self.end(&error),
+            None => return false,
+        }
+        true
+    }
+
     fn on_event(&mut self, seq: Option<u64>, frame: &str) -> Result<(), Error> {
-        match self.form.event(seq, frame, &mut self.ready) {
-            After::On => {}
-            // Behind this event, and not behind what was read together with it.
-            After::Again => self.feed.subs.restart(&self.who, &self.thread, seq.unwrap_or(0))?,
-            After::End => self.ended = true,
+        match self.format.event(seq, frame, &mut self.ready) {
+            AfterEvent::Continue => {}
+            // After this event, and not after what was read together with it.
+            AfterEvent::Rejoin => self.feed.subs.restart(&self.who, &self.thread, seq.unwrap_or(0))?,
+            AfterEvent::End => self.ended = true,
         }
         Ok(())
     }
 
-    /// The last event, if the answer is the end.
-    fn on_answer(&mut self, answer: Answer) -> Option<Event> {
+    fn on_answer(&mut self, answer: Answer) {
         match answer {
             Answer::Chunk { sub, read } => {
-                let (_, error) = self.feed.subs.chunk(&self.who, sub, read).err()?;
-                Some(self.end(&error))
+                if let Err((_, error)) = self.feed.subs.chunk(&self.who, sub, read) {
+                    self.end(&error);
+                }
             }
             Answer::Drain { retry_after_ms } => {
+                let retry = Event::default().retry(Duration::from_millis(retry_after_ms));
+                self.ready.push_back(retry.comment("the server is going down"));
                 self.ended = true;
-                Some(Event::default().retry(Duration::from_millis(retry_after_ms)).comment("the server is going down"))
             }
             Answer::Left { thread } => {
-                let (_, error) = self.feed.left(&self.who, &thread).into_iter().next()?;
-                Some(self.end(&error))
+                if let Some((_, error)) = self.feed.left(&self.who, &thread).into_iter().next() {
+                    self.end(&error);
+                }
             }
             Answer::Revoked => {
-                let refused = self.ctx.auth.check_revoked(&self.who).err()?;
-                Some(self.end(&refused))
+                if let Err(error) = self.auth.check_revoked(&self.who) {
+                    self.end(&error);
+                }
             }
-            _ => None,
+            _ => {}
         }
     }
 
-    /// Says why.
-    fn end(&mut self, error: &Error) -> Event {
+    /// Ends the stream with an event that says why.
+    fn end(&mut self, error: &Error) {
         self.ended = true;
-        self.form.error(error)
+        self.ready.push_back(self.format.error(error));
     }
 }

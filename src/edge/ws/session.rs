@@ -25,6 +25,7 @@ use tokio_tungstenite::tungstenite::error::{CapacityError, Error as WsError, Pro
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::{Bytes, Message};
 
+use super::Sockets as Context;
 use super::commands::Waiting;
 use super::socket::Socket;
 use crate::auth::{Principal, jwt};
@@ -32,7 +33,6 @@ use crate::delivery::feed::{Feed, Out};
 use crate::delivery::outbox::{Answer, Demand, EVENT_BYTES};
 use crate::delivery::registry::Registration;
 use crate::delivery::subscriptions::{MAX_SUBSCRIPTIONS, WINDOW};
-use crate::edge::Context;
 use crate::ingest::coalesce::Pieces;
 use crate::log::Append;
 use crate::projector::Verdict;

@@ -14,6 +14,7 @@ use crate::protocol::command::{After, Subscribe};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::frame::{Seqs, ServerFrame, error_frame};
 use crate::protocol::ids;
+use crate::protocol::ids::ThreadAddress;
 use crate::protocol::records::ReceiptRecord;
 use crate::store::JoinedThread;
 
@@ -83,7 +84,7 @@ impl Session {
         let fresh = name.filter(|_| row.is_none()).map(|name| first_receipt(&who, &thread, name, cursor));
         let receipt = Receipt::wanted(name, row, cursor, subscribe.confirm == Some(true));
         let wanted = NewSubscription {
-            called: subscribe.thread.to_string(),
+            address: ThreadAddress::resolve(&who.user, subscribe.thread.to_string()),
             cursor,
             named: true,
             kinds: subscribe.kinds.map(Into::into),
@@ -209,7 +210,7 @@ impl Session {
             self.answers.push_back(text(error_frame(None, Some(&thread), &error)));
         }
         for wanted in begin.wanted {
-            let called = wanted.called.clone();
+            let called = wanted.address.called.clone();
             if begin.called == ALL && self.feed.subs.contains(&called) {
                 continue;
             }
@@ -276,7 +277,7 @@ impl All {
     fn wanted(&self, found: JoinedThread, cursor: u64) -> NewSubscription {
         let Following { kinds, name, confirm } = self.following.clone();
         let receipt = Receipt::wanted(name.as_deref(), found.receipt, cursor, confirm);
-        NewSubscription { called: found.thread, cursor, named: false, kinds, receipt }
+        NewSubscription { address: ThreadAddress::named(found.thread), cursor, named: false, kinds, receipt }
     }
 }
 

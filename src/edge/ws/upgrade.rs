@@ -1,5 +1,7 @@
 //! The upgrade to WebSocket (RFC 6455, section 4), answered by us so that a session's buffers fit.
 
+use std::sync::Arc;
+
 use base64::Engine;
 use hyper_util::rt::TokioIo;
 use sha1::{Digest, Sha1};
@@ -8,14 +10,12 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use warp::http::{HeaderMap, HeaderValue, StatusCode, header};
 use warp::hyper::upgrade::OnUpgrade;
 
+use super::Sockets;
 use super::session::Session;
 use super::socket::Socket;
 use crate::auth::Principal;
-use crate::edge::Context;
-use crate::edge::http::reply::Reply;
-use crate::edge::http::reply::{header_text, problem, query, with_type};
-use crate::edge::listener::ConnectionPermit;
-use crate::edge::routes::Request;
+use crate::edge::http::reply::{Reply, problem, with_type};
+use crate::edge::http::request::{AnonymousRequest, bearer_token, header_text};
 use crate::protocol::command::MAX_FRAME;
 use crate::protocol::error::{Code, Error};
 
@@ -28,8 +28,8 @@ const BEARER: &str = "weft.bearer.";
 const ACCEPT_GUID: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// Answers `GET /v1/ws`.
-pub fn upgrade(it: &Request, upgrade: Option<OnUpgrade>, permit: Option<ConnectionPermit>) -> Reply {
-    match accept(it, upgrade, permit) {
+pub fn upgrade(sockets: &Arc<Sockets>, it: AnonymousRequest) -> Reply {
+    match accept(sockets, it) {
         Ok(reply) => reply,
         Err(error) => {
             let mut reply = problem(&error);
@@ -42,8 +42,9 @@ pub fn upgrade(it: &Request, upgrade: Option<OnUpgrade>, permit: Option<Connecti
     }
 }
 
-fn accept(it: &Request, upgrade: Option<OnUpgrade>, permit: Option<ConnectionPermit>) -> Result<Reply, Error> {
-    let (ctx, headers) = (&it.ctx, &it.headers);
+fn accept(ctx: &Arc<Sockets>, mut it: AnonymousRequest) -> Result<Reply, Error> {
+    let (upgrade, permit) = (it.upgrade.take(), it.permit.take());
+    let headers = &it.headers;
     let has = |name, token: &str| {
         let values = headers.get_all(name).iter().filter_map(|value: &HeaderValue| value.to_str().ok());
         values.flat_map(|value| value.split(',')).any(|it| it.trim().eq_ignore_ascii_case(token))
@@ -64,7 +65,7 @@ fn accept(it: &Request, upgrade: Option<OnUpgrade>, permit: Option<ConnectionPer
     let offered: Vec<&str> = header_text(headers, "Sec-WebSocket-Protocol")?
         .map_or(Vec::new(), |list| list.split(',').map(str::trim).collect());
     ctx.health.check_caught_up()?;
-    let who = credentials(it, &offered)?;
+    let who = credentials(ctx, &it, &offered)?;
     let versions = || offered.iter().filter(|it| it.starts_with("weft.v"));
     let unsupported = versions().next().is_some() && !versions().any(|it| *it == PROTOCOL);
     let traceparent = header_text(headers, "traceparent")?.map(str::to_owned);
@@ -115,19 +116,19 @@ async fn websocket(upgrade: OnUpgrade) -> Option<WebSocketStream<Socket>> {
 
 /// Who the request comes from: the `Authorization` header, then the subprotocol, then a ticket; else a `connect` frame must
 /// follow.
-fn credentials(it: &Request, offered: &[&str]) -> Result<Option<Principal>, Error> {
-    let query = query(&it.query, &["ticket"])?;
+fn credentials(ctx: &Sockets, it: &AnonymousRequest, offered: &[&str]) -> Result<Option<Principal>, Error> {
+    let query = it.query(&["ticket"])?;
     if it.headers.contains_key(header::AUTHORIZATION) {
-        return crate::edge::routes::authenticate(&it.ctx, &it.headers).map(Some);
+        return ctx.auth.verify(bearer_token(&it.headers)?).map(Some);
     }
     if let Some(token) = offered.iter().find_map(|it| it.strip_prefix(BEARER)) {
-        return it.ctx.auth.verify(token).map(Some);
+        return ctx.auth.verify(token).map(Some);
     }
-    query.text("ticket").map(|ticket| it.ctx.auth.redeem_ticket(ticket)).transpose()
+    query.text("ticket").map(|ticket| ctx.auth.redeem_ticket(ticket)).transpose()
 }
 
 /// A browser's page must be of our own host, or of one that the configuration names.
-fn check_origin(ctx: &Context, headers: &HeaderMap) -> Result<(), Error> {
+fn check_origin(ctx: &Sockets, headers: &HeaderMap) -> Result<(), Error> {
     let Some(origin) = header_text(headers, "Origin")? else {
         return Ok(());
     };

@@ -24,7 +24,7 @@ impl Verifier {
             self.open.clear();
             return;
         }
-        assert!(!self.failed, "behind an error: {event}");
+        assert!(!self.failed, "after an error: {event}");
         if kind == "RUN_ERROR" {
             text("message");
             (self.running, self.failed) = (None, true);
@@ -78,7 +78,7 @@ fn frame(seq: Option<u64>, kind: &str, run: Option<&str>, data: Value) -> String
     frame.to_string()
 }
 
-/// A thread's frames; pieces have no seq.
+/// A thread's frames; deltas have no seq.
 #[derive(Default)]
 struct Thread {
     frames: Vec<(Option<u64>, String)>,
@@ -95,33 +95,33 @@ impl Thread {
         self.add(kind, Some("r"), data);
     }
 
-    fn piece(&mut self, run: &str, message: &str, from_char: usize, text: &str) {
+    fn delta(&mut self, run: &str, message: &str, from_char: usize, text: &str) {
         let data = json!({"message": message, "from_char": from_char, "text": text});
         self.frames.push((None, frame(None, AGENT_TOKEN, Some(run), data)));
     }
 
-    /// What a reader gets that wants the events behind `after` and reads them from behind `cursor` on. Who joins, and who
+    /// What a reader gets that wants the events after `after` and reads them from after `cursor` on. Who joins, and who
     /// wants them again, gets the texts that are being written.
     fn read(&self, only: Option<&str>, cursor: u64, after: u64, resumes: bool) -> Vec<Value> {
         let silent_to = (cursor < after).then_some(after);
         let mut mapper = Mapper::new("t", only.map(str::to_owned), silent_to, resumes);
         let (mut verifier, mut events) = (Verifier::default(), Vec::new());
         let mut lines = Vec::new();
-        let live = self.behind(after);
-        for (_, frame) in self.frames[self.behind(cursor)..live].iter().filter(|(seq, _)| seq.is_some()) {
-            assert_eq!(mapper.event(frame, &mut lines), Next::On);
+        let live = self.index_after(after);
+        for (_, frame) in self.frames[self.index_after(cursor)..live].iter().filter(|(seq, _)| seq.is_some()) {
+            assert_eq!(mapper.event(frame, &mut lines), Next::Continue);
         }
         let join = |frames, mapper: &mut Mapper, lines: &mut Vec<String>| {
-            for piece in self.texts(frames) {
-                assert_eq!(mapper.event(&piece, lines), Next::On);
+            for delta in self.texts(frames) {
+                assert_eq!(mapper.event(&delta, lines), Next::Continue);
             }
         };
         join(live, &mut mapper, &mut lines);
         for i in live..self.frames.len() {
             match mapper.event(&self.frames[i].1, &mut lines) {
-                Next::On | Next::Waits { .. } => {}
+                Next::Continue | Next::Waiting { .. } => {}
                 Next::Ended => break,
-                Next::Again => join(i + 1, &mut mapper, &mut lines),
+                Next::Rejoin => join(i + 1, &mut mapper, &mut lines),
             }
         }
         for line in lines {
@@ -132,7 +132,7 @@ impl Thread {
         events
     }
 
-    /// The messages that are being written after so many frames, each as one piece.
+    /// The messages that are being written after so many frames, each as one delta.
     fn texts(&self, frames: usize) -> Vec<String> {
         let mut open: BTreeMap<(String, String), String> = BTreeMap::new();
         for (seq, frame) in &self.frames[..frames] {
@@ -145,14 +145,14 @@ impl Thread {
                 open.remove(&key);
             }
         }
-        let piece = |((run, message), text): (&(String, String), &String)| {
+        let delta = |((run, message), text): (&(String, String), &String)| {
             frame(None, AGENT_TOKEN, Some(run), json!({"message": message, "from_char": 0, "text": text}))
         };
-        open.iter().map(piece).collect()
+        open.iter().map(delta).collect()
     }
 
-    /// Where what stands behind this seq begins.
-    fn behind(&self, seq: u64) -> usize {
+    /// The index of the first frame after this seq.
+    fn index_after(&self, seq: u64) -> usize {
         self.frames.iter().position(|(s, _)| *s == Some(seq)).map_or(0, |i| i + 1)
     }
 }
@@ -176,8 +176,8 @@ fn a_run_is_told_from_its_beginning_to_its_end() {
     t.of("agent_thinking", json!({"content": "hm"}));
     t.of("tool_executing", json!({"tool": "map", "call": "c", "arguments": {"near": [1]}}));
     t.of("tool_completed", json!({"call": "c", "result": ["Soup"]}));
-    t.piece("r", "m", 0, "No");
-    t.piece("r", "m", 1, "oodles");
+    t.delta("r", "m", 0, "No");
+    t.delta("r", "m", 1, "oodles");
     t.of("agent_message", json!({"message": "m", "content": "Noodles!"}));
     t.add("x.note", None, json!([1]));
     t.of("agent_completed", json!({"output": {"eat": true}, "usage": {"in": 3}}));
@@ -224,7 +224,7 @@ fn who_comes_in_the_middle_finds_the_run_and_its_calls_open() {
     t.of("tool_completed", json!({"call": "done"}));
     t.of("tool_executing", json!({"tool": "map", "call": "c", "arguments": "{}"}));
     t.of("agent_thinking", json!({}));
-    t.piece("r", "m", 0, "so far");
+    t.delta("r", "m", 0, "so far");
     t.of("tool_completed", json!({"call": "c", "error": "no map"}));
     t.of("agent_cancelled", json!({"reason": "enough"}));
     let begin = ["RUN_STARTED r", "STEP_STARTED thinking", "REASONING_START e5"];
@@ -249,11 +249,11 @@ fn who_comes_in_the_middle_finds_the_run_and_its_calls_open() {
 fn a_question_ends_one_run_and_its_answer_begins_the_next() {
     let mut t = Thread::default();
     t.of("agent_started", json!({"agent": "scout"}));
-    t.piece("r", "m", 0, "Shall");
+    t.delta("r", "m", 0, "Shall");
     t.of("agent_waiting", json!({"reason": "approval", "prompt": "Sure?", "expires_at": "2026-01-02T00:00:00Z"}));
     t.add("user_message", None, json!({"content": [{"type": "text", "text": "wait"}, {"type": "image"}]}));
     t.of("agent_resumed", json!({"answer": "yes"}));
-    t.piece("r", "m", 5, " I");
+    t.delta("r", "m", 5, " I");
     t.of("agent_message", json!({"message": "m", "content": "Shall I?"}));
     t.of("agent_waiting", json!({"reason": "again"}));
     t.of("agent_failed", json!({"code": "broken", "message": "it broke"}));
@@ -294,7 +294,7 @@ fn a_question_ends_one_run_and_its_answer_begins_the_next() {
 fn an_agents_own_last_word_is_a_message_that_replaces_the_other() {
     let mut t = Thread::default();
     t.of("agent_started", json!({"agent": "scout"}));
-    t.piece("r", "m", 0, "draft");
+    t.delta("r", "m", 0, "draft");
     t.add("agent_message", None, json!({"message": "m", "content": "final", "revised": true}));
     t.of("agent_message", json!({"message": "n", "content": "whole"}));
     let events = t.read(None, 0, 0, false);
@@ -403,7 +403,7 @@ fn thread(acts: &[(usize, usize, usize)]) -> Thread {
             AGENT_TOKEN => {
                 let chars = messages[run].entry(n).or_insert(Some(0));
                 let Some(chars) = chars else { continue };
-                t.piece(name, &format!("m{n}"), *chars, &"ü".repeat(n));
+                t.delta(name, &format!("m{n}"), *chars, &"ü".repeat(n));
                 *chars += n;
             }
             "agent_message" => match messages[run].get_mut(&n).and_then(Option::take) {

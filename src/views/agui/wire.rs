@@ -3,12 +3,12 @@
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-/// What `RUN_STARTED` says that is spoken.
+/// The version that `RUN_STARTED` names.
 pub const PROTOCOL: &str = "1.0";
 
 #[derive(Serialize)]
 #[serde(tag = "type", rename_all = "SCREAMING_SNAKE_CASE", rename_all_fields = "camelCase")]
-pub enum Event<'a> {
+pub enum AguiEvent<'a> {
     RunStarted {
         thread_id: &'a str,
         run_id: &'a str,
@@ -121,7 +121,7 @@ pub struct Interrupt<'a> {
 #[derive(Serialize)]
 pub struct Timed<'a> {
     #[serde(flatten)]
-    pub event: &'a Event<'a>,
+    pub event: &'a AguiEvent<'a>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timestamp: Option<u64>,
 }

@@ -1,0 +1,38 @@
+//! The state of the server, for monitoring: `/healthz`, `/readyz` and `/metrics`. They need no token.
+
+use std::sync::Arc;
+
+use metrics_exporter_prometheus::PrometheusHandle;
+use warp::http::StatusCode;
+
+use super::reply::{Reply, json, with_type};
+use crate::delivery::registry::Registry;
+use crate::edge::health::Health;
+use crate::store::Store;
+use crate::telemetry;
+
+/// What the probes look at.
+pub struct Probes {
+    pub store: Arc<Store>,
+    pub registry: Arc<Registry>,
+    pub health: Arc<Health>,
+    pub metrics: PrometheusHandle,
+}
+
+/// `GET /healthz`
+pub fn alive() -> Reply {
+    json(StatusCode::OK, &serde_json::json!({"alive": true}))
+}
+
+/// `GET /readyz`
+pub fn ready(probes: &Probes) -> Reply {
+    let lookup = probes.store.head("readyz", "readyz").map(drop).map_err(|error| error.to_string());
+    let ready = probes.health.ready(lookup);
+    json(if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &ready)
+}
+
+/// `GET /metrics`
+pub fn metrics(probes: &Probes) -> Reply {
+    telemetry::outbox_bytes().set(probes.registry.outbox_bytes() as f64);
+    with_type(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", telemetry::render(&probes.metrics))
+}

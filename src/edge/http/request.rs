@@ -1,0 +1,261 @@
+//! What a request says, read strictly.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt};
+use warp::Buf;
+use warp::http::{HeaderMap, header};
+use warp::hyper::body::Bytes;
+use warp::hyper::upgrade::OnUpgrade;
+
+use crate::auth::Principal;
+use crate::edge::listener::ConnectionPermit;
+use crate::edge::matcher::Params;
+use crate::protocol::command::MAX_FRAME;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::ids;
+use crate::protocol::ids::ThreadAddress;
+
+/// Time for a whole body.
+const BODY_WITHIN: Duration = Duration::from_secs(20);
+
+/// A body as it arrives.
+type Body = Pin<Box<dyn Stream<Item = Result<Bytes, warp::Error>> + Send + Sync>>;
+
+/// A request as its handler gets it: of a user, or, on routes that ask for no token, of anyone.
+pub struct Request<Who = Principal> {
+    pub who: Who,
+    pub headers: HeaderMap,
+    /// Present if the connection can change its protocol.
+    pub upgrade: Option<OnUpgrade>,
+    pub permit: Option<ConnectionPermit>,
+    /// As it stands in the URL.
+    query: String,
+    params: Params,
+    body: Body,
+}
+
+/// A request without a user: none was authenticated.
+pub type AnonymousRequest = Request<()>;
+
+impl AnonymousRequest {
+    pub fn new<B: Buf>(
+        headers: HeaderMap,
+        query: String,
+        body: impl Stream<Item = Result<B, warp::Error>> + Send + Sync + 'static,
+        upgrade: Option<OnUpgrade>,
+        permit: Option<ConnectionPermit>,
+    ) -> AnonymousRequest {
+        let body = body.map(|chunk| chunk.map(|mut chunk| chunk.copy_to_bytes(chunk.remaining())));
+        Request { who: (), headers, upgrade, permit, query, params: Params::new(), body: Box::pin(body) }
+    }
+
+    pub fn with_params(self, params: Params) -> AnonymousRequest {
+        Request { params, ..self }
+    }
+
+    /// The same request, of this user.
+    pub fn of(self, who: Principal) -> Request {
+        let Request { who: (), headers, upgrade, permit, query, params, body } = self;
+        Request { who, headers, upgrade, permit, query, params, body }
+    }
+}
+
+impl Request {
+    /// The thread that the path names.
+    pub fn address(&self) -> Result<ThreadAddress, Error> {
+        ThreadAddress::parse(&self.who.user, self.segment("thread")?)
+    }
+}
+
+impl<Who> Request<Who> {
+    /// The parameters of the query; see [`query`].
+    pub fn query(&self, known: &[&'static str]) -> Result<Query<'_>, Error> {
+        query(&self.query, known)
+    }
+
+    /// Refuses any query, on routes that have none.
+    pub fn no_query(&self) -> Result<(), Error> {
+        self.query(&[]).map(drop)
+    }
+
+    /// A parameter of the path, percent-decoded.
+    pub fn segment(&self, field: &'static str) -> Result<String, Error> {
+        let found = self.params.iter().find(|(name, _)| name == field);
+        segment(field, found.map_or("", |(_, raw)| raw))
+    }
+
+    /// The thread that the path names, on routes about members and titles: reserved threads have neither.
+    pub fn thread_id(&self) -> Result<String, Error> {
+        let thread = self.segment("thread")?;
+        ids::check_thread_id(&thread)?;
+        Ok(thread)
+    }
+
+    /// A header's text, if it is there.
+    pub fn header(&self, name: &'static str) -> Result<Option<&str>, Error> {
+        header_text(&self.headers, name)
+    }
+
+    pub fn traceparent(&self) -> Result<Option<String>, Error> {
+        Ok(self.header("traceparent")?.map(str::to_owned))
+    }
+
+    /// The whole body, as text, up to the limit and within its time. A second call finds it empty.
+    pub async fn body(&mut self) -> Result<String, Error> {
+        let body = std::mem::replace(&mut self.body, Box::pin(futures_util::stream::empty()));
+        let read = tokio::time::timeout(BODY_WITHIN, read_body(body)).await;
+        read.unwrap_or_else(|_| Err(Error::new(Code::Timeout, "the body did not arrive in time")))
+    }
+}
+
+async fn read_body(mut stream: Body) -> Result<String, Error> {
+    let mut body = Vec::new();
+    while let Some(chunk) = stream.next().await {
+        let chunk = chunk.map_err(|_| Error::new(Code::BadRequest, "the body was cut off"))?;
+        if body.len() + chunk.len() > MAX_FRAME {
+            return Err(Error::new(Code::TooLarge, format!("the body is larger than {MAX_FRAME} bytes")));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    String::from_utf8(body).map_err(|_| Error::new(Code::BadRequest, "the body is not UTF-8"))
+}
+
+/// The answer to a seq that the thread has not come to.
+pub fn beyond_head(field: &'static str, sent: u64, head: u64) -> Error {
+    Error::new(Code::CursorInvalid, format!("`{field}` ({sent}) is beyond the thread's head ({head})")).at(field)
+}
+
+/// The token of `Authorization: Bearer …`.
+pub fn bearer_token(headers: &HeaderMap) -> Result<&str, Error> {
+    let refuse = |why| Error::new(Code::Unauthenticated, why).at("Authorization");
+    let value = header_text(headers, "Authorization")?.ok_or_else(|| refuse("there is no Authorization header"))?;
+    match value.split_once(' ') {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => Ok(token.trim()),
+        _ => Err(refuse("the Authorization header is not Bearer <token>")),
+    }
+}
+
+/// A header's text, if it is there.
+pub fn header_text<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Option<&'a str>, Error> {
+    let text = |value: &'a header::HeaderValue| {
+        value.to_str().map_err(|_| Error::field(name, format!("{name} is not ASCII text")))
+    };
+    headers.get(name).map(text).transpose()
+}
+
+/// A part of the path, percent-decoded.
+fn segment(field: &'static str, raw: &str) -> Result<String, Error> {
+    let text = percent_encoding::percent_decode_str(raw).decode_utf8();
+    text.map(|text| text.into_owned()).map_err(|_| Error::field(field, format!("{field} is not UTF-8")))
+}
+
+/// The parameters of a query; one that is not in `known`, or there twice, is refused by name.
+pub fn query<'a>(raw: &'a str, known: &[&'static str]) -> Result<Query<'a>, Error> {
+    let mut found = HashMap::new();
+    for (name, value) in form_urlencoded::parse(raw.as_bytes()) {
+        let Some(name) = known.iter().find(|known| **known == name) else {
+            return Err(Error::field(name.clone().into_owned(), format!("unknown parameter {name:.60}")));
+        };
+        if found.insert(*name, value).is_some() {
+            return Err(Error::field(*name, format!("{name} is given twice")));
+        }
+    }
+    Ok(Query(found))
+}
+
+pub struct Query<'a>(HashMap<&'static str, Cow<'a, str>>);
+
+impl Query<'_> {
+    pub fn text(&self, name: &'static str) -> Option<&str> {
+        self.0.get(name).map(|value| &**value)
+    }
+
+    pub fn number(&self, name: &'static str) -> Result<Option<u64>, Error> {
+        let Some(text) = self.text(name) else { return Ok(None) };
+        let number = text.parse();
+        number
+            .map(Some)
+            .map_err(|_| Error::field(name, format!("{name} must be a whole number, 0 or more, not {text:.60}")))
+    }
+
+    /// A number from 1 to `most`.
+    pub fn up_to(&self, name: &'static str, most: usize, unless_given: usize) -> Result<usize, Error> {
+        let Some(text) = self.text(name) else { return Ok(unless_given) };
+        match text.parse() {
+            Ok(number) if (1..=most).contains(&number) => Ok(number),
+            _ => Err(Error::field(name, format!("{name} must be a whole number from 1 to {most}, not {text:.60}"))),
+        }
+    }
+
+    /// `limit`: 100 unless given, 1 to 1,000.
+    pub fn limit(&self) -> Result<usize, Error> {
+        self.up_to("limit", 1_000, 100)
+    }
+
+    /// One of the words that a parameter may be; the first of them unless given.
+    pub fn one_of(&self, name: &'static str, words: &[&'static str]) -> Result<&'static str, Error> {
+        let Some(text) = self.text(name) else { return Ok(words[0]) };
+        let known = words.iter().find(|word| **word == text);
+        known
+            .copied()
+            .ok_or_else(|| Error::field(name, format!("{name} must be {}, not {text:.60}", words.join(" or "))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_names_what_is_wrong_and_repeats_it() {
+        let known = ["limit", "after", "order"];
+        let refused = |raw: &str| {
+            let read = query(raw, &known).and_then(|query| {
+                query.limit()?;
+                query.number("after")?;
+                query.one_of("order", &["asc", "desc"]).map(drop)
+            });
+            read.expect_err(raw).message.into_owned()
+        };
+        for sent in ["x", "0", "-1", "1001", "99999999999999999999999", "1.5", ""] {
+            assert_eq!(
+                refused(&format!("limit={sent}")),
+                format!("limit must be a whole number from 1 to 1000, not {sent}")
+            );
+        }
+        assert_eq!(refused("after=-1"), "after must be a whole number, 0 or more, not -1");
+        assert_eq!(refused("order=up"), "order must be asc or desc, not up");
+        assert_eq!(refused("limit=1&limit=2"), "limit is given twice");
+        assert_eq!(refused("limt=1"), "unknown parameter limt");
+    }
+
+    #[test]
+    fn a_query_that_says_nothing_means_what_is_documented() {
+        let query = query("", &["limit", "after", "order"]).expect("nothing is wrong");
+        assert_eq!((query.limit(), query.number("after")), (Ok(100), Ok(None)));
+        assert_eq!(query.one_of("order", &["asc", "desc"]), Ok("asc"));
+    }
+
+    #[test]
+    fn segments_are_percent_decoded_and_must_be_utf8() {
+        assert_eq!(segment("user", "ada%40example.org"), Ok("ada@example.org".to_owned()));
+        assert_eq!(segment("user", "%ff").expect_err("no UTF-8").field.as_deref(), Some("user"));
+    }
+
+    #[test]
+    fn a_token_is_taken_from_a_bearer_header_alone() {
+        let token = |value: &'static str| {
+            let headers = HeaderMap::from_iter([(header::AUTHORIZATION, header::HeaderValue::from_static(value))]);
+            bearer_token(&headers).map(str::to_owned).map_err(|error| error.code)
+        };
+        assert_eq!(token("Bearer abc"), Ok("abc".to_owned()));
+        assert_eq!(token("bearer  abc "), Ok("abc".to_owned()));
+        assert_eq!(token("Basic abc"), Err(Code::Unauthenticated));
+        assert_eq!(token("abc"), Err(Code::Unauthenticated));
+        assert!(bearer_token(&HeaderMap::new()).is_err());
+    }
+}
