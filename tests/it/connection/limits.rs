@@ -237,7 +237,7 @@ async fn a_tenants_users_share_its_commands() {
     let answers = ping_all(&mut ben, 30).await;
     assert!(answers[..12].iter().all(|answer| answer["type"] == "pong"), "{answers:?}");
     let rejection = &answers[29];
-    refused_with(&rejection, "rate_limited");
+    refused_with(rejection, "rate_limited");
     assert!(rejection["message"].as_str().unwrap().contains("tenant"), "{rejection}");
     refused_with(&ping_all(&mut ada, 30).await[29], "rate_limited");
     let mut other = Socket::open(&server.url, &token_of("umbrella", "ada")).await;

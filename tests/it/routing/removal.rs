@@ -77,7 +77,7 @@ async fn a_member_removed_on_one_node_loses_its_subscriptions_on_every_node_and_
         } else {
             eventually("this node knows", async || {
                 let answer = ben.ask(json!({"type": "subscribe", "thread": "t", "after": 2})).await;
-                answer["type"] == "subscribed" && answer["head"] == 6
+                answer["type"] == "subscribed"
             })
             .await;
             assert_eq!(seqs(&ben.events(4).await), [3, 4, 5, 6], "members read all of it");
