@@ -33,7 +33,7 @@ use tokio::task::LocalSet;
 
 use report::Report;
 use target::{Target, TargetArgs};
-use weft::cli::common::{Failure, Out};
+use weft::cli::common::{Failure, Output};
 
 use report::LogKind;
 
@@ -118,7 +118,7 @@ async fn run(args: BenchArgs) -> Result<(), Failure> {
         return report::combine(&files);
     }
     let report = on_one_thread(move || measure(bench, log)).await?;
-    Out::new().line(if json { report.json()? } else { report.table(&[]) })?;
+    Output::new().line(if json { report.json()? } else { report.table(&[]) })?;
     match report.failures.as_slice() {
         [] => Ok(()),
         failures => Err(failures.join("; ").into()),

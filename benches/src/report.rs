@@ -6,7 +6,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use weft::cli::common::{Failure, Out};
+use weft::cli::common::{Failure, Output};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
@@ -245,9 +245,9 @@ pub fn combine(args: &ReportArgs) -> Result<(), Failure> {
         }
     }
     for report in &reports {
-        Out::new().line(format_args!("{}\n", report.table(&report.figures)))?;
+        Output::new().line(format_args!("{}\n", report.table(&report.figures)))?;
         for failure in &report.failures {
-            Out::new().line(format_args!("{failure}\n"))?;
+            Output::new().line(format_args!("{failure}\n"))?;
         }
     }
     Ok(())
