@@ -3,30 +3,17 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
-use tracing_subscriber::EnvFilter;
 use weft::app::StartError;
-use weft::cli::Cli;
+use weft::cli::common::Failure;
+use weft::cli::{Cli, logging};
 use weft::config::ConfigError;
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let filter = EnvFilter::try_from_env("WEFT_LOG_LEVEL").unwrap_or_else(|_| EnvFilter::new("warn,weft=info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("weft: cannot start: {error}");
-            return ExitCode::from(1);
-        }
-    };
-    let result = runtime.block_on(cli.run());
-    // What still blocks then is a question to somebody who does not answer.
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    match result {
+    let cli = Cli::from_command_line(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("weft: {error}");
@@ -34,4 +21,16 @@ fn main() -> ExitCode {
             ExitCode::from(if usage { 2 } else { 1 })
         }
     }
+}
+
+fn run(cli: Cli) -> Result<(), Failure> {
+    logging::init()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot start the runtime: {error}"))?;
+    let result = runtime.block_on(cli.run());
+    // A blocking call that is still waiting, such as a question to brokers that do not answer, must not keep the process.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
 }

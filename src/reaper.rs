@@ -14,14 +14,13 @@ use crate::log::Grant;
 use crate::projector::Status;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::LogEvent;
+use crate::protocol::ids::SERVER_USER;
 use crate::protocol::json::encode_raw;
 use crate::protocol::kinds::{AGENT_FAILED, AGENT_RESUMED};
 use crate::store::Store;
 use crate::store::runs::{RunKey, RunRow};
 use crate::{clock, telemetry};
 
-/// Who the server's own events are from.
-const SERVER: &str = "weft";
 /// How often runs are looked at; more often when they stall sooner.
 const EVERY: Duration = Duration::from_secs(5);
 
@@ -65,7 +64,7 @@ impl Reaper {
             let event = LogEvent {
                 run: Some((&*key.run).into()),
                 key: Some(idempotency.into()),
-                ..new_event(&key.tenant, SERVER, &key.thread, kind, &data)
+                ..new_event(&key.tenant, SERVER_USER, &key.thread, kind, &data)
             };
 
             match self.submit.publish(&Draft { event, grant: Grant::Server, traceparent: None }).await {

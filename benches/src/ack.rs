@@ -11,7 +11,7 @@ use crate::target::{Target, progress, raise_open_files};
 use weft::cli::common::Failure;
 
 const WARM_UP: Duration = Duration::from_secs(1);
-/// For the answers that are still out when the time is over.
+/// For the answers that are still missing when the time is over.
 const GRACE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, clap::Args)]
@@ -89,7 +89,7 @@ async fn publisher(target: &Target, args: &AckArgs, name: &str, number: usize) -
     Publisher::open(target, &target.name(&what, number), frame, args.window).await
 }
 
-/// Publishes until `until`; gives the latencies of what was answered from `from` on and before that.
+/// Publishes until `until`; gives the latencies of what was answered between `from` and `until`.
 async fn client(mut publisher: Publisher, from: Instant, until: Instant) -> Result<Histogram<u64>, Failure> {
     let mut latency = micros()?;
     let more = |_| Instant::now() < until;

@@ -1,16 +1,16 @@
 //! Whether a publish takes longer when others publish as well: the mean for many users against the mean for one, each
-//! publishing at the same rate of their own. Where an idle disk or processor takes its time to wake, that flatters the
-//! many; so they are also held against one user who publishes as much as all of them.
+//! publishing at the same rate. Where an idle disk or processor takes time to wake, that makes the many look better than they
+//! are; so they are also compared with one user who publishes as much as all of them.
 //!
-//! One user and many are measured in turn, and the measurements of each round are compared among themselves: what the
-//! machine does otherwise changes from minute to minute, and the median is what is left of it.
+//! One user and many are measured alternately, and only measurements of the same round are compared, since what else the
+//! machine does changes from minute to minute. The figures are medians over the rounds.
 
 use crate::latency::{Measured, Talk};
 use crate::report::{Figure, median};
 use crate::target::{Target, progress};
 use weft::cli::common::Failure;
 
-/// Who only listens for longer would have to answer pings.
+/// A user who only listens for longer would have to answer pings.
 const LONGEST_SILENCE_SECONDS: u64 = 20;
 
 #[derive(Debug, Clone, clap::Args)]
@@ -24,7 +24,7 @@ pub struct CrowdArgs {
     /// Of one measurement.
     #[arg(long, default_value_t = 2)]
     pub seconds: u64,
-    /// Measurements of one user and of many, in turn; the figures are their medians.
+    /// Rounds, each of one user and of many; the figures are their medians.
     #[arg(long, default_value_t = 5)]
     pub rounds: usize,
     /// Bytes of `data`.
@@ -44,7 +44,7 @@ struct Means {
     delivered: f64,
 }
 
-/// Measured right after one another.
+/// Measurements right after one another.
 struct Round {
     one: Means,
     /// One user with the rate of all the many together.
@@ -62,10 +62,10 @@ pub async fn run(target: &Target, args: &CrowdArgs) -> Result<Vec<Figure>, Failu
     let (users, each) = (args.users, args.rate);
     progress(&format!("one user and {users}, {each}/s each"));
     if users < 2 || users % 2 == 1 || each == 0 || args.rounds == 0 || args.seconds == 0 {
-        return Err("users must be even, and publish in every round".into());
+        return Err("--users must be even, and --rate, --rounds and --seconds at least 1".into());
     }
     if args.seconds > LONGEST_SILENCE_SECONDS {
-        return Err(format!("a round has at most {LONGEST_SILENCE_SECONDS} seconds").into());
+        return Err(format!("--seconds must be at most {LONGEST_SILENCE_SECONDS}").into());
     }
     let mut rounds = Vec::new();
     for round in 0..args.rounds {

@@ -1,4 +1,4 @@
-//! How many deliveries a second many readers of one thread get.
+//! How many deliveries a second the readers of one thread get.
 
 use std::time::{Duration, Instant};
 
@@ -68,7 +68,7 @@ pub async fn run(target: &Target, args: &FanoutArgs) -> Result<Vec<Figure>, Fail
     ])
 }
 
-/// Reads so many events behind `after`, without a hole; tells how often the session fell behind.
+/// Reads `events` events after `after`, without a gap; gives how often the session lagged.
 async fn read(mut socket: Socket, after: u64, events: u64) -> Result<u64, Failure> {
     let (mut last, mut lagged) = (after, 0);
     while last < after + events {
@@ -77,9 +77,9 @@ async fn read(mut socket: Socket, after: u64, events: u64) -> Result<u64, Failur
                 match reply {
                     Reply::Event { seq, .. } if seq == last + 1 => last = seq,
                     Reply::Lagged => lagged += 1,
-                    // After falling behind it catches up once more.
+                    // Once more after each `lagged`.
                     Reply::CaughtUp { .. } => {}
-                    other => return Err(format!("behind seq {last} came {other:?}").into()),
+                    other => return Err(format!("after seq {last} came {other:?}").into()),
                 }
                 Ok(())
             })

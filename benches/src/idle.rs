@@ -1,4 +1,4 @@
-//! What a connection costs the server in memory that does nothing: authenticated, subscribed to a thread, silent.
+//! How much memory a silent connection costs the server: authenticated, and subscribed to a thread.
 
 use crate::publisher::{Frame, Publisher};
 use crate::report::Figure;
@@ -25,8 +25,8 @@ pub async fn run(target: &Target, args: &IdleArgs) -> Result<Vec<Figure>, Failur
     let name = format!("memory per connection, {} idle", args.connections);
     progress(&name);
     raise_open_files(args.connections + 100)?;
-    // The threads are made by connections that end again, so that only what is held is counted.
-    target.many(args.connections, async |number| first_words(target, number).await).await?;
+    // The threads are made by connections that end again, so that only those that stay open are counted.
+    target.many(args.connections, async |number| make_thread(target, number).await).await?;
     let before = target.metric(MEMORY).await?;
     let sockets = target.many(args.connections, async |number| subscribed(target, number).await).await?;
     let after = target.metric(MEMORY).await?;
@@ -34,7 +34,7 @@ pub async fn run(target: &Target, args: &IdleArgs) -> Result<Vec<Figure>, Failur
     Ok(vec![Figure::less(&name, bytes / 1000.0, "KB")])
 }
 
-async fn first_words(target: &Target, number: usize) -> Result<(), Failure> {
+async fn make_thread(target: &Target, number: usize) -> Result<(), Failure> {
     let user = target.name("idle", number);
     let frame = Frame::publish(&user, 256, false);
     Publisher::open(target, &user, frame, 1).await?.run(|sent| sent < 1, |_, _| ()).await

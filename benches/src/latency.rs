@@ -1,4 +1,4 @@
-//! How long one publish takes, at a rate that does not wait for the server.
+//! How long one publish takes, at a rate that does not depend on the server (open loop).
 //!
 //! Users talk in pairs, one thread a pair, both subscribed.
 
@@ -14,7 +14,7 @@ use crate::socket::Reader;
 use crate::target::{Target, progress, raise_open_files};
 use weft::cli::common::Failure;
 
-/// A user who is silent for longer would have to answer pings, and nobody here does.
+/// A user who is silent for longer would have to answer pings, which these do not.
 const LONGEST_SILENCE_SECONDS: usize = 10;
 
 #[derive(Debug, Clone, clap::Args)]
@@ -22,7 +22,7 @@ pub struct LatencyArgs {
     /// Users, in pairs.
     #[arg(long, default_value_t = 30)]
     pub users: usize,
-    /// Publishes a second, by all users in turn.
+    /// Publishes a second, of all users together, who take turns.
     #[arg(long, default_value_t = 1000)]
     pub rate: usize,
     #[arg(long, default_value_t = 10)]
@@ -45,7 +45,7 @@ pub struct Talk<'a> {
     /// The number of its first pair.
     pub first: usize,
     pub pairs: usize,
-    /// The users who publish, in turn; the others only listen.
+    /// The users who publish, one after the other; the others only listen.
     pub speakers: usize,
     /// Publishes a second, of all of them.
     pub rate: usize,
@@ -63,7 +63,7 @@ pub async fn run(target: &Target, args: &LatencyArgs) -> Result<Vec<Figure>, Fai
     let name = format!("{} users {}/s", args.users, args.rate);
     progress(&format!("latency, {name}"));
     if args.users < 2 || args.users % 2 == 1 || args.rate == 0 || args.users > args.rate * LONGEST_SILENCE_SECONDS {
-        return Err(format!("users must be even, and each publish at least every {LONGEST_SILENCE_SECONDS} s").into());
+        return Err(format!("--users must be even, and each publish at least every {LONGEST_SILENCE_SECONDS} s").into());
     }
     let talk = Talk {
         what: &format!("latency-{}", args.users),
@@ -88,11 +88,11 @@ pub async fn run(target: &Target, args: &LatencyArgs) -> Result<Vec<Figure>, Fai
 impl Talk<'_> {
     pub async fn measure(&self, target: &Target) -> Result<Measured, Failure> {
         raise_open_files(2 * self.pairs + 100)?;
-        let (mut readers, mut mouths) = (Vec::new(), Vec::new());
+        let (mut readers, mut writers) = (Vec::new(), Vec::new());
         for pair in target.many(self.pairs, async |pair| self.pair_up(target, self.first + pair).await).await? {
             for (reader, writer, frame) in pair {
                 readers.push(reader);
-                mouths.push((writer, frame));
+                writers.push((writer, frame));
             }
         }
         let plan = Plan::new(self.rate, self.speakers, self.seconds);
@@ -100,29 +100,29 @@ impl Talk<'_> {
         for (user, reader) in readers.into_iter().enumerate() {
             listeners.spawn_local(listen(reader, user as u64, plan));
         }
-        // The mouths come back with the result: a writer that is dropped ends its connection, and answers are still to come.
-        let talker = spawn_blocking(move || (talk(&mut mouths, plan), mouths));
+        // The thread gives the writers back: one that is dropped ends its connection, and answers are still to come.
+        let talker = spawn_blocking(move || (talk(&mut writers, plan), writers));
         let mut measured = tokio::time::timeout(plan.patience(), gather(listeners)).await??;
-        let (late, _mouths) = talker.await?;
+        let (late, _writers) = talker.await?;
         measured.late = late?;
         Ok(measured)
     }
 
     /// Two users in a thread of their own, subscribed and silent.
-    async fn pair_up(&self, target: &Target, pair: usize) -> Result<[Voice; 2], Failure> {
+    async fn pair_up(&self, target: &Target, pair: usize) -> Result<[Participant; 2], Failure> {
         let thread = target.name(self.what, pair);
         let users = [target.name(self.what, 2 * pair), target.name(self.what, 2 * pair + 1)];
         target.thread(&thread, &users[0], &users[1..]).await?;
-        let mut voices = Vec::new();
+        let mut participants = Vec::new();
         for user in &users {
             let (socket, _) = target.socket(user).await?.subscribed(&thread).await?;
-            voices.push((socket.reader, socket.writer, Frame::publish(&thread, self.payload, false)));
+            participants.push((socket.reader, socket.writer, Frame::publish(&thread, self.payload, false)));
         }
-        voices.try_into().map_err(|_| "a pair is two".into())
+        participants.try_into().map_err(|_| "a pair is two".into())
     }
 }
 
-type Voice = (Reader, OwnedWriteHalf, Frame);
+type Participant = (Reader, OwnedWriteHalf, Frame);
 
 /// Reads until every event of the pair and every answer to this user has come.
 async fn listen(mut reader: Reader, user: u64, plan: Plan) -> Result<Measured, Failure> {
@@ -139,7 +139,7 @@ async fn listen(mut reader: Reader, user: u64, plan: Plan) -> Result<Measured, F
                     Ok(())
                 }
                 Reply::Event { seq, raw } => {
-                    let number = number_in(raw).ok_or("an event that nobody here published")?;
+                    let number = number_in(raw).ok_or("an event that no user of this bench published")?;
                     if last_seq.is_some_and(|last: u64| seq != last + 1) {
                         return Err(format!("seq {seq} came after {last_seq:?}").into());
                     }

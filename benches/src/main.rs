@@ -1,14 +1,12 @@
 //! `weft-bench`: what the server does for real clients over real sockets, from a process of its own.
 //!
-//! All the load comes from one thread, so that it takes no more than it must of the cores it shares with the server. Every
-//! bench checks what it counts: each publish is answered once, each reader sees each seq once and in order. One error
-//! frame, close or hole fails it.
+//! All the load comes from one thread, since it shares its cores with the server. Every bench checks what it counts: each
+//! publish is answered once, each reader sees each seq once and in order. An error frame, a close or a missing event fails
+//! the bench.
 
 mod ack;
 mod agents;
 mod bare;
-mod bare_embedded;
-mod bare_kafka;
 mod crowd;
 mod fanout;
 mod idle;
@@ -31,11 +29,9 @@ use clap::Parser;
 use tokio::runtime::Builder;
 use tokio::task::LocalSet;
 
-use report::Report;
+use report::{LogKind, Report};
 use target::{Target, TargetArgs};
-use weft::cli::common::{Failure, Out};
-
-use report::LogKind;
+use weft::cli::common::{Failure, Output};
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
@@ -46,7 +42,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 struct BenchArgs {
     #[command(subcommand)]
     bench: Bench,
-    /// The log behind the server: which limits the figures are held against.
+    /// The server's log, which decides the limits that the figures are compared with.
     #[arg(long, global = true, env = "WEFT_LOG", value_enum, default_value = "embedded")]
     log: LogKind,
     /// Print one JSON object.
@@ -62,7 +58,7 @@ enum Bench {
     OneAtATime(#[command(flatten)] With<ack::OneArgs>),
     /// From the moment a publish was due until its answer, and until its delivery at the other user.
     Latency(#[command(flatten)] With<latency::LatencyArgs>),
-    /// The mean latency of many users against one user's, who publishes at the rate of each of them, or of all.
+    /// The mean latency of many users compared with that of one, who publishes at the rate of each of them, or of all.
     Crowd(#[command(flatten)] With<crowd::CrowdArgs>),
     /// Deliveries a second to many readers of one thread.
     Fanout(#[command(flatten)] With<fanout::FanoutArgs>),
@@ -74,7 +70,7 @@ enum Bench {
     Reconnect(#[command(flatten)] With<reconnect::ReconnectArgs>),
     /// What readers of 1 KB/s cost the other readers of their thread, and the server.
     Slow(#[command(flatten)] With<slow::SlowArgs>),
-    /// Many agents that write messages in pieces: how late their readers have them, and what the log saves.
+    /// Many agents that write messages in deltas: how late readers have them, and how many records they become.
     Agents(#[command(flatten)] With<agents::AgentsArgs>),
     /// Events a second from the log into new projections; the server must not run.
     Rebuild(rebuild::RebuildArgs),
@@ -118,7 +114,7 @@ async fn run(args: BenchArgs) -> Result<(), Failure> {
         return report::combine(&files);
     }
     let report = on_one_thread(move || measure(bench, log)).await?;
-    Out::new().line(if json { report.json()? } else { report.table(&[]) })?;
+    Output::new().line(if json { report.json()? } else { report.table(&[]) })?;
     match report.failures.as_slice() {
         [] => Ok(()),
         failures => Err(failures.join("; ").into()),
@@ -152,34 +148,34 @@ async fn measure(bench: Bench, log: LogKind) -> Result<Report, Failure> {
         Bench::Agents(with) => agents::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Rebuild(args) => rebuild::run(&args, log)?,
         Bench::Bare(args) => bare::run(&args, log).await?,
-        Bench::Report(_) => return Err("a report is no bench".into()),
+        Bench::Report(_) => return Err("a report measures nothing".into()),
     };
     Ok(Report { log, figures, failures: Vec::new() })
 }
 
-/// One bench that fails does not keep the others from being measured. `idle` comes first: memory that a server has once
-/// used it does not give back at once.
+/// A bench that fails does not keep the others from being measured. `idle` comes first, since a server does not give back
+/// at once the memory that other benches make it use.
 async fn all(target: &Target, log: LogKind) -> Result<Report, Failure> {
     let mut report = Report { log, figures: Vec::new(), failures: Vec::new() };
-    report.take("idle", idle::run(target, &idle::IdleArgs::default()).await);
+    report.add("idle", idle::run(target, &idle::IdleArgs::default()).await);
     let windows: &[(usize, usize)] = match log {
         LogKind::Embedded => &[(1, 1024), (32, 64), (1, 64)],
         LogKind::Kafka => &[(1, 4096), (32, 128)],
     };
     for &(clients, window) in windows {
         let args = ack::AckArgs { clients, window, ..ack::AckArgs::default() };
-        report.take("ack", ack::run(target, &args).await);
+        report.add("ack", ack::run(target, &args).await);
     }
-    report.take("one-at-a-time", ack::run(target, &ack::OneArgs::default().into()).await);
+    report.add("one-at-a-time", ack::run(target, &ack::OneArgs::default().into()).await);
     for users in [30, 1000] {
         let args = latency::LatencyArgs { users, ..latency::LatencyArgs::default() };
-        report.take("latency", latency::run(target, &args).await);
+        report.add("latency", latency::run(target, &args).await);
     }
-    report.take("crowd", crowd::run(target, &crowd::CrowdArgs::default()).await);
-    report.take("fanout", fanout::run(target, &fanout::FanoutArgs::default()).await);
-    report.take("slow", slow::run(target, &slow::SlowArgs::default()).await);
-    report.take("reconnect", reconnect::run(target, &reconnect::ReconnectArgs::default()).await);
-    report.take("agents", agents::run(target, &agents::AgentsArgs::default()).await);
-    report.take("replay", replay::run(target, &replay::ReplayArgs::default()).await);
+    report.add("crowd", crowd::run(target, &crowd::CrowdArgs::default()).await);
+    report.add("fanout", fanout::run(target, &fanout::FanoutArgs::default()).await);
+    report.add("slow", slow::run(target, &slow::SlowArgs::default()).await);
+    report.add("reconnect", reconnect::run(target, &reconnect::ReconnectArgs::default()).await);
+    report.add("agents", agents::run(target, &agents::AgentsArgs::default()).await);
+    report.add("replay", replay::run(target, &replay::ReplayArgs::default()).await);
     Ok(report)
 }

@@ -1,5 +1,5 @@
-//! Publishes that are due at fixed moments, whatever the server does. Time runs from the moment at which one was due: a stall
-//! counts for all that should have been sent meanwhile.
+//! Publishes that are due at fixed moments, whatever the server does. Latency counts from the moment at which a publish was
+//! due, so that a stall counts for each that should have been sent meanwhile.
 
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
@@ -12,12 +12,12 @@ use crate::report::micros;
 use weft::cli::common::Failure;
 
 const WARM_UP_SECONDS: u64 = 1;
-/// For what is still out when the last publish was due.
+/// For the answers that are still missing when the last publish was due.
 const GRACE: Duration = Duration::from_secs(30);
 /// So that all are ready when the first publish is due.
 const AHEAD: Duration = Duration::from_millis(200);
 
-/// When which publish is due. The n-th is that of user n modulo speakers.
+/// When each publish is due. The n-th is that of user n modulo `speakers`.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
     start: Instant,
@@ -27,7 +27,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Begins in a moment; a second to warm up comes on top of the `seconds`.
+    /// Begins after [`AHEAD`]; a second to warm up comes before the `seconds`.
     pub fn new(rate: usize, speakers: usize, seconds: u64) -> Plan {
         let rate = rate as u64;
         let total = rate * (seconds + WARM_UP_SECONDS);
@@ -55,28 +55,28 @@ impl Plan {
         number >= self.rate * WARM_UP_SECONDS
     }
 
-    /// Notes how long ago a publish was due, unless it was one to warm up.
+    /// Records how long ago a publish was due, unless it was one to warm up.
     pub fn record(&self, histogram: &mut Histogram<u64>, number: u64) {
         if self.counts(number) {
             histogram.saturating_record(self.due(number).elapsed().as_micros() as u64);
         }
     }
 
-    /// The longest that all of it may take.
+    /// How long all publishes and their answers may take.
     pub fn patience(&self) -> Duration {
         self.due(self.total).saturating_duration_since(Instant::now()) + GRACE
     }
 }
 
-/// Publishes when it is due, each speaker with its own writer; for a thread of its own: tokio's timers count whole
+/// Publishes what is due, each speaker with its own writer. Runs on a thread of its own, since tokio's timers count whole
 /// milliseconds, which is longer than what is measured. Gives how late this thread itself was.
-pub fn talk(mouths: &mut [(OwnedWriteHalf, Frame)], plan: Plan) -> Result<Histogram<u64>, Failure> {
+pub fn talk(writers: &mut [(OwnedWriteHalf, Frame)], plan: Plan) -> Result<Histogram<u64>, Failure> {
     let mut late = micros()?;
     for number in 0..plan.total {
         let due = plan.due(number);
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         plan.record(&mut late, number);
-        let (writer, frame) = &mut mouths[plan.by(number) as usize];
+        let (writer, frame) = &mut writers[plan.by(number) as usize];
         write_all(writer, frame.numbered(number), due)?;
     }
     Ok(late)
@@ -100,11 +100,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_publish_is_somebodys() {
+    fn every_publish_is_one_user_s() {
         let plan = Plan { total: 11_007, ..Plan::new(1000, 30, 10) };
         let counted: u64 = (0..30).map(|user| plan.of(user)).sum();
         assert_eq!(counted, plan.total);
         assert_eq!(plan.of(3), (0..plan.total).filter(|n| plan.by(*n) == 3).count() as u64);
-        assert_eq!(plan.of(30), 0, "who only listens");
+        assert_eq!(plan.of(30), 0, "one who only listens");
     }
 }

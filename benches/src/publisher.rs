@@ -11,14 +11,14 @@ use weft::cli::common::Failure;
 const BASE: u64 = 1_000_000_000;
 const PLACEHOLDER: &[u8; 10] = b"1000000000";
 
-/// A publish as it goes over the wire, made once; only its number changes: the `id`, and whatever else carries it.
+/// A publish as bytes on the wire, made once. Only its number changes: in `id`, in `data.n` and in the key.
 pub struct Frame {
     bytes: Vec<u8>,
     numbers: Vec<usize>,
 }
 
 impl Frame {
-    /// `data` has `payload` bytes and tells the number as `n`.
+    /// `data` has `payload` bytes, and the number as `n`.
     pub fn publish(thread: &str, payload: usize, key: bool) -> Frame {
         let head = r#"{"n":1000000000,"content":""#;
         let filling = "x".repeat(payload.saturating_sub(head.len() + 2));
@@ -47,7 +47,7 @@ impl Frame {
 
 /// The number of the publish that `id` answers.
 pub fn number_of(id: u64) -> Result<u64, Failure> {
-    id.checked_sub(BASE).ok_or_else(|| format!("an answer to {id}, which nobody sent").into())
+    id.checked_sub(BASE).ok_or_else(|| format!("an answer to id {id}, which was not sent").into())
 }
 
 /// The number that an event carries in its data.
@@ -61,11 +61,11 @@ pub fn number_in(event: &[u8]) -> Option<u64> {
 pub struct Publisher {
     socket: Socket,
     frame: Frame,
-    /// When the publish was sent that has not been answered; by its number, modulo the window.
+    /// The unanswered publishes and when each was sent, at their number modulo the window.
     open: Vec<Option<(u64, Instant)>>,
     next: u64,
     answered: u64,
-    /// The seq of publish 0: all the others must follow on it without a hole.
+    /// The seq of publish 0: those of all the others must follow without a gap.
     first_seq: Option<u64>,
 }
 
@@ -75,8 +75,8 @@ impl Publisher {
         Ok(Publisher { socket, frame, open: vec![None; window.max(1)], next: 0, answered: 0, first_seq: None })
     }
 
-    /// Publishes as long as `more` agrees, given how many were sent; then waits for the last answers. `each` gets when
-    /// a publish was sent and when it was answered.
+    /// Publishes while `more` of the number sent so far is true; then waits for the last answers. `each` gets when a
+    /// publish was sent and when it was answered.
     pub async fn run(
         &mut self,
         mut more: impl FnMut(u64) -> bool,
@@ -104,7 +104,7 @@ impl Publisher {
                     if seq != first + number {
                         return Err(format!("publish {number} got seq {seq}, not {}", first + number).into());
                     }
-                    each(take(open, number)?, Instant::now());
+                    each(close(open, number)?, Instant::now());
                     *answered += 1;
                     Ok(())
                 })
@@ -134,7 +134,7 @@ fn slot(open: &[Option<(u64, Instant)>], number: u64) -> usize {
     (number % open.len() as u64) as usize
 }
 
-fn take(open: &mut [Option<(u64, Instant)>], number: u64) -> Result<Instant, Failure> {
+fn close(open: &mut [Option<(u64, Instant)>], number: u64) -> Result<Instant, Failure> {
     let at = slot(open, number);
     match open[at].take() {
         Some((asked, sent)) if asked == number => Ok(sent),

@@ -1,4 +1,4 @@
-//! How fast new projections come out of the log.
+//! How fast projections are rebuilt from the log.
 
 use std::path::PathBuf;
 use std::time::Instant;

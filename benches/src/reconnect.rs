@@ -1,5 +1,5 @@
-//! How long it takes after a deploy until every client has what it missed: all were connected, all are gone, events are
-//! published meanwhile, and all come back at once and resume.
+//! How long it takes after a deploy until every client has what it missed: all were connected, all are disconnected, events
+//! are published meanwhile, and all reconnect at once and resume.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -17,7 +17,7 @@ use crate::target::{Target, progress, raise_open_files};
 use weft::cli::common::Failure;
 
 const CONNECTIONS: &str = "weft_connections";
-/// Unanswered publishes to one thread, while the clients are gone.
+/// Unanswered publishes to one thread, while the clients are disconnected.
 const WINDOW: usize = 16;
 /// How soon a client that was refused tries again, and how often.
 const AGAIN_AFTER: Duration = Duration::from_millis(100);
@@ -49,11 +49,11 @@ impl Default for ReconnectArgs {
     }
 }
 
-/// Someone who was here.
+/// A client that was connected.
 struct Client {
     token: String,
     thread: String,
-    /// The newest seq that it has.
+    /// The newest seq it has seen.
     seq: u64,
 }
 
@@ -69,7 +69,7 @@ pub async fn run(target: &Target, args: &ReconnectArgs) -> Result<Vec<Figure>, F
     let name = format!("reconnect, {} clients missed {}", args.clients, args.missed);
     progress(&name);
     if args.clients == 0 || args.missed == 0 || args.at_once == 0 {
-        return Err("without clients, missed events and handshakes there is nothing to measure".into());
+        return Err("--clients, --missed and --at-once must be at least 1".into());
     }
     raise_open_files(args.clients + 200)?;
     let clients = once_connected(target, args).await?;
@@ -86,12 +86,12 @@ pub async fn run(target: &Target, args: &ReconnectArgs) -> Result<Vec<Figure>, F
     for client in clients {
         coming.spawn_local(come_back(shared.clone(), client));
     }
-    let (sockets, took) = tokio::time::timeout(PATIENCE, all_level(coming)).await??;
+    let (sockets, times) = tokio::time::timeout(PATIENCE, all_caught_up(coming)).await??;
     let seconds = begin.elapsed().as_secs_f64();
-    nothing_twice(sockets).await?;
+    check_nothing_more(sockets).await?;
 
     let replayed = args.clients as f64 * args.missed as f64;
-    let at = |quantile| millis(took.value_at_quantile(quantile)) / 1000.0;
+    let at = |quantile| millis(times.value_at_quantile(quantile)) / 1000.0;
     Ok(vec![
         Figure::less(&format!("{name}: all level after"), seconds, "s"),
         Figure::more(&format!("{name}: replayed"), replayed / seconds, "events/s"),
@@ -101,7 +101,7 @@ pub async fn run(target: &Target, args: &ReconnectArgs) -> Result<Vec<Figure>, F
     ])
 }
 
-/// All are subscribed at the same time, and then gone.
+/// Connects all clients at the same time, and disconnects them.
 async fn once_connected(target: &Target, args: &ReconnectArgs) -> Result<Vec<Client>, Failure> {
     let users: Vec<_> = (0..args.clients).map(|number| target.name("reconnect", number)).collect();
     let groups: Vec<_> = users.chunks(usize::from(args.together)).collect();
@@ -139,31 +139,33 @@ async fn publish_what_they_miss(target: &Target, args: &ReconnectArgs, clients: 
         let head = publisher.last_seq()?;
         match groups[number].iter().all(|client| client.seq + args.missed == head) {
             true => Ok(()),
-            false => Err(format!("the head is {head}, and not everyone was {} events before it", args.missed).into()),
+            false => {
+                Err(format!("the head is {head}, and not every client was {} events before it", args.missed).into())
+            }
         }
     };
     tokio::time::timeout(PATIENCE, target.many(groups.len(), publish)).await??;
     Ok(())
 }
 
-/// Connects, resumes, and reads until it is level: every seq once, in order. Gives how long that took, too.
+/// Connects, resumes, and reads until it has caught up: every seq once, in order. Gives the time from the handshake on.
 async fn come_back(shared: Rc<Return>, client: Client) -> Result<(Socket, Duration), Failure> {
-    let turn = shared.handshakes.acquire().await?;
+    let permit = shared.handshakes.acquire().await?;
     let begin = Instant::now();
     let mut socket = connect(&shared, &client.token).await?;
-    drop(turn);
+    drop(permit);
     let Client { thread, seq: after, .. } = client;
     socket.queue_text(&format!(r#"{{"type":"subscribe","id":1,"thread":"{thread}","after":{after}}}"#));
     let head = after + shared.missed;
-    let (mut last, mut subscribed, mut level) = (after, false, false);
-    while !level {
+    let (mut last, mut subscribed, mut caught_up) = (after, false, false);
+    while !caught_up {
         socket
             .exchange(|reply| {
                 match reply {
-                    Reply::Subscribed { after: behind } if behind == after && !subscribed => subscribed = true,
+                    Reply::Subscribed { after: from } if from == after && !subscribed => subscribed = true,
                     Reply::Event { seq, .. } if subscribed && seq == last + 1 => last = seq,
-                    Reply::CaughtUp { seq } if seq == head && last == head && !level => level = true,
-                    other => return Err(format!("behind seq {last} of {head} came {other:?}").into()),
+                    Reply::CaughtUp { seq } if seq == head && last == head && !caught_up => caught_up = true,
+                    other => return Err(format!("after seq {last} of {head} came {other:?}").into()),
                 }
                 Ok(())
             })
@@ -172,7 +174,7 @@ async fn come_back(shared: Rc<Return>, client: Client) -> Result<(Socket, Durati
     Ok((socket, begin.elapsed()))
 }
 
-/// Tries again when it is refused, as a client does, and counts that.
+/// Tries again when it is refused, as a client does, and counts the refusals.
 async fn connect(shared: &Return, token: &str) -> Result<Socket, Failure> {
     for _ in 1..ATTEMPTS {
         if let Ok(socket) = shared.target.socket_with(token).await {
@@ -186,19 +188,19 @@ async fn connect(shared: &Return, token: &str) -> Result<Socket, Failure> {
 
 type Coming = JoinSet<Result<(Socket, Duration), Failure>>;
 
-/// Their connections stay open, as those of real clients would.
-async fn all_level(mut coming: Coming) -> Result<(Vec<Socket>, Histogram<u64>), Failure> {
-    let (mut sockets, mut took) = (Vec::new(), micros()?);
+/// Keeps the connections open, as real clients do. Gives how long each client took.
+async fn all_caught_up(mut coming: Coming) -> Result<(Vec<Socket>, Histogram<u64>), Failure> {
+    let (mut sockets, mut times) = (Vec::new(), micros()?);
     while let Some(done) = coming.join_next().await {
         let (socket, time) = done??;
         sockets.push(socket);
-        took.saturating_record(time.as_micros() as u64);
+        times.saturating_record(time.as_micros() as u64);
     }
-    Ok((sockets, took))
+    Ok((sockets, times))
 }
 
-/// Asks each connection for a last answer: no event comes before it.
-async fn nothing_twice(sockets: Vec<Socket>) -> Result<(), Failure> {
+/// Pings on each connection: no event may come before the pong.
+async fn check_nothing_more(sockets: Vec<Socket>) -> Result<(), Failure> {
     for mut socket in sockets {
         socket.queue_text(r#"{"type":"ping","id":2}"#);
         let mut answered = false;
@@ -208,7 +210,7 @@ async fn nothing_twice(sockets: Vec<Socket>) -> Result<(), Failure> {
                     answered = true;
                     Ok(())
                 }
-                other => Err(format!("once level came {other:?}").into()),
+                other => Err(format!("after catching up came {other:?}").into()),
             });
             tokio::time::timeout(PATIENCE, asked).await??;
         }

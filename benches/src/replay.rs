@@ -64,7 +64,7 @@ async fn replay(socket: &mut Socket, thread: &str, head: u64) -> Result<(), Fail
                     Reply::Subscribed { .. } => {}
                     Reply::Event { seq, .. } if seq == last + 1 => last = seq,
                     Reply::CaughtUp { seq } if seq == last && last >= head => done = true,
-                    other => return Err(format!("behind seq {last} of {head} came {other:?}").into()),
+                    other => return Err(format!("after seq {last} of {head} came {other:?}").into()),
                 }
                 Ok(())
             })

@@ -1,4 +1,4 @@
-//! What a server's frame says, as far as a bench wants to know.
+//! A server's frame, reduced to what the benches look at.
 
 use serde_json::Value;
 
@@ -14,12 +14,12 @@ pub enum Reply<'a> {
         id: u64,
         seq: u64,
     },
-    /// A piece of a message was published.
-    Taken {
+    /// A delta was published.
+    DeltaPublished {
         id: u64,
     },
-    /// A piece of a message, with the length of its text, which is ASCII and needs no escapes.
-    Piece {
+    /// A delta, with the length of its text, which is ASCII and needs no escapes.
+    Delta {
         from_char: u64,
         text: usize,
     },
@@ -31,15 +31,15 @@ pub enum Reply<'a> {
     CaughtUp {
         seq: u64,
     },
-    /// Fell behind; the events come all the same, from the store.
+    /// The reader lags; its events come from the store now.
     Lagged,
-    /// Who comes and goes among the members of a thread.
+    /// A member of a thread has connected or disconnected.
     Presence,
     Pong,
 }
 
 impl Reply<'_> {
-    /// Fails on an error frame, on a duplicate, and on what is no frame of Weft.
+    /// Fails on an error frame, on a duplicate, and on what is not a frame of Weft.
     pub fn read(frame: &[u8]) -> Result<Reply<'_>, Failure> {
         match published(frame).or_else(|| event(frame)).or_else(|| presence(frame)) {
             Some(reply) => Ok(reply),
@@ -48,48 +48,48 @@ impl Reply<'_> {
     }
 }
 
-/// The frames that come in masses, in the order of fields that the server has. Threads have no character that JSON
-/// escapes.
+/// Frames that are frequent are read without a parser, by the order in which the server writes their fields. The names of
+/// threads need no escapes.
 fn published(frame: &[u8]) -> Option<Reply<'_>> {
     let (id, rest) = number(frame.strip_prefix(br#"{"type":"published","id":"#)?)?;
-    let rest = behind_quote(rest.strip_prefix(br#","thread":""#)?)?;
+    let rest = after_quote(rest.strip_prefix(br#","thread":""#)?)?;
     if rest.starts_with(br#","event":"#) {
-        return rest.windows(18).any(|it| it == br#","duplicate":false"#).then_some(Reply::Taken { id });
+        return rest.windows(18).any(|it| it == br#","duplicate":false"#).then_some(Reply::DeltaPublished { id });
     }
     let (seq, rest) = number(rest.strip_prefix(br#","seq":"#)?)?;
     rest.ends_with(br#","duplicate":false}"#).then_some(Reply::Published { id, seq })
 }
 
 fn event(frame: &[u8]) -> Option<Reply<'_>> {
-    let rest = behind_quote(frame.strip_prefix(br#"{"type":"event","thread":""#)?)?;
+    let rest = after_quote(frame.strip_prefix(br#"{"type":"event","thread":""#)?)?;
     if rest.starts_with(br#","kind":"agent_token""#) {
-        return piece(rest);
+        return delta(rest);
     }
     let (seq, _) = number(rest.strip_prefix(br#","seq":"#)?)?;
     Some(Reply::Event { seq, raw: frame })
 }
 
-fn piece(frame: &[u8]) -> Option<Reply<'_>> {
+fn delta(frame: &[u8]) -> Option<Reply<'_>> {
     const FROM: &[u8] = br#","from_char":"#;
     let at = frame.windows(FROM.len()).position(|window| window == FROM)? + FROM.len();
     let (from_char, rest) = number(&frame[at..])?;
     let text = rest.strip_prefix(br#","text":""#)?;
-    Some(Reply::Piece { from_char, text: text.iter().position(|byte| *byte == b'"')? })
+    Some(Reply::Delta { from_char, text: text.iter().position(|byte| *byte == b'"')? })
 }
 
 fn presence(frame: &[u8]) -> Option<Reply<'_>> {
-    let rest = behind_quote(frame.strip_prefix(br#"{"type":"signal","thread":""#)?)?;
+    let rest = after_quote(frame.strip_prefix(br#"{"type":"signal","thread":""#)?)?;
     rest.starts_with(br#","kind":"presence","#).then_some(Reply::Presence)
 }
 
-fn behind_quote(bytes: &[u8]) -> Option<&[u8]> {
+fn after_quote(bytes: &[u8]) -> Option<&[u8]> {
     let quote = bytes.iter().position(|byte| *byte == b'"')?;
     Some(&bytes[quote + 1..])
 }
 
 fn number(bytes: &[u8]) -> Option<(u64, &[u8])> {
     let digits = bytes.iter().position(|byte| !byte.is_ascii_digit())?;
-    // Nineteen digits always fit; no seq and no id of a bench is longer.
+    // Nineteen digits always fit; no seq and no id of a bench has more.
     if digits == 0 || digits > 19 {
         return None;
     }
@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_short_way_and_the_long_way_read_alike() {
+    fn a_frame_reads_the_same_with_and_without_the_parser() {
         for (frame, want) in [
             (
                 r#"{"type":"published","id":1000000007,"thread":"a-1","seq":8,"event":"e","duplicate":false}"#,
@@ -141,14 +141,14 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_and_goes_is_told_apart_without_parsing() {
-        // Cut short, so that only the short way can take it.
+    fn presence_is_recognised_without_the_parser() {
+        // Cut short, so that the parser would refuse it.
         let frame = br#"{"type":"signal","thread":"a-1","kind":"presence","from":"#;
         assert_eq!(Reply::read(frame).unwrap(), Reply::Presence);
     }
 
     #[test]
-    fn errors_duplicates_and_signals_that_nobody_here_sends_fail() {
+    fn errors_duplicates_and_unexpected_signals_fail() {
         for frame in [
             r#"{"type":"error","id":1,"code":"forbidden","message":"no","temporary":false}"#,
             r#"{"type":"published","id":1,"thread":"a","seq":8,"event":"e","duplicate":true}"#,

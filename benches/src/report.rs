@@ -1,4 +1,4 @@
-//! Figures beside their limits and beside what is possible bare, for people and for machines.
+//! Figures beside their limits and beside what is possible bare, as a table and as JSON.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use weft::cli::common::{Failure, Out};
+use weft::cli::common::{Failure, Output};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
@@ -73,7 +73,7 @@ impl Figure {
     }
 }
 
-/// What Weft promises on two cores. A figure that is neither here nor has a limit of its own has none.
+/// What Weft promises on two cores. A figure that is not listed here has a limit only if it brings its own.
 const LIMITS: &[(LogKind, &str, f64)] = &[
     (LogKind::Embedded, "ack 1x1024", 60_000.0),
     (LogKind::Embedded, "ack 32x64", 60_000.0),
@@ -111,7 +111,7 @@ const LIMITS: &[(LogKind, &str, f64)] = &[
     (LogKind::Kafka, "delivered: mean of 30 users / mean of one with 990/s", 1.3),
 ];
 
-/// Which bare figure a figure is held against: the work that it can't do without.
+/// Which bare figure a figure is compared with: that of the work which Weft cannot avoid.
 const BARE: &[(LogKind, &str, &str)] = &[
     (LogKind::Embedded, "ack 1x1024", "bare synced appends of 1024"),
     (LogKind::Embedded, "ack 32x64", "bare synced appends of 1024"),
@@ -155,7 +155,7 @@ struct Line<'a> {
 }
 
 impl Report {
-    pub fn take(&mut self, bench: &str, measured: Result<Vec<Figure>, Failure>) {
+    pub fn add(&mut self, bench: &str, measured: Result<Vec<Figure>, Failure>) {
         match measured {
             Ok(figures) => self.figures.extend(figures),
             Err(error) => self.failures.push(format!("{bench} failed: {error}")),
@@ -179,13 +179,13 @@ impl Report {
         figure.limit.or(promised.map(|(_, _, limit)| *limit))
     }
 
-    /// The bare figure among `bare` that `figure` is held against.
+    /// The one of `bare` that `figure` is compared with.
     fn bare<'a>(&self, figure: &Figure, bare: &'a [Figure]) -> Option<&'a Figure> {
         let (_, _, name) = BARE.iter().find(|(log, name, _)| *log == self.log && *name == figure.name)?;
         bare.iter().find(|figure| figure.name == *name)
     }
 
-    /// The table for people; `bare` are the figures to hold the others against.
+    /// The table for people; `bare` are the figures to compare the others with.
     pub fn table(&self, bare: &[Figure]) -> String {
         let mut table = Table::new();
         table.load_preset(presets::NOTHING);
@@ -245,9 +245,9 @@ pub fn combine(args: &ReportArgs) -> Result<(), Failure> {
         }
     }
     for report in &reports {
-        Out::new().line(format_args!("{}\n", report.table(&report.figures)))?;
+        Output::new().line(format_args!("{}\n", report.table(&report.figures)))?;
         for failure in &report.failures {
-            Out::new().line(format_args!("{failure}\n"))?;
+            Output::new().line(format_args!("{failure}\n"))?;
         }
     }
     Ok(())
@@ -262,7 +262,7 @@ pub fn millis(micros: u64) -> f64 {
     micros as f64 / 1000.0
 }
 
-/// Zero of nothing.
+/// The median; 0 of no values.
 pub fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);

@@ -1,7 +1,7 @@
 //! What slow readers cost: the latency of the others who read the same thread, and the server's memory.
 //!
-//! Times in which all read at full speed and times in which some read next to nothing follow each other, and each of the
-//! latter is held against the two around it: what the machine does otherwise is in those as well.
+//! Measurements in which all read at full speed alternate with measurements in which some hardly read. Each of the latter is
+//! compared with the two around it, since what else the machine does changes from minute to minute.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -26,14 +26,13 @@ use weft::edge::ws::upgrade::WRITE_BUFFER;
 const MEMORY: &str = "process_resident_memory_bytes";
 const OUTBOX: &str = "weft_outbox_bytes";
 /// How often the server is asked for the two.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const SAMPLE_EVERY: Duration = Duration::from_millis(200);
 /// Reads a second of a slow reader.
-const SIPS: usize = 4;
-/// What the server may hold for a session that is behind: its outbox, its reads of the store, and what its WebSocket has
-/// encoded.
+const READS_PER_SECOND: usize = 4;
+/// What the server may hold for a session that lags: its outbox, its reads of the store, and what its WebSocket has encoded.
 const HELD_BYTES: usize = EVENT_BYTES + READS * CHUNK_BYTES + WRITE_BUFFER;
-/// Of slow reading. A ping would come behind all that waits for a slow reader, so each says something before it begins, and
-/// is not asked for 25 s.
+/// Of slow reading. A slow reader would answer a ping too late, since it comes after all events that wait. So each sends a
+/// pong before it begins to read slowly, and gets no ping for 25 s.
 const LONGEST_SECONDS: u64 = 20;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -69,11 +68,11 @@ impl Default for SlowArgs {
 }
 
 /// The thread, its publisher and its readers; they stay connected throughout.
-struct Room {
+struct SlowThread {
     /// The newest seq.
     head: u64,
     answers: Reader,
-    mouth: Vec<(OwnedWriteHalf, Frame)>,
+    writer: Vec<(OwnedWriteHalf, Frame)>,
     others: Vec<Socket>,
     slow: Vec<Socket>,
 }
@@ -81,28 +80,36 @@ struct Room {
 /// One measurement.
 struct Phase {
     delivered: Histogram<u64>,
-    /// The server's memory and what waits in its outboxes, at each look.
-    looks: Vec<[f64; 2]>,
-    /// How often the slow readers fell behind, and how long they took to be level again.
+    /// Samples of the server's memory and of what waits in its outboxes.
+    samples: Vec<[f64; 2]>,
+    /// How often the slow readers lagged, and how long they took to catch up.
     lagged: u64,
-    level_after: Duration,
+    caught_up_after: Duration,
 }
 
 pub async fn run(target: &Target, args: &SlowArgs) -> Result<Vec<Figure>, Failure> {
     progress(&format!("{} readers, {} of them slow", args.readers, args.slow));
-    if args.slow == 0 || args.slow >= args.readers || args.bytes < SIPS || args.rate == 0 || args.rounds == 0 {
-        return Err(format!("there must be slow readers (of at least {SIPS} bytes a second) and others").into());
+    if args.slow == 0
+        || args.slow >= args.readers
+        || args.bytes < READS_PER_SECOND
+        || args.rate == 0
+        || args.rounds == 0
+    {
+        return Err(format!(
+            "--slow must be at least 1 and less than --readers, and --bytes at least {READS_PER_SECOND}"
+        )
+        .into());
     }
     if args.seconds == 0 || args.seconds > LONGEST_SECONDS {
-        return Err(format!("a measurement has 1 to {LONGEST_SECONDS} seconds").into());
+        return Err(format!("--seconds must be 1 to {LONGEST_SECONDS}").into());
     }
     raise_open_files(args.readers + 100)?;
-    let mut room = Room::open(target, args).await?;
-    let mut all_read = vec![room.phase(target, args, false).await?];
+    let mut thread = SlowThread::open(target, args).await?;
+    let mut all_read = vec![thread.phase(target, args, false).await?];
     let mut some_slow = Vec::new();
     for _ in 0..args.rounds {
-        some_slow.push(room.phase(target, args, true).await?);
-        all_read.push(room.phase(target, args, false).await?);
+        some_slow.push(thread.phase(target, args, true).await?);
+        all_read.push(thread.phase(target, args, false).await?);
     }
     Ok(figures(args, &all_read, &some_slow))
 }
@@ -110,7 +117,7 @@ pub async fn run(target: &Target, args: &SlowArgs) -> Result<Vec<Figure>, Failur
 fn figures(args: &SlowArgs, all_read: &[Phase], some_slow: &[Phase]) -> Vec<Figure> {
     let (slow, others) = (args.slow, args.readers - args.slow);
     let of = |phases: &[Phase], what: &dyn Fn(&Phase) -> f64| median(phases.iter().map(what));
-    // Each measurement with slow readers beside what it would have been without: the mean of its neighbours.
+    // Each measurement with slow readers beside the mean of its two neighbours without.
     let beside = |what: &dyn Fn(&Phase) -> f64| -> Vec<(f64, f64)> {
         let without = all_read.windows(2).map(|two| (what(&two[0]) + what(&two[1])) / 2.0);
         some_slow.iter().map(what).zip(without).collect()
@@ -125,9 +132,9 @@ fn figures(args: &SlowArgs, all_read: &[Phase], some_slow: &[Phase]) -> Vec<Figu
             Figure::less(&format!("{name} beside {slow} slow / without"), ratio, "times").at_most(1.5),
         ]);
     }
-    let memory = |phase: &Phase| median(phase.looks.iter().map(|[memory, _]| *memory));
-    let more = of(some_slow, &|phase| growth(&phase.looks));
-    let most = |phases: &[Phase]| phases.iter().map(|phase| outbox_peak(&phase.looks)).fold(0.0, f64::max);
+    let memory = |phase: &Phase| median(phase.samples.iter().map(|[memory, _]| *memory));
+    let more = of(some_slow, &|phase| growth(&phase.samples));
+    let most = |phases: &[Phase]| phases.iter().map(|phase| outbox_peak(&phase.samples)).fold(0.0, f64::max);
     let bound = slow as f64 * EVENT_BYTES as f64 + most(all_read);
     let lagged: u64 = some_slow.iter().map(|phase| phase.lagged).sum();
     figures.extend([
@@ -138,15 +145,15 @@ fn figures(args: &SlowArgs, all_read: &[Phase], some_slow: &[Phase]) -> Vec<Figu
         Figure::less(&format!("{slow} slow: fell behind"), lagged as f64, "times"),
         Figure::less(
             &format!("{slow} slow: level again after"),
-            of(some_slow, &|phase| phase.level_after.as_secs_f64()),
+            of(some_slow, &|phase| phase.caught_up_after.as_secs_f64()),
             "s",
         ),
     ]);
     figures
 }
 
-impl Room {
-    async fn open(target: &Target, args: &SlowArgs) -> Result<Room, Failure> {
+impl SlowThread {
+    async fn open(target: &Target, args: &SlowArgs) -> Result<SlowThread, Failure> {
         let (thread, owner) = (target.name("slow", 0), target.name("slow-owner", 0));
         let users: Vec<_> = (0..args.readers).map(|number| target.name("slow-reader", number)).collect();
         target.thread(&thread, &owner, &users).await?;
@@ -160,26 +167,26 @@ impl Room {
         let (mut slow, heads): (Vec<_>, Vec<_>) = target.many(args.readers, enter).await?.into_iter().unzip();
         let others = slow.split_off(args.slow);
         let publisher = target.socket(&owner).await?;
-        let mouth = vec![(publisher.writer, Frame::publish(&thread, args.payload, false))];
-        Ok(Room { head: heads[0], answers: publisher.reader, mouth, others, slow })
+        let writer = vec![(publisher.writer, Frame::publish(&thread, args.payload, false))];
+        Ok(SlowThread { head: heads[0], answers: publisher.reader, writer, others, slow })
     }
 
-    /// Publishes as planned, and ends when everyone has everything.
-    async fn phase(&mut self, target: &Target, args: &SlowArgs, sipping: bool) -> Result<Phase, Failure> {
+    /// Publishes as planned, and ends when all readers have all events.
+    async fn phase(&mut self, target: &Target, args: &SlowArgs, with_slow: bool) -> Result<Phase, Failure> {
         let plan = Plan::new(args.rate, 1, args.seconds);
-        let full_speed = Rc::new(Cell::new(!sipping));
+        let full_speed = Rc::new(Cell::new(!with_slow));
         let (mut others, mut slow) = (JoinSet::new(), JoinSet::new());
         for socket in self.others.drain(..) {
             others.spawn_local(listen(socket, self.head, plan));
         }
         let head = self.head + plan.total;
         for socket in self.slow.drain(..) {
-            slow.spawn_local(sip(socket, self.head, head, args.bytes / SIPS, full_speed.clone()));
+            slow.spawn_local(read_slowly(socket, self.head, head, args.bytes / READS_PER_SECOND, full_speed.clone()));
         }
-        let mut mouth = std::mem::take(&mut self.mouth);
-        let talker = spawn_blocking(move || (talk(&mut mouth, plan), mouth));
+        let mut writer = std::mem::take(&mut self.writer);
+        let talker = spawn_blocking(move || (talk(&mut writer, plan), writer));
 
-        let mut phase = Phase { delivered: micros()?, looks: Vec::new(), lagged: 0, level_after: Duration::ZERO };
+        let mut phase = Phase { delivered: micros()?, samples: Vec::new(), lagged: 0, caught_up_after: Duration::ZERO };
         let heard = async {
             answered(&mut self.answers, self.head, plan).await?;
             while let Some(done) = others.join_next().await {
@@ -189,59 +196,59 @@ impl Room {
             }
             Ok::<_, Failure>(())
         };
-        let looked = look(target, &mut phase.looks);
+        let sampled = sample(target, &mut phase.samples);
         let measured = async {
             tokio::select! {
                 result = heard => result,
-                error = looked => Err(error),
+                error = sampled => Err(error),
             }
         };
         tokio::time::timeout(plan.patience(), measured).await??;
-        let (late, mouth) = talker.await?;
+        let (late, writer) = talker.await?;
         late?;
-        self.mouth = mouth;
+        self.writer = writer;
 
         full_speed.set(true);
         let begin = Instant::now();
         while let Some(done) = tokio::time::timeout(PATIENCE, slow.join_next()).await? {
             let (socket, lagged) = done??;
-            if sipping && lagged == 0 {
+            if with_slow && lagged == 0 {
                 return Err("a slow reader did not fall behind: publish for longer, more, or larger events".into());
             }
             phase.lagged += lagged;
             self.slow.push(socket);
         }
-        phase.level_after = begin.elapsed();
+        phase.caught_up_after = begin.elapsed();
         self.head = head;
         Ok(phase)
     }
 }
 
 /// Ends only with an error.
-async fn look(target: &Target, looks: &mut Vec<[f64; 2]>) -> Failure {
+async fn sample(target: &Target, samples: &mut Vec<[f64; 2]>) -> Failure {
     loop {
         match target.metrics([MEMORY, OUTBOX]).await {
-            Ok(now) => looks.push(now),
+            Ok(now) => samples.push(now),
             Err(error) => return error,
         }
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(SAMPLE_EVERY).await;
     }
 }
 
-/// How much the server's memory grew while its outboxes filled. Over a whole measurement it would tell of the store, whose
-/// own work takes 35 MB now and then and gives them back.
-fn growth(looks: &[[f64; 2]]) -> f64 {
-    let peak = outbox_peak(looks);
-    let full = looks.iter().position(|[_, outbox]| *outbox >= 0.9 * peak).unwrap_or_default();
-    let empty = looks[..full].iter().rposition(|[_, outbox]| *outbox <= 0.1 * peak).unwrap_or_default();
-    match (looks.get(empty), looks.get(full)) {
+/// How much the server's memory grew while its outboxes filled. Over a whole measurement the store would count as well: its
+/// own work uses 35 MB now and then, and frees them again.
+fn growth(samples: &[[f64; 2]]) -> f64 {
+    let peak = outbox_peak(samples);
+    let full = samples.iter().position(|[_, outbox]| *outbox >= 0.9 * peak).unwrap_or_default();
+    let empty = samples[..full].iter().rposition(|[_, outbox]| *outbox <= 0.1 * peak).unwrap_or_default();
+    match (samples.get(empty), samples.get(full)) {
         (Some([before, _]), Some([after, _])) => after - before,
         _ => 0.0,
     }
 }
 
-fn outbox_peak(looks: &[[f64; 2]]) -> f64 {
-    looks.iter().map(|[_, outbox]| *outbox).fold(0.0, f64::max)
+fn outbox_peak(samples: &[[f64; 2]]) -> f64 {
+    samples.iter().map(|[_, outbox]| *outbox).fold(0.0, f64::max)
 }
 
 /// Reads the answers to all publishes: each once, in order.
@@ -261,7 +268,7 @@ async fn answered(reader: &mut Reader, after: u64, plan: Plan) -> Result<(), Fai
     Ok(())
 }
 
-/// Reads all events behind `after` as they come.
+/// Reads all events after `after` as they come.
 async fn listen(mut socket: Socket, after: u64, plan: Plan) -> Result<(Socket, Histogram<u64>), Failure> {
     let mut delivered = micros()?;
     socket.queue_pong();
@@ -281,16 +288,16 @@ async fn listen(mut socket: Socket, after: u64, plan: Plan) -> Result<(Socket, H
     Ok((socket, delivered))
 }
 
-/// Reads so many bytes at a time until it may read at full speed, and then all that it has missed, up to `head`. Tells how
-/// often it fell behind.
-async fn sip(
+/// Reads `bytes` bytes at a time until it may read at full speed, and then all that it has missed, up to `head`. Gives how
+/// often it lagged.
+async fn read_slowly(
     mut socket: Socket,
     after: u64,
     head: u64,
     bytes: usize,
     full_speed: Rc<Cell<bool>>,
 ) -> Result<(Socket, u64), Failure> {
-    let mut ticks = interval(Duration::from_secs(1) / SIPS as u32);
+    let mut ticks = interval(Duration::from_secs(1) / READS_PER_SECOND as u32);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     socket.queue_pong();
     let (mut last, mut lagged) = (after, 0);
@@ -305,14 +312,14 @@ async fn sip(
                     last = seq;
                     Ok(())
                 }
-                other => in_between(&other).map(|behind| lagged += u64::from(behind)),
+                other => in_between(&other).map(|lags| lagged += u64::from(lags)),
             })
             .await?;
     }
     Ok((socket, lagged))
 }
 
-/// Whether the frame tells that its reader fell behind; only that, and having caught up again, may come between events.
+/// Whether the frame is a `lagged`. Only that and `caught_up` may come between events.
 fn in_between(reply: &Reply) -> Result<bool, Failure> {
     match reply {
         Reply::Lagged => Ok(true),
@@ -326,9 +333,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_counts_while_the_outboxes_fill_and_not_when_the_store_takes_some() {
-        let looks = [[50.0, 0.0], [90.0, 0.0], [91.0, 1.0], [92.0, 12.0], [93.0, 19.0], [130.0, 20.0], [94.0, 19.0]];
-        assert_eq!((growth(&looks), outbox_peak(&looks)), (2.0, 20.0));
-        assert_eq!((growth(&[]), growth(&looks[..2])), (0.0, 0.0));
+    fn memory_counts_while_the_outboxes_fill_and_not_when_the_store_uses_some() {
+        let samples = [[50.0, 0.0], [90.0, 0.0], [91.0, 1.0], [92.0, 12.0], [93.0, 19.0], [130.0, 20.0], [94.0, 19.0]];
+        assert_eq!((growth(&samples), outbox_peak(&samples)), (2.0, 20.0));
+        assert_eq!((growth(&[]), growth(&samples[..2])), (0.0, 0.0));
     }
 }

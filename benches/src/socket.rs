@@ -1,8 +1,8 @@
-//! A WebSocket client that costs next to nothing: the load shares its cores with the server that it measures.
+//! A WebSocket client that costs very little, since the load shares its cores with the server that it measures.
 //!
-//! Frames to send are prepared once and patched, many go out in one write; what comes in is told apart by its first
-//! bytes and never parsed whole. Whatever does not look as expected is parsed properly, so that speed costs no
-//! correctness: an error frame, a close or nonsense fails the bench.
+//! Frames to send are prepared once and patched, and many go out in one write. Frames that come in are recognised by their
+//! first bytes; only one that does not look as expected is parsed, so that an error frame, a close or anything else
+//! unexpected fails the bench.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -22,7 +22,7 @@ use weft::cli::common::Failure;
 const READ_BYTES: usize = 64 * 1024;
 const HANDSHAKE: Duration = Duration::from_secs(30);
 const NARROW_BUFFER: u32 = 4_096;
-/// A segment as the internet has it.
+/// The size of a segment on the internet.
 const NARROW_SEGMENT: u32 = 1_460;
 
 const TEXT: u8 = 1;
@@ -30,7 +30,7 @@ const CLOSE: u8 = 8;
 const PING: u8 = 9;
 const PONG: u8 = 10;
 
-/// One connection, welcomed.
+/// One connection, past its `welcome`.
 pub struct Socket {
     pub reader: Reader,
     pub writer: OwnedWriteHalf,
@@ -53,8 +53,8 @@ impl Socket {
         tokio::time::timeout(HANDSHAKE, open).await?
     }
 
-    /// The same, over a connection on which the kernels of both sides keep next to nothing: what its owner does not read,
-    /// the server can't write.
+    /// The same, over a connection on which the kernels of both sides buffer very little: what its owner does not read, the
+    /// server cannot write.
     pub async fn connect_narrow(authority: &str, token: &str) -> Result<Socket, Failure> {
         let open = async { Socket::open(narrow(authority).await?, authority, token).await };
         tokio::time::timeout(HANDSHAKE, open).await?
@@ -62,7 +62,7 @@ impl Socket {
 
     async fn open(mut stream: TcpStream, authority: &str, token: &str) -> Result<Socket, Failure> {
         stream.set_nodelay(true)?;
-        // The key is the RFC's example: it guards against confused proxies, and there is none between us and the server.
+        // The key is the example of the RFC: it guards against proxies, and there is none between a bench and its server.
         let request = format!(
             "GET /v1/ws HTTP/1.1\r\nHost: {authority}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
              Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\nAuthorization: Bearer {token}\r\n\r\n"
@@ -85,13 +85,13 @@ impl Socket {
         self.out.extend_from_slice(&text_frame(text.as_bytes()));
     }
 
-    /// A pong that nobody asked for: a sign of life.
+    /// A pong without a ping, which shows that the client is alive.
     pub fn queue_pong(&mut self) {
         self.out.extend_from_slice(&frame(PONG, &[]));
     }
 
-    /// Sends what is queued, as far as the socket takes it, until something came in; gives each frame that did to
-    /// `each`. May be dropped while it waits.
+    /// Sends what is queued, as far as the socket accepts it, until frames come in; calls `each` with each of them.
+    /// Cancel-safe.
     pub async fn exchange(&mut self, mut each: impl FnMut(Reply) -> Result<(), Failure>) -> Result<(), Failure> {
         std::future::poll_fn(|cx| {
             self.poll_write(cx)?;
@@ -102,7 +102,7 @@ impl Socket {
         Ok(())
     }
 
-    /// Exchanges until `pick` takes a frame. What comes behind it in the same read is still shown to `pick`.
+    /// Exchanges until `pick` gives a value. The frames after that in the same read are shown to `pick` as well.
     pub async fn wait_for<T>(&mut self, mut pick: impl FnMut(Reply) -> Option<T>) -> Result<T, Failure> {
         let mut picked = None;
         while picked.is_none() {
@@ -117,7 +117,7 @@ impl Socket {
         picked.ok_or_else(|| "nothing came".into())
     }
 
-    /// Subscribes to what comes from now on; gives the seq that this stands behind.
+    /// Subscribes to new events; gives the seq after which they begin.
     pub async fn subscribed(mut self, thread: &str) -> Result<(Socket, u64), Failure> {
         self.queue_text(&format!(r#"{{"type":"subscribe","id":1,"thread":"{thread}"}}"#));
         let caught_up = |reply: Reply| if let Reply::CaughtUp { seq } = reply { Some(seq) } else { None };
@@ -156,7 +156,7 @@ impl Reader {
         let pongs = &mut self.pongs;
         let mut frame = |opcode: u8, payload: &[u8]| match opcode {
             TEXT => match Reply::read(payload)? {
-                // No bench asks who is there.
+                // No bench looks at presence.
                 Reply::Presence => Ok(()),
                 reply => each(reply),
             },
@@ -192,8 +192,8 @@ fn closed(payload: &[u8]) -> Failure {
     }
 }
 
-/// The receive buffer is ours. The server's send buffer grows with the size of segments, which on a loopback is 64 KB:
-/// 2.6 MB would wait there for a reader who does not read.
+/// Connects with a small receive buffer and small segments. The server's send buffer grows with the size of segments, which
+/// on a loopback is 64 KB: 2.6 MB would wait there for a reader who does not read.
 async fn narrow(authority: &str) -> Result<TcpStream, Failure> {
     let address = tokio::net::lookup_host(authority).await?.next().ok_or("the server has no address")?;
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
@@ -202,7 +202,7 @@ async fn narrow(authority: &str) -> Result<TcpStream, Failure> {
     Ok(socket.connect(address).await?)
 }
 
-/// Reads the answer to the upgrade; gives what came behind it.
+/// Reads the answer to the upgrade; gives the bytes after it.
 async fn upgraded(stream: &mut TcpStream) -> Result<Vec<u8>, Failure> {
     let mut head = Vec::with_capacity(2048);
     loop {
@@ -218,7 +218,7 @@ async fn upgraded(stream: &mut TcpStream) -> Result<Vec<u8>, Failure> {
     }
 }
 
-/// A client's text frame. The masking key is zero, which is a valid one and saves the masking; the server can't tell.
+/// A client's text frame. The masking key is zero, which is valid and saves the masking.
 pub fn text_frame(payload: &[u8]) -> Vec<u8> {
     frame(TEXT, payload)
 }
@@ -249,7 +249,7 @@ struct Scanner {
 }
 
 impl Scanner {
-    /// Gives each frame that is complete with `chunk` to `each`, by opcode and payload; tells how many.
+    /// Calls `each` with the opcode and the payload of each frame that `chunk` completes; gives how many there were.
     fn feed(
         &mut self,
         chunk: &[u8],
@@ -258,9 +258,9 @@ impl Scanner {
         let (mut chunk, mut count) = (chunk, 0);
         // Only what completes the frame is copied, so that thousands of connections keep no more than a frame each.
         while !self.rest.is_empty() {
-            let (first, behind) = chunk.split_at(self.missing()?.min(chunk.len()));
+            let (first, rest) = chunk.split_at(self.missing()?.min(chunk.len()));
             self.rest.extend_from_slice(first);
-            chunk = behind;
+            chunk = rest;
             let (used, frames) = scan(&self.rest, each)?;
             self.rest.drain(..used);
             count += frames;
@@ -273,7 +273,7 @@ impl Scanner {
         Ok(count + frames)
     }
 
-    /// Bytes that are wanted next, as far as is known: those of the header come one by one.
+    /// Bytes that the incomplete frame still needs, as far as is known: before its header is complete, one.
     fn missing(&self) -> Result<usize, Failure> {
         Ok(match header(&self.rest)? {
             Some((_, header, length)) => (header + length).saturating_sub(self.rest.len()),
@@ -282,7 +282,7 @@ impl Scanner {
     }
 }
 
-/// How many bytes the complete frames at the front of `bytes` take, and how many frames they are.
+/// How many bytes the complete frames at the front of `bytes` have, and how many frames they are.
 fn scan(bytes: &[u8], each: &mut impl FnMut(u8, &[u8]) -> Result<(), Failure>) -> Result<(usize, usize), Failure> {
     let (mut at, mut count) = (0, 0);
     while let Some((opcode, header, length)) = header(&bytes[at..])? {
@@ -302,7 +302,7 @@ fn header(bytes: &[u8]) -> Result<Option<(u8, usize, usize)>, Failure> {
         return Ok(None);
     };
     if first & 0xf0 != 0x80 {
-        return Err(format!("a frame that begins with {first:#x}: in pieces, or with reserved bits").into());
+        return Err(format!("a frame that begins with {first:#x}: a fragment, or with reserved bits").into());
     }
     let length = match second {
         0..=125 => Some((2, usize::from(second))),
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_are_found_wherever_the_reads_end() {
+    fn frames_are_found_wherever_reads_end() {
         let payloads = [vec![], vec![b'a'; 125], vec![b'b'; 126], vec![b'c'; 300], vec![b'd'; 70_000], vec![b'e']];
         let stream: Vec<u8> = payloads.iter().flat_map(|payload| server_frame(TEXT, payload)).collect();
         for step in [1, 2, 3, 7, 127, 1000, 65_536, stream.len()] {
@@ -346,7 +346,7 @@ mod tests {
             }
             assert_eq!(found, payloads, "in steps of {step}");
             assert!(scanner.rest.is_empty());
-            // As much as came behind the handshake.
+            // With the first bytes as those that came with the handshake.
             let mut scanner = Scanner { rest: stream[..step].to_vec() };
             let mut count = 0;
             for chunk in [&[], &stream[step..]] {
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_server_may_send_is_refused() {
+    fn frames_that_no_server_may_send_are_refused() {
         for bytes in [[0x01, 0x00], [0xc1, 0x00], [0x81, 0x80]] {
             assert!(header(&bytes).is_err(), "{bytes:?}");
         }

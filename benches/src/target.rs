@@ -1,4 +1,4 @@
-//! The server under load, and its users: as many as a bench wants, all made from the server's secret.
+//! The server under load, and its users: as many as a bench needs, with tokens made from the server's secret.
 
 use std::io::IsTerminal;
 use std::time::Duration;
@@ -11,11 +11,11 @@ use weft::cli::common::{Failure, mint};
 use weft::client::{Address, Http};
 use weft::clock;
 
-/// Connections made at the same time: enough to be quick, few enough for any backlog.
+/// Connections made at the same time: few enough for any accept queue.
 const AT_ONCE: usize = 64;
 /// Members that one `PUT` may name.
 const MEMBERS_AT_ONCE: usize = 1_000;
-/// How often a figure of the server's is looked at that something is awaited of.
+/// How often a metric is read while a bench waits for it to fall.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -24,7 +24,7 @@ pub struct TargetArgs {
     /// Where the server is.
     #[arg(long, env = "WEFT_URL", default_value = "http://127.0.0.1:8080")]
     pub url: String,
-    /// The secret that the server checks tokens with.
+    /// The secret that the server verifies tokens with.
     #[arg(long, env = "WEFT_JWT_SECRET", hide_env_values = true)]
     pub jwt_secret: String,
     /// The tenant of the bench's users.
@@ -70,12 +70,12 @@ impl Target {
         Socket::connect(&self.authority, token).await
     }
 
-    /// A connection that holds next to nothing for a user who does not read.
+    /// A connection that buffers very little for a user who does not read.
     pub async fn narrow_socket(&self, user: &str) -> Result<Socket, Failure> {
         Socket::connect_narrow(&self.authority, &self.token(user)?).await
     }
 
-    /// What `each` makes of the numbers 0…count-1, some at a time.
+    /// The results of `each` for the numbers 0…count-1, some at a time.
     pub async fn many<T>(
         &self,
         count: usize,
@@ -95,7 +95,7 @@ impl Target {
         let mut http = self.http(owner).await?;
         let path = format!("/v1/threads/{thread}");
         let mut parts = members.chunks(MEMBERS_AT_ONCE);
-        // The first makes the thread, with or without members; those of the others are added.
+        // The first makes the thread, with or without members; the others add theirs.
         http.put(&path, &json!({ "members": parts.next().unwrap_or_default() })).await?;
         for part in parts {
             http.put(&path, &json!({ "members": part })).await?;
@@ -107,13 +107,13 @@ impl Target {
         Ok(Http::connect(&self.args.url, &self.token(user)?).await?)
     }
 
-    /// The server's own figure, from its `/metrics`.
+    /// One of the server's metrics.
     pub async fn metric(&self, name: &str) -> Result<f64, Failure> {
         let [value] = self.metrics([name]).await?;
         Ok(value)
     }
 
-    /// Several of one moment.
+    /// Several metrics of the same moment.
     pub async fn metrics<const N: usize>(&self, names: [&str; N]) -> Result<[f64; N], Failure> {
         let text = self.http("observer").await?.get_text("/metrics").await?;
         let mut values = [0.0; N];
@@ -124,7 +124,7 @@ impl Target {
         Ok(values)
     }
 
-    /// Waits until the server's own figure is at most `most`.
+    /// Waits until a metric is at most `most`.
     pub async fn down_to(&self, name: &str, most: f64) -> Result<(), Failure> {
         let down = async {
             while self.metric(name).await? > most {
@@ -136,14 +136,14 @@ impl Target {
     }
 }
 
-/// Tells a person who waits what is going on.
+/// Shows what is being measured, on a terminal.
 pub fn progress(what: &str) {
     if std::io::stderr().is_terminal() {
         eprintln!("{what} …");
     }
 }
 
-/// Makes room for `needed` open files in this process.
+/// Lets this process open `needed` files.
 pub fn raise_open_files(needed: usize) -> Result<(), Failure> {
     let allowed = rlimit::increase_nofile_limit(needed as u64)?;
     if allowed < needed as u64 {

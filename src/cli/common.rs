@@ -1,4 +1,4 @@
-//! What the commands share: where the server is and who asks, tokens, colours.
+//! What the commands share: the server and the token to use, making tokens, tables, colours.
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
@@ -6,9 +6,7 @@ use std::io::{self, IsTerminal, Write};
 use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
-use crate::auth::jwt;
-use crate::auth::jwt::Claims;
-use crate::client::Http;
+use crate::auth::jwt::{self, Claims};
 use crate::clock;
 
 /// Why a command failed, in words for the person who typed it.
@@ -23,7 +21,7 @@ pub struct Server {
     /// Where the server is.
     #[arg(long, env = "WEFT_URL", default_value = "http://127.0.0.1:8080")]
     pub url: String,
-    /// The token to show it (`weft token` makes one).
+    /// The token to authenticate with (`weft token` makes one).
     #[arg(long, env = "WEFT_TOKEN", hide_env_values = true)]
     pub token: String,
 }
@@ -34,7 +32,7 @@ pub fn mint(secret: &str, tenant: &str, sub: &str, scope: &str, ttl_s: u64) -> R
     let claims = Claims {
         sub: sub.to_owned(),
         tenant: tenant.to_owned(),
-        exp: now + ttl_s,
+        exp: now.saturating_add(ttl_s),
         scope: Some(scope.to_owned()).filter(|scope| !scope.is_empty()),
         nbf: None,
         iss: None,
@@ -44,24 +42,7 @@ pub fn mint(secret: &str, tenant: &str, sub: &str, scope: &str, ttl_s: u64) -> R
     Ok(jwt::mint(secret, &claims)?)
 }
 
-/// All rows of a list that comes in pages. `path` has its query already.
-pub async fn all_pages(http: &mut Http, path: &str, field: &str) -> Result<Vec<Value>, Failure> {
-    let mut rows = Vec::new();
-    let mut next = path.to_owned();
-    loop {
-        let mut page = http.get(&next).await?;
-        match page[field].take() {
-            Value::Array(found) => rows.extend(found),
-            other => return Err(format!("the server sent no list of {field}: {other}").into()),
-        }
-        match page["next"].as_str() {
-            Some(cursor) => next = format!("{path}&cursor={cursor}"),
-            None => return Ok(rows),
-        }
-    }
-}
-
-/// Prints the rows of a list: as JSON under the name of their field, or as a table, or that there are none.
+/// Prints the rows of a list: as JSON under the name of their field, or as a table, or the text `none` where there are none.
 pub fn print_rows(
     json: bool,
     field: &str,
@@ -69,7 +50,7 @@ pub fn print_rows(
     rows: &[Value],
     table: impl FnOnce(&[Value]) -> Table,
 ) -> Result<(), Failure> {
-    let out = Out::new();
+    let out = Output::new();
     match rows {
         _ if json => out.line(json!({ field: rows })),
         [] => out.line(none),
@@ -94,8 +75,8 @@ pub fn cell(value: &Value) -> String {
     }
 }
 
-/// Standard output, with colours when a person reads it. A reader that goes away (`| head`) is the end, not an error.
-pub struct Out {
+/// Standard output, with colours on a terminal. A reader that goes away (`| head`) ends a command without an error.
+pub struct Output {
     colours: bool,
 }
 
@@ -111,23 +92,27 @@ pub enum Style {
     Cyan,
 }
 
-/// No line is longer, whatever a terminal says of itself.
+/// No line is longer, however wide a terminal claims to be.
 const MAX_COLUMNS: usize = 1_000;
 
-impl Out {
-    pub fn new() -> Out {
-        let colours = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
-        Out { colours }
+/// Whether to colour what goes to a stream: on a terminal, unless <https://no-color.org> says otherwise.
+pub fn has_colours(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+impl Output {
+    pub fn new() -> Output {
+        Output { colours: has_colours(&io::stdout()) }
     }
 
     pub fn is_terminal(&self) -> bool {
         io::stdout().is_terminal()
     }
 
-    /// How wide a line may be: what `COLUMNS` says, or the terminal; 100 where nobody says.
+    /// How wide a line may be: `COLUMNS`, else the terminal's width, else 100.
     pub fn columns(&self) -> usize {
-        let said = std::env::var("COLUMNS").ok().and_then(|text| text.parse().ok()).filter(|columns| *columns > 0);
-        said.or_else(terminal_columns).unwrap_or(100).min(MAX_COLUMNS)
+        let variable = std::env::var("COLUMNS").ok().and_then(|text| text.parse().ok()).filter(|columns| *columns > 0);
+        variable.or_else(terminal_columns).unwrap_or(100).min(MAX_COLUMNS)
     }
 
     pub fn paint(&self, style: Style, text: impl Display) -> String {
@@ -147,7 +132,7 @@ impl Out {
         format!("\x1b[{code}m{text}\x1b[0m")
     }
 
-    /// Writes a line; false when nobody reads any more.
+    /// Writes a line; false when its reader has gone away.
     pub fn line(&self, text: impl Display) -> Result<bool, Failure> {
         let mut out = io::stdout().lock();
         match writeln!(out, "{text}").and_then(|()| out.flush()) {
@@ -158,21 +143,21 @@ impl Out {
     }
 }
 
-#[expect(unsafe_code, reason = "the standard library does not ask a terminal for its size")]
+#[expect(unsafe_code, reason = "the standard library has no call for a terminal's size")]
 fn terminal_columns() -> Option<usize> {
     let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
-    // SAFETY: the kernel fills in one `winsize`, or nothing where standard output is no terminal.
-    let asked = unsafe { libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &raw mut size) };
-    Some(usize::from(size.ws_col)).filter(|columns| asked == 0 && *columns > 0)
+    // SAFETY: the kernel fills in one `winsize`, or nothing where standard output is not a terminal.
+    let status = unsafe { libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &raw mut size) };
+    Some(usize::from(size.ws_col)).filter(|columns| status == 0 && *columns > 0)
 }
 
-impl Default for Out {
-    fn default() -> Out {
-        Out::new()
+impl Default for Output {
+    fn default() -> Output {
+        Output::new()
     }
 }
 
-/// Text from other people, safe to print: a terminal must not obey what they wrote.
+/// Text from other people, safe to print: without characters that a terminal would execute.
 pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }

@@ -3,8 +3,7 @@
 use comfy_table::Table;
 use serde_json::Value;
 
-use super::common;
-use super::common::{Failure, Server, all_pages, cell, print_rows};
+use super::common::{self, Failure, Server, cell, print_rows};
 use crate::client::Http;
 
 #[derive(Debug, clap::Args)]
@@ -30,7 +29,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
             query.append_pair(name, value);
         }
     }
-    let letters = all_pages(&mut http, &format!("/v1/dead-letters?{}", query.finish()), "items").await?;
+    let letters = http.all_pages(&format!("/v1/dead-letters?{}", query.finish()), "items").await?;
     print_rows(args.json, "items", "no dead letters", &letters, table)
 }
 

@@ -8,9 +8,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
-use super::common::{Failure, Mint, Out, Style, mint};
+use super::common::{Failure, Mint, Output, Style, mint};
 use super::tail::summary;
-use crate::client::{Draft, Event, Http, Item, Resuming, Start};
+use crate::client::{ClientEvent, ClientItem, Http, PublishDraft, Resuming, Start};
 use crate::clock;
 
 /// How long one event may take to reach a reader.
@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const READING_PAUSE: Duration = Duration::from_millis(350);
 
 #[derive(Debug, clap::Args)]
-pub struct DemoArgs {
+pub struct Args {
     /// Where the server is.
     #[arg(long, env = "WEFT_URL", default_value = "http://127.0.0.1:8080")]
     pub url: String,
@@ -31,7 +31,7 @@ pub struct DemoArgs {
     pub tenant: String,
 }
 
-pub async fn run(args: DemoArgs) -> Result<(), Failure> {
+pub async fn run(args: Args) -> Result<(), Failure> {
     let mint = |sub: &str, scope: &str| mint(&args.jwt_secret, &args.tenant, sub, scope, 600);
     play(&args.url, &mint).await?;
     Ok(())
@@ -62,7 +62,7 @@ struct Reader {
 }
 
 struct Stage {
-    out: Out,
+    out: Output,
     thread: String,
     readers: Vec<Reader>,
     /// The newest seq that was published.
@@ -80,7 +80,7 @@ const CAST: [(&str, Style, &str); 3] = [
 
 impl Stage {
     async fn open(url: &str, mint: Mint<'_>, thread: &str) -> Result<Stage, Failure> {
-        let out = Out::new();
+        let out = Output::new();
         out.line(out.paint(Style::Bold, format_args!("thread {thread}: ada, ben and the agent scout")))?;
         let mut http = Http::connect(url, &mint(CAST[ADA].0, CAST[ADA].2)?).await?;
         http.put(&format!("/v1/threads/{thread}"), &json!({ "title": "The nightly import" })).await?;
@@ -167,12 +167,12 @@ impl Stage {
     }
 
     async fn send(&mut self, who: usize, kind: &str, data: Value, run: Option<&str>) -> Result<Option<u64>, Failure> {
-        let draft = Draft {
+        let draft = PublishDraft {
             thread: self.thread.clone(),
             kind: kind.to_owned(),
             data,
             run: run.map(str::to_owned),
-            ..Draft::default()
+            ..PublishDraft::default()
         };
         let late = |_| format!("{kind} by {} was not answered within {PATIENCE:?}", CAST[who].0);
         Ok(timeout(PATIENCE, self.readers[who].events.publish(draft)).await.map_err(late)??.seq)
@@ -193,7 +193,7 @@ impl Stage {
         Ok(())
     }
 
-    async fn show(&self, event: &Event) -> Result<(), Failure> {
+    async fn show(&self, event: &ClientEvent) -> Result<(), Failure> {
         if self.out.is_terminal() {
             sleep(READING_PAUSE).await;
         }
@@ -205,7 +205,7 @@ impl Stage {
         Ok(())
     }
 
-    fn row(&self, event: &Event, style: Style) -> String {
+    fn row(&self, event: &ClientEvent, style: Style) -> String {
         // A piece of a message has no seq.
         let place = event.seq.map_or_else(|| "~".to_owned(), |seq| format!("#{seq}"));
         let from = self.out.paint(style, format_args!("{:<6}", event.from));
@@ -262,7 +262,7 @@ impl Stage {
 }
 
 impl Reader {
-    async fn read_up_to(&mut self, seq: u64) -> Result<Vec<Event>, Failure> {
+    async fn read_up_to(&mut self, seq: u64) -> Result<Vec<ClientEvent>, Failure> {
         let name = self.name;
         let late = |_| format!("{name} has not seen #{seq} within {PATIENCE:?}");
         let mut events = Vec::new();
@@ -277,7 +277,7 @@ impl Reader {
     }
 
     /// Reads until the text that is being written has so many characters; gives the newest piece of it.
-    async fn read_text(&mut self, chars: usize) -> Result<Option<Event>, Failure> {
+    async fn read_text(&mut self, chars: usize) -> Result<Option<ClientEvent>, Failure> {
         let name = self.name;
         let late = |_| format!("{name} has not seen {chars} characters within {PATIENCE:?}");
         let reading = async {
@@ -290,8 +290,8 @@ impl Reader {
         timeout(PATIENCE, reading).await.map_err(late)?
     }
 
-    async fn take(&mut self) -> Result<Option<Event>, Failure> {
-        let Item::Event(event) = self.events.next().await? else { return Ok(None) };
+    async fn take(&mut self) -> Result<Option<ClientEvent>, Failure> {
+        let ClientItem::Event(event) = self.events.next().await? else { return Ok(None) };
         match event.seq {
             Some(seq) => self.seen.push(seq),
             None => self.text.push_str(event.data["text"].as_str().unwrap_or_default()),

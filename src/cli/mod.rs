@@ -4,6 +4,7 @@ pub mod append;
 pub mod common;
 pub mod dead_letters;
 pub mod demo;
+pub mod logging;
 pub mod rebuild;
 pub mod runs;
 pub mod schemas;
@@ -12,35 +13,42 @@ pub mod tail;
 pub mod threads;
 pub mod token;
 
-use clap::{Parser, Subcommand};
+use std::ffi::OsString;
+
+use clap::error::ErrorKind;
+use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use common::Failure;
+
+/// Commands that are planned and not there yet.
+const PLANNED: [&str; 11] =
+    ["replay", "search", "export", "verify", "backup", "restore", "doctor", "groups", "work", "erase", "completions"];
 
 /// An event-sourced messaging backend for AI platforms.
 #[derive(Debug, Parser)]
 #[command(name = "weft", version, max_term_width = 120)]
 pub struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: CliCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum CliCommand {
     /// Run the server
     Serve(Box<serve::Args>),
     /// Play a conversation against a running server
-    Demo(demo::DemoArgs),
+    Demo(demo::Args),
     /// Print a token and nothing else
-    Token(token::TokenArgs),
+    Token(token::Args),
     /// List my threads
-    Threads(threads::ThreadsArgs),
+    Threads(threads::Args),
     /// Follow a thread, or "*" for all of mine
-    Tail(tail::TailArgs),
-    /// List what could not be handled; scope admin
+    Tail(tail::Args),
+    /// List dead letters: events and records that could not be handled; scope admin
     DeadLetters(dead_letters::Args),
-    /// List the runs of agents, or show what one did and when
+    /// List the runs of agents, or show one as a waterfall
     Runs(runs::Args),
-    /// Make the projections anew from the log, of a stopped server
+    /// Rebuild the projections from the log, of a stopped server
     Rebuild(rebuild::Args),
     /// Write the contract as JSON Schemas
     Schemas(schemas::Args),
@@ -50,18 +58,78 @@ enum Command {
 }
 
 impl Cli {
+    /// Reads a command line. The error prints itself; it is `--help` or `--version`, or a wrong command line.
+    pub fn from_command_line(words: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+        let matches = with_planned().try_get_matches_from(words)?;
+        match matches.subcommand_name() {
+            Some(name) if PLANNED.contains(&name) => {
+                let why = format!("`weft {name}` is planned, and not there yet");
+                Err(Cli::command().error(ErrorKind::InvalidSubcommand, why))
+            }
+            _ => Cli::from_arg_matches(&matches),
+        }
+    }
+
     pub async fn run(self) -> Result<(), Failure> {
         match self.command {
-            Command::Serve(args) => serve::run(*args).await,
-            Command::Demo(args) => demo::run(args).await,
-            Command::Token(args) => token::run(args).await,
-            Command::Threads(args) => threads::run(args).await,
-            Command::Tail(args) => tail::run(args).await,
-            Command::DeadLetters(args) => dead_letters::run(args).await,
-            Command::Runs(args) => runs::run(args).await,
-            Command::Rebuild(args) => rebuild::run(args).await,
-            Command::Schemas(args) => schemas::run(&args),
-            Command::AppendUntilKilled(args) => append::run(args).await,
+            CliCommand::Serve(args) => serve::run(*args).await,
+            CliCommand::Demo(args) => demo::run(args).await,
+            CliCommand::Token(args) => token::run(&args),
+            CliCommand::Threads(args) => threads::run(args).await,
+            CliCommand::Tail(args) => tail::run(args).await,
+            CliCommand::DeadLetters(args) => dead_letters::run(args).await,
+            CliCommand::Runs(args) => runs::run(args).await,
+            CliCommand::Rebuild(args) => rebuild::run(args).await,
+            CliCommand::Schemas(args) => schemas::run(&args),
+            CliCommand::AppendUntilKilled(args) => append::run(args).await,
         }
+    }
+}
+
+/// The command with those that are planned: they accept anything, so that whoever tries one reads that it is not there.
+fn with_planned() -> clap::Command {
+    let planned = PLANNED.map(|name| {
+        let anything = Arg::new("anything").num_args(0..).trailing_var_arg(true).allow_hyphen_values(true);
+        clap::Command::new(name).about("Planned, not there yet").hide(true).disable_help_flag(true).arg(anything)
+    });
+    Cli::command().subcommands(planned).after_help(format!("Planned, not there yet: {}", PLANNED.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::from_command_line(line.split(' ').map(OsString::from))
+    }
+
+    #[test]
+    fn the_command_is_sound() {
+        with_planned().debug_assert();
+        assert!(parse("weft threads --token t").is_ok());
+    }
+
+    #[test]
+    fn what_is_planned_says_so_whatever_follows() {
+        for name in PLANNED {
+            for more in ["", " --help", " a b --json -x", " -- c"] {
+                let error = parse(&format!("weft {name}{more}")).expect_err(name);
+                let text = error.to_string();
+                assert!(text.contains(&format!("`weft {name}` is planned, and not there yet")), "{text}");
+                assert_eq!(error.exit_code(), 2);
+            }
+        }
+        let unknown = parse("weft dance").expect_err("no such command");
+        assert!(unknown.to_string().contains("unrecognized subcommand 'dance'"), "{unknown}");
+    }
+
+    #[test]
+    fn the_help_lists_what_is_planned_apart_from_what_is_there() {
+        let help = parse("weft --help").expect_err("the help");
+        assert_eq!(help.exit_code(), 0);
+        let text = help.to_string();
+        let (there, planned) = text.split_once("Planned, not there yet: ").expect("both");
+        assert!(there.contains("dead-letters") && !there.contains("search"), "{text}");
+        assert!(planned.contains("search"), "{text}");
     }
 }

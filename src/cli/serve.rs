@@ -5,7 +5,7 @@ use std::path::Path;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::common::{Failure, Out, Style, mint};
+use super::common::{Failure, Output, Style, mint};
 use super::demo;
 use crate::app::App;
 use crate::clock;
@@ -80,7 +80,7 @@ async fn welcome(url: &str, secret: &str, play: bool) -> Result<(), Failure> {
     let mint = |sub: &str, scope: &str| mint(secret, DEV_TENANT, sub, scope, DEV_TTL);
     let thread = if play { demo::play(url, &mint).await? } else { "*".to_owned() };
     let token = mint(DEV_USER, "")?;
-    let out = Out::new();
+    let out = Output::new();
     out.line("")?;
     out.line(format!("{}  {url}", out.paint(Style::Bold, "address")))?;
     out.line(format!("{}    {token}", out.paint(Style::Bold, "token")))?;

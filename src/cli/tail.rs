@@ -2,11 +2,11 @@
 
 use serde_json::Value;
 
-use super::common::{Failure, Out, Server, Style, printable};
-use crate::client::{Event, Item, Resuming, Start};
+use super::common::{Failure, Output, Server, Style, printable};
+use crate::client::{ClientEvent, ClientItem, Resuming, Start};
 
 #[derive(Debug, clap::Args)]
-pub struct TailArgs {
+pub struct Args {
     /// The thread, or "*" for all that I am a member of.
     pub thread: String,
     #[command(flatten)]
@@ -22,13 +22,13 @@ pub struct TailArgs {
     pub json: bool,
 }
 
-pub async fn run(args: TailArgs) -> Result<(), Failure> {
+pub async fn run(args: Args) -> Result<(), Failure> {
     let start = match (args.after, args.last) {
         (Some(seq), _) => Start::After(seq),
         (None, Some(count)) => Start::Last(count),
         (None, None) => Start::Now,
     };
-    let out = Out::new();
+    let out = Output::new();
     let mut events = Resuming::connect(&args.server.url, &args.server.token, &args.thread, start).await?;
     let mut connected = true;
     loop {
@@ -41,26 +41,26 @@ pub async fn run(args: TailArgs) -> Result<(), Failure> {
         };
         // What is no event goes to standard error, so that `--json` can be piped.
         match item {
-            Item::Event(event) => {
+            ClientItem::Event(event) => {
                 let text = if args.json { serde_json::to_string(&event)? } else { line(&out, &args, &event) };
                 if !out.line(text)? {
                     return Ok(events.close().await?);
                 }
             }
-            Item::Lost(error) if connected => {
+            ClientItem::Lost(error) if connected => {
                 connected = false;
                 eprintln!("weft tail: {error}; connecting again");
             }
-            Item::Resumed => {
+            ClientItem::Resumed => {
                 connected = true;
                 eprintln!("weft tail: connected again, nothing was missed");
             }
-            Item::Lost(_) | Item::CaughtUp { .. } => {}
+            ClientItem::Lost(_) | ClientItem::CaughtUp { .. } => {}
         }
     }
 }
 
-fn line(out: &Out, args: &TailArgs, event: &Event) -> String {
+fn line(out: &Output, args: &Args, event: &ClientEvent) -> String {
     let thread = if args.thread == "*" { format!("{} ", event.thread) } else { String::new() };
     let place = event.seq.map_or_else(|| "~".to_owned(), |seq| format!("#{seq}"));
     // Hours, minutes and seconds of an RFC 3339 time; what is not one is shown as it is.
@@ -71,7 +71,7 @@ fn line(out: &Out, args: &TailArgs, event: &Event) -> String {
 }
 
 /// The event's payload in a few words: its text where it has one, otherwise its JSON.
-pub fn summary(event: &Event) -> String {
+pub fn summary(event: &ClientEvent) -> String {
     let data = &event.data;
     let text = |field: &str| data[field].as_str().map(printable);
     let shown = match event.kind.as_str() {

@@ -3,12 +3,11 @@
 use comfy_table::{CellAlignment, Table};
 use serde_json::Value;
 
-use super::common;
-use super::common::{Failure, Server, all_pages, cell, print_rows};
+use super::common::{self, Failure, Server, cell, print_rows};
 use crate::client::Http;
 
 #[derive(Debug, clap::Args)]
-pub struct ThreadsArgs {
+pub struct Args {
     #[command(flatten)]
     pub server: Server,
     /// Print JSON.
@@ -16,9 +15,9 @@ pub struct ThreadsArgs {
     pub json: bool,
 }
 
-pub async fn run(args: ThreadsArgs) -> Result<(), Failure> {
+pub async fn run(args: Args) -> Result<(), Failure> {
     let mut http = Http::connect(&args.server.url, &args.server.token).await?;
-    let threads = all_pages(&mut http, "/v1/threads?limit=1000", "threads").await?;
+    let threads = http.all_pages("/v1/threads?limit=1000", "threads").await?;
     print_rows(args.json, "threads", "no threads yet", &threads, table)
 }
 

@@ -1,4 +1,4 @@
-//! Plain HTTP/1.1 on one connection that is kept open: what the WebSocket has no command for.
+//! Plain HTTP/1.1 on one connection that is kept open, for what the WebSocket has no command for.
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
@@ -24,7 +24,7 @@ impl Http {
         let stream = TcpStream::connect(&authority).await.map_err(refused)?;
         stream.set_nodelay(true).map_err(refused)?;
         let (requests, connection) = handshake(TokioIo::new(stream)).await.map_err(lost)?;
-        // Ends with `requests`; its error is also the answer of the request that failed.
+        // Ends when `requests` is dropped. Its error is dropped because the request that fails reports it too.
         tokio::spawn(async move { drop(connection.await) });
         Ok(Http { requests, authority, token: token.to_owned() })
     }
@@ -33,7 +33,7 @@ impl Http {
         json(&self.ask(Method::GET, path, None).await?)
     }
 
-    /// For what is no JSON, as `/metrics`.
+    /// For a body that is not JSON, such as that of `/metrics`.
     pub async fn get_text(&mut self, path: &str) -> Result<String, ClientError> {
         let body = self.ask(Method::GET, path, None).await?;
         Ok(String::from_utf8_lossy(&body).into_owned())
@@ -41,6 +41,23 @@ impl Http {
 
     pub async fn put(&mut self, path: &str, body: &Value) -> Result<Value, ClientError> {
         json(&self.ask(Method::PUT, path, Some(body)).await?)
+    }
+
+    /// All rows of a list that comes in pages, under the name of its field. `path` has a query already.
+    pub async fn all_pages(&mut self, path: &str, field: &str) -> Result<Vec<Value>, ClientError> {
+        let mut rows = Vec::new();
+        let mut next = path.to_owned();
+        loop {
+            let mut page = self.get(&next).await?;
+            match page[field].take() {
+                Value::Array(found) => rows.extend(found),
+                other => return Err(ClientError::Malformed(format!("{other} in place of a list of {field}"))),
+            }
+            match page["next"].as_str() {
+                Some(cursor) => next = format!("{path}&cursor={cursor}"),
+                None => return Ok(rows),
+            }
+        }
     }
 
     async fn ask(&mut self, method: Method, path: &str, body: Option<&Value>) -> Result<Bytes, ClientError> {

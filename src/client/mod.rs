@@ -1,9 +1,9 @@
 //! A client of Weft: one WebSocket, commands out, frames in.
 //!
-//! [`Client`] is one connection. [`Resuming`] outlives connections: it reconnects and resumes behind the last seq it has
-//! seen, so that its reader gets each event once and in order. [`Http`] is what else a command line needs.
+//! [`Client`] is one connection. [`Resuming`] outlives connections: it reconnects and resumes after the last seq it has
+//! seen, so that its reader gets each event once and in order. [`Http`] sends the requests that have no command.
 //!
-//! No TLS here: in front of a server that is not on this machine stands something that ends it.
+//! There is no TLS here: a server on another machine needs a proxy or a tunnel on this one that speaks it.
 
 mod http;
 mod resuming;
@@ -24,11 +24,11 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, frame::coding::CloseC
 use tokio_tungstenite::tungstenite::{self, Message};
 
 pub use http::Http;
-pub use resuming::{Item, Resuming, Start};
+pub use resuming::{ClientItem, Resuming, Start};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where a server is. Reads `http://host:port`, `ws://host:port` and `ws://host:port/v1/ws` alike.
+/// Where a server is. Parses `http://host:port`, `ws://host:port` and `ws://host:port/v1/ws` alike.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Address {
     authority: String,
@@ -64,13 +64,13 @@ impl FromStr for Address {
 /// Why a connection or a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    #[error("{0:?} is no address like http://127.0.0.1:8080 or ws://127.0.0.1:8080/v1/ws")]
+    #[error("{0:?} is not an address such as http://127.0.0.1:8080 or ws://127.0.0.1:8080/v1/ws")]
     Address(String),
-    #[error("the token holds characters that no token has")]
+    #[error("the token has characters that cannot stand in a header")]
     Token,
     #[error("cannot connect to {to}: {source}")]
     Connect { to: String, source: std::io::Error },
-    #[error("the server refused: HTTP {status}{}", detail(.body))]
+    #[error("{}", refusal(*.status, .body))]
     Refused { status: u16, body: String },
     #[error("the connection was closed: {code}{}", detail(.reason))]
     Closed { code: u16, reason: String },
@@ -80,16 +80,16 @@ pub enum ClientError {
     Lost(Box<dyn std::error::Error + Send + Sync>),
     #[error("{0}")]
     Command(Box<ErrorFrame>),
-    #[error("the server sent what is not understood: {0}")]
+    #[error("the server sent something unexpected: {0}")]
     Malformed(String),
-    #[error("the log is another one (epoch {0}): what was seen so far says nothing about it; start again")]
+    #[error("the server has another log now (epoch {0}): the cursor of the old one means nothing in it; start again")]
     OtherLog(String),
-    #[error("{thread} has a hole: after seq {after} came {seq}")]
+    #[error("events of {thread} are missing: after seq {after} came {seq}")]
     Hole { thread: String, after: u64, seq: u64 },
 }
 
 impl ClientError {
-    /// Whether a new connection may do better: the other kind needs something mended first.
+    /// Whether a new connection may succeed. Where not, something has to be changed first.
     pub fn reconnects(&self) -> bool {
         match self {
             ClientError::Connect { .. } | ClientError::Silent(_) | ClientError::Lost(_) => true,
@@ -99,10 +99,8 @@ impl ClientError {
             _ => false,
         }
     }
-}
 
-impl ClientError {
-    /// When the server asked to come back, if it did: a drain tells each client a time of its own.
+    /// After what time the server asks the client to come back, if it does: a draining server gives each client its own.
     pub fn retry_after(&self) -> Option<Duration> {
         #[derive(Deserialize)]
         struct Advice {
@@ -115,6 +113,27 @@ impl ClientError {
             _ => return None,
         };
         Some(Duration::from_millis(ms))
+    }
+}
+
+/// The server's own words (RFC 9457) where the body has them: `not_found: there is no such thread`.
+fn refusal(status: u16, body: &str) -> String {
+    #[derive(Deserialize)]
+    struct ProblemText {
+        code: String,
+        detail: String,
+        field: Option<String>,
+    }
+    match serde_json::from_str(body) {
+        Ok(ProblemText { code, detail, field }) => refusal_text(&code, &detail, field.as_deref()),
+        Err(_) => format!("the server refused: HTTP {status}{}", detail(body)),
+    }
+}
+
+fn refusal_text(code: &str, message: &str, field: Option<&str>) -> String {
+    match field {
+        Some(field) => format!("{code}: {message} ({field})"),
+        None => format!("{code}: {message}"),
     }
 }
 
@@ -134,19 +153,19 @@ impl From<tungstenite::Error> for ClientError {
     }
 }
 
-/// What the server sends. Fields and types that this client does not know are left alone.
+/// What the server sends. Fields that this client does not know are ignored, and so are frames of other types.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
-pub enum Frame {
+pub enum ClientFrame {
     Welcome(Welcome),
-    Subscribed(Subscribed),
-    Event(Event),
+    Subscribed(SubscribeAnswer),
+    Event(ClientEvent),
     CaughtUp {
         thread: String,
         #[serde(default)]
         seq: u64,
     },
-    Published(Published),
+    Published(PublishAnswer),
     Position {
         thread: String,
         seq: u64,
@@ -156,7 +175,6 @@ pub enum Frame {
         from: u64,
         to: u64,
     },
-    Work(Work),
     Signal {
         thread: String,
         kind: String,
@@ -174,12 +192,6 @@ pub enum Frame {
     Unsubscribed {
         id: i64,
     },
-    Consuming {
-        id: i64,
-    },
-    Settled {
-        id: i64,
-    },
     Pong {
         id: i64,
     },
@@ -187,17 +199,13 @@ pub enum Frame {
     Unknown,
 }
 
-impl Frame {
+impl ClientFrame {
     /// The id of the command that this frame answers.
     fn answers(&self) -> Option<i64> {
         match self {
-            Frame::Published(published) => Some(published.id),
-            Frame::Subscribed(subscribed) => Some(subscribed.id),
-            Frame::Refreshed { id }
-            | Frame::Unsubscribed { id }
-            | Frame::Consuming { id }
-            | Frame::Settled { id }
-            | Frame::Pong { id } => Some(*id),
+            ClientFrame::Published(published) => Some(published.id),
+            ClientFrame::Subscribed(subscribed) => Some(subscribed.id),
+            ClientFrame::Refreshed { id } | ClientFrame::Unsubscribed { id } | ClientFrame::Pong { id } => Some(*id),
             _ => None,
         }
     }
@@ -213,7 +221,7 @@ pub struct Welcome {
 }
 
 #[derive(Debug, Clone, Deserialize)]
-pub struct Subscribed {
+pub struct SubscribeAnswer {
     pub id: i64,
     pub thread: String,
     pub epoch: String,
@@ -231,19 +239,19 @@ fn yes() -> bool {
 }
 
 #[derive(Debug, Clone, Deserialize)]
-pub struct Published {
+pub struct PublishAnswer {
     pub id: i64,
     pub thread: String,
-    /// None for a token piece: its place is in the message.
+    /// None for a delta: it has a position in its message instead.
     pub seq: Option<u64>,
     #[serde(default)]
     pub duplicate: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Event {
+pub struct ClientEvent {
     pub thread: String,
-    /// None for a token piece: its place is in the message.
+    /// None for a delta: it has a position in its message instead.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seq: Option<u64>,
     pub kind: String,
@@ -268,15 +276,6 @@ pub struct Event {
 }
 
 #[derive(Debug, Clone, Deserialize)]
-pub struct Work {
-    pub delivery: Value,
-    pub group: String,
-    #[serde(default)]
-    pub attempt: u32,
-    pub event: Event,
-}
-
-#[derive(Debug, Clone, Deserialize)]
 pub struct ErrorFrame {
     pub id: Option<i64>,
     pub code: String,
@@ -291,17 +290,13 @@ pub struct ErrorFrame {
 
 impl fmt::Display for ErrorFrame {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.code, self.message)?;
-        match &self.field {
-            Some(field) => write!(f, " ({field})"),
-            None => Ok(()),
-        }
+        f.write_str(&refusal_text(&self.code, &self.message, self.field.as_deref()))
     }
 }
 
 /// An event to publish.
 #[derive(Debug, Clone, Default, Serialize)]
-pub struct Draft {
+pub struct PublishDraft {
     pub thread: String,
     pub kind: String,
     pub data: Value,
@@ -315,7 +310,7 @@ pub struct Draft {
 
 /// What to subscribe to, and from where.
 #[derive(Debug, Clone, Default, Serialize)]
-pub struct Subscription {
+pub struct SubscribeDraft {
     pub thread: String,
     /// A seq; with thread `"*"` an object of thread to seq.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -327,7 +322,7 @@ pub struct Subscription {
 }
 
 #[derive(Serialize)]
-struct Command<'a, T> {
+struct CommandFrame<'a, T> {
     #[serde(rename = "type")]
     kind: &'static str,
     id: i64,
@@ -335,12 +330,12 @@ struct Command<'a, T> {
     body: &'a T,
 }
 
-/// One connection, welcomed. Dropping it cuts the socket without a word; [`Client::close`] takes leave.
+/// One connection, past its `welcome`. Dropping it closes the TCP connection alone; [`Client::close`] sends a close frame.
 pub struct Client {
     socket: WebSocketStream<TcpStream>,
     welcome: Welcome,
-    /// Frames that came while an answer was awaited.
-    waiting: VecDeque<Frame>,
+    /// Frames that came before an answer that was waited for.
+    waiting: VecDeque<ClientFrame>,
     next_id: i64,
 }
 
@@ -361,8 +356,8 @@ impl Client {
         stream.set_nodelay(true).map_err(refused)?;
         let (mut socket, _) = tokio_tungstenite::client_async(request, stream).await?;
         match next_frame(&mut socket, CONNECT_TIMEOUT).await? {
-            Frame::Welcome(welcome) => Ok(Client { socket, welcome, waiting: VecDeque::new(), next_id: 1 }),
-            Frame::Error(error) => Err(ClientError::Command(Box::new(error))),
+            ClientFrame::Welcome(welcome) => Ok(Client { socket, welcome, waiting: VecDeque::new(), next_id: 1 }),
+            ClientFrame::Error(error) => Err(ClientError::Command(Box::new(error))),
             other => Err(ClientError::Malformed(format!("{other:?} instead of a welcome"))),
         }
     }
@@ -371,48 +366,48 @@ impl Client {
         &self.welcome
     }
 
-    /// Sends one command, or an array of them, as it is.
+    /// Sends one command, or an array of them, unchanged.
     pub async fn send(&mut self, command: &impl Serialize) -> Result<(), ClientError> {
         let text = serde_json::to_string(command).map_err(|error| ClientError::Malformed(error.to_string()))?;
         Ok(self.socket.send(Message::text(text)).await?)
     }
 
-    /// The next frame. May be dropped while it waits: nothing gets lost.
-    pub async fn recv(&mut self) -> Result<Frame, ClientError> {
+    /// The next frame. Cancel-safe: no frame is lost when the future is dropped.
+    pub async fn recv(&mut self) -> Result<ClientFrame, ClientError> {
         match self.waiting.pop_front() {
             Some(frame) => Ok(frame),
             None => self.read().await,
         }
     }
 
-    async fn read(&mut self) -> Result<Frame, ClientError> {
-        // Two missed heartbeats and some grace: a network that died silently would keep us waiting for ever.
+    async fn read(&mut self) -> Result<ClientFrame, ClientError> {
+        // Two missed heartbeats and some grace: a connection that broke without a FIN would never end by itself.
         let patience = Duration::from_millis(self.welcome.heartbeat_ms) * 2 + CONNECT_TIMEOUT;
         next_frame(&mut self.socket, patience).await
     }
 
-    pub async fn publish(&mut self, draft: &Draft) -> Result<Published, ClientError> {
+    pub async fn publish(&mut self, draft: &PublishDraft) -> Result<PublishAnswer, ClientError> {
         match self.ask("publish", draft).await? {
-            Frame::Published(published) => Ok(published),
+            ClientFrame::Published(published) => Ok(published),
             other => Err(ClientError::Malformed(format!("{other:?} answers a publish"))),
         }
     }
 
-    pub async fn subscribe(&mut self, subscription: &Subscription) -> Result<Subscribed, ClientError> {
+    pub async fn subscribe(&mut self, subscription: &SubscribeDraft) -> Result<SubscribeAnswer, ClientError> {
         match self.ask("subscribe", subscription).await? {
-            Frame::Subscribed(subscribed) => Ok(subscribed),
+            ClientFrame::Subscribed(subscribed) => Ok(subscribed),
             other => Err(ClientError::Malformed(format!("{other:?} answers a subscribe"))),
         }
     }
 
     /// Sends a command and reads its answer; what comes before is kept for [`Client::recv`].
-    async fn ask(&mut self, kind: &'static str, body: &impl Serialize) -> Result<Frame, ClientError> {
+    async fn ask(&mut self, kind: &'static str, body: &impl Serialize) -> Result<ClientFrame, ClientError> {
         let id = self.next_id;
         self.next_id += 1;
-        self.send(&Command { kind, id, body }).await?;
+        self.send(&CommandFrame { kind, id, body }).await?;
         loop {
             match self.read().await? {
-                Frame::Error(error) if error.id == Some(id) => return Err(ClientError::Command(Box::new(error))),
+                ClientFrame::Error(error) if error.id == Some(id) => return Err(ClientError::Command(Box::new(error))),
                 frame if frame.answers() == Some(id) => return Ok(frame),
                 other => self.waiting.push_back(other),
             }
@@ -420,12 +415,12 @@ impl Client {
     }
 
     pub async fn close(mut self) -> Result<(), ClientError> {
-        let farewell = CloseFrame { code: CloseCode::Normal, reason: "".into() };
-        Ok(self.socket.close(Some(farewell)).await?)
+        let frame = CloseFrame { code: CloseCode::Normal, reason: "".into() };
+        Ok(self.socket.close(Some(frame)).await?)
     }
 }
 
-async fn next_frame(socket: &mut WebSocketStream<TcpStream>, patience: Duration) -> Result<Frame, ClientError> {
+async fn next_frame(socket: &mut WebSocketStream<TcpStream>, patience: Duration) -> Result<ClientFrame, ClientError> {
     loop {
         let next = tokio::time::timeout(patience, socket.next()).await;
         match next.map_err(|_| ClientError::Silent(patience))? {
@@ -436,12 +431,28 @@ async fn next_frame(socket: &mut WebSocketStream<TcpStream>, patience: Duration)
                 let (code, reason) = frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
                 return Err(ClientError::Closed { code, reason });
             }
-            // The socket answers pings by itself; they only show that the server lives.
+            // Pings, which the socket answers by itself.
             Some(Ok(_)) => {}
             Some(Err(error)) => return Err(error.into()),
             None => {
                 return Err(ClientError::Closed { code: 1006, reason: String::new() });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_over_http_is_told_in_the_server_s_words() {
+        let text = |body: &str| ClientError::Refused { status: 404, body: body.to_owned() }.to_string();
+        let problem = r#"{"title":"not_found","status":404,"code":"not_found","detail":"there is no such thread"}"#;
+        assert_eq!(text(problem), "not_found: there is no such thread");
+        let problem = r#"{"status":400,"code":"bad_request","detail":"limit must be 1 to 1000","field":"limit"}"#;
+        assert_eq!(text(problem), "bad_request: limit must be 1 to 1000 (limit)");
+        assert_eq!(text("<html>"), "the server refused: HTTP 404 (<html>)");
+        assert_eq!(text(""), "the server refused: HTTP 404");
     }
 }

@@ -1,41 +1,43 @@
 //! A reader that outlives its connections.
 //!
-//! Invariant: what [`Resuming::next`] gives as [`Item::Event`] is, thread by thread, dense in seq and without a repeat,
-//! however often the connection was lost between two of them. A hole is an error, never passed over.
+//! Invariant: in each thread the seqs of the [`ClientItem::Event`]s that [`Resuming::next`] gives go up by one, without a gap
+//! or a repeat, however often the connection is lost between two of them. A gap is an error.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use serde_json::json;
 
-use super::{Client, ClientError, Draft, Event, Frame, Http, Published, Subscription};
+use super::{
+    Client, ClientError, ClientEvent, ClientFrame, Http, PublishAnswer, PublishDraft, SubscribeAnswer, SubscribeDraft,
+};
 use crate::clock;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// A server that asks for more is not believed.
+/// A server that asks for a longer pause gets this one.
 const LONGEST_ADVISED: Duration = Duration::from_secs(120);
 
 /// Where reading begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Start {
-    /// With what comes next.
+    /// With the next event.
     Now,
     After(u64),
-    /// With the newest so many.
+    /// With so many of the newest events.
     Last(u64),
 }
 
 #[derive(Debug)]
-pub enum Item {
-    Event(Box<Event>),
+pub enum ClientItem {
+    Event(Box<ClientEvent>),
     CaughtUp {
         thread: String,
         seq: u64,
     },
     /// The connection is gone; the next call makes a new one.
     Lost(ClientError),
-    /// Connected again, and reading on behind what was seen.
+    /// Connected again; reading goes on after the last event seen.
     Resumed,
 }
 
@@ -49,7 +51,7 @@ pub struct Resuming {
     epoch: Option<String>,
     /// The last seq seen of each thread.
     seen: HashMap<String, u64>,
-    /// Connections in a row that gave nothing.
+    /// Connections in a row that failed before a frame came.
     failures: u32,
     /// The pause that the server asked for.
     advised: Option<Duration>,
@@ -57,7 +59,7 @@ pub struct Resuming {
 }
 
 impl Resuming {
-    /// Connects for the first time; here every failure is told at once, since it is most likely a wrong address or token.
+    /// Connects for the first time. Every failure is returned, since it is most likely a wrong address or token.
     pub async fn connect(url: &str, token: &str, thread: &str, start: Start) -> Result<Resuming, ClientError> {
         let mut resuming = Resuming {
             url: url.to_owned(),
@@ -80,7 +82,7 @@ impl Resuming {
         self.seen.get(thread).copied()
     }
 
-    /// Drops the socket without a word, as a failing network does.
+    /// Drops the socket without a close frame, as a failing network does.
     pub fn cut(&mut self) {
         self.client = None;
     }
@@ -92,8 +94,8 @@ impl Resuming {
         }
     }
 
-    /// What comes next. May be dropped while it waits: nothing gets lost.
-    pub async fn next(&mut self) -> Result<Item, ClientError> {
+    /// The next item. Cancel-safe: nothing is lost when the future is dropped.
+    pub async fn next(&mut self) -> Result<ClientItem, ClientError> {
         let Some(client) = &mut self.client else {
             return self.reopen().await;
         };
@@ -104,24 +106,26 @@ impl Resuming {
             };
             self.failures = 0;
             match frame {
-                Frame::Event(event) if advance(&mut self.seen, &event)? => return Ok(Item::Event(Box::new(event))),
-                Frame::CaughtUp { thread, seq } => return Ok(Item::CaughtUp { thread, seq }),
-                Frame::Error(error) => return Err(ClientError::Command(Box::new(error))),
+                ClientFrame::Event(event) if advance(&mut self.seen, &event)? => {
+                    return Ok(ClientItem::Event(Box::new(event)));
+                }
+                ClientFrame::CaughtUp { thread, seq } => return Ok(ClientItem::CaughtUp { thread, seq }),
+                ClientFrame::Error(error) => return Err(ClientError::Command(Box::new(error))),
                 _ => {}
             }
         }
     }
 
-    /// Publishes under a key of its own, and again under the same key when a connection is lost before the answer: it
-    /// becomes one event whatever happens.
-    pub async fn publish(&mut self, mut draft: Draft) -> Result<Published, ClientError> {
+    /// Publishes with an idempotency key, and again with the same key when a connection is lost before the answer, so that
+    /// it becomes exactly one event.
+    pub async fn publish(&mut self, mut draft: PublishDraft) -> Result<PublishAnswer, ClientError> {
         if draft.key.is_none() {
             draft.key = Some(format!("{}-{}", random(), self.next_key));
             self.next_key += 1;
         }
         loop {
             let Some(client) = &mut self.client else {
-                if let Item::Lost(error) = self.reopen().await? {
+                if let ClientItem::Lost(error) = self.reopen().await? {
                     tracing::debug!(%error, "publishing waits for a connection");
                 }
                 continue;
@@ -132,19 +136,19 @@ impl Resuming {
                     let advised = refusal.retry_after_ms.map(Duration::from_millis);
                     tokio::time::sleep(advised.unwrap_or(FIRST_PAUSE)).await;
                 }
-                // What was received but not read yet goes with the connection, and comes again behind `seen`.
+                // Frames that were received and not read are lost with the connection; their events come again after `seen`.
                 Err(error) => drop(self.lost(error)?),
             }
         }
     }
 
-    fn lost(&mut self, error: ClientError) -> Result<Item, ClientError> {
+    fn lost(&mut self, error: ClientError) -> Result<ClientItem, ClientError> {
         self.client = None;
         self.advised = error.retry_after().map(|pause| pause.min(LONGEST_ADVISED));
-        if error.reconnects() { Ok(Item::Lost(error)) } else { Err(error) }
+        if error.reconnects() { Ok(ClientItem::Lost(error)) } else { Err(error) }
     }
 
-    async fn reopen(&mut self) -> Result<Item, ClientError> {
+    async fn reopen(&mut self) -> Result<ClientItem, ClientError> {
         let own = (self.failures > 0).then(|| pause(self.failures));
         if let Some(pause) = self.advised.max(own) {
             tokio::time::sleep(pause).await;
@@ -152,21 +156,29 @@ impl Resuming {
         self.advised = None;
         self.failures = self.failures.saturating_add(1);
         match self.open().await {
-            Ok(()) => Ok(Item::Resumed),
+            Ok(()) => Ok(ClientItem::Resumed),
             Err(error) => self.lost(error),
         }
     }
 
-    /// Being connected is no success yet: a server that welcomes everybody and then closes must not be hammered.
+    /// Does not reset `failures`: a server that accepts connections and then closes them would get them without a pause.
     async fn open(&mut self) -> Result<(), ClientError> {
         let mut client = Client::connect(&self.url, &self.token).await?;
         if self.thread == "*" {
             self.learn_threads().await?;
         }
         let subscribed = client.subscribe(&self.subscription()).await?;
-        if !subscribed.recovered || self.epoch.as_ref().is_some_and(|known| *known != subscribed.epoch) {
+        let same_log = self.epoch.as_ref().is_none_or(|known| *known == subscribed.epoch);
+        if !subscribed.recovered || !same_log {
             return Err(ClientError::OtherLog(subscribed.epoch));
         }
+        self.remember(subscribed);
+        self.client = Some(client);
+        Ok(())
+    }
+
+    /// Keeps where the subscription begins, for threads of which nothing has been seen yet.
+    fn remember(&mut self, subscribed: SubscribeAnswer) {
         if let Some(after) = subscribed.after.as_u64() {
             self.seen.entry(self.thread.clone()).or_insert(after);
         }
@@ -176,13 +188,11 @@ impl Resuming {
             }
         }
         self.epoch = Some(subscribed.epoch);
-        self.client = Some(client);
-        Ok(())
     }
 
-    fn subscription(&self) -> Subscription {
+    fn subscription(&self) -> SubscribeDraft {
         let mut subscription =
-            Subscription { thread: self.thread.clone(), epoch: self.epoch.clone(), ..Subscription::default() };
+            SubscribeDraft { thread: self.thread.clone(), epoch: self.epoch.clone(), ..SubscribeDraft::default() };
         let all = self.thread == "*";
         match (self.seen.get(&self.thread), self.start) {
             _ if all => subscription.after = Some(json!(self.seen)),
@@ -194,31 +204,25 @@ impl Resuming {
         subscription
     }
 
-    /// For `"*"`: a place in every thread, so that none loses events while there is no connection. A thread that has come
-    /// up since the first time is read from its start.
+    /// For `"*"`: a cursor in every thread, so that none loses events while there is no connection. A thread that was made
+    /// since the first connection is read from its start.
     async fn learn_threads(&mut self) -> Result<(), ClientError> {
         let first_time = self.epoch.is_none();
         let mut http = Http::connect(&self.url, &self.token).await?;
-        let mut path = "/v1/threads?limit=1000".to_owned();
-        loop {
-            let page = http.get(&path).await?;
-            for row in page["threads"].as_array().into_iter().flatten() {
-                let (Some(thread), Some(head)) = (row["thread"].as_str(), row["head"].as_u64()) else {
-                    return Err(ClientError::Malformed(format!("{row} in the list of threads")));
-                };
-                let begin = if first_time { self.start.behind(head) } else { 0 };
-                self.seen.entry(thread.to_owned()).or_insert(begin);
-            }
-            match page["next"].as_str() {
-                Some(cursor) => path = format!("/v1/threads?limit=1000&cursor={cursor}"),
-                None => return Ok(()),
-            }
+        for row in http.all_pages("/v1/threads?limit=1000", "threads").await? {
+            let (Some(thread), Some(head)) = (row["thread"].as_str(), row["head"].as_u64()) else {
+                return Err(ClientError::Malformed(format!("{row} in the list of threads")));
+            };
+            let begin = if first_time { self.start.cursor(head) } else { 0 };
+            self.seen.entry(thread.to_owned()).or_insert(begin);
         }
+        Ok(())
     }
 }
 
 impl Start {
-    fn behind(self, head: u64) -> u64 {
+    /// The seq after which reading begins in a thread with this head.
+    fn cursor(self, head: u64) -> u64 {
         match self {
             Start::Now => head,
             Start::After(seq) => seq.min(head),
@@ -227,8 +231,8 @@ impl Start {
     }
 }
 
-/// Whether the event is new. Token pieces have no seq and always are.
-fn advance(seen: &mut HashMap<String, u64>, event: &Event) -> Result<bool, ClientError> {
+/// Whether the event is new. Deltas have no seq and always are.
+fn advance(seen: &mut HashMap<String, u64>, event: &ClientEvent) -> Result<bool, ClientError> {
     let Some(seq) = event.seq else {
         return Ok(true);
     };
@@ -246,14 +250,14 @@ fn advance(seen: &mut HashMap<String, u64>, event: &Event) -> Result<bool, Clien
     Ok(true)
 }
 
-/// Doubles up to [`LONGEST_PAUSE`]; the upper half is chance, so that clients of one server don't come back all at once.
+/// Doubles up to [`LONGEST_PAUSE`]; the upper half is random, so that clients of one server don't come back all at once.
 fn pause(failures: u32) -> Duration {
     let whole = FIRST_PAUSE.saturating_mul(1 << failures.min(10).saturating_sub(1)).min(LONGEST_PAUSE);
     let half = whole / 2;
     half + half.mul_f64(f64::from(random()) / f64::from(u32::MAX))
 }
 
-/// The last 32 bits of a random UUID are all chance.
+/// The last 32 bits of a random UUID are all random.
 fn random() -> u32 {
     clock::random_id().as_u128() as u32
 }
@@ -262,7 +266,7 @@ fn random() -> u32 {
 mod tests {
     use super::*;
 
-    fn event(seq: u64) -> Event {
+    fn event(seq: u64) -> ClientEvent {
         let text = json!({"thread": "t", "seq": seq, "kind": "user_message"}).to_string();
         serde_json::from_str(&text).unwrap()
     }

@@ -19,6 +19,9 @@ pub fn check_name(field: &'static str, name: &str) -> Result<(), Error> {
     }
 }
 
+/// The user that the server's own events are from. No token is for it.
+pub const SERVER_USER: &str = "weft";
+
 /// The thread that everyone in the tenant reads.
 pub const TENANT_THREAD: &str = "@tenant";
 /// The user's own inbox, as its user calls it.

@@ -6,8 +6,7 @@ use comfy_table::Table;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 
-use super::common;
-use super::common::{Failure, Out, Server, all_pages, cell, print_rows};
+use super::common::{self, Failure, Output, Server, cell, print_rows};
 use crate::client::Http;
 use crate::clock;
 
@@ -47,7 +46,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         (None, Some(State::Waiting)) => "/v1/runs?state=waiting&limit=1000".to_owned(),
         (None, _) => "/v1/runs?limit=1000".to_owned(),
     };
-    let runs = all_pages(&mut http, &path, "runs").await?;
+    let runs = http.all_pages(&path, "runs").await?;
     let none = if args.thread.is_some() { "no runs yet" } else { "no run is open" };
     print_rows(args.json, "runs", none, &runs, table)
 }
@@ -99,7 +98,7 @@ async fn show(http: &mut Http, args: &Args, name: &str) -> Result<(), Failure> {
         Some(thread) => http.get(&format!("{}/{name}", runs_of(thread))).await?,
         None => http.get(&format!("/v1/runs/{name}")).await?,
     };
-    let out = Out::new();
+    let out = Output::new();
     if args.json {
         return out.line(run).map(drop);
     }

@@ -1,4 +1,4 @@
-//! Kafka alone, with the settings of our own producer and consumer.
+//! Kafka alone, with the settings of the Kafka log's producer and consumer.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use rdkafka::message::DeliveryResult;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use crate::bare::record_value;
+use super::record::record_value;
 use crate::report::{Figure, micros, millis};
 use crate::target::progress;
 use weft::cli::common::Failure;
@@ -23,7 +23,7 @@ const PARTITIONS: i32 = 16;
 const WINDOW: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(15);
 
-pub async fn run(brokers: &str, each: Duration) -> Result<Vec<Figure>, Failure> {
+pub(super) async fn run(brokers: &str, each: Duration) -> Result<Vec<Figure>, Failure> {
     progress("bare Kafka");
     let topic = format!("weft-bench-{}", clock::random_id().simple());
     let admin: AdminClient<DefaultClientContext> = config(brokers).create()?;
@@ -57,7 +57,7 @@ fn measure(brokers: &str, topic: &str, each: Duration) -> Result<Vec<Figure>, Fa
     ])
 }
 
-/// What the producer's callbacks found out; they run inside of `poll`, on our thread.
+/// What the producer's callbacks have counted; they run inside `poll`, on the bench's thread.
 struct Deliveries {
     seen: Mutex<Seen>,
 }
@@ -94,7 +94,7 @@ fn produce(brokers: &str, topic: &str, window: usize, each: Duration) -> Result<
         .set("partitioner", "murmur2_random")
         .create_with_context(Deliveries { seen: Mutex::new(seen) })?;
     let value = record_value();
-    // Finding the broker and getting a producer id is not producing.
+    // Finding the broker and getting a producer id does not count.
     let first = BaseRecord::with_opaque_to(topic, Box::new(Instant::now())).key("bench/thread-1").payload(&value);
     producer.send(first).map_err(|(error, _)| error)?;
     producer.flush(PATIENCE)?;
@@ -118,7 +118,7 @@ fn produce(brokers: &str, topic: &str, window: usize, each: Duration) -> Result<
     Ok((answered as u64, seen.latency.clone()))
 }
 
-/// How many are answered so far; fails if one failed.
+/// How many are answered so far. An error if one of them failed.
 fn state(producer: &BaseProducer<Deliveries>) -> Result<usize, Failure> {
     let seen = producer.context().seen.lock().map_err(|_| "a delivery callback panicked")?;
     match &seen.failed {
@@ -127,7 +127,7 @@ fn state(producer: &BaseProducer<Deliveries>) -> Result<usize, Failure> {
     }
 }
 
-/// Reads at least `total` records from the start of the topic; tells how many a second.
+/// Reads `total` records from the start of the topic; gives how many a second.
 fn consume(brokers: &str, topic: &str, total: u64) -> Result<f64, Failure> {
     let consumer: BaseConsumer = config(brokers)
         .set("group.id", topic)
@@ -152,6 +152,6 @@ fn consume(brokers: &str, topic: &str, total: u64) -> Result<f64, Failure> {
         first.get_or_insert_with(Instant::now);
         read += 1;
     }
-    // Finding the broker is not reading.
+    // Finding the broker does not count.
     Ok(total as f64 / first.unwrap_or(begin).elapsed().as_secs_f64())
 }

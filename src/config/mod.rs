@@ -1,14 +1,15 @@
 //! Every setting, in one list: a flag, an environment variable and a key of `weft.toml`, in that order of precedence.
 
+mod file;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use figment::Figment;
-use figment::providers::{Format, Serialized, Toml};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
-use crate::auth::jwt::{Key, Verifier};
+use crate::auth::jwt::{self, Key, Verifier};
 use crate::ingest::limits::Rates;
 
 /// Which log to use.
@@ -19,7 +20,7 @@ pub enum LogChoice {
     Kafka,
 }
 
-/// Where the log and the projections are. `None` means: not said here.
+/// Where the log and the projections are. `None` is what was not given.
 #[derive(Debug, Clone, Default, Serialize, clap::Args)]
 pub struct StorageArgs {
     /// A file of settings, if it is not ./weft.toml
@@ -74,7 +75,7 @@ pub struct ServeArgs {
     #[arg(long, env = "WEFT_JWT_AUDIENCE", value_name = "AUD")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub jwt_audience: Option<String>,
-    /// Origins that browsers may come from beside our own, with commas between them; * for all
+    /// Origins that browsers may connect from beside the server's own, such as https://app.example, with commas between them; * for all
     #[arg(long, env = "WEFT_ALLOW_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_origin: Option<Vec<String>>,
@@ -147,6 +148,16 @@ fn parse_time(text: &str) -> Result<String, humantime::DurationError> {
     humantime::parse_duration(text).map(|_| text.to_owned())
 }
 
+/// An origin as browsers send it, or `*`. One without a scheme or with a path would never match.
+fn check_origin(origin: &str) -> Result<(), String> {
+    let host = origin.split_once("://").filter(|(scheme, _)| !scheme.is_empty()).map(|(_, host)| host);
+    match host {
+        _ if origin == "*" => Ok(()),
+        Some(host) if !host.is_empty() && !host.contains(['/', '?', '#', ' ']) => Ok(()),
+        _ => Err(format!("must be a scheme and a host, as in https://app.example, or *, not {origin}")),
+    }
+}
+
 impl Default for Config {
     fn default() -> Config {
         Config {
@@ -178,44 +189,78 @@ impl Default for Config {
 #[error("{0}")]
 pub struct ConfigError(String);
 
+impl ConfigError {
+    pub fn new(why: impl Into<String>) -> ConfigError {
+        ConfigError(why.into())
+    }
+}
+
+/// The fields of a struct by name.
+fn fields(settings: &impl Serialize) -> Result<Map<String, Value>, ConfigError> {
+    match serde_json::to_value(settings) {
+        Ok(Value::Object(fields)) => Ok(fields),
+        Ok(other) => Err(ConfigError(format!("{other} in place of settings"))),
+        // A path that is not UTF-8.
+        Err(error) => Err(ConfigError(error.to_string())),
+    }
+}
+
 impl Config {
-    /// The settings from a file, overlaid with what was said by flag or variable.
-    pub fn load(file: Option<&Path>, said: &impl Serialize) -> Result<Config, ConfigError> {
+    /// The settings from a file, overlaid with what was given by flag or variable.
+    pub fn load(file: Option<&Path>, given: &impl Serialize) -> Result<Config, ConfigError> {
         if let Some(file) = file
             && !file.is_file()
         {
             return Err(ConfigError(format!("--config: there is no file {}", file.display())));
         }
-        let mut figment = Figment::from(Serialized::defaults(Config::default()));
         let file = file.unwrap_or(Path::new("weft.toml"));
+
+        let mut settings = fields(&Config::default())?;
         if file.is_file() {
-            figment = figment.merge(Toml::file_exact(file));
+            settings.extend(file::read(file)?);
         }
-        let config: Config =
-            figment.merge(Serialized::defaults(said)).extract().map_err(|error| ConfigError(error.to_string()))?;
-        config.check()?;
+        settings.extend(fields(given)?);
+
+        let config = Config::deserialize(Value::Object(settings)).map_err(|error| ConfigError(error.to_string()))?;
+        config.check_each().map_err(|(key, why)| ConfigError(format!("--{} {why}", key.replace('_', "-"))))?;
+        config.check_together()?;
         Ok(config)
     }
 
-    fn check(&self) -> Result<(), ConfigError> {
-        let refuse = |why: &str| Err(ConfigError(why.to_owned()));
+    /// What is wrong with a setting by itself: its key, and why.
+    fn check_each(&self) -> Result<(), (&'static str, String)> {
         if !(1..=10_000).contains(&self.partitions) {
-            return refuse("--partitions must be 1 to 10000");
+            return Err(("partitions", format!("must be 1 to 10000, not {}", self.partitions)));
         }
-        if self.max_connections == 0 {
-            return refuse("--max-connections must be at least 1");
-        }
-        if self.max_user_connections == 0 {
-            return refuse("--max-user-connections must be at least 1");
+        for (key, value) in
+            [("max_connections", self.max_connections), ("max_user_connections", self.max_user_connections)]
+        {
+            if value == 0 {
+                return Err((key, "must be at least 1".to_owned()));
+            }
         }
         if humantime::parse_duration(&self.run_stalled_after).is_err() {
-            return refuse("--run-stalled-after must be a time such as 10m or 90s");
+            let why = format!("must be a time such as 10m or 90s, not {}", self.run_stalled_after);
+            return Err(("run_stalled_after", why));
         }
+        if let Some(secret) = &self.jwt_secret {
+            jwt::check_secret(secret).map_err(|why| ("jwt_secret", why))?;
+        }
+        for origin in &self.allow_origin {
+            check_origin(origin).map_err(|why| ("allow_origin", why))?;
+        }
+        Ok(())
+    }
+
+    /// What is wrong with settings that do not go together.
+    fn check_together(&self) -> Result<(), ConfigError> {
         if self.dev && !self.listen.ip().is_loopback() {
-            return refuse("--dev listens on loopback only: change --listen, or leave --dev out");
+            return Err(ConfigError::new("--dev listens on loopback only: change --listen, or leave --dev out"));
         }
         if self.jwt_secret.is_some() && self.jwt_key.is_some() {
-            return refuse("give --jwt-secret or --jwt-key, not both: the key decides the algorithms");
+            return Err(ConfigError::new(
+                "give --jwt-secret or --jwt-key, not both: the key decides which algorithms are accepted",
+            ));
         }
         Ok(())
     }
@@ -243,7 +288,7 @@ impl Config {
         self.data.join("projections")
     }
 
-    /// The verifier of tokens; without a key `serve` refuses to start.
+    /// The verifier of tokens. An error without a key: `serve` refuses to start.
     pub fn verifier(&self) -> Result<Verifier, ConfigError> {
         let key = match (&self.jwt_secret, &self.jwt_key) {
             (Some(secret), _) => Key::Secret(secret.clone()),
@@ -251,7 +296,7 @@ impl Config {
                 std::fs::read(file).map_err(|error| ConfigError(format!("--jwt-key {}: {error}", file.display())))?,
             ),
             (None, None) => {
-                return Err(ConfigError("nobody could log in: give --jwt-secret, --jwt-key or --dev".into()));
+                return Err(ConfigError("no token could be verified: give --jwt-secret, --jwt-key or --dev".into()));
             }
         };
         Verifier::new(&key, self.jwt_issuer.as_deref(), self.jwt_audience.as_deref()).map_err(ConfigError)
@@ -263,29 +308,52 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_said_beats_the_file_and_the_file_beats_the_default() {
+    fn a_flag_beats_the_file_and_the_file_beats_the_default() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let file = dir.path().join("weft.toml");
         std::fs::write(&file, "partitions = 4\nbrokers = \"file:1\"").expect("the file is written");
-        let said = StorageArgs { brokers: Some("said:2".into()), ..StorageArgs::default() };
-        let config = Config::load(Some(&file), &said).expect("good settings");
+        let given = StorageArgs { brokers: Some("said:2".into()), ..StorageArgs::default() };
+        let config = Config::load(Some(&file), &given).expect("good settings");
         assert_eq!((config.partitions, &*config.brokers, config.max_connections), (4, "said:2", 100_000));
     }
 
     #[test]
-    fn an_unknown_key_in_the_file_is_refused_by_name() {
+    fn a_mistake_in_the_file_is_told_by_file_and_line() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let file = dir.path().join("weft.toml");
-        std::fs::write(&file, "partitoins = 4").expect("the file is written");
+        std::fs::write(&file, "dev = true\npartitoins = 4").expect("the file is written");
         let refused = Config::load(Some(&file), &StorageArgs::default()).expect_err("a misspelt key");
-        assert!(refused.to_string().contains("partitoins"), "{refused}");
+        let expected = format!("{}, line 2: unknown key `partitoins`; did you mean `partitions`?", file.display());
+        assert_eq!(refused.to_string(), expected);
+    }
+
+    #[test]
+    fn an_origin_has_a_scheme_and_no_path() {
+        let load = |origin: &str| {
+            let given = ServeArgs { allow_origin: Some(vec![origin.to_owned()]), ..ServeArgs::default() };
+            Config::load(None, &given).map(drop).map_err(|error| error.to_string())
+        };
+        for good in ["*", "https://app.example", "http://localhost:3000", "capacitor://localhost"] {
+            assert_eq!(load(good), Ok(()));
+        }
+        for bad in ["app.example", "", "null", "https://", "://app.example", "https://app.example/", "https://a b"] {
+            let why = load(bad).expect_err(bad);
+            assert!(why.starts_with("--allow-origin must be a scheme and a host"), "{why}");
+        }
+    }
+
+    #[test]
+    fn a_secret_has_32_bytes_at_least() {
+        let given = ServeArgs { jwt_secret: Some("short".to_owned()), ..ServeArgs::default() };
+        let why = Config::load(None, &given).expect_err("a short secret").to_string();
+        assert_eq!(why, "--jwt-secret must be at least 32 bytes long, and has 5");
     }
 
     #[test]
     fn development_mode_stays_on_loopback() {
-        let said =
+        let given =
             ServeArgs { dev: Some(true), listen: Some(SocketAddr::from(([0, 0, 0, 0], 1))), ..ServeArgs::default() };
-        assert!(Config::load(None, &said).expect_err("an open address").to_string().contains("--listen"));
+        assert!(Config::load(None, &given).expect_err("an open address").to_string().contains("--listen"));
     }
 
     #[test]
@@ -293,7 +361,7 @@ mod tests {
         let default = Config::load(None, &ServeArgs::default()).expect("the defaults are good");
         let rates = Rates { user_commands: 2_000, agent_commands: 20_000, tenant_commands: 0, tenant_bytes: 0 };
         assert_eq!((default.rates(), default.max_user_connections), (rates, 100));
-        let said = ServeArgs {
+        let given = ServeArgs {
             rate_user: Some(0),
             rate_agent: Some(9),
             rate_tenant: Some(8_000_000_000),
@@ -301,13 +369,13 @@ mod tests {
             ..ServeArgs::default()
         };
         let rates = Rates { user_commands: 0, agent_commands: 9, tenant_commands: 7, tenant_bytes: 8_000_000_000 };
-        assert_eq!(Config::load(None, &said).expect("good settings").rates(), rates);
+        assert_eq!(Config::load(None, &given).expect("good settings").rates(), rates);
     }
 
     #[test]
     fn a_user_may_connect_at_least_once() {
-        let said = ServeArgs { max_user_connections: Some(0), ..ServeArgs::default() };
-        let refused = Config::load(None, &said).expect_err("nobody could connect");
+        let given = ServeArgs { max_user_connections: Some(0), ..ServeArgs::default() };
+        let refused = Config::load(None, &given).expect_err("nobody could connect");
         assert!(refused.to_string().contains("--max-user-connections"), "{refused}");
     }
 }

@@ -1,5 +1,5 @@
 //! RocksDB alone: synced batches as the log writes them, unsynced ones as the projections do, and reading them back; and
-//! the embedded log without a server around it.
+//! the embedded log without a server.
 
 use std::path::Path;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use rocksdb::{DB, DBCompressionType, IteratorMode, Options, WriteBatch, WriteOptions};
 
-use crate::bare::record_value;
+use super::record::record_value;
 use crate::report::{Figure, micros, millis};
 use crate::target::progress;
 use weft::cli::common::Failure;
@@ -20,7 +20,7 @@ const LOG_WINDOW: usize = 1024;
 /// About what one batch of the projector holds under full load.
 const PROJECTED: u64 = 100;
 
-pub fn run(dir: &Path, each: Duration) -> Result<Vec<Figure>, Failure> {
+pub(super) fn run(dir: &Path, each: Duration) -> Result<Vec<Figure>, Failure> {
     if dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
         return Err(format!("{} is not empty", dir.display()).into());
     }
@@ -42,7 +42,7 @@ fn open(dir: &Path) -> Result<DB, Failure> {
     Ok(DB::open(&options, dir)?)
 }
 
-/// Records a second in batches of so many, each batch synced.
+/// Records a second, in batches of `batch` records, each batch synced.
 fn synced(dir: &Path, batch: u64, each: Duration) -> Result<Vec<Figure>, Failure> {
     let db = open(dir)?;
     let value = record_value();
@@ -111,7 +111,7 @@ fn projected(dir: &Path, each: Duration) -> Result<Vec<Figure>, Failure> {
     ])
 }
 
-/// Records a second through the log itself, with a window of unanswered ones.
+/// Records a second through the embedded log, with a window of unanswered ones.
 fn appended(dir: &Path, each: Duration) -> Result<Figure, Failure> {
     let log = EmbeddedLog::open(dir, PARTITIONS)?;
     let value = Bytes::from(record_value());
@@ -120,7 +120,7 @@ fn appended(dir: &Path, each: Duration) -> Result<Figure, Failure> {
     let begin = Instant::now();
     let (mut done, mut open) = (0u64, LOG_WINDOW);
     while open > 0 {
-        // One sender is ours, so there is always one left; and the log answers every record.
+        // Never waits in vain: we hold a sender, and the log answers every record.
         let mut answered = 1;
         answers.recv()??;
         while let Ok(answer) = answers.try_recv() {
@@ -151,7 +151,7 @@ fn append(value: &Bytes, sender: &SyncSender<Answer>) -> Append {
         value: value.clone(),
     };
     let sender = sender.clone();
-    // The channel holds a whole window, so this never blocks the log; nobody listens any more once a bench has failed.
+    // The channel holds a whole window, so this never blocks the log; it is closed only once the bench has failed.
     let done = Box::new(move |answer| drop(sender.send(answer)));
     Append { record, done }
 }
