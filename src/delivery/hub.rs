@@ -1,34 +1,44 @@
-//! The hub: who reads which thread live, and the fan-out of what became visible.
+//! The hub: who reads which thread live on this node, and the fan-out to them of what was committed.
 //!
-//! A session attaches a subscription and then reads the store up to the head: whatever was committed before the attach is
-//! in the store, whatever comes after it goes to the outbox, and what is in both the session drops by its seq. That is the
-//! whole hand-over. One short lock guards the table; it is never held across a wait.
+//! A subscription attaches first and then reads the store up to the head of that moment. Whatever was committed before it
+//! attached is in the store; whatever is committed afterwards goes to its outbox; what is in both, the subscription drops by
+//! its seq. So nothing is lost in between, and the hub needs to know nothing of cursors.
 //!
-//! Presence is kept beside it: who has a subscription to a thread, live or behind. It and signals are of this node alone.
+//! - Commits are delivered by one task, in their order; so each outbox gets a thread's events in order.
+//! - A subscription whose outbox is full is forgotten: it catches up from the store and attaches anew.
+//! - Rights change with the event that changes them: who is removed does not get that event, nor any after it.
+//! - One lock guards the table. It is held for one update at a time, and never across an `await`.
+//!
+//! Presence is kept beside that: which members have a subscription to a thread, live or still catching up. Presence and
+//! signals are known on this node alone.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use metrics::Counter;
+use serde_json::json;
 use tokio::sync::mpsc;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
-use super::outbox::{Item, Outbox, SubId};
+use super::fair_queue::SubId;
+use super::outbox::{Item, Outbox};
 use super::registry::Registry;
 use crate::ingest::pending::Pending;
 use crate::projector::{AccessChange, Commit, ThreadUpdate, Update};
 use crate::protocol::frame::ServerFrame;
 use crate::protocol::ids::log_key;
+use crate::protocol::json;
 use crate::telemetry;
 
-/// Batches that may wait for the fan-out; then the projector waits.
+/// Commits that may wait for the fan-out; then the projector waits.
 const QUEUE: usize = 4;
-/// With more members present in a thread, coming and going is told no more: each one's would cost all the others.
-pub const PRESENCE_TOLD: usize = 100;
-/// The kind of the signals with which presence is told.
+/// With more members present in a thread than this, coming and going is not signalled: each would cost a signal to every
+/// other.
+const PRESENCE_LIMIT: usize = 100;
+/// The kind of the signals of presence.
 const PRESENCE: &str = "presence";
 
-/// A subscription to one thread.
+/// A subscription that reads a thread live.
 #[derive(Clone)]
 struct Subscriber {
     outbox: Arc<Outbox>,
@@ -36,47 +46,52 @@ struct Subscriber {
     user: Arc<str>,
     /// Reads by its scope, member or not.
     by_scope: bool,
-    /// Wants pieces of messages.
-    pieces: bool,
+    wants_deltas: bool,
+}
+
+impl Subscriber {
+    fn is(&self, outbox: &Arc<Outbox>, sub: SubId) -> bool {
+        self.sub == sub && Arc::ptr_eq(&self.outbox, outbox)
+    }
 }
 
 #[derive(Default)]
 struct Table {
     /// By `tenant/thread`.
     threads: HashMap<Arc<str>, Vec<Subscriber>>,
-    /// Registry that follow all threads of their user, by `tenant/user`.
+    /// Sessions that follow all threads of their user, by `tenant/user`.
     followers: HashMap<Arc<str>, Vec<Arc<Outbox>>>,
-    /// Members with a subscription, and how many, by `tenant/thread`.
+    /// By `tenant/thread`: the members with a subscription, and how many each has.
     present: HashMap<Arc<str>, BTreeMap<Arc<str>, u32>>,
 }
 
 pub struct Hub {
     table: Mutex<Table>,
-    sessions: Arc<Registry>,
+    registry: Arc<Registry>,
     lagged: Counter,
     signals: Counter,
 }
 
-/// Where the projector hands over what became visible.
+/// The way from the projector to the hub.
 pub type CommitSender = mpsc::Sender<Commit>;
 
 impl Hub {
     /// The hub, and the task that delivers what comes in through the returned sender until that is dropped.
     pub fn start(
         pending: Arc<Pending>,
-        sessions: Arc<Registry>,
+        registry: Arc<Registry>,
     ) -> (Arc<Hub>, CommitSender, tokio::task::JoinHandle<()>) {
         let hub = Arc::new(Hub {
             table: Mutex::default(),
-            sessions,
+            registry,
             lagged: telemetry::lagged(),
             signals: telemetry::signals(),
         });
         let (sender, mut commits) = mpsc::channel(QUEUE);
         let deliverer = hub.clone();
         let task = tokio::spawn(async move {
-            while let Some(committed) = commits.recv().await {
-                deliverer.deliver(committed, &pending);
+            while let Some(commit) = commits.recv().await {
+                deliverer.deliver(commit, &pending);
             }
         });
         (hub, sender, task)
@@ -86,6 +101,8 @@ impl Hub {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    // Who reads what.
+
     /// From now on the thread's events go to the outbox.
     pub fn attach(
         &self,
@@ -94,16 +111,16 @@ impl Hub {
         sub: SubId,
         user: &Arc<str>,
         by_scope: bool,
-        pieces: bool,
+        wants_deltas: bool,
     ) {
-        let subscriber = Subscriber { outbox: outbox.clone(), sub, user: user.clone(), by_scope, pieces };
+        let subscriber = Subscriber { outbox: outbox.clone(), sub, user: user.clone(), by_scope, wants_deltas };
         self.lock().threads.entry(key.clone()).or_default().push(subscriber);
     }
 
     pub fn detach(&self, key: &str, outbox: &Arc<Outbox>, sub: SubId) {
         let mut table = self.lock();
         if let Some(subscribers) = table.threads.get_mut(key) {
-            subscribers.retain(|it| it.sub != sub || !Arc::ptr_eq(&it.outbox, outbox));
+            subscribers.retain(|it| !it.is(outbox, sub));
             if subscribers.is_empty() {
                 table.threads.remove(key);
             }
@@ -112,15 +129,14 @@ impl Hub {
 
     /// Changes by which right a subscription reads.
     pub fn regrant(&self, key: &str, outbox: &Arc<Outbox>, sub: SubId, by_scope: bool) {
-        if let Some(subscribers) = self.lock().threads.get_mut(key) {
-            let mine = |it: &&mut Subscriber| it.sub == sub && Arc::ptr_eq(&it.outbox, outbox);
-            if let Some(subscriber) = subscribers.iter_mut().find(mine) {
-                subscriber.by_scope = by_scope;
-            }
+        let mut table = self.lock();
+        let subscribers = table.threads.get_mut(key).into_iter().flatten();
+        for subscriber in subscribers.filter(|it| it.is(outbox, sub)) {
+            subscriber.by_scope = by_scope;
         }
     }
 
-    /// From now on the session hears of threads that its user joins. `user` is `tenant/user`.
+    /// From now on the session is notified of threads that its user joins. `user` is `tenant/user`.
     pub fn follow(&self, user: &Arc<str>, outbox: &Arc<Outbox>) {
         self.lock().followers.entry(user.clone()).or_default().push(outbox.clone());
     }
@@ -135,18 +151,20 @@ impl Hub {
         }
     }
 
-    /// A member has one more subscription to the thread; the first one is told to the others.
+    // Presence and signals.
+
+    /// A member has one more subscription to the thread; the first one is signalled to the others.
     pub fn arrive(&self, key: &Arc<str>, user: &Arc<str>) {
         let mut table = self.lock();
         let present = table.present.entry(key.clone()).or_default();
         let count = present.entry(user.clone()).or_default();
         *count += 1;
-        if *count == 1 && present.len() <= PRESENCE_TOLD {
-            self.tell_presence(table, key, user, true);
+        if *count == 1 && present.len() <= PRESENCE_LIMIT {
+            self.signal_presence(table, key, user, true);
         }
     }
 
-    /// A member has one subscription less.
+    /// A member has one subscription less; the end of the last one is signalled to the others.
     pub fn leave(&self, key: &str, user: &str) {
         let mut table = self.lock();
         let Some(present) = table.present.get_mut(key) else { return };
@@ -155,95 +173,102 @@ impl Hub {
         if *count > 0 {
             return;
         }
-        let told = present.len() <= PRESENCE_TOLD;
+
+        let signalled = present.len() <= PRESENCE_LIMIT;
         present.remove(user);
         if present.is_empty() {
             table.present.remove(key);
-        } else if told {
-            self.tell_presence(table, key, user, false);
+        } else if signalled {
+            self.signal_presence(table, key, user, false);
         }
     }
 
-    /// The members that have a subscription to the thread on this node, and how many.
+    /// The members that have a subscription to the thread on this node, and how many each.
     pub fn present(&self, key: &str) -> Vec<(Arc<str>, u32)> {
         self.lock().present.get(key).into_iter().flatten().map(|(user, count)| (user.clone(), *count)).collect()
     }
 
-    fn tell_presence(&self, table: MutexGuard<'_, Table>, key: &str, user: &str, online: bool) {
+    fn signal_presence(&self, table: MutexGuard<'_, Table>, key: &str, user: &str, online: bool) {
         let Some((_, thread)) = key.split_once('/') else { return };
-        // A literal object is JSON.
-        let data = if online { r#"{"online":true}"# } else { r#"{"online":false}"# };
-        let data = serde_json::from_str(data).ok();
-        let frame = ServerFrame::Signal { thread, kind: PRESENCE, from: user, data }.encode().into();
-        let live = table.live(key, |it| *it.user != *user);
+        let data = json::encode_raw(&json!({"online": online}));
+        let frame = ServerFrame::Signal { thread, kind: PRESENCE, from: user, data: Some(&data) }.encode().into();
+
+        let others = table.live(key, |it| *it.user != *user);
         drop(table);
-        self.push_signal(&live, &frame);
+        self.push_signal(&others, &frame);
     }
 
-    /// Hands a signal to everyone who is live in the thread, but for the session it comes from.
+    /// Sends a signal to everyone who is live in the thread, but for the session it comes from.
     pub fn signal(&self, key: &str, from: &Arc<Outbox>, frame: &Utf8Bytes) {
-        let live = self.lock().live(key, |it| !Arc::ptr_eq(&it.outbox, from));
-        self.push_signal(&live, frame);
+        let others = self.lock().live(key, |it| !Arc::ptr_eq(&it.outbox, from));
+        self.push_signal(&others, frame);
     }
 
-    /// Not under the lock: who signals to many takes the time for it from nobody else.
-    fn push_signal(&self, live: &[Subscriber], frame: &Utf8Bytes) {
-        self.signals.increment(live.iter().filter(|it| it.outbox.push_signal(it.sub, frame)).count() as u64);
+    /// Without the lock, so that a signal to many readers does not hold up the fan-out of events.
+    fn push_signal(&self, readers: &[Subscriber], frame: &Utf8Bytes) {
+        let sent = readers.iter().filter(|it| it.outbox.push_signal(it.sub, frame)).count();
+        self.signals.increment(sent as u64);
     }
 
-    fn deliver(&self, committed: Commit, pending: &Pending) {
-        for ThreadUpdate { key, update } in &committed.events {
-            // Locked for one at a time, so that sessions that come and go need not wait for a whole batch.
-            let mut table = self.lock();
-            match update {
-                Update::Event(event, change) => {
-                    if let Some(change) = change {
-                        self.apply(&mut table, key, event.seq, change);
-                    }
-                    self.fan_out(&mut table, key, |it| it.outbox.push_event(it.sub, event));
-                }
-                Update::Delta(piece) => {
-                    self.fan_out(&mut table, key, |it| !it.pieces || it.outbox.push_delta(it.sub, piece));
-                }
-            }
+    // The fan-out.
+
+    fn deliver(&self, commit: Commit, pending: &Pending) {
+        for update in &commit.events {
+            // Locked for one at a time, so that sessions that come and go need not wait for a whole commit.
+            self.deliver_update(&mut self.lock(), update);
         }
-        for (id, verdict) in committed.verdicts {
+
+        // After the events: an accepted publish is answered no earlier than its event is on its way to the readers.
+        for (id, verdict) in commit.verdicts {
             pending.resolve(id, verdict);
         }
     }
 
-    /// Rights change with the event itself: who left does not get it, who joined does.
-    fn apply(&self, table: &mut Table, key: &Arc<str>, seq: u64, change: &AccessChange) {
+    fn deliver_update(&self, table: &mut Table, ThreadUpdate { key, update }: &ThreadUpdate) {
+        match update {
+            Update::Event(event, change) => {
+                // Before the event itself: who was removed does not get it, who joined does.
+                if let Some(change) = change {
+                    self.change_access(table, key, event.seq, change);
+                }
+                self.fan_out(table, key, |it| it.outbox.push_event(it.sub, event));
+            }
+            Update::Delta(delta) => {
+                self.fan_out(table, key, |it| !it.wants_deltas || it.outbox.push_delta(it.sub, delta));
+            }
+        }
+    }
+
+    fn change_access(&self, table: &mut Table, key: &Arc<str>, seq: u64, change: &AccessChange) {
         let Some((tenant, thread)) = key.split_once('/') else { return };
         match change {
             AccessChange::Joined(users) => {
                 for user in users {
-                    if let Some(sessions) = table.followers.get_mut(&*log_key(tenant, user)) {
-                        sessions.retain(|outbox| {
-                            outbox.push_notice(Item::Joined { thread: thread.to_owned(), before: seq - 1 })
-                        });
-                    }
+                    let Some(sessions) = table.followers.get_mut(&*log_key(tenant, user)) else { continue };
+                    sessions.retain(|outbox| {
+                        outbox.push_notice(Item::Joined { thread: thread.to_owned(), before: seq - 1 })
+                    });
                 }
             }
             AccessChange::Left(user) => {
                 if let Some(subscribers) = table.threads.get_mut(key) {
                     subscribers.retain(|it| it.by_scope || *it.user != **user);
                 }
-                self.sessions.tell_left(&log_key(tenant, user), thread);
+                self.registry.notify_left(&log_key(tenant, user), thread);
             }
-            AccessChange::Revoked(user) => self.sessions.revoke(&log_key(tenant, user)),
+            AccessChange::Revoked(user) => self.registry.revoke(&log_key(tenant, user)),
         }
     }
 
-    /// Hands something to all who are live in the thread, and forgets those who do not take it.
+    /// Pushes something to all who are live in the thread, and forgets those whose outbox refuses it.
     fn fan_out(&self, table: &mut Table, key: &Arc<str>, push: impl Fn(&Subscriber) -> bool) {
-        let Some(subscribers) = table.threads.get_mut(key) else {
-            return;
-        };
+        let Some(subscribers) = table.threads.get_mut(key) else { return };
         let before = subscribers.len();
         subscribers.retain(push);
-        if subscribers.len() < before {
-            self.lagged.increment((before - subscribers.len()) as u64);
+
+        let forgotten = before - subscribers.len();
+        if forgotten > 0 {
+            self.lagged.increment(forgotten as u64);
             if subscribers.is_empty() {
                 table.threads.remove(key);
             }

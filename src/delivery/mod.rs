@@ -1,9 +1,9 @@
 //! Delivery: from a commit of the projector to what waits for one socket.
 //!
-//! - [`hub`]: who reads which thread live, and the fan-out to them;
 //! - [`registry`]: who is connected to this node;
-//! - [`outbox`]: what waits for one socket; [`fair_queue`] says what of it goes first;
-//! - [`subscriptions`]: the cursors of one session, brought from the store to the live feed;
+//! - [`hub`]: who reads which thread live, and the fan-out to them;
+//! - [`outbox`]: what waits for one socket; [`fair_queue`] says what of it goes next;
+//! - [`subscriptions`]: where a session stands in each of its threads, and the way from the store to the live feed;
 //! - [`feed`]: the one order in which replayed and live events leave.
 
 pub mod fair_queue;
@@ -11,6 +11,7 @@ pub mod feed;
 pub mod hub;
 pub mod outbox;
 pub mod registry;
+mod sources;
 pub mod subscriptions;
 
 use std::sync::Arc;
@@ -20,22 +21,20 @@ use crate::ingest::submit::Submit;
 use crate::store::Store;
 use feed::Feed;
 use hub::Hub;
+use sources::Sources;
 
-/// What every feed is made of.
+/// Makes the feeds of sessions and streams.
 pub struct Delivery {
-    store: Arc<Store>,
-    rights: Rights,
-    hub: Arc<Hub>,
-    submit: Arc<Submit>,
+    sources: Arc<Sources>,
 }
 
 impl Delivery {
     pub fn new(store: Arc<Store>, rights: Rights, hub: Arc<Hub>, submit: Arc<Submit>) -> Delivery {
-        Delivery { store, rights, hub, submit }
+        Delivery { sources: Arc::new(Sources { store, rights, hub, submit }) }
     }
 
-    /// What one session or stream is fed from.
-    pub fn feed(self: &Arc<Delivery>) -> Feed {
-        Feed::new(self)
+    /// A feed for one session or stream.
+    pub fn feed(&self) -> Feed {
+        Feed::new(self.sources.clone())
     }
 }

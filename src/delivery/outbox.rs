@@ -1,8 +1,10 @@
 //! What waits for one socket: filled by the hub and by whoever has an answer, emptied by the session.
 //!
-//! Events are bounded in bytes: when they do not fit, the subscription is told that it lagged and gets no more until it has
-//! caught up from the store. Signals have no such way back: they are dropped long before. Answers are bounded by the
-//! session itself, which stops reading commands while too many are out.
+//! - Answers overtake items. They are bounded by the session itself, which stops reading commands while too many are out.
+//! - Events and deltas are bounded in bytes ([`EVENT_BYTES`]). When the next one does not fit, the subscription gets
+//!   [`Item::Lagged`] in its place and nothing more, until it has caught up from the store.
+//! - Signals cannot be caught up: they are dropped long before, so that events have room.
+//! - A delta that waits grows by the next one of its message, unless an event of the thread came in between.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,7 +12,7 @@ use std::task::{Context, Poll, Waker};
 
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
-use super::fair_queue::FairQueue;
+use super::fair_queue::{FairQueue, SubId};
 use crate::projector::CommittedEvent;
 use crate::projector::Verdict;
 use crate::protocol::delta::Delta;
@@ -22,114 +24,158 @@ use crate::store::{JoinedThread, StoredEvent};
 pub const EVENT_BYTES: usize = 256 << 10;
 /// With so many bytes waiting, signals are dropped.
 const SIGNAL_BYTES: usize = EVENT_BYTES / 4;
-/// Threads joined that may wait for a socket.
+/// [`Item::Joined`] that may wait for a socket.
 const MAX_JOINED: usize = 4_096;
 /// What an event costs beside its frame.
 const OVERHEAD: usize = 64;
-
-/// What a piece costs beside its text.
+/// What a delta costs beside its text.
 const DELTA_OVERHEAD: usize = 256;
-/// A piece that waits grows to so many bytes.
+/// A delta that waits grows no more once its text has so many bytes.
 const DELTA_BYTES: usize = 64 << 10;
 
-/// A subscription's number within its session; never used twice.
-pub type SubId = u32;
-
-/// What the hub has for a session, in the thread's order.
+/// What the hub has for a session. Of one subscription the items go in the thread's order.
 #[derive(Debug)]
 pub enum Item {
     Event {
         sub: SubId,
         event: Arc<CommittedEvent>,
     },
-    /// A piece of a message that is being written; it grows while it waits.
     Delta {
         sub: SubId,
-        piece: Arc<Delta>,
+        delta: Arc<Delta>,
     },
-    /// Live only: lost when there is no room for it.
+    /// Live only: dropped when there is no room for it.
     Signal {
         sub: SubId,
         frame: Utf8Bytes,
     },
-    /// The subscription did not get the next event: the outbox was full.
+    /// The outbox was full: the subscription did not get the next event.
     Lagged {
         sub: SubId,
     },
     /// More threads were joined than may wait.
     Overrun,
-    /// The user became a member of a thread with the event behind `before`.
+    /// The user became a member of a thread with the event after `before`.
     Joined {
         thread: String,
         before: u64,
     },
 }
 
+impl Item {
+    /// Whether it goes out even while the client has no credit for events.
+    fn is_notice(&self) -> bool {
+        matches!(self, Item::Joined { .. } | Item::Overrun)
+    }
+
+    /// Bytes that it counts for.
+    fn cost(&self) -> usize {
+        match self {
+            Item::Event { event, .. } => event.frame.len() + OVERHEAD,
+            Item::Delta { delta, .. } => delta.text.len() + DELTA_OVERHEAD,
+            Item::Signal { frame, .. } => frame.len() + OVERHEAD,
+            Item::Lagged { .. } | Item::Overrun | Item::Joined { .. } => 0,
+        }
+    }
+}
+
 /// What a read of the store brings.
 pub enum Chunk {
     Events(Vec<StoredEvent>),
-    /// Of each message that is being written, what the reader does not have.
-    Texts(Vec<Delta>),
+    /// Of each message that is being written, the text that the client does not have yet.
+    OpenText(Vec<Delta>),
 }
 
-/// What overtakes events.
+/// The subscription that a read of the store is for, and the class of priority for which it was chosen.
+#[derive(Debug, Clone, Copy)]
+pub struct ReadFor {
+    pub sub: SubId,
+    pub class: usize,
+}
+
+/// What a session waits for from elsewhere, and what it must do at once.
 pub enum Answer {
+    /// The verdict on a publish.
     Publish {
         id: i64,
         thread: Box<str>,
-        /// For a piece: its message, and where in it the piece ends.
+        /// For a delta: its message, and how many characters of that end with it.
         piece: Option<(Box<str>, u64)>,
         verdict: Verdict,
     },
-    /// The user is no longer a member of the thread, or was not for a moment.
+    /// The user was removed from the thread, and may be a member again by now.
     Left { thread: Box<str> },
     /// The user's threads, for the `subscribe` to `"*"` that waits for them.
     Threads(Result<Vec<JoinedThread>, Error>),
-    /// Whether the places of a new durable subscription are stored, for the `subscribe` that waits for that.
+    /// Whether the log has the first receipts of a new durable subscription, for the `subscribe` that waits for that.
     PlacesStored {
-        /// Which one, of those that the session has tried.
+        /// Which attempt of the session's it is; the answer to an earlier one comes too late.
         attempt: u32,
         stored: Result<(), Error>,
     },
-    /// Whether a subscription's place, as far as it had come, is kept.
+    /// Whether the log has a subscription's receipt.
     ReceiptStored { thread: Box<str>, stored: bool },
-    /// Whether an event that nobody acknowledged is a dead letter now.
+    /// Whether the log has the dead letter of an event that was not acknowledged.
     DeadLettered { thread: Box<str>, seq: u64, dead_lettered: bool },
     /// The server is going down: come back after so many milliseconds.
     Drain { retry_after_ms: u64 },
     /// The user's sessions are ended.
     Revoked,
-    /// What a subscription asked of the store.
-    Chunk {
-        /// With the class it was read for.
-        sub: (SubId, usize),
-        read: Result<Chunk, Error>,
-    },
+    /// What a subscription has read from the store.
+    Chunk { sub: ReadFor, read: Result<Chunk, Error> },
+}
+
+/// Which items a session can use now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Demand {
+    All,
+    /// No events: the client has no credit for them, or they are held back for a handover.
+    Notices,
+    None,
 }
 
 #[derive(Default)]
 struct Inner {
     answers: VecDeque<Answer>,
     items: FairQueue<Item>,
+    /// What the items cost.
     event_bytes: usize,
-    /// Threads joined that wait to be noted.
-    joined: usize,
+    /// How many notices are among the items.
+    notices: usize,
     closed: bool,
     waker: Option<Waker>,
 }
 
 impl Inner {
-    /// The piece that this one goes on, if it waits and no event has come behind it.
-    fn delta_before(&mut self, sub: SubId, next: &Delta) -> Option<&mut Arc<Delta>> {
+    /// Adds an item that has a cost if there is room for that, and [`Item::Lagged`] if not. One always fits, however large.
+    fn push_bounded(&mut self, sub: SubId, priority: Option<Priority>, item: Item) -> bool {
+        let cost = item.cost();
+        let fits = self.has_room(cost);
+        if fits {
+            self.event_bytes += cost;
+            self.items.push(Some(sub), Some(Priority::class(priority)), item);
+        } else {
+            self.items.push(Some(sub), None, Item::Lagged { sub });
+        }
+        fits
+    }
+
+    fn has_room(&self, cost: usize) -> bool {
+        self.event_bytes + cost <= EVENT_BYTES || self.event_bytes == 0
+    }
+
+    /// The delta that `next` continues, if that still waits, may grow, and no event of the thread came after it.
+    fn waiting_delta(&mut self, sub: SubId, next: &Delta) -> Option<&mut Arc<Delta>> {
+        // Deltas of other messages may stand between the two; anything else may not.
         let newest = self.items.newest_of(sub, |item| match item {
-            Item::Delta { piece, .. } => piece.name == next.name,
+            Item::Delta { delta, .. } => delta.name == next.name,
             _ => true,
         })?;
         match newest {
-            Item::Delta { piece, .. }
-                if piece.is_before(next) && piece.priority == next.priority && piece.text.len() < DELTA_BYTES =>
+            Item::Delta { delta, .. }
+                if delta.is_before(next) && delta.priority == next.priority && delta.text.len() < DELTA_BYTES =>
             {
-                Some(piece)
+                Some(delta)
             }
             _ => None,
         }
@@ -154,37 +200,26 @@ impl Outbox {
         if inner.closed {
             return false;
         }
-        let size = event.frame.len() + OVERHEAD;
-        let fits = inner.event_bytes + size <= EVENT_BYTES || inner.event_bytes == 0;
-        if fits {
-            inner.event_bytes += size;
-            let class = Priority::class(event.priority);
-            inner.items.push(Some(sub), Some(class), Item::Event { sub, event: event.clone() });
-        } else {
-            inner.items.push(Some(sub), None, Item::Lagged { sub });
-        }
+        let fits = inner.push_bounded(sub, event.priority, Item::Event { sub, event: event.clone() });
         wake(inner);
         fits
     }
 
-    /// Adds a piece of a message, to the one that it goes on if that waits still; `false` as for an event.
-    pub fn push_delta(&self, sub: SubId, piece: &Arc<Delta>) -> bool {
+    /// Adds a delta, or lets the one that it continues grow if that still waits; `false` as for an event.
+    pub fn push_delta(&self, sub: SubId, delta: &Arc<Delta>) -> bool {
         let mut inner = self.lock();
         if inner.closed {
             return false;
         }
-        let size = piece.text.len() + DELTA_OVERHEAD;
-        let fits = inner.event_bytes + size <= EVENT_BYTES || inner.event_bytes == 0;
-        if !fits {
-            inner.items.push(Some(sub), None, Item::Lagged { sub });
-        } else if let Some(waiting) = inner.delta_before(sub, piece) {
-            Arc::make_mut(waiting).join(piece);
-            inner.event_bytes += piece.text.len();
+        let fits = if inner.has_room(delta.text.len() + DELTA_OVERHEAD)
+            && let Some(waiting) = inner.waiting_delta(sub, delta)
+        {
+            Arc::make_mut(waiting).join(delta);
+            inner.event_bytes += delta.text.len();
+            true
         } else {
-            inner.event_bytes += size;
-            let class = Priority::class(piece.priority);
-            inner.items.push(Some(sub), Some(class), Item::Delta { sub, piece: piece.clone() });
-        }
+            inner.push_bounded(sub, delta.priority, Item::Delta { sub, delta: delta.clone() })
+        };
         wake(inner);
         fits
     }
@@ -192,24 +227,25 @@ impl Outbox {
     /// Adds a signal, if there is room to spare; whether there was.
     pub fn push_signal(&self, sub: SubId, frame: &Utf8Bytes) -> bool {
         let mut inner = self.lock();
-        let fits = !inner.closed && inner.event_bytes + frame.len() <= SIGNAL_BYTES;
-        if fits {
-            inner.event_bytes += frame.len() + OVERHEAD;
-            inner.items.push(Some(sub), None, Item::Signal { sub, frame: frame.clone() });
-            wake(inner);
+        if inner.closed || inner.event_bytes + frame.len() > SIGNAL_BYTES {
+            return false;
         }
-        fits
+        let item = Item::Signal { sub, frame: frame.clone() };
+        inner.event_bytes += item.cost();
+        inner.items.push(Some(sub), None, item);
+        wake(inner);
+        true
     }
 
-    /// Adds a notice, in order with the events; `false` if no more are wanted, since the session is gone or behind.
+    /// Adds a notice of the whole session, in order with the events; `false` if no more are wanted, since the session is gone
+    /// or too many wait.
     pub fn push_notice(&self, item: Item) -> bool {
         let mut inner = self.lock();
         if inner.closed {
             return false;
         }
-        let joined = matches!(item, Item::Joined { .. });
-        inner.joined += usize::from(joined);
-        let overrun = joined && inner.joined > MAX_JOINED;
+        inner.notices += 1;
+        let overrun = inner.notices > MAX_JOINED;
         inner.items.push(None, None, if overrun { Item::Overrun } else { item });
         wake(inner);
         !overrun
@@ -232,22 +268,19 @@ impl Outbox {
         self.lock().answers.pop_front()
     }
 
-    /// The next item. Without `events` only what needs no leave of the client's: threads joined.
+    /// The next item; without `events` the next notice.
     pub fn pop_item(&self, events: bool) -> Option<Item> {
         let mut inner = self.lock();
         let item = match events {
             true => inner.items.pop(),
-            false if inner.joined == 0 => None,
-            false => inner.items.pop_first(is_notice),
-        };
-        match &item {
-            Some(Item::Event { event, .. }) => inner.event_bytes -= event.frame.len() + OVERHEAD,
-            Some(Item::Delta { piece, .. }) => inner.event_bytes -= piece.text.len() + DELTA_OVERHEAD,
-            Some(Item::Signal { frame, .. }) => inner.event_bytes -= frame.len() + OVERHEAD,
-            Some(Item::Joined { .. } | Item::Overrun) => inner.joined -= 1,
-            _ => {}
+            false if inner.notices == 0 => None,
+            false => inner.items.pop_first(Item::is_notice),
+        }?;
+        inner.event_bytes -= item.cost();
+        if item.is_notice() {
+            inner.notices -= 1;
         }
-        item
+        Some(item)
     }
 
     /// The highest class among the events that wait.
@@ -255,12 +288,12 @@ impl Outbox {
         self.lock().items.class()
     }
 
-    /// Ready when there is something to pop: an answer, or (unless they are held back) an item.
+    /// Ready when there is something to pop: an answer, or an item that is in demand.
     pub fn poll_filled(&self, cx: &mut Context<'_>, items: Demand) -> Poll<()> {
         let mut inner = self.lock();
         let filled = match items {
             Demand::All => !inner.items.is_empty(),
-            Demand::Notices => inner.joined > 0 && inner.items.any(is_notice),
+            Demand::Notices => inner.notices > 0,
             Demand::None => false,
         };
         if filled || !inner.answers.is_empty() {
@@ -278,28 +311,14 @@ impl Outbox {
         self.lock().event_bytes
     }
 
-    /// Nothing is taken any more, and what waits is dropped.
+    /// From now on nothing is accepted, and what waits is dropped.
     pub fn close(&self) {
         let mut inner = self.lock();
         *inner = Inner { closed: true, ..Inner::default() };
     }
 }
 
-/// Which items a session can use now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Demand {
-    All,
-    /// No events: the client has asked for none.
-    Notices,
-    None,
-}
-
-/// What goes out although the client has asked for no events.
-fn is_notice(item: &Item) -> bool {
-    matches!(item, Item::Joined { .. } | Item::Overrun)
-}
-
-/// Wakes the session once it waits; the lock is released first.
+/// Wakes the session if it waits; the lock is released first.
 fn wake(mut inner: MutexGuard<'_, Inner>) {
     let waker = inner.waker.take();
     drop(inner);
@@ -318,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_wants_no_events_still_hears_of_threads_joined() {
+    fn without_credit_for_events_threads_joined_are_still_announced() {
         let outbox = Outbox::default();
         push(&outbox, 1, 1, None);
         assert!(outbox.push_notice(Item::Joined { thread: "t".into(), before: 0 }));

@@ -1,4 +1,8 @@
-//! Who is connected to this node: every session and stream, by user, for limits, revocation, drain and the admin's list.
+//! Who is connected to this node: every WebSocket session and every stream, by user.
+//!
+//! It serves the limit of sessions of one user, the end of a user's sessions (revocation), the drain of the node and the
+//! admin's list. An entry lasts as long as its [`Registration`]. It does not keep the session alive: it reaches it through
+//! its outbox, which it holds weakly.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -12,35 +16,48 @@ use crate::protocol::error::{Code, Error};
 use crate::protocol::http::{SessionItem, Transport};
 use crate::{clock, telemetry};
 
-/// Clients that are told to come back within one second, when the server drains: what one node takes in without haste.
+/// How many clients of a draining server come back within one second: what another node accepts with ease.
 const RETURNS_PER_SECOND: u64 = 500;
 /// The shortest and the longest time over which a drain spreads its clients, in milliseconds.
 const SPREAD: (u64, u64) = (1_000, 60_000);
-/// Nobody is told to come back sooner: the next server must have started.
+/// The soonest return, in milliseconds: the next server must have started.
 const FIRST_RETURN: u64 = 200;
+
+/// Whose session it is.
+struct Owner {
+    user: Arc<str>,
+    /// `tenant/user`.
+    key: Arc<str>,
+}
+
+impl Owner {
+    fn is_in(&self, tenant: &str) -> bool {
+        self.key.strip_prefix(tenant).is_some_and(|rest| rest.starts_with('/'))
+    }
+}
 
 struct Session {
     outbox: Weak<Outbox>,
     connection: String,
     transport: Transport,
-    /// Milliseconds.
+    /// Milliseconds since the Unix epoch.
     since: u64,
-    /// Once it is known: the user, and `tenant/user`.
-    who: Option<(Arc<str>, Arc<str>)>,
+    /// `None` until the client has authenticated.
+    owner: Option<Owner>,
 }
 
 #[derive(Default)]
-struct Open {
-    next: u64,
-    sessions: BTreeMap<u64, Session>,
+struct Sessions {
+    next_id: u64,
+    by_id: BTreeMap<u64, Session>,
     /// By `tenant/user`.
     by_user: HashMap<Arc<str>, Vec<u64>>,
     draining: bool,
 }
 
 pub struct Registry {
-    open: Mutex<Open>,
-    /// Registry of one user.
+    sessions: Mutex<Sessions>,
+    /// Sessions that one user may have.
     limit: usize,
     count: watch::Sender<usize>,
     connections: Gauge,
@@ -48,9 +65,9 @@ pub struct Registry {
     total: Counter,
 }
 
-/// A session's place among the open ones, given up when dropped.
+/// A session's entry, removed when this is dropped.
 pub struct Registration {
-    sessions: Arc<Registry>,
+    registry: Arc<Registry>,
     id: u64,
 }
 
@@ -58,7 +75,7 @@ impl Registry {
     /// `limit` is the number of sessions that one user may have.
     pub fn new(limit: usize) -> Registry {
         Registry {
-            open: Mutex::default(),
+            sessions: Mutex::default(),
             limit,
             count: watch::channel(0).0,
             connections: telemetry::connections(),
@@ -67,8 +84,8 @@ impl Registry {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Open> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Sessions> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts a session in until the returned guard is dropped.
@@ -78,22 +95,24 @@ impl Registry {
         connection: &str,
         transport: Transport,
     ) -> Registration {
-        let mut open = self.lock();
-        let id = open.next;
-        open.next += 1;
         let session = Session {
             outbox: Arc::downgrade(outbox),
             connection: connection.to_owned(),
             transport,
             since: clock::now_ms(),
-            who: None,
+            owner: None,
         };
-        open.sessions.insert(id, session);
-        let draining = open.draining;
-        drop(open);
+        let (id, draining) = {
+            let mut sessions = self.lock();
+            let id = sessions.next_id;
+            sessions.next_id += 1;
+            sessions.by_id.insert(id, session);
+            (id, sessions.draining)
+        };
         if draining {
             outbox.push_answer(Answer::Drain { retry_after_ms: SPREAD.0 });
         }
+
         self.count.send_modify(|count| *count += 1);
         match transport {
             Transport::Websocket => {
@@ -102,7 +121,7 @@ impl Registry {
             }
             Transport::Sse => self.streams.increment(1.0),
         }
-        Registration { sessions: self.clone(), id }
+        Registration { registry: self.clone(), id }
     }
 
     /// Ends the user's sessions. `user` is `tenant/user`.
@@ -112,26 +131,27 @@ impl Registry {
         }
     }
 
-    /// The user is no longer a member of a thread: its sessions look whether they may read it. `user` is `tenant/user`.
-    pub fn tell_left(&self, user: &str, thread: &str) {
+    /// The user is no longer a member of a thread: each of its sessions looks whether it may still read that. `user` is
+    /// `tenant/user`.
+    pub fn notify_left(&self, user: &str, thread: &str) {
         for outbox in self.outboxes_of(user) {
             outbox.push_answer(Answer::Left { thread: thread.into() });
         }
     }
 
     fn outboxes_of(&self, user: &str) -> Vec<Arc<Outbox>> {
-        let open = self.lock();
-        let ids = open.by_user.get(user).into_iter().flatten();
-        ids.filter_map(|id| open.sessions.get(id)?.outbox.upgrade()).collect()
+        let sessions = self.lock();
+        let ids = sessions.by_user.get(user).into_iter().flatten();
+        ids.filter_map(|id| sessions.by_id.get(id)?.outbox.upgrade()).collect()
     }
 
-    /// Tells every session to finish what it has accepted and to close, and when to come back: each at a time of its own,
-    /// so that they do not all arrive together. Those that come later are told at once.
+    /// Tells every session to finish what it has accepted and to close, and when its client is to come back: each at a time
+    /// of its own, so that they do not all arrive together. A session that opens from now on is told the same.
     pub fn drain(&self) {
         let outboxes: Vec<_> = {
-            let mut open = self.lock();
-            open.draining = true;
-            open.sessions.values().filter_map(|session| session.outbox.upgrade()).collect()
+            let mut sessions = self.lock();
+            sessions.draining = true;
+            sessions.by_id.values().filter_map(|session| session.outbox.upgrade()).collect()
         };
         let count = outboxes.len() as u64;
         let spread = (count * 1_000 / RETURNS_PER_SECOND).clamp(SPREAD.0, SPREAD.1);
@@ -148,47 +168,54 @@ impl Registry {
 
     /// Bytes of events waiting for sockets, over all sessions.
     pub fn outbox_bytes(&self) -> usize {
-        let outboxes: Vec<_> = self.lock().sessions.values().filter_map(|session| session.outbox.upgrade()).collect();
+        // Not counted under the registry's lock: each outbox has its own.
+        let outboxes: Vec<_> = self.lock().by_id.values().filter_map(|session| session.outbox.upgrade()).collect();
         outboxes.iter().map(|outbox| outbox.event_bytes()).sum()
     }
 
-    /// The tenant's sessions behind the number `behind`, oldest first, each with its number; those of one user if one is
-    /// given.
-    pub fn list(&self, tenant: &str, user: Option<&str>, behind: Option<u64>, limit: usize) -> Vec<(u64, SessionItem)> {
-        let open = self.lock();
-        let from = behind.map_or(0, |behind| behind + 1);
-        let mine = |session: &Session| {
-            let (name, key) = session.who.as_ref()?;
-            let fits = key.strip_prefix(tenant).is_some_and(|rest| rest.starts_with('/'));
-            (fits && user.is_none_or(|user| *user == **name)).then(|| name.to_string())
-        };
-        let found = open.sessions.range(from..).filter_map(|(id, session)| Some((*id, mine(session)?, session)));
-        let item = |(id, user, session): (u64, String, &Session)| {
-            let item = SessionItem {
-                connection: session.connection.clone(),
-                user,
-                transport: session.transport,
-                connected_at: clock::rfc3339(session.since),
-                outbox_bytes: session.outbox.upgrade().map_or(0, |outbox| outbox.event_bytes()),
-            };
-            (id, item)
-        };
-        found.take(limit).map(item).collect()
+    /// The tenant's sessions with numbers greater than `after`, oldest first, each with its number; those of one user if one
+    /// is given.
+    pub fn list(&self, tenant: &str, user: Option<&str>, after: Option<u64>, limit: usize) -> Vec<(u64, SessionItem)> {
+        let sessions = self.lock();
+        let from = after.map_or(0, |after| after + 1);
+        let mut found = Vec::new();
+        for (id, session) in sessions.by_id.range(from..) {
+            if found.len() == limit {
+                break;
+            }
+            let Some(owner) = &session.owner else { continue };
+            if owner.is_in(tenant) && user.is_none_or(|user| *user == *owner.user) {
+                found.push((*id, session.item(owner)));
+            }
+        }
+        found
+    }
+}
+
+impl Session {
+    fn item(&self, owner: &Owner) -> SessionItem {
+        SessionItem {
+            connection: self.connection.clone(),
+            user: owner.user.to_string(),
+            transport: self.transport,
+            connected_at: clock::rfc3339(self.since),
+            outbox_bytes: self.outbox.upgrade().map_or(0, |outbox| outbox.event_bytes()),
+        }
     }
 }
 
 impl Registration {
-    /// Notes whose session it is; fails when the user has too many.
+    /// Says whose session it is; fails when the user has too many.
     pub fn identify(&self, who: &Principal) -> Result<(), Error> {
-        let mut open = self.sessions.lock();
-        let ids = open.by_user.entry(who.key.clone()).or_default();
-        if ids.len() >= self.sessions.limit {
-            let why = format!("the user has {} connections already", self.sessions.limit);
+        let mut sessions = self.registry.lock();
+        let ids = sessions.by_user.entry(who.key.clone()).or_default();
+        if ids.len() >= self.registry.limit {
+            let why = format!("the user has {} connections already", self.registry.limit);
             return Err(Error::new(Code::RateLimited, why).retry_after(1_000));
         }
         ids.push(self.id);
-        if let Some(session) = open.sessions.get_mut(&self.id) {
-            session.who = Some((who.user.clone(), who.key.clone()));
+        if let Some(session) = sessions.by_id.get_mut(&self.id) {
+            session.owner = Some(Owner { user: who.user.clone(), key: who.key.clone() });
         }
         Ok(())
     }
@@ -196,22 +223,29 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        let sessions = &self.sessions;
-        let mut open = sessions.lock();
-        let Some(session) = open.sessions.remove(&self.id) else { return };
-        if let Some((_, key)) = session.who
-            && let Some(ids) = open.by_user.get_mut(&key)
+        let registry = &self.registry;
+        let removed = registry.lock().remove(self.id);
+        match removed {
+            Some(Transport::Websocket) => registry.connections.decrement(1.0),
+            Some(Transport::Sse) => registry.streams.decrement(1.0),
+            None => return,
+        }
+        registry.count.send_modify(|count| *count -= 1);
+    }
+}
+
+impl Sessions {
+    /// Removes a session; gives what it came over.
+    fn remove(&mut self, id: u64) -> Option<Transport> {
+        let session = self.by_id.remove(&id)?;
+        if let Some(owner) = session.owner
+            && let Some(ids) = self.by_user.get_mut(&owner.key)
         {
-            ids.retain(|id| *id != self.id);
+            ids.retain(|it| *it != id);
             if ids.is_empty() {
-                open.by_user.remove(&key);
+                self.by_user.remove(&owner.key);
             }
         }
-        drop(open);
-        match session.transport {
-            Transport::Websocket => sessions.connections.decrement(1.0),
-            Transport::Sse => sessions.streams.decrement(1.0),
-        }
-        sessions.count.send_modify(|count| *count -= 1);
+        Some(session.transport)
     }
 }

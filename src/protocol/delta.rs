@@ -5,12 +5,12 @@
 
 use std::sync::Arc;
 
-use serde_json::value::to_raw_value;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
 use super::event::{EventFrame, Priority};
-use crate::protocol::kinds::{AGENT_TOKEN, DeltaData};
+use super::json;
+use super::kinds::{AGENT_TOKEN, DeltaData};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Delta {
@@ -43,8 +43,7 @@ impl Delta {
     pub fn frame(&self) -> Utf8Bytes {
         let data =
             DeltaData { message: (&*self.message).into(), from_char: self.from_char, text: (&*self.text).into() };
-        // Strings and numbers always serialise.
-        let Ok(data) = to_raw_value(&data) else { return Utf8Bytes::default() };
+        let data = json::encode_raw(&data);
         let frame = EventFrame {
             r#type: "event",
             thread: &self.thread,
@@ -60,7 +59,7 @@ impl Delta {
             priority: self.priority,
             attempt: None,
         };
-        serde_json::to_string(&frame).unwrap_or_default().into()
+        json::encode(&frame).into()
     }
 
     /// Whether `next` goes on where this one ends.

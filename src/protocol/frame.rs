@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::error::{Code, Error};
+use super::json;
 
 /// A seq, or for `"*"` one for each thread.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
@@ -131,8 +132,7 @@ pub enum ServerFrame<'a> {
 
 impl ServerFrame<'_> {
     pub fn encode(&self) -> String {
-        // Strings, numbers and maps with string keys always serialise.
-        serde_json::to_string(self).unwrap_or_default()
+        json::encode(self)
     }
 }
 

@@ -1,19 +1,25 @@
-//! From the store to the live feed.
+//! From the store to the live feed: reads in the background, accepts what they bring, and attaches once the head is near.
+//!
+//! A session has at most [`READS`] reads under way, each of at most [`CHUNK_BYTES`] or one event, and starts none while so
+//! many bytes wait to be sent. The subscription with the highest priority waiting reads first, and those in their handover
+//! before all others; [`class_of_turn`] gives the lower classes their share.
 
-use super::{DeliveredText, OutFrame, Stage, Step, Subscriptions};
+use super::Subscriptions;
+use super::replay::Replayed;
+use super::subscription::{Admission, DeliveredText, Stage, Subscription};
 use crate::auth::Principal;
 use crate::auth::scopes;
 use crate::clock;
-use crate::delivery::Delivery;
-use crate::delivery::outbox::{Answer, Chunk, SubId};
+use crate::delivery::fair_queue::{SubId, class_of_turn};
+use crate::delivery::outbox::{Answer, Chunk, ReadFor};
+use crate::delivery::sources::Sources;
 use crate::protocol::delta::Delta;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::Priority;
 use crate::protocol::frame::ServerFrame;
 use crate::protocol::kinds::AGENT_TOKEN;
-use crate::store::{EventRange, StoredEvent};
+use crate::store::{EventRange, Store, StoredEvent};
 use tokio::time::Instant;
-use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
 /// Events of one read from the store.
@@ -23,355 +29,312 @@ pub const CHUNK_BYTES: usize = 128 << 10;
 /// Reads that a session may have under way.
 pub const READS: usize = 2;
 
+/// The class in which subscriptions in their handover wait to read: live events of the whole session wait for them.
+const HANDOVER_CLASS: usize = 0;
+/// The class in which a subscription waits to read if it is not known what waits for it.
+const DEFAULT_CLASS: usize = 1;
+
+/// What is read from the store.
+enum Wanted {
+    Events(EventRange),
+    /// The text of messages that are being written, beyond what the client has.
+    OpenText(DeliveredText),
+}
+
+/// What becomes of the other events of a chunk.
+#[derive(PartialEq, Eq)]
+enum Accepted {
+    GoOn,
+    /// The subscription cannot use them now: it has ended, or waits.
+    Stop,
+}
+
 impl Subscriptions {
-    /// The hub dropped the subscription because the outbox was full: it goes on from the store.
+    /// The hub has forgotten the subscription because the outbox was full: it goes on from the store.
     pub fn lagged(&mut self, who: &Principal, id: SubId) {
-        // A notice from before the subscription was attached anew says nothing.
-        if self.by_id.get(&id).is_none_or(|sub| sub.stage != Stage::Live) {
+        // If it has been detached since, it is catching up already.
+        let is_live = self.by_id.get(&id).is_some_and(|sub| sub.stage == Stage::Live);
+        if !is_live {
             return;
         }
         self.detach(id);
         let Some(sub) = self.by_id.get_mut(&id) else { return };
+
         let from = sub.cursor + 1;
-        // Only told, not relied upon: without an answer from the store the notice names what is known to be missing.
+        // For the notice alone: if the store does not answer, it names the event that is known to be missing.
         let to = self.sources.store.head(&who.tenant, &sub.thread).unwrap_or(from);
-        // Otherwise only pieces of messages are missing: the next one brings them.
+        // Otherwise only deltas are missing: the text that is read before it goes live again has them.
         if to >= from {
-            sub.announce = true;
-            let frame = ServerFrame::Lagged { thread: sub.called(), from, to }.encode();
-            self.replay.push(Some(id), None, Step::Notice { id, frame: frame.into() });
+            sub.needs_caught_up = true;
+            let frame = ServerFrame::Lagged { thread: sub.called(), from, to }.encode().into();
+            self.push_replayed(id, None, Replayed::Notice { id, frame });
         }
         self.enqueue(who, id);
     }
 
-    /// The class of what comes next from the store.
-    pub fn replay_class(&self) -> Option<usize> {
-        self.replay.class()
-    }
-
-    /// Whether anything from the store is ready; without `events`, anything else.
-    pub fn has_replay(&self, events: bool) -> bool {
-        if events { !self.replay.is_empty() } else { self.replay.first_in_order(is_notice).is_some() }
-    }
-
-    /// The next frame from the store.
-    pub fn next_replayed(&mut self, events: bool) -> Option<OutFrame> {
-        loop {
-            let step = if events { self.replay.pop() } else { self.replay.pop_in_order(is_notice) };
-            match step? {
-                Step::Event { id, seq, frame } => {
-                    self.replay_bytes -= frame.len();
-                    // What is left of a subscription that has ended is not wanted any more.
-                    if let Some(frame) = self.dress(id, seq, &frame) {
-                        return Some(OutFrame::Event { seq: Some(seq), frame });
-                    }
-                }
-                Step::Delta { id, piece } => {
-                    self.replay_bytes -= piece.text.len();
-                    if let Some(sub) = self.by_id.get(&id) {
-                        return Some(OutFrame::Event { seq: None, frame: sub.rename(piece.frame()) });
-                    }
-                }
-                Step::CaughtUp(id) => {
-                    if let Some(frame) = self.caught_up(id) {
-                        return Some(OutFrame::Notice(frame));
-                    }
-                }
-                Step::Notice { id, frame } if self.by_id.contains_key(&id) => return Some(OutFrame::Notice(frame)),
-                Step::Notice { .. } => {}
-                Step::Position { id, seq } => {
-                    if let Some(frame) = self.by_id.get_mut(&id).and_then(|sub| sub.position(seq)) {
-                        return Some(OutFrame::Notice(frame));
-                    }
-                }
-                Step::Live(id) => {
-                    if let Some(frame) = self.live(id) {
-                        return Some(OutFrame::Notice(frame));
-                    }
-                }
-            }
-        }
-    }
-
-    /// The step is reached: the gate opens for this subscription.
-    fn live(&mut self, id: SubId) -> Option<Utf8Bytes> {
-        // One that was detached meanwhile is on its way once more.
-        let sub = self.by_id.get_mut(&id).filter(|sub| matches!(sub.stage, Stage::Handover { .. }))?;
-        self.handovers -= 1;
-        sub.stage = Stage::Live;
-        self.caught_up(id)
-    }
-
-    /// `caught_up`, if it is to be told.
-    fn caught_up(&mut self, id: SubId) -> Option<Utf8Bytes> {
-        let sub = self.by_id.get_mut(&id).filter(|sub| matches!(sub.stage, Stage::Handover { .. } | Stage::Live))?;
-        let announced = std::mem::replace(&mut sub.announce, false);
-        if let Some(filter) = sub.filter.as_mut().filter(|_| announced) {
-            filter.tell(sub.cursor);
-        }
-        announced.then(|| ServerFrame::CaughtUp { thread: sub.called(), seq: sub.cursor }.encode().into())
-    }
-
-    /// Takes what a read brought. An error ends the subscription and is returned with its thread.
+    /// Accepts what a read brought. An error ends the subscription and is returned with its thread.
     pub fn chunk(
         &mut self,
         who: &Principal,
-        (id, class): (SubId, usize),
+        reader: ReadFor,
         read: Result<Chunk, Error>,
     ) -> Result<(), (String, Error)> {
-        self.reads[class] -= 1;
-        let taken = read.and_then(|read| match read {
-            Chunk::Events(events) => self.take(who, id, events),
-            Chunk::Texts(pieces) => {
-                self.take_texts(id, pieces);
+        self.reads[reader.class] -= 1;
+        let accepted = match read {
+            Ok(Chunk::Events(events)) => self.accept_events(who, reader.sub, events),
+            Ok(Chunk::OpenText(deltas)) => {
+                self.accept_open_text(reader.sub, deltas);
                 Ok(())
             }
-        });
-        taken.or_else(|error| match self.drop_sub(id) {
+            Err(error) => Err(error),
+        };
+        let Err(error) = accepted else { return Ok(()) };
+        match self.end(reader.sub) {
             Some(thread) => Err((thread, error)),
+            // It had ended meanwhile.
             None => Ok(()),
-        })
+        }
     }
 
-    fn take(&mut self, who: &Principal, id: SubId, events: Vec<StoredEvent>) -> Result<(), Error> {
+    fn accept_events(&mut self, who: &Principal, id: SubId, events: Vec<StoredEvent>) -> Result<(), Error> {
         self.replayed.increment(events.len() as u64);
         for event in events {
-            if !self.take_one(who, id, event) {
+            if self.accept_event(who, id, event) == Accepted::Stop {
                 return Ok(());
             }
         }
-        let Some(sub) = self.by_id.get_mut(&id) else { return Ok(()) };
+
+        let Some(sub) = self.by_id.get(&id) else { return Ok(()) };
         match sub.stage {
-            // While the client wants nothing, the others need not wait for this one's seam.
-            Stage::Handover { to } if sub.cursor < to && self.paused => {
+            Stage::CatchingUp => self.approach(who, id)?,
+            Stage::Handover { to } if sub.cursor >= to => self.end_events(id),
+            // Without credit the handover would not end, and all others' live events would wait for it.
+            Stage::Handover { .. } if self.out_of_credit => {
                 self.detach(id);
                 self.enqueue(who, id);
             }
-            Stage::Handover { to } if sub.cursor < to => self.queue[0].push_front(id),
-            Stage::Handover { .. } => self.end_handover(id),
-            Stage::CatchingUp => self.approach(who, id)?,
+            Stage::Handover { .. } => self.queue[HANDOVER_CLASS].push_front(id),
             Stage::Live | Stage::Held { .. } => {}
         }
         Ok(())
     }
 
-    /// All events are read. What is being written is told behind them, before anything comes live.
-    fn end_handover(&mut self, id: SubId) {
-        if self.by_id.get(&id).is_some_and(|sub| sub.joins) {
-            self.replay.push(Some(id), None, Step::CaughtUp(id));
-            self.queue[0].push_front(id);
-        } else {
-            self.replay.push(Some(id), None, Step::Live(id));
+    fn accept_event(&mut self, who: &Principal, id: SubId, event: StoredEvent) -> Accepted {
+        let Some(sub) = self.by_id.get_mut(&id) else { return Accepted::Stop };
+        let is_duplicate = event.seq <= sub.cursor;
+        if is_duplicate {
+            return Accepted::GoOn;
         }
-    }
-
-    fn take_texts(&mut self, id: SubId, pieces: Vec<Delta>) {
-        let Some(sub) = self.by_id.get_mut(&id).filter(|sub| sub.joins) else { return };
-        sub.joins = false;
-        let told = pieces.iter().map(|piece| (piece.name.clone(), piece.to_char)).collect();
-        sub.told = Some(Box::new(told));
-        for piece in pieces {
-            if piece.text.is_empty() && piece.from_char > 0 {
-                continue;
+        match sub.admit(event.seq, &event.kind) {
+            Admission::Send => {
+                self.push_replayed(id, Some(event.class), Replayed::Event { id, seq: event.seq, frame: event.frame });
+                Accepted::GoOn
             }
-            self.replay_bytes += piece.text.len();
-            self.replay.push(Some(id), Some(Priority::class(piece.priority)), Step::Delta { id, piece });
-        }
-        self.replay.push(Some(id), None, Step::Live(id));
-    }
-
-    /// A live piece: the frame to send, if it is to be sent.
-    pub fn live_delta(&mut self, who: &Principal, id: SubId, piece: &Delta) -> Option<OutFrame> {
-        let sub = self.by_id.get_mut(&id)?;
-        if sub.stage != Stage::Live || !sub.wants(AGENT_TOKEN) {
-            return None;
-        }
-        // From before it was attached: the store had it, or the event that closed the message.
-        if piece.behind < sub.cursor {
-            return None;
-        }
-        let told = sub.told.as_ref().and_then(|told| told.get(&piece.name)).copied();
-        match told {
-            // The message was closed while the subscription joined, and its event is on its way.
-            None if piece.from_char > 0 => return None,
-            Some(told) if piece.from_char > told => {
-                // Cannot happen while the hub delivers in order; if it ever does, the store has what is missing.
-                tracing::error!(told, piece.from_char, "a hole in a message");
-                self.lagged(who, id);
-                return None;
+            Admission::LeaveOut => {
+                // So that on a long way through events that are left out `position` is sent now and then.
+                let due = sub.filter.as_mut().map(|filter| filter.leave_out(event.seq));
+                self.schedule(due);
+                Accepted::GoOn
             }
-            Some(told) if piece.to_char <= told => return None,
-            _ => {}
-        }
-        let from_char = told.unwrap_or(0);
-        let frame = if piece.from_char == from_char { piece.frame() } else { piece.rest(from_char).frame() };
-        sub.told.get_or_insert_default().insert(piece.name.clone(), piece.to_char);
-        Some(OutFrame::Event { seq: None, frame: sub.rename(frame) })
-    }
-
-    /// `false` if the subscription takes no more now.
-    fn take_one(&mut self, who: &Principal, id: SubId, event: StoredEvent) -> bool {
-        let Some(sub) = self.by_id.get_mut(&id) else { return false };
-        if event.seq <= sub.cursor {
-            return true;
-        }
-        if !sub.wants(&event.kind) {
-            sub.cursor = event.seq;
-            if let Some(filter) = &mut sub.filter {
-                let due = filter.leave_out(event.seq);
-                // A long way through events that are left out is told as it goes.
-                self.note_due(Some(due));
-            }
-            return true;
-        }
-        if let Some(confirm) = sub.confirm() {
-            if confirm.has(event.seq) {
-                sub.cursor = event.seq;
-                return true;
-            }
-            if confirm.oldest().is_none() && confirm.exhausted(event.seq) {
-                self.dead_letter(who, id, event.seq);
-                return false;
-            }
-            if confirm.room() == 0 {
-                self.detach(id);
+            Admission::Acknowledged => Accepted::GoOn,
+            Admission::NoRoom => {
                 self.hold(id, None);
-                return false;
+                Accepted::Stop
             }
-            confirm.take(event.seq);
+            Admission::Exhausted => {
+                self.dead_letter(who, id, event.seq);
+                Accepted::Stop
+            }
         }
-        sub.cursor = event.seq;
-        self.replay_bytes += event.frame.len();
-        self.replay.push(Some(id), Some(event.class), Step::Event { id, seq: event.seq, frame: event.frame });
-        true
     }
 
-    /// Attaches once the head is near, and goes live if there is nothing to read; else has the store read.
+    /// In the handover all events are read. The text of messages that are being written comes after them, and before
+    /// anything live.
+    fn end_events(&mut self, id: SubId) {
+        let needs_open_text = self.by_id.get(&id).is_some_and(|sub| sub.needs_open_text);
+        if needs_open_text {
+            self.push_replayed(id, None, Replayed::CaughtUp(id));
+            self.queue[HANDOVER_CLASS].push_front(id);
+        } else {
+            self.push_replayed(id, None, Replayed::Live(id));
+        }
+    }
+
+    fn accept_open_text(&mut self, id: SubId, deltas: Vec<Delta>) {
+        let Some(sub) = self.by_id.get_mut(&id) else { return };
+        if !sub.needs_open_text {
+            return;
+        }
+        sub.needs_open_text = false;
+        let delivered: DeliveredText = deltas.iter().map(|delta| (delta.name.clone(), delta.to_char)).collect();
+        sub.delivered = Some(Box::new(delivered));
+
+        for delta in deltas {
+            let adds_nothing = delta.text.is_empty() && delta.from_char > 0;
+            if !adds_nothing {
+                let class = Priority::class(delta.priority);
+                self.push_replayed(id, Some(class), Replayed::OpenText { id, delta });
+            }
+        }
+        self.push_replayed(id, None, Replayed::Live(id));
+    }
+
+    /// Decides how a subscription that catches up goes on: near the head it attaches, else it reads another chunk.
+    ///
+    /// It attaches first and looks up the head and the right to read afterwards. That order makes the handover exact:
+    /// - what was committed before the lookup is in the store, and is read from there;
+    /// - what is committed after it comes through the hub, since the subscription is attached by then;
+    /// - what is committed in between comes both ways, and is dropped once by its seq.
+    ///
+    /// Likewise with the user's removal: either the lookup sees it, or the hub forgets the subscription and notifies the
+    /// session.
     pub(super) fn approach(&mut self, who: &Principal, id: SubId) -> Result<(), Error> {
-        let Some(sub) = self.by_id.get_mut(&id) else {
-            return Ok(());
-        };
+        let Some(sub) = self.by_id.get_mut(&id) else { return Ok(()) };
         let room = sub.confirm().map_or(CHUNK_EVENTS, |confirm| confirm.room().min(CHUNK_EVENTS));
         if room == 0 {
             self.hold(id, None);
             return Ok(());
         }
-        let mut head = self.sources.store.head(&who.tenant, &sub.thread)?;
-        // Far behind there is no use in attaching: the outbox would only overflow.
-        let near = head <= sub.cursor + room as u64;
-        if near && (head <= sub.cursor || !self.paused) {
-            let by_scope = scopes::reads_by_scope(who.scopes);
-            self.sources.hub.attach(&sub.key, &self.outbox, id, &who.user, by_scope, sub.wants(AGENT_TOKEN));
-            // Looked up after attaching: what is committed from here on comes through the hub, a removal too.
-            sub.stage = Stage::Handover { to: sub.cursor };
-            self.handovers += 1;
-            let row = self.sources.store.thread(&who.tenant, &sub.thread)?.unwrap_or_default();
-            head = row.head;
-            sub.stage = Stage::Handover { to: head };
-            sub.joins = row.writing > 0 && sub.wants(AGENT_TOKEN);
-            if !sub.joins {
-                sub.told = None;
-            }
-            self.sources.rights.may_read(who, &sub.thread)?;
-            if head <= sub.cursor {
-                // Live once the frames before this step are on their way.
-                self.end_handover(id);
-            } else {
-                // The seam first: the other subscriptions wait for it.
-                self.queue[0].push_front(id);
-            }
+
+        // Far from the head there is no use in attaching: the outbox would only overflow. And without credit nothing is
+        // read, so that the handover would not end.
+        let head = self.sources.store.head(&who.tenant, &sub.thread)?;
+        let is_at_head = head <= sub.cursor;
+        let is_near = head <= sub.cursor + room as u64;
+        if !is_at_head && (!is_near || self.out_of_credit) {
+            self.enqueue(who, id);
             return Ok(());
         }
-        self.enqueue(who, id);
+
+        let by_scope = scopes::reads_by_scope(who.scopes);
+        self.sources.hub.attach(&sub.key, &self.outbox, id, &who.user, by_scope, sub.wants(AGENT_TOKEN));
+        sub.stage = Stage::Handover { to: sub.cursor };
+        self.handovers += 1;
+
+        let row = self.sources.store.thread(&who.tenant, &sub.thread)?.unwrap_or_default();
+        sub.stage = Stage::Handover { to: row.head };
+        sub.needs_open_text = row.writing > 0 && sub.wants(AGENT_TOKEN);
+        if !sub.needs_open_text {
+            sub.delivered = None;
+        }
+        self.sources.rights.may_read(who, &sub.thread)?;
+
+        if row.head <= sub.cursor {
+            self.end_events(id);
+        } else {
+            self.queue[HANDOVER_CLASS].push_front(id);
+        }
         Ok(())
     }
 
     /// Puts the subscription among those that want to read, by the highest priority that waits for it.
     pub(super) fn enqueue(&mut self, who: &Principal, id: SubId) {
         let Some(sub) = self.by_id.get(&id) else { return };
-        // A store that fails will say so to the read.
+        // If the store fails here, the read will fail as well and say so.
         let row = self.sources.store.thread(&who.tenant, &sub.thread).ok().flatten();
-        let class = row.and_then(|row| row.class_after(sub.cursor)).unwrap_or(1);
+        let class = row.and_then(|row| row.class_after(sub.cursor)).unwrap_or(DEFAULT_CLASS);
         self.queue[class].push_back(id);
     }
 
-    /// Starts reads while there is room for what they bring, and (with flow control) leave to send it.
+    /// Starts reads while there is room for what they bring, and (with flow control) credit to send it.
     pub fn read_on(&mut self, who: &Principal, credit: Option<u64>) {
         let allowed = credit.map_or(CHUNK_EVENTS, |credit| usize::try_from(credit).unwrap_or(usize::MAX));
-        while self.reads.iter().sum::<usize>() < READS && self.replay_bytes < CHUNK_BYTES && allowed > 0 {
-            let Some((id, class)) = self.pick() else { return };
-            let Some(sub) = self.by_id.get_mut(&id) else { continue };
-            self.reads[class] += 1;
-            let room = match &sub.filter {
-                Some(_) => CHUNK_EVENTS,
-                None => sub.confirm().map_or(CHUNK_EVENTS, |confirm| confirm.room().max(1)),
-            };
-            let limit = room.min(CHUNK_EVENTS).min(if sub.filter.is_some() { CHUNK_EVENTS } else { allowed });
-            let (sources, outbox, who, thread) =
-                (self.sources.clone(), self.outbox.clone(), who.clone(), sub.thread.clone());
-            let told = matches!(sub.stage, Stage::Handover { to } if sub.cursor >= to).then(|| sub.told.clone());
-            let range = EventRange { from: sub.cursor + 1, limit, bytes: CHUNK_BYTES, ..EventRange::all() };
+        while allowed > 0 && self.reads.iter().sum::<usize>() < READS && self.replay_bytes < CHUNK_BYTES {
+            let Some(reader) = self.next_reader() else { return };
+            let Some(sub) = self.by_id.get_mut(&reader.sub) else { continue };
+            let (wanted, thread) = (sub.wanted(allowed), sub.thread.clone());
+            self.reads[reader.class] += 1;
+
+            let (sources, outbox, who) = (self.sources.clone(), self.outbox.clone(), who.clone());
             tokio::task::spawn_blocking(move || {
-                let read = match told {
-                    Some(told) => texts(&sources, &who, &thread, &told.unwrap_or_default()).map(Chunk::Texts),
-                    None => events(&sources, &who, &thread, range).map(Chunk::Events),
-                };
-                // The right is looked up after the read: what was committed after a removal is not handed out.
-                let read = read.and_then(|read| sources.rights.may_read(&who, &thread).map(|()| read));
-                outbox.push_answer(Answer::Chunk { sub: (id, class), read });
+                let read = read(&sources, &who, &thread, wanted);
+                outbox.push_answer(Answer::Chunk { sub: reader, read });
             });
         }
     }
 
-    /// Whose turn it is to read, and its class: those with the highest priority waiting; of eight turns one goes to those with
-    /// the lowest, and one to those between. While something higher is read nobody else has one of the other six: its next
-    /// read comes first.
-    fn pick(&mut self) -> Option<(SubId, usize)> {
-        let mut classes = (0..Priority::CLASSES).filter(|class| !self.queue[*class].is_empty());
-        let highest = classes.next()?;
-        let turn = (self.picks + 1) % 8;
-        let other = match turn {
-            0 => classes.next_back(),
-            4 => classes.rev().nth(1),
-            _ => None,
-        };
-        if other.is_none() && self.reads[..highest].iter().any(|reads| *reads > 0) {
+    /// Who reads next. A subscription of the highest class that waits does not read while one of a higher class does, whose
+    /// next read would have to wait for it; the shares of the lower classes are not affected by that.
+    fn next_reader(&mut self) -> Option<ReadFor> {
+        let waiting = std::array::from_fn(|class| !self.queue[class].is_empty());
+        let highest = waiting.iter().position(|waits| *waits)?;
+        let turn = self.read_turn.wrapping_add(1);
+        let class = class_of_turn(turn, waiting)?;
+
+        let a_higher_one_reads = self.reads[..highest].iter().any(|reads| *reads > 0);
+        if class == highest && a_higher_one_reads {
             return None;
         }
-        self.picks = turn;
-        let class = other.unwrap_or(highest);
-        self.queue[class].pop_front().map(|id| (id, class))
+        self.read_turn = turn;
+        let sub = self.queue[class].pop_front()?;
+        Some(ReadFor { sub, class })
     }
 
-    /// The subscription waits: for acknowledgements, or until a time.
+    /// The subscription reads nothing and gets nothing live: until that time, or until an acknowledgement makes room.
     pub(super) fn hold(&mut self, id: SubId, until: Option<Instant>) {
+        self.detach(id);
         if let Some(sub) = self.by_id.get_mut(&id) {
             sub.stage = Stage::Held { until };
-            self.note_due(until);
+            self.schedule(until);
         }
     }
 }
 
-fn events(sources: &Delivery, who: &Principal, thread: &str, range: EventRange) -> Result<Vec<StoredEvent>, Error> {
-    // Looked up first: what is committed meanwhile may be missing.
-    let head = sources.store.head(&who.tenant, thread)?;
-    let events = sources.store.events(&who.tenant, thread, range)?;
+impl Subscription {
+    /// What its next read is for, with so many events allowed by flow control.
+    fn wanted(&mut self, allowed: usize) -> Wanted {
+        if let Stage::Handover { to } = self.stage
+            && self.cursor >= to
+        {
+            return Wanted::OpenText(self.delivered.as_deref().cloned().unwrap_or_default());
+        }
+
+        let limit = if self.filter.is_some() {
+            // Many of them may be left out, and those need neither room nor credit.
+            CHUNK_EVENTS
+        } else {
+            let room = self.confirm().map_or(CHUNK_EVENTS, |confirm| confirm.room());
+            room.clamp(1, CHUNK_EVENTS).min(allowed)
+        };
+        Wanted::Events(EventRange { from: self.cursor + 1, limit, bytes: CHUNK_BYTES, ..EventRange::all() })
+    }
+}
+
+/// Reads for a subscription. The right to read is looked up once more after the read, so that nothing committed after the
+/// user's removal goes out.
+fn read(sources: &Sources, who: &Principal, thread: &str, wanted: Wanted) -> Result<Chunk, Error> {
+    sources.rights.read(who, thread, |head| match wanted {
+        Wanted::Events(range) => events(&sources.store, who, thread, range, head).map(Chunk::Events),
+        Wanted::OpenText(delivered) => open_text(&sources.store, who, thread, &delivered).map(Chunk::OpenText),
+    })
+}
+
+/// `head` was looked up before: what is committed since may be missing, what is up to there may not.
+fn events(
+    store: &Store,
+    who: &Principal,
+    thread: &str,
+    range: EventRange,
+    head: u64,
+) -> Result<Vec<StoredEvent>, Error> {
+    let events = store.events(&who.tenant, thread, range)?;
     if events.is_empty() && head >= range.from {
         return Err(Error::new(Code::Internal, "the store lacks events that it should have"));
     }
     Ok(events)
 }
 
-/// What is being written in the thread, as far as it was not told.
-fn texts(sources: &Delivery, who: &Principal, thread: &str, told: &DeliveredText) -> Result<Vec<Delta>, Error> {
-    let mut pieces = Vec::new();
-    for key in sources.store.open_messages(&who.tenant, thread)? {
+/// The text of messages that are being written in the thread, beyond what the client has.
+fn open_text(store: &Store, who: &Principal, thread: &str, delivered: &DeliveredText) -> Result<Vec<Delta>, Error> {
+    let mut deltas = Vec::new();
+    for key in store.open_messages(&who.tenant, thread)? {
         let name = Delta::name(&key.run.run, &key.message);
-        let from_char = told.get(&name).copied().unwrap_or(0);
-        let text = sources.store.text_after(&key, from_char)?;
-        // Looked up last: one that was closed meanwhile has no text, or not all of it, but an event that comes live.
-        let Some(row) = sources.store.message(&key)?.filter(|row| row.closed.is_none()) else { continue };
-        pieces.push(Delta {
+        let from_char = delivered.get(&name).copied().unwrap_or(0);
+        let text = store.text_after(&key, from_char)?;
+        // Looked up after the text: if the message was closed meanwhile, the text may be incomplete, but the event that closed
+        // it comes live and has all of it.
+        let Some(row) = store.message(&key)?.filter(|row| row.closed.is_none()) else { continue };
+        deltas.push(Delta {
             name,
             thread: thread.into(),
             run: key.run.run.into(),
@@ -386,10 +349,5 @@ fn texts(sources: &Delivery, who: &Principal, thread: &str, told: &DeliveredText
             text,
         });
     }
-    Ok(pieces)
-}
-
-/// Notices go out also while no events may.
-fn is_notice(step: &Step) -> bool {
-    matches!(step, Step::Notice { .. } | Step::Position { .. } | Step::CaughtUp(_) | Step::Live(_))
+    Ok(deltas)
 }

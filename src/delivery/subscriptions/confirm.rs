@@ -1,8 +1,9 @@
-//! Deliveries that must be acknowledged: what is out, since when, and how often it was tried. Pure; time comes in.
+//! Deliveries that must be acknowledged: which events are out, since when, and how often they were tried. Pure; time comes
+//! in.
 //!
-//! Delivery goes in rounds. A round begins at the oldest event that is not acknowledged and goes on in order from there;
-//! when the oldest is not acknowledged in time, the next round begins. Attempts are counted for the oldest event, since it
-//! is the one that holds up the others: once it is acknowledged, the count begins anew for the one behind it.
+//! Delivery goes in rounds. A round begins with the oldest event that is not acknowledged and goes on in order from there.
+//! When that one is not acknowledged in time, the next round begins. Attempts are counted for the oldest event alone, since
+//! it is the one that holds up the others: once it is acknowledged or given up, the count begins anew for the next one.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -22,26 +23,26 @@ const BACKOFF: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Default)]
 pub struct Confirm {
+    /// The round begins after this seq.
+    round_after: u64,
     /// Events of this round that are on their way or sent, and not acknowledged.
     window: VecDeque<u64>,
-    /// The newest of them that was sent.
-    out: u64,
-    /// The newest seq sent in any round.
+    /// The newest event that was sent in this round.
+    sent_in_round: u64,
+    /// The newest event that was sent in any round.
     sent: u64,
     /// How often the oldest event was sent.
     attempts: u32,
-    /// Events up to here are sent again in this round, with this attempt.
-    again: (u64, u32),
-    /// When the oldest must have been acknowledged.
+    /// Events up to this seq are sent again in this round, with this attempt.
+    repeated: (u64, u32),
+    /// When the oldest event must have been acknowledged, if it was sent.
     deadline: Option<Instant>,
-    /// The round begins behind this seq.
-    behind: u64,
     /// The newest seq that this session's client has acknowledged.
     acked: u64,
 }
 
 impl Confirm {
-    /// Goes on behind `place`, from where an earlier session ended.
+    /// Goes on after `place`, from where an earlier session ended.
     pub fn resume(receipt: &ReceiptRow, place: u64) -> Confirm {
         let mut confirm = Confirm { sent: receipt.sent, ..Confirm::default() };
         if receipt.sent > place && receipt.place == place {
@@ -51,25 +52,25 @@ impl Confirm {
         confirm
     }
 
-    /// How many more events may be taken on their way.
+    /// How many more events may be on their way.
     pub fn room(&self) -> usize {
         WINDOW - self.window.len()
     }
 
-    /// The event goes on its way.
-    pub fn take(&mut self, seq: u64) {
+    /// The event is on its way to the socket.
+    pub fn add(&mut self, seq: u64) {
         self.window.push_back(seq);
     }
 
-    /// The event goes to the socket; which attempt it is, if not the first.
+    /// The event goes to the socket; gives which attempt it is, if not the first.
     pub fn send(&mut self, seq: u64, now: Instant) -> Option<u32> {
-        self.out = seq;
+        self.sent_in_round = seq;
         self.sent = self.sent.max(seq);
-        if self.window.front() == Some(&seq) {
+        if self.oldest() == Some(seq) {
             self.attempts += 1;
             self.deadline = Some(now + ACK_WITHIN);
         }
-        let (until, attempt) = self.again;
+        let (until, attempt) = self.repeated;
         (seq <= until).then_some(attempt)
     }
 
@@ -78,28 +79,30 @@ impl Confirm {
         self.acked = self.acked.max(seq);
         let before = self.window.len();
         while self.window.pop_front_if(|oldest| *oldest <= seq).is_some() {}
+
         if self.window.len() < before {
-            let waits = self.window.front().is_some_and(|oldest| *oldest <= self.out);
-            self.attempts = u32::from(waits);
-            self.deadline = waits.then_some(now + ACK_WITHIN);
-        } else if before == 0 && seq > self.behind && seq == self.acked {
-            // Between two rounds: the one behind it may have been sent along, as when an event is given up.
+            // If the next one was sent already, that was its first attempt, and its time begins now.
+            let was_sent = self.oldest().is_some_and(|oldest| oldest <= self.sent_in_round);
+            self.attempts = u32::from(was_sent);
+            self.deadline = was_sent.then_some(now + ACK_WITHIN);
+        } else if before == 0 && seq > self.round_after && seq == self.acked {
+            // Between two rounds: the next event may have been sent along with this one, as when an event is given up.
             self.give_up(seq);
         }
     }
 
-    /// Whether the client has said that it has the event.
-    pub fn has(&self, seq: u64) -> bool {
+    /// Whether the client has acknowledged the event.
+    pub fn is_acked(&self, seq: u64) -> bool {
         seq <= self.acked
     }
 
-    /// When the oldest event must have been acknowledged, if it is out.
+    /// When the oldest event must have been acknowledged, if it was sent.
     pub fn deadline(&self) -> Option<Instant> {
         self.deadline
     }
 
     /// Whether this event, the oldest, has had its last attempt.
-    pub fn exhausted(&self, seq: u64) -> bool {
+    pub fn is_exhausted(&self, seq: u64) -> bool {
         self.attempts >= ATTEMPTS && seq <= self.sent
     }
 
@@ -107,27 +110,28 @@ impl Confirm {
         self.window.front().copied()
     }
 
-    /// The next round begins behind `seq`. Returns the longest pause before it.
+    /// The next round begins after `seq`. Gives the longest pause before it.
     pub fn restart(&mut self, seq: u64) -> Duration {
-        self.behind = seq;
+        self.round_after = seq;
         self.window.clear();
-        (self.out, self.deadline) = (0, None);
-        self.again = (self.sent, self.attempts.max(1) + 1);
+        self.sent_in_round = 0;
+        self.deadline = None;
+        self.repeated = (self.sent, self.attempts.max(1) + 1);
         BACKOFF * 2u32.pow(self.attempts.clamp(1, ATTEMPTS) - 1)
     }
 
-    /// The event is done with: the one behind it is the oldest now, and may have been sent along with it.
+    /// The event is done with: the next one is the oldest now, and if it was sent along, that was its first attempt.
     pub fn give_up(&mut self, seq: u64) {
         self.attempts = u32::from(self.sent > seq);
         self.restart(seq);
     }
 
-    /// The newest seq sent, and how often the oldest was, as a receipt keeps them.
+    /// The newest seq sent, and how often the oldest event was, as a receipt records them.
     pub fn progress(&self) -> (u64, u32) {
         (self.sent, self.attempts)
     }
 
-    /// Whether anything was sent that is not acknowledged.
+    /// Whether anything was sent in this round that is not acknowledged.
     pub fn is_open(&self) -> bool {
         self.deadline.is_some()
     }
@@ -139,7 +143,7 @@ mod tests {
 
     fn sent(confirm: &mut Confirm, seqs: std::ops::RangeInclusive<u64>, now: Instant) -> Vec<Option<u32>> {
         let one = |seq| {
-            confirm.take(seq);
+            confirm.add(seq);
             confirm.send(seq, now)
         };
         seqs.map(one).collect()
@@ -165,9 +169,9 @@ mod tests {
             confirm.restart(0);
         }
         sent(&mut confirm, 1..=2, now);
-        assert!(confirm.exhausted(1));
+        assert!(confirm.is_exhausted(1));
         confirm.ack(1, now);
-        assert!(!confirm.exhausted(2));
+        assert!(!confirm.is_exhausted(2));
         confirm.restart(1);
         assert_eq!(sent(&mut confirm, 2..=2, now), [Some(2)]);
     }
@@ -191,10 +195,10 @@ mod tests {
             confirm.restart(0);
             sent(&mut confirm, 1..=2, now);
         }
-        assert!(confirm.exhausted(1));
+        assert!(confirm.is_exhausted(1));
         confirm.give_up(1);
         assert_eq!(sent(&mut confirm, 2..=3, now), [Some(2), None]);
-        assert!(!confirm.exhausted(2));
+        assert!(!confirm.is_exhausted(2));
         confirm.give_up(3);
         assert_eq!(confirm.progress().1, 0, "what was never sent had no attempt");
     }
@@ -205,7 +209,7 @@ mod tests {
         sent(&mut confirm, 1..=3, now);
         confirm.restart(0);
         confirm.ack(3, now);
-        assert!(confirm.has(3) && !confirm.has(4));
+        assert!(confirm.is_acked(3) && !confirm.is_acked(4));
         assert_eq!((confirm.progress().1, confirm.deadline()), (0, None));
     }
 
@@ -219,7 +223,7 @@ mod tests {
         confirm.ack(2, now);
         confirm.ack(1, now);
         assert_eq!(sent(&mut confirm, 3..=4, now), [Some(2), None]);
-        assert!(!confirm.exhausted(3));
+        assert!(!confirm.is_exhausted(3));
     }
 
     #[tokio::test]

@@ -132,7 +132,7 @@ impl Session {
     }
 
     fn wait_for(&mut self, waiting: Waiting) {
-        self.feed.shut = true;
+        self.feed.paused = true;
         self.waiting = Some(waiting);
     }
 
@@ -140,7 +140,7 @@ impl Session {
         let (Some(Waiting::Threads(all)), Some(who)) = (self.waiting.take(), self.who.clone()) else {
             return;
         };
-        self.feed.shut = false;
+        self.feed.paused = false;
         let id = all.id;
         let begun = threads.and_then(|threads| all.begin(&who, threads));
         let done = begun.and_then(|(begin, notes)| self.keep_places(&who, begin, notes));
@@ -185,7 +185,7 @@ impl Session {
         let (Some(Waiting::Places(begin)), Some(who)) = (self.waiting.take(), self.who.clone()) else {
             return;
         };
-        self.feed.shut = false;
+        self.feed.paused = false;
         let (id, all) = (begin.id, begin.called == ALL);
         if let Err(error) = stored.and_then(|()| self.keep_places(&who, *begin, Vec::new())) {
             if all {

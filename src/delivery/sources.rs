@@ -1,0 +1,16 @@
+//! What every feed reads from and writes to.
+
+use std::sync::Arc;
+
+use super::hub::Hub;
+use crate::auth::Rights;
+use crate::ingest::submit::Submit;
+use crate::store::Store;
+
+pub(super) struct Sources {
+    pub store: Arc<Store>,
+    pub rights: Rights,
+    pub hub: Arc<Hub>,
+    /// For receipts and dead letters.
+    pub submit: Arc<Submit>,
+}
