@@ -15,6 +15,7 @@ use crate::delivery::Delivery;
 use crate::delivery::hub::Hub;
 use crate::delivery::registry::Registry;
 use crate::edge::health::Health;
+use crate::edge::ws::Sockets;
 use crate::edge::{Context, listener, routes};
 use crate::ingest::admit::Admission;
 use crate::ingest::limits::Limits;
@@ -154,17 +155,33 @@ impl App {
             projector: status,
             stalled_after: config.run_stalled_after(),
         };
+        let auth = Arc::new(Authenticator::new(verifier, store.clone()));
+        let admission = Arc::new(Admission::new(rights.clone(), limits.clone()));
+        let delivery = Arc::new(Delivery::new(store.clone(), rights.clone(), hub.clone(), submit.clone()));
+        let sockets = Arc::new(Sockets {
+            store: store.clone(),
+            hub: hub.clone(),
+            submit: submit.clone(),
+            auth: auth.clone(),
+            rights: rights.clone(),
+            admission: admission.clone(),
+            delivery: delivery.clone(),
+            registry: registry.clone(),
+            health: health.clone(),
+            epoch: log.epoch().to_owned(),
+            origins: config.allow_origin.clone(),
+        });
         let ctx = Arc::new(Context {
-            auth: Authenticator::new(verifier, store.clone()),
-            admission: Admission::new(rights.clone(), limits.clone()),
-            delivery: Arc::new(Delivery::new(store.clone(), rights.clone(), hub.clone(), submit.clone())),
+            auth,
+            admission,
+            delivery,
             rights,
             store,
             hub,
             submit,
             epoch: log.epoch().to_owned(),
             registry,
-            origins: config.allow_origin.clone(),
+            sockets,
             health: health.clone(),
             metrics: metrics.clone(),
         });

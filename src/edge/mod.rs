@@ -22,15 +22,15 @@ pub struct Context {
     pub store: Arc<Store>,
     pub hub: Arc<Hub>,
     pub submit: Arc<Submit>,
-    pub auth: Authenticator,
+    pub auth: Arc<Authenticator>,
     pub rights: Rights,
-    pub admission: Admission,
+    pub admission: Arc<Admission>,
     pub delivery: Arc<Delivery>,
     /// The log's identity.
     pub epoch: String,
     pub registry: Arc<Registry>,
-    /// Origins that browsers may come from, beside the server's own.
-    pub origins: Vec<String>,
+    /// What WebSocket sessions work with.
+    pub sockets: Arc<ws::Sockets>,
     pub health: Arc<health::Health>,
     pub metrics: metrics_exporter_prometheus::PrometheusHandle,
 }

@@ -19,15 +19,15 @@ use super::listener::ConnectionPermit;
 use super::sse::agui;
 use super::ws::upgrade::upgrade;
 use super::{Context, sse};
-use crate::auth::Principal;
 use crate::auth::tickets::LIFETIME;
-use crate::ingest::admit::PublishRequest;
+use crate::auth::{Authenticator, Principal};
+use crate::ingest::admit::{Admitted, PublishRequest};
 use crate::protocol::command;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::http::PublishBody;
 use crate::protocol::http::{PublishReply, Ticket};
 use crate::protocol::json;
-use crate::protocol::kinds::{AGENT_TOKEN, DeltaData};
+use crate::protocol::kinds::DeltaData;
 use crate::{clock, telemetry};
 
 /// What a handler gets of a request.
@@ -40,14 +40,14 @@ pub struct Request {
 impl Request {
     /// The user who asks, counted against the rate limit.
     pub fn who(&self) -> Result<Principal, Error> {
-        let who = authenticate(&self.ctx, &self.headers)?;
+        let who = authenticate(&self.ctx.auth, &self.headers)?;
         self.ctx.health.check_caught_up()?;
         self.ctx.admission.count(&who).map(|()| who)
     }
 }
 
 /// The user of `Authorization: Bearer …`.
-pub fn authenticate(ctx: &Context, headers: &HeaderMap) -> Result<Principal, Error> {
+pub fn authenticate(auth: &Authenticator, headers: &HeaderMap) -> Result<Principal, Error> {
     let refuse = |why| Error::new(Code::Unauthenticated, why).at("Authorization");
     let value = header_text(headers, "Authorization")?.ok_or_else(|| refuse("there is no Authorization header"))?;
     let (scheme, token) =
@@ -55,7 +55,7 @@ pub fn authenticate(ctx: &Context, headers: &HeaderMap) -> Result<Principal, Err
     if !scheme.eq_ignore_ascii_case("bearer") {
         return Err(refuse("the Authorization header is not Bearer <token>"));
     }
-    ctx.auth.verify(token.trim())
+    auth.verify(token.trim())
 }
 
 /// Everything a client can ask for over HTTP.
@@ -76,7 +76,7 @@ pub fn routes(ctx: Arc<Context>) -> BoxedFilter<(warp::reply::Response,)> {
         .and(warp::ext::optional::<OnUpgrade>())
         .and(listener::permit())
         .map(|it: Request, on: Option<OnUpgrade>, permit: Option<ConnectionPermit>| {
-            counted("ws", upgrade(&it, on, permit))
+            counted("ws", upgrade(&it.ctx.sockets, &it.headers, &it.query, on, permit))
         })
         .boxed();
     let ticket = warp::path!("v1" / "tickets")
@@ -293,7 +293,7 @@ async fn publish<B: Buf, E>(
     let key = header_text(&it.headers, "Idempotency-Key")?;
     command::check_content(publish.data, key, publish.run.as_deref(), publish.parent)?;
     let traceparent = traceparent(&it.headers)?;
-    let draft = it.ctx.admission.admit(
+    let Admitted { draft, delta } = it.ctx.admission.admit(
         &who,
         PublishRequest {
             thread: &thread,
@@ -306,16 +306,15 @@ async fn publish<B: Buf, E>(
             traceparent: traceparent.as_deref(),
         },
     )?;
-    let piece = if draft.event.kind == AGENT_TOKEN { Some(DeltaData::parse(publish.data)?) } else { None };
     let published = it.ctx.submit.publish(&draft).await?;
     let status = if published.duplicate { StatusCode::OK } else { StatusCode::CREATED };
     let reply = PublishReply {
         thread: &called,
-        seq: piece.is_none().then_some(published.seq),
+        seq: delta.is_none().then_some(published.seq),
         event: published.event,
         duplicate: published.duplicate,
-        message: piece.as_ref().map(|piece| &*piece.message),
-        to_char: piece.as_ref().map(DeltaData::to_char),
+        message: delta.as_ref().map(|delta| &*delta.message),
+        to_char: delta.as_ref().map(DeltaData::to_char),
     };
     Ok(json(status, &reply))
 }

@@ -44,6 +44,9 @@ pub async fn revoke(it: Request, user: &str) -> Result<Reply, Error> {
     let (thread, data) = (ids::inbox(&user), raw(&value!({})));
     let event = new_event(&who.tenant, &who.user, &thread, SESSIONS_REVOKED, &data);
     let revoked_at = event.at.to_string();
-    it.ctx.submit.publish(&Draft { event, grant: Grant::Scope, traceparent: traceparent(&it.headers)? }).await?;
+    it.ctx
+        .submit
+        .publish(&Draft { event, grant: Grant::Scope, traceparent: traceparent(&it.headers)?.as_deref() })
+        .await?;
     Ok(json(StatusCode::OK, &value!({"user": user, "revoked_at": revoked_at})))
 }

@@ -228,7 +228,7 @@ async fn append(
     let data = raw(data);
     it.ctx.admission.count_bytes(who, data.get().len())?;
     let event = new_event(&who.tenant, &who.user, thread, kind, &data);
-    it.ctx.submit.publish(&Draft { event, grant, traceparent: traceparent(&it.headers)? }).await
+    it.ctx.submit.publish(&Draft { event, grant, traceparent: traceparent(&it.headers)?.as_deref() }).await
 }
 
 /// `PUT` and `DELETE /v1/threads/{t}/members/{user}`

@@ -1,7 +1,10 @@
 //! The life of a connection: who gets in, what a bad frame or command costs, and how it ends.
 
+mod burst;
+mod closing;
 mod drain;
 mod limits;
+mod refresh;
 mod revocation;
 mod sessions;
 
