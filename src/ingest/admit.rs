@@ -9,7 +9,7 @@ use super::submit::Draft;
 use crate::auth::{Principal, Rights};
 use crate::protocol::error::Error;
 use crate::protocol::event::{LogEvent, Priority};
-use crate::protocol::kinds::{self, KindClass};
+use crate::protocol::kinds::{self, DeltaData, KindClass};
 use crate::{clock, telemetry};
 
 /// A publish as either interface has it, its values checked.
@@ -23,6 +23,13 @@ pub struct PublishRequest<'a> {
     pub priority: Option<Priority>,
     /// W3C trace context, passed on as it came.
     pub traceparent: Option<&'a str>,
+}
+
+/// A publish that was admitted.
+pub struct Admitted<'a> {
+    pub draft: Draft<'a>,
+    /// The parsed `data`, if it is a delta.
+    pub delta: Option<DeltaData<'a>>,
 }
 
 pub struct Admission {
@@ -45,23 +52,29 @@ impl Admission {
         self.limits.append(&who.tenant, bytes).inspect_err(|_| telemetry::rate_limited().increment(1))
     }
 
-    /// The event that a publish becomes, and by which right; or why it is plainly wrong.
-    pub fn admit<'a>(&self, who: &'a Principal, request: PublishRequest<'a>) -> Result<Draft<'a>, Error> {
+    /// The event that a publish becomes, and by which right; or why it is refused.
+    pub fn admit<'a>(&self, who: &'a Principal, request: PublishRequest<'a>) -> Result<Admitted<'a>, Error> {
         let class = kinds::classify(request.kind)?;
-        kinds::check_data(class, request.data)?;
+        let delta = match class {
+            KindClass::Token => Some(DeltaData::parse(request.data)?),
+            _ => {
+                kinds::check_data(class, request.data)?;
+                None
+            }
+        };
         let grant = self.rights.to_publish(who, request.thread, class)?;
         kinds::check_place(class, request.run, request.parent)?;
         self.count_bytes(who, request.data.get().len())?;
 
         let event = LogEvent {
-            // Its place in the message is a delta's key.
+            // A delta needs no key: a duplicate is known by its characters of the message.
             key: request.key.filter(|_| class != KindClass::Token).map(Into::into),
             run: request.run.map(Into::into),
             parent: request.parent,
             priority: request.priority,
             ..new_event(&who.tenant, &who.user, request.thread, request.kind, request.data)
         };
-        Ok(Draft { event, grant, traceparent: request.traceparent.map(str::to_owned) })
+        Ok(Admitted { draft: Draft { event, grant, traceparent: request.traceparent }, delta })
     }
 }
 

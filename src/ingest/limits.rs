@@ -13,13 +13,13 @@ use crate::auth::Principal;
 use crate::protocol::command::MAX_FRAME;
 use crate::protocol::error::{Code, Error};
 
-/// A full bucket holds what so many seconds bring.
+/// A full bucket holds what the rate brings in so many seconds.
 const BURST_SECONDS: u32 = 5;
 /// What a tenant's bucket of bytes holds at least: the largest publish with what an event adds to it, so that a small rate
-/// delays such a one but never rules it out.
+/// delays such a publish but never makes it impossible.
 const LEAST_BURST_BYTES: u64 = MAX_FRAME as u64 + (16 << 10);
-/// The time that brings one unit is whole nanoseconds: with no more units a second than this the rate is right to one in
-/// a hundred. Above it a unit is more than one byte (or command, but no node takes so many).
+/// The limiter counts whole nanoseconds for each unit: with at most this many units a second the rate is exact to 1%. For
+/// higher rates one unit stands for several bytes.
 const MOST_UNITS: u64 = 10_000_000;
 /// How often full buckets are forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(60);
@@ -37,7 +37,7 @@ pub struct Rates {
     pub tenant_bytes: u64,
 }
 
-/// The buckets of every user and tenant that was heard lately. A limit that is off has none, and costs nothing.
+/// The buckets of all users and tenants that were active lately. A limit that is off has no buckets and costs nothing.
 pub struct Limits<C: Clock = MonotonicClock> {
     users: Option<Buckets<C>>,
     agents: Option<Buckets<C>>,
@@ -51,9 +51,9 @@ type Limiter<C> = RateLimiter<Arc<str>, DashMapStateStore<Arc<str>>, C, NoOpMidd
 struct Buckets<C: Clock> {
     limiter: Limiter<C>,
     burst: NonZeroU32,
-    /// How much one unit of the buckets stands for.
+    /// How many bytes or commands one unit of the buckets stands for.
     unit: u64,
-    /// What a refusal says.
+    /// The text of a refusal.
     limit: String,
 }
 
@@ -88,7 +88,7 @@ impl<C: Clock + Clone> Limits<C> {
 impl<C: Clock> Limits<C> {
     /// Counts one command of the user's, and of its tenant's.
     pub fn command(&self, who: &Principal) -> Result<(), Error> {
-        // The user first: one who is over the own limit takes nothing from the others of the tenant.
+        // The user first: a user over the own limit uses up nothing of the tenant's.
         let users = if who.scopes.agent { &self.agents } else { &self.users };
         if let Some(users) = users {
             users.take(&who.key, 1)?;
@@ -107,7 +107,7 @@ impl<C: Clock> Limits<C> {
         }
     }
 
-    /// A full bucket is as good as none.
+    /// Drops full buckets: a new one is full as well.
     fn forget(&self) {
         for buckets in [&self.users, &self.agents, &self.tenants, &self.bytes].into_iter().flatten() {
             buckets.limiter.retain_recent();
@@ -117,7 +117,8 @@ impl<C: Clock> Limits<C> {
 }
 
 impl<C: Clock + Clone> Buckets<C> {
-    /// `rate` a second, with `least` as the smallest burst; `limit` says so, with `{}` for the rate. None: no limit.
+    /// `rate` a second, with `least` as the smallest burst; `limit` is the text of a refusal, with `{}` for the rate. None
+    /// if there is no limit.
     fn new(rate: u64, least: u64, limit: &str, clock: &C) -> Option<Buckets<C>> {
         let unit = rate.div_ceil(MOST_UNITS);
         let units = |amount: u64| NonZeroU32::new(u32::try_from(amount.checked_div(unit)?).unwrap_or(u32::MAX));
@@ -134,9 +135,9 @@ impl<C: Clock> Buckets<C> {
         let Some(units) = NonZeroU32::new(units) else {
             return Ok(());
         };
-        // What is more than a bucket holds costs a whole one: it waits longest, but not for ever.
+        // What is larger than the bucket costs a full bucket: it waits longest, but not for ever.
         match self.limiter.check_key_n(key, units.min(self.burst)) {
-            // The outer error would be that it is more than a bucket holds.
+            // The outer error would say that it is larger than the bucket, which `min` rules out.
             Ok(Ok(())) | Err(_) => Ok(()),
             Ok(Err(refused)) => {
                 let wait = refused.wait_time_from(self.limiter.clock().now());
@@ -147,7 +148,7 @@ impl<C: Clock> Buckets<C> {
 
     #[cold]
     fn refusal(&self, wait: Duration) -> Error {
-        // Rounded up: a client that comes back then must find its token there. A wait of centuries does not occur.
+        // Rounded up: a client that comes back after this time must be let through.
         let ms = u64::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX);
         Error::new(Code::RateLimited, self.limit.clone()).retry_after(ms.max(1))
     }

@@ -14,7 +14,7 @@ use crate::projector::Verdict;
 use crate::protocol::error::{Code, Error};
 use crate::telemetry;
 
-/// How long a publisher waits for the log before it is told that the outcome is unknown.
+/// How long a publisher waits for the log before it is answered that the outcome is unknown.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
 /// Called once with the verdict; it must not block.
@@ -24,15 +24,15 @@ const SHARDS: usize = 16;
 
 /// Who waits for which event. Sharded, so that sessions seldom meet at a lock.
 pub struct Pending {
-    shards: [Mutex<HashMap<Uuid, Waiter>>; SHARDS],
+    shards: [Mutex<HashMap<Uuid, PendingRecord>>; SHARDS],
     publish_seconds: Histogram,
     waiting: Gauge,
 }
 
-struct Waiter {
+struct PendingRecord {
     since: Instant,
     reply: OnVerdict,
-    /// A client waits for it, and not only a session of ours.
+    /// It is a client's publish, and not a receipt or a dead letter that a session writes.
     publish: bool,
 }
 
@@ -47,19 +47,19 @@ impl Default for Pending {
 }
 
 impl Pending {
-    fn shard(&self, id: &Uuid) -> std::sync::MutexGuard<'_, HashMap<Uuid, Waiter>> {
-        // The last byte of a UUIDv7 is random. A holder that panicked left a whole map.
+    fn shard(&self, id: &Uuid) -> std::sync::MutexGuard<'_, HashMap<Uuid, PendingRecord>> {
+        // The last byte of a UUIDv7 is random. A thread that panicked with the lock left the map consistent.
         self.shards[usize::from(id.as_bytes()[15]) % SHARDS].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn insert(&self, id: Uuid, reply: OnVerdict, publish: bool) {
-        self.shard(&id).insert(id, Waiter { since: Instant::now(), reply, publish });
+        self.shard(&id).insert(id, PendingRecord { since: Instant::now(), reply, publish });
     }
 
-    /// Answers whoever waits for the event; on other nodes, and after a timeout, nobody does.
+    /// Passes on the verdict on a record. On other nodes, and after a timeout, there is nobody to pass it to.
     pub fn resolve(&self, id: Uuid, verdict: Verdict) {
-        let waiter = self.shard(&id).remove(&id);
-        if let Some(Waiter { since, reply, publish }) = waiter {
+        let found = self.shard(&id).remove(&id);
+        if let Some(PendingRecord { since, reply, publish }) = found {
             if publish {
                 self.publish_seconds.record(since.elapsed());
             }
@@ -74,16 +74,16 @@ impl Pending {
             every.tick().await;
             self.waiting.set(self.len() as f64);
             for shard in &self.shards {
-                let late: Vec<Waiter> = {
+                let late: Vec<PendingRecord> = {
                     let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
                     // A little early, so that the answer is out within the time that was promised.
                     shard
-                        .extract_if(|_, waiter| waiter.since.elapsed() + Duration::from_millis(300) > ANSWER_WITHIN)
-                        .map(|(_, waiter)| waiter)
+                        .extract_if(|_, record| record.since.elapsed() + Duration::from_millis(300) > ANSWER_WITHIN)
+                        .map(|(_, record)| record)
                         .collect()
                 };
-                for waiter in late {
-                    (waiter.reply)(Err(unknown("no answer within 5 s")));
+                for record in late {
+                    (record.reply)(Err(unknown("no answer within 5 s")));
                 }
             }
         }
@@ -98,7 +98,7 @@ impl Pending {
     }
 }
 
-/// The answer when nobody can tell whether the record was appended.
+/// The answer when it is not known whether the record was appended.
 pub(super) fn unknown(why: &str) -> Error {
     telemetry::unknown_outcomes().increment(1);
     Error::new(Code::Timeout, format!("the log did not answer: {why}; send it again with its key")).unknown_outcome()

@@ -1,4 +1,4 @@
-//! The way into the log: what was admitted becomes a record, and whoever waits for it is noted.
+//! The way into the log: what was admitted becomes a record, and [`Pending`] keeps who waits for its verdict.
 
 use std::sync::Arc;
 
@@ -17,7 +17,8 @@ use crate::telemetry;
 pub struct Draft<'a> {
     pub event: LogEvent<'a>,
     pub grant: Grant,
-    pub traceparent: Option<String>,
+    /// W3C trace context of the request, if it has one.
+    pub traceparent: Option<&'a str>,
 }
 
 pub struct Submit {
@@ -31,20 +32,20 @@ impl Submit {
         Submit { log, pending, bytes: telemetry::append_bytes() }
     }
 
-    /// Makes the record, and notes who waits for it. It reaches the log with [`Submit::send`].
+    /// Makes the record, and registers `reply` for its verdict. It reaches the log with [`Submit::send`].
     pub fn prepare(&self, draft: &Draft<'_>, reply: OnVerdict) -> Append {
         let record = Record {
             topic: Topic::Events,
             key: ids::log_key(&draft.event.tenant, &draft.event.thread),
             kind: draft.event.kind.as_ref().to_owned(),
             grant: draft.grant,
-            traceparent: draft.traceparent.clone(),
+            traceparent: draft.traceparent.map(str::to_owned),
             value: json::encode_bytes(&draft.event).into(),
         };
         self.append(draft.event.event, record, reply, true)
     }
 
-    /// The same for a record that is made already; the projector knows it by `id`.
+    /// The same for a record that is already made; the projector's verdict names it by `id`.
     pub fn prepare_record(&self, id: Uuid, record: Record, reply: OnVerdict) -> Append {
         self.append(id, record, reply, false)
     }
@@ -63,7 +64,7 @@ impl Submit {
         }
     }
 
-    /// Hands records to the log, in order.
+    /// Appends records to the log, in order.
     pub fn send(&self, batch: Vec<Append>) {
         self.log.append(batch);
     }

@@ -8,14 +8,14 @@ use super::Api;
 use super::reply::{Reply, json, raw_json};
 use super::request::{Request, beyond_head};
 use crate::edge::blocking;
-use crate::ingest::admit::PublishRequest;
+use crate::ingest::admit::{Admitted, PublishRequest};
 use crate::protocol::command;
 use crate::protocol::error::Error;
 use crate::protocol::event;
 use crate::protocol::event::without_type;
 use crate::protocol::http::{PublishBody, PublishReply};
 use crate::protocol::json;
-use crate::protocol::kinds::{AGENT_TOKEN, DeltaData};
+use crate::protocol::kinds::DeltaData;
 use crate::store::{EventRange, StoredEvent};
 
 /// The most events one page looks at; with a filter on kinds the rest is the next page's.
@@ -136,10 +136,9 @@ pub async fn publish(api: Arc<Api>, mut it: Request) -> Result<Reply, Error> {
         run: body.run.as_deref(),
         parent: body.parent,
         priority: body.priority,
-        traceparent: it.header("traceparent")?,
+        traceparent: it.traceparent()?,
     };
-    let draft = api.admission.admit(&it.who, request)?;
-    let delta = if draft.event.kind == AGENT_TOKEN { Some(DeltaData::parse(body.data)?) } else { None };
+    let Admitted { draft, delta } = api.admission.admit(&it.who, request)?;
     let published = api.submit.publish(&draft).await?;
 
     let status = if published.duplicate { StatusCode::OK } else { StatusCode::CREATED };

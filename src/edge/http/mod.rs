@@ -51,7 +51,7 @@ impl Api {
         kind: &str,
         data: &(impl Serialize + Sync),
         grant: Grant,
-        traceparent: Option<String>,
+        traceparent: Option<&str>,
     ) -> Result<Published, Error> {
         let data = json::encode_raw(data);
         self.admission.count_bytes(who, data.get().len())?;

@@ -100,8 +100,8 @@ impl<Who> Request<Who> {
         header_text(&self.headers, name)
     }
 
-    pub fn traceparent(&self) -> Result<Option<String>, Error> {
-        Ok(self.header("traceparent")?.map(str::to_owned))
+    pub fn traceparent(&self) -> Result<Option<&str>, Error> {
+        self.header("traceparent")
     }
 
     /// The whole body, as text, up to the limit and within its time. A second call finds it empty.

@@ -1,19 +1,19 @@
-//! Counts WebSocket frames that carry nothing, as their bytes go by.
+//! Counts WebSocket frames that carry nothing (idle frames), from the bytes as they are read.
 //!
-//! The WebSocket library answers pings and puts fragments together without telling anybody, so a session does not see what
-//! those cost. Whoever has something to say sends few of them; their number is bounded here, before the library.
+//! The WebSocket library answers pings and joins fragments by itself, so a session does not see them, and they cost it no
+//! command. A well-behaved client sends few; their rate is limited here, before the library sees them.
 
 use std::time::{Duration, Instant};
 
-/// Idle frames that a connection may go on sending. Clients ping every few seconds, and some end a message with an empty
-/// fragment: this is far more than any of that, and far less than what the server would notice.
+/// Idle frames that a connection may send in the long run. Clients ping every few seconds, and some end a message with an
+/// empty fragment: this is far more than that, and far less than what would load the server.
 const A_SECOND: u32 = 100;
-/// Idle frames at once: a client that was held up, or that cuts a few messages into small pieces, is no flood.
+/// Idle frames at once: a client that was held up, or that cuts a few messages into small fragments, is no flood.
 const AT_ONCE: u32 = 1_000;
-/// A fragment with less than this in it is idle. Even the largest message in such pieces is within what may come at once.
+/// A fragment with fewer bytes than this is idle. Even the largest message, cut into such fragments, is no flood.
 const SMALL_FRAGMENT: u64 = 512;
 
-/// What one idle frame takes of the bucket, as time.
+/// What one idle frame costs, as time in which the bucket fills again.
 const EACH: Duration = Duration::from_nanos(1_000_000_000 / A_SECOND as u64);
 /// The whole bucket, as time.
 const FULL: Duration = Duration::from_millis(AT_ONCE as u64 * 1_000 / A_SECOND as u64);
@@ -25,23 +25,23 @@ const FIRST_CONTROL: u8 = 8;
 const MASKED: u8 = 0x80;
 const MASKING_KEY: u64 = 4;
 
-/// Follows the frames of one connection and tells when too many of them were idle.
+/// Limits the idle frames of one connection, by a token bucket.
 #[derive(Debug)]
-pub struct Watch {
-    frames: Frames,
+pub struct FloodGuard {
+    parser: FrameParser,
     /// When the bucket is full again: the further ahead, the less is left in it.
     full_at: Instant,
     flooded: bool,
 }
 
-impl Watch {
-    pub fn new(now: Instant) -> Watch {
-        Watch { frames: Frames::default(), full_at: now, flooded: false }
+impl FloodGuard {
+    pub fn new(now: Instant) -> FloodGuard {
+        FloodGuard { parser: FrameParser::default(), full_at: now, flooded: false }
     }
 
-    /// Takes the next bytes of the stream, cut anywhere.
+    /// The next bytes of the stream; reads may end anywhere in a frame.
     pub fn read(&mut self, bytes: &[u8]) {
-        let idle = self.frames.idle_in(bytes);
+        let idle = self.parser.idle_in(bytes);
         // The clock is asked only when there is something to count.
         if idle > 0 {
             self.count(idle, Instant::now());
@@ -61,71 +61,71 @@ impl Watch {
 
 /// Where in a frame the stream is (RFC 6455, section 5.2).
 #[derive(Debug)]
-enum Frames {
-    /// Behind a frame's length, with so many bytes of masking key and payload to come. With 0 the next frame begins.
+enum FrameParser {
+    /// After a frame's length, with so many bytes of masking key and payload to come. With 0 the next frame begins.
     Rest(u64),
-    /// Behind a frame's first byte.
+    /// After a frame's first byte.
     Begun { first: u8 },
     /// In a frame's extended length, with so many bytes of it to come.
     Length { first: u8, masked: bool, missing: u8, length: u64 },
 }
 
-impl Default for Frames {
-    fn default() -> Frames {
-        Frames::Rest(0)
+impl Default for FrameParser {
+    fn default() -> FrameParser {
+        FrameParser::Rest(0)
     }
 }
 
-impl Frames {
+impl FrameParser {
     /// How many idle frames have the end of their length in these bytes.
     fn idle_in(&mut self, mut bytes: &[u8]) -> u32 {
         let mut idle = 0;
-        while let Some((&byte, behind)) = bytes.split_first() {
-            if let Frames::Rest(rest @ 1..) = self {
-                // More than fits a usize is more than there is here.
+        while let Some((&byte, rest)) = bytes.split_first() {
+            if let FrameParser::Rest(rest @ 1..) = self {
+                // What does not fit a usize is more than was read.
                 let here = usize::try_from(*rest).map_or(bytes.len(), |rest| rest.min(bytes.len()));
                 *rest -= here as u64;
                 bytes = &bytes[here..];
                 continue;
             }
             idle += u32::from(self.header(byte));
-            bytes = behind;
+            bytes = rest;
         }
         idle
     }
 
-    /// Takes one byte of a header. True: the header is of an idle frame, and this told its length.
+    /// Parses one byte of a header. True if the frame's length is known by this byte, and the frame is idle.
     fn header(&mut self, byte: u8) -> bool {
         let (first, masked, length) = match *self {
-            Frames::Rest(_) => {
-                *self = Frames::Begun { first: byte };
+            FrameParser::Rest(_) => {
+                *self = FrameParser::Begun { first: byte };
                 return false;
             }
-            Frames::Begun { first } => {
+            FrameParser::Begun { first } => {
                 let masked = byte & MASKED != 0;
                 let missing = match byte & !MASKED {
                     126 => 2,
                     127 => 8,
-                    length => return self.behind_length(first, masked, length.into()),
+                    length => return self.after_length(first, masked, length.into()),
                 };
-                *self = Frames::Length { first, masked, missing, length: 0 };
+                *self = FrameParser::Length { first, masked, missing, length: 0 };
                 return false;
             }
-            Frames::Length { first, masked, missing, length } => {
+            FrameParser::Length { first, masked, missing, length } => {
                 let length = length << 8 | u64::from(byte);
                 if missing > 1 {
-                    *self = Frames::Length { first, masked, missing: missing - 1, length };
+                    *self = FrameParser::Length { first, masked, missing: missing - 1, length };
                     return false;
                 }
                 (first, masked, length)
             }
         };
-        self.behind_length(first, masked, length)
+        self.after_length(first, masked, length)
     }
 
-    fn behind_length(&mut self, first: u8, masked: bool, length: u64) -> bool {
-        // No real length overflows: the library refuses it, and nothing behind it is read.
-        *self = Frames::Rest(length.saturating_add(if masked { MASKING_KEY } else { 0 }));
+    fn after_length(&mut self, first: u8, masked: bool, length: u64) -> bool {
+        // The library refuses lengths that would overflow, and reads nothing after them.
+        *self = FrameParser::Rest(length.saturating_add(if masked { MASKING_KEY } else { 0 }));
         let opcode = first & OPCODE;
         let fragment = first & FIN == 0 || opcode == CONTINUATION;
         opcode >= FIRST_CONTROL || length == 0 || (fragment && length < SMALL_FRAGMENT)
@@ -197,29 +197,29 @@ mod tests {
         ) {
             let idle = frames.iter().filter(|frame| frame.idle()).count() as u32;
             let stream: Vec<u8> = frames.iter().flat_map(Frame::bytes).collect();
-            let mut parser = Frames::default();
+            let mut parser = FrameParser::default();
             prop_assert_eq!(parser.idle_in(&stream), idle, "at once");
-            prop_assert!(matches!(parser, Frames::Rest(0)));
+            prop_assert!(matches!(parser, FrameParser::Rest(0)));
 
-            let mut singly = Frames::default();
+            let mut singly = FrameParser::default();
             prop_assert_eq!(stream.iter().map(|byte| singly.idle_in(&[*byte])).sum::<u32>(), idle, "byte by byte");
 
-            let (mut pieces, mut rest, mut counted) = (Frames::default(), &stream[..], 0);
+            let (mut cut_up, mut rest, mut counted) = (FrameParser::default(), &stream[..], 0);
             // A few bytes here, many there, so that cuts are in headers and payloads.
             for cut in cuts.iter().cycle() {
-                let (piece, behind) = rest.split_at((cut * cut * cut).min(rest.len()));
-                counted += pieces.idle_in(piece);
-                rest = behind;
+                let (part, after) = rest.split_at((cut * cut * cut).min(rest.len()));
+                counted += cut_up.idle_in(part);
+                rest = after;
                 if rest.is_empty() {
                     break;
                 }
             }
-            prop_assert_eq!(counted, idle, "in pieces");
+            prop_assert_eq!(counted, idle, "in parts");
         }
 
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..2_000)) {
-            Frames::default().idle_in(&bytes);
+            FrameParser::default().idle_in(&bytes);
         }
     }
 
@@ -234,7 +234,7 @@ mod tests {
             let mut bytes = frame.bytes();
             bytes.extend([0x8a, 0x80, 0, 0, 0, 0]);
             for cut in 0..16.min(bytes.len()) {
-                let mut parser = Frames::default();
+                let mut parser = FrameParser::default();
                 let counted = parser.idle_in(&bytes[..cut]) + parser.idle_in(&bytes[cut..]);
                 assert_eq!(counted, 1 + u32::from(frame.idle()), "{frame:?} cut at {cut}");
             }
@@ -243,44 +243,44 @@ mod tests {
 
     #[test]
     fn the_longest_length_there_can_be_is_no_overflow() {
-        let mut parser = Frames::default();
+        let mut parser = FrameParser::default();
         assert_eq!(parser.idle_in(&[0x81, 0xff, 255, 255, 255, 255, 255, 255, 255, 255, 1, 2, 3]), 0);
-        assert!(matches!(parser, Frames::Rest(rest) if rest == u64::MAX - 3));
+        assert!(matches!(parser, FrameParser::Rest(rest) if rest == u64::MAX - 3));
     }
 
     #[test]
     fn a_thousand_at_once_pass_and_a_hundred_a_second() {
         let begin = Instant::now();
-        let mut watch = Watch::new(begin);
-        watch.count(1_000, begin);
-        assert!(!watch.flooded());
+        let mut guard = FloodGuard::new(begin);
+        guard.count(1_000, begin);
+        assert!(!guard.flooded());
         for tenth in 1..1_000u64 {
-            watch.count(10, begin + Duration::from_millis(100 * tenth));
-            assert!(!watch.flooded(), "{tenth}");
+            guard.count(10, begin + Duration::from_millis(100 * tenth));
+            assert!(!guard.flooded(), "{tenth}");
         }
         let end = begin + Duration::from_millis(100 * 999);
-        watch.count(1, end);
-        assert!(watch.flooded());
-        watch.count(1, end + Duration::from_secs(3_600));
-        assert!(watch.flooded(), "it stays so");
+        guard.count(1, end);
+        assert!(guard.flooded());
+        guard.count(1, end + Duration::from_secs(3_600));
+        assert!(guard.flooded(), "it stays so");
 
-        let mut watch = Watch::new(begin);
-        watch.count(1_001, begin + Duration::from_secs(60));
-        assert!(watch.flooded(), "silence does not add to a full bucket");
+        let mut guard = FloodGuard::new(begin);
+        guard.count(1_001, begin + Duration::from_secs(60));
+        assert!(guard.flooded(), "silence does not add to a full bucket");
     }
 
     #[test]
-    fn the_largest_message_in_small_pieces_is_no_flood() {
-        let mut watch = Watch::new(Instant::now());
-        let pieces = crate::protocol::command::MAX_FRAME / (SMALL_FRAGMENT as usize - 1) + 1;
-        for _ in 0..pieces {
-            watch.read(&Frame { first: 0, masked: true, wide: 0, length: 511 }.bytes());
+    fn the_largest_message_in_small_fragments_is_no_flood() {
+        let mut guard = FloodGuard::new(Instant::now());
+        let fragments = crate::protocol::command::MAX_FRAME / (SMALL_FRAGMENT as usize - 1) + 1;
+        for _ in 0..fragments {
+            guard.read(&Frame { first: 0, masked: true, wide: 0, length: 511 }.bytes());
         }
-        assert!(!watch.flooded());
+        assert!(!guard.flooded());
     }
 
     #[test]
-    fn it_takes_but_tens_of_bytes_of_a_connection() {
-        assert!(size_of::<Option<Watch>>() <= 48, "{}", size_of::<Option<Watch>>());
+    fn it_costs_a_connection_only_tens_of_bytes() {
+        assert!(size_of::<Option<FloodGuard>>() <= 48, "{}", size_of::<Option<FloodGuard>>());
     }
 }

@@ -1,19 +1,34 @@
 //! WebSocket sessions.
+//!
+//! [`upgrade`] answers the request and starts a [`session`]: one task, whose loop reads, writes and sleeps in the order
+//! that [`turn`] decides. What it works on is its [`state`]: what is on its way in ([`incoming`]), what is on its way out
+//! ([`outgoing`]) and the deadlines ([`heartbeat`]). [`commands`], [`subscribe`] and [`answers`] say what each command and
+//! each answer from elsewhere does; [`plan`] where a subscription begins. [`close`] lists how a session ends.
+//!
+//! Below are the bytes: [`socket`] is the TCP stream under the WebSocket, [`flood`] counts frames that carry nothing.
 
-pub mod commands;
-pub mod flood;
-pub mod session;
+mod answers;
+mod close;
+mod commands;
+mod flood;
+mod heartbeat;
+mod incoming;
+mod outgoing;
+mod plan;
+mod session;
 pub mod socket;
-pub mod subscribe;
+mod state;
+mod subscribe;
+mod turn;
 pub mod upgrade;
 
 use std::sync::Arc;
 
-use super::health::Health;
 use crate::auth::{Authenticator, Rights};
 use crate::delivery::Delivery;
 use crate::delivery::hub::Hub;
 use crate::delivery::registry::Registry;
+use crate::edge::health::Health;
 use crate::ingest::admit::Admission;
 use crate::ingest::submit::Submit;
 use crate::store::Store;

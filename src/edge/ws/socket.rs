@@ -1,5 +1,5 @@
-//! The TCP stream under a WebSocket, counting what the peer has taken and what it floods us with, and the end of a
-//! connection.
+//! The TCP stream under a WebSocket: it counts what the peer has taken, guards against floods of idle frames, and ends a
+//! connection without losing its last frames.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -12,66 +12,75 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::flood::Watch;
+use super::flood::FloodGuard;
 
-/// How long a peer gets to take our close frame and to close its side.
+/// How long a peer gets to take the close frame and to close its side.
 const LINGER: Duration = Duration::from_secs(2);
-/// What a peer may still send meanwhile; it is thrown away.
+/// Bytes that a peer may still send meanwhile; they are discarded.
 const LINGER_BYTES: usize = 1 << 20;
+
+/// How far the peer has come with what was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerProgress {
+    /// Bytes that the peer has acknowledged since the beginning.
+    pub taken: u64,
+    /// Bytes that the kernel still holds for it, sent or not.
+    pub on_the_way: u64,
+}
 
 pub struct Socket {
     stream: TcpStream,
-    /// Bytes the kernel has taken for the peer.
+    /// Bytes that the kernel has accepted for the peer.
     written: Arc<AtomicU64>,
-    /// Follows the frames, once this is a WebSocket.
-    watch: Option<Watch>,
+    /// Once this is a WebSocket.
+    guard: Option<FloodGuard>,
 }
 
 impl Socket {
     pub fn new(stream: TcpStream) -> Socket {
-        Socket { stream, written: Arc::default(), watch: None }
+        Socket { stream, written: Arc::default(), guard: None }
     }
 
-    /// Bytes that the peer has acknowledged so far: one whose count stands still takes nothing. What the kernel has taken
-    /// says little, since its buffer may hold what a slow peer takes minutes to read.
-    pub fn taken(&self) -> u64 {
-        self.written.load(Ordering::Relaxed).saturating_sub(self.on_the_way())
+    /// What the peer has acknowledged, and what the kernel holds for it. What the kernel has accepted says little by
+    /// itself: its buffer may hold what a slow peer takes minutes to read.
+    pub fn progress(&self) -> PeerProgress {
+        let on_the_way = self.send_queue();
+        PeerProgress { taken: self.written.load(Ordering::Relaxed).saturating_sub(on_the_way), on_the_way }
     }
 
-    /// Bytes that the kernel holds for the peer, sent or not.
     #[expect(unsafe_code, reason = "the standard library does not ask for the length of a send queue")]
-    pub fn on_the_way(&self) -> u64 {
+    fn send_queue(&self) -> u64 {
         let mut bytes: libc::c_int = 0;
         // SAFETY: the descriptor is open as long as the stream is, and TIOCOUTQ writes one int.
         let asked = unsafe { libc::ioctl(self.stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
-        // A kernel that does not say leaves us with what it has taken.
+        // Without an answer from the kernel everything it has accepted counts as taken.
         if asked == 0 { u64::try_from(bytes).unwrap_or(0) } else { 0 }
     }
 
-    /// The count, to be watched from elsewhere.
+    /// The bytes that the kernel has accepted, to be read from elsewhere.
     pub fn counter(&self) -> Arc<AtomicU64> {
         self.written.clone()
     }
 
-    /// From here on the bytes are WebSocket frames: counts those that carry nothing. `read` is what was read of them
-    /// already.
-    pub fn watch_frames(&mut self, read: &[u8]) {
-        let mut watch = Watch::new(Instant::now());
-        watch.read(read);
-        self.watch = Some(watch);
+    /// From here on the bytes are WebSocket frames, and those that carry nothing are counted. `read` is what was read of
+    /// them already.
+    pub fn guard_frames(&mut self, read: &[u8]) {
+        let mut guard = FloodGuard::new(Instant::now());
+        guard.read(read);
+        self.guard = Some(guard);
     }
 
     /// Whether the peer has sent too many frames that carry nothing. Nothing more is read then.
     pub fn flooded(&self) -> bool {
-        self.watch.as_ref().is_some_and(Watch::flooded)
+        self.guard.as_ref().is_some_and(FloodGuard::flooded)
     }
 
-    /// Ends the connection without a reset, which would take our last frames out of the peer's buffer: closes our side and
+    /// Ends the connection without a reset, which would drop the last frames from the peer's buffer: closes this side and
     /// reads on until the peer closes its own.
     pub async fn linger(mut self) {
         let drain = async {
             self.stream.shutdown().await?;
-            // Not an array, which every future around this one would have room for.
+            // On the heap: an array would enlarge every future around this one.
             let (mut buffer, mut rest) = (vec![0u8; 4096], LINGER_BYTES);
             while rest > 0 {
                 match self.stream.read(&mut buffer).await? {
@@ -89,14 +98,14 @@ impl Socket {
 impl AsyncRead for Socket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.flooded() {
-            // No error, with which the WebSocket would be over before its close frame. Woken, its owner sees why.
+            // Not an error, after which the WebSocket could send no close frame. The session is woken and asks `flooded`.
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
         let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if let (Poll::Ready(Ok(())), Some(watch)) = (&read, &mut self.watch) {
-            watch.read(&buf.filled()[before..]);
+        if let (Poll::Ready(Ok(())), Some(guard)) = (&read, &mut self.guard) {
+            guard.read(&buf.filled()[before..]);
         }
         read
     }
@@ -152,7 +161,7 @@ mod tests {
     #[tokio::test]
     async fn once_flooded_it_brings_no_more_and_wakes_its_owner_each_time_it_is_asked() {
         let (mut socket, mut peer) = pair().await;
-        socket.watch_frames(&[]);
+        socket.guard_frames(&[]);
         // Twice what may come at once, so that the time between the reads does not matter.
         peer.write_all(&PING.repeat(2_000)).await.unwrap();
         peer.write_all(&HELLO).await.unwrap();
@@ -179,14 +188,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_read_before_the_watch_counts_and_is_followed_from_within_a_header() {
+    async fn what_was_read_before_the_guard_counts_and_is_parsed_on_from_within_a_header() {
         let (mut socket, mut peer) = pair().await;
-        // A message's header and half of its key came with the request; taken from its start, the rest is no frame.
-        let (before, behind) = HELLO.split_at(4);
-        socket.watch_frames(&[&PING.repeat(999), before].concat());
+        // A message's header and half of its key came with the request: parsed from its first byte, the rest is no frame.
+        let (before, after) = HELLO.split_at(4);
+        socket.guard_frames(&[&PING.repeat(999), before].concat());
         assert!(!socket.flooded());
-        peer.write_all(&[behind, &PING].concat()).await.unwrap();
-        let mut bytes = vec![0; behind.len() + PING.len()];
+        peer.write_all(&[after, &PING].concat()).await.unwrap();
+        let mut bytes = vec![0; after.len() + PING.len()];
         socket.read_exact(&mut bytes).await.unwrap();
         assert!(!socket.flooded(), "these were a thousand");
         peer.write_all(&PING.repeat(1_000)).await.unwrap();
@@ -198,7 +207,7 @@ mod tests {
     #[tokio::test]
     async fn a_flooded_websocket_can_still_say_goodbye() {
         let (mut socket, mut peer) = pair().await;
-        socket.watch_frames(&[]);
+        socket.guard_frames(&[]);
         let mut ws = WebSocketStream::from_raw_socket(socket, Role::Server, None).await;
         peer.write_all(&[&HELLO[..], &PING.repeat(2_000)].concat()).await.unwrap();
         assert_eq!(ws.next().await.unwrap().unwrap(), Message::text("hello"));

@@ -1,8 +1,11 @@
 //! The life of a connection: who gets in, what a bad frame or command costs, and how it ends.
 
+mod burst;
+mod closing;
 mod descriptors;
 mod drain;
 mod limits;
+mod refresh;
 mod revocation;
 mod sessions;
 

@@ -1,0 +1,275 @@
+//! What is on its way in: commands that wait, publishes that are not answered yet, and records for the log.
+//!
+//! What waits is bounded: while [`MAX_IN_FLIGHT`] publishes are not answered, or commands wait for those before them, the
+//! socket is not read.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use serde_json::value::RawValue;
+use tokio::time::{Duration, Instant};
+use uuid::Uuid;
+
+use super::plan::PendingSubscribe;
+use crate::delivery::outbox::{Answer, Outbox};
+use crate::ingest::coalesce::{Coalescer, PendingDelta, Waiter};
+use crate::ingest::pending::OnVerdict;
+use crate::ingest::submit::{Draft, Submit};
+use crate::log::{Append, Record};
+use crate::projector::Verdict;
+use crate::protocol::delta::Delta;
+
+/// Publishes that may wait for their answer.
+pub const MAX_IN_FLIGHT: usize = 8_192;
+/// Commands refused for their rate for so long, without a pause, end the session.
+const REFUSED_FOR: Duration = Duration::from_secs(10);
+/// What counts as a pause.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The order in which commands take effect: a command other than `publish` waits until the publishes before it are
+/// answered, and everything after it waits for it.
+#[derive(Debug)]
+pub struct CommandQueue<C> {
+    backlog: VecDeque<C>,
+    in_flight: usize,
+}
+
+impl<C> Default for CommandQueue<C> {
+    fn default() -> CommandQueue<C> {
+        CommandQueue { backlog: VecDeque::new(), in_flight: 0 }
+    }
+}
+
+impl<C> CommandQueue<C> {
+    /// Whether more commands may be read.
+    pub fn may_read(&self) -> bool {
+        self.in_flight < MAX_IN_FLIGHT && self.backlog.is_empty()
+    }
+
+    /// Whether no command waits, so that the next one may be tried at once.
+    pub fn is_clear(&self) -> bool {
+        self.backlog.is_empty()
+    }
+
+    /// Publishes that are not answered yet.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    pub fn publish_begins(&mut self) {
+        self.in_flight += 1;
+    }
+
+    pub fn publish_ends(&mut self) {
+        self.in_flight -= 1;
+    }
+
+    /// A command that has to wait, after all that wait already.
+    pub fn push(&mut self, command: C) {
+        self.backlog.push_back(command);
+    }
+
+    /// The next command to try, if the bounds allow one.
+    pub fn pop(&mut self) -> Option<C> {
+        if self.in_flight >= MAX_IN_FLIGHT {
+            return None;
+        }
+        self.backlog.pop_front()
+    }
+
+    /// That command still has to wait.
+    pub fn put_back(&mut self, command: C) {
+        self.backlog.push_front(command);
+    }
+
+    #[cfg(test)]
+    pub fn front(&self) -> Option<&C> {
+        self.backlog.front()
+    }
+}
+
+/// Since when commands have been refused for their rate, without a pause. Pure: time comes in.
+#[derive(Debug, Default)]
+pub struct RefusalWindow {
+    /// The first refusal and the last.
+    refused: Option<(Instant, Instant)>,
+}
+
+impl RefusalWindow {
+    /// A command is refused now. `true` if that has gone on for too long.
+    pub fn refuse(&mut self, now: Instant) -> bool {
+        let since = match self.refused {
+            Some((first, last)) if now < last + PAUSE => first,
+            _ => now,
+        };
+        self.refused = Some((since, now));
+        now >= since + REFUSED_FOR
+    }
+}
+
+pub struct Incoming {
+    pub queue: CommandQueue<Box<RawValue>>,
+    pub refusals: RefusalWindow,
+    /// The `subscribe` that waits for something; until it has begun, no other command takes effect.
+    pub subscribing: Option<PendingSubscribe>,
+    /// How often a `subscribe` has waited for receipts, so that answers to an earlier one are known as such.
+    pub attempts: u32,
+    /// Once the server is going down: when the client is to come back, in milliseconds.
+    pub drain: Option<u64>,
+    coalescer: Coalescer,
+    /// Records that are not passed to the log yet.
+    batch: Vec<Append>,
+    submit: Arc<Submit>,
+    outbox: Arc<Outbox>,
+    /// W3C trace context of the upgrade request; every publish of the session gets it.
+    traceparent: Option<Arc<str>>,
+}
+
+impl Incoming {
+    pub fn new(submit: Arc<Submit>, outbox: Arc<Outbox>, traceparent: Option<&str>) -> Incoming {
+        Incoming {
+            queue: CommandQueue::default(),
+            refusals: RefusalWindow::default(),
+            subscribing: None,
+            attempts: 0,
+            drain: None,
+            coalescer: Coalescer::default(),
+            batch: Vec::new(),
+            submit,
+            outbox,
+            traceparent: traceparent.map(Into::into),
+        }
+    }
+
+    pub fn traceparent(&self) -> Option<Arc<str>> {
+        self.traceparent.clone()
+    }
+
+    pub fn may_read(&self) -> bool {
+        self.drain.is_none() && self.queue.may_read()
+    }
+
+    /// Whether everything that was accepted is answered.
+    pub fn is_settled(&self) -> bool {
+        self.queue.in_flight() == 0 && self.batch.is_empty()
+    }
+
+    /// An event that was admitted.
+    pub fn publish(&mut self, draft: &Draft<'_>, id: i64, called: &str) {
+        self.queue.publish_begins();
+        // The session's deltas of the same run were published before it, and are in the log before it.
+        let run = draft.event.run.as_deref();
+        self.flush_deltas(|delta| run.is_none_or(|run| *delta.run == *run));
+
+        let (outbox, thread) = (self.outbox.clone(), Box::from(called));
+        let reply = Box::new(move |verdict| outbox.push_answer(Answer::Publish { id, thread, piece: None, verdict }));
+        self.batch.push(self.submit.prepare(draft, reply));
+    }
+
+    /// A delta that was admitted: it may become one record with others of its message.
+    pub fn publish_delta(&mut self, delta: PendingDelta) {
+        self.queue.publish_begins();
+        let ready = self.coalescer.add(delta, Instant::now());
+        self.append_deltas(ready);
+    }
+
+    /// A record that the session itself writes; the projector's verdict names it by `id`.
+    pub fn append_record(&mut self, id: Uuid, record: Record, reply: OnVerdict) {
+        self.batch.push(self.submit.prepare_record(id, record, reply));
+    }
+
+    /// Deltas that were gathered become records now, if they are selected.
+    pub fn flush_deltas(&mut self, selects: impl Fn(&Delta) -> bool) {
+        let ready = self.coalescer.flush(selects);
+        self.append_deltas(ready);
+    }
+
+    /// When deltas have been gathered for long enough.
+    pub fn due(&self) -> Option<Instant> {
+        self.coalescer.due()
+    }
+
+    /// Passes on to the log what is ready, `more` included.
+    pub fn submit(&mut self, more: Vec<Append>) {
+        if self.coalescer.due().is_some() {
+            let now = Instant::now();
+            if self.coalescer.due().is_some_and(|due| due <= now) {
+                let ready = self.coalescer.on_due(now);
+                self.append_deltas(ready);
+            }
+        }
+        self.batch.extend(more);
+        if !self.batch.is_empty() {
+            self.submit.send(std::mem::take(&mut self.batch));
+        }
+    }
+
+    fn append_deltas(&mut self, ready: Vec<PendingDelta>) {
+        for mut delta in ready {
+            let reply = reply_to_each(self.outbox.clone(), delta.message().into(), delta.take_waiters());
+            self.batch.push(delta.prepare(&self.submit, self.traceparent.as_deref(), reply));
+        }
+    }
+}
+
+/// Answers all who published a part of the delta.
+fn reply_to_each(outbox: Arc<Outbox>, message: Box<str>, waiters: Vec<Waiter>) -> OnVerdict {
+    Box::new(move |verdict: Verdict| {
+        for Waiter { id, called, to_char } in waiters {
+            let piece = Some((message.clone(), to_char));
+            outbox.push_answer(Answer::Publish { id, thread: called, piece, verdict: verdict.clone() });
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn refusals_for_ten_seconds_without_a_pause_are_too_many() {
+        let (mut window, begin) = (RefusalWindow::default(), Instant::now());
+        for tick in 0..20 {
+            assert!(!window.refuse(begin + tick * 500 * MS), "{tick}");
+        }
+        assert!(!window.refuse(begin + 9_999 * MS));
+        assert!(window.refuse(begin + 10_000 * MS));
+    }
+
+    #[test]
+    fn a_second_without_a_refusal_begins_the_ten_anew() {
+        let (mut window, begin) = (RefusalWindow::default(), Instant::now());
+        for tick in 0..100 {
+            assert!(!window.refuse(begin + tick * 1_000 * MS), "{tick}");
+        }
+        let mut window = RefusalWindow::default();
+        assert!(!window.refuse(begin));
+        for tick in 1..=10 {
+            assert!(!window.refuse(begin + tick * 999 * MS), "{tick}");
+        }
+        assert!(window.refuse(begin + 11 * 999 * MS), "pauses of less than a second are none");
+    }
+
+    #[test]
+    fn commands_keep_their_order_and_bound_what_is_in_flight() {
+        let mut queue = CommandQueue::default();
+        assert!(queue.is_clear() && queue.may_read());
+        queue.push("first");
+        queue.push("second");
+        assert!(!queue.is_clear() && !queue.may_read());
+        let first = queue.pop().expect("a command waits");
+        queue.put_back(first);
+        assert_eq!((queue.pop(), queue.pop(), queue.pop()), (Some("first"), Some("second"), None));
+
+        for _ in 0..MAX_IN_FLIGHT {
+            assert!(queue.may_read());
+            queue.publish_begins();
+        }
+        queue.push("third");
+        assert_eq!((queue.may_read(), queue.pop()), (false, None));
+        queue.publish_ends();
+        assert_eq!((queue.pop(), queue.may_read()), (Some("third"), true));
+    }
+}

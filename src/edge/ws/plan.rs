@@ -1,0 +1,222 @@
+//! Where a subscription begins: at a cursor of the client's, at the receipt of a durable subscription, or at the head.
+//! Pure: what the store has comes in.
+
+use std::collections::BTreeMap;
+
+use crate::auth::Principal;
+use crate::delivery::subscriptions::{Following, NewSubscription, Receipt, first_receipt};
+use crate::protocol::command::After;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::frame::Seqs;
+use crate::protocol::ids::ThreadAddress;
+use crate::protocol::records::ReceiptRecord;
+use crate::store::JoinedThread;
+
+/// Threads that an `after` object may name although the user is no member of them (any more).
+const MAX_UNKNOWN: usize = 100;
+/// Stands for all threads, also in the log: the receipt of a durable subscription to all of them.
+pub const ALL: &str = "*";
+
+/// A `subscribe` that waits.
+pub enum PendingSubscribe {
+    /// For the list of the user's threads.
+    Threads(SubscribeAll),
+    /// For the receipts of a new durable subscription to be stored.
+    Receipts(Box<Plan>),
+}
+
+/// A `subscribe` that is ready to begin.
+pub struct Plan {
+    /// The command's id.
+    pub id: i64,
+    /// The thread as the client calls it; [`ALL`] for all.
+    pub called: String,
+    pub head: Seqs,
+    pub after: Seqs,
+    pub recovered: bool,
+    pub subscriptions: Vec<NewSubscription>,
+    /// Threads that `after` names and that the user is no member of.
+    pub unknown: Vec<String>,
+    /// Written after all other receipts: it says that the durable subscription to all threads exists.
+    pub marker: Option<ReceiptRecord>,
+}
+
+/// A `subscribe` to all threads.
+pub struct SubscribeAll {
+    pub id: i64,
+    pub after: Option<BTreeMap<String, u64>>,
+    pub last: Option<u64>,
+    pub recovered: bool,
+    pub following: Following,
+    /// The durable subscription does not exist yet.
+    pub fresh: bool,
+}
+
+impl SubscribeAll {
+    /// Where each thread's subscription begins, and the receipts to store before.
+    pub fn plan(&self, who: &Principal, threads: Vec<JoinedThread>) -> Result<(Plan, Vec<ReceiptRecord>), Error> {
+        let name = self.following.name.as_deref();
+        let (mut heads, mut cursors) = (BTreeMap::new(), BTreeMap::new());
+        let (mut subscriptions, mut receipts) = (Vec::new(), Vec::new());
+        for found in threads {
+            let cursor = self.cursor(&found).map_err(|error| error.at(format!("after.{}", found.thread)))?;
+            if let Some(name) = name
+                && found.receipt.is_none()
+            {
+                receipts.push(first_receipt(who, &found.thread, name, cursor));
+            }
+            heads.insert(found.thread.clone(), found.head);
+            cursors.insert(found.thread.clone(), cursor);
+            subscriptions.push(self.subscription(found, cursor));
+        }
+
+        let named = self.after.iter().flat_map(BTreeMap::keys);
+        let unknown: Vec<String> = named.filter(|thread| !heads.contains_key(*thread)).cloned().collect();
+        if unknown.len() > MAX_UNKNOWN {
+            let why = format!(
+                "`after` names {} threads that you are not a member of; at most {MAX_UNKNOWN} may be",
+                unknown.len()
+            );
+            return Err(Error::new(Code::TooLarge, why).at("after"));
+        }
+
+        let plan = Plan {
+            id: self.id,
+            called: ALL.to_owned(),
+            head: Seqs::Each(heads),
+            after: Seqs::Each(cursors),
+            recovered: self.recovered,
+            subscriptions,
+            unknown,
+            marker: name.filter(|_| self.fresh).map(|name| first_receipt(who, ALL, name, 0)),
+        };
+        Ok((plan, receipts))
+    }
+
+    fn cursor(&self, found: &JoinedThread) -> Result<u64, Error> {
+        let stored = found.receipt.as_ref().map(|row| row.place.min(found.head));
+        let after = match (&self.after, &self.following.name) {
+            _ if self.last.is_some() => None,
+            // A thread that is missing in the client's cursors is one that the client has nothing of.
+            (Some(after), _) => Some(after.get(&found.thread).copied().or(stored).unwrap_or(0)),
+            // Joined since the durable subscription was last connected: from the joining on.
+            (None, Some(_)) if !self.fresh => Some(stored.unwrap_or(found.since.saturating_sub(1))),
+            (None, Some(_)) => stored,
+            (None, None) => None,
+        };
+        first_cursor(found.head, after, self.last, self.recovered)
+    }
+
+    fn subscription(&self, found: JoinedThread, cursor: u64) -> NewSubscription {
+        let Following { kinds, name, confirm } = self.following.clone();
+        let receipt = Receipt::wanted(name.as_deref(), found.receipt, cursor, confirm);
+        NewSubscription { address: ThreadAddress::named(found.thread), cursor, named: false, kinds, receipt }
+    }
+}
+
+/// What a `subscribe` says of where it begins, for one thread.
+pub fn seq_of(after: Option<&After>) -> Option<u64> {
+    match after {
+        Some(After::Seq(seq)) => Some(*seq),
+        Some(After::Each(_)) | None => None,
+    }
+}
+
+/// The seq after which a subscription begins.
+pub fn first_cursor(head: u64, after: Option<u64>, last: Option<u64>, recovered: bool) -> Result<u64, Error> {
+    if !recovered {
+        // A cursor of another log says nothing about this one.
+        return Ok(head);
+    }
+    match after {
+        Some(after) if after > head => {
+            let why = format!("`after` ({after}) is beyond the thread's head ({head})");
+            Err(Error::new(Code::CursorInvalid, why))
+        }
+        Some(after) => Ok(after),
+        None => Ok(head.saturating_sub(last.unwrap_or(0))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::auth::Scopes;
+    use crate::store::ReceiptRow;
+
+    fn ada() -> Principal {
+        Principal::new("acme", "ada", Scopes::default(), u64::MAX)
+    }
+
+    fn thread(name: &str, head: u64, since: u64, place: Option<u64>) -> JoinedThread {
+        let receipt = place.map(|place| ReceiptRow { place, ..ReceiptRow::default() });
+        JoinedThread { thread: name.into(), head, since, receipt }
+    }
+
+    fn all(name: Option<&str>, fresh: bool) -> SubscribeAll {
+        let following = Following { kinds: None, name: name.map(Into::into), confirm: false };
+        SubscribeAll { id: 1, after: None, last: None, recovered: true, following, fresh }
+    }
+
+    /// The cursors of a plan, and the threads whose receipts are stored first.
+    fn planned(all: &SubscribeAll, threads: Vec<JoinedThread>) -> (Vec<u64>, Vec<String>) {
+        let (plan, receipts) = all.plan(&ada(), threads).expect("a plan");
+        let Seqs::Each(after) = plan.after else { panic!("one for each thread") };
+        let cursors: Vec<u64> = plan.subscriptions.iter().map(|it| it.cursor).collect();
+        assert_eq!(cursors, after.into_values().collect::<Vec<_>>());
+        (cursors, receipts.into_iter().map(|it| it.thread).collect())
+    }
+
+    #[test]
+    fn a_cursor_is_the_client_s_or_counts_from_the_head() {
+        assert_eq!(first_cursor(10, Some(4), None, true), Ok(4));
+        assert_eq!(first_cursor(10, None, None, true), Ok(10));
+        assert_eq!(first_cursor(10, None, Some(3), true), Ok(7));
+        assert_eq!(first_cursor(10, None, Some(u64::MAX), true), Ok(0));
+        assert_eq!(first_cursor(10, Some(99), None, false), Ok(10), "another log's cursor");
+        let refused = first_cursor(4, Some(9), None, true).expect_err("beyond the head");
+        assert_eq!(
+            (refused.code, &*refused.message),
+            (Code::CursorInvalid, "`after` (9) is beyond the thread's head (4)")
+        );
+    }
+
+    #[test]
+    fn without_cursors_all_threads_begin_at_their_heads_or_so_many_events_before() {
+        let threads = || vec![thread("a", 5, 1, None), thread("b", 9, 1, None)];
+        assert_eq!(planned(&all(None, false), threads()), (vec![5, 9], vec![]));
+        assert_eq!(planned(&SubscribeAll { last: Some(2), ..all(None, false) }, threads()).0, [3, 7]);
+    }
+
+    #[test]
+    fn with_cursors_a_thread_that_is_missing_in_them_begins_at_its_first_event() {
+        let after = Some(BTreeMap::from([("a".to_owned(), 3), ("gone".to_owned(), 7)]));
+        let all = SubscribeAll { after, ..all(None, false) };
+        let threads = vec![thread("a", 5, 1, None), thread("b", 9, 1, None)];
+        assert_eq!(planned(&all, threads), (vec![3, 0], vec![]));
+        assert_eq!(all.plan(&ada(), vec![thread("a", 5, 1, None)]).expect("a plan").0.unknown, ["gone"]);
+        let refused = all.plan(&ada(), vec![thread("a", 2, 1, None)]).err().expect("beyond the head");
+        assert_eq!(refused.field.as_deref(), Some("after.a"));
+    }
+
+    #[test]
+    fn a_durable_subscription_goes_on_at_its_receipts_and_takes_in_threads_joined_since() {
+        let threads = || vec![thread("a", 5, 1, Some(4)), thread("joined", 9, 7, None), thread("short", 2, 1, Some(8))];
+        let known = all(Some("inbox"), false);
+        assert_eq!(planned(&known, threads()), (vec![4, 6, 2], vec!["joined".to_owned()]));
+        assert!(known.plan(&ada(), threads()).expect("a plan").0.marker.is_none());
+
+        let fresh = all(Some("inbox"), true);
+        assert_eq!(planned(&fresh, vec![thread("a", 5, 1, None)]), (vec![5], vec!["a".to_owned()]));
+        let marker = fresh.plan(&ada(), vec![]).expect("a plan").0.marker.expect("a new one is marked");
+        assert_eq!((&*marker.thread, &*marker.name), (ALL, "inbox"));
+    }
+
+    #[test]
+    fn too_many_unknown_threads_are_refused() {
+        let after = |n: usize| Some((0..n).map(|n| (format!("t{n}"), 0)).collect());
+        assert!(SubscribeAll { after: after(100), ..all(None, false) }.plan(&ada(), vec![]).is_ok());
+        let refused = SubscribeAll { after: after(101), ..all(None, false) }.plan(&ada(), vec![]).err();
+        assert_eq!(refused.map(|error| error.code), Some(Code::TooLarge));
+    }
+}

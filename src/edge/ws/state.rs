@@ -1,0 +1,129 @@
+//! What a session works on: who it is, what is on its way in and out, and its deadlines.
+
+use std::sync::Arc;
+
+use metrics::Counter;
+use tokio::time::Instant;
+
+use super::Sockets;
+use super::close::{self, End};
+use super::heartbeat::{Heartbeat, PING_AFTER};
+use super::incoming::{Incoming, MAX_IN_FLIGHT};
+use super::outgoing::Outgoing;
+use super::turn::Wants;
+use crate::auth::Principal;
+use crate::delivery::outbox::EVENT_BYTES;
+use crate::delivery::registry::Registration;
+use crate::delivery::subscriptions::{MAX_SUBSCRIPTIONS, WINDOW};
+use crate::protocol::command;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::frame::{Limits, ServerFrame};
+use crate::protocol::http::Transport;
+use crate::{clock, telemetry};
+
+/// The limits that `welcome` names.
+const LIMITS: Limits = Limits {
+    frame_bytes: command::MAX_FRAME,
+    data_bytes: command::MAX_DATA,
+    commands: command::MAX_COMMANDS,
+    subscriptions: MAX_SUBSCRIPTIONS,
+    publishes_in_flight: MAX_IN_FLIGHT,
+    outbox_bytes: EVENT_BYTES,
+    unacknowledged: WINDOW,
+};
+
+/// The user, without whom most commands are refused.
+pub fn connected(who: Option<&Principal>) -> Result<&Principal, Error> {
+    who.ok_or_else(|| Error::new(Code::Unauthenticated, "connect first"))
+}
+
+pub struct SessionState {
+    pub sockets: Arc<Sockets>,
+    /// The connection's id, as `welcome` and the admin's list of sessions have it.
+    connection: String,
+    /// The user, once it is known.
+    pub who: Option<Principal>,
+    registration: Option<Registration>,
+    pub incoming: Incoming,
+    pub outgoing: Outgoing,
+    pub heartbeat: Heartbeat,
+    /// Publishes that were answered without an error.
+    pub published: Counter,
+}
+
+impl SessionState {
+    pub fn new(sockets: Arc<Sockets>, who: Option<Principal>, traceparent: Option<&str>) -> SessionState {
+        let feed = sockets.delivery.feed();
+        SessionState {
+            connection: clock::random_id().simple().to_string(),
+            who,
+            registration: None,
+            incoming: Incoming::new(sockets.submit.clone(), feed.outbox.clone(), traceparent),
+            outgoing: Outgoing::new(feed),
+            heartbeat: Heartbeat::new(Instant::now()),
+            published: telemetry::commands("publish", "ok"),
+            sockets,
+        }
+    }
+
+    /// The session is one of the server's from here on, and ends with it.
+    pub fn register(&mut self) {
+        let registry = &self.sockets.registry;
+        let outbox = &self.outgoing.feed.outbox;
+        self.registration = Some(registry.register(outbox, &self.connection, Transport::Websocket));
+    }
+
+    /// If the user is known: the session counts as the user's from now on. `id` is the `connect` that is answered by this.
+    pub fn begin(&mut self, id: Option<i64>) -> Result<(), End> {
+        let (Some(who), Some(registration)) = (&self.who, &self.registration) else { return Ok(()) };
+        registration.identify(who).map_err(|error| End::Close(close::TOO_MANY_CONNECTIONS, error.message))?;
+        // Looked up once more: a revocation after this reaches the session by its registration.
+        self.check_revoked()?;
+        self.welcome(id);
+        Ok(())
+    }
+
+    /// Ends the session if its token was issued before its user's tokens were revoked.
+    pub fn check_revoked(&self) -> Result<(), End> {
+        match &self.who {
+            Some(who) => self.sockets.auth.check_revoked(who).map_err(|error| End::revoked(&error)),
+            None => Ok(()),
+        }
+    }
+
+    /// What the loop can use now.
+    pub fn wants(&self) -> Wants {
+        let room = self.outgoing.has_room();
+        Wants { frames: room && self.incoming.may_read(), answers: room }
+    }
+
+    /// When something is due next.
+    pub fn due(&self) -> Instant {
+        let others = [self.outgoing.feed.subs.due(), self.incoming.due()];
+        others.into_iter().flatten().fold(self.heartbeat.due(), Instant::min)
+    }
+
+    /// Passes on to the log what is ready for it.
+    pub fn submit(&mut self) {
+        let receipts = match &self.who {
+            Some(who) => self.outgoing.feed.subs.changed_receipts(who),
+            None => Vec::new(),
+        };
+        self.incoming.submit(receipts);
+    }
+
+    fn welcome(&mut self, id: Option<i64>) {
+        let Some(who) = &self.who else { return };
+        self.outgoing.answer(&ServerFrame::Welcome {
+            id,
+            connection: &self.connection,
+            user: &who.user,
+            tenant: &who.tenant,
+            epoch: &self.sockets.epoch,
+            heartbeat_ms: PING_AFTER.as_millis() as u64,
+            expires_at: &clock::rfc3339(who.expires_at.saturating_mul(1000)),
+            limits: LIMITS,
+        });
+        self.heartbeat.token(who.expires_at, Instant::now(), clock::now_s());
+    }
+}
