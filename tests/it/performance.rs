@@ -1,10 +1,24 @@
 //! The benches are real clients over real sockets, and their figures are true: what they say was done, the server did.
 //! How fast it went is no matter here.
 
+use std::path::Path;
+use std::process::Command;
+
 use serde_json::{Value, json};
 
 use crate::on_both_logs;
-use crate::support::{LogKind, SECRET, Server, eventually, weft};
+use crate::support::{LogKind, SECRET, Server, eventually};
+
+/// The benchmark, which is built beside the server: `cargo build --release -p weft-bench`, as `make test` does.
+fn weft_bench() -> Command {
+    let path = Path::new(env!("CARGO_BIN_EXE_weft")).with_file_name("weft-bench");
+    assert!(path.exists(), "{} is not built: cargo build --release -p weft-bench", path.display());
+    let mut command = Command::new(path);
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("WEFT_")) {
+        command.env_remove(name);
+    }
+    command
+}
 
 /// Runs a bench against a server and gives its figures; a bench that finds an error, a close or a hole fails.
 async fn bench(server: &Server, arguments: &str) -> Vec<Value> {
@@ -12,16 +26,8 @@ async fn bench(server: &Server, arguments: &str) -> Vec<Value> {
         LogKind::Embedded => "embedded",
         LogKind::Kafka { .. } => "kafka",
     };
-    let mut command = weft();
-    command.arg("bench").args(arguments.split(' ')).args([
-        "--json",
-        "--log",
-        log,
-        "--url",
-        &server.url,
-        "--jwt-secret",
-        SECRET,
-    ]);
+    let mut command = weft_bench();
+    command.args(arguments.split(' ')).args(["--json", "--log", log, "--url", &server.url, "--jwt-secret", SECRET]);
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(0), "{arguments}: {said}");
@@ -218,8 +224,8 @@ async fn at_the_promised_windows_users_and_readers_every_publish_is_answered_onc
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bench_that_cannot_do_its_work_fails_and_says_why() {
     let server = Server::start(LogKind::embedded());
-    let mut command = weft();
-    command.args(["bench", "ack", "--seconds", "1", "--json", "--url", &server.url, "--jwt-secret", "another secret"]);
+    let mut command = weft_bench();
+    command.args(["ack", "--seconds", "1", "--json", "--url", &server.url, "--jwt-secret", "another secret"]);
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(output.stdout.is_empty(), "no figure of what was not done");
