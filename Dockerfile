@@ -6,7 +6,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .
-# The cache mounts keep RocksDB, which takes most of the time, from being compiled again when only Weft has changed.
+# With the cache mounts RocksDB, most of the work, is not compiled again when only Weft has changed.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/target \
     CARGO_TARGET_DIR=/target cargo build --release --locked --bin weft \

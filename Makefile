@@ -23,14 +23,14 @@ run: setup ## build, start on the embedded log in ./data, play the demo, stay up
 	@exec "$$CARGO_TARGET_DIR/release/weft" serve --dev --demo $(ARGS)
 
 # The integration tests are one binary (tests/it) and run last, so that the output ends with one summary, theirs. Unit
-# tests and documentation examples come first; a failure in them stops the run before it.
+# tests and documentation examples come first; a failure in them stops the run before it. They run weft-bench, too.
 test: ## run every test, on both logs (ONLY=name: the integration tests whose name contains it)
 	@scripts/setup.sh test
 ifndef ONLY
 	cargo test --release --workspace --lib --bins
 	cargo test --release --doc
 endif
-	cargo build --release --workspace --bins
+	cargo build --release --package weft-bench
 	cargo test --release --test it -- $(ONLY)
 
 lint: ## formatting, clippy, licences and sources of dependencies, syntax of scripts, JSON and YAML
@@ -43,7 +43,7 @@ lint: ## formatting, clippy, licences and sources of dependencies, syntax of scr
 fmt: ## format the Rust sources
 	cargo fmt --all
 
-bench: ## measure on both logs, beside what the log and the store can do bare
+bench: ## measure on both logs, beside what the log and the store can do bare (ARGS=embedded: on that one alone)
 	@scripts/setup.sh test
 	cargo build --release --workspace --bins
 	scripts/bench.sh $(ARGS)

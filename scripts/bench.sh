@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures Weft on each log, and in the same run what the log and the store can do bare; prints each figure beside its
-# limit and as a ratio to both. Expects a built `weft` and `weft-bench`. What is below its limit is marked and fails nothing: figures
-# depend on the machine. What errs does fail.
+# limit and as a ratio to both. Expects `weft` and `weft-bench` to be built. A figure below its limit is marked and is no
+# failure, since figures depend on the machine; a bench that meets an error is one.
 #
 #   bench.sh [embedded] [kafka]     both unless named
 #
@@ -40,7 +40,7 @@ stop_server() {
   server=
 }
 
-# A port that nobody listens on, and nobody on the one after it.
+# A port that is free, and so is the one after it (for the controller of Kafka).
 free_port() {
   local port
   while :; do
@@ -63,7 +63,7 @@ start_server() {
   local log=$1 port deadline
   port=$(free_port)
   export WEFT_URL=http://127.0.0.1:$port
-  # Without a limit of rates: one user of a bench publishes all that the server takes.
+  # Without limits of rates: one user of a bench publishes as much as the server can accept.
   "$weft" serve --listen "127.0.0.1:$port" --data "$work/$log" --log "$log" --rate-user 0 --rate-agent 0 >"$work/$log.log" 2>&1 \
     </dev/null &
   server=$!
@@ -77,7 +77,7 @@ start_server() {
   done
 }
 
-# Runs a bench, keeps its figures; goes on when it fails, since the others still say something.
+# Runs a bench and keeps its figures; goes on when it fails, since the others are worth having.
 measure() {
   local file=$work/$1.json
   shift

@@ -5,7 +5,7 @@
 #   kafka.sh stop             keeps the data
 #   kafka.sh status           prints where it listens; 1 when it does not run
 #   kafka.sh consume TOPIC    prints partition, offset, headers, key and value from the beginning on (more options follow)
-#   kafka.sh groups           how far every consumer group is behind
+#   kafka.sh groups           how far every consumer group lags
 #   kafka.sh tool CLASS ARGS  any other of Kafka's own tools, for instance org.apache.kafka.tools.TopicCommand --help
 #
 # WEFT_KAFKA_DIR (.kafka in the checkout) holds data, settings, pid and log; WEFT_KAFKA_PORT is 9092, and the controller
@@ -36,7 +36,7 @@ fetch_libs() {
     rm -rf "$half"
     fail "could not fetch Kafka's jars"
   }
-  # In one step, so that another start at the same time never sees half of them; the loser throws its copy away.
+  # In one step, so that another start at the same time never sees half of them; the one that comes second removes its copy.
   mv -T "$half" "$libs" 2>/dev/null || rm -rf "$half"
 }
 
@@ -51,7 +51,7 @@ tool() {
   run_java -Xmx256m -XX:TieredStopAtLevel=1 -Dlog4j2.level=WARN -cp "$libs/*" "$@"
 }
 
-# The pid of our broker; a pid file left by a crash may name somebody else's process by now.
+# The pid of our broker; after a crash the pid file may name a process that is not ours.
 broker_pid() {
   local pid
   pid=$(cat "$dir/pid" 2>/dev/null) || return 1
@@ -59,7 +59,7 @@ broker_pid() {
   echo "$pid"
 }
 
-# Sends an ApiVersions request by hand: a listening port alone says nothing, and a tool would take a second to start.
+# Sends an ApiVersions request by hand: a port that is open does not show that the broker answers, and a tool needs a second to start.
 answers() {
   timeout 2 bash -c '
     exec 3<>/dev/tcp/127.0.0.1/'"$port"' || exit 1
@@ -110,7 +110,7 @@ start() {
   fetch_libs
   write_settings
   if [ ! -f "$dir/data/meta.properties" ]; then
-    # 16 random bytes in base64url is what Kafka takes as a cluster id; a leading dash would read as an option.
+    # A cluster id is 16 random bytes in base64url; a leading dash would be read as an option.
     local id
     id=$(head -c 16 /dev/urandom | base64 | tr '+/' '-_' | cut -c1-22 | sed 's/^-/A/')
     (tool kafka.tools.StorageTool format -t "$id" -c "$dir/server.properties") >"$dir/format.log" 2>&1 || {
@@ -139,10 +139,10 @@ stop() {
   local pid
   if pid=$(broker_pid); then
     kill -TERM "$pid"
-    # One that was paused would never see the TERM.
+    # A stopped process does not get the TERM before it is continued.
     kill -CONT "$pid"
     local deadline=$((SECONDS + 30))
-    # Not kill -0: that also finds a dead one that nobody has reaped.
+    # Not kill -0: that also finds a zombie.
     while broker_pid >/dev/null; do
       [ $SECONDS -lt $deadline ] || kill -KILL "$pid" 2>/dev/null || true
       sleep 0.1

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs what Weft needs and this machine lacks; says nothing and takes no time when all of it is there.
+# Installs what Weft needs and this machine lacks; prints nothing and ends at once when all of it is there.
 #   setup.sh        to build and run
 #   setup.sh test   also for the tests, the benchmark and `make kafka`: Java and Maven, which fetch and run Kafka, and
 #                   Node.js with the AG-UI client that the tests read streams with
 #   setup.sh lint   also for `make lint`: clippy, rustfmt, cargo-deny, Python's YAML reader
-# Made for Debian 12, as root or with sudo. Elsewhere it names what is missing and stops.
+# For Debian 12, as root or with sudo. Elsewhere it names what is missing and stops.
 set -euo pipefail
 
 what=${1:-build}
@@ -77,7 +77,7 @@ if [ "${#missing[@]}" -gt 0 ]; then
 fi
 
 if [ "$what" = test ]; then
-  # Installed anew when the lock file is another one than that of what is there.
+  # Installed again when the lock file differs from that of the installed one.
   agui=$(cd "$(dirname "${BASH_SOURCE[0]}")/../tests/agui" && pwd)
   if ! cmp -s "$agui/package-lock.json" "$cache/agui/installed.json"; then
     mkdir -p "$cache/agui"

@@ -1,13 +1,15 @@
-//! Every metric Weft has, in one list, and the recorder behind `/metrics`. None carries a tenant, user or thread.
+//! Every metric Weft has, in one list, and the recorder that `/metrics` is rendered from. No label names a tenant, a user or
+//! a thread.
 
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use crate::protocol::records::{RUN_ORDER, UNACKNOWLEDGED, UNREADABLE};
 use metrics::{
     Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::protocol::records::{RUN_ORDER, UNACKNOWLEDGED, UNREADABLE};
 
 /// Buckets of durations, in seconds: 50 µs to 10 s.
 const SECONDS: &[f64] = &[
@@ -24,7 +26,7 @@ enum Type {
     Records,
 }
 
-/// The catalogue: name, type, what it says.
+/// The catalogue: name, type, description.
 const METRICS: &[(&str, Type, &str)] = &[
     ("weft_connections", Type::Gauge, "Open WebSocket sessions"),
     ("weft_connections_total", Type::Counter, "WebSocket sessions since the start"),
@@ -35,30 +37,30 @@ const METRICS: &[(&str, Type, &str)] = &[
     (
         "weft_append_seconds",
         Type::Seconds,
-        "From handing a record to the log until it was durable; on the embedded log of each batch the record that waited longest",
+        "From appending a record to the log until it was durable; on the embedded log the record of each batch that waited longest",
     ),
-    ("weft_append_bytes_total", Type::Counter, "Bytes of keys and values handed to the log"),
+    ("weft_append_bytes_total", Type::Counter, "Bytes of keys and values appended to the log"),
     ("weft_append_batch_records", Type::Records, "Records the embedded log made durable at once"),
-    ("weft_append_errors_total", Type::Counter, "Records the log did not take, by outcome"),
+    ("weft_append_errors_total", Type::Counter, "Records the log did not accept, by outcome"),
     ("weft_project_seconds", Type::Seconds, "Judging and committing one batch"),
     ("weft_project_batch_records", Type::Records, "Records projected at once"),
     ("weft_project_events_total", Type::Counter, "Events that got their seq"),
     ("weft_project_refused_total", Type::Counter, "Records refused by the projector, by code"),
-    ("weft_publish_seconds", Type::Seconds, "From taking a publish off its socket until its answer was ready"),
+    ("weft_publish_seconds", Type::Seconds, "From reading a publish from its socket until its answer was ready"),
     ("weft_lag_records", Type::Gauge, "Records in the log that are not projected yet"),
-    ("weft_lag_seconds", Type::Gauge, "Age of the newest projected record while there are others behind it"),
-    ("weft_foreign_records_total", Type::Counter, "Records in the log that are not ours"),
-    ("weft_dead_letters_total", Type::Counter, "Dead letters that came in, by reason"),
-    ("weft_deliveries_total", Type::Counter, "Event frames handed to sockets"),
+    ("weft_lag_seconds", Type::Gauge, "Age of the newest projected record while there are newer ones in the log"),
+    ("weft_foreign_records_total", Type::Counter, "Foreign records in the log: such as Weft did not write"),
+    ("weft_dead_letters_total", Type::Counter, "Dead letters read from the log, by reason"),
+    ("weft_deliveries_total", Type::Counter, "Event frames written to sockets"),
     ("weft_outbox_bytes", Type::Gauge, "Bytes of events waiting for sockets, all sessions"),
     ("weft_redeliveries_total", Type::Counter, "Deliveries begun again, since the oldest event was not acknowledged"),
     ("weft_runs", Type::Gauge, "Runs that have not ended, by state"),
-    ("weft_pieces_received_total", Type::Counter, "Pieces of messages that agents published over WebSocket"),
-    ("weft_pieces_appended_total", Type::Counter, "Records that these became"),
-    ("weft_signals_total", Type::Counter, "Signals handed to those who are live"),
+    ("weft_pieces_received_total", Type::Counter, "Deltas (pieces of messages) that agents published over WebSocket"),
+    ("weft_pieces_appended_total", Type::Counter, "Records that these deltas became"),
+    ("weft_signals_total", Type::Counter, "Signals delivered to sessions"),
     ("weft_streams", Type::Gauge, "Open Server-Sent Events streams"),
     ("weft_rate_limited_total", Type::Counter, "Commands and requests over a rate limit"),
-    ("weft_lagged_total", Type::Counter, "Subscriptions that fell behind and went on from the store"),
+    ("weft_lagged_total", Type::Counter, "Times a subscription lagged and went on from the store"),
     ("weft_replayed_events_total", Type::Counter, "Events read from the store for subscriptions"),
     ("weft_pending_publishes", Type::Gauge, "Publishes waiting for their answer"),
     ("weft_unknown_outcomes_total", Type::Counter, "Publishes answered with outcome unknown"),
@@ -85,21 +87,21 @@ fn build() -> PrometheusHandle {
     }
     // Fails only when the process already has a recorder, which `install` rules out.
     let handle = builder.install_recorder().expect("the recorder is installed once");
-    for (name, kind, says) in METRICS {
+    for (name, kind, description) in METRICS {
         match kind {
-            Type::Counter => describe_counter!(*name, Unit::Count, *says),
-            Type::Gauge => describe_gauge!(*name, *says),
-            Type::Seconds => describe_histogram!(*name, Unit::Seconds, *says),
-            Type::Records => describe_histogram!(*name, Unit::Count, *says),
+            Type::Counter => describe_counter!(*name, Unit::Count, *description),
+            Type::Gauge => describe_gauge!(*name, *description),
+            Type::Seconds => describe_histogram!(*name, Unit::Seconds, *description),
+            Type::Records => describe_histogram!(*name, Unit::Count, *description),
         }
     }
     metrics_process::Collector::default().describe();
-    // Their ratio is asked for before the first agent has come.
+    // A dashboard computes their ratio, so both have to be there before the first delta.
     [deltas_received(), deltas_appended()].iter().for_each(|counter| counter.increment(0));
     handle
 }
 
-/// Keeps the recorder's histograms from growing; call it every few seconds.
+/// Drains the recorder's histograms every few seconds, which grow otherwise.
 pub async fn upkeep(handle: PrometheusHandle) {
     let mut every = tokio::time::interval(Duration::from_secs(5));
     loop {
@@ -174,7 +176,7 @@ pub fn foreign_records() -> Counter {
     counter!("weft_foreign_records_total")
 }
 pub fn dead_letters(reason: &str) -> Counter {
-    // Reasons are a handful of our own; whatever else a record may name counts as one.
+    // The reasons of our own records; any other that a record names counts as "other".
     let own = [UNREADABLE, UNACKNOWLEDGED, RUN_ORDER].into_iter().find(|own| *own == reason);
     counter!("weft_dead_letters_total", "reason" => own.unwrap_or("other"))
 }

@@ -1,4 +1,4 @@
-//! `weft dead-letters`: what could not be handled, newest first.
+//! `weft dead-letters`: events and records that could not be handled, newest first.
 
 use comfy_table::Table;
 use serde_json::Value;
@@ -36,14 +36,14 @@ pub async fn run(args: Args) -> Result<(), Failure> {
 fn table(letters: &[Value]) -> Table {
     let mut table = common::table(&["at", "reason", "where", "user", "attempts", "error", "id"]);
     for row in letters {
-        let place = match &row["topic"] {
+        let position = match &row["topic"] {
             Value::Null => format!("{} {}", cell(&row["thread"]), cell(&row["seq"])),
             topic => format!("{} {}:{}", cell(topic), row["partition"], row["offset"]),
         };
         table.add_row([
             cell(&row["at"]),
             cell(&row["reason"]),
-            place,
+            position,
             cell(&row["user"]),
             cell(&row["attempts"]),
             cell(&row["error"]),

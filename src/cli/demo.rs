@@ -1,7 +1,7 @@
 //! `weft demo`: a conversation of two people and an agent over real WebSockets, to be followed in a terminal.
 //!
-//! In the middle Ben's socket is dropped without a word; he comes back and resumes behind the last seq he saw. At the end
-//! each reader must have seen 1…n, each once and in order, or the demo fails.
+//! In the middle Ben's socket is dropped without a close frame; he reconnects and resumes after the last seq he saw. At the
+//! end each reader must have seen 1…n, each once and in order, or the demo fails.
 
 use std::time::Duration;
 
@@ -12,6 +12,10 @@ use super::common::{Failure, Mint, Output, Style, mint};
 use super::tail::summary;
 use crate::client::{ClientEvent, ClientItem, Http, PublishDraft, Resuming, Start};
 use crate::clock;
+use crate::protocol::kinds::{
+    AGENT_COMPLETED, AGENT_MESSAGE, AGENT_STARTED, AGENT_THINKING, AGENT_TOKEN, TOOL_COMPLETED, TOOL_EXECUTING,
+    USER_MESSAGE,
+};
 
 /// How long one event may take to reach a reader.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -23,7 +27,7 @@ pub struct Args {
     /// Where the server is.
     #[arg(long, env = "WEFT_URL", default_value = "http://127.0.0.1:8080")]
     pub url: String,
-    /// The secret that the server checks tokens with.
+    /// The secret that the server verifies tokens with.
     #[arg(long, env = "WEFT_JWT_SECRET", hide_env_values = true)]
     pub jwt_secret: String,
     /// The tenant to play in.
@@ -42,16 +46,16 @@ pub async fn play(url: &str, mint: Mint<'_>) -> Result<String, Failure> {
     let id = clock::random_id().simple().to_string();
     // A UUID has 32 digits; eight are enough to keep one demo apart from another.
     let thread = format!("demo-{}", &id[..8]);
-    let mut stage = Stage::open(url, mint, &thread).await?;
-    stage.question().await?;
-    stage.work().await?;
-    stage.answer().await?;
-    stage.verify()?;
-    stage.leave().await;
+    let mut demo = Demo::open(url, mint, &thread).await?;
+    demo.question().await?;
+    demo.work().await?;
+    demo.answer().await?;
+    demo.verify()?;
+    demo.leave().await;
     Ok(thread)
 }
 
-struct Reader {
+struct DemoReader {
     name: &'static str,
     style: Style,
     events: Resuming,
@@ -61,10 +65,10 @@ struct Reader {
     away: bool,
 }
 
-struct Stage {
+struct Demo {
     out: Output,
     thread: String,
-    readers: Vec<Reader>,
+    readers: Vec<DemoReader>,
     /// The newest seq that was published.
     head: u64,
 }
@@ -78,8 +82,8 @@ const CAST: [(&str, Style, &str); 3] = [
     ("scout", Style::Yellow, "publish subscribe agent"),
 ];
 
-impl Stage {
-    async fn open(url: &str, mint: Mint<'_>, thread: &str) -> Result<Stage, Failure> {
+impl Demo {
+    async fn open(url: &str, mint: Mint<'_>, thread: &str) -> Result<Demo, Failure> {
         let out = Output::new();
         out.line(out.paint(Style::Bold, format_args!("thread {thread}: ada, ben and the agent scout")))?;
         let mut http = Http::connect(url, &mint(CAST[ADA].0, CAST[ADA].2)?).await?;
@@ -88,15 +92,15 @@ impl Stage {
             http.put(&format!("/v1/threads/{thread}/members/{}", CAST[member].0), &json!({})).await?;
         }
         let made = http.get(&format!("/v1/threads/{thread}")).await?;
-        let head = made["head"].as_u64().ok_or("the server told no head of the new thread")?;
+        let head = made["head"].as_u64().ok_or("the server sent no head for the new thread")?;
 
-        let mut stage = Stage { out, thread: thread.to_owned(), readers: Vec::new(), head };
+        let mut demo = Demo { out, thread: thread.to_owned(), readers: Vec::new(), head };
         for (name, style, scope) in CAST {
             let events = Resuming::connect(url, &mint(name, scope)?, thread, Start::After(0)).await?;
-            stage.readers.push(Reader { name, style, events, seen: Vec::new(), text: String::new(), away: false });
+            demo.readers.push(DemoReader { name, style, events, seen: Vec::new(), text: String::new(), away: false });
         }
-        stage.gather(1).await?;
-        Ok(stage)
+        demo.gather(1).await?;
+        Ok(demo)
     }
 
     async fn question(&mut self) -> Result<(), Failure> {
@@ -105,26 +109,25 @@ impl Stage {
     }
 
     async fn work(&mut self) -> Result<(), Failure> {
-        self.agent("agent_started", json!({"agent": "scout", "input": "what do the two nights have in common?"}))
-            .await?;
-        self.agent("agent_thinking", json!({"content": "The logs first, then the changes."})).await?;
+        self.agent(AGENT_STARTED, json!({"agent": "scout", "input": "what do the two nights have in common?"})).await?;
+        self.agent(AGENT_THINKING, json!({"content": "The logs first, then the changes."})).await?;
         let arguments = json!({"service": "import", "level": "error", "days": 7});
-        self.agent("tool_executing", json!({"tool": "search_logs", "call": "c1", "arguments": arguments})).await?;
+        self.agent(TOOL_EXECUTING, json!({"tool": "search_logs", "call": "c1", "arguments": arguments})).await?;
         self.cut_ben()?;
         let result = json!({"hits": 2, "message": "disk quota exceeded"});
-        self.agent("tool_completed", json!({"call": "c1", "result": result})).await?;
+        self.agent(TOOL_COMPLETED, json!({"call": "c1", "result": result})).await?;
         let arguments = json!({"path": "/srv/import"});
-        self.agent("tool_executing", json!({"tool": "disk_usage", "call": "c2", "arguments": arguments})).await?;
+        self.agent(TOOL_EXECUTING, json!({"tool": "disk_usage", "call": "c2", "arguments": arguments})).await?;
         let result = json!({"used": "98%", "largest": "/srv/import/archive"});
-        self.agent("tool_completed", json!({"call": "c2", "result": result})).await?;
+        self.agent(TOOL_COMPLETED, json!({"call": "c2", "result": result})).await?;
         self.bring_ben_back().await
     }
 
     async fn answer(&mut self) -> Result<(), Failure> {
         let text = "Both nights ran out of disk: the archive in /srv/import is never pruned.";
         self.write("answer", text).await?;
-        self.agent("agent_message", json!({"message": "answer"})).await?;
-        self.agent("agent_completed", json!({"output": "found the cause"})).await?;
+        self.agent(AGENT_MESSAGE, json!({"message": "answer"})).await?;
+        self.agent(AGENT_COMPLETED, json!({"output": "found the cause"})).await?;
         self.say(BEN, "I had lost my connection, and it's all here. I'll prune the archive.").await?;
         self.say(ADA, "Thank you both.").await
     }
@@ -134,10 +137,10 @@ impl Stage {
         let words: Vec<&str> = text.split_inclusive(' ').collect();
         let mut from_char = 0;
         for words in words.chunks(5) {
-            let piece = words.concat();
-            let to_char = from_char + piece.chars().count();
-            let data = json!({"message": message, "from_char": from_char, "text": piece});
-            self.send(SCOUT, "agent_token", data, Some("run-1")).await?;
+            let delta = words.concat();
+            let to_char = from_char + delta.chars().count();
+            let data = json!({"message": message, "from_char": from_char, "text": delta});
+            self.send(SCOUT, AGENT_TOKEN, data, Some("run-1")).await?;
             let mut shown = None;
             for reader in &mut self.readers {
                 shown = reader.read_text(to_char).await?.or(shown);
@@ -151,7 +154,7 @@ impl Stage {
     }
 
     async fn say(&mut self, who: usize, text: &str) -> Result<(), Failure> {
-        self.publish(who, "user_message", json!({ "content": text }), None).await
+        self.publish(who, USER_MESSAGE, json!({ "content": text }), None).await
     }
 
     async fn agent(&mut self, kind: &str, data: Value) -> Result<(), Failure> {
@@ -160,7 +163,7 @@ impl Stage {
 
     /// Publishes, and shows the event once everybody who is connected has it.
     async fn publish(&mut self, who: usize, kind: &str, data: Value, run: Option<&str>) -> Result<(), Failure> {
-        let seq = self.send(who, kind, data, run).await?.ok_or("the server told no seq")?;
+        let seq = self.send(who, kind, data, run).await?.ok_or("the server sent no seq")?;
         let next = self.head + 1;
         self.head = seq;
         self.gather(next).await
@@ -206,11 +209,11 @@ impl Stage {
     }
 
     fn row(&self, event: &ClientEvent, style: Style) -> String {
-        // A piece of a message has no seq.
-        let place = event.seq.map_or_else(|| "~".to_owned(), |seq| format!("#{seq}"));
+        // A delta has no seq.
+        let seq = event.seq.map_or_else(|| "~".to_owned(), |seq| format!("#{seq}"));
         let from = self.out.paint(style, format_args!("{:<6}", event.from));
         let kind = self.out.paint(Style::Dim, format_args!("{:<15}", event.kind));
-        format!("{place:>4}  {from} {kind} {}", summary(event))
+        format!("{seq:>4}  {from} {kind} {}", summary(event))
     }
 
     fn cut_ben(&mut self) -> Result<(), Failure> {
@@ -251,7 +254,7 @@ impl Stage {
         Ok(())
     }
 
-    /// The conversation is over and checked: a connection that fails now takes nothing with it.
+    /// Closes the connections. The demo is checked by now, so an error in closing does not fail it.
     async fn leave(self) {
         for reader in self.readers {
             if let Err(error) = reader.events.close().await {
@@ -261,14 +264,14 @@ impl Stage {
     }
 }
 
-impl Reader {
+impl DemoReader {
     async fn read_up_to(&mut self, seq: u64) -> Result<Vec<ClientEvent>, Failure> {
         let name = self.name;
         let late = |_| format!("{name} has not seen #{seq} within {PATIENCE:?}");
         let mut events = Vec::new();
         let reading = async {
             while self.seen.last().is_none_or(|last| *last < seq) {
-                events.extend(self.take().await?.filter(|event| event.seq.is_some()));
+                events.extend(self.read_one().await?.filter(|event| event.seq.is_some()));
             }
             Ok::<_, Failure>(())
         };
@@ -276,21 +279,22 @@ impl Reader {
         Ok(events)
     }
 
-    /// Reads until the text that is being written has so many characters; gives the newest piece of it.
+    /// Reads until the text that is being written has so many characters; gives the newest delta.
     async fn read_text(&mut self, chars: usize) -> Result<Option<ClientEvent>, Failure> {
         let name = self.name;
         let late = |_| format!("{name} has not seen {chars} characters within {PATIENCE:?}");
         let reading = async {
             let mut newest = None;
             while self.text.chars().count() < chars {
-                newest = self.take().await?.or(newest);
+                newest = self.read_one().await?.or(newest);
             }
             Ok::<_, Failure>(newest)
         };
         timeout(PATIENCE, reading).await.map_err(late)?
     }
 
-    async fn take(&mut self) -> Result<Option<ClientEvent>, Failure> {
+    /// Reads one item; gives it if it is an event.
+    async fn read_one(&mut self) -> Result<Option<ClientEvent>, Failure> {
         let ClientItem::Event(event) = self.events.next().await? else { return Ok(None) };
         match event.seq {
             Some(seq) => self.seen.push(seq),

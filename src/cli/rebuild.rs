@@ -1,4 +1,4 @@
-//! `weft rebuild`: the projections anew from the log.
+//! `weft rebuild`: rebuilds the projections from the log.
 
 use std::io::{IsTerminal, Write};
 use std::time::Instant;
@@ -27,7 +27,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     let terminal = std::io::stderr().is_terminal();
     let progress = move |records: u64| {
         if terminal {
-            // Only for the eye: a terminal that cannot be written to loses nothing.
+            // For a person to watch: an error in writing it changes nothing.
             drop(write!(std::io::stderr(), "\r{records} records"));
         }
     };

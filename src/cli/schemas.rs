@@ -1,4 +1,4 @@
-//! `weft schemas`: the contract as files.
+//! `weft schemas`: writes the contract as JSON Schemas, one file each.
 
 use std::path::PathBuf;
 

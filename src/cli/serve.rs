@@ -1,4 +1,4 @@
-//! `weft serve`: the server, until it is told to stop.
+//! `weft serve`: runs the server until SIGTERM or Ctrl-C.
 
 use std::io::Write;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::app::App;
 use crate::clock;
 use crate::config::{Config, ServeArgs};
 
-/// Who the development token is for.
+/// The user of the development token.
 const DEV_TENANT: &str = "demo";
 const DEV_USER: &str = "ada";
 const DEV_TTL: u64 = 7 * 24 * 60 * 60;
@@ -27,55 +27,49 @@ pub struct Args {
 
 pub async fn run(args: Args) -> Result<(), Failure> {
     let mut config = Config::load(args.serve.storage.config.as_deref(), &args.serve)?;
-    let secret = if config.dev && config.jwt_secret.is_none() && config.jwt_key.is_none() {
-        let secret = dev_secret(&config.data)?;
-        config.jwt_secret = Some(secret.clone());
-        Some(secret)
-    } else {
-        config.jwt_secret.clone()
-    };
+    if config.dev && config.jwt_secret.is_none() && config.jwt_key.is_none() {
+        config.jwt_secret = Some(dev_secret(&config.data)?);
+    }
+    // Only with --dev is there a token to print.
+    let secret = config.jwt_secret.clone().filter(|_| config.dev);
+
     // Each connection is a descriptor; the soft limit of many systems is 1,024.
     if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
         tracing::warn!(%error, "cannot raise the number of open files");
     }
     let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let dev = config.dev;
-    let data = config.data.clone();
-    let app = App::start(config).await?;
-    let url = format!("http://{}", app.address);
-    tokio::select! {
-        () = app.ready() => {}
-        _ = term.recv() => return stop(app).await,
-        _ = interrupt.recv() => return stop(app).await,
-    }
-    tracing::info!(address = %app.address, data = %data.display(), "weft is up");
-    println!("weft is up on {url} (WebSocket: ws://{}/v1/ws)", app.address);
-    let greet = async {
-        match (dev, &secret) {
-            (true, Some(secret)) => welcome(&url, secret, args.demo).await,
-            _ => Ok(()),
+    let stopped = async {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = interrupt.recv() => {}
         }
     };
-    let serve = async {
-        greet.await?;
-        std::future::pending::<Result<(), Failure>>().await
-    };
-    let result = tokio::select! {
-        result = serve => result,
-        _ = term.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
-    };
-    stop(app).await.and(result)
-}
 
-async fn stop(app: App) -> Result<(), Failure> {
+    let data = config.data.clone();
+    let app = App::start(config).await?;
+    let result = tokio::select! {
+        result = serve(&app, &data, secret.as_deref(), args.demo) => result,
+        () = stopped => Ok(()),
+    };
     tracing::info!("draining");
     app.stop().await;
     tracing::info!("weft is down");
-    Ok(())
+    result
 }
 
-/// Plays the demo if wanted, and prints what a newcomer needs.
+/// Says that the server is up, once it is; ends only with an error.
+async fn serve(app: &App, data: &Path, secret: Option<&str>, demo: bool) -> Result<(), Failure> {
+    app.ready().await;
+    let url = format!("http://{}", app.address);
+    tracing::info!(address = %app.address, data = %data.display(), "weft is up");
+    println!("weft is up on {url} (WebSocket: ws://{}/v1/ws)", app.address);
+    if let Some(secret) = secret {
+        welcome(&url, secret, demo).await?;
+    }
+    std::future::pending().await
+}
+
+/// Plays the demo with `--demo`, and prints what a newcomer needs.
 async fn welcome(url: &str, secret: &str, play: bool) -> Result<(), Failure> {
     let mint = |sub: &str, scope: &str| mint(secret, DEV_TENANT, sub, scope, DEV_TTL);
     let thread = if play { demo::play(url, &mint).await? } else { "*".to_owned() };
@@ -84,7 +78,7 @@ async fn welcome(url: &str, secret: &str, play: bool) -> Result<(), Failure> {
     out.line("")?;
     out.line(format!("{}  {url}", out.paint(Style::Bold, "address")))?;
     out.line(format!("{}    {token}", out.paint(Style::Bold, "token")))?;
-    // With its path: a newcomer's shell does not know the command yet.
+    // With its path: the folder may not be in the newcomer's PATH.
     let weft = std::env::current_exe().map_or("weft".to_owned(), |path| path.display().to_string());
     let begin = if thread == "*" { "" } else { " --after 0" };
     let line = format!("WEFT_TOKEN={token} {weft} tail --url {url} '{thread}'{begin}");

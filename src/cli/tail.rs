@@ -1,9 +1,13 @@
-//! `weft tail`: a thread's events as they come, through every loss of the connection.
+//! `weft tail`: prints a thread's events as they come, and reconnects whenever the connection is lost.
 
 use serde_json::Value;
 
 use super::common::{Failure, Output, Server, Style, printable};
 use crate::client::{ClientEvent, ClientItem, Resuming, Start};
+use crate::protocol::kinds::{
+    AGENT_COMPLETED, AGENT_STARTED, AGENT_TOKEN, MEMBER_ADDED, MEMBER_REMOVED, THREAD_CREATED, TOOL_COMPLETED,
+    TOOL_EXECUTING,
+};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -11,7 +15,7 @@ pub struct Args {
     pub thread: String,
     #[command(flatten)]
     pub server: Server,
-    /// Begin behind this seq; 0 is the start.
+    /// Begin after this seq; 0 is the start.
     #[arg(long, conflicts_with = "last")]
     pub after: Option<u64>,
     /// Begin with the newest N.
@@ -39,7 +43,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
                 return Ok(events.close().await?);
             }
         };
-        // What is no event goes to standard error, so that `--json` can be piped.
+        // Everything but events goes to standard error, so that standard output can be piped.
         match item {
             ClientItem::Event(event) => {
                 let text = if args.json { serde_json::to_string(&event)? } else { line(&out, &args, &event) };
@@ -62,12 +66,12 @@ pub async fn run(args: Args) -> Result<(), Failure> {
 
 fn line(out: &Output, args: &Args, event: &ClientEvent) -> String {
     let thread = if args.thread == "*" { format!("{} ", event.thread) } else { String::new() };
-    let place = event.seq.map_or_else(|| "~".to_owned(), |seq| format!("#{seq}"));
-    // Hours, minutes and seconds of an RFC 3339 time; what is not one is shown as it is.
+    let seq = event.seq.map_or_else(|| "~".to_owned(), |seq| format!("#{seq}"));
+    // Hours, minutes and seconds of an RFC 3339 time; any other text is shown whole.
     let time = event.at.get(11..19).unwrap_or(&event.at);
     let from = out.paint(Style::Cyan, format_args!("{:<10}", printable(&event.from)));
     let kind = out.paint(Style::Dim, format_args!("{:<15}", printable(&event.kind)));
-    format!("{thread}{place:>6} {time} {from} {kind} {}", summary(event))
+    format!("{thread}{seq:>6} {time} {from} {kind} {}", summary(event))
 }
 
 /// The event's payload in a few words: its text where it has one, otherwise its JSON.
@@ -75,13 +79,13 @@ pub fn summary(event: &ClientEvent) -> String {
     let data = &event.data;
     let text = |field: &str| data[field].as_str().map(printable);
     let shown = match event.kind.as_str() {
-        "tool_executing" => text("tool").map(|tool| format!("{tool} {}", compact(&data["arguments"]))),
-        "tool_completed" => Some(compact(data.get("result").unwrap_or(&data["error"]))),
-        "agent_started" => text("agent").map(|agent| format!("{agent}: {}", compact(&data["input"]))),
-        "agent_token" => text("text"),
-        "thread_created" => Some(text("title").unwrap_or_default()),
-        "agent_completed" => Some(compact(&data["output"])),
-        "member_added" | "member_removed" => text("user").or_else(|| text("member")),
+        TOOL_EXECUTING => text("tool").map(|tool| format!("{tool} {}", compact(&data["arguments"]))),
+        TOOL_COMPLETED => Some(compact(data.get("result").unwrap_or(&data["error"]))),
+        AGENT_STARTED => text("agent").map(|agent| format!("{agent}: {}", compact(&data["input"]))),
+        AGENT_TOKEN => text("text"),
+        THREAD_CREATED => Some(text("title").unwrap_or_default()),
+        AGENT_COMPLETED => Some(compact(&data["output"])),
+        MEMBER_ADDED | MEMBER_REMOVED => text("user").or_else(|| text("member")),
         _ => text("content"),
     };
     shown.unwrap_or_else(|| compact(data))

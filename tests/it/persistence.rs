@@ -166,7 +166,16 @@ async fn another_number_of_partitions_is_refused_with_both_numbers() {
     let mut server = Server::start(LogKind::embedded());
     server.stop().await;
     let output = weft()
-        .args(["serve", "--listen", "127.0.0.1:0", "--jwt-secret", "s", "--partitions", "5", "--data"])
+        .args([
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--jwt-secret",
+            crate::support::SECRET,
+            "--partitions",
+            "5",
+            "--data",
+        ])
         .arg(server.data())
         .output()
         .unwrap();

@@ -1,4 +1,4 @@
-//! `weft runs`: what agents do; with the name of a run, what it did and what its time went to.
+//! `weft runs`: lists the runs of agents; with the name of a run, shows its steps and their times.
 
 mod waterfall;
 
@@ -19,19 +19,19 @@ pub struct Args {
     pub run: Option<String>,
     #[command(flatten)]
     pub server: Server,
-    /// The thread whose runs are listed, all of them, or that the run is on.
+    /// The thread of the run to show, or whose runs are listed, ended ones too.
     #[arg(long)]
     pub thread: Option<String>,
-    /// Of all threads, those that are open, or those that wait for somebody.
+    /// List the runs of all threads that are open, or those that wait for a person.
     #[arg(long, value_enum, conflicts_with_all = ["run", "thread"])]
-    pub state: Option<State>,
+    pub state: Option<StateFilter>,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-pub enum State {
+pub enum StateFilter {
     Open,
     Waiting,
 }
@@ -43,7 +43,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     }
     let path = match (&args.thread, args.state) {
         (Some(thread), _) => format!("{}?limit=1000", runs_of(thread)),
-        (None, Some(State::Waiting)) => "/v1/runs?state=waiting&limit=1000".to_owned(),
+        (None, Some(StateFilter::Waiting)) => "/v1/runs?state=waiting&limit=1000".to_owned(),
         (None, _) => "/v1/runs?limit=1000".to_owned(),
     };
     let runs = http.all_pages(&path, "runs").await?;
@@ -79,12 +79,12 @@ fn table(runs: &[Value]) -> Table {
     table
 }
 
-/// A time that the server told, in milliseconds.
+/// A time from the server, in milliseconds since the Unix epoch.
 fn ms(at: &Value) -> u64 {
     at.as_str().and_then(clock::parse_rfc3339).unwrap_or(0)
 }
 
-/// When a run ended, or was last heard of.
+/// When a run ended, or its newest event if it has not.
 fn end_ms(run: &Value) -> u64 {
     match run["ended"].get("at") {
         Some(at) => ms(at),
@@ -115,7 +115,7 @@ async fn show(http: &mut Http, args: &Args, name: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The runs of its thread that began behind this one: those that work for it are among them.
+/// The runs of its thread that began after this one: its subruns are among them.
 async fn begun_since(http: &mut Http, run: &Value) -> Result<Vec<Value>, Failure> {
     let path = format!("{}?limit=1000", runs_of(run["thread"].as_str().unwrap_or_default()));
     let began = run["started"]["seq"].as_u64();

@@ -1,4 +1,4 @@
-//! A run as a waterfall: one line for each step, call and message, with a bar that stands where its time was.
+//! A run as a waterfall: one line for each step, tool call and message, with a bar for when it was and how long.
 
 use std::collections::{HashMap, HashSet};
 
@@ -6,54 +6,58 @@ use serde_json::Value;
 
 use super::{end_ms, ms};
 use crate::cli::common::{Style, cell, printable};
+use crate::protocol::kinds::{
+    AGENT_CANCEL_REQUESTED, AGENT_FAILED, AGENT_RESUMED, AGENT_STARTED, AGENT_THINKING, AGENT_WAITING, TOOL_COMPLETED,
+    TOOL_EXECUTING,
+};
 
 /// Columns of an offset, and of a duration.
 const TIME: usize = 8;
-/// Columns that a bar has at least, and a label at most.
+/// Columns that a bar has at least.
 const BAR: usize = 10;
+/// Columns that a label has at most.
 const LABEL: usize = 48;
-/// Deeper than this, runs that work for others are not indented any further.
+/// Subruns deeper than this are not indented any further.
 const MAX_DEPTH: usize = 8;
 
-pub(super) struct Line {
+pub(super) struct StyledLine {
     pub(super) text: String,
     pub(super) style: Option<Style>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Mark {
+enum RowMark {
     None,
-    /// It has not ended.
+    /// Has not ended.
     Open,
     Failed,
 }
 
 /// One line: times are milliseconds since the run began.
-struct Row {
+struct WaterfallRow {
     from: u64,
-    /// Of what ended in the same moment, the first comes first.
+    /// Orders rows that begin at the same time.
     seq: u64,
-    /// Absent for what takes no time.
+    /// Its duration; absent for what has none.
     ms: Option<u64>,
     depth: usize,
-    mark: Mark,
+    mark: RowMark,
     label: String,
 }
 
-/// A run's page in lines of at most `width` columns. `others` are runs of its thread, of which those that work for it are
-/// told.
-pub(super) fn lines(run: &Value, others: &[Value], width: usize, unicode: bool) -> Vec<Line> {
+/// A run's page in lines of at most `width` columns. `others` are runs of its thread; its subruns among them are shown.
+pub(super) fn lines(run: &Value, others: &[Value], width: usize, unicode: bool) -> Vec<StyledLine> {
     let mut rows = steps(run);
     rows.extend(tools(run));
     rows.extend(messages(run));
-    rows.extend(below(run, others));
+    rows.extend(subruns(run, others));
     rows.sort_by_key(|row| (row.from, row.seq));
     let end = rows.iter().map(|row| row.from.saturating_add(row.ms.unwrap_or(0))).max().unwrap_or(0);
     let scale = Scale { width, total: end.max(number(&run["timings"]["total_ms"])).max(1), unicode };
     let mut lines = header(run, width);
     lines.extend(rows.iter().map(|row| scale.line(row)));
     if run["truncated"] == true {
-        lines.push(Line { text: "there is more than is shown here".to_owned(), style: Some(Style::Yellow) });
+        lines.push(StyledLine { text: "there is more than is shown here".to_owned(), style: Some(Style::Yellow) });
     }
     for line in &mut lines {
         line.text = cut(&line.text, width, unicode);
@@ -61,7 +65,7 @@ pub(super) fn lines(run: &Value, others: &[Value], width: usize, unicode: bool) 
     lines
 }
 
-fn header(run: &Value, width: usize) -> Vec<Line> {
+fn header(run: &Value, width: usize) -> Vec<StyledLine> {
     let style = match run["state"].as_str() {
         Some("failed") => Style::Red,
         Some("open" | "waiting") => Style::Yellow,
@@ -74,114 +78,118 @@ fn header(run: &Value, width: usize) -> Vec<Line> {
     lines.extend(wrapped(&times, width, None));
     if let Some(by) = run["cancel"]["requested"]["user"].as_str() {
         let text = format!("{} wants it cancelled", printable(by));
-        lines.push(Line { text, style: Some(Style::Yellow) });
+        lines.push(StyledLine { text, style: Some(Style::Yellow) });
     }
     lines
 }
 
-/// Words on as few lines as will do.
-fn wrapped(words: &[String], width: usize, style: Option<Style>) -> Vec<Line> {
-    let mut lines: Vec<Line> = Vec::new();
+/// Words on as few lines as they fit.
+fn wrapped(words: &[String], width: usize, style: Option<Style>) -> Vec<StyledLine> {
+    let mut lines: Vec<StyledLine> = Vec::new();
     for word in words {
         match lines.last_mut() {
             Some(line) if line.text.chars().count() + 2 + word.chars().count() <= width => {
                 line.text.push_str("  ");
                 line.text.push_str(word);
             }
-            _ => lines.push(Line { text: word.clone(), style }),
+            _ => lines.push(StyledLine { text: word.clone(), style }),
         }
     }
     lines
 }
 
-/// Steps, but for those that calls and messages tell of.
-fn steps(run: &Value) -> Vec<Row> {
+/// The run's steps, without those that the rows of tools and messages show.
+fn steps(run: &Value) -> Vec<WaterfallRow> {
     let closing: HashSet<u64> = list(&run["messages"]).iter().filter_map(|it| it["closed"]["seq"].as_u64()).collect();
-    let mut rows = Vec::new();
-    for step in list(&run["steps"]) {
-        let (kind, seq) = (cell(&step["kind"]), number(&step["seq"]));
-        if matches!(&*kind, "tool_executing" | "tool_completed") || closing.contains(&seq) {
-            continue;
-        }
-        let from = since(run, &step["at"]);
-        // What goes on while a person is waited for is no answer.
-        let open = match &*kind {
-            "agent_waiting" => run["waiting"]["seq"] == seq,
-            "agent_thinking" => step["ms"].is_null(),
-            _ => false,
-        };
-        let ms = match &*kind {
-            "agent_started" => Some(number(&run["timings"]["queue_ms"])),
-            _ if open => Some(total(run).saturating_sub(from)),
-            "agent_thinking" | "agent_waiting" => step["ms"].as_u64(),
-            _ => None,
-        };
-        let mark = match &*kind {
-            "agent_failed" => Mark::Failed,
-            _ if open => Mark::Open,
-            _ => Mark::None,
-        };
-        let what = kind.strip_prefix("agent_").unwrap_or(&kind);
-        let label = match &*kind {
-            "agent_failed" => format!("{what}: {}: {}", cell(&run["error"]["code"]), cell(&run["error"]["message"])),
-            "agent_resumed" | "agent_cancel_requested" => format!("{what} by {}", cell(&step["from"])),
-            _ => what.to_owned(),
-        };
-        rows.push(Row { from, seq, ms, depth: 0, mark, label });
-    }
-    rows
+    let shown_elsewhere = |step: &&Value| {
+        matches!(step["kind"].as_str(), Some(TOOL_EXECUTING | TOOL_COMPLETED))
+            || closing.contains(&number(&step["seq"]))
+    };
+    list(&run["steps"]).iter().filter(|step| !shown_elsewhere(step)).map(|step| step_row(run, step)).collect()
 }
 
-fn tools(run: &Value) -> impl Iterator<Item = Row> {
+fn step_row(run: &Value, step: &Value) -> WaterfallRow {
+    let (kind, seq) = (cell(&step["kind"]), number(&step["seq"]));
+    let from = since(run, &step["at"]);
+    let open = match &*kind {
+        // Other steps may follow while the run waits, so the run says whether it still does.
+        AGENT_WAITING => run["waiting"]["seq"] == seq,
+        AGENT_THINKING => step["ms"].is_null(),
+        _ => false,
+    };
+    let ms = match &*kind {
+        AGENT_STARTED => Some(number(&run["timings"]["queue_ms"])),
+        _ if open => Some(total(run).saturating_sub(from)),
+        AGENT_THINKING | AGENT_WAITING => step["ms"].as_u64(),
+        _ => None,
+    };
+    let mark = match &*kind {
+        AGENT_FAILED => RowMark::Failed,
+        _ if open => RowMark::Open,
+        _ => RowMark::None,
+    };
+    WaterfallRow { from, seq, ms, depth: 0, mark, label: step_label(run, step, &kind) }
+}
+
+fn step_label(run: &Value, step: &Value, kind: &str) -> String {
+    let what = kind.strip_prefix("agent_").unwrap_or(kind);
+    match kind {
+        AGENT_FAILED => format!("{what}: {}: {}", cell(&run["error"]["code"]), cell(&run["error"]["message"])),
+        AGENT_RESUMED | AGENT_CANCEL_REQUESTED => format!("{what} by {}", cell(&step["from"])),
+        _ => what.to_owned(),
+    }
+}
+
+fn tools(run: &Value) -> impl Iterator<Item = WaterfallRow> {
     list(&run["tools"]).iter().map(|tool| {
         let from = since(run, &tool["began"]["at"]);
         let (mark, error) = match tool.get("error").filter(|error| !error.is_null()) {
-            Some(error) => (Mark::Failed, format!(": {}", printable(&cell(error)))),
-            None if tool["completed"].is_null() => (Mark::Open, String::new()),
-            None => (Mark::None, String::new()),
+            Some(error) => (RowMark::Failed, format!(": {}", printable(&cell(error)))),
+            None if tool["completed"].is_null() => (RowMark::Open, String::new()),
+            None => (RowMark::None, String::new()),
         };
         let ms = tool["ms"].as_u64().unwrap_or_else(|| total(run).saturating_sub(from));
         let label = format!("tool {} ({}){error}", cell(&tool["tool"]), cell(&tool["call"]));
-        Row { from, seq: number(&tool["began"]["seq"]), ms: Some(ms), depth: 0, mark, label }
+        WaterfallRow { from, seq: number(&tool["began"]["seq"]), ms: Some(ms), depth: 0, mark, label }
     })
 }
 
-fn messages(run: &Value) -> impl Iterator<Item = Row> {
-    list(&run["messages"]).iter().map(|message| Row {
+fn messages(run: &Value) -> impl Iterator<Item = WaterfallRow> {
+    list(&run["messages"]).iter().map(|message| WaterfallRow {
         from: since(run, &message["began"]),
         seq: message["closed"]["seq"].as_u64().unwrap_or(u64::MAX),
         ms: message["ms"].as_u64(),
         depth: 0,
-        mark: if message["closed"].is_null() { Mark::Open } else { Mark::None },
+        mark: if message["closed"].is_null() { RowMark::Open } else { RowMark::None },
         label: format!("message {} ({} characters)", cell(&message["message"]), number(&message["chars"])),
     })
 }
 
-/// Runs that work for this one, and those that work for them.
-fn below(run: &Value, others: &[Value]) -> Vec<Row> {
+/// Runs that work for this one, and their subruns.
+fn subruns(run: &Value, others: &[Value]) -> Vec<WaterfallRow> {
     let mut children: HashMap<&str, Vec<&Value>> = HashMap::new();
     for other in others {
         children.entry(other["parent_run"].as_str().unwrap_or_default()).or_default().push(other);
     }
     let mut rows = Vec::new();
-    let mut left = vec![(1, run)];
-    while let Some((depth, above)) = left.pop() {
-        // Taken out, so that nothing is told twice.
-        for child in children.remove(above["run"].as_str().unwrap_or_default()).unwrap_or_default() {
+    let mut parents = vec![(1, run)];
+    while let Some((depth, parent)) = parents.pop() {
+        // Removed, so that no run is shown twice.
+        for child in children.remove(parent["run"].as_str().unwrap_or_default()).unwrap_or_default() {
             let (from, state) = (since(run, &child["started"]["at"]), cell(&child["state"]));
-            rows.push(Row {
+            rows.push(WaterfallRow {
                 from,
                 seq: number(&child["started"]["seq"]),
                 ms: Some(end_ms(child).saturating_sub(ms(&child["started"]["at"]))),
                 depth,
                 mark: match &*state {
-                    "failed" => Mark::Failed,
-                    "open" | "waiting" => Mark::Open,
-                    _ => Mark::None,
+                    "failed" => RowMark::Failed,
+                    "open" | "waiting" => RowMark::Open,
+                    _ => RowMark::None,
                 },
                 label: format!("run {} ({}) {state}", cell(&child["run"]), cell(&child["agent"])),
             });
-            left.push((depth + 1, child));
+            parents.push((depth + 1, child));
         }
     }
     rows
@@ -195,7 +203,7 @@ struct Scale {
 }
 
 impl Scale {
-    /// Columns of the bars, in what offset, duration, mark, label and the spaces between them leave.
+    /// Columns of the bars: those that offset, duration, mark, label and the spaces between them leave.
     fn bar(&self) -> usize {
         let rest = self.width.saturating_sub(2 * TIME + 4);
         (rest - LABEL.min(rest / 2)).max(BAR)
@@ -205,31 +213,31 @@ impl Scale {
         (u128::from(ms) * columns as u128 / u128::from(self.total)) as usize
     }
 
-    fn line(&self, row: &Row) -> Line {
+    fn line(&self, row: &WaterfallRow) -> StyledLine {
         let columns = self.bar();
         let begin = self.column(row.from, columns).min(columns - 1);
         let (fill, open, point) = if self.unicode { ("█", "▒", "│") } else { ("#", "=", "|") };
         let bar = match row.ms {
             Some(ms) => {
                 let end = self.column(row.from.saturating_add(ms), columns).clamp(begin + 1, columns);
-                (if row.mark == Mark::Open { open } else { fill }).repeat(end - begin)
+                (if row.mark == RowMark::Open { open } else { fill }).repeat(end - begin)
             }
             None => point.to_owned(),
         };
         let bar = format!("{}{bar}", " ".repeat(begin));
         let (mark, style) = match row.mark {
-            Mark::None => (' ', None),
-            Mark::Open => ('>', Some(Style::Yellow)),
-            Mark::Failed => ('!', Some(Style::Red)),
+            RowMark::None => (' ', None),
+            RowMark::Open => ('>', Some(Style::Yellow)),
+            RowMark::Failed => ('!', Some(Style::Red)),
         };
         let indent = "  ".repeat(row.depth.min(MAX_DEPTH));
         let took = row.ms.map(duration).unwrap_or_default();
         let text = format!("{:>TIME$} {bar:<columns$} {took:>TIME$} {mark}{indent}{}", duration(row.from), row.label);
-        Line { text: text.trim_end().to_owned(), style }
+        StyledLine { text: text.trim_end().to_owned(), style }
     }
 }
 
-/// The run's whole time so far.
+/// The run's duration so far, in milliseconds.
 fn total(run: &Value) -> u64 {
     number(&run["timings"]["total_ms"])
 }
@@ -246,7 +254,7 @@ fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 
-/// The first columns of a text that is longer.
+/// A text of at most `width` columns; a longer one is cut.
 pub(super) fn cut(text: &str, width: usize, unicode: bool) -> String {
     if text.chars().count() <= width {
         return text.to_owned();
@@ -306,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn each_step_call_and_message_has_a_bar_where_its_time_was() {
+    fn each_step_call_and_message_has_a_bar_for_its_time() {
         let child = |run: &str, parent: &str, seq: u64, from: u64| json!({"run": run, "agent": "helper", "state": "completed", "parent_run": parent, "started": at(seq, from), "ended": at(seq + 1, from + 400)});
         let others =
             [child("deeper", "sub", 12, 1_200), child("sub", "r", 10, 1_000), child("foreign", "other", 14, 1_000)];
@@ -329,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn no_line_is_wider_than_the_page_and_no_name_obeys_the_terminal() {
+    fn no_line_is_too_wide_and_none_has_control_characters() {
         for width in [1, 20, 40, 80, 300] {
             for unicode in [false, true] {
                 for line in text(&open_run(), &[], width, unicode) {
@@ -341,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_server_leaves_out_is_not_missed() {
+    fn fields_that_the_server_leaves_out_are_not_needed() {
         assert_eq!(text(&json!({}), &[], 80, false).len(), 2);
         let failed = json!({"state": "failed", "error": {"code": "stalled", "message": "nothing"}, "truncated": true,
             "steps": [step(1, 0, "agent_failed", None)]});

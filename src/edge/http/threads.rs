@@ -165,11 +165,11 @@ async fn change(api: &Api, it: &Request, thread: &str, wanted: &ThreadBody) -> R
     let traceparent = it.traceparent()?;
     if let Some(title) = &wanted.title {
         let data = value!({"title": title});
-        api.append(&it.who, thread, THREAD_UPDATED, &data, grant, traceparent.clone()).await?;
+        api.append(&it.who, thread, THREAD_UPDATED, &data, grant, traceparent).await?;
     }
     for member in wanted.members.iter().flatten() {
         let data = value!({"user": member});
-        api.append(&it.who, thread, MEMBER_ADDED, &data, grant, traceparent.clone()).await?;
+        api.append(&it.who, thread, MEMBER_ADDED, &data, grant, traceparent).await?;
     }
     Ok(())
 }

@@ -331,7 +331,7 @@ async fn a_server_whose_broker_is_down_does_not_start_and_says_why_and_starts_wh
     server.stop().await;
     broker.stop();
     let output = weft()
-        .args(["serve", "--listen", "127.0.0.1:0", "--jwt-secret", "s", "--data"])
+        .args(["serve", "--listen", "127.0.0.1:0", "--jwt-secret", crate::support::SECRET, "--data"])
         .arg(server.data())
         .args(server.log().arguments())
         .output()

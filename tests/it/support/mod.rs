@@ -87,7 +87,7 @@ pub fn weft() -> Command {
 /// The benchmark, which `make test` builds beside the binary under test.
 pub fn weft_bench() -> Command {
     let path = Path::new(env!("CARGO_BIN_EXE_weft")).with_file_name("weft-bench");
-    assert!(path.exists(), "{} is missing: cargo build --release --workspace --bins", path.display());
+    assert!(path.exists(), "{} is missing: cargo build --release -p weft-bench", path.display());
     let mut command = Command::new(path);
     without_settings(&mut command);
     command
