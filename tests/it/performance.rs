@@ -1,9 +1,6 @@
 //! The benches are real clients over real sockets, and their figures are true: what they say was done, the server did.
 //! How fast it went is no matter here.
 
-use std::path::Path;
-use std::process::Command;
-
 use serde_json::{Value, json};
 
 use crate::on_both_logs;
