@@ -131,6 +131,7 @@ impl<'s> BatchState<'s> {
             event,
             data: closing.as_ref().and_then(|closing| closing.data.as_deref()).unwrap_or(event.data),
             value: &record.value,
+            privileged: record.grant != Grant::Member,
             at,
             access,
             closes: closing.as_ref().map(|closing| closing.name()),
@@ -186,7 +187,16 @@ impl<'s> BatchState<'s> {
             let event = closing.event(input.event, &data);
             let value = json::encode_bytes(&event);
             let closes = Some(closing.name());
-            let new_event = NewEvent { event: &event, data: &data, value: &value, at: input.at, access: None, closes };
+            // Its text was written by an agent, delta by delta.
+            let new_event = NewEvent {
+                event: &event,
+                data: &data,
+                value: &value,
+                at: input.at,
+                privileged: true,
+                access: None,
+                closes,
+            };
             let appended = append_event(new_event, thread, &mut self.tx);
 
             self.close_message(&closing, &event, appended, thread)?;
@@ -219,6 +229,8 @@ struct NewEvent<'a> {
     /// What the thread's hash covers.
     value: &'a [u8],
     at: u64,
+    /// By a right beyond membership.
+    privileged: bool,
     access: Option<AccessChange>,
     /// The message that it closes.
     closes: Option<Arc<str>>,
@@ -226,14 +238,14 @@ struct NewEvent<'a> {
 
 /// Appends an event to its thread: gives it the next seq, writes its rows, and publishes it.
 fn append_event(new: NewEvent<'_>, thread: &mut Thread, tx: &mut Transaction<'_>) -> EventRef {
-    let NewEvent { event, data, value, at, access, closes } = new;
+    let NewEvent { event, data, value, at, privileged, access, closes } = new;
     // An agent must learn at once that it shall stop.
     let priority = if event.kind == AGENT_CANCEL_REQUESTED { Some(Priority::High) } else { event.priority };
 
     let seq = thread.append(value, priority, at);
     let frame = json::encode(&EventFrame { data, ..event.frame(seq) });
     let class = Priority::class(priority) as u8;
-    let row = EventRow { kind: &event.kind, class, hash: thread.row.hash, frame: &frame };
+    let row = EventRow { kind: &event.kind, class, privileged, hash: thread.row.hash, frame: &frame };
     tx.rows.put_event(&event.tenant, &event.thread, seq, &row);
     thread.apply(&access, event, seq, at, tx);
 

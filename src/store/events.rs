@@ -13,6 +13,8 @@ pub struct EventRow<'a> {
     pub kind: &'a str,
     /// The class of its priority.
     pub class: u8,
+    /// Its record shows a right beyond membership: only such an event may speak to a model in another role than a user's.
+    pub privileged: bool,
     pub hash: [u8; 32],
     /// The frame as every reader gets it.
     pub frame: &'a str,
@@ -25,6 +27,8 @@ pub struct StoredEvent {
     pub kind: String,
     /// The class of its priority.
     pub class: usize,
+    /// See [`EventRow`].
+    pub privileged: bool,
     pub frame: Utf8Bytes,
 }
 
@@ -83,12 +87,18 @@ impl Store {
                 seq: keys::seq_of(key).unwrap_or(0),
                 kind: row.kind.to_owned(),
                 class: usize::from(row.class).min(Priority::CLASSES - 1),
+                privileged: row.privileged,
                 frame: row.frame.into(),
             });
             if newest_first { rows.prev() } else { rows.next() }
         }
         rows.status()?;
         Ok(found)
+    }
+
+    /// The event with this seq.
+    pub fn event(&self, tenant: &str, thread: &str, seq: u64) -> Result<Option<StoredEvent>, StoreError> {
+        Ok(self.events(tenant, thread, EventRange { from: seq, to: seq, limit: 1, ..EventRange::all() })?.pop())
     }
 
     /// The newest event's frame.

@@ -38,7 +38,7 @@ use crate::disk;
 use crate::protocol::error::{Code, Error};
 
 /// The version of the rows below; a store of another version is rebuilt.
-const SCHEMA: u8 = 4;
+const SCHEMA: u8 = 5;
 
 /// How far a partition of the log has been projected.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]

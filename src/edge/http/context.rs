@@ -61,7 +61,7 @@ fn newest(api: &Api, tenant: &str, thread: &str, head: u64, room: Room) -> Resul
 
         for event in events {
             let result = |run: &str, call: &str| result_of(api, &RunKey::new(tenant, thread, run), call, head);
-            if !chat.prepend(event.seq, &event.kind, &event.frame, result)? {
+            if !chat.prepend(event.seq, &event.kind, event.privileged, &event.frame, result)? {
                 return Ok((chat.finish(), true));
             }
         }
@@ -75,6 +75,6 @@ fn result_of(api: &Api, run: &RunKey, call: &str, head: u64) -> Result<Option<Ca
     if done.seq > head {
         return Ok(None);
     }
-    let event = api.event(&run.tenant, &run.thread, done.seq)?;
+    let event = api.store.event(&run.tenant, &run.thread, done.seq)?;
     Ok(event.map(|event| CallResult { seq: done.seq, frame: event.frame.to_string() }))
 }

@@ -76,7 +76,7 @@ pub async fn read(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
 /// `known`: whether it is known to be the tenant's.
 fn item(api: &Api, who: &Principal, id: [u8; 16], row: DeadLetterRow, known: bool) -> Result<DeadLetterItem, Error> {
     let stored = match (&row.thread, row.seq) {
-        (Some(thread), Some(seq)) => api.event(&who.tenant, thread, seq)?,
+        (Some(thread), Some(seq)) => api.store.event(&who.tenant, thread, seq)?,
         _ => None,
     };
     // An event that was refused has no seq, and stands in the row.

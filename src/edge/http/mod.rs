@@ -27,7 +27,7 @@ use crate::log::Grant;
 use crate::projector::Published;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::json;
-use crate::store::{EventRange, Store, StoreError, StoredEvent};
+use crate::store::Store;
 
 /// What the resources work with.
 pub struct Api {
@@ -57,12 +57,6 @@ impl Api {
         self.admission.count_bytes(who, data.get().len())?;
         let event = new_event(&who.tenant, &who.user, thread, kind, &data);
         self.submit.publish(&Draft { event, grant, traceparent }).await
-    }
-
-    /// One event.
-    pub fn event(&self, tenant: &str, thread: &str, seq: u64) -> Result<Option<StoredEvent>, StoreError> {
-        let range = EventRange { from: seq, to: seq, limit: 1, ..EventRange::all() };
-        Ok(self.store.events(tenant, thread, range)?.pop())
     }
 }
 

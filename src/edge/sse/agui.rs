@@ -47,7 +47,8 @@ pub async fn stream(streams: Arc<Streams>, it: Request) -> Result<Response, Erro
 
     let silent_to = (cursor < after).then_some(after);
     let mapper = Mapper::new(&address.called, run, silent_to, requested.resumes);
-    let format = AguiFormat { key, store: streams.store.clone(), mapper };
+    let (tenant, thread) = (it.who.tenant.clone(), address.name.clone());
+    let format = AguiFormat { key, tenant, thread, store: streams.store.clone(), mapper };
     streams.start(it.who, address, cursor, format)
 }
 
@@ -113,6 +114,8 @@ fn active_since(row: &RunRow, seq: u64) -> Option<u64> {
 /// The events as AG-UI has them.
 struct AguiFormat {
     store: Arc<Store>,
+    tenant: Arc<str>,
+    thread: String,
     mapper: Mapper,
     /// The run that was asked for.
     key: Option<RunKey>,
@@ -131,7 +134,11 @@ impl AguiFormat {
 impl EventFormat for AguiFormat {
     fn event(&mut self, seq: Option<u64>, frame: &str, out: &mut VecDeque<Event>) -> AfterEvent {
         let mut lines = Vec::new();
-        let next = self.mapper.event(frame, &mut lines);
+        let (store, tenant, thread) = (&self.store, &self.tenant, &self.thread);
+        // A store that fails says so to the next read of the stream; until then nobody speaks as a model.
+        let privileged =
+            |seq| store.event(tenant, thread, seq).is_ok_and(|event| event.is_some_and(|it| it.privileged));
+        let next = self.mapper.event(frame, privileged, &mut lines);
         let count = lines.len();
         for (i, json) in lines.iter().enumerate() {
             let event = Event::default().data(super::line(json));

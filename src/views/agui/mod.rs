@@ -84,8 +84,9 @@ impl Mapper {
         }
     }
 
-    /// The AG-UI events of an event frame, each as JSON.
-    pub fn event(&mut self, frame: &str, lines: &mut Vec<String>) -> Next {
+    /// The AG-UI events of an event frame, each as JSON. `privileged` tells for a seq whether that event's record shows a
+    /// right beyond membership: without one its writer speaks as a user.
+    pub fn event(&mut self, frame: &str, privileged: impl FnOnce(u64) -> bool, lines: &mut Vec<String>) -> Next {
         let Some(it) = StoredFrame::parse(frame) else { return Next::Continue };
         let out = &mut Emitter { lines, at: clock::parse_rfc3339(&it.at) };
         let Some(seq) = it.seq else {
@@ -104,8 +105,8 @@ impl Mapper {
             AGENT_STARTED | AGENT_RESUMED => return self.on_active(seq, &it, out),
             AGENT_WAITING | AGENT_COMPLETED | AGENT_FAILED | AGENT_CANCELLED => return self.on_inactive(seq, &it, out),
             USER_MESSAGE => self.on_message(seq, &it, "user", out),
-            SYSTEM_MESSAGE => self.on_message(seq, &it, "system", out),
-            AGENT_MESSAGE => self.on_message(seq, &it, "assistant", out),
+            SYSTEM_MESSAGE => self.on_message(seq, &it, if privileged(seq) { "system" } else { "user" }, out),
+            AGENT_MESSAGE => self.on_message(seq, &it, if privileged(seq) { "assistant" } else { "user" }, out),
             _ => self.on_other(seq, &it, frame, out),
         }
         Next::Continue

@@ -109,16 +109,16 @@ impl Thread {
         let mut lines = Vec::new();
         let live = self.index_after(after);
         for (_, frame) in self.frames[self.index_after(cursor)..live].iter().filter(|(seq, _)| seq.is_some()) {
-            assert_eq!(mapper.event(frame, &mut lines), Next::Continue);
+            assert_eq!(mapper.event(frame, |_| true, &mut lines), Next::Continue);
         }
         let join = |frames, mapper: &mut Mapper, lines: &mut Vec<String>| {
             for delta in self.texts(frames) {
-                assert_eq!(mapper.event(&delta, lines), Next::Continue);
+                assert_eq!(mapper.event(&delta, |_| true, lines), Next::Continue);
             }
         };
         join(live, &mut mapper, &mut lines);
         for i in live..self.frames.len() {
-            match mapper.event(&self.frames[i].1, &mut lines) {
+            match mapper.event(&self.frames[i].1, |_| true, &mut lines) {
                 Next::Continue | Next::Waiting { .. } => {}
                 Next::Ended => break,
                 Next::Rejoin => join(i + 1, &mut mapper, &mut lines),

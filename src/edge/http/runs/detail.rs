@@ -130,7 +130,7 @@ struct RunEvent {
 
 impl RunEvent {
     fn read(api: &Api, key: &RunKey, seq: u64) -> Result<Option<RunEvent>, Error> {
-        let Some(event) = api.event(&key.tenant, &key.thread, seq)? else { return Ok(None) };
+        let Some(event) = api.store.event(&key.tenant, &key.thread, seq)? else { return Ok(None) };
         let Some(frame) = StoredFrame::parse(&event.frame) else { return Ok(None) };
         let fields = frame.fields();
         Ok(Some(RunEvent {
