@@ -7,7 +7,7 @@ use std::collections::HashSet;
 
 use serde::Deserialize;
 
-use super::judge::{EventRecord, Transaction};
+use super::transaction::{EventRecord, Transaction};
 use super::{Published, RecordError};
 use crate::clock;
 use crate::log::{Foreign, Record};

@@ -10,21 +10,15 @@ use super::messages::{ClosingMessage, MessageClosing, Messages};
 use super::receipts::Receipts;
 use super::runs::{Rejected, Runs};
 use super::thread::{Thread, ThreadChange, repeated};
+use super::transaction::{EventRecord, Transaction};
 use super::{AccessChange, Commit, CommittedEvent, Published, ThreadUpdate, Update, Verdict};
-use crate::log::{Grant, Record};
+use crate::log::Grant;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::{EventFrame, LogEvent, Priority};
 use crate::protocol::kinds::{AGENT_CANCEL_REQUESTED, AGENT_MESSAGE, AGENT_TOKEN};
 use crate::protocol::{ids, json};
 use crate::store::runs::{EventRef, RunKey};
-use crate::store::{Batch, EventRow, KeyRow, Store, StoreError, keys};
-
-/// What one commit will write and publish, and the store before it.
-pub(super) struct Transaction<'s> {
-    pub(super) store: &'s Store,
-    pub(super) rows: Batch<'s>,
-    pub(super) commit: Commit,
-}
+use crate::store::{EventRow, KeyRow, Store, StoreError, keys};
 
 /// What the batch has decided so far, which the store does not show before the commit.
 pub(super) struct BatchState<'s> {
@@ -34,17 +28,6 @@ pub(super) struct BatchState<'s> {
     pub(super) keys: Keys,
     runs: Runs,
     messages: Messages,
-}
-
-/// An event, with what decides about it.
-pub(super) struct EventRecord<'a> {
-    pub(super) partition: u32,
-    pub(super) record: &'a Record,
-    pub(super) event: &'a LogEvent<'a>,
-    /// The event's time, in milliseconds.
-    pub(super) at: u64,
-    /// The time by which idempotency keys are judged, in milliseconds.
-    pub(super) key_time: u64,
 }
 
 impl<'s> BatchState<'s> {

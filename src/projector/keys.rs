@@ -6,7 +6,8 @@
 use std::collections::HashMap;
 
 use super::Applied;
-use super::judge::{BatchState, Transaction};
+use super::judge::BatchState;
+use super::transaction::Transaction;
 use crate::store::{KeyRow, Progress, Store, StoreError};
 
 /// How long an idempotency key is kept, in milliseconds of log time.

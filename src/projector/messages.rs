@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use super::judge::Transaction;
 use super::runs::{Rejected, check_open};
+use super::transaction::Transaction;
 use super::{Published, Verdict, data};
 use crate::protocol::delta::Delta;
 use crate::protocol::error::{Code, Error};

@@ -21,6 +21,7 @@ pub mod rebuild;
 mod receipts;
 mod runs;
 mod thread;
+mod transaction;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -28,10 +29,11 @@ use std::sync::Arc;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
-use self::judge::{BatchState, EventRecord};
+use self::judge::BatchState;
 pub use self::keys::KEY_LIFETIME;
 pub use self::pump::{Pump, Status};
 use self::thread::{Thread, data};
+use self::transaction::EventRecord;
 use crate::log::{Entry, Foreign, Log, Positions, Record, Topic};
 use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;

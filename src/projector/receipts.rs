@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use super::judge::Transaction;
+use super::transaction::Transaction;
 use super::{Published, RecordError, dead_letters};
 use crate::clock;
 use crate::log::{Foreign, Record};

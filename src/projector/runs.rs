@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use serde::Deserialize;
 
 use super::data;
-use super::judge::Transaction;
+use super::transaction::Transaction;
 use crate::clock;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::LogEvent;

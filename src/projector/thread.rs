@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use uuid::Uuid;
 
-use super::judge::Transaction;
+use super::transaction::Transaction;
 use super::{AccessChange, Published};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event;

@@ -193,7 +193,7 @@ on_both_logs!(a_member_who_is_no_agent_cannot_close_an_agent_s_message, |log| as
     let mut ada = server.connect("ada").await;
     for data in [json!({"message": "m"}), json!({"message": "m", "content": "mine"})] {
         let rejection = ada.ask(step("t", "r", "agent_message", data)).await;
-        refused(&rejection, "forbidden", "data.message");
+        refused(&rejection, "forbidden", "kind");
     }
     // An inbox is written to by whoever may, and that makes nobody an agent either.
     let mut inbox = server.connect_as("scout", AGENT).await;
