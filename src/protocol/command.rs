@@ -83,6 +83,12 @@ pub struct Subscribe<'a> {
     /// Events must be acknowledged; those that are not are sent again.
     #[serde(default)]
     pub confirm: Option<bool>,
+    /// With `confirm`: how long the client has to acknowledge the oldest event, 1,000 to 3,600,000; 10,000 unless given.
+    #[serde(default)]
+    pub ack_within_ms: Option<u64>,
+    /// With `confirm`: how often an event is sent before it becomes a dead letter, 1 to 20; 5 unless given.
+    #[serde(default)]
+    pub attempts: Option<u32>,
     /// Only events of these kinds, at most 100.
     #[serde(default)]
     pub kinds: Option<Vec<String>>,
@@ -335,6 +341,8 @@ fn check_subscribe(subscribe: Subscribe<'_>) -> Result<Subscribe<'_>, Error> {
         }
         kinds.iter().try_for_each(|kind| ids::check_text("kinds", kind))?;
     }
+    check_confirm(&subscribe)?;
+
     match (&subscribe.after, subscribe.last) {
         (Some(_), Some(_)) => Err(Error::field("last", "give after or last, not both")),
         (Some(After::Each(_)), _) if !all => {
@@ -343,6 +351,22 @@ fn check_subscribe(subscribe: Subscribe<'_>) -> Result<Subscribe<'_>, Error> {
         (Some(After::Seq(_)), _) if all => Err(Error::field("after", "with \"*\" after is an object of thread → seq")),
         _ => Ok(subscribe),
     }
+}
+
+fn check_confirm(subscribe: &Subscribe<'_>) -> Result<(), Error> {
+    let given = [("ack_within_ms", subscribe.ack_within_ms.is_some()), ("attempts", subscribe.attempts.is_some())];
+    if let Some((field, _)) = given.into_iter().find(|(_, given)| *given && subscribe.confirm != Some(true)) {
+        return Err(Error::field(field, format!("{field} goes with confirm: true")));
+    }
+    let within = |field: &'static str, value: Option<u64>, range: std::ops::RangeInclusive<u64>| match value {
+        Some(value) if !range.contains(&value) => {
+            let why = format!("{field} must be {} to {}, not {value}", range.start(), range.end());
+            Err(Error::field(field, why))
+        }
+        _ => Ok(()),
+    };
+    within("ack_within_ms", subscribe.ack_within_ms, 1_000..=3_600_000)?;
+    within("attempts", subscribe.attempts.map(u64::from), 1..=20)
 }
 
 #[cfg(test)]
@@ -370,6 +394,10 @@ mod tests {
             (r#"{"type":"subscribe","id":1,"thread":"t","kinds":[]}"#, "kinds"),
             (r#"{"type":"subscribe","id":1,"thread":"t","name":""}"#, "name"),
             (r#"{"type":"subscribe","id":1,"thread":"t","confirm":1}"#, "confirm"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","attempts":3}"#, "attempts"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","confirm":true,"attempts":21}"#, "attempts"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","confirm":true,"ack_within_ms":999}"#, "ack_within_ms"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","confirm":false,"ack_within_ms":1000}"#, "ack_within_ms"),
             (r#"{"type":"nonsense","id":1}"#, "type"),
             (r#"{"type":"publish","id":1,"thread":"t","kind":5,"data":{}}"#, "kind"),
             (r#"{"type":"publish","id":1,"thread":"t","data":{"content":"x"},"kind":5}"#, "kind"),

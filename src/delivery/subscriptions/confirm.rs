@@ -14,15 +14,28 @@ use crate::store::ReceiptRow;
 
 /// Events that may be out and not acknowledged.
 pub const WINDOW: usize = 256;
-/// Time for the oldest event's acknowledgement, from when it was sent or became the oldest.
-const ACK_WITHIN: Duration = Duration::from_secs(10);
-/// Attempts after which the oldest event is given up.
-const ATTEMPTS: u32 = 5;
-/// The longest pause before the second attempt; doubled before each one after it.
+/// The longest pause before the second attempt; doubled before each one after it, four times.
 const BACKOFF: Duration = Duration::from_millis(500);
+const DOUBLINGS: u32 = 4;
+
+/// How long a client has, and how often an event is sent to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConfirmPolicy {
+    /// Time for the oldest event's acknowledgement, from when it was sent or became the oldest.
+    pub ack_within: Duration,
+    /// Attempts after which the oldest event is given up.
+    pub attempts: u32,
+}
+
+impl Default for ConfirmPolicy {
+    fn default() -> ConfirmPolicy {
+        ConfirmPolicy { ack_within: Duration::from_secs(10), attempts: 5 }
+    }
+}
 
 #[derive(Debug, Default)]
 pub struct Confirm {
+    policy: ConfirmPolicy,
     /// The round begins after this seq.
     round_after: u64,
     /// Events of this round that are on their way or sent, and not acknowledged.
@@ -43,8 +56,8 @@ pub struct Confirm {
 
 impl Confirm {
     /// Goes on after `place`, from where an earlier session ended.
-    pub fn resume(receipt: &ReceiptRow, place: u64) -> Confirm {
-        let mut confirm = Confirm { sent: receipt.sent, ..Confirm::default() };
+    pub fn resume(policy: ConfirmPolicy, receipt: &ReceiptRow, place: u64) -> Confirm {
+        let mut confirm = Confirm { policy, sent: receipt.sent, ..Confirm::default() };
         if receipt.sent > place && receipt.place == place {
             confirm.attempts = receipt.attempts.max(1);
         }
@@ -68,7 +81,7 @@ impl Confirm {
         self.sent = self.sent.max(seq);
         if self.oldest() == Some(seq) {
             self.attempts += 1;
-            self.deadline = Some(now + ACK_WITHIN);
+            self.deadline = Some(now + self.policy.ack_within);
         }
         let (until, attempt) = self.repeated;
         (seq <= until).then_some(attempt)
@@ -84,7 +97,7 @@ impl Confirm {
             // If the next one was sent already, that was its first attempt, and its time begins now.
             let was_sent = self.oldest().is_some_and(|oldest| oldest <= self.sent_in_round);
             self.attempts = u32::from(was_sent);
-            self.deadline = was_sent.then_some(now + ACK_WITHIN);
+            self.deadline = was_sent.then_some(now + self.policy.ack_within);
         } else if before == 0 && seq > self.round_after && seq == self.acked {
             // Between two rounds: the next event may have been sent along with this one, as when an event is given up.
             self.give_up(seq);
@@ -103,7 +116,7 @@ impl Confirm {
 
     /// Whether this event, the oldest, has had its last attempt.
     pub fn is_exhausted(&self, seq: u64) -> bool {
-        self.attempts >= ATTEMPTS && seq <= self.sent
+        self.attempts >= self.policy.attempts && seq <= self.sent
     }
 
     pub fn oldest(&self) -> Option<u64> {
@@ -117,7 +130,7 @@ impl Confirm {
         self.sent_in_round = 0;
         self.deadline = None;
         self.repeated = (self.sent, self.attempts.max(1) + 1);
-        BACKOFF * 2u32.pow(self.attempts.clamp(1, ATTEMPTS) - 1)
+        BACKOFF * 2u32.pow((self.attempts.max(1) - 1).min(DOUBLINGS))
     }
 
     /// The event is done with: the next one is the oldest now, and if it was sent along, that was its first attempt.
@@ -151,10 +164,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_round_begins_again_at_the_oldest_and_says_which_attempt_it_is() {
-        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        let (mut confirm, now) = (Confirm::resume(ConfirmPolicy::default(), &ReceiptRow::default(), 0), Instant::now());
         assert_eq!(sent(&mut confirm, 1..=3, now), [None; 3]);
         confirm.ack(1, now);
-        assert_eq!((confirm.oldest(), confirm.deadline()), (Some(2), Some(now + ACK_WITHIN)));
+        assert_eq!((confirm.oldest(), confirm.deadline()), (Some(2), Some(now + ConfirmPolicy::default().ack_within)));
         confirm.restart(1);
         assert_eq!(sent(&mut confirm, 2..=4, now), [Some(2), Some(2), None]);
         confirm.restart(1);
@@ -163,7 +176,7 @@ mod tests {
 
     #[tokio::test]
     async fn progress_begins_the_count_anew() {
-        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        let (mut confirm, now) = (Confirm::resume(ConfirmPolicy::default(), &ReceiptRow::default(), 0), Instant::now());
         for _ in 0..4 {
             sent(&mut confirm, 1..=2, now);
             confirm.restart(0);
@@ -178,11 +191,11 @@ mod tests {
 
     #[tokio::test]
     async fn attempts_go_on_after_a_reconnect_and_are_not_counted_while_nobody_is_there() {
-        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        let (mut confirm, now) = (Confirm::resume(ConfirmPolicy::default(), &ReceiptRow::default(), 0), Instant::now());
         sent(&mut confirm, 1..=3, now);
         let (sent_to, attempts) = confirm.progress();
         let receipt = ReceiptRow { sent: sent_to, attempts, ..ReceiptRow::default() };
-        let mut again = Confirm::resume(&receipt, 0);
+        let mut again = Confirm::resume(ConfirmPolicy::default(), &receipt, 0);
         assert_eq!(again.progress(), (3, 1));
         assert_eq!(sent(&mut again, 1..=4, now), [Some(2), Some(2), Some(2), None]);
         assert_eq!(again.progress(), (4, 2));
@@ -190,7 +203,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_given_up_leaves_the_next_one_its_own_attempts() {
-        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        let (mut confirm, now) = (Confirm::resume(ConfirmPolicy::default(), &ReceiptRow::default(), 0), Instant::now());
         for _ in 0..5 {
             confirm.restart(0);
             sent(&mut confirm, 1..=2, now);
@@ -205,7 +218,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_ack_between_two_rounds_counts() {
-        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        let (mut confirm, now) = (Confirm::resume(ConfirmPolicy::default(), &ReceiptRow::default(), 0), Instant::now());
         sent(&mut confirm, 1..=3, now);
         confirm.restart(0);
         confirm.ack(3, now);
@@ -215,7 +228,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_acknowledged_between_two_rounds_leaves_the_next_one_its_own_attempts() {
-        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        let (mut confirm, now) = (Confirm::resume(ConfirmPolicy::default(), &ReceiptRow::default(), 0), Instant::now());
         for _ in 0..4 {
             sent(&mut confirm, 1..=3, now);
             confirm.restart(0);
@@ -228,10 +241,33 @@ mod tests {
 
     #[tokio::test]
     async fn the_window_is_bounded() {
-        let (mut confirm, now) = (Confirm::resume(&ReceiptRow::default(), 0), Instant::now());
+        let (mut confirm, now) = (Confirm::resume(ConfirmPolicy::default(), &ReceiptRow::default(), 0), Instant::now());
         sent(&mut confirm, 1..=WINDOW as u64, now);
         assert_eq!(confirm.room(), 0);
         confirm.ack(WINDOW as u64, now);
         assert_eq!((confirm.room(), confirm.deadline()), (WINDOW, None));
+    }
+
+    #[tokio::test]
+    async fn the_client_says_how_long_it_needs_and_how_often_an_event_is_sent() {
+        let policy = ConfirmPolicy { ack_within: Duration::from_secs(3_600), attempts: 2 };
+        let (mut confirm, now) = (Confirm::resume(policy, &ReceiptRow::default(), 0), Instant::now());
+        sent(&mut confirm, 1..=1, now);
+        assert_eq!((confirm.deadline(), confirm.is_exhausted(1)), (Some(now + policy.ack_within), false));
+        confirm.restart(0);
+        sent(&mut confirm, 1..=1, now);
+        assert!(confirm.is_exhausted(1));
+    }
+
+    #[tokio::test]
+    async fn pauses_double_four_times_and_no_further() {
+        let policy = ConfirmPolicy { attempts: 20, ..ConfirmPolicy::default() };
+        let (mut confirm, now) = (Confirm::resume(policy, &ReceiptRow::default(), 0), Instant::now());
+        let mut pauses = Vec::new();
+        for _ in 0..20 {
+            sent(&mut confirm, 1..=1, now);
+            pauses.push(confirm.restart(0).as_millis());
+        }
+        assert_eq!((&pauses[..5], pauses[19]), (&[500, 1_000, 2_000, 4_000, 8_000][..], 8_000));
     }
 }

@@ -42,7 +42,7 @@ use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 pub use self::catchup::{CHUNK_BYTES, READS};
-pub use self::confirm::WINDOW;
+pub use self::confirm::{ConfirmPolicy, WINDOW};
 pub use self::filter::Kinds;
 pub use self::receipt::{Receipt, first_receipt};
 pub use self::subscription::NewSubscription;
@@ -81,7 +81,8 @@ pub struct Following {
     pub kinds: Option<Kinds>,
     /// The durable subscription, if it is one.
     pub name: Option<Box<str>>,
-    pub confirm: bool,
+    /// How its deliveries are to be confirmed, if they are.
+    pub confirm: Option<ConfirmPolicy>,
 }
 
 pub struct Subscriptions {

@@ -1,6 +1,6 @@
 //! How far the client has come with one subscription, and what of it the log does not have yet.
 
-use super::confirm::Confirm;
+use super::confirm::{Confirm, ConfirmPolicy};
 use crate::auth::Principal;
 use crate::clock;
 use crate::protocol::records::ReceiptRecord;
@@ -27,22 +27,27 @@ pub struct Receipt {
 impl Receipt {
     /// What a subscription after `cursor` needs: with a name it is durable, and goes on from its row or begins; without one
     /// it needs a receipt only for confirmation.
-    pub fn wanted(name: Option<&str>, row: Option<ReceiptRow>, cursor: u64, confirm: bool) -> Option<Receipt> {
+    pub fn wanted(
+        name: Option<&str>,
+        row: Option<ReceiptRow>,
+        cursor: u64,
+        confirm: Option<ConfirmPolicy>,
+    ) -> Option<Receipt> {
         match name {
             Some(name) => Some(Receipt::new(name, row, cursor, confirm)),
-            None if confirm => Some(Receipt::unnamed(cursor, true)),
+            None if confirm.is_some() => Some(Receipt::unnamed(cursor, confirm)),
             None => None,
         }
     }
 
     /// Without a row it begins at the cursor.
-    fn new(name: &str, row: Option<ReceiptRow>, cursor: u64, confirm: bool) -> Receipt {
+    fn new(name: &str, row: Option<ReceiptRow>, cursor: u64, confirm: Option<ConfirmPolicy>) -> Receipt {
         let row = row.unwrap_or(ReceiptRow { place: cursor, ..ReceiptRow::default() });
         Receipt {
             name: name.into(),
             place: row.place,
             acked: row.acked,
-            confirm: confirm.then(|| Confirm::resume(&row, cursor)),
+            confirm: confirm.map(|policy| Confirm::resume(policy, &row, cursor)),
             is_changed: false,
             is_being_stored: false,
             dead_lettering: None,
@@ -50,7 +55,7 @@ impl Receipt {
     }
 
     /// Of a subscription without a name: what is acknowledged counts as read, and a new session begins where it likes.
-    pub(super) fn unnamed(cursor: u64, confirm: bool) -> Receipt {
+    pub(super) fn unnamed(cursor: u64, confirm: Option<ConfirmPolicy>) -> Receipt {
         Receipt::new("", Some(ReceiptRow::default()), cursor, confirm)
     }
 
@@ -110,7 +115,7 @@ impl Receipt {
 
 /// The record that a durable subscription begins with in a thread.
 pub fn first_receipt(who: &Principal, thread: &str, name: &str, place: u64) -> ReceiptRecord {
-    Receipt::new(name, None, place, false).record((&who.tenant, &who.user), thread)
+    Receipt::new(name, None, place, None).record((&who.tenant, &who.user), thread)
 }
 
 #[cfg(test)]
@@ -119,24 +124,27 @@ mod tests {
 
     #[test]
     fn a_receipt_is_needed_for_a_name_or_for_confirmation() {
-        assert!(Receipt::wanted(None, None, 3, false).is_none());
-        let durable = Receipt::wanted(Some("mail"), None, 3, false).expect("it has a name");
+        assert!(Receipt::wanted(None, None, 3, None).is_none());
+        let durable = Receipt::wanted(Some("mail"), None, 3, None).expect("it has a name");
         assert_eq!((durable.place, durable.confirm.is_some(), durable.is_durable()), (3, false, true));
-        let confirmed = Receipt::wanted(None, None, 3, true).expect("it has deliveries to confirm");
+        let confirmed =
+            Receipt::wanted(None, None, 3, Some(ConfirmPolicy::default())).expect("it has deliveries to confirm");
         assert_eq!((confirmed.place, confirmed.confirm.is_some(), confirmed.is_durable()), (0, true, false));
     }
 
     #[test]
     fn merging_with_another_session_never_goes_back() {
         let row = |place, acked| ReceiptRow { place, acked, ..ReceiptRow::default() };
-        let mut receipt = Receipt::wanted(Some("mail"), Some(row(5, 4)), 5, false).expect("it has a name");
+        let mut receipt = Receipt::wanted(Some("mail"), Some(row(5, 4)), 5, None).expect("it has a name");
         receipt.merge(&row(3, 7));
         assert_eq!((receipt.place, receipt.acked), (5, 7));
     }
 
     #[test]
     fn only_a_durable_subscription_has_a_beginning_to_be_stored() {
-        let unwritten = |name| Receipt::wanted(name, None, 0, true).map(Receipt::unwritten).expect("it confirms");
+        let unwritten = |name| {
+            Receipt::wanted(name, None, 0, Some(ConfirmPolicy::default())).map(Receipt::unwritten).expect("it confirms")
+        };
         assert!(unwritten(Some("mail")).must_be_stored());
         assert!(!unwritten(None).must_be_stored());
     }

@@ -26,7 +26,7 @@ impl Subscriptions {
         let not_subscribed = || Error::new(Code::NotFound, "the session is not subscribed to this thread").at("thread");
         let id = *self.by_thread.get(thread).ok_or_else(not_subscribed)?;
         let sub = self.by_id.get_mut(&id).ok_or_else(not_subscribed)?;
-        let receipt = sub.receipt.get_or_insert_with(|| Box::new(Receipt::unnamed(0, false)));
+        let receipt = sub.receipt.get_or_insert_with(|| Box::new(Receipt::unnamed(0, None)));
         if let Some(name) = name
             && *name != *receipt.name
         {

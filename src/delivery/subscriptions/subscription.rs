@@ -154,7 +154,7 @@ impl Subscription {
 
 #[cfg(test)]
 mod tests {
-    use super::super::confirm::WINDOW;
+    use super::super::confirm::{ConfirmPolicy, WINDOW};
     use super::*;
 
     fn subscription(kinds: Option<Kinds>, confirm: bool) -> Subscription {
@@ -170,7 +170,7 @@ mod tests {
             present: false,
             delivered: None,
             filter: kinds.map(|kinds| Box::new(Filter::new(kinds, Instant::now()))),
-            receipt: Receipt::wanted(None, None, 0, confirm).map(Box::new),
+            receipt: Receipt::wanted(None, None, 0, confirm.then(ConfirmPolicy::default)).map(Box::new),
         }
     }
 

@@ -154,7 +154,7 @@ mod tests {
     }
 
     fn all(name: Option<&str>, fresh: bool) -> SubscribeAll {
-        let following = Following { kinds: None, name: name.map(Into::into), confirm: false };
+        let following = Following { kinds: None, name: name.map(Into::into), confirm: None };
         SubscribeAll { id: 1, after: None, last: None, recovered: true, following, fresh }
     }
 

@@ -4,13 +4,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use super::plan::{ALL, PendingSubscribe, Plan, SubscribeAll, first_cursor, seq_of};
 use super::state::{SessionState, connected};
 use crate::auth::Principal;
 use crate::auth::scopes;
 use crate::delivery::outbox::{Answer, Outbox};
-use crate::delivery::subscriptions::{Following, NewSubscription, Receipt, first_receipt};
+use crate::delivery::subscriptions::{ConfirmPolicy, Following, NewSubscription, Receipt, first_receipt};
 use crate::ingest::pending::OnVerdict;
 use crate::protocol::command::{After, Subscribe};
 use crate::protocol::error::{Code, Error};
@@ -56,12 +57,13 @@ impl SessionState {
             (Some(name), None) => vec![first_receipt(who, &thread, name, cursor)],
             _ => Vec::new(),
         };
+        let policy = confirm_policy(&subscribe);
         let subscription = NewSubscription {
             address: ThreadAddress::resolve(&who.user, subscribe.thread.to_string()),
             cursor,
             named: true,
             kinds: subscribe.kinds.map(Into::into),
-            receipt: Receipt::wanted(name, row, cursor, subscribe.confirm == Some(true)),
+            receipt: Receipt::wanted(name, row, cursor, policy),
         };
         let plan = Plan {
             id: subscribe.id,
@@ -81,12 +83,12 @@ impl SessionState {
         if self.outgoing.feed.subs.follows() {
             return Err(Error::new(Code::Conflict, "the session is subscribed to \"*\" already").at("thread"));
         }
+        let confirm = confirm_policy(&subscribe);
         let name = subscribe.name.map(|name| Box::from(&*name));
         let fresh = match &name {
             Some(name) => self.sockets.store.receipt(&who.tenant, ALL, &who.user, name)?.is_none(),
             None => false,
         };
-        let confirm = subscribe.confirm == Some(true);
         let following = Following { kinds: subscribe.kinds.map(Into::into), name: name.clone(), confirm };
         self.outgoing.feed.subs.follow(who, following.clone());
 
@@ -219,5 +221,14 @@ fn reply_to_last(outbox: Arc<Outbox>, attempt: u32, left: Arc<AtomicUsize>) -> O
             Ok(_) => {}
             Err(error) => outbox.push_answer(Answer::PlacesStored { attempt, stored: Err(error) }),
         }
+    })
+}
+
+/// How deliveries are to be confirmed, if the client asks for that. The values were checked when the command was parsed.
+fn confirm_policy(subscribe: &Subscribe<'_>) -> Option<ConfirmPolicy> {
+    let default = ConfirmPolicy::default();
+    (subscribe.confirm == Some(true)).then(|| ConfirmPolicy {
+        ack_within: subscribe.ack_within_ms.map_or(default.ack_within, Duration::from_millis),
+        attempts: subscribe.attempts.unwrap_or(default.attempts),
     })
 }
