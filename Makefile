@@ -30,6 +30,7 @@ ifndef ONLY
 	cargo test --release --lib --bins
 	cargo test --release --doc
 endif
+	cargo build --release --package weft-bench
 	cargo test --release --test it -- $(ONLY)
 
 lint: ## formatting, clippy, licences and sources of dependencies, syntax of scripts, JSON and YAML

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::on_both_logs;
-use crate::support::{LogKind, SECRET, Server, eventually, weft};
+use crate::support::{LogKind, SECRET, Server, eventually, weft_bench};
 
 /// Runs a bench against a server and gives its figures; a bench that finds an error, a close or a hole fails.
 async fn bench(server: &Server, arguments: &str) -> Vec<Value> {
@@ -12,16 +12,8 @@ async fn bench(server: &Server, arguments: &str) -> Vec<Value> {
         LogKind::Embedded => "embedded",
         LogKind::Kafka { .. } => "kafka",
     };
-    let mut command = weft();
-    command.arg("bench").args(arguments.split(' ')).args([
-        "--json",
-        "--log",
-        log,
-        "--url",
-        &server.url,
-        "--jwt-secret",
-        SECRET,
-    ]);
+    let mut command = weft_bench();
+    command.args(arguments.split(' ')).args(["--json", "--log", log, "--url", &server.url, "--jwt-secret", SECRET]);
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(0), "{arguments}: {said}");
@@ -218,8 +210,8 @@ async fn at_the_promised_windows_users_and_readers_every_publish_is_answered_onc
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bench_that_cannot_do_its_work_fails_and_says_why() {
     let server = Server::start(LogKind::embedded());
-    let mut command = weft();
-    command.args(["bench", "ack", "--seconds", "1", "--json", "--url", &server.url, "--jwt-secret", "another secret"]);
+    let mut command = weft_bench();
+    command.args(["ack", "--seconds", "1", "--json", "--url", &server.url, "--jwt-secret", "another secret"]);
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(output.stdout.is_empty(), "no figure of what was not done");

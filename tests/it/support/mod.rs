@@ -79,7 +79,18 @@ impl LogKind {
 
 /// The binary under test.
 pub fn weft() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_weft"));
+    without_settings(Path::new(env!("CARGO_BIN_EXE_weft")))
+}
+
+/// The benchmark, a package of its own. Cargo builds only this package's binaries for its tests.
+pub fn weft_bench() -> Command {
+    let bench = Path::new(env!("CARGO_BIN_EXE_weft")).with_file_name("weft-bench");
+    assert!(bench.exists(), "first build {}: cargo build --release --package weft-bench", bench.display());
+    without_settings(&bench)
+}
+
+fn without_settings(program: &Path) -> Command {
+    let mut command = Command::new(program);
     // Settings of the machine must not reach the tests.
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("WEFT_")) {
         command.env_remove(name);
