@@ -317,7 +317,8 @@ impl Serving {
     fn start(command: &mut Command) -> Serving {
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
-        let (sender, lines) = mpsc::channel();
+        // More lines than the server prints.
+        let (sender, lines) = mpsc::sync_channel(1_000);
         std::thread::spawn(move || {
             for line in BufReader::new(out).lines() {
                 // The test may have read enough.
