@@ -116,7 +116,6 @@ pub async fn run(target: &Target, args: &SlowArgs) -> Result<Vec<Figure>, Failur
 
 fn figures(args: &SlowArgs, all_read: &[Phase], some_slow: &[Phase]) -> Vec<Figure> {
     let (slow, others) = (args.slow, args.readers - args.slow);
-    let of = |phases: &[Phase], what: &dyn Fn(&Phase) -> f64| median(phases.iter().map(what));
     // Each measurement with slow readers beside the mean of its two neighbours without.
     let beside = |what: &dyn Fn(&Phase) -> f64| -> Vec<(f64, f64)> {
         let without = all_read.windows(2).map(|two| (what(&two[0]) + what(&two[1])) / 2.0);
@@ -127,29 +126,39 @@ fn figures(args: &SlowArgs, all_read: &[Phase], some_slow: &[Phase]) -> Vec<Figu
         let at = |phase: &Phase| millis(phase.delivered.value_at_quantile(quantile));
         let ratio = median(beside(&at).into_iter().map(|(with, without)| with / without));
         figures.extend([
-            Figure::less(&format!("delivered {name} to {others} readers"), of(all_read, &at), "ms"),
-            Figure::less(&format!("delivered {name} to {others} beside {slow} slow"), of(some_slow, &at), "ms"),
+            Figure::less(&format!("delivered {name} to {others} readers"), over(all_read, &at), "ms"),
+            Figure::less(&format!("delivered {name} to {others} beside {slow} slow"), over(some_slow, &at), "ms"),
             Figure::less(&format!("{name} beside {slow} slow / without"), ratio, "times").at_most(1.5),
         ]);
     }
+    figures.extend(memory_figures(args, all_read, some_slow));
+    figures
+}
+
+/// The median over some measurements.
+fn over(phases: &[Phase], what: &dyn Fn(&Phase) -> f64) -> f64 {
+    median(phases.iter().map(what))
+}
+
+fn memory_figures(args: &SlowArgs, all_read: &[Phase], some_slow: &[Phase]) -> Vec<Figure> {
+    let slow = args.slow;
     let memory = |phase: &Phase| median(phase.samples.iter().map(|[memory, _]| *memory));
-    let more = of(some_slow, &|phase| growth(&phase.samples));
+    let more = over(some_slow, &|phase| growth(&phase.samples));
     let most = |phases: &[Phase]| phases.iter().map(|phase| outbox_peak(&phase.samples)).fold(0.0, f64::max);
     let bound = slow as f64 * EVENT_BYTES as f64 + most(all_read);
     let lagged: u64 = some_slow.iter().map(|phase| phase.lagged).sum();
-    figures.extend([
-        Figure::less(&format!("memory, {} readers", args.readers), of(all_read, &memory) / 1e6, "MB"),
+    vec![
+        Figure::less(&format!("memory, {} readers", args.readers), over(all_read, &memory) / 1e6, "MB"),
         Figure::less(&format!("memory for {slow} slow"), more.max(0.0) / 1e6, "MB")
             .at_most(slow as f64 * HELD_BYTES as f64 / 1e6),
         Figure::less(&format!("weft_outbox_bytes, {slow} slow"), most(some_slow) / 1e6, "MB").at_most(bound / 1e6),
         Figure::less(&format!("{slow} slow: fell behind"), lagged as f64, "times"),
         Figure::less(
             &format!("{slow} slow: level again after"),
-            of(some_slow, &|phase| phase.caught_up_after.as_secs_f64()),
+            over(some_slow, &|phase| phase.caught_up_after.as_secs_f64()),
             "s",
         ),
-    ]);
-    figures
+    ]
 }
 
 impl SlowThread {
@@ -209,18 +218,29 @@ impl SlowThread {
         self.writer = writer;
 
         full_speed.set(true);
+        self.let_catch_up(slow, with_slow, &mut phase).await?;
+        self.head = head;
+        Ok(phase)
+    }
+
+    /// Waits until the slow readers have read all that they have missed.
+    async fn let_catch_up(
+        &mut self,
+        mut slow: JoinSet<Result<(Socket, u64), Failure>>,
+        must_lag: bool,
+        phase: &mut Phase,
+    ) -> Result<(), Failure> {
         let begin = Instant::now();
         while let Some(done) = tokio::time::timeout(PATIENCE, slow.join_next()).await? {
             let (socket, lagged) = done??;
-            if with_slow && lagged == 0 {
-                return Err("a slow reader did not fall behind: publish for longer, more, or larger events".into());
+            if must_lag && lagged == 0 {
+                return Err("a slow reader did not lag: publish for longer, more, or larger events".into());
             }
             phase.lagged += lagged;
             self.slow.push(socket);
         }
         phase.caught_up_after = begin.elapsed();
-        self.head = head;
-        Ok(phase)
+        Ok(())
     }
 }
 

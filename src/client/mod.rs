@@ -446,7 +446,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refusal_over_http_is_told_in_the_server_s_words() {
+    fn a_refusal_over_http_is_printed_in_the_server_s_words() {
         let text = |body: &str| ClientError::Refused { status: 404, body: body.to_owned() }.to_string();
         let problem = r#"{"title":"not_found","status":404,"code":"not_found","detail":"there is no such thread"}"#;
         assert_eq!(text(problem), "not_found: there is no such thread");

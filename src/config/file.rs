@@ -1,5 +1,4 @@
-//! Reading `weft.toml`: what is wrong is told by file, line and key, since a library's error about a whole document names
-//! neither the line of a value nor the key that was meant.
+//! Reads `weft.toml` key by key, so that an error names the file, the line, the key and what its value must be.
 
 use std::collections::BTreeMap;
 use std::path::Path;

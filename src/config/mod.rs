@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mistake_in_the_file_is_told_by_file_and_line() {
+    fn a_mistake_in_the_file_has_its_line() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let file = dir.path().join("weft.toml");
         std::fs::write(&file, "dev = true\npartitoins = 4").expect("the file is written");
@@ -375,7 +375,7 @@ mod tests {
     #[test]
     fn a_user_may_connect_at_least_once() {
         let given = ServeArgs { max_user_connections: Some(0), ..ServeArgs::default() };
-        let refused = Config::load(None, &given).expect_err("nobody could connect");
+        let refused = Config::load(None, &given).expect_err("no user could connect");
         assert!(refused.to_string().contains("--max-user-connections"), "{refused}");
     }
 }

@@ -1,8 +1,13 @@
-//! The services around the way of an event: HTTP, health, metrics, schemas and the command.
+//! HTTP, health, metrics, schemas and the command line.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
 
 use serde_json::{Value, json};
 
-use crate::support::{LogKind, SECRET, Server, TENANT, publish, seqs, token, weft};
+use crate::support::{LogKind, PATIENCE, SECRET, Server, Socket, TENANT, publish, seqs, token, weft};
 
 #[tokio::test]
 async fn a_publish_over_http_is_the_same_event_as_over_websocket() {
@@ -37,7 +42,7 @@ async fn a_publish_over_http_is_the_same_event_as_over_websocket() {
 }
 
 #[tokio::test]
-async fn pages_of_events_go_both_ways_filter_by_kind_and_tell_where_to_go_on() {
+async fn pages_of_events_go_both_ways_filter_by_kind_and_say_where_to_go_on() {
     let server = Server::start(LogKind::embedded());
     let mut ada = server.connect("ada").await;
     for n in 1..=30 {
@@ -171,7 +176,7 @@ async fn refusals_over_http_are_problems_that_name_the_field() {
 }
 
 #[tokio::test]
-async fn health_tells_each_part_s_state_and_metrics_count_each_step() {
+async fn health_shows_the_state_of_each_part_and_metrics_count_each_step() {
     let server = Server::start(LogKind::embedded());
     server.ready().await;
     let (status, ready) = server.http("GET", "/readyz", "x", None).await;
@@ -256,10 +261,8 @@ async fn what_is_on_the_wire_is_what_the_schemas_say() {
     let (event, frame, publish_schema, subscribe) =
         (schema("frame.event"), schema("frame.server"), schema("command.publish"), schema("command.subscribe"));
     let server = Server::start(LogKind::embedded());
-    let mut socket =
-        crate::support::Socket::raw(&server.url, &[("Authorization", &format!("Bearer {}", token("ada", "")))])
-            .await
-            .unwrap();
+    let bearer = format!("Bearer {}", token("ada", ""));
+    let mut socket = Socket::raw(&server.url, &[("Authorization", &bearer)]).await.unwrap();
     let mut command = publish("t", "user_message", json!({"content": "hi"}));
     command["id"] = json!(1);
     command["key"] = json!("k");
@@ -294,9 +297,68 @@ async fn what_is_on_the_wire_is_what_the_schemas_say() {
 }
 
 fn run(arguments: &[&str]) -> (i32, String, String) {
-    let output = weft().args(arguments).output().unwrap();
+    run_command(weft().args(arguments))
+}
+
+fn run_command(command: &mut Command) -> (i32, String, String) {
+    let output = command.output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+/// A `weft serve` whose output a test reads.
+struct Serving {
+    child: Child,
+    lines: mpsc::Receiver<String>,
+    errors: Option<JoinHandle<String>>,
+}
+
+impl Serving {
+    fn start(command: &mut Command) -> Serving {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let (out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        // More lines than the server prints.
+        let (sender, lines) = mpsc::sync_channel(1_000);
+        std::thread::spawn(move || {
+            for line in BufReader::new(out).lines() {
+                // The test may have read enough.
+                if sender.send(line.unwrap()).is_err() {
+                    break;
+                }
+            }
+        });
+        let errors = std::thread::spawn(move || {
+            let mut text = String::new();
+            err.read_to_string(&mut text).unwrap();
+            text
+        });
+        Serving { child, lines, errors: Some(errors) }
+    }
+
+    /// The words of the next line that begins with `first`.
+    fn line(&self, first: &str) -> Vec<String> {
+        loop {
+            let line = self.lines.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("no line begins with {first:?}"));
+            if line.starts_with(first) {
+                return line.split_whitespace().map(str::to_owned).collect();
+            }
+        }
+    }
+
+    /// SIGTERM: gives the exit code and what was logged.
+    fn stop(mut self) -> (Option<i32>, String) {
+        let sent = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+        (self.child.wait().unwrap().code(), self.errors.take().unwrap().join().unwrap())
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // It has ended already, unless the test failed.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -313,10 +375,10 @@ async fn the_command_mints_tokens_lists_threads_and_follows_them() {
     assert!(listed.contains(r#""thread":"t""#) || listed.contains(r#""thread": "t""#), "{listed}");
     let mut tail = weft()
         .args(["tail", "t", "--url", &server.url, "--token", token, "--after", "0", "--json"])
-        .stdout(std::process::Stdio::piped())
+        .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(tail.stdout.take().unwrap()));
+    let mut lines = BufReader::new(tail.stdout.take().unwrap()).lines();
     let mut next = || serde_json::from_str::<Value>(&lines.next().unwrap().unwrap()).unwrap();
     assert_eq!(next()["seq"], 1);
     ada.say("t", "two").await;
@@ -382,6 +444,155 @@ async fn the_command_lists_runs_and_shows_one_as_a_waterfall() {
     assert_eq!(runs(&["nobody"]).0, 1);
     assert_eq!(runs(&["--state", "done"]).0, 2);
     assert_eq!(runs(&["r", "--state", "open"]).0, 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_development_server_plays_the_demo_and_prints_a_token_that_works() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = weft();
+    command.args(["serve", "--dev", "--demo", "--listen", "127.0.0.1:0", "--data"]).arg(folder.path().join("data"));
+    let serving = Serving::start(&mut command);
+    let thread = serving.line("thread ")[1].trim_end_matches(':').to_owned();
+    let url = serving.line("address")[1].clone();
+    let token = serving.line("token")[1].clone();
+    let try_it = serving.line("try it").join(" ");
+    assert!(try_it.contains(&token) && try_it.contains(&format!("tail --url {url} '{thread}' --after 0")), "{try_it}");
+
+    let mut socket = Socket::open(&url, &token).await;
+    socket.subscribe(&thread, Some(0)).await;
+    assert_eq!(socket.events(1).await[0]["kind"], "thread_created");
+    drop(socket);
+
+    let (code, logged) = serving.stop();
+    assert_eq!(code, Some(0), "{logged}");
+    assert!(logged.contains("weft is up") && logged.contains("weft is down"), "{logged}");
+    assert!(!logged.contains('\u{1b}'), "colours in a file: {logged:?}");
+}
+
+#[test]
+fn a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = format!("listen = \"127.0.0.1:0\"\ndata = \"of-the-file\"\njwt_secret = {SECRET:?}\n");
+    std::fs::write(folder.path().join("weft.toml"), file).unwrap();
+    let there = || {
+        let mut names: Vec<String> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name != "weft.toml")
+            .collect();
+        names.sort();
+        names
+    };
+    let start = |variable: Option<&str>, flag: Option<&str>| {
+        let mut command = weft();
+        command.arg("serve").current_dir(folder.path());
+        command.envs(variable.map(|data| ("WEFT_DATA", data)));
+        command.args(flag.map(|data| format!("--data={data}")));
+        let serving = Serving::start(&mut command);
+        let url = serving.line("weft is up on")[4].clone();
+        assert_eq!(serving.stop().0, Some(0));
+        url
+    };
+    assert!(!start(None, None).ends_with(":8080"), "the file beats the default");
+    assert_eq!(there(), ["of-the-file"]);
+    start(Some("of-the-environment"), None);
+    assert_eq!(there(), ["of-the-environment", "of-the-file"]);
+    start(Some("of-nothing"), Some("of-the-flag"));
+    assert_eq!(there(), ["of-the-environment", "of-the-file", "of-the-flag"]);
+}
+
+#[test]
+fn a_mistake_in_the_settings_is_named_by_file_line_and_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("other.toml");
+    let refused = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        let (code, _, said) = run(&["serve", "--config", file.to_str().unwrap()]);
+        assert_eq!(code, 2, "{said}");
+        said.trim_end().replace(file.to_str().unwrap(), "FILE")
+    };
+    assert_eq!(
+        refused("# comment\n\npartitoins = 4\n"),
+        "weft: FILE, line 3: unknown key `partitoins`; did you mean `partitions`?"
+    );
+    assert_eq!(
+        refused("dev = true\npartitions = \"many\"\n"),
+        "weft: FILE, line 2: `partitions` must be a whole number, at least 1, not \"many\""
+    );
+    assert!(refused("dev = true\nlog = \n").starts_with("weft: FILE, line 2: "));
+    assert_eq!(
+        refused("jwt_secret = \"short\""),
+        "weft: FILE, line 1: `jwt_secret` must be at least 32 bytes long, and has 5"
+    );
+}
+
+#[test]
+fn settings_that_cannot_work_are_refused_by_name() {
+    let refused = |arguments: &[&str]| {
+        let (code, out, said) = run(arguments);
+        assert_eq!((code, &*out), (2, ""), "{said}");
+        said
+    };
+    let said = refused(&["serve", "--jwt-secret", "short"]);
+    assert_eq!(said.trim_end(), "weft: --jwt-secret must be at least 32 bytes long, and has 5");
+    let said = refused(&["serve", "--jwt-secret", SECRET, "--allow-origin", "app.example"]);
+    assert!(said.contains("--allow-origin") && said.contains("https://app.example"), "{said}");
+    let (code, _, said) = run_command(weft().args(["schemas", "--out", "/nowhere"]).env("WEFT_LOG_LEVEL", "loud"));
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("WEFT_LOG_LEVEL") && said.contains("debug") && said.contains("loud"), "{said}");
+}
+
+#[test]
+fn a_token_that_no_server_would_accept_is_not_made() {
+    let refused = |secret: &str, more: &[&str]| {
+        let (code, out, said) = run(&[&["token", "--jwt-secret", secret], more].concat());
+        assert_eq!((code, &*out), (2, ""), "{said}");
+        assert!(!said.contains(secret), "the secret is not repeated: {said}");
+        said
+    };
+    let said = refused(SECRET, &["--tenant", TENANT, "--sub", "a b"]);
+    assert!(said.contains("--sub") && said.contains("'a b'"), "{said}");
+    let said = refused(SECRET, &["--tenant", TENANT, "--sub", "weft"]);
+    assert!(said.contains("--sub") && said.contains("server's own user"), "{said}");
+    let said = refused(SECRET, &["--tenant", "a/b", "--sub", "ada"]);
+    assert!(said.contains("--tenant"), "{said}");
+    let said = refused(SECRET, &["--tenant", TENANT, "--sub", "ada", "--scope", "publish write"]);
+    assert!(said.contains("--scope") && said.contains("there is no scope write"), "{said}");
+    assert!(said.contains("publish, subscribe, agent, broadcast, analyst, admin"), "{said}");
+    let said = refused("2short", &["--tenant", TENANT, "--sub", "ada"]);
+    assert_eq!(said.trim_end(), "weft: --jwt-secret must be at least 32 bytes long, and has 6");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_of_the_server_is_printed_in_its_words() {
+    let server = Server::start(LogKind::embedded());
+    let ada = token("ada", "");
+    let ask = |arguments: &[&str]| {
+        let (code, _, said) = run(&[arguments, &["--url", &server.url]].concat());
+        assert_eq!(code, 1, "{said}");
+        assert!(!said.contains('{'), "no JSON: {said}");
+        said
+    };
+    let said = ask(&["runs", "--thread", "nowhere", "--token", &ada]);
+    assert!(said.starts_with("weft: not_found: "), "{said}");
+    let said = ask(&["dead-letters", "--token", &ada]);
+    assert!(said.starts_with("weft: forbidden: "), "{said}");
+    let said = ask(&["threads", "--token", "nonsense"]);
+    assert_eq!(said.trim_end(), "weft: unauthenticated: the token is not a JWT (token)");
+    let said = ask(&["tail", "t", "--token", "nonsense"]);
+    assert_eq!(said.trim_end(), "weft: unauthenticated: the token is not a JWT (token)");
+}
+
+#[test]
+fn a_command_that_is_planned_says_so() {
+    for line in [&["search"][..], &["search", "--help"], &["replay", "t", "--speed", "2"], &["completions", "bash"]] {
+        let (code, out, said) = run(line);
+        assert_eq!((code, &*out), (2, ""), "{said}");
+        assert!(said.contains(&format!("`weft {}` is planned, and not there yet", line[0])), "{said}");
+    }
+    let (code, help, _) = run(&["--help"]);
+    assert_eq!(code, 0);
+    assert!(help.contains("Planned, not there yet: replay, search"), "{help}");
 }
 
 #[test]
