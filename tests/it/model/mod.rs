@@ -172,7 +172,7 @@ mod random_sessions_get_what_the_model_says_and_nothing_else {
     /// Fewer, since each answer of Kafka takes longer.
     #[test]
     fn kafka() {
-        check(LogKind::kafka(), 4);
+        check(LogKind::kafka(), 6);
     }
 }
 
