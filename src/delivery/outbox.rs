@@ -1,4 +1,4 @@
-//! What waits for one socket: filled by the hub and by whoever has an answer, emptied by the session.
+//! What waits for one socket: filled by the hub and with answers from elsewhere, emptied by the session.
 //!
 //! - Answers overtake items. They are bounded by the session itself, which stops reading commands while too many are out.
 //! - Events and deltas are bounded in bytes ([`EVENT_BYTES`]). When the next one does not fit, the subscription gets

@@ -146,7 +146,7 @@ impl Registry {
     }
 
     /// Tells every session to finish what it has accepted and to close, and when its client is to come back: each at a time
-    /// of its own, so that they do not all arrive together. A session that opens from now on is told the same.
+    /// of its own, so that they do not all arrive together. A session that opens from now on gets the same answer.
     pub fn drain(&self) {
         let outboxes: Vec<_> = {
             let mut sessions = self.lock();

@@ -1,4 +1,4 @@
-//! What is done, and its judgement of every answer.
+//! The steps: each does something and checks its answer.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ impl World<'_> {
         self.sessions[device].socket.is_some() && self.sessions[device].asleep_until <= self.now
     }
 
-    pub async fn take_step(&mut self, step: &Step) {
+    pub async fn step(&mut self, step: &Step) {
         self.now += 1;
         match *step {
             Step::Resume { device } => self.resume(device).await,
@@ -87,21 +87,23 @@ impl World<'_> {
         let mut command = fields.clone();
         (command["type"], command["thread"]) = (json!("publish"), json!(CALLED[to]));
         let key = key.map(|key| (user.to_owned(), thread.clone(), key));
-        let taken = key.as_ref().and_then(|key| self.keys.get(key).copied());
-        let new = (self.may_write(user, &thread) && taken.is_none()).then(|| {
-            // Noted before it is asked for: the event may come before the answer.
+        let used = key.as_ref().and_then(|key| self.keys.get(key).copied());
+        let new = (self.may_write(user, &thread) && used.is_none()).then(|| {
+            // Recorded before it is asked for: the event may come before the answer.
             fields["from"] = json!(user);
             self.append(&thread, KINDS[kind], fields)
         });
         let answer = self.ask(device, vec![command]).await;
-        let told = |name: &str| answer[name].clone();
-        match (new, taken) {
-            (Some(seq), _) => assert_eq!((told("seq"), told("duplicate")), (json!(seq), json!(false)), "{answer}"),
+        let answered = |name: &str| answer[name].clone();
+        match (new, used) {
+            (Some(seq), _) => {
+                assert_eq!((answered("seq"), answered("duplicate")), (json!(seq), json!(false)), "{answer}")
+            }
             (None, _) if !self.may_write(user, &thread) => assert_eq!(answer["code"], "not_found", "{answer}"),
             (None, Some((of_kind, of_priority, seq))) if (of_kind, of_priority) == (kind, priority) => {
-                assert_eq!((told("seq"), told("duplicate")), (json!(seq), json!(true)), "{answer}");
+                assert_eq!((answered("seq"), answered("duplicate")), (json!(seq), json!(true)), "{answer}");
             }
-            _ => assert_eq!((told("code"), told("field")), (json!("conflict"), json!("key")), "{answer}"),
+            _ => assert_eq!((answered("code"), answered("field")), (json!("conflict"), json!("key")), "{answer}"),
         }
         if let (Some(key), Some(seq)) = (key, new) {
             self.keys.insert(key, (kind, priority, seq));
@@ -119,7 +121,7 @@ impl World<'_> {
         ];
         fields.into_iter().for_each(|(name, value)| value.into_iter().for_each(|value| command[name] = value));
         let answer = self.ask(device, vec![command]).await;
-        // Judged by what was told before the answer: frames come in the order in which things happened.
+        // Checked against what came before the answer: frames come in the order in which things happened.
         if asked.called == "*" {
             self.begin_all(device, asked, &answer)
         } else {
@@ -254,7 +256,7 @@ impl World<'_> {
     async fn credit(&mut self, device: usize, events: u64) {
         let ping = json!({"type": "ping"});
         self.ask(device, vec![json!({"type": "credit", "events": events}), ping]).await;
-        // In one frame: what comes behind the answer is sent by this credit.
+        // In one frame, so that what comes after the answer is sent by this credit.
         let allowed = &mut self.sessions[device].allowed;
         *allowed = Some(allowed.unwrap_or(0) + events);
     }
@@ -302,7 +304,7 @@ impl World<'_> {
         session.allowed.is_none() && subs.any(|(thread, sub)| left_out(thread, sub))
     }
 
-    /// Reads until such a subscription, of this device or the next that has one, is level all the same.
+    /// Reads until such a subscription, of this device or the next that has one, has all of its thread all the same.
     async fn await_position(&mut self, device: usize) {
         let waits = |it: &Self, device: usize| it.awake(device) && it.waits_for_position(device);
         let Some(device) = (device..device + DEVICES).map(|it| it % DEVICES).find(|it| waits(self, *it)) else {
@@ -310,7 +312,7 @@ impl World<'_> {
         };
         while self.waits_for_position(device) {
             let frame = self.frame(device).await;
-            self.take(device, &frame);
+            self.on_frame(device, &frame);
         }
     }
 
@@ -348,7 +350,7 @@ impl World<'_> {
     // The end.
 
     /// Whether the session has all that it must get.
-    fn level(&self, device: usize) -> bool {
+    fn has_all(&self, device: usize) -> bool {
         let session = &self.sessions[device];
         let there = |(thread, sub): (&String, &Sub)| sub.left != Left::Yes && sub.cursor == self.head(thread);
         let missing = |thread: &String| {
@@ -373,9 +375,9 @@ impl World<'_> {
             if self.sessions[device].allowed.is_some() {
                 self.credit(device, 1_000_000).await;
             }
-            while !self.level(device) {
+            while !self.has_all(device) {
                 let frame = self.frame(device).await;
-                self.take(device, &frame);
+                self.on_frame(device, &frame);
             }
         }
         for thread in &threads {

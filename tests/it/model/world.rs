@@ -1,4 +1,4 @@
-//! What the model knows, and its judgement of every frame.
+//! What the model knows, and how it checks every frame.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -27,7 +27,7 @@ pub struct Standing {
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Left {
     No,
-    /// It ends, and that is told.
+    /// It ends, and its client gets the error that says so.
     Yes,
     /// And added again: a subscription that read from the store at that time goes on, and one that was live ends.
     Back,
@@ -77,7 +77,7 @@ pub struct Session {
     pub joined: BTreeMap<String, Vec<u64>>,
     /// Of these, those that the client has unsubscribed from while that was under way.
     pub unsure: BTreeSet<String>,
-    /// Threads in a list of cursors that the user is not in; each is told.
+    /// Threads in a list of cursors that the user is not in: an error comes for each.
     pub unknown: BTreeSet<String>,
     pub allowed: Option<u64>,
     pub refusals: usize,
@@ -180,10 +180,10 @@ impl World<'_> {
         owner == user || THREADS.iter().any(|(thread, _)| both(thread))
     }
 
-    /// The first event behind `cursor` of these kinds.
+    /// The first event after `cursor` of these kinds.
     pub fn next_wanted(&self, thread: &str, kinds: &Option<Vec<String>>, cursor: u64) -> Option<u64> {
-        let mut behind = (cursor + 1..).zip(self.threads.get(thread)?.iter().skip(cursor as usize));
-        behind.find(|(_, event)| wants(kinds, &event.kind)).map(|(seq, _)| seq)
+        let mut later = (cursor + 1..).zip(self.threads.get(thread)?.iter().skip(cursor as usize));
+        later.find(|(_, event)| wants(kinds, &event.kind)).map(|(seq, _)| seq)
     }
 
     pub fn append(&mut self, thread: &str, kind: &str, fields: Value) -> u64 {
@@ -196,10 +196,10 @@ impl World<'_> {
     pub fn check_content(&mut self, thread: &str, frame: &Value) -> u64 {
         let mut frame = frame.clone();
         let fields = frame.as_object_mut().unwrap();
-        let mut take = |name: &str| fields.remove(name).unwrap_or(Value::Null);
-        let (seq, rest) = (take("seq").as_u64().unwrap(), (take("event"), take("at")));
+        let mut remove = |name: &str| fields.remove(name).unwrap_or(Value::Null);
+        let (seq, rest) = (remove("seq").as_u64().unwrap(), (remove("event"), remove("at")));
         for name in ["type", "thread", "attempt"] {
-            take(name);
+            remove(name);
         }
         let events = self.threads.get_mut(thread).unwrap();
         let event = events.get_mut(seq as usize - 1).unwrap_or_else(|| panic!("{thread} has no {seq}: {frame}"));
@@ -208,7 +208,7 @@ impl World<'_> {
         seq
     }
 
-    // What comes.
+    // Frames.
 
     pub async fn frame(&mut self, device: usize) -> Value {
         let session = &mut self.sessions[device];
@@ -219,7 +219,7 @@ impl World<'_> {
         }
     }
 
-    /// Sends commands in one frame, takes what comes, and gives the answer to the last.
+    /// Sends commands in one frame, checks what comes, and gives the answer to the last.
     pub async fn ask(&mut self, device: usize, mut commands: Vec<Value>) -> Value {
         let id = self.next_id;
         self.next_id += 1;
@@ -230,16 +230,16 @@ impl World<'_> {
             if frame["id"] == id {
                 return frame;
             }
-            self.take(device, &frame);
+            self.on_frame(device, &frame);
         }
     }
 
-    pub fn take(&mut self, device: usize, frame: &Value) {
+    pub fn on_frame(&mut self, device: usize, frame: &Value) {
         match frame["type"].as_str().unwrap() {
-            "event" => self.take_event(device, frame),
-            "caught_up" | "position" | "lagged" => self.take_notice(device, frame),
-            "signal" => self.take_signal(device, frame),
-            "error" if frame["id"].is_null() => self.take_error(device, frame),
+            "event" => self.on_event(device, frame),
+            "caught_up" | "position" | "lagged" => self.on_notice(device, frame),
+            "signal" => self.on_signal(device, frame),
+            "error" if frame["id"].is_null() => self.on_error(device, frame),
             other => panic!("{other} without having asked: {frame}"),
         }
     }
@@ -285,7 +285,7 @@ impl World<'_> {
         }
     }
 
-    pub fn take_event(&mut self, device: usize, frame: &Value) {
+    pub fn on_event(&mut self, device: usize, frame: &Value) {
         let (thread, mut sub) = self.sub(device, frame);
         let seq = self.check_content(&thread, frame);
         let session = &mut self.sessions[device];
@@ -301,7 +301,7 @@ impl World<'_> {
             None => assert!(Some(seq) == next && seq > sub.sent, "{next:?} is next, not {frame}"),
             Some(attempt) => {
                 assert!(sub.confirm && attempt >= 2 && seq <= sub.sent.max(sub.sent_before), "{sub:?}: {frame}");
-                // A round begins again behind what is acknowledged, and goes on in order.
+                // A round begins again after what is acknowledged, and goes on in order.
                 let round = self.next_wanted(&thread, &sub.kinds, sub.acked);
                 assert!(Some(seq) == next || Some(seq) == round, "{next:?} or {round:?} is next, not {frame}");
             }
@@ -311,7 +311,7 @@ impl World<'_> {
         self.sessions[device].subs.insert(thread, sub);
     }
 
-    pub fn take_notice(&mut self, device: usize, frame: &Value) {
+    pub fn on_notice(&mut self, device: usize, frame: &Value) {
         let (thread, mut sub) = self.sub(device, frame);
         let number = |name: &str| frame[name].as_u64().unwrap();
         let head = self.head(&thread);
@@ -330,17 +330,17 @@ impl World<'_> {
                 number("from") - 1
             }
         };
-        // Between rounds of redelivery the place goes back without a word.
+        // Between rounds of redelivery the cursor goes back, and no frame says so.
         if !(sub.confirm && up_to < sub.cursor) {
             let next = self.next_wanted(&thread, &sub.kinds, sub.cursor);
             let good = up_to >= sub.cursor && up_to <= head && next.is_none_or(|next| next > up_to);
-            assert!(good, "behind {} comes {next:?}, head {head}: {frame}", sub.cursor);
+            assert!(good, "after {} comes {next:?}, head {head}: {frame}", sub.cursor);
             sub.cursor = up_to;
         }
         self.sessions[device].subs.insert(thread, sub);
     }
 
-    pub fn take_signal(&mut self, device: usize, frame: &Value) {
+    pub fn on_signal(&mut self, device: usize, frame: &Value) {
         let session = &mut self.sessions[device];
         let thread = resolve(session.user, frame["thread"].as_str().unwrap());
         assert!(session.subs.contains_key(&thread) || session.joined.contains_key(&thread), "not subscribed: {frame}");
@@ -357,7 +357,7 @@ impl World<'_> {
         assert!(session.signals.insert(number), "it came twice: {frame}");
     }
 
-    pub fn take_error(&mut self, device: usize, frame: &Value) {
+    pub fn on_error(&mut self, device: usize, frame: &Value) {
         let Some(called) = frame["thread"].as_str() else {
             self.sessions[device].refusals += 1;
             return;

@@ -1,4 +1,4 @@
-//! Deliveries that must be acknowledged. Time is what some of this is about: ten seconds are ten seconds here.
+//! Deliveries that must be acknowledged. Some of these tests wait for real deadlines: ten seconds are ten seconds here.
 
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,7 @@ async fn leave_and_wait(server: &Server, socket: Socket, user: &str, name: &str)
     };
     let before = kept().await;
     socket.leave().await;
-    eventually("what was sent is noted", async || kept().await != before).await;
+    eventually("what was sent is in the log", async || kept().await != before).await;
 }
 
 async fn letters(server: &Server) -> Vec<Value> {
@@ -61,7 +61,7 @@ async fn at_most_256_events_are_out_and_each_acknowledgement_makes_room_for_as_m
     reader.ack("t", 257).await;
     assert_eq!(attempts(&mut reader, 44).await, (258..=301).map(|seq| (seq, None)).collect::<Vec<_>>());
     assert_eq!(reader.recv_type("caught_up").await["seq"], 301);
-    // Live ones are held as well once there is no room.
+    // Live events are held as well once there is no room.
     write(server.connect("ada").await, "t", 300).await;
     assert_eq!(seqs(&reader.events(212).await), (302..=513).collect::<Vec<_>>(), "44 were out already");
     reader.silent().await;
@@ -93,7 +93,7 @@ async fn a_window_that_ends_at_the_head_goes_on_live() {
 }
 
 #[tokio::test]
-async fn what_is_acknowledged_too_late_but_before_it_came_again_does_not_come_again() {
+async fn an_acknowledgement_after_the_deadline_but_before_the_next_round_still_counts() {
     let (server, _) = begin(LogKind::embedded(), 3).await;
     let mut late = server.connect("ada").await;
     late.subscribe_with("t", json!({"after": 0, "confirm": true})).await;
@@ -121,51 +121,57 @@ async fn what_is_acknowledged_too_late_but_before_it_came_again_does_not_come_ag
     late.silent().await;
 }
 
-#[tokio::test]
-async fn what_is_not_acknowledged_within_ten_seconds_comes_again_from_the_oldest_on_and_in_order() {
-    let (server, mut ada) = begin(LogKind::embedded(), 4).await;
-    // First, so that whatever time the other one gets, this one had it before.
-    let mut good = server.connect("ada").await;
-    good.subscribe_with("t", json!({"after": 0, "confirm": true})).await;
-    assert_eq!(seqs(&good.events(4).await), [1, 2, 3, 4]);
-    good.ack("t", 4).await;
-    good.recv_type("caught_up").await;
-    good.silent().await;
-    let mut named = server.connect("ada").await;
-    named.subscribe_with("t", json!({"name": "away", "after": 0, "confirm": true})).await;
-    assert_eq!(attempts(&mut named, 4).await, (1..=4).map(|seq| (seq, None)).collect::<Vec<_>>());
-    leave_and_wait(&server, named, "ada", "away").await;
-    let away = receipts(&server, "t", "ada").await;
+on_both_logs!(
+    what_is_not_acknowledged_within_ten_seconds_comes_again_from_the_oldest_on_and_in_order,
+    |log| async move {
+        let (server, mut ada) = begin(log, 4).await;
+        // First, so that whatever time the other one gets, this one had it before.
+        let mut good = server.connect("ada").await;
+        good.subscribe_with("t", json!({"after": 0, "confirm": true})).await;
+        assert_eq!(seqs(&good.events(4).await), [1, 2, 3, 4]);
+        good.ack("t", 4).await;
+        good.recv_type("caught_up").await;
+        good.silent().await;
+        let mut named = server.connect("ada").await;
+        named.subscribe_with("t", json!({"name": "away", "after": 0, "confirm": true})).await;
+        assert_eq!(attempts(&mut named, 4).await, (1..=4).map(|seq| (seq, None)).collect::<Vec<_>>());
+        leave_and_wait(&server, named, "ada", "away").await;
+        let away = receipts(&server, "t", "ada").await;
 
-    let mut bad = server.connect("ada").await;
-    bad.subscribe_with("t", json!({"after": 0, "confirm": true})).await;
-    assert_eq!(attempts(&mut bad, 4).await, (1..=4).map(|seq| (seq, None)).collect::<Vec<_>>());
-    bad.recv_type("caught_up").await;
-    bad.ack("t", 2).await;
-    let begin = Instant::now();
-    bad.silent().await;
-    assert_eq!(attempts(&mut bad, 2).await, [(3, Some(2)), (4, Some(2))], "not what was acknowledged");
-    assert!(begin.elapsed() >= Duration::from_millis(9_500) && begin.elapsed() < Duration::from_secs(40));
-    assert_eq!(ada.say("t", "new").await, 5);
-    assert_eq!(attempts(&mut bad, 1).await, [(5, None)], "and on in order, the first time");
-    assert!(server.metric("weft_redeliveries_total").await >= 1.0);
+        let mut bad = server.connect("ada").await;
+        bad.subscribe_with("t", json!({"after": 0, "confirm": true})).await;
+        assert_eq!(attempts(&mut bad, 4).await, (1..=4).map(|seq| (seq, None)).collect::<Vec<_>>());
+        bad.recv_type("caught_up").await;
+        bad.ack("t", 2).await;
+        let begin = Instant::now();
+        bad.silent().await;
+        assert_eq!(attempts(&mut bad, 2).await, [(3, Some(2)), (4, Some(2))], "not what was acknowledged");
+        assert!(begin.elapsed() >= Duration::from_millis(9_500) && begin.elapsed() < Duration::from_secs(40));
+        assert_eq!(ada.say("t", "new").await, 5);
+        assert_eq!(attempts(&mut bad, 1).await, [(5, None)], "and on in order, the first time");
+        assert!(server.metric("weft_redeliveries_total").await >= 1.0);
 
-    assert_eq!(attempts(&mut good, 1).await, [(5, None)], "nothing came again to who had acknowledged all");
-    good.ack("t", 5).await;
-    good.silent().await;
-    bad.ack("t", 5).await;
-    bad.silent().await;
-    // Nobody was there to send anything to.
-    assert_eq!(
-        receipts(&server, "t", "ada").await.iter().find(|it| it["name"] == "away"),
-        away.iter().find(|it| it["name"] == "away")
-    );
-    let mut named = server.connect("ada").await;
-    named.subscribe_with("t", json!({"name": "away", "confirm": true})).await;
-    let second = (1..=4).map(|seq| (seq, Some(2))).chain([(5, None)]).collect::<Vec<_>>();
-    assert_eq!(attempts(&mut named, 5).await, second, "this is but the second time");
-    assert_eq!(letters(&server).await, Vec::<Value>::new());
-}
+        assert_eq!(
+            attempts(&mut good, 1).await,
+            [(5, None)],
+            "nothing comes again to the one that has acknowledged all"
+        );
+        good.ack("t", 5).await;
+        good.silent().await;
+        bad.ack("t", 5).await;
+        bad.silent().await;
+        // Nobody was there to send anything to.
+        assert_eq!(
+            receipts(&server, "t", "ada").await.iter().find(|it| it["name"] == "away"),
+            away.iter().find(|it| it["name"] == "away")
+        );
+        let mut named = server.connect("ada").await;
+        named.subscribe_with("t", json!({"name": "away", "confirm": true})).await;
+        let second = (1..=4).map(|seq| (seq, Some(2))).chain([(5, None)]).collect::<Vec<_>>();
+        assert_eq!(attempts(&mut named, 5).await, second, "the second attempt, however long nobody was there");
+        assert_eq!(letters(&server).await, Vec::<Value>::new());
+    }
+);
 
 #[tokio::test]
 async fn what_another_device_acknowledges_under_the_same_name_does_not_come_again() {
@@ -179,7 +185,7 @@ async fn what_another_device_acknowledges_under_the_same_name_does_not_come_agai
     }
     laptop.ack("t", 3).await;
     eventually("it is durable", async || receipts(&server, "t", "ada").await[0]["seq"] == 3).await;
-    // Told of later, so that the phone's time is up before this one's.
+    // Sent later, so that the phone's time is up before this one's.
     let mut other = server.connect("ada").await;
     other.subscribe_with("t", json!({"after": 0, "confirm": true})).await;
     assert_eq!(attempts(&mut other, 3).await, [(1, None), (2, None), (3, None)]);
@@ -197,7 +203,7 @@ on_both_logs!(
         assert_eq!(server.http("PUT", "/v1/threads/t/members/ben", "ada", None).await.0, 201);
         let named = json!({"name": "mail", "confirm": true});
         let mut ben = server.connect("ben").await;
-        // A new name begins at the head; from there on it has its place.
+        // A new name begins where it asks to; from then on its receipt says where it goes on.
         let mut first = named.clone();
         first["after"] = json!(1);
         ben.subscribe_with("t", first).await;
@@ -208,7 +214,7 @@ on_both_logs!(
             assert_eq!(ben.subscribe_with("t", named.clone()).await["after"], 1);
             assert_eq!(attempts(&mut ben, 3).await, [(2, Some(attempt)), (3, Some(attempt)), (4, Some(attempt))]);
             if attempt == 3 {
-                // Attempts outlive the server, too, and a session that is cut off counts if it was noted.
+                // Attempts outlive the server too, once they are in the log.
                 leave_and_wait(&server, ben, "ben", "mail").await;
                 server.kill();
                 server.up();
@@ -218,13 +224,13 @@ on_both_logs!(
                 leave_and_wait(&server, ben, "ben", "mail").await;
             }
         }
-        assert_eq!(letters(&server).await, Vec::<Value>::new(), "the fifth was not yet missed by anybody");
+        assert_eq!(letters(&server).await, Vec::<Value>::new(), "the fifth attempt is not over yet");
         let mut ben = server.connect("ben").await;
         ben.subscribe_with("t", named.clone()).await;
         assert_eq!(
             attempts(&mut ben, 2).await,
             [(3, Some(2)), (4, Some(2))],
-            "on it goes behind the one that is given up"
+            "it goes on after the one that is given up"
         );
         ben.recv_type("caught_up").await;
         assert_eq!(ada.say("t", "new").await, 5);
@@ -251,8 +257,8 @@ on_both_logs!(
         assert!(letter["error"].as_str().unwrap().contains("5 times"), "{letter}");
         assert!(weft::clock::parse_rfc3339(letter["at"].as_str().unwrap()).is_some(), "{letter}");
         assert_eq!(server.metric(r#"weft_dead_letters_total{reason="unacknowledged"}"#).await, 1.0);
-        // The place is behind it, though it is not acknowledged.
-        eventually("its place is kept", async || {
+        // The subscription goes on after it, though it is not acknowledged.
+        eventually("where it goes on is stored", async || {
             let mut other = server.connect("ben").await;
             other.subscribe_with("t", json!({"name": "mail"})).await["after"] == 2
         })
@@ -297,7 +303,7 @@ async fn after_five_rounds_of_ten_seconds_the_oldest_is_a_dead_letter_and_the_ne
     assert_eq!(
         attempts(&mut reader, 1).await,
         [(2, Some(2))],
-        "behind the one that is given up, and its first one counts"
+        "after the one that is given up, and its first attempt counts"
     );
     assert!(last.elapsed() >= Duration::from_millis(9_500), "{:?}", last.elapsed());
     assert_eq!(server.connect("ada").await.say("t", "new").await, 3);
