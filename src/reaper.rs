@@ -1,7 +1,7 @@
-//! What nobody does any more, the server does: it ends runs that came to nothing, and answers questions whose time is up.
+//! The reaper: ends runs that have stalled, and answers questions whose time is up.
 //!
-//! Every node looks, and each may write the same event; its key makes one of them, and the projector judges whether the
-//! run has gone on meanwhile.
+//! Every node looks for such runs, and each may publish the same event. Its idempotency key makes them one, and the
+//! projector refuses it if the run has gone on meanwhile.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ use crate::store::Store;
 use crate::store::runs::{RunKey, RunRow};
 use crate::{clock, telemetry};
 
-/// How often runs are looked at; more often when they stall sooner.
+/// How often runs are looked at; more often where they count as stalled sooner.
 const EVERY: Duration = Duration::from_secs(5);
 
 /// An event that is due.
@@ -50,15 +50,15 @@ impl Reaper {
                 continue;
             }
             let (store, stalled_after) = (self.store.clone(), self.stalled_after);
-            match tokio::task::spawn_blocking(move || find(&store, stalled_after)).await {
-                Ok(Ok(due)) => self.write(due).await,
+            match tokio::task::spawn_blocking(move || find_overdue(&store, stalled_after)).await {
+                Ok(Ok(due)) => self.publish(due).await,
                 Ok(Err(error)) => tracing::warn!(%error, "open runs cannot be read"),
                 Err(_) => return,
             }
         }
     }
 
-    async fn write(&self, due: Vec<Due>) {
+    async fn publish(&self, due: Vec<Due>) {
         for Due { key, kind, data, idempotency } in due {
             let data = encode_raw(&data);
             let event = LogEvent {
@@ -77,18 +77,19 @@ impl Reaper {
     }
 }
 
-fn find(store: &Store, stalled_after: Duration) -> Result<Vec<Due>, Error> {
+/// The events that are due, and by the way the gauges of open runs.
+fn find_overdue(store: &Store, stalled_after: Duration) -> Result<Vec<Due>, Error> {
     let now = clock::now_ms();
     let stalled_before = now.saturating_sub(stalled_after.as_millis() as u64);
-    let (mut due, mut open, mut waiting) = (Vec::new(), 0.0, 0.0);
+    let (mut due, mut open, mut waiting) = (Vec::new(), 0_u32, 0_u32);
     for key in store.all_open_runs()? {
         let Some(row) = store.run(&key)?.filter(|row| row.ended.is_none()) else { continue };
-        open += 1.0;
-        waiting += f64::from(u8::from(row.waiting.is_some()));
+        open += 1;
+        waiting += u32::from(row.waiting.is_some());
         due.extend(overdue(key, &row, now, stalled_before));
     }
-    telemetry::runs("open").set(open);
-    telemetry::runs("waiting").set(waiting);
+    telemetry::runs("open").set(f64::from(open));
+    telemetry::runs("waiting").set(f64::from(waiting));
     Ok(due)
 }
 

@@ -63,7 +63,7 @@ impl DeadLetters {
         tx: &mut Transaction<'_>,
         source: &ForeignSource<'_>,
         foreign: &Foreign,
-        log_time: u64,
+        newest: u64,
     ) -> Result<(), StoreError> {
         let ForeignSource { topic, partition, offset } = *source;
         let letter = DeadLetterRecord::letter_of(&[
@@ -76,7 +76,7 @@ impl DeadLetters {
         let value = foreign.value.as_deref().unwrap_or_default();
         let row = DeadLetterRow {
             reason: UNREADABLE.into(),
-            at: foreign.at.unwrap_or(log_time),
+            at: foreign.at.unwrap_or(newest),
             thread,
             attempts: 1,
             // The reason may quote the record, which only its own tenant may see.

@@ -1,63 +1,92 @@
 //! Idempotency keys: one key of a user and thread stands for one event, for [`KEY_LIFETIME`] of its partition's log time.
 //!
-//! What decides is the time kept with the key, not whether its row is still there: expired rows are purged later, and that
-//! changes no verdict.
+//! What decides is the time kept with the key, not whether its row is still there. Expired rows are purged later, a few
+//! with each record, and that changes no verdict. Which ones are purged with a record depends on the records alone: the
+//! oldest, by the time they were taken and then by key, of those that the store and this batch have.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
-use super::Applied;
-use super::judge::BatchState;
 use super::transaction::Transaction;
-use crate::store::{KeyRow, Progress, Store, StoreError};
+use crate::store::{KeyRow, Progress, Store, StoreError, keys};
 
 /// How long an idempotency key is kept, in milliseconds of log time.
 pub const KEY_LIFETIME: u64 = 24 * 60 * 60 * 1_000;
-/// Expired keys are purged for whole seconds of log time: often, so that it is never much at once.
+/// Keys are purged by whole seconds of log time: most records then have nothing to look for.
 const PURGE_STEP: u64 = 1_000;
+/// How many keys are purged with one record. A record takes one key at most, so the purge keeps up.
+const PURGE_LIMIT: usize = 64;
 
 /// The keys that this batch has taken.
 #[derive(Default)]
 pub(super) struct Keys {
     rows: HashMap<Vec<u8>, KeyRow>,
-    /// The time of the oldest of them, those taken again since included.
-    oldest: Option<u64>,
+    /// Their rows of `key_times`.
+    times: BTreeSet<Vec<u8>>,
 }
+
+/// For each partition the last row of `key_times` that was purged, while more are due. [`Progress::purged_to`] says the
+/// same to the millisecond and is enough to go on from; this spares the store from passing over what it has just deleted.
+pub(super) type PurgeCursors = HashMap<u32, Vec<u8>>;
 
 impl Keys {
     /// What a key stands for at `time`, if it has not expired.
     pub(super) fn find(&self, store: &Store, key: &[u8], time: u64) -> Result<Option<KeyRow>, StoreError> {
-        let row = match self.rows.get(key) {
-            Some(row) => Some(row.clone()),
-            None => store.key(key)?,
-        };
+        let row = self.row(store, key)?;
         Ok(row.filter(|row| time.saturating_sub(row.at) < KEY_LIFETIME))
+    }
+
+    fn row(&self, store: &Store, key: &[u8]) -> Result<Option<KeyRow>, StoreError> {
+        match self.rows.get(key) {
+            Some(row) => Ok(Some(row.clone())),
+            None => store.key(key),
+        }
     }
 
     pub(super) fn put(&mut self, tx: &mut Transaction<'_>, partition: u32, key: Vec<u8>, row: KeyRow) {
         tx.rows.put_key(partition, &key, &row);
-        self.oldest = Some(self.oldest.map_or(row.at, |oldest| oldest.min(row.at)));
+        self.times.insert(keys::key_time(partition, row.at, &key));
         self.rows.insert(key, row);
     }
-}
 
-/// Deletes the keys that have expired at `log_time`. The purge sees only what is committed, so a batch with keys that are
-/// that old (the log's time has jumped) must be committed before.
-pub(super) fn purge(
-    partition: u32,
-    progress: &mut Progress,
-    log_time: u64,
-    state: &mut BatchState<'_>,
-    first: bool,
-) -> Result<Applied, StoreError> {
-    let purge_to = log_time.saturating_sub(KEY_LIFETIME) / PURGE_STEP * PURGE_STEP;
-    if purge_to <= progress.purged_to {
-        return Ok(Applied::Yes);
+    /// Deletes the oldest keys of the partition that have expired, [`PURGE_LIMIT`] at most.
+    pub(super) fn purge(
+        &self,
+        tx: &mut Transaction<'_>,
+        partition: u32,
+        progress: &mut Progress,
+        cursors: &mut PurgeCursors,
+    ) -> Result<(), StoreError> {
+        let purge_to = progress.log_time.saturating_sub(KEY_LIFETIME) / PURGE_STEP * PURGE_STEP;
+        if purge_to <= progress.purged_to {
+            return Ok(());
+        }
+
+        let from = match cursors.remove(&partition) {
+            // The first row after the one purged last.
+            Some(last) => [&last[..], &[0]].concat(),
+            None => keys::key_time(partition, progress.purged_to, &[]),
+        };
+        let to = keys::key_time(partition, purge_to, &[]);
+        let mut expired = tx.store.key_times(&from, &to, PURGE_LIMIT)?;
+        expired.extend(self.times.range(from..to).take(PURGE_LIMIT).cloned());
+        expired.sort_unstable();
+        expired.truncate(PURGE_LIMIT);
+
+        let mut last_at = purge_to;
+        for time in &expired {
+            let Some((at, key)) = keys::split_key_time(time) else { continue };
+            last_at = at;
+            // If the key was taken again since, only its old time goes.
+            let is_current = self.row(tx.store, key)?.is_some_and(|row| row.at == at);
+            tx.rows.delete_key_time(time, is_current.then_some(key));
+        }
+
+        if expired.len() < PURGE_LIMIT {
+            progress.purged_to = purge_to;
+        } else {
+            progress.purged_to = last_at;
+            cursors.extend(expired.pop().map(|last| (partition, last)));
+        }
+        Ok(())
     }
-    let keys = &state.keys;
-    if !first && keys.oldest.is_some_and(|oldest| oldest < purge_to) {
-        return Ok(Applied::CommitFirst);
-    }
-    state.tx.rows.purge_keys(partition, progress.purged_to, purge_to, |key| keys.rows.contains_key(key))?;
-    progress.purged_to = purge_to;
-    Ok(Applied::Yes)
 }

@@ -10,11 +10,12 @@
 //!   records are tried again.
 //!
 //! [`pump`] is the thread, [`rebuild`] makes the store anew. Of one record, [`judge`] says what becomes of an event, with
-//! [`thread`], [`keys`], [`runs`] and [`messages`] for the parts; [`receipts`] and [`dead_letters`] apply the other topics.
+//! [`thread`], [`keys`] (by [`log_time`]), [`runs`] and [`messages`] for the parts; [`receipts`] and [`dead_letters`] apply the other topics.
 
 mod dead_letters;
 mod judge;
 mod keys;
+mod log_time;
 mod messages;
 mod pump;
 pub mod rebuild;
@@ -31,6 +32,7 @@ use uuid::Uuid;
 
 use self::judge::BatchState;
 pub use self::keys::KEY_LIFETIME;
+use self::keys::PurgeCursors;
 pub use self::pump::{Pump, Status};
 use self::thread::{Thread, data};
 use self::transaction::EventRecord;
@@ -42,6 +44,10 @@ use crate::protocol::ids;
 use crate::store::{Progress, Store, StoreError};
 use crate::{clock, telemetry};
 
+/// A batch is committed once its rows have this many bytes, whatever is left of its records. What it publishes is no larger
+/// than its rows. One record adds one event, but for the end of a run: that closes up to 8 MiB of text, each message read
+/// when it is its turn, so that memory holds the rows and the frames of one such record and no more.
+const COMMIT_BYTES: usize = 8 << 20;
 /// Threads whose state is kept in memory; beyond that it is read from the store again.
 const CACHED_THREADS: usize = 50_000;
 
@@ -141,14 +147,6 @@ impl From<StoreError> for RecordError {
     }
 }
 
-/// Whether a record went into the batch.
-#[derive(PartialEq, Eq)]
-enum Applied {
-    Yes,
-    /// The batch must be committed before.
-    CommitFirst,
-}
-
 /// Judges records and turns them into rows.
 pub struct Projector {
     store: Arc<Store>,
@@ -156,6 +154,7 @@ pub struct Projector {
     partitions: PartitionNames,
     progress: Vec<Progress>,
     threads: HashMap<String, Thread>,
+    purge_cursors: PurgeCursors,
 }
 
 impl Projector {
@@ -166,6 +165,7 @@ impl Projector {
             partitions: PartitionNames::of(log),
             progress,
             threads: HashMap::new(),
+            purge_cursors: PurgeCursors::new(),
         }
     }
 
@@ -176,10 +176,10 @@ impl Projector {
 
     /// The newest time in the log so far, in milliseconds.
     pub fn log_time(&self) -> u64 {
-        self.progress.iter().map(|progress| progress.log_time).max().unwrap_or(0)
+        self.progress.iter().map(log_time::newest).max().unwrap_or(0)
     }
 
-    /// Judges and commits the first entries, as many as go together, and returns how many that were; `positions` is where
+    /// Judges and commits the first entries, as many as one commit may hold, and returns how many that were; `positions` is where
     /// the log goes on after all of them. After an error nothing has happened, and the call can be repeated.
     pub fn project(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), StoreError> {
         let progress = self.progress.clone();
@@ -187,21 +187,22 @@ impl Projector {
         if result.is_err() {
             self.progress = progress;
             self.threads.clear();
+            self.purge_cursors.clear();
         }
         result
     }
 
-    /// Commits as many entries as go into one batch.
     fn project_batch(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), StoreError> {
         let store = self.store.clone();
         let mut state = BatchState::new(&store);
 
         let mut applied = 0;
         for entry in entries {
-            if self.apply_entry(entry, &mut state, applied == 0)? == Applied::CommitFirst {
+            self.apply_entry(entry, &mut state)?;
+            applied += 1;
+            if state.tx.rows.bytes() >= COMMIT_BYTES {
                 break;
             }
-            applied += 1;
         }
         if applied == entries.len() {
             for (progress, next) in self.progress.iter_mut().zip(positions) {
@@ -227,55 +228,46 @@ impl Projector {
     }
 
     /// Applies one entry, whatever it is, and moves its partition's position past it.
-    fn apply_entry(&mut self, entry: &Entry, state: &mut BatchState<'_>, first: bool) -> Result<Applied, StoreError> {
+    fn apply_entry(&mut self, entry: &Entry, state: &mut BatchState<'_>) -> Result<(), StoreError> {
         let partition = entry.at.partition;
-        match self.apply_record(entry, state, first) {
-            Ok(Applied::Yes) => {}
-            Ok(Applied::CommitFirst) => return Ok(Applied::CommitFirst),
+        match self.apply_record(entry, state) {
+            Ok(()) => {}
             Err(RecordError::Store(error)) => return Err(error),
             Err(RecordError::Foreign(foreign)) => {
                 tracing::warn!(position = %entry.at, foreign.why, "a foreign record in the log is skipped");
                 telemetry::foreign_records().increment(1);
-                let log_time = self.progress[partition as usize].log_time;
+                let newest = log_time::newest(&self.progress[partition as usize]);
                 if let Some((topic, number)) = self.partitions.get(partition) {
                     let source = dead_letters::ForeignSource { topic, partition: number, offset: entry.at.offset };
-                    state.dead_letters.put_foreign(&mut state.tx, &source, &foreign, log_time)?;
+                    state.dead_letters.put_foreign(&mut state.tx, &source, &foreign, newest)?;
                 }
             }
         }
         self.progress[partition as usize].next = entry.at.offset + 1;
-        Ok(Applied::Yes)
+        Ok(())
     }
 
-    fn apply_record(&mut self, entry: &Entry, state: &mut BatchState<'_>, first: bool) -> Result<Applied, RecordError> {
+    fn apply_record(&mut self, entry: &Entry, state: &mut BatchState<'_>) -> Result<(), RecordError> {
         let partition = entry.at.partition;
         let record = entry.record.as_ref().map_err(Clone::clone)?;
         let at = match record.topic {
-            Topic::Events => return self.apply_event(partition, record, state, first),
+            Topic::Events => return self.apply_event(partition, record, state),
             Topic::Receipts => state.receipts.apply(&mut state.tx, record)?,
             Topic::DeadLetters => state.dead_letters.apply(&mut state.tx, record)?,
         };
-        let progress = &mut self.progress[partition as usize];
-        progress.log_time = progress.log_time.max(at);
-        Ok(Applied::Yes)
+        log_time::advance(&mut self.progress[partition as usize], at);
+        Ok(())
     }
 
     /// Gives an event its seq, or refuses it.
-    fn apply_event(
-        &mut self,
-        partition: u32,
-        record: &Record,
-        state: &mut BatchState<'_>,
-        first: bool,
-    ) -> Result<Applied, RecordError> {
+    fn apply_event(&mut self, partition: u32, record: &Record, state: &mut BatchState<'_>) -> Result<(), RecordError> {
         let (event, at) = read_event(record)?;
 
         let progress = &mut self.progress[partition as usize];
-        let log_time = progress.log_time.max(at);
-        if keys::purge(partition, progress, log_time, state, first)? == Applied::CommitFirst {
-            return Ok(Applied::CommitFirst);
-        }
-        progress.log_time = log_time;
+        log_time::advance(progress, at);
+        state.keys.purge(&mut state.tx, partition, progress, &mut self.purge_cursors)?;
+        // The event's own time counts for its own key, confirmed or not.
+        let key_time = at.max(progress.log_time);
 
         let thread = match self.threads.get_mut(&record.key) {
             Some(thread) => thread,
@@ -284,13 +276,13 @@ impl Projector {
                 self.threads.entry(record.key.clone()).or_insert_with(|| Thread::new(&record.key, row, at))
             }
         };
-        let input = EventRecord { partition, record, event: &event, at, key_time: log_time };
+        let input = EventRecord { partition, record, event: &event, at, key_time };
         let verdict = state.judge(&input, thread)?;
         if let Err(refused) = &verdict {
             telemetry::project_refused(refused.code.as_str()).increment(1);
         }
         state.tx.commit.verdicts.push((event.event, verdict));
-        Ok(Applied::Yes)
+        Ok(())
     }
 }
 

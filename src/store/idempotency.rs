@@ -11,7 +11,7 @@ use super::{Batch, Store, StoreError, keys};
 pub struct KeyRow {
     pub seq: u64,
     pub event: [u8; 16],
-    /// The partition's log time when the key was taken, in milliseconds.
+    /// When the key was taken, in milliseconds: the event's own time, or the partition's log time where that is later.
     pub at: u64,
     /// Digest of the content published under the key.
     pub content: [u8; 32],
@@ -22,13 +22,13 @@ impl Store {
         self.get(KEYS, key)
     }
 
-    /// The idempotency keys of a partition that were taken at `from..before` (milliseconds), as rows of `key_times`.
-    fn keys_between(&self, partition: u32, from: u64, before: u64) -> Result<Vec<Vec<u8>>, StoreError> {
+    /// Rows of `key_times` in `from..to`, the first `limit`.
+    pub fn key_times(&self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<Vec<u8>>, StoreError> {
         let mut options = ReadOptions::default();
-        options.set_iterate_lower_bound(keys::key_time(partition, from, &[]));
-        options.set_iterate_upper_bound(keys::key_time(partition, before, &[]));
+        options.set_iterate_lower_bound(from);
+        options.set_iterate_upper_bound(to);
         let rows = self.db.iterator_cf_opt(&self.family(KEY_TIMES), options, IteratorMode::Start);
-        rows.map(|row| Ok(row?.0.into_vec())).collect()
+        rows.take(limit).map(|row| Ok(row?.0.into_vec())).collect()
     }
 }
 
@@ -38,23 +38,11 @@ impl Batch<'_> {
         self.put_empty(KEY_TIMES, &keys::key_time(partition, row.at, key));
     }
 
-    /// Deletes the idempotency keys of a partition with `at` in `from..before`. Only what has been committed is seen;
-    /// `taken_again` tells which keys this batch has taken anew.
-    pub fn purge_keys(
-        &mut self,
-        partition: u32,
-        from: u64,
-        before: u64,
-        taken_again: impl Fn(&[u8]) -> bool,
-    ) -> Result<(), StoreError> {
-        for time in self.store.keys_between(partition, from, before)? {
-            let Some((at, key)) = keys::split_key_time(&time) else { continue };
-            // The key may have been taken again since; then only its old time goes.
-            if !taken_again(key) && self.store.key(key)?.is_some_and(|row| row.at == at) {
-                self.delete(KEYS, key);
-            }
-            self.delete(KEY_TIMES, &time);
+    /// Deletes a row of `key_times`, and the row of its key if that is given.
+    pub fn delete_key_time(&mut self, time: &[u8], key: Option<&[u8]>) {
+        if let Some(key) = key {
+            self.delete(KEYS, key);
         }
-        Ok(())
+        self.delete(KEY_TIMES, time);
     }
 }

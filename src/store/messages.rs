@@ -40,6 +40,10 @@ pub struct ClosedRow {
     pub content: [u8; 32],
 }
 
+/// From this many deltas on, a message's text is deleted as one range. A range costs readers of the family more than a few
+/// single rows do, and many single rows would make the batch long.
+const MANY_DELTAS: usize = 256;
+
 #[derive(Debug, Encode, BorrowDecode)]
 struct TextRow<'a> {
     text: &'a str,
@@ -117,11 +121,16 @@ impl Batch<'_> {
         self.put(MESSAGES, &key.bytes(), row);
         self.delete(OPEN_MESSAGES, &key.bytes());
 
-        new_deltas.for_each(|from_char| self.delete(MESSAGE_TEXTS, &key.text(from_char)));
         let prefix = key.texts();
-        for row in self.store.under(MESSAGE_TEXTS, prefix.clone()) {
+        let mut texts: Vec<Vec<u8>> = new_deltas.take(MANY_DELTAS).map(|from_char| key.text(from_char)).collect();
+        for row in self.store.under(MESSAGE_TEXTS, prefix.clone()).take(MANY_DELTAS) {
             let (from_char, _) = row?;
-            self.delete(MESSAGE_TEXTS, &[&prefix[..], &from_char].concat());
+            texts.push([&prefix[..], &from_char].concat());
+        }
+        if texts.len() < MANY_DELTAS {
+            texts.iter().for_each(|text| self.delete(MESSAGE_TEXTS, text));
+        } else {
+            self.delete_range(MESSAGE_TEXTS, &prefix, &keys::after(prefix.clone()));
         }
         Ok(())
     }

@@ -38,16 +38,18 @@ use crate::disk;
 use crate::protocol::error::{Code, Error};
 
 /// The version of the rows below; a store of another version is rebuilt.
-const SCHEMA: u8 = 5;
+const SCHEMA: u8 = 6;
 
 /// How far a partition of the log has been projected.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
 pub struct Progress {
     /// The offset to read next.
     pub next: u64,
-    /// The highest `at` seen, in milliseconds: the log's own clock.
+    /// The partition's own clock, made of its records' times, in milliseconds.
     pub log_time: u64,
-    /// Idempotency keys older than this have been purged.
+    /// The time of the last record, in milliseconds. It may be ahead of log time.
+    pub last_at: u64,
+    /// Idempotency keys taken before this time have been purged.
     pub purged_to: u64,
 }
 
@@ -169,7 +171,7 @@ impl Store {
         })
     }
 
-    /// The names that keys of a family have behind a prefix.
+    /// The names that follow a prefix in keys of a family.
     fn names_under(&self, family: &'static str, prefix: Vec<u8>) -> Result<Vec<String>, StoreError> {
         self.under(family, prefix).map(|row| Ok(String::from_utf8_lossy(&row?.0).into_owned())).collect()
     }
@@ -215,6 +217,10 @@ impl Batch<'_> {
     /// A row that says all with its key.
     fn put_empty(&mut self, family: &'static str, key: &[u8]) {
         self.rows.put_cf(&self.store.family(family), key, []);
+    }
+
+    fn delete_range(&mut self, family: &'static str, from: &[u8], to: &[u8]) {
+        self.rows.delete_range_cf(&self.store.family(family), from, to);
     }
 
     fn delete(&mut self, family: &'static str, key: &[u8]) {

@@ -11,11 +11,10 @@ use weft::clock;
 use weft::ingest::admit::new_event;
 use weft::log::embedded::EmbeddedLog;
 use weft::log::{Append, Entry, Grant, Log, Position, Record, Topic};
-use weft::projector::Verdict;
-use weft::projector::{KEY_LIFETIME, Projector};
+use weft::projector::{Commit, KEY_LIFETIME, Projector, Update, Verdict};
 use weft::protocol::error::Code;
 use weft::protocol::event::{LogEvent, chain};
-use weft::store::catalogue::{KEY_TIMES, KEYS};
+use weft::store::catalogue::{KEY_TIMES, KEYS, MESSAGE_TEXTS};
 use weft::store::{EventRange, Store};
 
 use crate::on_both_logs;
@@ -243,6 +242,18 @@ fn entries(log: &EmbeddedLog) -> Vec<Entry> {
     entries
 }
 
+/// The most that one commit publishes in any log here: its bound of 8 MiB, and the text that one run may leave open.
+const MAX_COMMIT: usize = (8 << 20) + (9 << 20);
+
+/// The bytes of the frames and the texts that a commit publishes.
+fn published_bytes(commit: &Commit) -> usize {
+    let bytes = |update: &Update| match update {
+        Update::Event(event, _) => event.frame.len(),
+        Update::Delta(delta) => delta.text.len(),
+    };
+    commit.events.iter().map(|event| bytes(&event.update)).sum()
+}
+
 /// How many entries the projector gets at once, and whether it is taken down after them and begins anew from the store.
 type Split = (usize, bool);
 
@@ -258,11 +269,12 @@ fn project(log: &EmbeddedLog, entries: &[Entry], folder: &Path, splits: &[Split]
     for (size, restart) in splits.iter().cycle() {
         let until = entries.len().min(done + size.max(&1));
         while done < until {
-            // The embedded log counts over all partitions: behind an entry is behind it in each of them.
-            let behind = vec![entries[until - 1].at.offset + 1; log.partitions() as usize];
-            let (taken, committed) = projector.project(&entries[done..until], &behind).unwrap();
-            assert!(taken > 0, "it gets on");
-            done += taken;
+            // The embedded log counts over all partitions: what is after an entry is after it in each of them.
+            let after = vec![entries[until - 1].at.offset + 1; log.partitions() as usize];
+            let (applied, committed) = projector.project(&entries[done..until], &after).unwrap();
+            assert!(applied > 0, "every call applies something");
+            assert!(published_bytes(&committed) <= MAX_COMMIT, "{} bytes in one commit", published_bytes(&committed));
+            done += applied;
             verdicts.extend(committed.verdicts.into_iter().map(|(_, verdict)| verdict));
         }
         if done == entries.len() {
@@ -312,6 +324,8 @@ fn a_key_is_taken_for_24_hours_of_its_partitions_log_time_and_free_after_that() 
         (say(TAKEN, "t", "three", Some("j")), Ok((3, false))),
         // Taken at the log's time, not at its own: it has another day.
         (say(TAKEN + KEY_LIFETIME + HOUR, "t", "three", Some("j")), Ok((3, true))),
+        // The second record of that time confirms it, and what has expired by then is purged.
+        (say(TAKEN + KEY_LIFETIME + HOUR, "t", "three", Some("j")), Ok((3, true))),
     ];
     let wanted: Vec<Result<(u64, bool), Code>> = steps.iter().map(|(_, verdict)| *verdict).collect();
     append(&log, steps.into_iter().map(|(record, _)| record).collect());
@@ -326,7 +340,8 @@ fn a_key_is_taken_for_24_hours_of_its_partitions_log_time_and_free_after_that() 
     assert_eq!((rows_of(&in_force.0, KEYS), rows_of(&in_force.0, KEY_TIMES)), (3, 3), "the first time of k is purged");
 
     // Whatever comes later in the partition lets the old keys go, the other partition keeps its own.
-    append(&log, vec![say(TAKEN + 2 * KEY_LIFETIME + HOUR, "t", "a day later", None)]);
+    let later = || say(TAKEN + 2 * KEY_LIFETIME + HOUR, "t", "a day later", None);
+    append(&log, vec![later(), later()]);
     let all = entries(&log);
     let stores: Vec<Arc<Store>> =
         [&[(1_000, false)][..], &[(1, false)], &[(1, true)], &[(2, false), (3, true)], &[(5, true)]]
@@ -334,7 +349,7 @@ fn a_key_is_taken_for_24_hours_of_its_partitions_log_time_and_free_after_that() 
             .enumerate()
             .map(|(n, splits)| {
                 let (store, verdicts) = project(&log, &all, &folder.path().join(format!("store-{n}")), splits);
-                assert_eq!(verdicts[..verdicts.len() - 1], in_force.1);
+                assert_eq!(verdicts[..in_force.1.len()], in_force.1);
                 store
             })
             .collect();
@@ -369,6 +384,134 @@ fn a_key_gets_free_at_the_same_record_whatever_is_projected_together_with_it() {
 }
 
 #[test]
+fn expired_keys_are_purged_a_few_with_each_record_and_are_free_before() {
+    const TAKEN: u64 = 1_800_000_000_000;
+    const LATER: u64 = TAKEN + 2 * KEY_LIFETIME;
+    const KEYS_TAKEN: usize = 300;
+    let folder = tempfile::tempdir().unwrap();
+    let log = EmbeddedLog::open(&folder.path().join("log"), 4).unwrap();
+    let said = |at, n: usize, key: Option<String>| record(at, "t", "ada", "x.said", &json!(n), key.as_deref());
+    let key = |n: usize| Some(format!("key {n}"));
+    append(&log, (0..KEYS_TAKEN).map(|n| said(TAKEN, n, key(n))).collect());
+    // The last of them is the last to be purged. It is free at once nonetheless, and stays taken from then on.
+    let again = KEYS_TAKEN + 3;
+    append(
+        &log,
+        vec![said(LATER, 0, None), said(LATER, 1, None), said(LATER, again, key(99)), said(LATER, again, key(99))],
+    );
+    append(&log, (0..8).map(|n| said(LATER + 1, n, None)).collect());
+    let all = entries(&log);
+
+    let path = folder.path().join("one-by-one");
+    let (store, progress) = Store::open_for(&path, log.epoch(), log.partitions()).unwrap();
+    let store = Arc::new(store);
+    let mut projector = Projector::new(store.clone(), &log, progress);
+    let (mut left, mut verdicts) = (Vec::new(), Vec::new());
+    for entry in &all {
+        let after = vec![entry.at.offset + 1; log.partitions() as usize];
+        let (_, commit) = projector.project(std::slice::from_ref(entry), &after).unwrap();
+        verdicts.extend(commit.verdicts.into_iter().map(|(_, verdict)| verdict));
+        left.push(rows_of(&store, KEY_TIMES));
+    }
+    assert_eq!(left[KEYS_TAKEN - 1], KEYS_TAKEN);
+    assert!(left.windows(2).all(|pair| pair[0] <= pair[1] + 64), "a few with each record: {left:?}");
+    let duplicate: Vec<bool> =
+        verdicts[KEYS_TAKEN + 2..][..2].iter().map(|it| it.as_ref().unwrap().duplicate).collect();
+    assert!(left[KEYS_TAKEN + 2] > 100, "it is not purged yet: {left:?}");
+    assert_eq!(duplicate, [false, true]);
+    assert_eq!((rows_of(&store, KEYS), rows_of(&store, KEY_TIMES)), (1, 1), "in the end only that one is left");
+
+    for (n, splits) in
+        [&[(1_000, false)][..], &[(2, true)], &[(303, true), (1, true)], &[(301, false), (7, true)]].iter().enumerate()
+    {
+        let (other, others) = project(&log, &all, &folder.path().join(format!("store-{n}")), splits);
+        assert_eq!(others, verdicts, "{splits:?}");
+        weft::projector::rebuild::compare(&store, &other).unwrap();
+    }
+}
+
+#[test]
+fn a_record_from_the_future_neither_frees_keys_nor_stops_the_partitions_clock() {
+    const HOUR: u64 = 60 * 60 * 1_000;
+    const NOW: u64 = 500_000 * HOUR;
+    let folder = tempfile::tempdir().unwrap();
+    let log = EmbeddedLog::open(&folder.path().join("log"), 4).unwrap();
+    let said = |at, key| record(at, "t", "ada", "x.said", &json!(key), Some(key));
+    let steps = [
+        (said(NOW, "before"), false),
+        (said(NOW + 48 * HOUR, "from the future"), false),
+        (said(NOW + 1_000, "before"), true),
+        (said(NOW + 2_000, "after"), false),
+        (said(NOW + 24 * HOUR - 1, "before"), true),
+        // "after" was taken at its partition's time, which was an hour ahead at most.
+        (said(NOW + 26 * HOUR, "after"), false),
+    ];
+    let wanted: Vec<bool> = steps.iter().map(|(_, duplicate)| *duplicate).collect();
+    append(&log, steps.into_iter().map(|(record, _)| record).collect());
+    let all = entries(&log);
+    for (n, splits) in [&[(1, true)][..], &[(1_000, false)]].iter().enumerate() {
+        let (_, verdicts) = project(&log, &all, &folder.path().join(format!("store-{n}")), splits);
+        let duplicates: Vec<bool> = verdicts.into_iter().map(|verdict| verdict.unwrap().duplicate).collect();
+        assert_eq!(duplicates, wanted, "{splits:?}");
+    }
+}
+
+/// A record of a run, as an agent with the scope for it writes it.
+fn run_record(at: u64, thread: &str, run: &str, kind: &str, data: &Value) -> Record {
+    let mut made = record(at, thread, "scout", kind, data, None);
+    let mut event: LogEvent = serde_json::from_slice(&made.value).unwrap();
+    event.run = Some(run.into());
+    made.value = serde_json::to_vec(&event).unwrap().into();
+    made.grant = Grant::Scope;
+    made
+}
+
+#[test]
+fn a_commit_has_a_bound_in_bytes_also_when_many_runs_end_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = EmbeddedLog::open(&folder.path().join("log"), 4).unwrap();
+    let threads: Vec<String> = (0..5).map(|n| format!("t{n}")).collect();
+    let text = "x".repeat(1 << 20);
+    for thread in &threads {
+        let of = |kind: &str, data: &Value| run_record(1_800_000_000_000, thread, "r", kind, data);
+        append(&log, vec![of("agent_started", &json!({"agent": "scout"}))]);
+        for message in 0..7 {
+            let data = json!({"message": format!("m{message}"), "from_char": 0, "text": text});
+            append(&log, vec![of("agent_token", &data)]);
+        }
+    }
+    let end = |thread: &String| run_record(1_800_000_000_001, thread, "r", "agent_completed", &json!({}));
+    append(&log, threads.iter().map(end).collect());
+
+    let all = entries(&log);
+    let (at_once, verdicts) = project(&log, &all, &folder.path().join("at-once"), &[(1_000, false)]);
+    assert!(verdicts.iter().all(Result::is_ok));
+    for thread in &threads {
+        assert_eq!(at_once.head(TENANT, thread).unwrap(), 9, "seven messages between the start and the end");
+    }
+    let (one_by_one, _) = project(&log, &all, &folder.path().join("one-by-one"), &[(1, true)]);
+    weft::projector::rebuild::compare(&at_once, &one_by_one).unwrap();
+}
+
+#[test]
+fn a_message_of_many_deltas_leaves_no_text_behind_and_no_other_message_loses_any() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = EmbeddedLog::open(&folder.path().join("log"), 4).unwrap();
+    let of = |kind: &str, data: &Value| run_record(1_800_000_000_000, "t", "r", kind, data);
+    let delta = |message: &str, n: u64| of("agent_token", &json!({"message": message, "from_char": n, "text": "x"}));
+    let mut records = vec![of("agent_started", &json!({"agent": "scout"}))];
+    records.extend((0..600).flat_map(|n| [delta("m", n), delta("m2", n), delta("n", n)]));
+    records.push(of("agent_message", &json!({"message": "m"})));
+    append(&log, records);
+    let all = entries(&log);
+    let (at_once, verdicts) = project(&log, &all, &folder.path().join("at-once"), &[(2_000, false)]);
+    assert!(verdicts.iter().all(Result::is_ok));
+    assert_eq!(rows_of(&at_once, MESSAGE_TEXTS), 1_200);
+    let (split, _) = project(&log, &all, &folder.path().join("split"), &[(1_000, true), (700, false)]);
+    weft::projector::rebuild::compare(&at_once, &split).unwrap();
+}
+
+#[test]
 fn messages_in_pieces_come_out_the_same_whatever_is_projected_together() {
     let folder = tempfile::tempdir().unwrap();
     let log = EmbeddedLog::open(&folder.path().join("log"), 4).unwrap();
@@ -383,12 +526,7 @@ fn messages_in_pieces_come_out_the_same_whatever_is_projected_together() {
             2 if random.is_multiple_of(5) => ("agent_failed", json!({"code": "broken", "message": "it broke"})),
             _ => ("agent_token", json!({"message": message, "from_char": random / 128 % 12, "text": "abcdéf"})),
         };
-        let mut made = record(1_800_000_000_000 + n, thread, "scout", kind, &data, None);
-        let mut event: LogEvent = serde_json::from_slice(&made.value).unwrap();
-        event.run = Some((&*run).into());
-        made.value = serde_json::to_vec(&event).unwrap().into();
-        made.grant = Grant::Scope;
-        made
+        run_record(1_800_000_000_000 + n, thread, &run, kind, &data)
     };
     append(&log, (0..1_500).map(written).collect());
     let all = entries(&log);
@@ -416,6 +554,8 @@ struct Step {
 enum What {
     /// An event of a user's in a thread, written by right of its scope or of membership.
     Event { thread: usize, from: usize, scope: bool, act: Act },
+    /// As many events with a key of its own each.
+    Burst { thread: usize, events: u8 },
     /// Not a record at all, in this partition.
     Garbage { partition: u32 },
     /// A record that is no event, or another thread's.
@@ -464,6 +604,7 @@ fn step() -> impl Strategy<Value = Step> {
     let what = prop_oneof![
         12 => (thread.clone(), from, proptest::bool::weighted(0.2), act())
             .prop_map(|(thread, from, scope, act)| What::Event { thread, from, scope, act }),
+        1 => (proptest::sample::select(vec![0, 0, 1]), 1..200u8).prop_map(|(thread, events)| What::Burst { thread, events }),
         1 => (0..PARTITIONS).prop_map(|partition| What::Garbage { partition }),
         1 => (thread, proptest::sample::select(vec!["", "null", "{}", r#"{"tenant":"acme"}"#, "\0", "another thread's"]))
             .prop_map(|(thread, text)| What::Stray { thread, text }),
@@ -497,13 +638,21 @@ fn event_of(at: u64, thread: usize, from: usize, scope: bool, act: &Act) -> Reco
     record
 }
 
-/// Writes a random log.
-fn write(log: &EmbeddedLog, steps: &[Step]) {
+/// Writes a random log, and returns how many records that were.
+fn write(log: &EmbeddedLog, steps: &[Step]) -> usize {
+    let mut records = 0;
     let mut now: u64 = 1_800_000_000_000;
     let mut batch = Vec::new();
     for Step { jump, what } in steps {
         now = now.saturating_add_signed(*jump);
+        records += 1;
         match what {
+            What::Burst { thread, events } => {
+                let said =
+                    |n| record(now, THREADS[*thread], USERS[0], "x.said", &json!(n), Some(&format!("burst {n}")));
+                batch.extend((0..*events).map(said));
+                records += usize::from(*events) - 1;
+            }
             What::Event { thread, from, scope, act } => batch.push(event_of(now, *thread, *from, *scope, act)),
             What::Garbage { partition } => {
                 append(log, std::mem::take(&mut batch));
@@ -521,11 +670,14 @@ fn write(log: &EmbeddedLog, steps: &[Step]) {
         }
     }
     append(log, batch);
+    records
 }
 
 /// What must hold in any store made of these entries with these verdicts.
 fn check(entries: &[Entry], verdicts: &[Verdict], store: &Store) {
-    let mut log_time = [0; PARTITIONS as usize];
+    const HOUR: u64 = 60 * 60 * 1_000;
+    // Of each partition its log time, and the time of its last record.
+    let mut clocks = [(0, 0); PARTITIONS as usize];
     let mut chains: BTreeMap<&str, (u64, [u8; 32])> = BTreeMap::new();
     let mut taken: BTreeMap<(&str, String, String), (u64, u64)> = BTreeMap::new();
     let mut verdicts = verdicts.iter();
@@ -535,8 +687,11 @@ fn check(entries: &[Entry], verdicts: &[Verdict], store: &Store) {
         if record.key != weft::protocol::ids::log_key(&event.tenant, &event.thread) {
             continue;
         }
-        let time = &mut log_time[entry.at.partition as usize];
-        *time = (*time).max(clock::parse_rfc3339(&event.at).unwrap());
+        let at = clock::parse_rfc3339(&event.at).unwrap();
+        let (log_time, last_at) = &mut clocks[entry.at.partition as usize];
+        *log_time = (*log_time).max(at.min(*last_at + HOUR));
+        *last_at = at;
+        let time = at.max(*log_time);
         let thread = THREADS.into_iter().find(|thread| *thread == event.thread).unwrap();
         let (head, hash) = chains.entry(thread).or_default();
         let Ok(published) = verdicts.next().unwrap() else { continue };
@@ -545,7 +700,7 @@ fn check(entries: &[Entry], verdicts: &[Verdict], store: &Store) {
             assert!(published.seq <= *head);
             if let Some(key) = key {
                 let (seq, since) = taken[&key];
-                assert!(published.seq == seq && *time - since < KEY_LIFETIME, "{key:?}");
+                assert!(published.seq == seq && time - since < KEY_LIFETIME, "{key:?}");
             }
             continue;
         }
@@ -553,9 +708,9 @@ fn check(entries: &[Entry], verdicts: &[Verdict], store: &Store) {
         assert_eq!(published.seq, *head, "dense in {thread}");
         *hash = chain(hash, *head, &record.value);
         if let Some(key) = key
-            && let Some((_, since)) = taken.insert(key.clone(), (*head, *time))
+            && let Some((_, since)) = taken.insert(key.clone(), (*head, time))
         {
-            assert!(*time - since >= KEY_LIFETIME, "{key:?} was still taken");
+            assert!(time - since >= KEY_LIFETIME, "{key:?} was still taken");
         }
     }
     assert!(verdicts.next().is_none(), "a verdict for each event");
@@ -579,9 +734,9 @@ proptest! {
     ) {
         let folder = tempfile::tempdir().unwrap();
         let log = EmbeddedLog::open(&folder.path().join("log"), PARTITIONS).unwrap();
-        write(&log, &steps);
+        let records = write(&log, &steps);
         let entries = entries(&log);
-        prop_assert_eq!(entries.len(), steps.len());
+        prop_assert_eq!(entries.len(), records);
         let at_once = project(&log, &entries, &folder.path().join("at-once"), &[(usize::MAX / 2, false)]);
         check(&entries, &at_once.1, &at_once.0);
         let splits: Vec<Split> = splits.into_iter().map(|size| (size, false)).collect();
