@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_is_never_told_as_nothing() {
+    fn a_wait_is_never_rounded_down_to_nothing() {
         let (limits, _clock) = limits(per_user(20_000));
         let ada = user("acme", "ada");
         assert_eq!(drain(&limits, &ada).1.retry_after_ms, Some(1));
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_over_the_own_limit_takes_nothing_from_the_tenant() {
+    fn a_user_over_the_own_limit_uses_up_nothing_of_the_tenant_s() {
         let (limits, _clock) = limits(Rates { user_commands: 10, tenant_commands: 20, ..Rates::default() });
         let (ada, ben) = (user("acme", "ada"), user("acme", "ben"));
         assert_eq!(drain(&limits, &ada).0, 50);

@@ -1,8 +1,8 @@
 //! The deadlines of a session: `connect`, silence, a socket that takes nothing, and the end of the token.
 //!
-//! Pure: times and facts come in, what is to be done goes out. [`Heartbeat::due`] says when to look next. It moves forward
-//! only by [`Heartbeat::on_timer`]: what happens in between, such as a frame, only moves deadlines away, so one look at the
-//! earlier time is enough.
+//! Pure: times and facts come in, what is to be done goes out. [`Heartbeat::due`] says when to look next. A frame that comes
+//! only moves deadlines away, so it leaves that time as it is: the look at the earlier time finds nothing due and sets the
+//! next one.
 //!
 //! - Without a user, `connect` must come within 5 s (4004).
 //! - After 25 s without a frame the server pings, and any frame must come within 10 s (4002). While the server itself does

@@ -13,6 +13,8 @@ mod commands;
 mod flood;
 mod heartbeat;
 mod incoming;
+#[cfg(test)]
+mod model;
 mod outgoing;
 mod plan;
 mod session;
