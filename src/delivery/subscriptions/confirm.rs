@@ -133,9 +133,10 @@ impl Confirm {
         BACKOFF * 2u32.pow((self.attempts.max(1) - 1).min(DOUBLINGS))
     }
 
-    /// The event is done with: the next one is the oldest now, and if it was sent along, that was its first attempt.
+    /// The event is done with: the next one is the oldest now, and if it was sent along, that was its first attempt. It
+    /// has its own time in any case, even if that takes one attempt more than the policy has.
     pub fn give_up(&mut self, seq: u64) {
-        self.attempts = u32::from(self.sent > seq);
+        self.attempts = u32::from(self.sent > seq).min(self.policy.attempts - 1);
         self.restart(seq);
     }
 
@@ -257,6 +258,18 @@ mod tests {
         confirm.restart(0);
         sent(&mut confirm, 1..=1, now);
         assert!(confirm.is_exhausted(1));
+    }
+
+    #[tokio::test]
+    async fn with_a_single_attempt_what_was_sent_along_still_has_its_own_time() {
+        let policy = ConfirmPolicy { attempts: 1, ..ConfirmPolicy::default() };
+        let (mut confirm, now) = (Confirm::resume(policy, &ReceiptRow::default(), 0), Instant::now());
+        sent(&mut confirm, 1..=2, now);
+        assert!(confirm.is_exhausted(1));
+        confirm.give_up(1);
+        assert!(!confirm.is_exhausted(2));
+        sent(&mut confirm, 2..=2, now);
+        assert!(confirm.is_exhausted(2));
     }
 
     #[tokio::test]

@@ -15,7 +15,7 @@ use super::Sockets;
 use super::session::Session;
 use super::socket::Socket;
 use crate::auth::Principal;
-use crate::edge::http::reply::{Reply, problem, with_type};
+use crate::edge::http::reply::{Reply, problem, problem_with, with_type};
 use crate::edge::http::request::{AnonymousRequest, bearer_token, header_text};
 use crate::protocol::command::MAX_FRAME;
 use crate::protocol::error::{Code, Error};
@@ -36,11 +36,11 @@ pub fn upgrade(sockets: &Arc<Sockets>, request: AnonymousRequest) -> Reply {
     match accept(sockets, request) {
         Ok(reply) => reply,
         Err(error) => {
-            let mut reply = problem(&error);
-            if error.field.as_deref() == Some("Sec-WebSocket-Version") {
-                *reply.status_mut() = StatusCode::UPGRADE_REQUIRED;
-                reply.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+            if error.field.as_deref() != Some("Sec-WebSocket-Version") {
+                return problem(&error);
             }
+            let mut reply = problem_with(StatusCode::UPGRADE_REQUIRED, &error);
+            reply.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
             reply
         }
     }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{receipts, write};
 use crate::on_both_logs;
-use crate::support::{LogKind, Server, Socket, eventually, seqs};
+use crate::support::{LogKind, Server, Socket, eventually, refused, seqs};
 
 /// The next `n` events, as seq and attempt.
 async fn attempts(socket: &mut Socket, n: usize) -> Vec<(u64, Option<u64>)> {
@@ -283,6 +283,34 @@ on_both_logs!(
         assert_eq!(attempts(&mut ben, 1).await, [(6, None)], "the count began anew");
     }
 );
+
+#[tokio::test]
+async fn a_client_says_how_long_it_needs_and_how_often_an_event_is_sent() {
+    let (server, mut ada) = begin(LogKind::embedded(), 1).await;
+    let mut reader = server.connect("ada").await;
+    reader.subscribe_with("t", json!({"after": 0, "confirm": true, "ack_within_ms": 1_000, "attempts": 2})).await;
+    assert_eq!(attempts(&mut reader, 1).await, [(1, None)]);
+    let first = Instant::now();
+    assert_eq!(attempts(&mut reader, 1).await, [(1, Some(2))]);
+    assert!(first.elapsed() >= Duration::from_secs(1), "{:?}", first.elapsed());
+    eventually("the second attempt was the last", async || letters(&server).await.len() == 1).await;
+    let letter = letters(&server).await.remove(0);
+    assert_eq!(
+        (&letter["reason"], &letter["seq"], &letter["attempts"]),
+        (&json!("unacknowledged"), &json!(1), &json!(2)),
+        "{letter}"
+    );
+    assert_eq!(ada.say("t", "new").await, 2);
+    assert_eq!(attempts(&mut reader, 1).await, [(2, None)]);
+
+    for (field, value) in [("ack_within_ms", json!(999)), ("attempts", json!(0)), ("attempts", json!(21))] {
+        let mut subscribe = json!({"type": "subscribe", "thread": "u", "confirm": true});
+        subscribe[field] = value;
+        refused(&reader.ask(subscribe).await, "bad_request", field);
+    }
+    let no_confirm = json!({"type": "subscribe", "thread": "u", "attempts": 3});
+    refused(&reader.ask(no_confirm).await, "bad_request", "attempts");
+}
 
 #[tokio::test]
 async fn after_five_rounds_of_ten_seconds_the_oldest_is_a_dead_letter_and_the_next_has_rounds_of_its_own() {
