@@ -172,7 +172,7 @@ fn check(entries: &[Entry], verdicts: &[Verdict], store: &Store) {
             assert!(published.seq <= *head);
             if let Some(key) = key {
                 let (seq, since) = taken[&key];
-                assert!(published.seq == seq && time - since < KEY_LIFETIME, "{key:?}");
+                assert!(published.seq == seq && time.saturating_sub(since) < KEY_LIFETIME, "{key:?}");
             }
             continue;
         }
@@ -182,7 +182,7 @@ fn check(entries: &[Entry], verdicts: &[Verdict], store: &Store) {
         if let Some(key) = key
             && let Some((_, since)) = taken.insert(key.clone(), (*head, time))
         {
-            assert!(time - since >= KEY_LIFETIME, "{key:?} was still taken");
+            assert!(time.saturating_sub(since) >= KEY_LIFETIME, "{key:?} was still taken");
         }
     }
     assert!(verdicts.next().is_none(), "a verdict for each event");
