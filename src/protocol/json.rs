@@ -1,5 +1,7 @@
 //! JSON in and out: reading that names the field at fault in plain words, and writing that cannot fail.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::error::Category;
 use serde_json::value::{RawValue, to_raw_value};
@@ -23,6 +25,11 @@ pub fn encode_bytes<T: Serialize + ?Sized>(value: &T) -> Vec<u8> {
 /// As [`encode`], for `data` that the server makes.
 pub fn encode_raw<T: Serialize + ?Sized>(value: &T) -> Box<RawValue> {
     to_raw_value(value).expect("types of the protocol have string keys and no failing serialiser")
+}
+
+/// An object of one field whose value is passed on as it is. `json!` would read the value, and panic at what it cannot hold.
+pub fn raw_object(name: &str, value: &RawValue) -> Box<RawValue> {
+    encode_raw(&BTreeMap::from([(name, value)]))
 }
 
 /// Reads a JSON object strictly. An error names the field at fault and repeats what was sent where that is short.
@@ -254,6 +261,15 @@ mod tests {
         for (text, what) in bad {
             let why = check_contents(&text).expect_err(what);
             assert!(why.contains(what), "{why}: {text:.80}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_nothing_can_read_is_passed_on_as_it_is() {
+        let deep = format!("{}{}", "[".repeat(500), "]".repeat(500));
+        for text in ["1e400", &deep] {
+            let value = RawValue::from_string(text.to_owned()).expect("it is JSON");
+            assert_eq!(raw_object("a", &value).get(), format!(r#"{{"a":{text}}}"#));
         }
     }
 

@@ -1,13 +1,12 @@
 //! Writes AG-UI's events as JSON lines.
 
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
-use serde_json::json;
 use serde_json::value::RawValue;
 
 use super::run::{OpenCall, TextMessage};
 use super::wire::{AguiEvent, Timed};
 use crate::protocol::event::StoredFrame;
-use crate::protocol::json::{encode, encode_raw};
+use crate::protocol::json::{encode, raw_object};
 
 /// The step that a run is in while its agent thinks.
 const THINKING: &str = "thinking";
@@ -61,7 +60,7 @@ impl Emitter<'_> {
         let fields = frame.fields();
         let Some(call) = fields.string("call") else { return };
         let error = fields.raw("error");
-        let metadata = error.map(|error| encode_raw(&json!({"error": error})));
+        let metadata = error.map(|error| raw_object("error", error));
         self.emit(&AguiEvent::ToolCallResult {
             message_id: &frame.event,
             tool_call_id: &id(run, &["calls", &call]),

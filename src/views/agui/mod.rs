@@ -23,7 +23,7 @@ use serde_json::value::RawValue;
 use crate::clock;
 use crate::protocol::error::Error;
 use crate::protocol::event::{StoredFrame, without_type};
-use crate::protocol::json::encode_raw;
+use crate::protocol::json::{encode_raw, raw_object};
 use crate::protocol::kinds::{
     AGENT_CANCELLED, AGENT_COMPLETED, AGENT_FAILED, AGENT_MESSAGE, AGENT_RESUMED, AGENT_STARTED, AGENT_THINKING,
     AGENT_WAITING, DeltaData, SYSTEM_MESSAGE, TOOL_COMPLETED, TOOL_EXECUTING, USER_MESSAGE,
@@ -300,7 +300,7 @@ impl Mapper {
             }
             AGENT_CANCELLED => out.emit(&finished(None, Some(Outcome::Cancelled), object(it.data))),
             _ => {
-                let usage = fields.raw("usage").map(|usage| encode_raw(&json!({"usage": usage})));
+                let usage = fields.raw("usage").map(|usage| raw_object("usage", usage));
                 out.emit(&finished(fields.raw("output"), None, usage.as_deref()));
             }
         }

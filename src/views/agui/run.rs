@@ -2,11 +2,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use serde_json::json;
 use serde_json::value::RawValue;
 
 use crate::protocol::event::{Fields, StoredFrame};
-use crate::protocol::json::encode_raw;
+use crate::protocol::json::raw_object;
 use crate::protocol::kinds::text_of;
 
 /// Calls of a run that can be emitted later, and the bytes of their arguments; those beyond are not.
@@ -104,7 +103,7 @@ impl TextMessage {
             role,
             from: frame.from.to_string(),
             text: content.and_then(text_of).unwrap_or_default(),
-            metadata: parts.map(|parts| encode_raw(&json!({"content": parts}))),
+            metadata: parts.map(|parts| raw_object("content", parts)),
             at,
         }
     }
