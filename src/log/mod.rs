@@ -141,14 +141,16 @@ pub trait Log: Send + Sync + 'static {
     /// What each partition holds now. May ask over the network: not to be called for each event.
     fn bounds(&self) -> Result<Vec<Bounds>, LogError>;
 
+    /// For each partition the offset that its next record will get (at least): what was durable before the call is below
+    /// it. May ask over the network, once for all partitions, and waits for the answer: not for the runtime's workers.
+    fn ends(&self) -> Result<Positions, LogError>;
+
+    /// The same of one partition alone.
+    fn end(&self, partition: u32) -> Result<u64, LogError>;
+
     /// How many records the log holds after `positions`.
     fn lag(&self, positions: &[u64]) -> Result<u64, LogError> {
-        Ok(self
-            .bounds()?
-            .iter()
-            .zip(positions)
-            .map(|(bounds, next)| bounds.end.saturating_sub(*next.max(&bounds.start)))
-            .sum())
+        Ok(self.ends()?.iter().zip(positions).map(|(end, next)| end.saturating_sub(*next)).sum())
     }
 
     /// Tells the log how far its reader's effects are durable, for the log's own tools (Kafka's group lag). Best effort.

@@ -148,7 +148,7 @@ impl Pump {
     }
 
     fn ends(&self) -> Option<Positions> {
-        Some(self.log.bounds().ok()?.iter().map(|bounds| bounds.end).collect())
+        self.log.ends().ok()
     }
 }
 

@@ -26,7 +26,7 @@ use self::format::{descriptors, options, parse_key, records, synced};
 use self::reader::EmbeddedReader;
 use self::shared::{Shared, lock};
 use self::writer::{FOREIGN, Writer};
-use super::{Append, AppendError, Bounds, Done, Grant, Log, LogError, Position, Reader, Record};
+use super::{Append, AppendError, Bounds, Done, Grant, Log, LogError, Position, Positions, Reader, Record};
 use crate::{clock, disk};
 
 /// What may wait for the writer: more is answered `queue_full`.
@@ -169,6 +169,14 @@ impl Log for EmbeddedLog {
     fn bounds(&self) -> Result<Vec<Bounds>, LogError> {
         let end = lock(&self.shared.tail).end;
         Ok(vec![Bounds { start: 0, end }; self.partitions() as usize])
+    }
+
+    fn ends(&self) -> Result<Positions, LogError> {
+        Ok(vec![lock(&self.shared.tail).end; self.partitions() as usize])
+    }
+
+    fn end(&self, _: u32) -> Result<u64, LogError> {
+        Ok(lock(&self.shared.tail).end)
     }
 
     /// Offsets count over all partitions, so the lag of the slowest partition is that of all.

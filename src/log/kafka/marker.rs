@@ -9,7 +9,7 @@ use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::producer::BaseProducer;
 use rdkafka::{Offset, TopicPartitionList};
 
-use super::client::{ASK, KafkaConfig, QueryClient, Quiet, TICK, consumer_config, watermarks};
+use super::client::{ASK, Edge, KafkaConfig, QueryClient, Quiet, TICK, consumer_config, offsets};
 use super::headers;
 use super::producer::{ANSWER_WITHIN, Pending, Producing, send};
 use crate::clock;
@@ -20,14 +20,15 @@ const KEY: &str = "weft";
 
 /// The epoch in the first marker of partition 0 of the topic (that of the events), if there is one.
 pub(super) fn first_epoch(config: &KafkaConfig, topic: &str, client: &QueryClient) -> Result<Option<String>, LogError> {
-    let start = watermarks(config, client, topic, 0)?.start;
+    let start = offsets(config, client, Edge::Start, [(topic, 0)])?;
     let mut from = TopicPartitionList::new();
     let consumer: BaseConsumer<Quiet> = consumer_config(config)
         .set("enable.partition.eof", "true")
         .create_with_context(Quiet)
         .map_err(|error| config.unavailable(&error))?;
     // From an i64, so it is one.
-    from.add_partition_offset(topic, 0, Offset::Offset(start as i64))
+    let start = start.first().map_or(Offset::Beginning, |start| Offset::Offset(*start as i64));
+    from.add_partition_offset(topic, 0, start)
         .and_then(|()| consumer.assign(&from))
         .map_err(|error| config.unavailable(&error))?;
 

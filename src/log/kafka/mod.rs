@@ -141,6 +141,14 @@ impl Log for KafkaLog {
         self.shared.cluster.bounds()
     }
 
+    fn ends(&self) -> Result<Positions, LogError> {
+        self.shared.cluster.ends()
+    }
+
+    fn end(&self, partition: u32) -> Result<u64, LogError> {
+        self.shared.cluster.end(partition)
+    }
+
     fn committed(&self, positions: &[u64]) {
         *lock(&self.shared.progress) = Some(positions.to_vec());
     }
