@@ -27,8 +27,9 @@ use crate::ingest::limits::Limits;
 use crate::ingest::pending::Pending;
 use crate::ingest::submit::Submit;
 use crate::log::embedded::EmbeddedLog;
-use crate::log::kafka::{KafkaConfig, KafkaLog};
-use crate::log::{Log, LogError, Reader};
+use crate::log::kafka::{KafkaConfig, KafkaLog, Known};
+use crate::log::{Identity, IfUnnamed, Log, LogError, Reader};
+use crate::projector::opening::{self, OpenError};
 use crate::projector::{Projector, Pump, Status};
 use crate::reaper::Reaper;
 use crate::store::{Progress, Store, StoreError};
@@ -46,6 +47,8 @@ pub enum StartError {
     Log(#[from] LogError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error(transparent)]
+    Open(#[from] OpenError),
     #[error("cannot listen on {address}: {source}")]
     Listen { address: SocketAddr, source: std::io::Error },
     #[error("cannot start a thread: {0}")]
@@ -71,17 +74,28 @@ pub struct App {
 
 /// Opens the configured log.
 pub fn open_log(config: &Config) -> Result<Arc<dyn Log>, LogError> {
+    open_log_with(config, None, IfUnnamed::Refuse)
+}
+
+/// The same on a person's word: a log that holds records and does not say which one it is gets a name, as a generation
+/// after `epoch` if that is given.
+pub fn open_log_by_word(config: &Config, epoch: Option<&str>) -> Result<Arc<dyn Log>, LogError> {
+    open_log_with(config, None, IfUnnamed::Name(epoch))
+}
+
+fn open_log_with(config: &Config, known: Option<&Known>, if_unnamed: IfUnnamed<'_>) -> Result<Arc<dyn Log>, LogError> {
     Ok(match config.log {
-        LogChoice::Embedded => Arc::new(EmbeddedLog::open(&config.log_dir(), config.partitions)?),
+        LogChoice::Embedded => Arc::new(EmbeddedLog::open_with(&config.log_dir(), config.partitions, if_unnamed)?),
         LogChoice::Kafka => {
             std::fs::create_dir_all(&config.data)
                 .map_err(|error| LogError::Unavailable(format!("{}: {error}", config.data.display())))?;
-            Arc::new(KafkaLog::open(KafkaConfig {
+            let kafka = KafkaConfig {
                 brokers: config.brokers.clone(),
                 partitions: config.partitions,
                 topic_prefix: config.topic_prefix.clone(),
                 group: group(config),
-            })?)
+            };
+            Arc::new(KafkaLog::open_with(kafka, known, if_unnamed)?)
         }
     })
 }
@@ -93,32 +107,35 @@ fn group(config: &Config) -> String {
     format!("{}projector-{}", config.topic_prefix, &digest[..8])
 }
 
-/// A store, how far it has come, and what reads on from there.
-pub type Opened = (Store, Vec<Progress>, Box<dyn Reader>);
-
-/// A log's projections, as far as they have come, and a reader that goes on from there.
-pub fn open_store(config: &Config, log: &dyn Log) -> Result<Opened, StartError> {
-    let path = config.projections_dir();
-    let (store, progress) = Store::open_for(&path, log.epoch(), log.partitions())?;
-    match log.reader(&positions(&progress)) {
-        Ok(reader) => Ok((store, progress, reader)),
-        Err(error @ LogError::OutOfRange { .. }) => {
-            tracing::warn!(%error, "the projections do not fit the log: rebuilding them");
-            drop(store);
-            Store::destroy(&path)?;
-            let (store, mut progress) = Store::open_for(&path, log.epoch(), log.partitions())?;
-            for (progress, bounds) in progress.iter_mut().zip(log.bounds()?) {
-                progress.next = bounds.start;
-            }
-            let reader = log.reader(&positions(&progress))?;
-            Ok((store, progress, reader))
-        }
-        Err(error) => Err(error.into()),
-    }
+/// What a server stands on.
+struct Opened {
+    log: Arc<dyn Log>,
+    store: Arc<Store>,
+    progress: Vec<Progress>,
+    /// Goes on where the store has come to.
+    reader: Box<dyn Reader>,
 }
 
-fn positions(progress: &[Progress]) -> Vec<u64> {
-    progress.iter().map(|progress| progress.next).collect()
+/// Opens the log and its projections.
+fn open(config: &Config) -> Result<Opened, StartError> {
+    let path = config.projections_dir();
+    let (log, store) = match config.log {
+        // Whoever starts a second server on one --data is told so by the log.
+        LogChoice::Embedded => (open_log(config)?, Store::open(&path)?),
+        LogChoice::Kafka => {
+            let store = Store::open(&path)?;
+            let known = store.origin()?.and_then(|origin| {
+                let offset = *origin.positions.first()?;
+                let identity = Identity { starts: origin.starts, ..Identity::of_epoch(&origin.epoch) };
+                Some(Known { identity, offset })
+            });
+            (open_log_with(config, known.as_ref(), IfUnnamed::Refuse)?, store)
+        }
+    };
+    let (store, progress) = opening::resume(&path, store, log.as_ref())?;
+    let positions: Vec<u64> = progress.iter().map(|progress| progress.next).collect();
+    let reader = log.reader(&positions)?;
+    Ok(Opened { log, store: Arc::new(store), progress, reader })
 }
 
 impl App {
@@ -129,12 +146,8 @@ impl App {
         let address = config.listen;
         let listening = listener::bind(address).map_err(|source| StartError::Listen { address, source })?;
         let opening = config.clone();
-        let opened = tokio::task::spawn_blocking(move || {
-            let log = open_log(&opening)?;
-            let (store, progress, reader) = open_store(&opening, log.as_ref())?;
-            Ok::<_, StartError>((log, Arc::new(store), progress, reader))
-        });
-        let (log, store, progress, reader) = opened.await.map_err(|_| StartError::Interrupted)??;
+        let opened = tokio::task::spawn_blocking(move || open(&opening));
+        let Opened { log, store, progress, reader } = opened.await.map_err(|_| StartError::Interrupted)??;
 
         let pending = Arc::new(Pending::default());
         let registry = Arc::new(Registry::new(config.max_user_connections));
@@ -173,7 +186,7 @@ impl App {
             registry: registry.clone(),
             health: health.clone(),
             metrics: metrics.clone(),
-            epoch: log.epoch().to_owned(),
+            epoch: log.epoch(),
             origins: config.allow_origin.clone(),
         });
         let (address, stop_accepting, accepting) = accept(&config, listening, edge)?;

@@ -33,6 +33,14 @@ pub fn encode<T: Encode>(schema: u8, row: &T) -> Vec<u8> {
     out
 }
 
+/// The schema that a frame names, if there is a frame.
+pub fn schema(bytes: &[u8]) -> Option<u8> {
+    match bytes {
+        [MAGIC, _, schema, ..] => Some(*schema),
+        _ => None,
+    }
+}
+
 /// Takes the frame off and decodes the row, borrowing from `bytes`. Trailing bytes are refused.
 pub fn decode<'a, T: BorrowDecode<'a, ()>>(schema: u8, bytes: &'a [u8]) -> Result<T, CodecError> {
     let [MAGIC, codec, found, c0, c1, c2, c3, payload @ ..] = bytes else {

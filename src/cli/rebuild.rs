@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::time::Instant;
 
 use super::common::Failure;
-use crate::app::open_log;
+use crate::app::{open_log, open_log_by_word};
 use crate::config::{Config, LogChoice, StorageArgs};
 use crate::projector::rebuild;
 
@@ -15,6 +15,9 @@ pub struct Args {
     /// Change nothing: rebuild beside the projections and compare row by row
     #[arg(long)]
     check: bool,
+    /// Discard projections that do not fit the log, and begin another generation of it: no client resumes from before
+    #[arg(long, conflicts_with = "check")]
+    discard: bool,
 }
 
 pub async fn run(args: Args) -> Result<(), Failure> {
@@ -31,15 +34,23 @@ pub async fn run(args: Args) -> Result<(), Failure> {
             drop(write!(std::io::stderr(), "\r{records} records"));
         }
     };
-    let check = args.check;
+    let (check, discard) = (args.check, args.discard);
     let work = move || {
-        let log = open_log(&config)?;
         let projections = config.projections_dir();
+        let log = if discard {
+            let origin = rebuild::origin(&projections)?;
+            open_log_by_word(&config, origin.as_ref().map(|origin| origin.epoch.as_str()))?
+        } else {
+            open_log(&config)?
+        };
         let rebuilt = if check {
             rebuild::check(log.as_ref(), &projections, progress)?
+        } else if discard {
+            rebuild::discard(log.as_ref(), &projections, progress)?
         } else {
             rebuild::rebuild(log.as_ref(), &projections, progress)?
         };
+        tracing::info!(epoch = log.epoch(), "the projections are of this epoch");
         log.close();
         Ok::<_, Failure>(rebuilt)
     };

@@ -12,17 +12,22 @@
 //! - a position, once given, names that record for ever; positions of a partition only grow, with holes allowed, and a
 //!   reader that has read all of a partition gets to its end, past any hole;
 //! - a reader sees only what is durable: nothing that it returned can be taken back by a crash;
-//! - foreign records are skipped and reported, as [`Foreign`] at their position; reading continues.
+//! - foreign records are skipped and reported, as [`Foreign`] at their position; reading continues;
+//! - a log is given its [`Identity`] while it is empty. One that holds records and has none is refused: it is not known
+//!   which records it is without, and a new name would have projections of the old one thrown away.
 
 pub mod embedded;
+mod identity;
 pub mod kafka;
 mod record;
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 
+pub use identity::{Cause, Continued, Identity, IfUnnamed};
 pub use record::{Grant, RECORD_VERSION, Record, Topic};
 
 /// About how many bytes one [`Reader::next`] brings at most.
@@ -108,12 +113,35 @@ pub enum LogError {
     Unavailable(String),
     #[error("the log is damaged: {0}")]
     Damaged(String),
+    /// It holds records, or held some, and does not say which log it is.
+    #[error(
+        "the log has lost its name: {0}. Nothing was changed. Either put the whole log back, or, if what it holds now is all \
+         there is: `weft rebuild --discard` names it, discards the projections and makes them anew from these records"
+    )]
+    Unnamed(String),
+    #[error(
+        "the log has begun another generation ({0}): records may be gone that this node has projected. Stop it, then \
+         `weft rebuild --discard`, then start it again"
+    )]
+    OtherGeneration(String),
 }
 
 /// An append-only log of [`Record`]s in three topics with a fixed number of partitions.
 pub trait Log: Send + Sync + 'static {
-    /// The log's identity: another log, another epoch. Never changes while the log exists.
-    fn epoch(&self) -> &str;
+    /// Which log this is, and its generation as of the opening or the last [`Log::new_generation`].
+    fn identity(&self) -> Arc<Identity>;
+
+    /// What the wire calls the log's generation: another log or another generation, another epoch.
+    fn epoch(&self) -> String {
+        self.identity().epoch()
+    }
+
+    /// Begins a generation; returns once that is durable. When others begin one at the same moment, the first counts.
+    fn new_generation(&self, cause: Cause) -> Result<(), LogError>;
+
+    /// Whether other nodes write to this log as well. Then a node without projections is a new one, and not a sign that
+    /// the log was put back.
+    fn is_shared(&self) -> bool;
 
     /// How many partitions there are, of all topics together; fixed when the log is created.
     fn partitions(&self) -> u32;
@@ -141,16 +169,14 @@ pub trait Log: Send + Sync + 'static {
     /// What each partition holds now. May ask over the network: not to be called for each event.
     fn bounds(&self) -> Result<Vec<Bounds>, LogError>;
 
-    /// For each partition the offset that its next record will get (at least): what was durable before the call is below
-    /// it. May ask over the network, once for all partitions, and waits for the answer: not for the runtime's workers.
-    fn ends(&self) -> Result<Positions, LogError>;
-
-    /// The same of one partition alone.
-    fn end(&self, partition: u32) -> Result<u64, LogError>;
-
     /// How many records the log holds after `positions`.
     fn lag(&self, positions: &[u64]) -> Result<u64, LogError> {
-        Ok(self.ends()?.iter().zip(positions).map(|(end, next)| end.saturating_sub(*next)).sum())
+        Ok(self
+            .bounds()?
+            .iter()
+            .zip(positions)
+            .map(|(bounds, next)| bounds.end.saturating_sub(*next.max(&bounds.start)))
+            .sum())
     }
 
     /// Tells the log how far its reader's effects are durable, for the log's own tools (Kafka's group lag). Best effort.

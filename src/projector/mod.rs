@@ -9,7 +9,7 @@
 //! - foreign records are skipped and reported as dead letters, and reading continues; when the store fails, the same
 //!   records are tried again.
 //!
-//! [`pump`] is the thread, [`rebuild`] makes the store anew. Of one record, [`judge`] says what becomes of an event, with
+//! [`opening`] says which store goes on, [`pump`] is the thread, [`rebuild`] makes the store anew. Of one record, [`judge`] says what becomes of an event, with
 //! [`thread`], [`keys`] (by [`log_time`]), [`runs`] and [`messages`] for the parts; [`receipts`] and [`dead_letters`] apply the other topics.
 
 mod dead_letters;
@@ -17,6 +17,7 @@ mod judge;
 mod keys;
 mod log_time;
 mod messages;
+pub mod opening;
 mod pump;
 pub mod rebuild;
 mod receipts;
@@ -150,7 +151,6 @@ impl From<StoreError> for RecordError {
 /// Judges records and turns them into rows.
 pub struct Projector {
     store: Arc<Store>,
-    epoch: String,
     partitions: PartitionNames,
     progress: Vec<Progress>,
     threads: HashMap<String, Thread>,
@@ -161,7 +161,6 @@ impl Projector {
     pub fn new(store: Arc<Store>, log: &dyn Log, progress: Vec<Progress>) -> Projector {
         Projector {
             store,
-            epoch: log.epoch().to_owned(),
             partitions: PartitionNames::of(log),
             progress,
             threads: HashMap::new(),
@@ -182,17 +181,22 @@ impl Projector {
     /// Judges and commits the first entries, as many as one commit may hold, and returns how many that were; `positions` is where
     /// the log goes on after all of them. After an error nothing has happened, and the call can be repeated.
     pub fn project(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), StoreError> {
-        let progress = self.progress.clone();
-        let result = self.project_batch(entries, positions);
+        let before = self.progress.clone();
+        let result = self.project_batch(entries, positions, &before);
         if result.is_err() {
-            self.progress = progress;
+            self.progress = before;
             self.threads.clear();
             self.purge_cursors.clear();
         }
         result
     }
 
-    fn project_batch(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), StoreError> {
+    fn project_batch(
+        &mut self,
+        entries: &[Entry],
+        positions: &[u64],
+        before: &[Progress],
+    ) -> Result<(usize, Commit), StoreError> {
         let store = self.store.clone();
         let mut state = BatchState::new(&store);
 
@@ -218,7 +222,7 @@ impl Projector {
                 rows.put_thread(tenant, id, &thread.row);
             }
         }
-        rows.put_progress(&self.epoch, &self.progress);
+        rows.put_progress(before, &self.progress);
         store.commit(rows)?;
 
         if self.threads.len() > CACHED_THREADS {

@@ -148,7 +148,7 @@ impl Pump {
     }
 
     fn ends(&self) -> Option<Positions> {
-        self.log.ends().ok()
+        Some(self.log.bounds().ok()?.iter().map(|bounds| bounds.end).collect())
     }
 }
 

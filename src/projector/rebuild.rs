@@ -1,12 +1,16 @@
 //! Projections made anew from the log, beside the old ones, and then swapped in.
+//!
+//! [`rebuild`] makes those anew that fit the log. [`discard`] makes them anew whatever they are, as a person's word: the log
+//! begins another generation, unless it already has since they were made.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::Projector;
-use crate::log::{Log, LogError};
-use crate::store::{Store, StoreError};
+use super::opening::{self, OpenError};
+use crate::log::{Cause, Identity, Log, LogError};
+use crate::store::{Origin, Store, StoreError};
 
 /// Records read from the log at once: more than live, since no client waits.
 const BATCH: usize = 8_192;
@@ -19,6 +23,8 @@ pub enum RebuildError {
     Log(#[from] LogError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error(transparent)]
+    Open(#[from] OpenError),
     #[error("cannot move the projections: {0}")]
     Move(#[from] std::io::Error),
     #[error("the projections have not read the whole log: start the server, stop it, and check again")]
@@ -33,14 +39,62 @@ pub struct Rebuilt {
     pub records: u64,
 }
 
-/// Rebuilds the projections of a stopped server and swaps them in. `progress` gets how many records are done.
+/// Rebuilds the projections of a stopped server, if they fit the log, and swaps them in. `progress` gets how many records
+/// are done.
 pub fn rebuild(log: &dyn Log, projections: &Path, progress: impl FnMut(u64)) -> Result<Rebuilt, RebuildError> {
+    let current = Store::open(projections)?;
+    if opening::examine(projections, &current, log)?.is_none() {
+        opening::begin_if_restored(log)?;
+    }
+    replace(log, projections, Some(current), progress)
+}
+
+/// Rebuilds the projections of a stopped server, whatever stands there. Clients that come back from before the log's new
+/// generation learn that they cannot resume.
+pub fn discard(log: &dyn Log, projections: &Path, progress: impl FnMut(u64)) -> Result<Rebuilt, RebuildError> {
+    let current = match Store::open(projections) {
+        Ok(current) => Some(current),
+        Err(error @ StoreError::InUse(_)) => return Err(error.into()),
+        // They are discarded, so it is enough to know that no server has them.
+        Err(_) => None,
+    };
+    let origin = current.as_ref().and_then(|current| current.origin().ok().flatten());
+    if !has_begun_since(log, origin)? {
+        log.new_generation(Cause::Discarded)?;
+    }
+    replace(log, projections, current, progress)
+}
+
+/// What the projections of a stopped server were made from, if that can be read.
+pub fn origin(projections: &Path) -> Result<Option<Origin>, RebuildError> {
+    match Store::open(projections) {
+        Ok(store) => Ok(store.origin().ok().flatten()),
+        Err(error @ StoreError::InUse(_)) => Err(error.into()),
+        Err(_) => Ok(None),
+    }
+}
+
+/// Whether the log's generation is one that began after these projections were made, and holds what it held then. Several
+/// nodes discard theirs one after the other, and the log begins one generation for all of them.
+fn has_begun_since(log: &dyn Log, origin: Option<Origin>) -> Result<bool, RebuildError> {
+    let Some(origin) = origin else { return Ok(false) };
+    let (identity, made_from) = (log.identity(), Identity::of_epoch(&origin.epoch));
+    let is_later = made_from.id == identity.id && made_from.generation < identity.generation;
+    let unsettled = is_later && !identity.made(&origin.epoch, &origin.positions);
+    Ok(unsettled && opening::check_starts(log, &log.bounds()?).is_ok())
+}
+
+/// Swaps new projections in. The current ones are held open until then, so that no server starts on them meanwhile.
+fn replace(
+    log: &dyn Log,
+    projections: &Path,
+    current: Option<Store>,
+    progress: impl FnMut(u64),
+) -> Result<Rebuilt, RebuildError> {
     let (new, old) = (projections.with_extension("new"), projections.with_extension("old"));
     remove(&new)?;
     remove(&old)?;
 
-    // Held open until the swap, so that no server starts on it meanwhile.
-    let current = Store::open(projections)?;
     let (store, records) = project_all(log, &new, progress)?;
     store.flush()?;
     drop(store);
@@ -58,6 +112,7 @@ pub fn check(log: &dyn Log, projections: &Path, progress: impl FnMut(u64)) -> Re
     remove(&new)?;
 
     let current = Store::open(projections)?;
+    opening::examine(projections, &current, log)?;
     let (store, records) = project_all(log, &new, progress)?;
     // After a kill the projections are older than the log. That is no difference: the next start goes on from there.
     let result = if current.progress()? == store.progress()? {
@@ -72,12 +127,11 @@ pub fn check(log: &dyn Log, projections: &Path, progress: impl FnMut(u64)) -> Re
 
 /// Projects the whole log, up to its end of now, into a new store.
 fn project_all(log: &dyn Log, path: &Path, mut progress: impl FnMut(u64)) -> Result<(Arc<Store>, u64), RebuildError> {
-    let (store, begin) = Store::open_for(path, log.epoch(), log.partitions())?;
-    let store = Arc::new(store);
+    let store = Arc::new(Store::open(path)?);
+    let begin = opening::begin(&store, log)?;
     let bounds = log.bounds()?;
-    let starts: Vec<u64> = bounds.iter().map(|bounds| bounds.start).collect();
     let mut projector = Projector::new(store.clone(), log, begin);
-    let mut reader = log.reader(&starts)?;
+    let mut reader = log.reader(&projector.positions())?;
     let mut records = 0;
     while reader.positions().iter().zip(&bounds).any(|(next, bounds)| *next < bounds.end) {
         let before = reader.positions().clone();

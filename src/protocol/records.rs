@@ -1,4 +1,5 @@
-//! What the log holds beside events: receipts and dead letters, as their topics have them.
+//! What the log holds beside events: receipts and dead letters, as their topics have them, and what a log on Kafka says of
+//! itself, in the topic of events.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -54,6 +55,33 @@ pub struct DeadLetterRecord {
     pub seq: u64,
     pub attempts: u32,
     pub error: String,
+    /// RFC 3339.
+    pub at: String,
+}
+
+/// The first record of a log on Kafka, which names it: in partition 0 of the topic `events`, with the key `weft`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct LogCreatedRecord {
+    /// `log_created`.
+    pub kind: String,
+    /// The log's id, which is the epoch of its first generation.
+    pub epoch: String,
+    /// RFC 3339.
+    pub at: String,
+}
+
+/// A log on Kafka begins another generation: in partition 0 of the topic `events`, with the key `weft`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct LogGenerationRecord {
+    /// `log_generation`.
+    pub kind: String,
+    /// The generation's epoch: the log's id, and what tells the generation from others.
+    pub epoch: String,
+    /// From 2 on; a record whose number is not higher than those before it means nothing.
+    pub generation: u32,
+    pub why: String,
+    /// The oldest offset of each partition, of all topics: what was before these is known to be gone.
+    pub starts: Vec<u64>,
     /// RFC 3339.
     pub at: String,
 }

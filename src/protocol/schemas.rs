@@ -12,7 +12,7 @@ use super::http::{
     ThreadList, Ticket,
 };
 use super::kinds::DeltaData;
-use super::records::{DeadLetterRecord, ReceiptRecord};
+use super::records::{DeadLetterRecord, LogCreatedRecord, LogGenerationRecord, ReceiptRecord};
 
 /// Each schema's file name without its ending, and the schema.
 pub fn all() -> Vec<(&'static str, Schema)> {
@@ -71,6 +71,8 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("log.event", of::<LogEvent>()),
         ("log.receipt", of::<ReceiptRecord>()),
         ("log.dead-letter", of::<DeadLetterRecord>()),
+        ("log.created", of::<LogCreatedRecord>()),
+        ("log.generation", of::<LogGenerationRecord>()),
     ]
 }
 

@@ -35,7 +35,7 @@ pub const DEAD_LETTERS: &str = "dead_letters";
 pub const DEAD_LETTER_TIMES: &str = "dead_letter_times";
 
 const FAMILIES: &[(&str, Access)] = &[
-    // "identity" → the log's epoch, and the progress of each partition
+    // "log" → LogRow; "positions" → the offset to read next in each partition; "progress" · partition → ProgressRow
     (META, Access::RareLookup),
     // tenant 0 thread → ThreadRow
     (THREADS, Access::Lookup),

@@ -15,21 +15,22 @@ mod idempotency;
 pub mod keys;
 mod members;
 pub mod messages;
+mod origin;
 mod receipts;
 mod revocations;
 pub mod runs;
 mod threads;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bincode::{BorrowDecode, Decode, Encode};
+use bincode::{BorrowDecode, Encode};
 use rocksdb::{BoundColumnFamily, DB, Direction, IteratorMode, ReadOptions, WriteBatch, WriteOptions};
 
-use self::catalogue::META;
 pub use self::events::{EventRange, EventRow, StoredEvent};
 pub use self::idempotency::KeyRow;
 pub use self::members::{JoinedThread, MemberRow};
+pub use self::origin::{Origin, Progress};
 pub use self::receipts::ReceiptRow;
 pub use self::revocations::RevocationRow;
 pub use self::threads::ThreadRow;
@@ -38,26 +39,7 @@ use crate::disk;
 use crate::protocol::error::{Code, Error};
 
 /// The version of the rows below; a store of another version is rebuilt.
-const SCHEMA: u8 = 6;
-
-/// How far a partition of the log has been projected.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
-pub struct Progress {
-    /// The offset to read next.
-    pub next: u64,
-    /// The partition's own clock, made of its records' times, in milliseconds.
-    pub log_time: u64,
-    /// The time of the last record, in milliseconds. It may be ahead of log time.
-    pub last_at: u64,
-    /// Idempotency keys taken before this time have been purged.
-    pub purged_to: u64,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-struct Identity {
-    epoch: String,
-    progress: Vec<Progress>,
-}
+const SCHEMA: u8 = 7;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -65,6 +47,13 @@ pub enum StoreError {
     Database(#[from] rocksdb::Error),
     #[error("a row of {family} is damaged (run `weft rebuild`): {source}")]
     Damaged { family: &'static str, source: CodecError },
+    #[error("{} is in use by another process", .0.display())]
+    InUse(PathBuf),
+    #[error(
+        "the projections in {} were made by a newer version of Weft: start that one, or run `weft rebuild --discard`",
+        .0.display()
+    )]
+    Newer(PathBuf),
 }
 
 impl From<StoreError> for Error {
@@ -90,32 +79,18 @@ impl Store {
         // RocksDB makes the folder itself; the probe needs it before. What goes wrong here, RocksDB will say.
         drop(std::fs::create_dir_all(path));
         let options = catalogue::database(disk::takes_direct_io(path));
-        let db = DB::open_cf_descriptors(&options, path, catalogue::descriptors())?;
+        let db = DB::open_cf_descriptors(&options, path, catalogue::descriptors()).map_err(|error| {
+            // RocksDB has no kinds of its own for these.
+            let text = error.to_string();
+            if text.contains("lock hold by current process") || text.contains("While lock file") {
+                StoreError::InUse(path.to_owned())
+            } else if text.contains("Column families not opened") {
+                StoreError::Newer(path.to_owned())
+            } else {
+                error.into()
+            }
+        })?;
         Ok(Store { db })
-    }
-
-    /// Opens the store if it was made from the log with this epoch by this version; otherwise begins an empty one there.
-    /// Returns how far it has come as well.
-    pub fn open_for(path: &Path, epoch: &str, partitions: u32) -> Result<(Store, Vec<Progress>), StoreError> {
-        let store = Store::open(path)?;
-        match store.identity() {
-            Ok(Some(found)) if found.epoch == epoch && found.progress.len() == partitions as usize => {
-                return Ok((store, found.progress));
-            }
-            Ok(None) => {}
-            Ok(Some(found)) => {
-                tracing::warn!(found.epoch, epoch, "the projections belong to another log: rebuilding them")
-            }
-            Err(error) => tracing::warn!(%error, "the projections cannot be read by this version: rebuilding them"),
-        }
-        drop(store);
-        Store::destroy(path)?;
-        let store = Store::open(path)?;
-        let progress = vec![Progress::default(); partitions as usize];
-        let mut batch = store.batch();
-        batch.put_progress(epoch, &progress);
-        store.commit(batch)?;
-        Ok((store, progress))
     }
 
     /// Deletes the store in `path`.
@@ -129,19 +104,21 @@ impl Store {
     }
 
     fn get<T: for<'a> BorrowDecode<'a, ()>>(&self, family: &'static str, key: &[u8]) -> Result<Option<T>, StoreError> {
+        self.get_as(SCHEMA, family, key)
+    }
+
+    /// A row of another version than [`SCHEMA`].
+    fn get_as<T: for<'a> BorrowDecode<'a, ()>>(
+        &self,
+        schema: u8,
+        family: &'static str,
+        key: &[u8],
+    ) -> Result<Option<T>, StoreError> {
         let Some(bytes) = self.db.get_pinned_cf(&self.family(family), key)? else {
             return Ok(None);
         };
-        decoded(family, &bytes).map(Some)
-    }
-
-    fn identity(&self) -> Result<Option<Identity>, StoreError> {
-        self.get(META, b"identity")
-    }
-
-    /// How far each partition has been projected, if anything has.
-    pub fn progress(&self) -> Result<Option<Vec<Progress>>, StoreError> {
-        Ok(self.identity()?.map(|identity| identity.progress))
+        let row = codec::decode(schema, &bytes).map_err(|source| StoreError::Damaged { family, source })?;
+        Ok(Some(row))
     }
 
     /// What stands in a family under keys with this prefix, in order: the rest of the key, and the value.
@@ -193,12 +170,14 @@ impl Store {
         Ok(self.db.flush_cfs_opt(&families.iter().collect::<Vec<_>>(), &Default::default())?)
     }
 
-    /// Every row of every family, in order: to compare two stores.
+    /// Every row of every family, in order, to compare two stores; without the one that names the log's generation, since
+    /// rows of an earlier one may be good.
     pub fn rows(&self) -> impl Iterator<Item = Result<StoreRow, StoreError>> + '_ {
-        catalogue::names().flat_map(move |family| {
+        let rows = catalogue::names().flat_map(move |family| {
             let rows = self.db.iterator_cf(&self.family(family), IteratorMode::Start);
             rows.map(move |row| Ok(row.map(|(key, value)| (family, key, value))?))
-        })
+        });
+        rows.filter(|row| !matches!(row, Ok((family, key, _)) if origin::names_log(family, key)))
     }
 }
 
@@ -211,7 +190,12 @@ pub type StoreRow = (&'static str, Box<[u8]>, Box<[u8]>);
 
 impl Batch<'_> {
     fn put<T: Encode>(&mut self, family: &'static str, key: &[u8], row: &T) {
-        self.rows.put_cf(&self.store.family(family), key, codec::encode(SCHEMA, row));
+        self.put_as(SCHEMA, family, key, row);
+    }
+
+    /// A row of another version than [`SCHEMA`].
+    fn put_as<T: Encode>(&mut self, schema: u8, family: &'static str, key: &[u8], row: &T) {
+        self.rows.put_cf(&self.store.family(family), key, codec::encode(schema, row));
     }
 
     /// A row that says all with its key.
@@ -225,10 +209,6 @@ impl Batch<'_> {
 
     fn delete(&mut self, family: &'static str, key: &[u8]) {
         self.rows.delete_cf(&self.store.family(family), key);
-    }
-
-    pub fn put_progress(&mut self, epoch: &str, progress: &[Progress]) {
-        self.put(META, b"identity", &Identity { epoch: epoch.to_owned(), progress: progress.to_vec() });
     }
 
     /// The bytes of the rows so far.

@@ -3,8 +3,8 @@
 //! Column family `records`: key = offset (u64) · partition (u32), both big-endian; value = a framed [`Row`]. The offset
 //! counts over all partitions, without holes: keys only grow, so files never overlap and compaction moves them without
 //! rewriting. The partition counts over all topics, events first, and determines the topic: no row names it, and a log
-//! from before there were other topics reads as one of events. Column family `default` holds `epoch` and `partitions`,
-//! those of one topic.
+//! from before there were other topics reads as one of events. Column family `default` holds the log's
+//! [identity](super::identity).
 
 use std::sync::Arc;
 
@@ -17,10 +17,6 @@ use crate::log::{Foreign, Grant, Position, Record, Topic};
 
 const RECORDS: &str = "records";
 const ROW_SCHEMA: u8 = 1;
-
-/// Rows of the column family `default`.
-pub(super) const EPOCH: &str = "epoch";
-pub(super) const PARTITIONS: &str = "partitions";
 
 #[derive(Encode, BorrowDecode)]
 struct Row<'a> {

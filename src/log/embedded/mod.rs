@@ -6,10 +6,11 @@
 //! - a batch whose write failed is deleted again before any other is written, so that what was answered as "will never
 //!   appear" cannot come back, and the log reads the same from memory and from disk.
 //!
-//! Files, each using only those before it: [`format`] (rows, keys, options), [`shared`] (queue and tail), [`writer`],
-//! [`reader`].
+//! Files, each using only those before it: [`format`] (rows, keys, options), [`identity`], [`shared`] (queue and tail),
+//! [`writer`], [`reader`].
 
 mod format;
+mod identity;
 mod reader;
 mod shared;
 mod writer;
@@ -20,14 +21,16 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use bytes::Bytes;
-use rocksdb::{DB, WriteBatch};
+use rocksdb::DB;
 
-use self::format::{descriptors, options, parse_key, records, synced};
+use self::format::{descriptors, options, parse_key, records};
 use self::reader::EmbeddedReader;
 use self::shared::{Shared, lock};
 use self::writer::{FOREIGN, Writer};
-use super::{Append, AppendError, Bounds, Done, Grant, Log, LogError, Position, Positions, Reader, Record};
-use crate::{clock, disk};
+use super::{
+    Append, AppendError, Bounds, Cause, Done, Grant, Identity, IfUnnamed, Log, LogError, Position, Reader, Record,
+};
+use crate::disk;
 
 /// What may wait for the writer: more is answered `queue_full`.
 const QUEUE_BYTES: usize = 64 << 20;
@@ -40,14 +43,20 @@ pub struct EmbeddedLog {
 impl EmbeddedLog {
     /// Opens the log in `dir`, or creates it with `partitions` for each topic.
     pub fn open(dir: &Path, partitions: u32) -> Result<EmbeddedLog, LogError> {
+        EmbeddedLog::open_with(dir, partitions, IfUnnamed::Refuse)
+    }
+
+    /// The same; `if_unnamed` says what to do with a log that does not say which one it is.
+    pub fn open_with(dir: &Path, partitions: u32, if_unnamed: IfUnnamed<'_>) -> Result<EmbeddedLog, LogError> {
         std::fs::create_dir_all(dir).map_err(|error| LogError::Unavailable(format!("{}: {error}", dir.display())))?;
         let options = options(disk::takes_direct_io(dir));
         let db =
             DB::open_cf_descriptors(&options, dir, descriptors(&options)).map_err(|error| open_error(dir, &error))?;
-        let epoch = identity(&db, partitions)?;
-        let end = last_offset(&db)?.map_or(0, |last| last + 1);
+        let last = last_position(&db)?;
+        let identity = identity::open(&db, dir, partitions, last, if_unnamed)?;
+        let end = last.map_or(0, |last| last.offset + 1);
 
-        let shared = Arc::new(Shared::new(db, epoch, partitions, end));
+        let shared = Arc::new(Shared::new(db, identity, partitions, end));
         let writer = Writer::new(shared.clone(), end);
         let handle = std::thread::Builder::new()
             .name("log-writer".into())
@@ -87,38 +96,27 @@ fn open_error(dir: &Path, error: &rocksdb::Error) -> LogError {
     }
 }
 
-/// Reads the log's epoch, or gives it one.
-fn identity(db: &DB, partitions: u32) -> Result<String, LogError> {
-    let get = |name: &str| db.get(name).map_err(|error| LogError::Unavailable(error.to_string()));
-    if let Some(epoch) = get(format::EPOCH)? {
-        let found = get(format::PARTITIONS)?
-            .and_then(|bytes| Some(u32::from_be_bytes(bytes.try_into().ok()?)))
-            .ok_or_else(|| LogError::Damaged("the number of partitions is missing".into()))?;
-        if found != partitions {
-            return Err(LogError::PartitionMismatch { found, configured: partitions });
-        }
-        return String::from_utf8(epoch).map_err(|_| LogError::Damaged("the epoch is not text".into()));
-    }
-    let epoch = clock::random_id().simple().to_string();
-    let mut batch = WriteBatch::default();
-    batch.put(format::EPOCH, &epoch);
-    batch.put(format::PARTITIONS, partitions.to_be_bytes());
-    db.write_opt(batch, &synced()).map_err(|error| LogError::Unavailable(error.to_string()))?;
-    // Left in memory, these two rows would keep every file of the write-ahead log from being deleted.
-    db.flush().map_err(|error| LogError::Unavailable(error.to_string()))?;
-    Ok(epoch)
-}
-
-fn last_offset(db: &DB) -> Result<Option<u64>, LogError> {
+fn last_position(db: &DB) -> Result<Option<Position>, LogError> {
     let mut newest = db.raw_iterator_cf(&records(db));
     newest.seek_to_last();
     newest.status().map_err(|error| LogError::Damaged(error.to_string()))?;
-    Ok(newest.key().and_then(parse_key).map(|at| at.offset))
+    Ok(newest.key().and_then(parse_key))
 }
 
 impl Log for EmbeddedLog {
-    fn epoch(&self) -> &str {
-        &self.shared.epoch
+    fn identity(&self) -> Arc<Identity> {
+        self.shared.identity.load_full()
+    }
+
+    fn new_generation(&self, cause: Cause) -> Result<(), LogError> {
+        let end = lock(&self.shared.tail).end;
+        let next = identity::begin_generation(&self.shared.db, &self.shared.identity.load(), cause, end)?;
+        self.shared.identity.store(Arc::new(next));
+        Ok(())
+    }
+
+    fn is_shared(&self) -> bool {
+        false
     }
 
     fn partitions(&self) -> u32 {
@@ -169,14 +167,6 @@ impl Log for EmbeddedLog {
     fn bounds(&self) -> Result<Vec<Bounds>, LogError> {
         let end = lock(&self.shared.tail).end;
         Ok(vec![Bounds { start: 0, end }; self.partitions() as usize])
-    }
-
-    fn ends(&self) -> Result<Positions, LogError> {
-        Ok(vec![lock(&self.shared.tail).end; self.partitions() as usize])
-    }
-
-    fn end(&self, _: u32) -> Result<u64, LogError> {
-        Ok(lock(&self.shared.tail).end)
     }
 
     /// Offsets count over all partitions, so the lag of the slowest partition is that of all.

@@ -4,16 +4,17 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use arc_swap::ArcSwap;
 use rocksdb::DB;
 
-use crate::log::{Append, Entry, Topic};
+use crate::log::{Append, Entry, Identity, Topic};
 
 /// The newest records stay in memory, so that a reader at the tail does not read the disk.
 const TAIL_BYTES: usize = 16 << 20;
 
 pub(super) struct Shared {
     pub(super) db: DB,
-    pub(super) epoch: String,
+    pub(super) identity: ArcSwap<Identity>,
     /// How many partitions each topic has.
     pub(super) each: u32,
     pub(super) queue: Mutex<Queue>,
@@ -45,10 +46,10 @@ pub(super) struct Tail {
 }
 
 impl Shared {
-    pub(super) fn new(db: DB, epoch: String, each: u32, end: u64) -> Shared {
+    pub(super) fn new(db: DB, identity: Identity, each: u32, end: u64) -> Shared {
         Shared {
             db,
-            epoch,
+            identity: ArcSwap::from_pointee(identity),
             each,
             queue: Mutex::default(),
             queued: Condvar::new(),

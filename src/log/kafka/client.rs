@@ -2,13 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use rdkafka::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::topic_partition_list::TopicPartitionListElem;
-use rdkafka::{ClientContext, Offset, TopicPartitionList};
 
-use crate::log::LogError;
+use crate::log::{Bounds, LogError};
 
 /// How long a question to the brokers may take.
 pub(super) const ASK: Duration = Duration::from_secs(5);
@@ -93,61 +92,34 @@ pub(super) fn consumer_config(config: &KafkaConfig) -> ClientConfig {
     client
 }
 
-/// Where offsets are asked for: the oldest record of a partition, or after its newest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Edge {
-    Start,
-    End,
-}
-
-/// The offset at one edge of each of these partitions, in their order. Each broker is asked once, for all that it leads.
-pub(super) fn offsets<'a>(
+/// What one partition of a topic holds.
+pub(super) fn watermarks(
     config: &KafkaConfig,
     client: &QueryClient,
-    edge: Edge,
-    partitions: impl IntoIterator<Item = (&'a str, u32)>,
-) -> Result<Vec<u64>, LogError> {
-    let mut wanted = TopicPartitionList::new();
-    // To Kafka the edges are two times, before and after all others.
-    let edge = if edge == Edge::Start { Offset::Beginning } else { Offset::End };
-    for (topic, partition) in partitions {
-        let added = wanted.add_partition_offset(topic, partition as i32, edge);
-        added.map_err(|error| config.unavailable(&error))?;
-    }
+    topic: &str,
+    partition: u32,
+) -> Result<Bounds, LogError> {
+    use RDKafkaErrorCode as Code;
     let until = Instant::now() + ASK;
     loop {
-        let error = match client.offsets_for_times(wanted.clone(), ASK).and_then(|found| found_offsets(&found)) {
-            Ok(offsets) => return Ok(offsets),
+        let error = match client.fetch_watermarks(topic, partition as i32, ASK) {
+            Ok((start, end)) => match (u64::try_from(start), u64::try_from(end)) {
+                (Ok(start), Ok(end)) => return Ok(Bounds { start, end }),
+                _ => {
+                    let why = format!("Kafka does not say what partition {partition} of {topic} holds");
+                    return Err(LogError::Unavailable(why));
+                }
+            },
             Err(error) => error,
         };
-        if !known_soon(&error) || Instant::now() >= until {
+        // A partition that is new, or whose leader has just changed, is known a moment later.
+        let soon = matches!(
+            error.rdkafka_error_code(),
+            Some(Code::NotLeaderForPartition | Code::LeaderNotAvailable | Code::UnknownTopicOrPartition)
+        );
+        if !soon || Instant::now() >= until {
             return Err(config.unavailable(&error));
         }
         client.poll(TICK);
     }
-}
-
-fn found_offsets(found: &TopicPartitionList) -> Result<Vec<u64>, KafkaError> {
-    let offset_of = |element: &TopicPartitionListElem<'_>| {
-        element.error()?;
-        let offset = element.offset().to_raw().and_then(|raw| u64::try_from(raw).ok());
-        offset.ok_or(KafkaError::OffsetFetch(RDKafkaErrorCode::NoOffset))
-    };
-    found.elements().iter().map(offset_of).collect()
-}
-
-/// Whether a partition is new, or its leader has just changed: then it is known a moment later.
-fn known_soon(error: &KafkaError) -> bool {
-    use RDKafkaErrorCode as Code;
-    matches!(
-        error.rdkafka_error_code(),
-        Some(
-            Code::NotLeaderForPartition
-                | Code::LeaderNotAvailable
-                | Code::UnknownTopicOrPartition
-                | Code::UnknownPartition
-                | Code::FencedLeaderEpoch
-                | Code::UnknownLeaderEpoch
-        )
-    )
 }

@@ -1,12 +1,11 @@
 //! The brokers as the log and its readers see them: where each partition begins and ends, and whether the log is closed.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::client::{Edge, KafkaConfig, QueryClient, offsets};
+use super::client::{KafkaConfig, QueryClient, watermarks};
 use super::topics::Topics;
-use crate::log::{Bounds, LogError, Position, Positions};
+use crate::log::{Bounds, LogError, Position};
 
 pub(super) struct Cluster {
     pub(super) config: KafkaConfig,
@@ -43,30 +42,13 @@ impl Cluster {
     }
 
     pub(super) fn bounds(&self) -> Result<Vec<Bounds>, LogError> {
-        let (starts, ends) = (self.offsets(Edge::Start, self.all())?, self.offsets(Edge::End, self.all())?);
-        Ok(starts.into_iter().zip(ends).map(|(start, end)| Bounds { start, end }).collect())
-    }
-
-    pub(super) fn ends(&self) -> Result<Positions, LogError> {
-        self.offsets(Edge::End, self.all())
-    }
-
-    pub(super) fn end(&self, partition: u32) -> Result<u64, LogError> {
-        let ends = self.offsets(Edge::End, partition..partition + 1)?;
-        ends.first().copied().ok_or_else(|| LogError::Unavailable("Kafka gave no answer".to_owned()))
-    }
-
-    /// Of partitions counted over all topics.
-    fn offsets(&self, edge: Edge, partitions: Range<u32>) -> Result<Vec<u64>, LogError> {
-        let wanted = partitions.map(|partition| {
-            let (topic, within) = self.topics.topic_of(partition);
-            (self.topics.name(topic), within)
-        });
-        offsets(&self.config, &*self.client()?, edge, wanted)
-    }
-
-    fn all(&self) -> Range<u32> {
-        0..self.topics.partitions()
+        let client = self.client()?;
+        (0..self.topics.partitions())
+            .map(|partition| {
+                let (topic, within) = self.topics.topic_of(partition);
+                watermarks(&self.config, &client, self.topics.name(topic), within)
+            })
+            .collect()
     }
 
     /// Fails unless every position is one that the log holds, or its end.

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::metadata::MetadataTopic;
@@ -31,11 +31,13 @@ use rdkafka::producer::{BaseProducer, Producer};
 pub use self::client::KafkaConfig;
 use self::client::{QueryClient, Quiet, TICK, consumer_config};
 use self::cluster::Cluster;
+pub use self::marker::Known;
+use self::marker::Markers;
 use self::producer::{ANSWER_WITHIN, Pending, Producing, new_producer, send};
 use self::reading::KafkaReader;
 use self::setup::{ensure_topics, missing_topics};
 use self::topics::Topics;
-use super::{Append, AppendError, Bounds, Log, LogError, Positions, Reader, Record, Topic};
+use super::{Append, AppendError, Bounds, Cause, Identity, IfUnnamed, Log, LogError, Positions, Reader, Record, Topic};
 
 /// How long the monitor waits for an answer, and how long it leaves the brokers alone after one.
 const PROBE: Duration = Duration::from_secs(2);
@@ -43,7 +45,7 @@ const PROBE_EVERY: Duration = Duration::from_secs(1);
 
 pub struct KafkaLog {
     shared: Arc<Shared>,
-    epoch: String,
+    identity: ArcSwap<Identity>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -68,6 +70,16 @@ struct Outage {
 impl KafkaLog {
     /// Connects, creates what is missing, and finds out which log this is. Blocks while it does.
     pub fn open(config: KafkaConfig) -> Result<KafkaLog, LogError> {
+        KafkaLog::open_with(config, None, IfUnnamed::Refuse)
+    }
+
+    /// The same. What is `known` of the log need not be read again; `if_unnamed` says what to do with a log that does not
+    /// say which one it is.
+    pub fn open_with(
+        config: KafkaConfig,
+        known: Option<&Known>,
+        if_unnamed: IfUnnamed<'_>,
+    ) -> Result<KafkaLog, LogError> {
         let client: QueryClient =
             consumer_config(&config).create_with_context(Quiet).map_err(|error| config.unavailable(&error))?;
         let topics = Topics::new(&config);
@@ -76,17 +88,6 @@ impl KafkaLog {
 
         let pending = Arc::new(Pending::default());
         let producer = new_producer(&config, &pending).map_err(|error| config.unavailable(&error))?;
-        let events = topics.name(Topic::Events);
-        let epoch = match marker::first_epoch(&config, events, &client)? {
-            Some(epoch) => epoch,
-            None => {
-                marker::write(&producer, &pending, events)?;
-                // Another node may have written one just before ours: whichever comes first counts, for both.
-                marker::first_epoch(&config, events, &client)?
-                    .ok_or_else(|| LogError::Damaged(format!("{events} does not give back the record that names it")))?
-            }
-        };
-
         let shared = Arc::new(Shared {
             cluster: Arc::new(Cluster::new(config, topics, client)),
             producer: RwLock::new(Some(Arc::new(producer))),
@@ -94,7 +95,8 @@ impl KafkaLog {
             outage: ArcSwapOption::empty(),
             progress: Mutex::new(None),
         });
-        let log = KafkaLog { shared, epoch, threads: Mutex::new(Vec::new()) };
+        let identity = shared.identify(known, if_unnamed)?;
+        let log = KafkaLog { shared, identity: ArcSwap::from_pointee(identity), threads: Mutex::new(Vec::new()) };
         log.spawn("weft-kafka-producer", Shared::run_producer)?;
         log.spawn("weft-kafka-monitor", Shared::run_monitor)?;
         Ok(log)
@@ -112,8 +114,20 @@ impl KafkaLog {
 }
 
 impl Log for KafkaLog {
-    fn epoch(&self) -> &str {
-        &self.epoch
+    fn identity(&self) -> Arc<Identity> {
+        self.identity.load_full()
+    }
+
+    fn new_generation(&self, cause: Cause) -> Result<(), LogError> {
+        let starts = self.bounds()?.iter().map(|bounds| bounds.start).collect();
+        let next = self.identity.load().next(cause, starts, 0);
+        let current = self.shared.append_marker(&marker::generation(&next, cause))?;
+        self.identity.store(Arc::new(current));
+        Ok(())
+    }
+
+    fn is_shared(&self) -> bool {
+        true
     }
 
     fn partitions(&self) -> u32 {
@@ -134,19 +148,11 @@ impl Log for KafkaLog {
             return Err(LogError::PartitionMismatch { found: partitions, configured: from.len() as u32 });
         }
         self.shared.cluster.check(from)?;
-        Ok(Box::new(KafkaReader::open(self.shared.cluster.clone(), &self.epoch, from)?))
+        Ok(Box::new(KafkaReader::open(self.shared.cluster.clone(), self.identity(), from)?))
     }
 
     fn bounds(&self) -> Result<Vec<Bounds>, LogError> {
         self.shared.cluster.bounds()
-    }
-
-    fn ends(&self) -> Result<Positions, LogError> {
-        self.shared.cluster.ends()
-    }
-
-    fn end(&self, partition: u32) -> Result<u64, LogError> {
-        self.shared.cluster.end(partition)
     }
 
     fn committed(&self, positions: &[u64]) {
@@ -183,6 +189,50 @@ impl Drop for KafkaLog {
 }
 
 impl Shared {
+    /// Which log this is. One that never held anything is named.
+    fn identify(&self, known: Option<&Known>, if_unnamed: IfUnnamed<'_>) -> Result<Identity, LogError> {
+        let Cluster { config, topics, .. } = &*self.cluster;
+        let events = topics.name(Topic::Events);
+        // Asked before the marker is looked for: what another node writes meanwhile has a marker in front of it.
+        let bounds = self.cluster.bounds()?;
+        let client = self.cluster.client()?;
+        if let Some(identity) = (Markers { config, client: &client, topic: events }).current(known)? {
+            return Ok(identity);
+        }
+        let starts = || bounds.iter().map(|bounds| bounds.start).collect();
+        let held = (0..).zip(&bounds).find(|(_, bounds)| bounds.end > 0);
+        let marker = match (held, if_unnamed) {
+            (None, _) => marker::created(&Identity::random()),
+            (Some(_), IfUnnamed::Name(epoch)) => {
+                let before = epoch.map_or_else(Identity::random, Identity::of_epoch);
+                marker::generation(&before.next(Cause::Discarded, starts(), 0), Cause::Discarded)
+            }
+            (Some((partition, Bounds { start, end })), IfUnnamed::Refuse) => {
+                let (topic, within) = topics.topic_of(partition);
+                let name = topics.name(topic);
+                return Err(LogError::Unnamed(format!(
+                    "partition {within} of {name} holds the offsets {start}..{end}, and {events} has no record in partition 0 \
+                     that says which log it is. It was deleted, or another program wrote before Weft's first start"
+                )));
+            }
+        };
+        self.append_marker(&marker)
+    }
+
+    /// Returns the identity of the log then. Another node may have written a marker just before: whichever comes first
+    /// counts, for both.
+    fn append_marker(&self, record: &Record) -> Result<Identity, LogError> {
+        let Cluster { config, topics, .. } = &*self.cluster;
+        let events = topics.name(Topic::Events);
+        let Some(producer) = read(&self.producer).clone() else {
+            return Err(LogError::Unavailable("closed".to_owned()));
+        };
+        marker::write(&producer, &self.pending, events, record)?;
+        let client = self.cluster.client()?;
+        let current = (Markers { config, client: &client, topic: events }).current(None)?;
+        current.ok_or_else(|| LogError::Damaged(format!("{events} does not give back the record that names it")))
+    }
+
     fn append(&self, batch: Vec<Append>) {
         let producer = read(&self.producer);
         let usable = match &*producer {

@@ -9,19 +9,22 @@ use rdkafka::message::{BorrowedMessage, Message};
 
 use super::client::{Quiet, consumer_config};
 use super::cluster::Cluster;
+use super::headers;
+use super::marker::{self, Markers};
 use super::topics::{Topics, position};
-use super::{headers, marker};
-use crate::log::{Entry, Foreign, LogError, Positions, READ_BYTES, Reader, Record, Topic};
+use crate::log::{Entry, Foreign, Identity, LogError, Positions, READ_BYTES, Reader, Record, Topic};
 
 pub(super) struct KafkaReader {
     cluster: Arc<Cluster>,
     consumer: BaseConsumer<Quiet>,
-    /// The log that the positions belong to.
-    epoch: String,
+    /// The log that the positions belong to, and its generation.
+    identity: Arc<Identity>,
     at: Positions,
     handles: Handles,
     /// Why the consumer stopped where it was. It never continues by itself then, lest it continues elsewhere.
     lost: Option<KafkaError>,
+    /// The epoch of a later generation. What follows it is not read.
+    ended_by: Option<String>,
 }
 
 impl Reader for KafkaReader {
@@ -29,6 +32,7 @@ impl Reader for KafkaReader {
         if self.cluster.is_closed() {
             return Err(LogError::Unavailable("closed".to_owned()));
         }
+        self.check_generation()?;
         if self.lost.is_some() {
             self.resume()?;
         }
@@ -49,11 +53,18 @@ impl Reader for KafkaReader {
                     let Some(at) = position(topic, message.partition(), message.offset(), topics.each) else {
                         continue;
                     };
+                    // Markers are in the first partition of the events, which is the first of all.
+                    let marker = if at.partition == 0 { marker::read(&message) } else { None };
+                    if let Some(marker) = &marker
+                        && marker.generation > self.identity.generation
+                    {
+                        self.ended_by = Some(marker.epoch());
+                        break;
+                    }
                     if let Some(next) = self.at.get_mut(at.partition as usize) {
                         *next = at.offset + 1;
                     }
-                    // Markers are in the first partition of the events, which is the first of all.
-                    if at.partition > 0 || marker::epoch_of(&message).is_none() {
+                    if marker.is_none() {
                         bytes += message.payload_len();
                         entries.push(Entry { at, record: decode(topics, topic, at.partition, &message) });
                     }
@@ -68,6 +79,7 @@ impl Reader for KafkaReader {
         }
 
         if entries.is_empty() {
+            self.check_generation()?;
             if let Some(error) = &self.lost {
                 return Err(self.explain(error));
             }
@@ -82,10 +94,17 @@ impl Reader for KafkaReader {
 }
 
 impl KafkaReader {
-    pub(super) fn open(cluster: Arc<Cluster>, epoch: &str, from: &[u64]) -> Result<KafkaReader, LogError> {
+    pub(super) fn open(cluster: Arc<Cluster>, identity: Arc<Identity>, from: &[u64]) -> Result<KafkaReader, LogError> {
         let consumer = new_consumer(&cluster, from)?;
-        let (epoch, at, handles) = (epoch.to_owned(), from.to_vec(), Handles::default());
-        Ok(KafkaReader { cluster, consumer, epoch, at, handles, lost: None })
+        let (at, handles) = (from.to_vec(), Handles::default());
+        Ok(KafkaReader { cluster, consumer, identity, at, handles, lost: None, ended_by: None })
+    }
+
+    fn check_generation(&self) -> Result<(), LogError> {
+        match &self.ended_by {
+            Some(epoch) => Err(LogError::OtherGeneration(format!("{epoch} follows {}", self.identity.epoch()))),
+            None => Ok(()),
+        }
     }
 
     /// Other programs' transactions leave records that only Kafka sees. One at the very end would keep a reader that has
@@ -109,9 +128,10 @@ impl KafkaReader {
     fn resume(&mut self) -> Result<(), LogError> {
         let cluster = &self.cluster;
         let events = cluster.topics.name(Topic::Events);
-        let found = marker::first_epoch(&cluster.config, events, &*cluster.client()?)?;
+        let client = cluster.client()?;
+        let found = Markers { config: &cluster.config, client: &client, topic: events }.first()?;
         // A marker that was deleted says nothing; another one does.
-        if found.is_some_and(|found| found != self.epoch) {
+        if found.is_some_and(|found| found.id != self.identity.id) {
             return Err(LogError::Damaged(format!("{events} is no longer the topic it was: start again")));
         }
         cluster.check(&self.at)?;

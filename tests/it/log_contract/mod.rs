@@ -1,5 +1,6 @@
 //! One contract, both logs: every test in `contract` runs on the embedded log and on a real Kafka broker. What only one
-//! of them can show stands in `only_embedded` and `only_kafka`; what the contract says of topics, in `topics`.
+//! of them can show stands in `only_embedded` and `only_kafka`; what the contract says of topics, in `topics`, and of the
+//! log's identity, in `generations`.
 
 pub mod only_kafka;
 
@@ -84,13 +85,16 @@ fn open_embedded(dir: &Path, partitions: u32) -> Result<Opened, LogError> {
 }
 
 fn open_kafka(brokers: &str, prefix: &str, partitions: u32) -> Result<Opened, LogError> {
-    let config = KafkaConfig {
+    KafkaLog::open(kafka_config(brokers, prefix, partitions)).map(Opened::Kafka)
+}
+
+fn kafka_config(brokers: &str, prefix: &str, partitions: u32) -> KafkaConfig {
+    KafkaConfig {
         brokers: brokers.to_owned(),
         partitions,
         topic_prefix: prefix.to_owned(),
         group: format!("{prefix}node"),
-    };
-    KafkaLog::open(config).map(Opened::Kafka)
+    }
 }
 
 enum Opened {
@@ -235,6 +239,7 @@ macro_rules! contract_holds {
     };
 }
 
+mod generations;
 mod topics;
 
 contract_holds! {
@@ -250,11 +255,9 @@ contract_holds! {
     a_reader_opened_at_anothers_positions_reads_on_as_that_one_does
     two_readers_see_one_order
     bounds_begin_at_the_oldest_and_end_behind_the_newest
-    whatever_was_acknowledged_is_below_the_end_as_of_a_later_question
     a_position_outside_of_the_bounds_is_refused
     another_number_of_partitions_is_refused_and_both_numbers_named
     a_record_that_is_not_ours_comes_as_foreign_and_reading_goes_on
-    the_epoch_stays_and_another_log_has_another
     what_was_appended_is_there_after_closing_and_opening
     after_close_every_append_is_answered_unavailable
     an_open_log_is_healthy
@@ -458,19 +461,6 @@ mod contract {
         }
     }
 
-    pub fn whatever_was_acknowledged_is_below_the_end_as_of_a_later_question(place: Place) {
-        let log = place.open(4);
-        for n in 0..20 {
-            for at in append_ok(&*log, Topic::ALL.map(|topic| numbered(&format!("k{n}"), n).in_topic(topic)).into()) {
-                let end = log.end(at.partition).expect("the log tells its end");
-                assert!(end > at.offset, "{at} is not below {end}");
-            }
-        }
-        let each: Positions = (0..12).map(|partition| log.end(partition).expect("the log tells its end")).collect();
-        assert_eq!(log.ends().expect("the log tells its ends"), each);
-        assert_eq!(ends(&*log), each);
-    }
-
     pub fn a_position_outside_of_the_bounds_is_refused(place: Place) {
         let log = place.open(2);
         append_ok(&*log, (0..10).map(|n| numbered(&format!("k{n}"), n)).collect());
@@ -512,17 +502,6 @@ mod contract {
         assert_eq!(foreign.value.as_deref(), Some(&b"\xff\x00 not ours"[..]));
         assert_eq!(ours(&found[2]), &numbered("k", 2));
         assert!(found.is_sorted_by_key(|e| e.at));
-    }
-
-    pub fn the_epoch_stays_and_another_log_has_another(place: Place) {
-        let epoch = place.open(2).epoch().to_owned();
-        assert!(!epoch.is_empty());
-        assert_eq!(place.open(2).epoch(), epoch);
-        let another = match &place {
-            Place::Embedded(_) => Place::embedded(),
-            Place::Kafka { .. } => Place::kafka(),
-        };
-        assert_ne!(another.open(2).epoch(), epoch);
     }
 
     pub fn what_was_appended_is_there_after_closing_and_opening(place: Place) {

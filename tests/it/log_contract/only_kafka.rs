@@ -254,7 +254,7 @@ fn the_topic_reads_well_with_kafkas_own_console_consumer() {
     append_ok(&*log, vec![record("acme/t1", r#"{"kind":"message","text":"Grüße"}"#)]);
     let out = console(&place.topic(Topic::Events), "2");
     let lines: Vec<&str> = out.lines().collect();
-    assert!(lines[0].contains("weft-kind:log_created") && lines[0].contains(log.epoch()), "{out}");
+    assert!(lines[0].contains("weft-kind:log_created") && lines[0].contains(&log.epoch()), "{out}");
     let expected =
         "weft-kind:message,weft-version:1,weft-grant:member\tacme/t1\t{\"kind\":\"message\",\"text\":\"Grüße\"}";
     assert_eq!(lines[1], expected);
@@ -361,9 +361,7 @@ fn a_reader_whose_place_was_deleted_says_so_and_never_jumps() {
     append_ok(&*log, records);
     let mut reader = log.reader(&[0, 0, 0]).expect("the start is there");
     let first = read(&mut *reader, 1)[0].at.offset;
-    let mut list = TopicPartitionList::new();
-    list.add_partition_offset(&place.topic(Topic::Events), 0, Offset::End).expect("an offset");
-    block_on(admin().delete_records(&list, &AdminOptions::new())).expect("the broker deletes");
+    delete_all_records(&place.topic(Topic::Events));
 
     let until = Instant::now() + PATIENCE;
     let mut next = first + 1;
@@ -406,6 +404,32 @@ fn partitions_added_to_the_receipts_stop_receipts_and_no_events() {
     assert!(matches!(&answers[..], [Ok(_), Err(AppendError::Unavailable(_)), Ok(_)]), "{answers:?}");
 }
 
+fn delete_all_records(topic: &str) {
+    delete_up_to(topic, 0, Offset::End);
+}
+
+/// Deletes the records of a partition before an offset, as `kafka-delete-records` does.
+pub fn delete_records(topic: &str, partition: i32, before: i64) {
+    delete_up_to(topic, partition, Offset::Offset(before));
+}
+
+fn delete_up_to(topic: &str, partition: i32, offset: Offset) {
+    let mut list = TopicPartitionList::new();
+    list.add_partition_offset(topic, partition, offset).expect("an offset");
+    off_runtime(|| block_on(admin().delete_records(&list, &AdminOptions::new())).expect("the broker deletes"));
+}
+
+/// On a thread without a runtime, whatever this one has.
+fn off_runtime<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| scope.spawn(work).join().expect("it does not panic"))
+}
+
+/// Deletes a topic, and all that it holds.
+pub fn delete_topic(topic: &str) {
+    let deleted = off_runtime(|| block_on(admin().delete_topics(&[topic], &AdminOptions::new())));
+    deleted.expect("the broker answers").remove(0).expect("the broker deletes it");
+}
+
 /// Makes them 5.
 fn add_partitions(topic: &str) {
     let (admin, five) = (admin(), NewPartitions::new(topic, 5));
@@ -422,7 +446,7 @@ fn block_on<F: Future>(future: F) -> F::Output {
 }
 
 /// Makes a topic as another program would, before the log finds it.
-fn create_topic(name: &str, settings: &[(&str, &str)]) {
+pub fn create_topic(name: &str, settings: &[(&str, &str)]) {
     let new = NewTopic::new(name, 1, TopicReplication::Fixed(1));
     let new = settings.iter().fold(new, |new, (setting, value)| new.set(setting, value));
     let created = block_on(admin().create_topics([&new], &AdminOptions::new()));

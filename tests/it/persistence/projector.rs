@@ -12,8 +12,8 @@ use weft::log::{Append, Entry, Grant, Log, Position, Record, Topic};
 use weft::projector::{Commit, KEY_LIFETIME, Projector, Update, Verdict};
 use weft::protocol::error::Code;
 use weft::protocol::event::LogEvent;
-use weft::store::Store;
 use weft::store::catalogue::{KEY_TIMES, KEYS, MESSAGE_TEXTS};
+use weft::store::{Progress, Store};
 
 use crate::support::TENANT;
 
@@ -68,6 +68,16 @@ fn published_bytes(commit: &Commit) -> usize {
     commit.events.iter().map(|event| bytes(&event.update)).sum()
 }
 
+/// A store of the log, as far as it has come.
+fn open_store(log: &EmbeddedLog, folder: &Path) -> (Arc<Store>, Vec<Progress>) {
+    let store = Store::open(folder).unwrap();
+    let progress = match store.progress().unwrap() {
+        Some(progress) => progress,
+        None => store.begin(&log.epoch(), &[], &vec![0; log.partitions() as usize]).unwrap(),
+    };
+    (Arc::new(store), progress)
+}
+
 /// How many entries the projector gets at once, and whether it is taken down after them and begins anew from the store.
 pub(super) type Split = (usize, bool);
 
@@ -79,8 +89,7 @@ pub(super) fn project(
     splits: &[Split],
 ) -> (Arc<Store>, Vec<Verdict>) {
     let open = || {
-        let (store, progress) = Store::open_for(folder, log.epoch(), log.partitions()).unwrap();
-        let store = Arc::new(store);
+        let (store, progress) = open_store(log, folder);
         (store.clone(), Projector::new(store, log, progress))
     };
     let (mut store, mut projector) = open();
@@ -222,8 +231,7 @@ fn expired_keys_are_purged_a_few_with_each_record_and_are_free_before() {
     let all = entries(&log);
 
     let path = folder.path().join("one-by-one");
-    let (store, progress) = Store::open_for(&path, log.epoch(), log.partitions()).unwrap();
-    let store = Arc::new(store);
+    let (store, progress) = open_store(&log, &path);
     let mut projector = Projector::new(store.clone(), &log, progress);
     let (mut left, mut verdicts) = (Vec::new(), Vec::new());
     for entry in &all {

@@ -67,6 +67,14 @@ impl LogKind {
         LogKind::Kafka { brokers: kafka::brokers().to_owned(), prefix: kafka::fresh_prefix() }
     }
 
+    /// What a topic is called on the brokers.
+    pub fn topic(&self, topic: &str) -> String {
+        match self {
+            LogKind::Kafka { prefix, .. } => format!("{prefix}{topic}"),
+            LogKind::Embedded => panic!("the embedded log has no topics on brokers"),
+        }
+    }
+
     pub fn arguments(&self) -> Vec<String> {
         match self {
             LogKind::Embedded => vec!["--log".into(), "embedded".into()],
@@ -125,17 +133,38 @@ impl Server {
 
     /// Starts a server with further arguments.
     pub fn start_with(log: LogKind, more: &[&str]) -> Server {
-        let folder = tempfile::tempdir().unwrap();
-        let data = folder.path().join("data");
-        let more: Vec<String> = more.iter().map(|it| (*it).to_owned()).collect();
-        let errors = Arc::default();
-        let mut server = Server { child: None, url: String::new(), log, more, errors, data, _folder: folder };
+        let mut server = Server::stopped_with(log, more);
         server.up();
         server
     }
 
+    /// A server that was never started.
+    pub fn stopped(log: LogKind) -> Server {
+        Server::stopped_with(log, &[])
+    }
+
+    fn stopped_with(log: LogKind, more: &[&str]) -> Server {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("data");
+        let more: Vec<String> = more.iter().map(|it| (*it).to_owned()).collect();
+        let errors = Arc::default();
+        Server { child: None, url: String::new(), log, more, errors, data, _folder: folder }
+    }
+
     /// Starts the process, and returns once it listens.
     pub fn up(&mut self) {
+        assert!(self.try_up(), "the server did not start: {}", self.errors());
+    }
+
+    /// Starts the process, which refuses; gives what it says.
+    pub fn refuses_to_start(&mut self) -> String {
+        self.errors.lock().unwrap().clear();
+        assert!(!self.try_up(), "it has started");
+        self.errors()
+    }
+
+    /// Whether the process starts and listens. One that does not has ended.
+    fn try_up(&mut self) -> bool {
         let mut command = weft();
         command
             .args(["serve", "--listen", "127.0.0.1:0", "--data"])
@@ -158,10 +187,12 @@ impl Server {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let Some(Ok(line)) = lines.next() else {
             reading.join().unwrap();
-            panic!("the server did not start: {}", self.errors());
+            assert_eq!(child.wait().unwrap().code(), Some(1), "it says why and ends");
+            return false;
         };
         self.url = line.split_whitespace().nth(4).unwrap_or_else(|| panic!("no address in {line:?}")).to_owned();
         self.child = Some(child);
+        true
     }
 
     pub fn data(&self) -> &Path {

@@ -1,0 +1,319 @@
+//! Logs that are not what they were: put back from a copy, copied, replaced, cut off. No client resumes over it, and no
+//! projections are lost by it.
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::{Value, json};
+use weft::store::Store;
+
+use crate::log_contract::only_kafka::{delete_records, delete_topic};
+use crate::support::{LogKind, Server, Socket, eventually, seqs, weft};
+
+/// Copies a folder to where nothing is yet.
+fn copy(from: &Path, to: &Path) {
+    assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
+}
+
+async fn say(server: &Server, events: usize) -> u64 {
+    let mut ada = server.connect("ada").await;
+    let mut head = 0;
+    for n in 0..events {
+        head = ada.say("t", &format!("{n}")).await;
+    }
+    head
+}
+
+async fn thread(server: &Server) -> Value {
+    server.http("GET", "/v1/threads/t", "ada", None).await.1
+}
+
+/// What a client that comes back is told.
+async fn resume(server: &Server, after: u64, epoch: &Value) -> (Socket, Value) {
+    let mut ada = server.connect("ada").await;
+    let subscribed = ada.subscribe_with("t", json!({"after": after, "epoch": epoch})).await;
+    (ada, subscribed)
+}
+
+/// `weft rebuild` with more arguments: how it ended, and what it said.
+fn rebuild(server: &Server, more: &[&str]) -> (Option<i32>, String) {
+    let mut command = weft();
+    command.args(["rebuild", "--data"]).arg(server.data()).args(server.log().arguments()).args(more);
+    let output = command.output().unwrap();
+    let said = [&output.stdout[..], &output.stderr].map(String::from_utf8_lossy).concat();
+    (output.status.code(), said)
+}
+
+/// Every row of the projections of a server that is stopped.
+fn rows(server: &Server) -> Vec<(&'static str, Box<[u8]>, Box<[u8]>)> {
+    Store::open(&server.data().join("projections")).unwrap().rows().map(Result::unwrap).collect()
+}
+
+#[tokio::test]
+async fn after_an_older_copy_of_the_log_is_put_back_no_client_resumes_from_before() {
+    let mut server = Server::start(LogKind::embedded());
+    let (log, projections, backup) =
+        (server.data().join("log"), server.data().join("projections"), server.data().join("backup"));
+    assert_eq!(say(&server, 9).await, 9);
+    server.stop().await;
+    copy(&log, &backup);
+    server.up();
+    assert_eq!(say(&server, 6).await, 15);
+    let mut epochs = vec![thread(&server).await["epoch"].clone()];
+
+    // Twice, since the second time is no continuation of the first.
+    for round in 1..=2 {
+        server.stop().await;
+        std::fs::remove_dir_all(&log).unwrap();
+        std::fs::remove_dir_all(&projections).unwrap();
+        copy(&backup, &log);
+        server.up();
+        server.ready().await;
+        assert_eq!(say(&server, 6).await, 15, "as many as before, and others");
+        for epoch in &epochs {
+            let (_, subscribed) = resume(&server, 15, epoch).await;
+            assert_eq!(subscribed["recovered"], false, "round {round}: {subscribed}");
+        }
+        let epoch = thread(&server).await["epoch"].clone();
+        assert!(!epochs.contains(&epoch), "{epoch} was there before: {epochs:?}");
+        let (mut ada, subscribed) = resume(&server, 13, &epoch).await;
+        assert_eq!(subscribed["recovered"], true, "{subscribed}");
+        assert_eq!(seqs(&ada.events(2).await), [14, 15]);
+        epochs.push(epoch);
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_killed_or_stopped_keeps_its_epoch() {
+    let mut server = Server::start(LogKind::embedded());
+    say(&server, 3).await;
+    let before = thread(&server).await;
+    server.kill();
+    server.up();
+    server.ready().await;
+    assert_eq!(thread(&server).await, before);
+    server.stop().await;
+    let (code, said) = rebuild(&server, &[]);
+    assert_eq!(code, Some(0), "{said}");
+    server.up();
+    server.ready().await;
+    assert_eq!(thread(&server).await, before);
+}
+
+#[tokio::test]
+async fn a_log_that_is_behind_its_projections_is_refused_and_they_are_kept_for_the_right_one() {
+    let mut server = Server::start(LogKind::embedded());
+    let (log, backup, right) = (server.data().join("log"), server.data().join("backup"), server.data().join("right"));
+    say(&server, 9).await;
+    server.stop().await;
+    copy(&log, &backup);
+    server.up();
+    say(&server, 6).await;
+    let before = thread(&server).await;
+    server.stop().await;
+    let kept = rows(&server);
+    std::fs::rename(&log, &right).unwrap();
+    copy(&backup, &log);
+    for _ in 0..2 {
+        let said = server.refuses_to_start();
+        assert!(said.contains("up to offset 15") && said.contains("ends at 9"), "{said}");
+        assert!(said.contains("put the log back") && said.contains("weft rebuild --discard"), "{said}");
+        let (code, said) = rebuild(&server, &[]);
+        assert_eq!(code, Some(1), "{said}");
+        assert!(said.contains("ends at 9"), "{said}");
+    }
+    assert_eq!(rows(&server), kept);
+
+    std::fs::rename(&log, server.data().join("wrong")).unwrap();
+    std::fs::rename(&right, &log).unwrap();
+    server.up();
+    server.ready().await;
+    assert_eq!(thread(&server).await, before);
+    let (_, subscribed) = resume(&server, 15, &before["epoch"]).await;
+    assert_eq!(subscribed["recovered"], true, "{subscribed}");
+}
+
+#[tokio::test]
+async fn on_a_person_s_word_projections_are_discarded_and_the_log_begins_a_generation() {
+    let mut server = Server::start(LogKind::embedded());
+    let (log, backup) = (server.data().join("log"), server.data().join("backup"));
+    say(&server, 9).await;
+    server.stop().await;
+    copy(&log, &backup);
+    server.up();
+    say(&server, 6).await;
+    let before = thread(&server).await;
+    server.stop().await;
+    std::fs::remove_dir_all(&log).unwrap();
+    copy(&backup, &log);
+    server.refuses_to_start();
+    let (code, said) = rebuild(&server, &["--discard"]);
+    assert_eq!(code, Some(0), "{said}");
+    server.up();
+    server.ready().await;
+    let after = thread(&server).await;
+    assert_eq!(after["head"], 9);
+    assert_ne!(after["epoch"], before["epoch"]);
+    let (_, subscribed) = resume(&server, 9, &before["epoch"]).await;
+    assert_eq!(subscribed["recovered"], false, "{subscribed}");
+    // From there on it is a log like any other.
+    server.stop().await;
+    let (code, said) = rebuild(&server, &["--check"]);
+    assert_eq!(code, Some(0), "{said}");
+    server.up();
+    assert_eq!(thread(&server).await["epoch"], after["epoch"]);
+}
+
+#[tokio::test]
+async fn a_data_folder_that_is_copied_is_a_generation_of_its_own_and_keeps_its_projections() {
+    let mut server = Server::start(LogKind::embedded());
+    say(&server, 9).await;
+    let before = thread(&server).await;
+    server.stop().await;
+    let mut copied = Server::start(LogKind::embedded());
+    copied.stop().await;
+    std::fs::remove_dir_all(copied.data()).unwrap();
+    copy(server.data(), copied.data());
+
+    for both in [&mut server, &mut copied] {
+        both.up();
+        both.ready().await;
+        assert_eq!(both.metric("weft_project_events_total").await, 0.0, "nothing is made anew");
+        assert_eq!(say(both, 6).await, 15);
+    }
+    assert_eq!(thread(&server).await["epoch"], before["epoch"]);
+    assert_ne!(thread(&copied).await["epoch"], before["epoch"]);
+    let (_, subscribed) = resume(&copied, 15, &before["epoch"]).await;
+    assert_eq!(subscribed["recovered"], false, "{subscribed}");
+    let epoch = thread(&copied).await["epoch"].clone();
+    copied.kill();
+    copied.up();
+    copied.ready().await;
+    assert_eq!(thread(&copied).await["epoch"], epoch, "one copy, one generation");
+}
+
+#[tokio::test]
+async fn another_log_under_the_projections_is_refused_and_they_are_kept() {
+    let mut server = Server::start(LogKind::embedded());
+    let other = Server::start(LogKind::embedded());
+    say(&server, 3).await;
+    say(&other, 30).await;
+    let (before, others) = (thread(&server).await, thread(&other).await);
+    server.stop().await;
+    let kept = rows(&server);
+    let mut other = other;
+    other.stop().await;
+
+    let (log, aside) = (server.data().join("log"), server.data().join("aside"));
+    std::fs::rename(&log, &aside).unwrap();
+    std::fs::rename(other.data().join("log"), &log).unwrap();
+    let said = server.refuses_to_start();
+    for epoch in [&before["epoch"], &others["epoch"]] {
+        assert!(said.contains(epoch.as_str().unwrap()), "it names both: {said}");
+    }
+    assert_eq!(rebuild(&server, &[]).0, Some(1));
+    assert_eq!(rows(&server), kept);
+
+    std::fs::remove_dir_all(&log).unwrap();
+    std::fs::rename(&aside, &log).unwrap();
+    server.up();
+    server.ready().await;
+    assert_eq!(thread(&server).await, before);
+}
+
+#[tokio::test]
+async fn a_kafka_log_whose_first_record_was_deleted_keeps_its_running_nodes_and_refuses_others() {
+    let kind = LogKind::kafka();
+    let (mut one, mut other) = (Server::start(kind.clone()), Server::start(kind.clone()));
+    say(&one, 4).await;
+    let before = thread(&one).await;
+    one.stop().await;
+    let kept = rows(&one);
+    delete_records(&kind.topic("events"), 0, 1);
+
+    let said = one.refuses_to_start();
+    assert!(said.contains("has no record in partition 0") && said.contains("weft rebuild --discard"), "{said}");
+    assert_eq!(rebuild(&one, &[]).0, Some(1));
+    assert_eq!(rows(&one), kept);
+    assert_eq!(say(&other, 1).await, 5, "the other node goes on");
+    assert_eq!(thread(&other).await["epoch"], before["epoch"]);
+
+    // A person decides that what is left is all there is. The node that runs learns of it, and waits for that person.
+    let (code, said) = rebuild(&one, &["--discard"]);
+    assert_eq!(code, Some(0), "{said}");
+    one.up();
+    one.ready().await;
+    let epoch = thread(&one).await["epoch"].clone();
+    assert_ne!(epoch, before["epoch"]);
+    let (_, subscribed) = resume(&one, 4, &before["epoch"]).await;
+    assert_eq!(subscribed["recovered"], false, "{subscribed}");
+    eventually("the other node is not ready", async || {
+        let (status, ready) = other.http("GET", "/readyz", "x", None).await;
+        status == 503 && ready["projector"]["error"].as_str().is_some_and(|why| why.contains("another generation"))
+    })
+    .await;
+    other.stop().await;
+    let said = other.refuses_to_start();
+    assert!(said.contains("has begun") && said.contains("weft rebuild --discard"), "{said}");
+    let (code, said) = rebuild(&other, &["--discard"]);
+    assert_eq!(code, Some(0), "{said}");
+    other.up();
+    other.ready().await;
+    assert_eq!(thread(&other).await, thread(&one).await, "one generation for both");
+    one.ready().await;
+}
+
+#[tokio::test]
+async fn records_deleted_from_any_partition_of_a_kafka_log_are_noticed_at_the_start() {
+    let kind = LogKind::kafka();
+    let mut server = Server::start(kind.clone());
+    let mut ada = server.connect("ada").await;
+    for n in 0..100 {
+        ada.say(&format!("t{n}"), "hello").await;
+    }
+    drop(ada);
+    server.stop().await;
+    delete_records(&kind.topic("events"), 3, 1);
+    let said = server.refuses_to_start();
+    assert!(said.contains("partition 3 of") && said.contains("begins at offset 1"), "{said}");
+    // A node without projections would make others than those that there are.
+    let mut fresh = Server::stopped(kind.clone());
+    let said = fresh.refuses_to_start();
+    assert!(said.contains("partition 3 of"), "{said}");
+    let (code, said) = rebuild(&server, &["--discard"]);
+    assert_eq!(code, Some(0), "{said}");
+    server.up();
+    server.ready().await;
+    fresh.up();
+    fresh.ready().await;
+    let epochs = [thread_of(&server, "t1").await, thread_of(&fresh, "t1").await];
+    assert_eq!(epochs[0], epochs[1]);
+}
+
+async fn thread_of(server: &Server, thread: &str) -> Value {
+    server.http("GET", &format!("/v1/threads/{thread}"), "ada", None).await.1["epoch"].clone()
+}
+
+#[tokio::test]
+async fn topics_that_were_deleted_and_made_again_are_another_log() {
+    let kind = LogKind::kafka();
+    let mut server = Server::start(kind.clone());
+    say(&server, 4).await;
+    let before = thread(&server).await;
+    server.stop().await;
+    let kept = rows(&server);
+    for topic in ["events", "receipts", "dead-letters"] {
+        delete_topic(&kind.topic(topic));
+    }
+    let said = server.refuses_to_start();
+    assert!(said.contains(before["epoch"].as_str().unwrap()), "{said}");
+    assert!(said.contains("made from the log"), "{said}");
+    assert_eq!(rows(&server), kept);
+    let (code, said) = rebuild(&server, &["--discard"]);
+    assert_eq!(code, Some(0), "{said}");
+    server.up();
+    server.ready().await;
+    assert_eq!(say(&server, 1).await, 1);
+    let (_, subscribed) = resume(&server, 1, &before["epoch"]).await;
+    assert_eq!(subscribed["recovered"], false, "{subscribed}");
+}
