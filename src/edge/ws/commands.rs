@@ -4,6 +4,7 @@ use serde_json::value::RawValue;
 use tokio::time::Instant;
 
 use super::close::{self, End};
+use super::incoming::WaitsFor;
 use super::state::{SessionState, connected};
 use crate::ingest::admit::{Admitted, PublishRequest};
 use crate::ingest::coalesce::PendingDelta;
@@ -24,6 +25,18 @@ enum Progress {
     Waits,
 }
 
+/// What a command's effect depends on. Acknowledgements and signals are about threads, which a command that waits may
+/// subscribe to; credit and pings are about the session alone. What the log says of a publish changes none of them.
+fn waits_for(command: &Command<'_>) -> WaitsFor {
+    match command {
+        Command::Ping(_) | Command::Credit(_) => WaitsFor::Nothing,
+        Command::Publish(_) | Command::Ack(_) | Command::Signal(_) => WaitsFor::Commands,
+        Command::Connect(_) | Command::Refresh(_) | Command::Subscribe(_) | Command::Unsubscribe(_) => {
+            WaitsFor::Answers
+        }
+    }
+}
+
 impl SessionState {
     /// A text frame: its commands take effect now, or wait for those before them.
     pub fn on_text(&mut self, text: &str) -> Result<(), End> {
@@ -42,12 +55,8 @@ impl SessionState {
             Some(Ok(commands)) => commands,
         };
         for &command in commands.as_slice() {
-            if !self.within_rate(command)? {
-                continue;
-            }
-            let tried = self.incoming.queue.is_clear();
-            if !tried || self.on_command(command)? == Progress::Waits {
-                self.incoming.queue.push(command.to_owned());
+            if self.within_rate(command)? && self.on_command(command, true)? == Progress::Waits {
+                self.incoming.queue.push(command.to_owned(), command.get().len());
             }
         }
         Ok(())
@@ -55,9 +64,9 @@ impl SessionState {
 
     /// Carries out commands that waited, as far as they need not wait any longer.
     pub fn on_backlog(&mut self) -> Result<(), End> {
-        while let Some(command) = self.incoming.queue.pop() {
-            if self.on_command(&command)? == Progress::Waits {
-                self.incoming.queue.put_back(command);
+        while let Some((command, bytes)) = self.incoming.queue.pop() {
+            if self.on_command(&command, false)? == Progress::Waits {
+                self.incoming.queue.put_back(command, bytes);
                 break;
             }
         }
@@ -76,7 +85,8 @@ impl SessionState {
         Ok(false)
     }
 
-    fn on_command(&mut self, command: &RawValue) -> Result<Progress, End> {
+    /// Carries out a command, unless it has to wait; `is_new` if it has just come, and is not the first of those that wait.
+    fn on_command(&mut self, command: &RawValue, is_new: bool) -> Result<Progress, End> {
         let command = match command::parse(command.get()) {
             Ok(command) => command,
             Err(BadCommand { id, error }) => {
@@ -84,12 +94,7 @@ impl SessionState {
                 return Ok(Progress::Done);
             }
         };
-        if self.incoming.subscribing.is_some() {
-            return Ok(Progress::Waits);
-        }
-        if self.incoming.queue.in_flight() > 0 && !matches!(command, Command::Publish(_)) {
-            // The publishes before it include deltas that are still gathered.
-            self.incoming.flush_deltas(|_| true);
+        if self.must_wait(waits_for(&command), is_new) {
             return Ok(Progress::Waits);
         }
 
@@ -117,6 +122,22 @@ impl SessionState {
             self.outgoing.refuse(id, &error);
         }
         Ok(Progress::Done)
+    }
+
+    fn must_wait(&mut self, waits_for: WaitsFor, is_new: bool) -> bool {
+        if waits_for == WaitsFor::Nothing {
+            return false;
+        }
+        let queue = &self.incoming.queue;
+        if self.incoming.subscribing.is_some() || is_new && !queue.may_pass(waits_for) {
+            return true;
+        }
+        let held = queue.holds(waits_for);
+        if held {
+            // The publishes before it include deltas that are still gathered.
+            self.incoming.flush_deltas(|_| true);
+        }
+        held
     }
 
     /// Refuses what is no valid command.

@@ -1,7 +1,7 @@
 //! What is on its way in: commands that wait, publishes that are not answered yet, and records for the log.
 //!
-//! What waits is bounded: while [`MAX_IN_FLIGHT`] publishes are not answered, or commands wait for those before them, the
-//! socket is not read.
+//! What waits is bounded: while [`MAX_IN_FLIGHT`] publishes are not answered, or [`MAX_WAITING`] commands or
+//! [`MAX_WAITING_BYTES`] of them wait for those before them, the socket is not read.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -21,34 +21,56 @@ use crate::protocol::delta::Delta;
 
 /// Publishes that may wait for their answer.
 pub const MAX_IN_FLIGHT: usize = 8_192;
+/// Commands that may wait for those before them, and bytes of them. What is read on meanwhile is for those that need not
+/// wait; a frame that is read already may bring more.
+pub const MAX_WAITING: usize = 1_024;
+pub const MAX_WAITING_BYTES: usize = 64 << 10;
 /// Commands refused for their rate for so long, without a pause, end the session.
 const REFUSED_FOR: Duration = Duration::from_secs(10);
 /// What counts as a pause.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// The order in which commands take effect: a command other than `publish` waits until the publishes before it are
-/// answered, and everything after it waits for it.
+/// What a command has to wait for before it takes effect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WaitsFor {
+    /// Nothing: it has to do with no other command.
+    Nothing,
+    /// The commands before it that wait; not the answers of publishes.
+    Commands,
+    /// The commands before it that wait, and the answers of the publishes before it.
+    Answers,
+}
+
+/// Commands in the order in which they take effect: each as soon as what it [`WaitsFor`] is there.
 #[derive(Debug)]
 pub struct CommandQueue<C> {
-    backlog: VecDeque<C>,
+    /// Each with its size in bytes.
+    backlog: VecDeque<(C, usize)>,
+    /// The size of all of them.
+    bytes: usize,
     in_flight: usize,
 }
 
 impl<C> Default for CommandQueue<C> {
     fn default() -> CommandQueue<C> {
-        CommandQueue { backlog: VecDeque::new(), in_flight: 0 }
+        CommandQueue { backlog: VecDeque::new(), bytes: 0, in_flight: 0 }
     }
 }
 
 impl<C> CommandQueue<C> {
     /// Whether more commands may be read.
     pub fn may_read(&self) -> bool {
-        self.in_flight < MAX_IN_FLIGHT && self.backlog.is_empty()
+        self.in_flight < MAX_IN_FLIGHT && self.backlog.len() < MAX_WAITING && self.bytes < MAX_WAITING_BYTES
     }
 
-    /// Whether no command waits, so that the next one may be tried at once.
-    pub fn is_clear(&self) -> bool {
-        self.backlog.is_empty()
+    /// Whether a command that has just come may take effect before those that wait.
+    pub fn may_pass(&self, waits_for: WaitsFor) -> bool {
+        waits_for == WaitsFor::Nothing || self.backlog.is_empty()
+    }
+
+    /// Whether a command that is next must wait for the answers of publishes.
+    pub fn holds(&self, waits_for: WaitsFor) -> bool {
+        waits_for == WaitsFor::Answers && self.in_flight > 0
     }
 
     /// Publishes that are not answered yet.
@@ -64,27 +86,31 @@ impl<C> CommandQueue<C> {
         self.in_flight -= 1;
     }
 
-    /// A command that has to wait, after all that wait already.
-    pub fn push(&mut self, command: C) {
-        self.backlog.push_back(command);
+    /// A command of so many bytes that has to wait, after all that wait already.
+    pub fn push(&mut self, command: C, bytes: usize) {
+        self.backlog.push_back((command, bytes));
+        self.bytes += bytes;
     }
 
-    /// The next command to try, if the bounds allow one.
-    pub fn pop(&mut self) -> Option<C> {
+    /// The next command to try, with its size, if the bounds allow one.
+    pub fn pop(&mut self) -> Option<(C, usize)> {
         if self.in_flight >= MAX_IN_FLIGHT {
             return None;
         }
-        self.backlog.pop_front()
+        let (command, bytes) = self.backlog.pop_front()?;
+        self.bytes -= bytes;
+        Some((command, bytes))
     }
 
     /// That command still has to wait.
-    pub fn put_back(&mut self, command: C) {
-        self.backlog.push_front(command);
+    pub fn put_back(&mut self, command: C, bytes: usize) {
+        self.backlog.push_front((command, bytes));
+        self.bytes += bytes;
     }
 
     #[cfg(test)]
     pub fn front(&self) -> Option<&C> {
-        self.backlog.front()
+        self.backlog.front().map(|(command, _)| command)
     }
 }
 
@@ -255,21 +281,51 @@ mod tests {
     #[test]
     fn commands_keep_their_order_and_bound_what_is_in_flight() {
         let mut queue = CommandQueue::default();
-        assert!(queue.is_clear() && queue.may_read());
-        queue.push("first");
-        queue.push("second");
-        assert!(!queue.is_clear() && !queue.may_read());
-        let first = queue.pop().expect("a command waits");
-        queue.put_back(first);
-        assert_eq!((queue.pop(), queue.pop(), queue.pop()), (Some("first"), Some("second"), None));
+        assert!(queue.may_pass(WaitsFor::Answers) && queue.may_read());
+        queue.push("first", 1);
+        queue.push("second", 1);
+        let (first, bytes) = queue.pop().expect("a command waits");
+        queue.put_back(first, bytes);
+        let mut next = || queue.pop().map(|(command, _)| command);
+        assert_eq!((next(), next(), next()), (Some("first"), Some("second"), None));
 
         for _ in 0..MAX_IN_FLIGHT {
             assert!(queue.may_read());
             queue.publish_begins();
         }
-        queue.push("third");
+        queue.push("third", 1);
         assert_eq!((queue.may_read(), queue.pop()), (false, None));
         queue.publish_ends();
-        assert_eq!((queue.pop(), queue.may_read()), (Some("third"), true));
+        assert_eq!((queue.pop(), queue.may_read()), (Some(("third", 1)), true));
+    }
+
+    #[test]
+    fn only_what_waits_for_answers_is_held_by_a_publish_and_only_what_waits_for_nothing_passes_what_waits() {
+        use WaitsFor::{Answers, Commands, Nothing};
+        let mut queue = CommandQueue::default();
+        queue.publish_begins();
+        assert_eq!([Nothing, Commands, Answers].map(|it| queue.holds(it)), [false, false, true]);
+        assert_eq!([Nothing, Commands, Answers].map(|it| queue.may_pass(it)), [true, true, true]);
+        queue.push("subscribe", 1);
+        assert_eq!([Nothing, Commands, Answers].map(|it| queue.may_pass(it)), [true, false, false]);
+        queue.publish_ends();
+        assert!(![Nothing, Commands, Answers].map(|it| queue.holds(it)).contains(&true));
+    }
+
+    #[test]
+    fn commands_that_wait_are_bounded_in_number_and_in_bytes() {
+        let mut queue = CommandQueue::default();
+        for _ in 0..MAX_WAITING {
+            assert!(queue.may_read());
+            queue.push((), 1);
+        }
+        assert!(!queue.may_read());
+        drop(queue.pop());
+        assert!(queue.may_read());
+        queue.push((), MAX_WAITING_BYTES);
+        drop(queue.pop());
+        assert!(!queue.may_read(), "few, and large");
+        while queue.pop().is_some() {}
+        assert!(queue.may_read());
     }
 }

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
-use super::incoming::{CommandQueue, MAX_IN_FLIGHT};
+use super::incoming::{CommandQueue, MAX_IN_FLIGHT, WaitsFor};
 use super::outgoing::MAX_ANSWERS;
 use super::turn::{READS_PER_TURN, Step, Turn, Wants, Written};
 
@@ -16,9 +16,25 @@ use super::turn::{READS_PER_TURN, Step, Turn, Wants, Written};
 enum Cmd {
     /// Goes to the log; answered once the log has answered.
     Publish,
-    /// Waits for the publishes before it; answered at once.
+    /// Waits for nothing; answered at once.
     Ping,
+    /// Waits for commands that wait; answered at once.
+    Signal,
+    /// Waits for the publishes before it and then for the store, and everything but pings waits for it.
+    Subscribe,
 }
+
+impl Cmd {
+    fn waits_for(self) -> WaitsFor {
+        match self {
+            Cmd::Ping => WaitsFor::Nothing,
+            Cmd::Publish | Cmd::Signal => WaitsFor::Commands,
+            Cmd::Subscribe => WaitsFor::Answers,
+        }
+    }
+}
+
+const COMMAND_BYTES: usize = 100;
 
 /// What happens outside of the session.
 #[derive(Debug, Clone)]
@@ -27,14 +43,15 @@ enum Happens {
     Sends { frames: usize, commands: Vec<(Cmd, usize)> },
     /// The peer reads so many frames.
     Reads(usize),
-    /// The log answers so many publishes.
+    /// The log answers so many publishes, and the store a `subscribe`.
     Answers(usize),
     /// The hub has so many events.
     Events(usize),
 }
 
 fn happens() -> impl Strategy<Value = Happens> {
-    let run = (prop_oneof![Just(Cmd::Publish), Just(Cmd::Ping)], prop_oneof![1..5usize, 90..340usize]);
+    let command = prop_oneof![Just(Cmd::Publish), Just(Cmd::Ping), Just(Cmd::Signal), Just(Cmd::Subscribe)];
+    let run = (command, prop_oneof![1..5usize, 90..340usize]);
     let commands = proptest::collection::vec(run, 1..4);
     let frames = prop_oneof![4 => 1..6usize, 1 => 100..300usize];
     let some = || prop_oneof![1..10usize, 500..3_000usize, Just(20_000)];
@@ -56,15 +73,19 @@ struct World {
     write_waker: bool,
     // The outbox and who is woken by it.
     outbox_answers: usize,
+    outbox_subscribed: bool,
     events: usize,
     outbox_waker: bool,
     /// Publishes of which the log has not said anything.
     at_log: usize,
+    /// A `subscribe` that the store has not answered.
+    at_store: bool,
     /// Publishes not passed on to the log yet.
     batch: usize,
     // The session.
     turn: Turn,
     queue: CommandQueue<Cmd>,
+    subscribing: bool,
     answers: usize,
     /// Written, and not taken by the socket.
     buffered: usize,
@@ -96,7 +117,9 @@ impl World {
                 let n = self.at_log.min(*n);
                 self.at_log -= n;
                 self.outbox_answers += n;
-                n > 0 && std::mem::take(&mut self.outbox_waker)
+                let subscribed = std::mem::take(&mut self.at_store);
+                self.outbox_subscribed |= subscribed;
+                (n > 0 || subscribed) && std::mem::take(&mut self.outbox_waker)
             }
             Happens::Events(n) => {
                 self.events += n;
@@ -130,7 +153,7 @@ impl World {
                     self.at_log += std::mem::take(&mut self.batch);
                     self.turn.submitted();
                 }
-                Step::Collect if self.outbox_answers > 0 => {
+                Step::Collect if self.outbox_has_answers() => {
                     self.on_answers();
                     return false;
                 }
@@ -142,7 +165,7 @@ impl World {
                 Step::NextTurn => return false,
                 Step::Watch => {
                     let items = self.turn.written() == Some(Written::All) && self.events > 0;
-                    if self.outbox_answers > 0 || items {
+                    if self.outbox_has_answers() || items {
                         return false;
                     }
                     self.outbox_waker = true;
@@ -158,22 +181,29 @@ impl World {
         assert!(self.reads_since_timer <= READS_PER_TURN, "the timer is not looked at");
         for (command, n) in frame {
             for _ in 0..*n {
-                if self.queue.is_clear() && self.execute(*command) {
-                    continue;
+                if !self.queue.may_pass(command.waits_for()) || !self.execute(*command) {
+                    self.queue.push(*command, COMMAND_BYTES);
                 }
-                self.queue.push(*command);
             }
         }
     }
 
+    fn outbox_has_answers(&self) -> bool {
+        self.outbox_answers > 0 || self.outbox_subscribed
+    }
+
     fn execute(&mut self, command: Cmd) -> bool {
+        let waits_for = command.waits_for();
+        if waits_for != WaitsFor::Nothing && (self.subscribing || self.queue.holds(waits_for)) {
+            return false;
+        }
         match command {
             Cmd::Publish => {
                 self.queue.publish_begins();
                 self.batch += 1;
             }
-            Cmd::Ping if self.queue.in_flight() > 0 => return false,
-            Cmd::Ping => self.answers += 1,
+            Cmd::Ping | Cmd::Signal => self.answers += 1,
+            Cmd::Subscribe => (self.subscribing, self.at_store) = (true, true),
         }
         true
     }
@@ -184,9 +214,13 @@ impl World {
             self.queue.publish_ends();
             self.answers += 1;
         }
-        while let Some(command) = self.queue.pop() {
+        if self.answers < MAX_ANSWERS && std::mem::take(&mut self.outbox_subscribed) {
+            self.subscribing = false;
+            self.answers += 1;
+        }
+        while let Some((command, bytes)) = self.queue.pop() {
             if !self.execute(command) {
-                self.queue.put_back(command);
+                self.queue.put_back(command, bytes);
                 break;
             }
         }
@@ -217,13 +251,16 @@ impl World {
     fn check_asleep(&self) {
         let wants = self.wants();
         assert!(!wants.frames || self.inbound.is_empty(), "frames wait and are wanted");
-        assert!(!wants.answers || self.outbox_answers == 0, "answers wait in the outbox and there is room for them");
+        assert!(!wants.answers || !self.outbox_has_answers(), "answers wait in the outbox and there is room for them");
         let waits = self.buffered + self.answers + self.events;
         assert!(self.writable == 0 || waits == 0, "the socket takes more, and {waits} frames wait");
         assert_eq!(self.batch, 0, "publishes are not passed on to the log");
         match self.queue.front() {
-            Some(Cmd::Publish) => assert!(self.queue.in_flight() >= MAX_IN_FLIGHT, "a publish waits for nothing"),
-            Some(Cmd::Ping) => assert!(self.queue.in_flight() > 0, "a command waits for nothing"),
+            Some(Cmd::Publish | Cmd::Signal) => {
+                assert!(self.subscribing || self.queue.in_flight() >= MAX_IN_FLIGHT, "a command waits for nothing");
+            }
+            Some(Cmd::Subscribe) => assert!(self.subscribing || self.queue.in_flight() > 0, "it waits for nothing"),
+            Some(Cmd::Ping) => panic!("a ping waits"),
             None => {}
         }
     }
@@ -274,4 +311,19 @@ fn a_flood_of_frames_does_not_keep_the_session_from_writing() {
         polls += 1;
     }
     assert_eq!(polls, READS_PER_TURN + 1);
+}
+
+#[test]
+fn a_ping_is_answered_while_publishes_and_a_subscribe_wait_for_the_log() {
+    let mut world = World { writable: 1 << 20, ..World::default() };
+    while !world.poll() {}
+    let send = |commands| Happens::Sends { frames: 1, commands };
+    world.happens(&send(vec![(Cmd::Publish, 1), (Cmd::Signal, 1), (Cmd::Subscribe, 1), (Cmd::Signal, 1), (Cmd::Ping, 1)]));
+    assert_eq!(world.answered, 2, "the signal before the subscribe, and the ping");
+    world.happens(&send(vec![(Cmd::Ping, 3)]));
+    assert_eq!(world.answered, 5, "the socket is read on");
+    world.happens(&Happens::Answers(1));
+    assert_eq!((world.answered, world.queue.front()), (6, Some(&Cmd::Signal)), "the store has yet to answer");
+    world.happens(&Happens::Answers(0));
+    assert_eq!((world.answered, world.queue.front()), (8, None));
 }

@@ -5,6 +5,7 @@ mod closing;
 mod descriptors;
 mod drain;
 mod limits;
+mod order;
 mod refresh;
 mod revocation;
 mod sessions;
