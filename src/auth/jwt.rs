@@ -123,7 +123,7 @@ impl Verifier {
                 let known: Vec<String> = self.signature.algorithms.iter().map(|it| format!("{it:?}")).collect();
                 format!("the token's algorithm is not one of those of the server's key: {}", known.join(", "))
             }
-            _ => format!("the token cannot be verified: {error}"),
+            _ => "the token cannot be verified with the server's key".to_owned(),
         }
     }
 }

@@ -99,7 +99,7 @@ impl Pending {
 }
 
 /// The answer when it is not known whether the record was appended.
-pub(super) fn unknown(why: &str) -> Error {
+pub(super) fn unknown(why: &'static str) -> Error {
     telemetry::unknown_outcomes().increment(1);
     Error::new(Code::Timeout, format!("the log did not answer: {why}; send it again with its key")).unknown_outcome()
 }

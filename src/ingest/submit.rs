@@ -79,6 +79,7 @@ impl Submit {
     }
 }
 
+/// The publisher's answer. Why the log refused is for the operator, who finds it in `/readyz` as well.
 fn refusal(error: AppendError) -> Error {
     match error {
         AppendError::QueueFull => {
@@ -87,11 +88,13 @@ fn refusal(error: AppendError) -> Error {
         }
         AppendError::Unavailable(why) => {
             telemetry::append_errors("unavailable").increment(1);
-            Error::new(Code::Unavailable, format!("the log is unavailable: {why}")).retry_after(1_000)
+            tracing::debug!(%why, "a record was not appended");
+            Error::new(Code::Unavailable, "the log is unavailable").retry_after(1_000)
         }
         AppendError::Unknown(why) => {
             telemetry::append_errors("unknown").increment(1);
-            unknown(&why)
+            tracing::debug!(%why, "it is not known whether a record was appended");
+            unknown("it failed meanwhile")
         }
     }
 }

@@ -226,6 +226,7 @@ impl Member<'_> {
 
 /// What `data` of an event says.
 pub(super) fn data<'a, T: Deserialize<'a>>(event: &LogEvent<'a>) -> Result<T, Error> {
-    serde_json::from_str(event.data.get())
-        .map_err(|error| Error::field("data", format!("data of {}: {error}", event.kind)))
+    serde_json::from_str(event.data.get()).map_err(|_| {
+        Error::field("data", format!("data of {} does not have one of the shapes that it may have", event.kind))
+    })
 }

@@ -264,7 +264,7 @@ struct Head<'a> {
 
 /// A command's `id`, if it can be read.
 pub fn id_of(text: &str) -> Option<i64> {
-    serde_json::from_str::<Head>(text).ok()?.id?.get().parse().ok()
+    json::decode::<Head>(text).ok()?.id?.get().parse().ok()
 }
 
 /// Parses one command and checks its values.
@@ -412,6 +412,18 @@ mod tests {
         assert_eq!(bad(r#"{"id":1}"#).2, "type");
         assert_eq!(bad(r#"{"type":"ping","id":"one"}"#), (None, Code::BadRequest, "id".to_owned()));
         assert_eq!(bad(r#"{"type":"ping"}"#).2, "id");
+    }
+
+    #[test]
+    fn a_list_of_a_command_s_values_is_no_command() {
+        for text in [r#"["ping",1]"#, r#"["publish",1,"t","x.y",{}]"#] {
+            assert_eq!(bad(text), (None, Code::BadRequest, String::new()), "{text}");
+            assert_eq!(id_of(text), None);
+        }
+        assert_eq!(
+            bad(r#"{"type":"publish","id":1,"thread":"t","kind":"x.y","data":{},"priority":{"high":null}}"#).2,
+            "priority"
+        );
     }
 
     #[test]

@@ -12,12 +12,24 @@ use serde_json::value::RawValue;
 use super::json;
 
 /// What a publisher may put in front of other events (delivery only; the order of a thread is its seq).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Priority {
     High,
     Normal,
     Low,
+}
+
+/// A name and nothing else. Derived, it would be read from `{"high": null}` as well.
+impl<'de> Deserialize<'de> for Priority {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Priority, D::Error> {
+        match &*<Cow<'de, str>>::deserialize(deserializer)? {
+            "high" => Ok(Priority::High),
+            "normal" => Ok(Priority::Normal),
+            "low" => Ok(Priority::Low),
+            other => Err(serde::de::Error::unknown_variant(other, &["high", "normal", "low"])),
+        }
+    }
 }
 
 impl Priority {

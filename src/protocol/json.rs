@@ -35,7 +35,7 @@ pub fn raw_object(name: &str, value: &RawValue) -> Box<RawValue> {
 /// Reads a JSON object strictly. An error names the field at fault and repeats what was sent where that is short.
 pub fn decode<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, Error> {
     if !text.trim_ascii_start().starts_with('{') {
-        return Err(Error::new(Code::BadRequest, "expected a JSON object"));
+        return Err(Error::new(Code::BadRequest, "not a JSON object"));
     }
     serde_json::from_str(text).map_err(|error| explain::<T>(text, &error))
 }
@@ -119,12 +119,12 @@ pub fn in_data(error: Error) -> Error {
 /// it is, the text is parsed once more.
 fn explain<'a, T: Deserialize<'a>>(text: &'a str, error: &serde_json::Error) -> Error {
     if error.classify() != Category::Data {
-        let why = format!("the JSON is not valid at line {}, column {}", error.line(), error.column());
+        let why = format!("the JSON is not valid: line {}, column {}", error.line(), error.column());
         return Error::new(Code::BadRequest, why);
     }
     let said = error.to_string();
     // "… at line 1 column 20" says nothing about a text that a program wrote.
-    let said = said.split(" at line ").next().unwrap_or(&said);
+    let said = said.rsplit_once(" at line ").map_or(&*said, |(said, _)| said);
     for what in ["unknown field", "missing field", "duplicate field"] {
         let name = said.strip_prefix(what).and_then(|rest| rest.trim_start().strip_prefix('`')?.split('`').next());
         if let Some(name) = name {
@@ -145,19 +145,21 @@ fn explain<'a, T: Deserialize<'a>>(text: &'a str, error: &serde_json::Error) -> 
 /// serde's message about a value of the wrong type or out of range.
 fn in_plain_words(field: &str, said: &str) -> String {
     if let Some(rest) = said.strip_prefix("unknown variant ") {
-        let (sent, known) = rest.split_once(", expected ").unwrap_or((rest, ""));
+        let (sent, known) = rest.rsplit_once(", expected ").unwrap_or((rest, ""));
         let known = known.strip_prefix("one of ").unwrap_or(known).replace('`', "");
         return format!("{field} must be one of {known}, not {:.60}", sent.replace('`', ""));
     }
     let sent_and_wanted = said.strip_prefix("invalid type: ").or(said.strip_prefix("invalid value: "));
-    match sent_and_wanted.and_then(|rest| rest.rsplit_once(", expected ")) {
-        Some((sent, wanted)) => format!("{field} must be {}, not {}", wanted_words(wanted), sent_words(sent)),
+    let sent_and_wanted = sent_and_wanted.and_then(|rest| rest.rsplit_once(", expected "));
+    match sent_and_wanted.and_then(|(sent, wanted)| Some((sent, wanted_words(wanted)?))) {
+        Some((sent, wanted)) => format!("{field} must be {wanted}, not {}", sent_words(sent)),
         None => format!("{field} does not have one of the shapes that it may have"),
     }
 }
 
-fn wanted_words(wanted: &str) -> &str {
-    match wanted {
+/// `None` for what no type of the protocol wants: better no words than the library's.
+fn wanted_words(wanted: &str) -> Option<&'static str> {
+    Some(match wanted {
         "u64" | "u32" | "u16" | "u8" | "usize" => "a whole number, 0 or more",
         "i64" | "i32" => "a whole number",
         "f64" | "f32" => "a number",
@@ -165,10 +167,9 @@ fn wanted_words(wanted: &str) -> &str {
         "a sequence" => "a list",
         "a string" | "a borrowed string" | "a character" => "a string",
         "a map" => "an object",
-        "variant identifier" => "one of the known names",
         _ if wanted.starts_with("struct ") || wanted.starts_with("internally tagged enum") => "an object",
-        other => other,
-    }
+        _ => return None,
+    })
 }
 
 fn sent_words(sent: &str) -> String {
@@ -222,13 +223,15 @@ mod tests {
             (r#"{"words":true}"#, Some("words"), "words must be a list, not true"),
             (r#"{"words":["a",5]}"#, Some("words[1]"), "words[1] must be a string, not 5"),
             (r#"{"level":"middle"}"#, Some("level"), "level must be one of high or low, not middle"),
+            (r#"{"level":"a, expected b"}"#, Some("level"), "level must be one of high or low, not a, expected b"),
+            (r#"{"seq":"on at line 5"}"#, Some("seq"), r#"seq must be a whole number, 0 or more, not "on at line 5""#),
             (r#"{"each":[]}"#, Some("each"), "each must be an object, not a list"),
             (r#"{"other":1}"#, Some("other"), "unknown field other"),
             (r#"{"seq":1,"seq":2}"#, Some("seq"), "duplicate field seq"),
-            (r#"{"seq":1,}"#, None, "the JSON is not valid at line 1, column 10"),
-            (r#"{seq:1}"#, None, "the JSON is not valid at line 1, column 2"),
-            ("[1]", None, "expected a JSON object"),
-            ("", None, "expected a JSON object"),
+            (r#"{"seq":1,}"#, None, "the JSON is not valid: line 1, column 10"),
+            (r#"{seq:1}"#, None, "the JSON is not valid: line 1, column 2"),
+            ("[1]", None, "not a JSON object"),
+            ("", None, "not a JSON object"),
         ];
         for (text, field, message) in cases {
             let error = decode::<Sample>(text).expect_err(text);

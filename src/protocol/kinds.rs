@@ -175,11 +175,15 @@ fn check_message(data: &RawValue, may_close: bool) -> Result<(), Error> {
             "data must be an object whose content is a string or a list of parts, each with a type",
         )
     };
-    let message: Message = serde_json::from_str(data.get()).map_err(|_| bad())?;
+    // Objects alone: a list of values would be read as a struct as well.
+    let message: Message = json::decode(data.get()).map_err(|_| bad())?;
+    let is_part = |part: &&RawValue| json::decode::<Part>(part.get()).is_ok();
     match message.content.map(RawValue::get) {
         None if may_close && message.message.is_some_and(|name| name.get().starts_with('"')) => Ok(()),
         Some(text) if text.starts_with('"') => Ok(()),
-        Some(text) if serde_json::from_str::<Vec<Part>>(text).is_ok() => Ok(()),
+        Some(text) if serde_json::from_str::<Vec<&RawValue>>(text).is_ok_and(|parts| parts.iter().all(is_part)) => {
+            Ok(())
+        }
         _ => Err(bad()),
     }
 }
@@ -207,7 +211,8 @@ mod tests {
         };
         assert!(check("user_message", r#"{"content":"hi","more":1}"#).is_ok());
         assert!(check("user_message", r#"{"content":[{"type":"text","text":"hi"}]}"#).is_ok());
-        for bad in ["{}", r#"{"content":1}"#, r#"{"content":[{}]}"#, "[]", "\"hi\"", "null"] {
+        let positional = [r#"["hi","m"]"#, r#"{"content":[["text"]]}"#];
+        for bad in ["{}", r#"{"content":1}"#, r#"{"content":[{}]}"#, "[]", "\"hi\"", "null"].iter().chain(&positional) {
             assert_eq!(check("user_message", bad).expect_err(bad).field.as_deref(), Some("data.content"));
         }
         assert!(check("tool_executing", r#"{"tool":"t","call":"c"}"#).is_ok());
