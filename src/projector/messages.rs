@@ -17,6 +17,7 @@ use uuid::Uuid;
 use super::runs::{Rejected, check_open};
 use super::transaction::Transaction;
 use super::{Published, Verdict, data};
+use crate::protocol::command::MAX_DATA;
 use crate::protocol::delta::Delta;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::LogEvent;
@@ -28,6 +29,9 @@ use crate::store::{Store, StoreError, ThreadRow};
 
 /// The longest text of a message written in deltas, in bytes.
 const MAX_TEXT: u64 = 1 << 20;
+/// The largest `data` of an event that closes such a message: what was published to close it, and its text as JSON, in which
+/// a byte may become six (`\u0001`). The text so far that a reader gets in one delta is no larger.
+pub const MAX_MESSAGE_DATA: usize = MAX_DATA + 6 * MAX_TEXT as usize + r#""content":"","#.len();
 /// Messages of a thread that are written at a time, and the bytes of their texts: the end of a run closes all of its own at
 /// once, and a reader that joins gets all of them.
 const MAX_OPEN: u32 = 1_000;
@@ -370,6 +374,18 @@ fn with_field(object: &RawValue, name: &str, value: &impl Serialize) -> Box<RawV
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_text_and_no_data_become_more_than_the_largest_data_of_a_message() {
+        // The longest text, of what JSON escapes most, in the longest data.
+        let text = "\u{1}".repeat(MAX_TEXT as usize);
+        let filler = "x".repeat(MAX_DATA - r#"{"message":"m","more":""}"#.len());
+        let data = RawValue::from_string(format!(r#"{{"message":"m","more":"{filler}"}}"#)).expect("JSON");
+        assert_eq!(data.get().len(), MAX_DATA);
+        assert_eq!(with_field(&data, "content", &text).get().len(), MAX_MESSAGE_DATA);
+        let by_end = json::encode_raw(&ClosedByEnd { content: &text, message: &"\u{1}".repeat(128) });
+        assert!(by_end.get().len() <= MAX_MESSAGE_DATA);
+    }
 
     #[test]
     fn a_field_is_set_or_replaced_and_the_others_stay_as_they_were() {

@@ -34,6 +34,7 @@ use uuid::Uuid;
 use self::judge::BatchState;
 pub use self::keys::KEY_LIFETIME;
 use self::keys::PurgeCursors;
+pub use self::messages::MAX_MESSAGE_DATA;
 pub use self::pump::{Pump, Status};
 use self::thread::{Thread, data};
 use self::transaction::EventRecord;

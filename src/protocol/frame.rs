@@ -24,6 +24,9 @@ pub struct Limits {
     pub frame_bytes: usize,
     /// Bytes of one publish's `data`.
     pub data_bytes: usize,
+    /// Bytes of the `data` of an event that a client gets: of an `agent_message` that was written in deltas, or of a delta
+    /// that brings the text so far. All others are within `data_bytes`.
+    pub message_bytes: usize,
     /// Commands in one array frame.
     pub commands: usize,
     /// Threads that may be subscribed at once, those of `"*"` included.

@@ -6,7 +6,7 @@ use metrics::Counter;
 use tokio::time::Instant;
 
 use super::Sockets;
-use super::close::{self, End};
+use super::close::End;
 use super::heartbeat::{Heartbeat, PING_AFTER};
 use super::incoming::{Incoming, MAX_IN_FLIGHT};
 use super::outgoing::Outgoing;
@@ -15,6 +15,7 @@ use crate::auth::Principal;
 use crate::delivery::outbox::EVENT_BYTES;
 use crate::delivery::registry::Registration;
 use crate::delivery::subscriptions::{MAX_SUBSCRIPTIONS, WINDOW};
+use crate::projector::MAX_MESSAGE_DATA;
 use crate::protocol::command;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::frame::{Limits, ServerFrame};
@@ -25,6 +26,7 @@ use crate::{clock, telemetry};
 const LIMITS: Limits = Limits {
     frame_bytes: command::MAX_FRAME,
     data_bytes: command::MAX_DATA,
+    message_bytes: MAX_MESSAGE_DATA,
     commands: command::MAX_COMMANDS,
     subscriptions: MAX_SUBSCRIPTIONS,
     publishes_in_flight: MAX_IN_FLIGHT,
@@ -76,7 +78,7 @@ impl SessionState {
     /// If the user is known: the session counts as the user's from now on. `id` is the `connect` that is answered by this.
     pub fn begin(&mut self, id: Option<i64>) -> Result<(), End> {
         let (Some(who), Some(registration)) = (&self.who, &self.registration) else { return Ok(()) };
-        registration.identify(who).map_err(|error| End::Close(close::TOO_MANY_CONNECTIONS, error.message))?;
+        registration.identify(who).map_err(|error| End::no_room(&error))?;
         // Looked up once more: a revocation after this reaches the session by its registration.
         self.check_revoked()?;
         self.welcome(id);
