@@ -93,7 +93,10 @@ impl ClientError {
     pub fn reconnects(&self) -> bool {
         match self {
             ClientError::Connect { .. } | ClientError::Silent(_) | ClientError::Lost(_) => true,
-            ClientError::Closed { code, .. } => matches!(code, 1001 | 1006 | 1011..=1013 | 4000..=4499),
+            // Whatever the code, a server that says when to come back means it.
+            ClientError::Closed { code, .. } => {
+                matches!(code, 1001 | 1006 | 1011..=1013 | 4000..=4499) || self.retry_after().is_some()
+            }
             ClientError::Refused { status, .. } => matches!(status, 408 | 429 | 500..=599),
             ClientError::Command(error) => error.temporary,
             _ => false,

@@ -23,6 +23,17 @@ const SPREAD: (u64, u64) = (1_000, 60_000);
 /// The soonest return, in milliseconds: the next server must have started.
 const FIRST_RETURN: u64 = 200;
 
+/// When a client that finds no room may try again, in milliseconds. Another of its user's connections has to end first.
+const NO_ROOM_RETRY: u64 = 30_000;
+
+/// Sessions that one user may have on this node.
+#[derive(Debug, Clone, Copy)]
+pub struct ConnectionLimits {
+    pub user: usize,
+    /// With scope `agent`.
+    pub agent: usize,
+}
+
 /// Whose session it is.
 struct Owner {
     user: Arc<str>,
@@ -57,8 +68,7 @@ struct Sessions {
 
 pub struct Registry {
     sessions: Mutex<Sessions>,
-    /// Sessions that one user may have.
-    limit: usize,
+    limits: ConnectionLimits,
     count: watch::Sender<usize>,
     connections: Gauge,
     streams: Gauge,
@@ -72,11 +82,10 @@ pub struct Registration {
 }
 
 impl Registry {
-    /// `limit` is the number of sessions that one user may have.
-    pub fn new(limit: usize) -> Registry {
+    pub fn new(limits: ConnectionLimits) -> Registry {
         Registry {
             sessions: Mutex::default(),
-            limit,
+            limits,
             count: watch::channel(0).0,
             connections: telemetry::connections(),
             streams: telemetry::streams(),
@@ -207,11 +216,13 @@ impl Session {
 impl Registration {
     /// Says whose session it is; fails when the user has too many.
     pub fn identify(&self, who: &Principal) -> Result<(), Error> {
+        let limits = self.registry.limits;
+        let limit = if who.scopes.agent { limits.agent } else { limits.user };
         let mut sessions = self.registry.lock();
         let ids = sessions.by_user.entry(who.key.clone()).or_default();
-        if ids.len() >= self.registry.limit {
-            let why = format!("the user has {} connections already", self.registry.limit);
-            return Err(Error::new(Code::RateLimited, why).retry_after(1_000));
+        if ids.len() >= limit {
+            let why = format!("the user has {} connections to this node; at most {limit} may be", ids.len());
+            return Err(Error::new(Code::RateLimited, why).retry_after(NO_ROOM_RETRY));
         }
         ids.push(self.id);
         if let Some(session) = sessions.by_id.get_mut(&self.id) {

@@ -62,6 +62,13 @@ impl End {
         End::Close(DRAINING, format!(r#"{{"reason":"draining","retry_after_ms":{retry_after_ms}}}"#).into())
     }
 
+    /// The user has too many connections: one of them has to end first, and it may be another client's.
+    pub fn no_room(error: &Error) -> End {
+        let retry_after_ms = error.retry_after_ms.unwrap_or_default();
+        let reason = format!(r#"{{"reason":"too_many_connections","retry_after_ms":{retry_after_ms}}}"#);
+        End::Close(TOO_MANY_CONNECTIONS, reason.into())
+    }
+
     /// The token of a `connect` or `refresh` was refused.
     pub fn refused_token(error: &Error) -> End {
         match error.code {
@@ -111,10 +118,15 @@ mod tests {
     }
 
     #[test]
-    fn a_drain_s_reason_is_json() {
-        let End::Close(1001, reason) = End::draining(250) else { panic!("closes with 1001") };
-        let reason: serde_json::Value = serde_json::from_str(&reason).expect("JSON");
-        assert_eq!(reason, serde_json::json!({"reason": "draining", "retry_after_ms": 250}));
+    fn a_reason_that_says_when_to_come_back_is_json() {
+        let of = |end| {
+            let End::Close(code, reason) = end else { panic!("closes") };
+            (code, serde_json::from_str::<serde_json::Value>(&reason).expect("JSON"))
+        };
+        let draining = serde_json::json!({"reason": "draining", "retry_after_ms": 250});
+        assert_eq!(of(End::draining(250)), (1001, draining));
+        let full = serde_json::json!({"reason": "too_many_connections", "retry_after_ms": 30_000});
+        assert_eq!(of(End::no_room(&Error::new(Code::RateLimited, "full").retry_after(30_000))), (4503, full));
     }
 
     #[test]
