@@ -19,7 +19,8 @@ use crate::edge::health::Health;
 use crate::edge::http::Api;
 use crate::edge::http::probes::Probes;
 use crate::edge::listener;
-use crate::edge::routes::{self, Edge};
+use crate::edge::origin::Origins;
+use crate::edge::routes::{self, Door, Edge};
 use crate::edge::sse::Streams;
 use crate::edge::ws::Sockets;
 use crate::ingest::admit::Admission;
@@ -60,12 +61,16 @@ pub enum StartError {
 /// A running server.
 pub struct App {
     pub address: SocketAddr,
+    /// The operator's own address, if there is one.
+    pub admin: Option<SocketAddr>,
     store: Arc<Store>,
     registry: Arc<Registry>,
     health: Arc<Health>,
     log: Arc<dyn Log>,
     stop_accepting: watch::Sender<bool>,
     accepting: JoinHandle<()>,
+    stop_admin: watch::Sender<bool>,
+    administering: Option<JoinHandle<()>>,
     delivering: JoinHandle<()>,
     chores: Vec<JoinHandle<()>>,
     projecting: std::thread::JoinHandle<()>,
@@ -143,14 +148,15 @@ impl App {
     pub async fn start(config: Config) -> Result<App, StartError> {
         let verifier = config.verifier()?;
         let metrics = telemetry::install();
-        let address = config.listen;
-        let listening = listener::bind(address).map_err(|source| StartError::Listen { address, source })?;
+        let bind = |address| listener::bind(address).map_err(|source| StartError::Listen { address, source });
+        let listening = bind(config.listen)?;
+        let listening_admin = config.admin_listen.map(bind).transpose()?;
         let opening = config.clone();
         let opened = tokio::task::spawn_blocking(move || open(&opening));
         let Opened { log, store, progress, reader } = opened.await.map_err(|_| StartError::Interrupted)??;
 
         let pending = Arc::new(Pending::default());
-        let registry = Arc::new(Registry::new(config.max_user_connections));
+        let registry = Arc::new(Registry::new(config.connection_limits()));
         let limits = Arc::new(Limits::new(config.rates()));
         let (hub, commits, delivering) = Hub::start(pending.clone(), registry.clone());
         let status = Arc::new(Status::default());
@@ -187,9 +193,11 @@ impl App {
             health: health.clone(),
             metrics: metrics.clone(),
             epoch: log.epoch(),
-            origins: config.allow_origin.clone(),
+            origins: Arc::new(Origins::new(config.allow_origin.clone())),
         });
-        let (address, stop_accepting, accepting) = accept(&config, listening, edge)?;
+        let edge = Arc::new(edge);
+        let (address, stop_accepting, accepting) = accept(&config, listening, &edge)?;
+        let (admin, stop_admin, administering) = accept_admin(listening_admin, edge)?;
         let chores = vec![
             tokio::spawn(pending.expire()),
             tokio::spawn(health.clone().watch()),
@@ -199,12 +207,15 @@ impl App {
         ];
         Ok(App {
             address,
+            admin,
             store,
             registry,
             health,
             log,
             stop_accepting,
             accepting,
+            stop_admin,
+            administering,
             delivering,
             chores,
             projecting,
@@ -245,6 +256,11 @@ impl App {
         for chore in self.chores {
             chore.abort();
         }
+        // The last to go: until here it showed how the others went.
+        self.stop_admin.send_replace(true);
+        if let Some(administering) = self.administering {
+            drop(tokio::time::timeout(Duration::from_millis(100), administering).await);
+        }
     }
 }
 
@@ -261,7 +277,7 @@ struct Handles {
     health: Arc<Health>,
     metrics: PrometheusHandle,
     epoch: String,
-    origins: Vec<String>,
+    origins: Arc<Origins>,
 }
 
 /// Gives each part of the edge the handles that it uses.
@@ -310,14 +326,24 @@ fn edge(handles: Handles) -> Edge {
     }
 }
 
-fn accept(
-    config: &Config,
-    listening: TcpListener,
-    edge: Edge,
-) -> Result<(SocketAddr, watch::Sender<bool>, JoinHandle<()>), StartError> {
+type Accepting = (SocketAddr, watch::Sender<bool>, JoinHandle<()>);
+
+fn accept(config: &Config, listening: TcpListener, edge: &Arc<Edge>) -> Result<Accepting, StartError> {
     let address = listening.local_addr()?;
     let (stop, stopped) = watch::channel(false);
-    let service = routes::service(Arc::new(edge));
-    let accepting = tokio::spawn(listener::serve(listening, service, config.max_connections, stopped));
+    let service = |door| routes::service(edge.clone(), door, config.admin_listen.is_some());
+    let (all, beyond) = (service(Door::Main), service(Door::BeyondLimit));
+    let accepting = tokio::spawn(listener::serve(listening, all, beyond, config.max_connections, stopped));
     Ok((address, stop, accepting))
+}
+
+type Administering = (Option<SocketAddr>, watch::Sender<bool>, Option<JoinHandle<()>>);
+
+fn accept_admin(listening: Option<TcpListener>, edge: Arc<Edge>) -> Result<Administering, StartError> {
+    let (stop, stopped) = watch::channel(false);
+    let Some(listening) = listening else { return Ok((None, stop, None)) };
+    let address = listening.local_addr()?;
+    let service = routes::service(edge, Door::Admin, true);
+    let administering = tokio::spawn(listener::serve_admin(listening, service, stopped));
+    Ok((Some(address), stop, Some(administering)))
 }

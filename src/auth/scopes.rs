@@ -113,6 +113,11 @@ pub fn publish_reserved(
     }
 }
 
+/// Refuses whoever does not read every thread of the tenant.
+pub fn read_all(scopes: Scopes) -> Result<(), Error> {
+    if reads_by_scope(scopes) { Ok(()) } else { Err(missing("analyst")) }
+}
+
 /// Whether the user reads by scope, member or not; or by membership, if at all.
 pub fn reads_by_scope(scopes: Scopes) -> bool {
     scopes.analyst || scopes.admin

@@ -62,7 +62,8 @@ async fn serve(app: &App, data: &Path, secret: Option<&str>, demo: bool) -> Resu
     app.ready().await;
     let url = format!("http://{}", app.address);
     tracing::info!(address = %app.address, data = %data.display(), "weft is up");
-    println!("weft is up on {url} (WebSocket: ws://{}/v1/ws)", app.address);
+    let admin = app.admin.map_or(String::new(), |admin| format!(", metrics: http://{admin}/metrics"));
+    println!("weft is up on {url} (WebSocket: ws://{}/v1/ws{admin})", app.address);
     if let Some(secret) = secret {
         welcome(&url, secret, demo).await?;
     }

@@ -75,12 +75,14 @@ fn unknown(known: &Map<String, Value>, key: &str) -> String {
 /// What the value of a key must be, in words.
 fn must_be(key: &str) -> &'static str {
     match key {
-        "listen" => r#"an address such as "127.0.0.1:8080""#,
+        "listen" | "admin_listen" => r#"an address such as "127.0.0.1:8080""#,
         "log" => r#""embedded" or "kafka""#,
         "allow_origin" => r#"a list such as ["https://app.example"]"#,
         "run_stalled_after" => r#"a time such as "10m" or "90s""#,
         "dev" => "true or false",
-        "partitions" | "max_connections" | "max_user_connections" => "a whole number, at least 1",
+        "partitions" | "max_connections" | "max_user_connections" | "max_agent_connections" => {
+            "a whole number, at least 1"
+        }
         "rate_user" | "rate_agent" | "rate_tenant" | "rate_tenant_commands" => "a whole number, 0 for no limit",
         _ => "a string in quotes",
     }
@@ -154,6 +156,7 @@ mod tests {
     fn every_key_can_be_set() {
         let text = r#"
             listen = "127.0.0.1:1"
+            admin_listen = "127.0.0.1:2"
             data = "d"
             log = "kafka"
             brokers = "b:1"
@@ -166,6 +169,7 @@ mod tests {
             allow_origin = ["https://app.example"]
             max_connections = 1
             max_user_connections = 2
+            max_agent_connections = 3
             rate_user = 3
             rate_agent = 4
             rate_tenant = 8_000_000_000

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::auth::jwt::{self, Key, Verifier};
+use crate::delivery::registry::ConnectionLimits;
 use crate::ingest::limits::Rates;
 
 /// Which log to use.
@@ -59,6 +60,10 @@ pub struct ServeArgs {
     #[arg(long, env = "WEFT_LISTEN", value_name = "IP:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen: Option<SocketAddr>,
+    /// An address of its own for /metrics, which the other one then lacks; /healthz and /readyz are at both
+    #[arg(long, env = "WEFT_ADMIN_LISTEN", value_name = "IP:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin_listen: Option<SocketAddr>,
     /// The secret of the tokens' HMAC (HS256, HS384, HS512)
     #[arg(long, env = "WEFT_JWT_SECRET", hide_env_values = true, value_name = "SECRET")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -83,10 +88,14 @@ pub struct ServeArgs {
     #[arg(long, env = "WEFT_MAX_CONNECTIONS", value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections: Option<usize>,
-    /// WebSockets of one user at a time [default: 100]
+    /// WebSockets and streams of one user at a time [default: 250]
     #[arg(long, env = "WEFT_MAX_USER_CONNECTIONS", value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_user_connections: Option<usize>,
+    /// The same of one user with scope agent [default: 1000]
+    #[arg(long, env = "WEFT_MAX_AGENT_CONNECTIONS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_agent_connections: Option<usize>,
     /// Commands a second of one user, five times as many at once; 0: no limit [default: 2000]
     #[arg(long, env = "WEFT_RATE_USER", value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -118,6 +127,8 @@ pub struct ServeArgs {
 #[serde(deny_unknown_fields)]
 pub struct Config {
     pub listen: SocketAddr,
+    #[serde(default)]
+    pub admin_listen: Option<SocketAddr>,
     pub data: PathBuf,
     pub log: LogChoice,
     pub brokers: String,
@@ -134,6 +145,7 @@ pub struct Config {
     pub allow_origin: Vec<String>,
     pub max_connections: usize,
     pub max_user_connections: usize,
+    pub max_agent_connections: usize,
     pub rate_user: u32,
     pub rate_agent: u32,
     pub rate_tenant: u64,
@@ -162,6 +174,7 @@ impl Default for Config {
     fn default() -> Config {
         Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            admin_listen: None,
             data: "./data".into(),
             log: LogChoice::Embedded,
             brokers: "127.0.0.1:9092".into(),
@@ -173,7 +186,8 @@ impl Default for Config {
             jwt_audience: None,
             allow_origin: Vec::new(),
             max_connections: 100_000,
-            max_user_connections: 100,
+            max_user_connections: 250,
+            max_agent_connections: 1_000,
             rate_user: 2_000,
             rate_agent: 20_000,
             rate_tenant: 0,
@@ -232,9 +246,11 @@ impl Config {
         if !(1..=10_000).contains(&self.partitions) {
             return Err(("partitions", format!("must be 1 to 10000, not {}", self.partitions)));
         }
-        for (key, value) in
-            [("max_connections", self.max_connections), ("max_user_connections", self.max_user_connections)]
-        {
+        for (key, value) in [
+            ("max_connections", self.max_connections),
+            ("max_user_connections", self.max_user_connections),
+            ("max_agent_connections", self.max_agent_connections),
+        ] {
             if value == 0 {
                 return Err((key, "must be at least 1".to_owned()));
             }
@@ -254,8 +270,11 @@ impl Config {
 
     /// What is wrong with settings that do not go together.
     fn check_together(&self) -> Result<(), ConfigError> {
-        if self.dev && !self.listen.ip().is_loopback() {
-            return Err(ConfigError::new("--dev listens on loopback only: change --listen, or leave --dev out"));
+        for (flag, address) in [("--listen", Some(self.listen)), ("--admin-listen", self.admin_listen)] {
+            if self.dev && address.is_some_and(|address| !address.ip().is_loopback()) {
+                let why = format!("--dev listens on loopback only: change {flag}, or leave --dev out");
+                return Err(ConfigError::new(why));
+            }
         }
         if self.jwt_secret.is_some() && self.jwt_key.is_some() {
             return Err(ConfigError::new(
@@ -272,6 +291,10 @@ impl Config {
             tenant_commands: self.rate_tenant_commands,
             tenant_bytes: self.rate_tenant,
         }
+    }
+
+    pub fn connection_limits(&self) -> ConnectionLimits {
+        ConnectionLimits { user: self.max_user_connections, agent: self.max_agent_connections }
     }
 
     /// How long a run may be without an event.
@@ -354,13 +377,16 @@ mod tests {
         let given =
             ServeArgs { dev: Some(true), listen: Some(SocketAddr::from(([0, 0, 0, 0], 1))), ..ServeArgs::default() };
         assert!(Config::load(None, &given).expect_err("an open address").to_string().contains("--listen"));
+        let admin_listen = Some(SocketAddr::from(([0, 0, 0, 0], 1)));
+        let given = ServeArgs { dev: Some(true), admin_listen, ..ServeArgs::default() };
+        assert!(Config::load(None, &given).expect_err("an open address").to_string().contains("--admin-listen"));
     }
 
     #[test]
     fn rates_come_from_the_settings_and_0_is_one_of_them() {
         let default = Config::load(None, &ServeArgs::default()).expect("the defaults are good");
         let rates = Rates { user_commands: 2_000, agent_commands: 20_000, tenant_commands: 0, tenant_bytes: 0 };
-        assert_eq!((default.rates(), default.max_user_connections), (rates, 100));
+        assert_eq!((default.rates(), default.max_user_connections), (rates, 250));
         let given = ServeArgs {
             rate_user: Some(0),
             rate_agent: Some(9),

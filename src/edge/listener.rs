@@ -1,4 +1,7 @@
 //! The accept loop under the routes: deadlines, bounds and a connection limit, which `warp::serve` does not have.
+//!
+//! A connection over the limit has a request as any other, and is answered from the [`Reserve`]: probes as ever, everything
+//! else with 503.
 
 use std::io;
 use std::net::SocketAddr;
@@ -6,31 +9,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
-use tokio::io::AsyncWriteExt;
+use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use warp::Filter;
 use warp::filters::BoxedFilter;
-use warp::hyper;
 use warp::reply::Response;
 
+use super::http1;
+use super::reserve::Reserve;
 use super::ws::socket::Socket;
-use crate::protocol::error::{Code, Error};
-use crate::protocol::http::Problem;
-use crate::protocol::json;
 use crate::telemetry;
 
 /// Time for the first byte and for all headers of a request.
 const HEADERS_WITHIN: Duration = Duration::from_secs(5);
-const MAX_HEADERS: usize = 64;
-const HEADER_BYTES: usize = 16 << 10;
 /// A connection that writes nothing for so long has a peer that reads nothing.
 const STALLED_AFTER: Duration = Duration::from_secs(30);
-/// Refusals under way; beyond that a connection over the limit is closed without an answer.
-const REFUSALS: usize = 64;
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 4_096;
 /// The longest pause after a failed accept.
@@ -46,54 +41,86 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Accepts until `stop`, then lets requests under way finish.
+/// Accepts until `stop`, then lets requests under way finish. Up to `limit` connections have all `routes`, those beyond it
+/// the ones of `beyond`.
 pub async fn serve(
     listener: TcpListener,
     routes: BoxedFilter<(Response,)>,
+    beyond: BoxedFilter<(Response,)>,
     limit: usize,
     mut stop: watch::Receiver<bool>,
 ) {
     let permits = Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS)));
-    let refusals = Arc::new(Semaphore::new(REFUSALS));
+    let mut reserve = Reserve::new(beyond, telemetry::refused("connection_limit"));
     let mut connections = JoinSet::new();
-    let mut pause = Duration::from_millis(5);
+    let mut pause = Pause::default();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             Some(_) = connections.join_next() => continue,
             () = stopped(&mut stop) => break,
         };
+        let Some((stream, peer)) = pause.after(accepted).await else { continue };
+        match permits.clone().try_acquire_owned() {
+            Ok(permit) => {
+                let permit = Arc::new(permit);
+                connections.spawn(connection(stream, peer, routes.clone(), permit, stop.clone()));
+            }
+            Err(_) => reserve.admit(stream),
+        }
+    }
+    while connections.join_next().await.is_some() {}
+    reserve.finish().await;
+}
+
+/// Accepts until `stop`, on an address of which all connections are the operator's.
+pub async fn serve_admin(listener: TcpListener, routes: BoxedFilter<(Response,)>, mut stop: watch::Receiver<bool>) {
+    let mut reserve = Reserve::new(routes, telemetry::refused("admin_limit"));
+    let mut pause = Pause::default();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stopped(&mut stop) => break,
+        };
+        if let Some((stream, _)) = pause.after(accepted).await {
+            reserve.admit(stream);
+        }
+    }
+    reserve.finish().await;
+}
+
+/// The pause after an accept that failed.
+struct Pause(Duration);
+
+impl Default for Pause {
+    fn default() -> Pause {
+        Pause(Duration::from_millis(5))
+    }
+}
+
+impl Pause {
+    /// What was accepted; after a failure nothing, and not at once.
+    async fn after(&mut self, accepted: io::Result<(TcpStream, SocketAddr)>) -> Option<(TcpStream, SocketAddr)> {
         match accepted {
-            Ok((stream, peer)) => {
-                pause = Duration::from_millis(5);
-                match permits.clone().try_acquire_owned() {
-                    Ok(permit) => drop(connections.spawn(connection(
-                        stream,
-                        peer,
-                        routes.clone(),
-                        Arc::new(permit),
-                        stop.clone(),
-                    ))),
-                    Err(_) => match refusals.clone().try_acquire_owned() {
-                        Ok(permit) => drop(connections.spawn(refuse(stream, permit))),
-                        Err(_) => telemetry::refused("connection_limit").increment(1),
-                    },
-                }
+            Ok(accepted) => {
+                *self = Pause::default();
+                Some(accepted)
             }
             // The client was gone before the connection was accepted.
             Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {
+                None
             }
             // Out of descriptors or memory: other connections must end first, and trying again at once would only use the
             // processor.
             Err(error) => {
                 telemetry::refused("accept_failed").increment(1);
-                tracing::warn!(%error, ?pause, "cannot accept");
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(MAX_PAUSE);
+                tracing::warn!(%error, pause = ?self.0, "cannot accept");
+                tokio::time::sleep(self.0).await;
+                self.0 = (self.0 * 2).min(MAX_PAUSE);
+                None
             }
         }
     }
-    while connections.join_next().await.is_some() {}
 }
 
 async fn connection(
@@ -106,16 +133,8 @@ async fn connection(
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, %peer, "no nodelay");
     }
-    let service = TowerToHyperService::new(warp::service(routes));
-    let service = hyper::service::service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
-        request.extensions_mut().insert(permit.clone());
-        hyper::service::Service::call(&service, request)
-    });
-    let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(HEADERS_WITHIN)
-        .max_headers(MAX_HEADERS)
-        .max_buf_size(HEADER_BYTES);
+    let http = http1::protocol(HEADERS_WITHIN);
+    let service = http1::service(routes, move |extensions| drop(extensions.insert(permit.clone())));
     let socket = Socket::new(stream);
     let written = socket.counter();
     let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(socket), service).with_upgrades());
@@ -154,22 +173,6 @@ async fn stalled(written: &AtomicU64) {
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     // An error means that the sender is gone, and the server with it.
     drop(stop.wait_for(|stop| *stop).await);
-}
-
-/// Answers a connection over the limit, which has no request read, and closes it.
-async fn refuse(mut stream: TcpStream, _permit: OwnedSemaphorePermit) {
-    telemetry::refused("connection_limit").increment(1);
-    let error = Error::new(Code::Unavailable, "the connection limit is reached").retry_after(1_000);
-    let body = json::encode(&Problem::of(&error));
-    let reply = format!(
-        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
-        body.len()
-    );
-    let written = tokio::time::timeout(HEADERS_WITHIN, stream.write_all(reply.as_bytes())).await;
-    // A client that is gone needs no answer.
-    if written.is_ok_and(|written| written.is_ok()) {
-        Socket::new(stream).linger().await;
-    }
 }
 
 /// A connection's permit, for routes.

@@ -1,14 +1,19 @@
 //! The edge: sockets in, frames and replies out. It parses requests, checks rights and calls the layers below.
 //!
-//! - [`listener`] accepts connections, within their limit;
+//! - [`listener`] accepts connections, within their limit; [`reserve`] serves probes beyond it, both
+//!   speak [`http1`];
 //! - [`routes`] lists everything that a client can ask for; [`matcher`] finds the route of a request;
 //! - [`http`] answers requests, [`sse`] sends a thread as Server-Sent Events, [`ws`] runs WebSocket sessions;
+//! - [`origin`] knows which pages of other origins are let in;
 //! - [`health`] knows how each part of the server is doing.
 
 pub mod health;
 pub mod http;
+pub mod http1;
 pub mod listener;
 pub mod matcher;
+pub mod origin;
+pub mod reserve;
 pub mod routes;
 pub mod sse;
 pub mod ws;

@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use warp::filters::BoxedFilter;
-use warp::http::{HeaderMap, Method};
+use warp::http::{HeaderValue, Method, Version, header};
 use warp::hyper::upgrade::OnUpgrade;
 use warp::path::FullPath;
 use warp::reply::Response;
@@ -16,10 +16,11 @@ use warp::{Filter, Rejection, Reply as _};
 use super::health::Health;
 use super::http::probes::Probes;
 use super::http::reply::{method_not_allowed, problem};
-use super::http::request::{AnonymousRequest, Request, bearer_token};
+use super::http::request::{AnonymousRequest, Request, bearer_token, refuse_head};
 use super::http::{Api, context, dead_letters, events, members, probes, readers, runs, sessions, threads, tickets};
 use super::listener;
 use super::matcher::{Found, Matcher};
+use super::origin::is_preflight;
 use super::sse::{Streams, agui, stream};
 use super::ws::Sockets;
 use super::ws::upgrade::upgrade;
@@ -36,6 +37,8 @@ pub enum Needs {
     Token,
     /// A token that allows reading.
     Read,
+    /// The same, or a ticket in its place: for what a browser reads without headers of the page's.
+    Stream,
     /// A token with scope `admin`.
     Admin,
 }
@@ -59,6 +62,11 @@ pub struct Route {
 }
 
 impl Route {
+    /// Whether it is answered whatever the load, for whoever watches the server.
+    fn is_probe(&self) -> bool {
+        matches!(self.path, "/healthz" | "/readyz" | METRICS)
+    }
+
     pub fn needs(&self) -> Needs {
         match self.handler {
             Handler::Anyone(_) => Needs::Nothing,
@@ -75,11 +83,14 @@ const DELETE: Method = Method::DELETE;
 const THREAD: &str = "/v1/threads/{thread}";
 const EVENTS: &str = "/v1/threads/{thread}/events";
 const MEMBER: &str = "/v1/threads/{thread}/members/{user}";
+const METRICS: &str = "/metrics";
 
 /// The name of the route whose requests are not counted.
 const UNCOUNTED: &str = "metrics";
 /// What metrics call a request that has no route.
 const NO_ROUTE: &str = "none";
+/// What metrics call a browser's question before a request of another origin.
+const PREFLIGHT: &str = "preflight";
 
 #[rustfmt::skip]
 pub const ROUTES: &[Route] = &[
@@ -96,8 +107,8 @@ pub const ROUTES: &[Route] = &[
     user(GET, "/v1/threads/{thread}/presence", "presence", Needs::Read, |edge, it| answer(readers::presence(edge.api.clone(), it))),
     user(GET, "/v1/threads/{thread}/receipts", "receipts", Needs::Read, |edge, it| answer(readers::receipts(edge.api.clone(), it))),
     user(GET, "/v1/threads/{thread}/context", "context", Needs::Read, |edge, it| answer(context::read(edge.api.clone(), it))),
-    user(GET, "/v1/threads/{thread}/stream", "stream", Needs::Read, |edge, it| answer(stream(edge.streams.clone(), it))),
-    user(GET, "/v1/threads/{thread}/agui", "agui", Needs::Read, |edge, it| answer(agui::stream(edge.streams.clone(), it))),
+    user(GET, "/v1/threads/{thread}/stream", "stream", Needs::Stream, |edge, it| answer(stream(edge.streams.clone(), it))),
+    user(GET, "/v1/threads/{thread}/agui", "agui", Needs::Stream, |edge, it| answer(agui::stream(edge.streams.clone(), it))),
 
     user(GET, "/v1/threads/{thread}/runs", "runs", Needs::Read, |edge, it| answer(runs::of_thread(edge.api.clone(), it))),
     user(GET, "/v1/threads/{thread}/runs/{run}", "run", Needs::Read, |edge, it| answer(runs::read(edge.api.clone(), it))),
@@ -111,7 +122,7 @@ pub const ROUTES: &[Route] = &[
 
     anyone(GET, "/healthz", "healthz", |_, _| ready(probes::alive())),
     anyone(GET, "/readyz", "readyz", |edge, _| ready(probes::ready(&edge.probes))),
-    anyone(GET, "/metrics", UNCOUNTED, |edge, _| ready(probes::metrics(&edge.probes))),
+    anyone(GET, METRICS, UNCOUNTED, |edge, _| ready(probes::metrics(&edge.probes))),
 ];
 
 const fn anyone(
@@ -157,71 +168,141 @@ impl Edge {
         match route.handler {
             Handler::Anyone(handler) => handler(self, it).await,
             Handler::User(needs, handler) => {
-                let who = self.admit(&it.headers, needs)?;
+                let who = self.admit(&it, needs)?;
                 handler(self, it.of(who)).await
             }
         }
     }
 
     /// The user of a request, counted against its rate, if its token allows what the route needs.
-    fn admit(&self, headers: &HeaderMap, needs: Needs) -> Result<Principal, Error> {
-        let who = self.auth.verify(bearer_token(headers)?)?;
+    fn admit(&self, it: &AnonymousRequest, needs: Needs) -> Result<Principal, Error> {
+        let who = self.authenticate(it, needs)?;
         self.health.check_caught_up()?;
         self.admission.count(&who)?;
         match needs {
             Needs::Nothing | Needs::Token => {}
-            Needs::Read => scopes::read(who.scopes)?,
+            Needs::Read | Needs::Stream => scopes::read(who.scopes)?,
             Needs::Admin => scopes::administer(who.scopes)?,
         }
         Ok(who)
     }
+
+    /// A token in the header goes before a ticket, which is used up only if it is needed.
+    fn authenticate(&self, it: &AnonymousRequest, needs: Needs) -> Result<Principal, Error> {
+        if needs == Needs::Stream
+            && !it.headers.contains_key(header::AUTHORIZATION)
+            && let Some(ticket) = it.ticket()
+        {
+            self.health.check_caught_up()?;
+            return self.auth.redeem_ticket(&ticket);
+        }
+        self.auth.verify(bearer_token(&it.headers)?)
+    }
 }
 
-/// The routes as a service.
-pub fn service(edge: Arc<Edge>) -> BoxedFilter<(Response,)> {
-    let matcher = Arc::new(matcher());
+/// What a connection may ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Door {
+    /// Everything.
+    Main,
+    /// Probes, since the connection limit is reached; everything else is refused for that.
+    BeyondLimit,
+    /// Probes alone, on the operator's own address.
+    Admin,
+}
+
+/// The routes of a door.
+struct Table {
+    door: Door,
+    matcher: Matcher<&'static Route>,
+}
+
+impl Table {
+    /// `metrics_apart`: they are served by the operator's own address alone.
+    fn new(door: Door, metrics_apart: bool) -> Table {
+        let serves = |route: &&Route| match door {
+            Door::Main => !metrics_apart || route.path != METRICS,
+            Door::BeyondLimit => route.is_probe() && (!metrics_apart || route.path != METRICS),
+            Door::Admin => route.is_probe(),
+        };
+        let routes = ROUTES.iter().filter(serves).map(|route| (route.method.clone(), route.path, route));
+        Table { door, matcher: Matcher::new(routes).expect("a test makes the same matchers") }
+    }
+}
+
+/// The routes of a door as a service.
+pub fn service(edge: Arc<Edge>, door: Door, metrics_apart: bool) -> BoxedFilter<(Response,)> {
+    let table = Arc::new(Table::new(door, metrics_apart));
     let query = warp::query::raw().or_else(async |_| Ok::<_, Rejection>((String::new(),)));
     warp::method()
         .and(warp::path::full())
+        .and(warp::ext::get::<Version>())
         .and(warp::header::headers_cloned())
         .and(query)
         .and(warp::body::stream())
         .and(warp::ext::optional::<OnUpgrade>())
         .and(listener::permit())
-        .then(move |method: Method, path: FullPath, headers, query, body, upgrade, permit| {
-            let (edge, matcher) = (edge.clone(), matcher.clone());
+        .then(move |method: Method, path: FullPath, version, headers, query, body, upgrade, permit| {
+            let (edge, table) = (edge.clone(), table.clone());
             let request = AnonymousRequest::new(headers, query, body, upgrade, permit);
-            async move { serve(&edge, &matcher, &method, path.as_str(), request).await }
+            async move { serve(&edge, &table, &method, path.as_str(), version, request).await }
         })
         .boxed()
 }
 
-fn matcher() -> Matcher<&'static Route> {
-    let routes = ROUTES.iter().map(|route| (route.method.clone(), route.path, route));
-    Matcher::new(routes).expect("a test makes the same matcher")
-}
-
 async fn serve(
     edge: &Edge,
-    matcher: &Matcher<&'static Route>,
+    table: &Table,
     method: &Method,
     path: &str,
+    version: Version,
     request: AnonymousRequest,
 ) -> Response {
-    let (name, reply) = match matcher.find(method, path) {
-        Found::One { value: route, params } => {
-            let handled = edge.handle(route, request.with_params(params)).await;
-            (route.name, handled.unwrap_or_else(|error| problem(&error).into_response()))
-        }
-        Found::WrongMethod { template, allowed } => {
-            (NO_ROUTE, method_not_allowed(method, template, &allowed).into_response())
-        }
-        Found::Nothing => (NO_ROUTE, problem(&Error::new(Code::NotFound, "there is no such resource")).into_response()),
+    // The answer depends on the origin, and only the headers say that.
+    let asked = path.starts_with("/v1/").then(|| request.headers.clone());
+    let (name, mut reply) = match refuse_head(version, &request.headers) {
+        None => find_and_handle(edge, table, method, path, request).await,
+        Some(refusal) => (NO_ROUTE, refusal.into_response()),
     };
+    if let Some(asked) = asked {
+        edge.sockets.origins.open(&asked, reply.headers_mut());
+    }
     if name != UNCOUNTED {
         telemetry::http_requests(name, reply.status().as_u16()).increment(1);
     }
     reply
+}
+
+async fn find_and_handle(
+    edge: &Edge,
+    table: &Table,
+    method: &Method,
+    path: &str,
+    request: AnonymousRequest,
+) -> (&'static str, Response) {
+    match table.matcher.find(method, path) {
+        Found::One { value: route, params } => {
+            let handled = edge.handle(route, request.with_params(params)).await;
+            let mut reply = handled.unwrap_or_else(|error| problem(&error).into_response());
+            if route.is_probe() {
+                // Whoever watches is no connection of the server's beyond the answer.
+                reply.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            (route.name, reply)
+        }
+        Found::WrongMethod { allowed, .. } if is_preflight(method, &request.headers) => {
+            (PREFLIGHT, edge.sockets.origins.preflight(&request.headers, &allowed).into_response())
+        }
+        Found::WrongMethod { template, allowed } => {
+            (NO_ROUTE, method_not_allowed(method, template, &allowed).into_response())
+        }
+        Found::Nothing if table.door == Door::BeyondLimit => {
+            telemetry::refused("connection_limit").increment(1);
+            let error = Error::new(Code::Unavailable, "the connection limit is reached").retry_after(1_000);
+            (NO_ROUTE, problem(&error).into_response())
+        }
+        Found::Nothing => (NO_ROUTE, problem(&Error::new(Code::NotFound, "there is no such resource")).into_response()),
+    }
 }
 
 #[cfg(test)]
@@ -230,12 +311,23 @@ mod tests {
 
     #[test]
     fn every_route_is_found_by_its_method_and_path_and_no_two_are_the_same() {
-        let matcher = matcher();
+        let Table { matcher, .. } = Table::new(Door::Main, false);
         for route in ROUTES {
             let path = route.path.replace(['{', '}'], "");
             let Found::One { value, params } = matcher.find(&route.method, &path) else { panic!("{path}") };
             assert!(std::ptr::eq(*value, route), "{} {}", route.method, route.path);
             assert_eq!(params.len(), route.path.matches('{').count());
+        }
+    }
+
+    #[test]
+    fn probes_are_at_every_door_and_metrics_that_are_apart_only_at_the_operator_s() {
+        let has = |door, apart, path: &str| matches!(Table::new(door, apart).matcher.find(&GET, path), Found::One { value, .. } if value.path == path);
+        for door in [Door::Main, Door::BeyondLimit, Door::Admin] {
+            assert_eq!(["/healthz", "/readyz", METRICS].map(|path| has(door, false, path)), [true; 3], "{door:?}");
+            assert_eq!(has(door, true, "/readyz"), true, "{door:?}");
+            assert_eq!(has(door, true, METRICS), door == Door::Admin, "{door:?}");
+            assert_eq!(has(door, true, "/v1/threads"), door == Door::Main, "{door:?}");
         }
     }
 

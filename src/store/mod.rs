@@ -136,7 +136,20 @@ impl Store {
         rows.map(move |row| Ok(row.map(|(key, value)| (key[begin..].to_vec(), value))?))
     }
 
-    /// The same, read: the rest of the key as text, and the row.
+    /// What stands in a family from one key on and before another, in order.
+    fn between(
+        &self,
+        family: &'static str,
+        from: &[u8],
+        to: Vec<u8>,
+    ) -> impl Iterator<Item = Result<(Box<[u8]>, Box<[u8]>), StoreError>> {
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(to);
+        let from = IteratorMode::From(from, Direction::Forward);
+        self.db.iterator_cf_opt(&self.family(family), options, from).map(|row| Ok(row?))
+    }
+
+    /// What [`Store::under`] gives, read: the rest of the key as text, and the row.
     fn rows_under<T: for<'a> BorrowDecode<'a, ()>>(
         &self,
         family: &'static str,

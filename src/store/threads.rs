@@ -3,7 +3,7 @@
 use bincode::{Decode, Encode};
 
 use super::catalogue::THREADS;
-use super::{Batch, Store, StoreError, keys};
+use super::{Batch, Store, StoreError, decoded, keys};
 use crate::protocol::event::Priority;
 
 /// A thread as it is now.
@@ -38,6 +38,37 @@ impl Store {
     /// The thread's newest seq, 0 if there is no such thread.
     pub fn head(&self, tenant: &str, thread: &str) -> Result<u64, StoreError> {
         Ok(self.thread(tenant, thread)?.map_or(0, |row| row.head))
+    }
+}
+
+impl Store {
+    /// Threads of the tenant with ids after `after`, in their order, with their rows; those that exist by their name are
+    /// left out.
+    pub fn threads_after(
+        &self,
+        tenant: &str,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<(String, ThreadRow)>, StoreError> {
+        let prefix = keys::prefix(&[tenant]);
+        // Reserved ids begin with `@`, between the digits and the letters that others begin with. A tenant may have very many.
+        let from = after.map_or(prefix.clone(), |after| [&prefix[..], after.as_bytes(), &[0]].concat());
+        let (before, behind) = ([&prefix[..], b"@"].concat(), [&prefix[..], b"A"].concat());
+        let end = keys::after(prefix.clone());
+        let ranges = [(from.clone(), before), (from.max(behind), end)];
+
+        let mut threads = Vec::new();
+        for (from, to) in ranges {
+            for row in self.between(THREADS, &from, to) {
+                if threads.len() == limit {
+                    return Ok(threads);
+                }
+                let (key, value) = row?;
+                let thread = String::from_utf8_lossy(&key[prefix.len()..]).into_owned();
+                threads.push((thread, decoded(THREADS, &value)?));
+            }
+        }
+        Ok(threads)
     }
 }
 

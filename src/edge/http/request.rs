@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
 use warp::Buf;
-use warp::http::{HeaderMap, header};
+use warp::http::uri::Authority;
+use warp::http::{HeaderMap, HeaderValue, StatusCode, Version, header};
 use warp::hyper::body::Bytes;
 use warp::hyper::upgrade::OnUpgrade;
 
+use super::reply::{Reply, problem, problem_with};
 use crate::auth::Principal;
 use crate::edge::listener::ConnectionPermit;
 use crate::edge::matcher::Params;
@@ -61,6 +63,13 @@ impl AnonymousRequest {
     pub fn of(self, who: Principal) -> Request {
         let Request { who: (), headers, upgrade, permit, query, params, body } = self;
         Request { who, headers, upgrade, permit, query, params, body }
+    }
+}
+
+impl AnonymousRequest {
+    /// The ticket of the query, for routes that take one; they read the whole query later.
+    pub fn ticket(&self) -> Option<Cow<'_, str>> {
+        form_urlencoded::parse(self.query.as_bytes()).find(|(name, _)| name == "ticket").map(|(_, ticket)| ticket)
     }
 }
 
@@ -137,6 +146,31 @@ pub fn bearer_token(headers: &HeaderMap) -> Result<&str, Error> {
         Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => Ok(token.trim()),
         _ => Err(refuse("the Authorization header is not Bearer <token>")),
     }
+}
+
+/// The refusal of a request that says nothing clear of whom it is for (RFC 9112, section 3.2), and of one whose body would
+/// have to be decoded.
+pub fn refuse_head(version: Version, headers: &HeaderMap) -> Option<Reply> {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let host = (hosts.next(), hosts.next());
+    let why = match host {
+        (None, _) if version < Version::HTTP_11 => None,
+        (None, _) => Some("there is no Host header"),
+        (Some(_), Some(_)) => Some("there is more than one Host header"),
+        (Some(host), None) => Authority::try_from(host.as_bytes()).err().map(|_| "the Host header is no host"),
+    };
+    if let Some(why) = why {
+        return Some(problem(&Error::field("Host", why)));
+    }
+
+    let is_plain = |value: &HeaderValue| value.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity");
+    if headers.get_all(header::CONTENT_ENCODING).iter().all(is_plain) {
+        return None;
+    }
+    let error = Error::field("Content-Encoding", "bodies are taken as they are, without a Content-Encoding");
+    let mut reply = problem_with(StatusCode::UNSUPPORTED_MEDIA_TYPE, &error);
+    reply.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    Some(reply)
 }
 
 /// A header's text, if it is there.
@@ -244,6 +278,31 @@ mod tests {
     fn segments_are_percent_decoded_and_must_be_utf8() {
         assert_eq!(segment("user", "ada%40example.org"), Ok("ada@example.org".to_owned()));
         assert_eq!(segment("user", "%ff").expect_err("no UTF-8").field.as_deref(), Some("user"));
+    }
+
+    #[test]
+    fn a_request_names_one_host_and_its_body_is_not_encoded() {
+        let refused = |version, list: &[(&'static str, &'static str)]| {
+            let mut headers = HeaderMap::new();
+            for (name, value) in list {
+                headers.append(*name, HeaderValue::from_static(value));
+            }
+            refuse_head(version, &headers).map(|reply| reply.status().as_u16())
+        };
+        let (new, old) = (Version::HTTP_11, Version::HTTP_10);
+        for host in ["localhost", "weft.example:8080", "[::1]:80"] {
+            assert_eq!(refused(new, &[("host", host)]), None, "{host}");
+        }
+        for host in ["", "a b", "a/b", "a,b@"] {
+            assert_eq!(refused(new, &[("host", host)]), Some(400), "{host}");
+        }
+        assert_eq!((refused(new, &[]), refused(old, &[])), (Some(400), None));
+        assert_eq!(refused(old, &[("host", "a"), ("host", "a")]), Some(400));
+        for (encoding, status) in
+            [("identity", None), ("gzip", Some(415)), ("", Some(415)), ("identity, br", Some(415))]
+        {
+            assert_eq!(refused(new, &[("host", "a"), ("content-encoding", encoding)]), status, "{encoding}");
+        }
     }
 
     #[test]

@@ -46,7 +46,15 @@ impl SortKey for ByActivity {
 
 /// `GET /v1/threads`
 pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
-    let page: Page<ByActivity> = Page::read(&it.query(&["cursor", "limit"])?, &it.who, "threads", &[])?;
+    let query = it.query(&["all", "cursor", "limit"])?;
+    if query.one_of("all", &["false", "true"])? == "true" {
+        scopes::read_all(it.who.scopes).map_err(|error| error.at("all"))?;
+        let page = Page::read(&query, &it.who, "threads", &["all"])?;
+        drop(query);
+        return list_all(api, it, page).await;
+    }
+    let page: Page<ByActivity> = Page::read(&query, &it.who, "threads", &[])?;
+    drop(query);
     blocking(move || {
         let who = &it.who;
         let mut rows = Vec::new();
@@ -61,6 +69,25 @@ pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
         for ((_, thread), row) in rows {
             let read = api.rights.read(who, &thread, |_| item(&api, who, &thread, row));
             threads.extend(if_readable(read)?);
+        }
+        Ok(json(StatusCode::OK, &ThreadList { threads, next }))
+    })
+    .await
+}
+
+/// All threads of the tenant, by their ids: in the order in which they stand, so that a page costs what it holds.
+async fn list_all(api: Arc<Api>, it: Request, page: Page<Vec<u8>>) -> Result<Reply, Error> {
+    blocking(move || {
+        let who = &it.who;
+        let after = page.after.as_deref().map(String::from_utf8_lossy);
+        let mut rows = api.store.threads_after(&who.tenant, after.as_deref(), page.limit + 1)?;
+        let more = rows.len() > page.limit;
+        rows.truncate(page.limit);
+        let next = rows.last().filter(|_| more).map(|(thread, _)| page.seal(&thread.clone().into_bytes()));
+
+        let mut threads = Vec::with_capacity(rows.len());
+        for (thread, row) in rows {
+            threads.push(item(&api, who, &thread, row)?);
         }
         Ok(json(StatusCode::OK, &ThreadList { threads, next }))
     })

@@ -19,7 +19,7 @@ use crate::views::agui::{Mapper, Next};
 
 /// `GET /v1/threads/{thread}/agui`
 pub async fn stream(streams: Arc<Streams>, it: Request) -> Result<Response, Error> {
-    let query = it.query(&["after", "run"])?;
+    let query = it.query(&["after", "run", "ticket"])?;
     let address = it.address()?;
     let run = query.text("run").map(str::to_owned);
     let (head, requested) =

@@ -64,7 +64,7 @@ pub enum AfterEvent {
 
 /// `GET /v1/threads/{thread}/stream`
 pub async fn stream(streams: Arc<Streams>, it: Request) -> Result<Response, Error> {
-    let query = it.query(&["after"])?;
+    let query = it.query(&["after", "ticket"])?;
     let address = it.address()?;
     let cursor = streams.rights.read(&it.who, &address.name, |head| {
         let start = RequestedStart::read(&it, &query, head)?;

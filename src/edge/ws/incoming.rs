@@ -320,10 +320,10 @@ mod tests {
             queue.push((), 1);
         }
         assert!(!queue.may_read());
-        drop(queue.pop());
+        assert!(queue.pop().is_some());
         assert!(queue.may_read());
         queue.push((), MAX_WAITING_BYTES);
-        drop(queue.pop());
+        assert!(queue.pop().is_some());
         assert!(!queue.may_read(), "few, and large");
         while queue.pop().is_some() {}
         assert!(queue.may_read());

@@ -31,6 +31,7 @@ use crate::delivery::Delivery;
 use crate::delivery::hub::Hub;
 use crate::delivery::registry::Registry;
 use crate::edge::health::Health;
+use crate::edge::origin::Origins;
 use crate::ingest::admit::Admission;
 use crate::ingest::submit::Submit;
 use crate::store::Store;
@@ -48,6 +49,5 @@ pub struct Sockets {
     pub health: Arc<Health>,
     /// The log's identity.
     pub epoch: String,
-    /// Origins that browsers may come from, beside the server's own.
-    pub origins: Vec<String>,
+    pub origins: Arc<Origins>,
 }

@@ -318,7 +318,13 @@ fn a_ping_is_answered_while_publishes_and_a_subscribe_wait_for_the_log() {
     let mut world = World { writable: 1 << 20, ..World::default() };
     while !world.poll() {}
     let send = |commands| Happens::Sends { frames: 1, commands };
-    world.happens(&send(vec![(Cmd::Publish, 1), (Cmd::Signal, 1), (Cmd::Subscribe, 1), (Cmd::Signal, 1), (Cmd::Ping, 1)]));
+    world.happens(&send(vec![
+        (Cmd::Publish, 1),
+        (Cmd::Signal, 1),
+        (Cmd::Subscribe, 1),
+        (Cmd::Signal, 1),
+        (Cmd::Ping, 1),
+    ]));
     assert_eq!(world.answered, 2, "the signal before the subscribe, and the ping");
     world.happens(&send(vec![(Cmd::Ping, 3)]));
     assert_eq!(world.answered, 5, "the socket is read on");

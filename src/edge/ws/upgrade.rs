@@ -50,7 +50,7 @@ fn accept(sockets: &Arc<Sockets>, mut request: AnonymousRequest) -> Result<Reply
     let (upgrade, permit) = (request.upgrade.take(), request.permit.take());
     let headers = &request.headers;
     let (upgrade, key) = handshake(headers, upgrade)?;
-    check_origin(sockets, headers)?;
+    sockets.origins.check(headers)?;
     let protocols = Subprotocols::offered(headers)?;
 
     sockets.health.check_caught_up()?;
@@ -167,23 +167,6 @@ async fn websocket(upgrade: OnUpgrade) -> Option<WebSocketStream<Socket>> {
     let mut socket = parts.io.into_inner();
     socket.guard_frames(&parts.read_buf);
     Some(WebSocketStream::from_partially_read(socket, parts.read_buf.to_vec(), Role::Server, Some(config)).await)
-}
-
-/// A browser's page must be of the server's own host, or of one that the configuration names.
-fn check_origin(sockets: &Sockets, headers: &HeaderMap) -> Result<(), Error> {
-    let Some(origin) = header_text(headers, "Origin")? else {
-        return Ok(());
-    };
-    let origin_host = origin.split_once("://").map(|(_, host)| host);
-    let own = match (header_text(headers, "Host")?, origin_host) {
-        (Some(host), Some(origin_host)) => origin_host.eq_ignore_ascii_case(host),
-        _ => false,
-    };
-    let allowed = sockets.origins.iter().any(|allowed| allowed == "*" || allowed.eq_ignore_ascii_case(origin));
-    if own || allowed {
-        return Ok(());
-    }
-    Err(Error::new(Code::Forbidden, format!("the origin {origin:.100} is not allowed")).at("Origin"))
 }
 
 #[cfg(test)]

@@ -57,6 +57,37 @@ async fn a_user_has_so_many_connections_streams_among_them_and_one_that_is_left_
     first.silent().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_has_room_for_the_connections_of_one_that_drains_and_says_when_it_has_none() {
+    let server = Server::start(LogKind::embedded());
+    // As many as a service has that spreads 250 over two nodes, of which one goes down.
+    let mut sockets = Vec::new();
+    for _ in 0..250 {
+        sockets.push(server.connect("service").await);
+    }
+    let mut over = raw(&server, &token("service", "")).await;
+    assert_eq!(over.closed().await, 4503);
+    let reason: Value = serde_json::from_str(&over.reason).unwrap();
+    assert_eq!((&reason["reason"], &reason["retry_after_ms"]), (&json!("too_many_connections"), &json!(30_000)));
+    for socket in &mut sockets {
+        socket.answers().await;
+    }
+}
+
+#[tokio::test]
+async fn agents_have_a_limit_of_connections_of_their_own() {
+    let arguments = ["--max-user-connections", "1", "--max-agent-connections", "3"];
+    let server = Server::start_with(LogKind::embedded(), &arguments);
+    let mut agents = Vec::new();
+    for _ in 0..3 {
+        agents.push(server.connect_as("bot", "agent publish").await);
+    }
+    assert_eq!(raw(&server, &token("bot", "agent publish")).await.closed().await, 4503);
+    let mut ada = server.connect("ada").await;
+    assert_eq!(raw(&server, &token("ada", "")).await.closed().await, 4503);
+    ada.silent().await;
+}
+
 fn pings(ids: std::ops::RangeInclusive<i64>) -> Value {
     ids.map(|id| json!({"type": "ping", "id": id})).collect()
 }

@@ -6,9 +6,13 @@ mod descriptors;
 mod drain;
 mod limits;
 mod order;
+mod origin;
+mod probes;
 mod refresh;
+mod requests;
 mod revocation;
 mod sessions;
+mod words;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -486,15 +490,17 @@ async fn slow_and_oversized_headers_do_not_hold_a_connection() {
     assert!(reply.starts_with("HTTP/1.1 431"), "{reply}");
     // Who sends nothing, half a request, or a byte now and then holds a connection until the server has had enough.
     let healthz = b"GET /healthz HTTP/1.1\r\nconnection: close\r\nhost: x\r\n\r\n";
-    eventually("all connections are free", async || raw_http(&server, healthz).starts_with("HTTP/1.1 200")).await;
+    let threads = b"GET /v1/threads HTTP/1.1\r\nconnection: close\r\nhost: x\r\n\r\n";
+    eventually("all connections are free", async || raw_http(&server, threads).starts_with("HTTP/1.1 401")).await;
     let (silent, mut half, dripping) = (tcp(&server), tcp(&server), tcp(&server));
     half.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n").unwrap();
     let dripping = std::thread::spawn(move || drip(dripping));
-    assert!(raw_http(&server, healthz).starts_with("HTTP/1.1 503"), "all {CONNECTIONS} connections are held");
+    assert!(raw_http(&server, threads).starts_with("HTTP/1.1 503"), "all {CONNECTIONS} connections are held");
+    assert!(raw_http(&server, healthz).starts_with("HTTP/1.1 200"), "and probes are answered");
     assert_eq!(read_until_closed(silent), "");
     read_until_closed(half);
     dripping.join().unwrap();
-    eventually("they are free again", async || raw_http(&server, healthz).starts_with("HTTP/1.1 200")).await;
+    eventually("they are free again", async || raw_http(&server, threads).starts_with("HTTP/1.1 401")).await;
 }
 
 #[tokio::test]

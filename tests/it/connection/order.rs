@@ -23,7 +23,7 @@ async fn answers(socket: &mut Socket, count: usize) -> Vec<(String, Value)> {
     answers
 }
 
-on_both_logs!(acknowledgements_signals_and_pings_do_not_wait_for_the_publish_before_them, async |log| {
+on_both_logs!(acknowledgements_signals_and_pings_do_not_wait_for_the_publish_before_them, |log| async move {
     let server = Server::start(log);
     let (mut ada, mut ben) = (server.connect("ada").await, server.connect("ben").await);
     ada.say("t", "hello").await;
@@ -44,7 +44,7 @@ on_both_logs!(acknowledgements_signals_and_pings_do_not_wait_for_the_publish_bef
     assert_eq!((&ben.recv().await["kind"], &ben.recv().await["kind"]), (&json!("typing"), &json!("x.first")));
 });
 
-on_both_logs!(what_waits_holds_up_what_comes_after_it_but_pings, async |log| {
+on_both_logs!(what_waits_holds_up_what_comes_after_it_but_pings, |log| async move {
     let server = Server::start(log);
     let mut ada = server.connect("ada").await;
     // The acknowledgement is of the thread that the subscribe before it begins, which waits for the publish before that.

@@ -113,6 +113,8 @@ pub struct Server {
     child: Option<Child>,
     /// `http://127.0.0.1:PORT`
     pub url: String,
+    /// The same of the operator's own address, if it has one.
+    pub admin: Option<String>,
     log: LogKind,
     more: Vec<String>,
     /// What it has written to stderr.
@@ -148,7 +150,7 @@ impl Server {
         let data = folder.path().join("data");
         let more: Vec<String> = more.iter().map(|it| (*it).to_owned()).collect();
         let errors = Arc::default();
-        Server { child: None, url: String::new(), log, more, errors, data, _folder: folder }
+        Server { child: None, url: String::new(), admin: None, log, more, errors, data, _folder: folder }
     }
 
     /// Starts the process, and returns once it listens.
@@ -191,6 +193,8 @@ impl Server {
             return false;
         };
         self.url = line.split_whitespace().nth(4).unwrap_or_else(|| panic!("no address in {line:?}")).to_owned();
+        let admin = line.split_once("metrics: ").and_then(|(_, rest)| rest.split_once("/metrics"));
+        self.admin = admin.map(|(address, _)| address.to_owned());
         self.child = Some(child);
         true
     }
