@@ -81,6 +81,36 @@ async fn pages_of_events_go_both_ways_filter_by_kind_and_say_where_to_go_on() {
 }
 
 #[tokio::test]
+async fn an_analyst_lists_every_thread_of_the_tenant_page_by_page_and_nobody_else_does() {
+    let server = Server::start(LogKind::embedded());
+    for (user, thread) in [("ada", "Beta"), ("ben", "alpha"), ("cid", "9"), ("ada", "gamma"), ("ada", "@me")] {
+        server.connect(user).await.say(thread, "hello").await;
+    }
+    Socket::open(&server.url, &crate::support::token_of("umbrella", "eve")).await.say("theirs", "hello").await;
+    let page = async |user: &str, scope: &str, query: &str| {
+        server.http_with("GET", &format!("/v1/threads?{query}"), &token(user, scope), None, &[]).await
+    };
+    let (mut all, mut query) = (Vec::new(), "all=true&limit=2".to_owned());
+    loop {
+        let (status, threads) = page("lou", "analyst", &query).await;
+        assert_eq!(status, 200, "{threads}");
+        all.extend(threads["threads"].as_array().unwrap().iter().map(|it| it["thread"].as_str().unwrap().to_owned()));
+        let Some(next) = threads["next"].as_str() else { break };
+        query = format!("all=true&limit=2&cursor={next}");
+        assert_eq!(
+            page("lou", "analyst", &format!("cursor={next}")).await.1["code"],
+            "cursor_invalid",
+            "another list's"
+        );
+    }
+    assert_eq!(all, ["9", "Beta", "alpha", "gamma"], "by id, without those that exist by their name");
+    let (status, problem) = page("ada", "publish subscribe", "all=true").await;
+    assert_eq!((status, &problem["code"], &problem["field"]), (403, &json!("forbidden"), &json!("all")));
+    assert_eq!(page("ada", "", "all=false").await.1["threads"].as_array().unwrap().len(), 2);
+    assert_eq!(page("ada", "", "all=1").await.1["field"], "all");
+}
+
+#[tokio::test]
 async fn threads_are_made_retitled_listed_and_shared() {
     let server = Server::start(LogKind::embedded());
     let (status, made) =

@@ -28,8 +28,10 @@ on_both_logs!(acknowledgements_signals_and_pings_do_not_wait_for_the_publish_bef
     let (mut ada, mut ben) = (server.connect("ada").await, server.connect("ben").await);
     ada.say("t", "hello").await;
     assert_eq!(server.http("PUT", "/v1/threads/t/members/ben", "ada", None).await.0, 201);
-    ada.subscribe("t", None).await;
-    ben.subscribe("t", None).await;
+    for reader in [&mut ada, &mut ben] {
+        reader.subscribe("t", None).await;
+        assert_eq!(reader.recv().await["type"], "caught_up");
+    }
 
     // What is in one frame is read before any of it goes to the log.
     let commands = json!([
