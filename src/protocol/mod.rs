@@ -1,6 +1,7 @@
 //! What is on the wire and in the log, and nothing else: every type here is pure, knows no other room, and is what
 //! `schemas/` is generated from.
 
+pub mod agui;
 pub mod command;
 pub mod data;
 pub mod delta;

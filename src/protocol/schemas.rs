@@ -2,6 +2,7 @@
 
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
+use super::agui::Timed;
 use super::command::{Ack, Connect, Credit, Ping, Publish, Refresh, Signal, Subscribe, Unsubscribe};
 use super::data;
 use super::event::{EventFrame, EventItem, LogEvent};
@@ -17,6 +18,7 @@ use super::records::{DeadLetterRecord, LogCreatedRecord, LogGenerationRecord, Re
 /// Each schema's file name without its ending, and the schema.
 pub fn all() -> Vec<(&'static str, Schema)> {
     vec![
+        ("agui.event", of::<Timed<'_>>()),
         ("command.connect", of::<Connect>()),
         ("command.refresh", of::<Refresh>()),
         ("command.subscribe", of::<Subscribe>()),

@@ -4,7 +4,7 @@ use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use serde_json::value::RawValue;
 
 use super::run::{OpenCall, TextMessage};
-use super::wire::{AguiEvent, Timed};
+use crate::protocol::agui::{AguiEvent, Timed};
 use crate::protocol::event::StoredFrame;
 use crate::protocol::json::{encode, raw_object};
 

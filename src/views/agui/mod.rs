@@ -13,7 +13,6 @@ mod emitter;
 mod run;
 #[cfg(test)]
 mod tests;
-mod wire;
 
 use std::collections::BTreeMap;
 
@@ -21,6 +20,7 @@ use serde_json::json;
 use serde_json::value::RawValue;
 
 use crate::clock;
+use crate::protocol::agui::{AguiEvent, Interrupt, Outcome, PROTOCOL};
 use crate::protocol::error::Error;
 use crate::protocol::event::{StoredFrame, without_type};
 use crate::protocol::json::{encode_raw, raw_object};
@@ -30,7 +30,6 @@ use crate::protocol::kinds::{
 };
 use emitter::{Emitter, id, object};
 use run::{KeptMessages, OpenCall, OpenRun, PartialMessage, TextMessage};
-use wire::{AguiEvent, Interrupt, Outcome, PROTOCOL};
 
 /// Open runs that are recorded; those beyond are left out.
 const RUNS: usize = 1_024;

@@ -1,12 +1,13 @@
 //! AG-UI's events, protocol 1.0, as far as Weft sends them.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
 /// The version that `RUN_STARTED` names.
 pub const PROTOCOL: &str = "1.0";
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "SCREAMING_SNAKE_CASE", rename_all_fields = "camelCase")]
 pub enum AguiEvent<'a> {
     RunStarted {
@@ -16,17 +17,20 @@ pub enum AguiEvent<'a> {
         #[serde(skip_serializing_if = "Option::is_none")]
         parent_run_id: Option<&'a str>,
         #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(with = "Option<serde_json::Value>")]
         metadata: Option<&'a RawValue>,
     },
     RunFinished {
         thread_id: &'a str,
         run_id: &'a str,
         #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(with = "Option<serde_json::Value>")]
         result: Option<&'a RawValue>,
         /// Absent: success.
         #[serde(skip_serializing_if = "Option::is_none")]
         outcome: Option<Outcome<'a>>,
         #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(with = "Option<serde_json::Value>")]
         metadata: Option<&'a RawValue>,
     },
     RunError {
@@ -61,6 +65,7 @@ pub enum AguiEvent<'a> {
         role: &'static str,
         name: &'a str,
         #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(with = "Option<serde_json::Value>")]
         metadata: Option<&'a RawValue>,
     },
     TextMessageContent {
@@ -87,16 +92,18 @@ pub enum AguiEvent<'a> {
         content: &'a str,
         role: &'static str,
         #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(with = "Option<serde_json::Value>")]
         metadata: Option<&'a RawValue>,
     },
     Custom {
         name: &'a str,
+        #[schemars(with = "serde_json::Value")]
         value: &'a RawValue,
     },
 }
 
 /// How a run ended that neither completed nor failed.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Outcome<'a> {
     Interrupt { interrupts: [Interrupt<'a>; 1] },
@@ -104,7 +111,7 @@ pub enum Outcome<'a> {
 }
 
 /// What a person must answer.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Interrupt<'a> {
     pub id: &'a str,
@@ -114,11 +121,12 @@ pub struct Interrupt<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<serde_json::Value>")]
     pub metadata: Option<&'a RawValue>,
 }
 
 /// An event with its time, in milliseconds.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct Timed<'a> {
     #[serde(flatten)]
     pub event: &'a AguiEvent<'a>,
