@@ -34,7 +34,7 @@ use crate::projector::opening::{self, OpenError};
 use crate::projector::{Projector, Pump, Status};
 use crate::reaper::Reaper;
 use crate::store::{Progress, Store, StoreError};
-use crate::telemetry;
+use crate::{panics, telemetry};
 
 /// How long sessions get to finish what was accepted, on the way down.
 const DRAIN_WITHIN: Duration = Duration::from_secs(9);
@@ -148,6 +148,7 @@ impl App {
     pub async fn start(config: Config) -> Result<App, StartError> {
         let verifier = config.verifier()?;
         let metrics = telemetry::install();
+        panics::report();
         let bind = |address| listener::bind(address).map_err(|source| StartError::Listen { address, source });
         let listening = bind(config.listen)?;
         let listening_admin = config.admin_listen.map(bind).transpose()?;
@@ -199,11 +200,11 @@ impl App {
         let (address, stop_accepting, accepting) = accept(&config, listening, &edge)?;
         let (admin, stop_admin, administering) = accept_admin(listening_admin, edge)?;
         let chores = vec![
-            tokio::spawn(pending.expire()),
-            tokio::spawn(health.clone().watch()),
-            tokio::spawn(telemetry::upkeep(metrics)),
-            tokio::spawn(limits.upkeep()),
-            tokio::spawn(reaper.run()),
+            chore("the deadlines of publishes", pending.expire()),
+            chore("the watch over the lag", health.clone().watch()),
+            chore("the upkeep of metrics", telemetry::upkeep(metrics)),
+            chore("the upkeep of rates", limits.upkeep()),
+            chore("the reaper", reaper.run()),
         ];
         Ok(App {
             address,
@@ -242,9 +243,8 @@ impl App {
         self.stop_projecting.store(true, Ordering::Release);
         let (log, store, projecting) = (self.log, self.store, self.projecting);
         let closing = tokio::task::spawn_blocking(move || {
-            if projecting.join().is_err() {
-                tracing::error!("the projector had panicked");
-            }
+            // It ends without an error: a panic of it ends the process.
+            drop(projecting.join());
             log.close();
             if let Err(error) = store.flush() {
                 tracing::warn!(%error, "the projections are not flushed; the next start reads more of the log");
@@ -326,6 +326,11 @@ fn edge(handles: Handles) -> Edge {
     }
 }
 
+/// A task that lasts as long as the server.
+fn chore(part: &'static str, work: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+    tokio::spawn(panics::vital(part, work))
+}
+
 type Accepting = (SocketAddr, watch::Sender<bool>, JoinHandle<()>);
 
 fn accept(config: &Config, listening: TcpListener, edge: &Arc<Edge>) -> Result<Accepting, StartError> {
@@ -333,7 +338,8 @@ fn accept(config: &Config, listening: TcpListener, edge: &Arc<Edge>) -> Result<A
     let (stop, stopped) = watch::channel(false);
     let service = |door| routes::service(edge.clone(), door, config.admin_listen.is_some());
     let (all, beyond) = (service(Door::Main), service(Door::BeyondLimit));
-    let accepting = tokio::spawn(listener::serve(listening, all, beyond, config.max_connections, stopped));
+    let serving = listener::serve(listening, all, beyond, config.max_connections, stopped);
+    let accepting = tokio::spawn(panics::vital("the accept loop", serving));
     Ok((address, stop, accepting))
 }
 
@@ -344,6 +350,7 @@ fn accept_admin(listening: Option<TcpListener>, edge: Arc<Edge>) -> Result<Admin
     let Some(listening) = listening else { return Ok((None, stop, None)) };
     let address = listening.local_addr()?;
     let service = routes::service(edge, Door::Admin, true);
-    let administering = tokio::spawn(listener::serve_admin(listening, service, stopped));
+    let serving = listener::serve_admin(listening, service, stopped);
+    let administering = tokio::spawn(panics::vital("the accept loop of --admin-listen", serving));
     Ok((Some(address), stop, Some(administering)))
 }

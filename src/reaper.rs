@@ -53,7 +53,8 @@ impl Reaper {
             match tokio::task::spawn_blocking(move || find_overdue(&store, stalled_after)).await {
                 Ok(Ok(due)) => self.publish(due).await,
                 Ok(Err(error)) => tracing::warn!(%error, "open runs cannot be read"),
-                Err(_) => return,
+                // It panicked, which is reported; or the runtime is shutting down, and this task with it.
+                Err(_) => {}
             }
         }
     }

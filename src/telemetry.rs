@@ -64,6 +64,7 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_replayed_events_total", Type::Counter, "Events read from the store for subscriptions"),
     ("weft_pending_publishes", Type::Gauge, "Publishes waiting for their answer"),
     ("weft_unknown_outcomes_total", Type::Counter, "Publishes answered with outcome unknown"),
+    ("weft_panics_total", Type::Counter, "Panics: each is a bug"),
 ];
 
 /// Installs the recorder, once a process. Without it (in tools) every metric is a no-op.
@@ -218,4 +219,7 @@ pub fn pending_publishes() -> Gauge {
 }
 pub fn unknown_outcomes() -> Counter {
     counter!("weft_unknown_outcomes_total")
+}
+pub fn panics() -> Counter {
+    counter!("weft_panics_total")
 }

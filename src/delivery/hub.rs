@@ -28,7 +28,7 @@ use crate::projector::{AccessChange, Commit, ThreadUpdate, Update};
 use crate::protocol::frame::ServerFrame;
 use crate::protocol::ids::log_key;
 use crate::protocol::json;
-use crate::telemetry;
+use crate::{panics, telemetry};
 
 /// Commits that may wait for the fan-out; then the projector waits.
 const QUEUE: usize = 4;
@@ -89,11 +89,11 @@ impl Hub {
         });
         let (sender, mut commits) = mpsc::channel(QUEUE);
         let deliverer = hub.clone();
-        let task = tokio::spawn(async move {
+        let task = tokio::spawn(panics::vital("the hub", async move {
             while let Some(commit) = commits.recv().await {
                 deliverer.deliver(commit, &pending);
             }
-        });
+        }));
         (hub, sender, task)
     }
 

@@ -24,6 +24,6 @@ use crate::protocol::error::{Code, Error};
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
     let finished = tokio::task::spawn_blocking(work).await;
 
-    // Fails only if the work panicked or the runtime is shutting down.
+    // Fails only if the work panicked, which is reported, or the runtime is shutting down.
     finished.unwrap_or_else(|_| Err(Error::new(Code::Internal, "the request was not finished")))
 }

@@ -27,7 +27,7 @@ use super::ws::upgrade::upgrade;
 use crate::auth::{Authenticator, Principal, scopes};
 use crate::ingest::admit::Admission;
 use crate::protocol::error::{Code, Error};
-use crate::telemetry;
+use crate::{panics, telemetry};
 
 /// What a request must have before its handler is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -282,8 +282,7 @@ async fn find_and_handle(
 ) -> (&'static str, Response) {
     match table.matcher.find(method, path) {
         Found::One { value: route, params } => {
-            let handled = edge.handle(route, request.with_params(params)).await;
-            let mut reply = handled.unwrap_or_else(|error| problem(&error).into_response());
+            let mut reply = reply_to(edge.handle(route, request.with_params(params))).await;
             if route.is_probe() {
                 // Whoever watches is no connection of the server's beyond the answer.
                 reply.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -305,9 +304,22 @@ async fn find_and_handle(
     }
 }
 
+/// The reply to a request; one that panics is answered with `internal`.
+async fn reply_to(handled: impl Future<Output = Result<Response, Error>>) -> Response {
+    let handled = panics::catch_task(handled).await.flatten();
+    handled.unwrap_or_else(|error| problem(&error).into_response())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_request_that_panics_is_answered_with_500_as_a_problem() {
+        let reply = reply_to(async { panic!("a bug") }).await;
+        let content_type = reply.headers()["content-type"].as_bytes();
+        assert_eq!((reply.status().as_u16(), content_type), (500, &b"application/problem+json"[..]));
+    }
 
     #[test]
     fn every_route_is_found_by_its_method_and_path_and_no_two_are_the_same() {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{Commit, Projector, Update};
 use crate::log::{Entry, Log, Positions, Reader};
-use crate::telemetry;
+use crate::{panics, telemetry};
 
 /// Records judged and committed at once: enough to spread the cost of a commit, few enough to stay quick.
 const BATCH: usize = 1_024;
@@ -64,6 +64,7 @@ pub struct Pump {
 
 impl Pump {
     pub fn run(mut self) {
+        let _vital = panics::abort_on_panic("the projector");
         let _on_exit = ReportStopped(self.status.clone());
         let mut ends = self.ends();
         self.status.newest.store(self.projector.log_time(), Ordering::Relaxed);
@@ -152,7 +153,7 @@ impl Pump {
     }
 }
 
-/// Sets the status when the loop ends, by a panic as well.
+/// Sets the status when the loop ends.
 struct ReportStopped(Arc<Status>);
 
 impl Drop for ReportStopped {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 const FLOORS: &[&[&str]] = &[
     &["clock", "codec", "disk", "protocol"],
     &["telemetry", "client", "views"],
+    &["panics"],
     &["log", "store"],
     &["auth", "projector"],
     &["ingest"],

@@ -9,7 +9,6 @@ use super::replay::Replayed;
 use super::subscription::{Admission, DeliveredText, Stage, Subscription};
 use crate::auth::Principal;
 use crate::auth::scopes;
-use crate::clock;
 use crate::delivery::fair_queue::{SubId, class_of_turn};
 use crate::delivery::outbox::{Answer, Chunk, ReadFor};
 use crate::delivery::sources::Sources;
@@ -19,6 +18,7 @@ use crate::protocol::event::Priority;
 use crate::protocol::frame::ServerFrame;
 use crate::protocol::kinds::AGENT_TOKEN;
 use crate::store::{EventRange, Store, StoredEvent};
+use crate::{clock, panics};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -247,7 +247,7 @@ impl Subscriptions {
 
             let (sources, outbox, who) = (self.sources.clone(), self.outbox.clone(), who.clone());
             tokio::task::spawn_blocking(move || {
-                let read = read(&sources, &who, &thread, wanted);
+                let read = panics::catch(|| read(&sources, &who, &thread, wanted)).flatten();
                 outbox.push_answer(Answer::Chunk { sub: reader, read });
             });
         }

@@ -19,7 +19,6 @@ use warp::sse::{self, Event};
 
 use super::http::request::{Query, Request, beyond_head};
 use crate::auth::{Authenticator, Principal, Rights, jwt};
-use crate::clock;
 use crate::delivery::Delivery;
 use crate::delivery::feed::{Feed, Out};
 use crate::delivery::outbox::Answer;
@@ -31,6 +30,7 @@ use crate::protocol::http::{Problem, Transport};
 use crate::protocol::ids::ThreadAddress;
 use crate::protocol::json;
 use crate::store::Store;
+use crate::{clock, panics};
 
 /// A comment after so much silence, so that both sides notice when the other is gone.
 const HEARTBEAT: Duration = Duration::from_secs(15);
@@ -182,35 +182,54 @@ impl<F: EventFormat> Stream for ThreadStream<F> {
     type Item = Result<Event, Infallible>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Task<'_>) -> Poll<Option<Self::Item>> {
-        let this = &mut *self;
+        let fail = |this: &mut Self, error: &Error| {
+            this.ready.clear();
+            this.end(error);
+            this.ready.pop_front()
+        };
+        poll_or_fail(&mut *self, |this| this.poll_event(cx), fail).map(|event| event.map(Ok))
+    }
+}
+
+/// A stream that panics ends with an error; where not even that can be said, it just ends.
+fn poll_or_fail<S, E>(
+    stream: &mut S,
+    poll: impl FnOnce(&mut S) -> Poll<Option<E>>,
+    fail: impl FnOnce(&mut S, &Error) -> Option<E>,
+) -> Poll<Option<E>> {
+    panics::catch(|| poll(stream))
+        .or_else(|error| panics::catch(|| Poll::Ready(fail(stream, &error))))
+        .unwrap_or(Poll::Ready(None))
+}
+
+impl<F: EventFormat> ThreadStream<F> {
+    fn poll_event(&mut self, cx: &mut Task<'_>) -> Poll<Option<Event>> {
         loop {
-            if let Some(event) = this.ready.pop_front() {
-                return Poll::Ready(Some(Ok(event)));
+            if let Some(event) = self.ready.pop_front() {
+                return Poll::Ready(Some(event));
             }
-            if this.ended {
+            if self.ended {
                 return Poll::Ready(None);
             }
-            if this.advance() {
+            if self.advance() {
                 continue;
             }
-            if this.feed.outbox.poll_filled(cx, this.feed.wanted()).is_ready() {
+            if self.feed.outbox.poll_filled(cx, self.feed.wanted()).is_ready() {
                 continue;
             }
 
-            let left = this.who.expires_at.saturating_add(jwt::LEEWAY).saturating_sub(clock::now_s());
+            let left = self.who.expires_at.saturating_add(jwt::LEEWAY).saturating_sub(clock::now_s());
             if left == 0 {
-                this.end(&Error::new(Code::Unauthenticated, "the token has expired"));
+                self.end(&Error::new(Code::Unauthenticated, "the token has expired"));
                 continue;
             }
-            this.timer.as_mut().reset(Instant::now() + Duration::from_secs(left.min(MAX_WAIT_S)));
-            if this.timer.as_mut().poll(cx).is_pending() {
+            self.timer.as_mut().reset(Instant::now() + Duration::from_secs(left.min(MAX_WAIT_S)));
+            if self.timer.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
             }
         }
     }
-}
 
-impl<F: EventFormat> ThreadStream<F> {
     /// Does what is next without waiting; `false` if there is nothing.
     fn advance(&mut self) -> bool {
         while let Some(answer) = self.feed.outbox.pop_answer() {
@@ -273,5 +292,19 @@ impl<F: EventFormat> ThreadStream<F> {
     fn end(&mut self, error: &Error) {
         self.ended = true;
         self.ready.push_back(self.format.error(error));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_that_panics_ends_with_an_error_or_just_ends() {
+        let bug = |_: &mut ()| -> Poll<Option<Code>> { panic!("a bug") };
+        let code = |_: &mut (), error: &Error| Some(error.code);
+        assert_eq!(poll_or_fail(&mut (), bug, code), Poll::Ready(Some(Code::Internal)));
+        assert_eq!(poll_or_fail(&mut (), bug, |_, _| panic!("another bug")), Poll::Ready(None));
+        assert_eq!(poll_or_fail(&mut (), |_| Poll::Pending, code), Poll::Pending);
     }
 }

@@ -20,6 +20,8 @@ pub const NO_CODE: u16 = 1005;
 pub const NOT_UTF8: u16 = 1007;
 /// A frame larger than the limit.
 pub const TOO_LARGE: u16 = 1009;
+/// The server has a bug.
+pub const INTERNAL: u16 = 1011;
 /// The socket took nothing for too long, or more threads were joined than can wait for it.
 pub const SLOW_CONSUMER: u16 = 4001;
 /// No frame came after a ping.
@@ -67,6 +69,11 @@ impl End {
         let retry_after_ms = error.retry_after_ms.unwrap_or_default();
         let reason = format!(r#"{{"reason":"too_many_connections","retry_after_ms":{retry_after_ms}}}"#);
         End::Close(TOO_MANY_CONNECTIONS, reason.into())
+    }
+
+    /// Serving the session panicked.
+    pub fn failed() -> End {
+        End::close(INTERNAL, "the server failed at this session, and has reported it: resume")
     }
 
     /// The token of a `connect` or `refresh` was refused.

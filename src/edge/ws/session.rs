@@ -28,7 +28,7 @@ use super::state::SessionState;
 use super::turn::{Step, Turn, Written};
 use crate::auth::Principal;
 use crate::protocol::frame::ServerFrame;
-use crate::{clock, telemetry};
+use crate::{clock, panics, telemetry};
 
 /// Time to write the last frames and the close frame.
 const CLOSE_WITHIN: Duration = Duration::from_secs(2);
@@ -63,14 +63,7 @@ impl Session {
 
     /// Serves the session until either side ends it.
     pub async fn run(mut self: Box<Session>) {
-        self.state.register();
-        let end = match self.state.begin(None) {
-            Ok(()) => {
-                self.timer.as_mut().reset(self.state.due());
-                self.serve().await
-            }
-            Err(end) => end,
-        };
+        let end = end_of(self.begin_and_serve()).await;
         // Boxed, so that a session does not reserve room for its end while it lasts.
         Box::pin(self.finish(end)).await;
     }
@@ -79,6 +72,17 @@ impl Session {
     pub async fn refuse_version(self: Box<Session>) {
         let end = End::close(close::UNSUPPORTED_VERSION, "the subprotocol is weft.v1");
         Box::pin(self.finish(end)).await;
+    }
+
+    async fn begin_and_serve(&mut self) -> End {
+        self.state.register();
+        match self.state.begin(None) {
+            Ok(()) => {
+                self.timer.as_mut().reset(self.state.due());
+                self.serve().await
+            }
+            Err(end) => end,
+        }
     }
 
     async fn serve(&mut self) -> End {
@@ -237,5 +241,21 @@ impl Session {
             // Sends the answer to the client's close frame, if that is what ended the session.
             End::Gone => drop(tokio::time::timeout(CLOSE_WITHIN, ws.flush()).await),
         }
+    }
+}
+
+/// How serving a session ends, also when it panics.
+async fn end_of(serving: impl Future<Output = End>) -> End {
+    panics::catch_task(serving).await.unwrap_or_else(|_| End::failed())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_session_that_panics_is_closed_1011_and_one_that_ends_as_it_said() {
+        assert_eq!(end_of(async { panic!("a bug") }).await.code(), 1011);
+        assert_eq!(end_of(async { End::Gone }).await, End::Gone);
     }
 }

@@ -19,7 +19,7 @@ use crate::protocol::frame::{Seqs, ServerFrame};
 use crate::protocol::ids::{self, ThreadAddress};
 use crate::protocol::records::ReceiptRecord;
 use crate::store::JoinedThread;
-use crate::telemetry;
+use crate::{panics, telemetry};
 
 impl SessionState {
     pub fn subscribe(&mut self, subscribe: Subscribe<'_>) -> Result<(), Error> {
@@ -101,8 +101,8 @@ impl SessionState {
 
         let (store, outbox, who) = (self.sockets.store.clone(), self.outgoing.feed.outbox.clone(), who.clone());
         tokio::task::spawn_blocking(move || {
-            let threads = store.joined_threads(&who.tenant, &who.user, name.as_deref());
-            outbox.push_answer(Answer::Threads(threads.map_err(Into::into)));
+            let joined = || store.joined_threads(&who.tenant, &who.user, name.as_deref()).map_err(Into::into);
+            outbox.push_answer(Answer::Threads(panics::catch(joined).flatten()));
         });
         Ok(())
     }

@@ -185,7 +185,7 @@ impl Log for EmbeddedLog {
         self.shared.queued.notify_one();
         *lock(&self.shared.health) = Err("the log is closed".into());
         if let Some(writer) = lock(&self.writer).take() {
-            // A writer that panicked has already been reported; there is nothing left to wait for.
+            // It ends without an error: a panic of it ends the process.
             drop(writer.join());
         }
     }

@@ -9,7 +9,7 @@ use rocksdb::WriteBatch;
 use super::format::{decode, encode, key_of, records, synced};
 use super::shared::{Shared, lock};
 use crate::log::{Append, AppendError, Done, Entry, Position, Record};
-use crate::telemetry;
+use crate::{panics, telemetry};
 
 /// Marks a record that `append_foreign` wants written without a frame: no tenant begins with a NUL.
 pub(super) const FOREIGN: char = '\0';
@@ -35,6 +35,7 @@ impl Writer {
     }
 
     pub(super) fn run(mut self) {
+        let _vital = panics::abort_on_panic("the log's writer");
         while let Some(batch) = self.next_batch() {
             self.write(batch);
         }

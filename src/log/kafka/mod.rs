@@ -38,6 +38,7 @@ use self::reading::KafkaReader;
 use self::setup::{ensure_topics, missing_topics};
 use self::topics::Topics;
 use super::{Append, AppendError, Bounds, Cause, Identity, IfUnnamed, Log, LogError, Positions, Reader, Record, Topic};
+use crate::panics;
 
 /// How long the monitor waits for an answer, and how long it leaves the brokers alone after one.
 const PROBE: Duration = Duration::from_secs(2);
@@ -106,7 +107,10 @@ impl KafkaLog {
         let shared = self.shared.clone();
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || run(&shared))
+            .spawn(move || {
+                let _vital = panics::abort_on_panic("a thread of the log");
+                run(&shared);
+            })
             .map_err(|error| LogError::Unavailable(format!("cannot start the thread {name}: {error}")))?;
         lock(&self.threads).push(thread);
         Ok(())
@@ -175,8 +179,9 @@ impl Log for KafkaLog {
         drop(write(&self.shared.producer));
         for thread in lock(&self.threads).drain(..) {
             // The last handle may be dropped by somebody who was just answered, on that very thread.
-            if thread.thread().id() != thread::current().id() && thread.join().is_err() {
-                tracing::error!("a thread of the Kafka log panicked");
+            if thread.thread().id() != thread::current().id() {
+                // It ends without an error: a panic of it ends the process.
+                drop(thread.join());
             }
         }
     }
