@@ -4,6 +4,9 @@
 //! Delivery goes in rounds. A round begins with the oldest event that is not acknowledged and goes on in order from there.
 //! When that one is not acknowledged in time, the next round begins. Attempts are counted for the oldest event alone, since
 //! it is the one that holds up the others: once it is acknowledged or given up, the count begins anew for the next one.
+//!
+//! An attempt counts if a client was there to take it. One that nobody took, since the network was gone, does not, nor does
+//! one whose time the server itself has cut short.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -33,6 +36,15 @@ impl Default for ConfirmPolicy {
     }
 }
 
+/// What a session knows of its client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Presence {
+    /// When the last frame came from it.
+    pub heard: Instant,
+    /// Bytes that it has taken since the session began.
+    pub taken: u64,
+}
+
 #[derive(Debug, Default)]
 pub struct Confirm {
     policy: ConfirmPolicy,
@@ -46,6 +58,9 @@ pub struct Confirm {
     sent: u64,
     /// How often the oldest event was sent.
     attempts: u32,
+    /// The newest of these attempts, until it is known whether the client was there: it was if it is heard after this, or
+    /// takes more than these bytes.
+    unproven: Option<Presence>,
     /// Events up to this seq are sent again in this round, with this attempt.
     repeated: (u64, u32),
     /// When the oldest event must have been acknowledged, if it was sent.
@@ -59,7 +74,7 @@ impl Confirm {
     pub fn resume(policy: ConfirmPolicy, receipt: &ReceiptRow, place: u64) -> Confirm {
         let mut confirm = Confirm { policy, sent: receipt.sent, ..Confirm::default() };
         if receipt.sent > place && receipt.place == place {
-            confirm.attempts = receipt.attempts.max(1);
+            confirm.attempts = receipt.attempts;
         }
         confirm.restart(place);
         confirm
@@ -75,12 +90,13 @@ impl Confirm {
         self.window.push_back(seq);
     }
 
-    /// The event goes to the socket; gives which attempt it is, if not the first.
-    pub fn send(&mut self, seq: u64, now: Instant) -> Option<u32> {
+    /// The event goes to the socket, which was given `written` bytes before it; gives which attempt it is, if not the first.
+    pub fn send(&mut self, seq: u64, now: Instant, written: u64) -> Option<u32> {
         self.sent_in_round = seq;
         self.sent = self.sent.max(seq);
         if self.oldest() == Some(seq) {
             self.attempts += 1;
+            self.unproven = Some(Presence { heard: now, taken: written });
             self.deadline = Some(now + self.policy.ack_within);
         }
         let (until, attempt) = self.repeated;
@@ -97,6 +113,7 @@ impl Confirm {
             // If the next one was sent already, that was its first attempt, and its time begins now.
             let was_sent = self.oldest().is_some_and(|oldest| oldest <= self.sent_in_round);
             self.attempts = u32::from(was_sent);
+            self.unproven = None;
             self.deadline = was_sent.then_some(now + self.policy.ack_within);
         } else if before == 0 && seq > self.round_after && seq == self.acked {
             // Between two rounds: the next event may have been sent along with this one, as when an event is given up.
@@ -114,6 +131,25 @@ impl Confirm {
         self.deadline
     }
 
+    /// Takes the newest attempt back if the client was not there to take it.
+    pub fn prove(&mut self, client: Presence) {
+        if let Some(sent) = self.unproven.take()
+            && client.heard <= sent.heard
+            && client.taken <= sent.taken
+        {
+            self.attempts -= 1;
+        }
+    }
+
+    /// The session ends. If the server ended it before the newest attempt's time was up, that does not count either.
+    pub fn leave(&mut self, client: Presence, by_server: bool, now: Instant) {
+        if by_server && self.deadline.is_some_and(|deadline| deadline > now) {
+            self.unproven = None;
+            self.attempts = self.attempts.saturating_sub(1);
+        }
+        self.prove(client);
+    }
+
     /// Whether this event, the oldest, has had its last attempt.
     pub fn is_exhausted(&self, seq: u64) -> bool {
         self.attempts >= self.policy.attempts && seq <= self.sent
@@ -128,6 +164,7 @@ impl Confirm {
         self.round_after = seq;
         self.window.clear();
         self.sent_in_round = 0;
+        self.unproven = None;
         self.deadline = None;
         self.repeated = (self.sent, self.attempts.max(1) + 1);
         BACKOFF * 2u32.pow((self.attempts.max(1) - 1).min(DOUBLINGS))
@@ -158,7 +195,7 @@ mod tests {
     fn sent(confirm: &mut Confirm, seqs: std::ops::RangeInclusive<u64>, now: Instant) -> Vec<Option<u32>> {
         let one = |seq| {
             confirm.add(seq);
-            confirm.send(seq, now)
+            confirm.send(seq, now, 0)
         };
         seqs.map(one).collect()
     }
@@ -200,6 +237,64 @@ mod tests {
         assert_eq!(again.progress(), (3, 1));
         assert_eq!(sent(&mut again, 1..=4, now), [Some(2), Some(2), Some(2), None]);
         assert_eq!(again.progress(), (4, 2));
+    }
+
+    /// Seen a moment after `now`: heard by then, or having taken so many bytes.
+    fn seen(now: Instant, heard: bool, taken: u64) -> Presence {
+        Presence { heard: if heard { now + Duration::from_millis(1) } else { now }, taken }
+    }
+
+    #[tokio::test]
+    async fn an_attempt_that_nobody_was_there_to_take_does_not_count_and_is_made_again() {
+        let policy = ConfirmPolicy { attempts: 2, ..ConfirmPolicy::default() };
+        let (mut confirm, now) = (Confirm::resume(policy, &ReceiptRow::default(), 0), Instant::now());
+        let send = |confirm: &mut Confirm| {
+            confirm.add(1);
+            confirm.send(1, now, 100)
+        };
+        for _ in 0..10 {
+            send(&mut confirm);
+            confirm.prove(seen(now, false, 100));
+            assert!(!confirm.is_exhausted(1));
+            confirm.restart(0);
+        }
+        assert_eq!(send(&mut confirm), Some(2), "it was sent before, for all that is known");
+        // One byte taken, or one frame heard, and somebody was there.
+        confirm.prove(seen(now, false, 101));
+        assert_eq!(confirm.progress(), (1, 1));
+        confirm.restart(0);
+        assert_eq!(send(&mut confirm), Some(2));
+        confirm.prove(seen(now, true, 100));
+        assert!(confirm.is_exhausted(1));
+        confirm.prove(seen(now, false, 0));
+        assert_eq!(confirm.progress(), (1, 2), "each attempt is looked at once");
+    }
+
+    #[tokio::test]
+    async fn an_attempt_that_the_server_cuts_short_does_not_count_and_one_that_the_client_does_counts() {
+        let left = |by_server: bool, after: Duration| {
+            let (mut confirm, now) =
+                (Confirm::resume(ConfirmPolicy::default(), &ReceiptRow::default(), 0), Instant::now());
+            sent(&mut confirm, 1..=2, now);
+            confirm.leave(seen(now, true, 0), by_server, now + after);
+            let (sent_to, attempts) = confirm.progress();
+            let receipt = ReceiptRow { sent: sent_to, attempts, ..ReceiptRow::default() };
+            let mut again = Confirm::resume(ConfirmPolicy::default(), &receipt, 0);
+            (attempts, sent(&mut again, 1..=3, now), again.progress().1)
+        };
+        let (early, late) = (Duration::from_secs(9), Duration::from_secs(10));
+        assert_eq!(left(true, early), (0, vec![Some(2), Some(2), None], 1));
+        assert_eq!(left(true, late), (1, vec![Some(2), Some(2), None], 2));
+        assert_eq!(left(false, early), (1, vec![Some(2), Some(2), None], 2));
+    }
+
+    #[tokio::test]
+    async fn what_becomes_the_oldest_by_an_acknowledgement_was_taken() {
+        let (mut confirm, now) = (Confirm::resume(ConfirmPolicy::default(), &ReceiptRow::default(), 0), Instant::now());
+        sent(&mut confirm, 1..=2, now);
+        confirm.ack(1, now);
+        confirm.prove(seen(now, false, 0));
+        assert_eq!(confirm.progress(), (2, 1));
     }
 
     #[tokio::test]

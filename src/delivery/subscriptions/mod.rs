@@ -42,7 +42,7 @@ use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 pub use self::catchup::{CHUNK_BYTES, READS};
-pub use self::confirm::{ConfirmPolicy, WINDOW};
+pub use self::confirm::{ConfirmPolicy, Presence, WINDOW};
 pub use self::filter::Kinds;
 pub use self::receipt::{Receipt, first_receipt};
 pub use self::subscription::NewSubscription;
@@ -107,6 +107,8 @@ pub struct Subscriptions {
     replay_bytes: usize,
     /// Subscriptions whose receipts have changed.
     changed: Vec<SubId>,
+    /// Bytes that the socket was given before what is sent next.
+    pub written: u64,
     /// No events may be sent now: the client has given no credit for more.
     pub out_of_credit: bool,
     /// Nothing is due earlier.
@@ -132,6 +134,7 @@ impl Subscriptions {
             replay: FairQueue::default(),
             replay_bytes: 0,
             changed: Vec::new(),
+            written: 0,
             out_of_credit: false,
             due: None,
             replayed: telemetry::replayed_events(),
@@ -361,6 +364,15 @@ impl Subscriptions {
 
     // The session's end.
 
+    /// The session ends, by the server's own doing or not: receipts say which attempts count.
+    pub fn leave(&mut self, client: Presence, by_server: bool) {
+        let now = Instant::now();
+        for confirm in self.by_id.values_mut().filter_map(Subscription::confirm) {
+            confirm.leave(client, by_server, now);
+        }
+        self.close();
+    }
+
     /// Leaves nothing of the session but its receipts.
     pub fn close(&mut self) {
         self.unfollow();
@@ -379,7 +391,7 @@ impl Subscriptions {
         let frame = sub.rename(frame.clone());
 
         let Some(confirm) = sub.confirm() else { return Some(frame) };
-        let attempt = confirm.send(seq, Instant::now());
+        let attempt = confirm.send(seq, Instant::now(), self.written);
         let deadline = confirm.deadline();
         self.schedule(deadline);
         match attempt {

@@ -3,6 +3,7 @@
 use tokio::time::{Duration, Instant};
 
 use super::Subscriptions;
+use super::confirm::Presence;
 use super::receipt::Receipt;
 use super::replay::Replayed;
 use super::subscription::Stage;
@@ -134,7 +135,7 @@ impl Subscriptions {
     // What is due.
 
     /// Does what is due: sends `position`, writes receipts again that the log did not accept, and begins rounds.
-    pub fn on_due(&mut self, who: &Principal) {
+    pub fn on_due(&mut self, who: &Principal, client: Presence) {
         let now = Instant::now();
         self.due = None;
 
@@ -148,7 +149,7 @@ impl Subscriptions {
         for id in watched {
             self.check_position(id, now);
             self.retry_receipt(id);
-            self.check_deadline(who, id, now);
+            self.check_deadline(who, id, now, client);
         }
         self.due = self.due.map(|due| due.max(now + LOOK_EVERY));
     }
@@ -174,7 +175,7 @@ impl Subscriptions {
 
     /// Begins the next round when the pause before it is over. When the oldest event was not acknowledged in time, begins
     /// that pause, or gives the event up after its last attempt.
-    fn check_deadline(&mut self, who: &Principal, id: SubId, now: Instant) {
+    fn check_deadline(&mut self, who: &Principal, id: SubId, now: Instant, client: Presence) {
         let Some(sub) = self.by_id.get_mut(&id) else { return };
         if let Stage::Held { until: Some(until) } = sub.stage {
             if until > now {
@@ -197,7 +198,10 @@ impl Subscriptions {
         let (Some(deadline), Some(oldest)) = (confirm.deadline(), confirm.oldest()) else { return };
         if deadline > now {
             self.schedule(Some(deadline));
-        } else if confirm.is_exhausted(oldest) {
+            return;
+        }
+        confirm.prove(client);
+        if confirm.is_exhausted(oldest) {
             self.dead_letter(who, id, oldest);
         } else {
             self.begin_round(id, oldest, now);

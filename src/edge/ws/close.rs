@@ -103,6 +103,11 @@ impl End {
         }
     }
 
+    /// Whether the server ends the session for a reason of its own, and not for what the client did or failed to do.
+    pub fn is_by_server(&self) -> bool {
+        matches!(self.code(), DRAINING | INTERNAL | TOKEN_EXPIRED | UNAVAILABLE | REVOKED)
+    }
+
     /// The code that metrics count.
     pub fn code(&self) -> u16 {
         match self {

@@ -100,6 +100,11 @@ impl Heartbeat {
         self.ping = None;
     }
 
+    /// When the last frame came.
+    pub fn last_heard(&self) -> Instant {
+        self.heard
+    }
+
     /// Something is to be written and the socket does not take it.
     pub fn stalled(&mut self, now: Instant, taken: u64) {
         if self.stall.as_ref().is_none_or(|stall| stall.taken != taken) {

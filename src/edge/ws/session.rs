@@ -27,6 +27,7 @@ use super::socket::Socket;
 use super::state::SessionState;
 use super::turn::{Step, Turn, Written};
 use crate::auth::Principal;
+use crate::delivery::subscriptions::Presence;
 use crate::protocol::frame::ServerFrame;
 use crate::{clock, panics, telemetry};
 
@@ -157,6 +158,7 @@ impl Session {
     }
 
     fn write(&mut self, cx: &mut Context<'_>) -> Result<Written, WsError> {
+        self.state.outgoing.feed.subs.written = self.ws.get_ref().written();
         let written = self.state.outgoing.poll_write(cx, &mut self.ws, self.state.who.as_ref())?;
         match written {
             Written::All => self.state.heartbeat.flowing(),
@@ -194,6 +196,7 @@ impl Session {
 
     fn on_timer(&mut self) -> Result<(), End> {
         let now = Instant::now();
+        let client = self.client();
         let state = &mut self.state;
         let facts =
             Facts { now, wall: clock::now_s(), reading: state.wants().frames, peer: self.ws.get_ref().progress() };
@@ -210,7 +213,7 @@ impl Session {
         if let Some(who) = &state.who
             && subs.due().is_some_and(|due| due <= now)
         {
-            subs.on_due(who);
+            subs.on_due(who, client);
         }
         state.submit();
         let due = state.due();
@@ -218,10 +221,15 @@ impl Session {
         Ok(())
     }
 
+    fn client(&self) -> Presence {
+        Presence { heard: self.state.heartbeat.last_heard(), taken: self.ws.get_ref().progress().taken }
+    }
+
     /// Passes on what was accepted, leaves no subscription behind, and closes.
     async fn finish(mut self: Box<Session>, end: End) {
+        let client = self.client();
         let Session { state, ws, .. } = &mut *self;
-        state.outgoing.feed.subs.close();
+        state.outgoing.feed.subs.leave(client, end.is_by_server());
         state.incoming.flush_deltas(|_| true);
         state.incoming.submit(Vec::new());
         telemetry::closed(end.code()).increment(1);

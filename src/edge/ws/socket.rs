@@ -45,7 +45,7 @@ impl Socket {
     /// itself: its buffer may hold what a slow peer takes minutes to read.
     pub fn progress(&self) -> PeerProgress {
         let on_the_way = self.send_queue();
-        PeerProgress { taken: self.written.load(Ordering::Relaxed).saturating_sub(on_the_way), on_the_way }
+        PeerProgress { taken: self.written().saturating_sub(on_the_way), on_the_way }
     }
 
     #[expect(unsafe_code, reason = "the standard library does not ask for the length of a send queue")]
@@ -57,7 +57,12 @@ impl Socket {
         if asked == 0 { u64::try_from(bytes).unwrap_or(0) } else { 0 }
     }
 
-    /// The bytes that the kernel has accepted, to be read from elsewhere.
+    /// The bytes that the kernel has accepted for the peer.
+    pub fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    /// The same, to be read from elsewhere.
     pub fn counter(&self) -> Arc<AtomicU64> {
         self.written.clone()
     }
