@@ -6,7 +6,8 @@ use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 
-use crate::support::{LogKind, Server, Socket};
+use crate::on_both_logs;
+use crate::support::{Server, Socket, has};
 
 /// What only a hang exceeds. The server's next timer, its heartbeat, would come after 25 s.
 const PROMPTLY: Duration = Duration::from_secs(10);
@@ -41,13 +42,12 @@ fn frames(frames: i64, each: i64, command: impl Fn(i64) -> Value) -> Vec<Value> 
 
 fn assert_in_order(answers: &[Value], kind: &str) {
     for (answer, id) in answers.iter().zip(1..) {
-        assert_eq!((&answer["type"], &answer["id"]), (&json!(kind), &json!(id)), "{answer}");
+        has(answer, json!({"type": kind, "id": id}));
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bursts_of_pings_are_answered_at_once_and_in_order() {
-    let server = Server::start_unlimited(LogKind::embedded());
+on_both_logs!(bursts_of_pings_are_answered_at_once_and_in_order, |log| async move {
+    let server = Server::start_unlimited(log);
     for (count, each) in [(40, 100), (5, 1_000), (200, 30)] {
         let mut socket = server.connect("ada").await;
         let pings = frames(count, each, |id| json!({"type": "ping", "id": id}));
@@ -55,20 +55,18 @@ async fn bursts_of_pings_are_answered_at_once_and_in_order() {
         // And the session goes on.
         socket.silent().await;
     }
-}
+});
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_burst_of_commands_that_are_refused_is_answered_at_once_and_in_order() {
-    let server = Server::start_unlimited(LogKind::embedded());
+on_both_logs!(a_burst_of_commands_that_are_refused_is_answered_at_once_and_in_order, |log| async move {
+    let server = Server::start_unlimited(log);
     let mut socket = server.connect("ada").await;
     let subscribes = frames(5, 1_000, |id| json!({"type": "subscribe", "id": id, "thread": format!("none-{id}")}));
     assert_in_order(&answers(&mut socket, &subscribes, 5_000).await, "error");
     socket.silent().await;
-}
+});
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn commands_sent_while_a_burst_is_answered_do_not_wait_for_a_heartbeat() {
-    let server = Server::start_unlimited(LogKind::embedded());
+on_both_logs!(commands_sent_while_a_burst_is_answered_do_not_wait_for_a_heartbeat, |log| async move {
+    let server = Server::start_unlimited(log);
     let mut socket = server.connect("ada").await;
     socket.say("t", "so that the thread is there").await;
     // Each publish holds up the commands after it, but the pings, until it is in the log.
@@ -86,11 +84,10 @@ async fn commands_sent_while_a_burst_is_answered_do_not_wait_for_a_heartbeat() {
     assert_eq!(ordered("error"), of(|n| n % 2 == 0));
     assert_eq!(ordered("pong"), of(|n| n != 1 && n % 2 == 1));
     socket.silent().await;
-}
+});
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_client_that_reads_only_later_gets_every_answer() {
-    let server = Server::start_unlimited(LogKind::embedded());
+on_both_logs!(a_client_that_reads_only_later_gets_every_answer, |log| async move {
+    let server = Server::start_unlimited(log);
     let mut socket = server.connect("ada").await;
     // More answers than the server holds for a socket; a refusal repeats the long name of the command.
     let commands = frames(30, 100, |id| json!({"type": "n".repeat(40), "id": id}));
@@ -99,4 +96,4 @@ async fn a_client_that_reads_only_later_gets_every_answer() {
     }
     assert_in_order(&answers(&mut socket, &[], 3_000).await, "error");
     socket.silent().await;
-}
+});

@@ -3,11 +3,14 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::protocol::Role;
 use tokio_tungstenite::tungstenite::{Message, WebSocket};
+use weft::auth::jwt::{Claims, mint};
 
-use crate::support::{LogKind, PATIENCE, Server, token};
+use crate::support::{
+    LogKind, PATIENCE, SECRET, Server, Socket, accepted, claims, eventually, publish, refused_with, seqs, token,
+};
 
 /// Asks for a WebSocket with these subprotocols, as a browser does: the libraries of the tests refuse an answer without a
 /// subprotocol by themselves. Gives the head of the answer, and the first frame after it.
@@ -55,4 +58,100 @@ async fn a_client_that_offers_the_version_among_others_or_none_at_all_is_let_in(
         let welcome: Value = serde_json::from_str(first.to_text().unwrap()).unwrap();
         assert_eq!(welcome["type"], "welcome", "{welcome}");
     }
+}
+
+/// Publishes so much to `t` that a socket which does not read takes no more.
+async fn fill(writer: &mut Socket) -> u64 {
+    const EVENTS: u64 = 100;
+    for seq in 1..=EVENTS {
+        assert_eq!(writer.ask(publish("t", "x.large", json!("x".repeat(60_000)))).await["seq"], seq);
+    }
+    EVENTS
+}
+
+/// The seqs of `t` that come until the connection ends, dense from the first on.
+async fn seqs_to_the_end(reader: &mut Socket) -> u64 {
+    let mut last = 0;
+    while let Ok(frame) = reader.next().await {
+        if frame["type"] == "event" {
+            assert_eq!(frame["seq"], last + 1, "{}", frame["seq"]);
+            last += 1;
+        }
+    }
+    last
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_socket_that_takes_no_byte_for_30_s_is_closed_4001_and_its_client_resumes_without_a_gap() {
+    let server = Server::start_unlimited(LogKind::embedded());
+    let mut writer = server.connect("ada").await;
+    let events = fill(&mut writer).await;
+    let mut stuck = Socket::open_with_small_buffer(&server.url, &token("ada", "")).await;
+    stuck.send(&json!({"type": "subscribe", "id": 1, "thread": "t", "after": 0})).await;
+    let closed = async || server.metric(r#"weft_closes_total{code="4001"}"#).await == 1.0;
+    eventually("it is given up", closed).await;
+
+    // What was on its way arrives; the close frame does not, as the socket took nothing more.
+    stuck.enlarge_buffer();
+    let seen = seqs_to_the_end(&mut stuck).await;
+    assert!(seen < events, "{seen}");
+    let mut back = server.connect("ada").await;
+    assert_eq!(back.subscribe("t", Some(seen)).await["recovered"], true);
+    let rest = (events - seen) as usize;
+    assert_eq!(seqs(&back.events(rest).await), (seen + 1..=events).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_for_which_more_than_4096_joined_threads_wait_is_closed_4001_and_finds_them_all_when_it_resumes() {
+    const THREADS: usize = 4_097;
+    let server = Server::start_unlimited(LogKind::embedded());
+    let mut writer = server.connect("ada").await;
+    writer.say("t", "so that the thread is there").await;
+    let mut stuck = Socket::open_with_small_buffer(&server.url, &token("ada", "")).await;
+    assert_eq!(stuck.subscribe("*", None).await["head"], json!({"t": 1}));
+    for _ in 0..20 {
+        accepted(&writer.ask(publish("t", "x.large", json!("x".repeat(60_000)))).await);
+    }
+    // Who publishes to a new thread is a member of it.
+    let threads: Vec<Value> = (0..THREADS)
+        .map(|n| json!({"type": "publish", "id": n, "thread": format!("new-{n}"), "kind": "x.a", "data": 1}))
+        .collect();
+    for frame in threads.chunks(500) {
+        writer.send(&Value::Array(frame.to_vec())).await;
+        for _ in frame {
+            accepted(&writer.recv().await);
+        }
+    }
+    stuck.enlarge_buffer();
+    assert_eq!(stuck.closed().await, 4001);
+    assert_eq!(stuck.reason, "more threads were joined than can wait: resume");
+
+    let mut back = server.connect("ada").await;
+    let subscribed = back.ask(json!({"type": "subscribe", "thread": "*"})).await;
+    assert_eq!(subscribed["head"].as_object().unwrap().len(), 1 + THREADS);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_that_cannot_be_checked_since_the_store_fails_is_no_bad_token_4006_and_503() {
+    let mut server = Server::start(LogKind::embedded());
+    // Whether ada's tokens are good stands in a file from now on.
+    assert_eq!(server.admin("DELETE", "/v1/users/ada/sessions").await.0, 200);
+    server.stop().await;
+    server.up();
+    server.ready().await;
+    let mut socket = Socket::raw(&server.url, &[]).await.unwrap();
+    let files = std::fs::read_dir(server.data().join("projections")).unwrap().map(|file| file.unwrap().path());
+    let tables: Vec<_> = files.filter(|file| file.extension().is_some_and(|it| it == "sst")).collect();
+    assert!(!tables.is_empty());
+    for table in tables {
+        std::fs::File::options().write(true).open(table).unwrap().set_len(0).unwrap();
+    }
+
+    let issued = Claims { iat: Some(weft::clock::now_s() + 2), ..claims("ada", "") };
+    let good = mint(SECRET, &issued).unwrap();
+    socket.send(&json!({"type": "connect", "id": 1, "token": good})).await;
+    assert_eq!(socket.closed().await, 4006);
+    let (status, problem) = server.http_with("GET", "/v1/threads", &good, None, &[]).await;
+    refused_with(&problem, "unavailable");
+    assert_eq!(status, 503);
 }

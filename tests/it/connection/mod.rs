@@ -30,7 +30,7 @@ use weft::auth::jwt::{Claims, mint};
 
 use crate::on_both_logs;
 use crate::support::{
-    LogKind, PATIENCE, SECRET, Server, Socket, claims, eventually, publish, refused, refused_with, token,
+    LogKind, PATIENCE, SECRET, Server, Socket, claims, eventually, has, publish, refused, refused_with, token,
 };
 
 fn signed(claims: &Value, algorithm: Algorithm, key: &EncodingKey) -> String {
@@ -39,6 +39,10 @@ fn signed(claims: &Value, algorithm: Algorithm, key: &EncodingKey) -> String {
 
 fn hmac(claims: &Value) -> String {
     signed(claims, Algorithm::HS256, &EncodingKey::from_secret(SECRET.as_bytes()))
+}
+
+fn with_header(claims: &Value, header: &Header) -> String {
+    jsonwebtoken::encode(header, claims, &EncodingKey::from_secret(SECRET.as_bytes())).unwrap()
 }
 
 /// The status of an upgrade with a token, 101 if it came to be.
@@ -83,6 +87,11 @@ async fn tokens_that_are_not_valid_get_401_at_the_upgrade_4500_in_a_frame_and_40
         ("a sub with a space", with("sub", json!("a b"))),
         ("an empty tenant", with("tenant", json!(""))),
         ("a sub that is too long", with("sub", json!("x".repeat(129)))),
+        ("the server's own sub", with("sub", json!("weft"))),
+        ("an extension that must be understood", {
+            with_header(&good, &Header { crit: Some(vec!["exp".to_owned()]), ..Header::default() })
+        }),
+        ("another kind of token", with_header(&good, &Header { typ: Some("dpop+jwt".into()), ..Header::default() })),
     ];
     for (what, token) in &bad {
         assert_eq!(upgrade_status(&server.url, token).await, 401, "{what}");
@@ -97,6 +106,8 @@ async fn tokens_that_are_not_valid_get_401_at_the_upgrade_4500_in_a_frame_and_40
         ("HS512", signed(&good, Algorithm::HS512, &EncodingKey::from_secret(SECRET.as_bytes()))),
         ("expired within the leeway", with("exp", json!(now - 10))),
         ("valid within the leeway", with("nbf", json!(now + 10))),
+        ("an end with a fraction", with("exp", json!(now as f64 + 600.5))),
+        ("an access token", with_header(&good, &Header { typ: Some("at+jwt".into()), ..Header::default() })),
     ] {
         assert_eq!(upgrade_status(&server.url, &token).await, 101, "{what}");
     }
@@ -159,10 +170,7 @@ async fn a_token_comes_by_header_by_subprotocol_or_by_a_connect_frame_and_never_
             .await
             .unwrap();
     let welcome = by_protocol.recv().await;
-    assert_eq!(
-        (&welcome["type"], &welcome["user"], &welcome["tenant"]),
-        (&json!("welcome"), &json!("ada"), &json!("acme"))
-    );
+    has(&welcome, json!({"type": "welcome", "user": "ada", "tenant": "acme"}));
     assert!(
         welcome["id"].is_null() && welcome["heartbeat_ms"] == 25_000 && welcome["limits"]["data_bytes"] == 65_536,
         "{welcome}"
@@ -173,7 +181,7 @@ async fn a_token_comes_by_header_by_subprotocol_or_by_a_connect_frame_and_never_
     let early = by_frame.ask(publish("t", "user_message", json!({"content": "hi"}))).await;
     refused_with(&early, "unauthenticated");
     let welcome = by_frame.ask(json!({"type": "connect", "token": token("ben", "")})).await;
-    assert_eq!((&welcome["type"], &welcome["user"]), (&json!("welcome"), &json!("ben")));
+    has(&welcome, json!({"type": "welcome", "user": "ben"}));
     refused_with(&by_frame.ask(json!({"type": "connect", "token": token("ben", "")})).await, "conflict");
     let reply = reqwest::get(format!("{}/v1/threads?token={}", server.url, token("ada", ""))).await.unwrap();
     assert_eq!(reply.status(), 401);
@@ -201,10 +209,7 @@ async fn a_ticket_lets_its_user_in_once() {
     assert!(until > weft::clock::now_ms());
     let mut socket = Socket::raw_at(&server.url, &format!("/v1/ws?ticket={ticket}"), &[]).await.unwrap();
     let welcome = socket.recv().await;
-    assert_eq!(
-        (&welcome["type"], &welcome["user"], &welcome["tenant"]),
-        (&json!("welcome"), &json!("ada"), &json!("acme"))
-    );
+    has(&welcome, json!({"type": "welcome", "user": "ada", "tenant": "acme"}));
     assert_eq!(socket.say("t", "with the rights of the token it was made for").await, 1);
     assert_eq!(status(&format!("ticket={ticket}")).await, 401, "used twice");
     assert_eq!(status("ticket=guessed").await, 401);
@@ -292,7 +297,7 @@ async fn a_bad_command_gets_its_code_and_field_and_the_session_lives_on() {
     // Half of a surrogate pair is in no Unicode string.
     socket.send_text(r#"{"type":"publish","id":79,"thread":"t","kind":"x.a","data":"\ud800"}"#).await;
     let answer = socket.recv().await;
-    assert_eq!((&answer["id"], &answer["code"], &answer["field"]), (&json!(79), &json!("bad_request"), &json!("data")));
+    has(&answer, json!({"id": 79, "code": "bad_request", "field": "data"}));
     socket.send_text("[]").await;
     refused_with(&socket.recv().await, "bad_request");
     socket.send(&Value::Array(vec![json!({"type": "ping", "id": 1}); 1_001])).await;
@@ -429,7 +434,7 @@ async fn a_refresh_with_fewer_rights_ends_what_they_allowed() {
     let answer = analyst.ask(json!({"type": "refresh", "token": token("ana", "")})).await;
     assert_eq!(answer["type"], "refreshed");
     let ended = analyst.recv_type("error").await;
-    assert_eq!((&ended["thread"], &ended["code"]), (&json!("t"), &json!("not_found")));
+    has(&ended, json!({"thread": "t", "code": "not_found"}));
     server.connect("ada").await.say("t", "still not").await;
     refused_with(&analyst.ask(json!({"type": "unsubscribe", "thread": "t"})).await, "not_found");
     analyst.answers().await;
@@ -481,7 +486,7 @@ fn drip(mut stream: TcpStream) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn slow_and_oversized_headers_do_not_hold_a_connection() {
     const CONNECTIONS: usize = 3;
-    let server = Server::start_with(LogKind::embedded(), &["--max-connections", &CONNECTIONS.to_string()]);
+    let server = Server::start_verbose(LogKind::embedded(), &["--max-connections", &CONNECTIONS.to_string()]);
     let many: String = (0..70).map(|n| format!("x-{n}: 1\r\n")).collect();
     let reply = raw_http(&server, format!("GET /healthz HTTP/1.1\r\nhost: x\r\n{many}\r\n").as_bytes());
     assert!(reply.starts_with("HTTP/1.1 431"), "{reply}");
@@ -500,6 +505,10 @@ async fn slow_and_oversized_headers_do_not_hold_a_connection() {
     assert_eq!(read_until_closed(silent), "");
     read_until_closed(half);
     dripping.join().unwrap();
+    // Each for its headers, which is long before a connection ends over which nothing moves.
+    let lines_with = |words: &str| server.errors().lines().filter(|line| line.contains(words)).count();
+    eventually("the server says why", async || lines_with("read header from client timeout") == CONNECTIONS).await;
+    assert_eq!(lines_with("a connection was stalled"), 0, "{}", server.errors());
     eventually("they are free again", async || raw_http(&server, threads).starts_with("HTTP/1.1 401")).await;
 }
 

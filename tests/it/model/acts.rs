@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::world::{Asked, Left, Place, Sent, Sub, World, resolve};
 use super::{Begin, CALLED, DEVICES, END, KINDS, LARGE, PRIORITIES, Step, THREADS, USERS};
-use crate::support::{Socket, eventually};
+use crate::support::{Socket, eventually, has};
 
 impl World<'_> {
     /// Whether the device is there and reads.
@@ -138,17 +138,17 @@ impl World<'_> {
             return;
         }
         if !self.may_read(user, &thread) {
-            assert_eq!((&answer["code"], &answer["field"]), (&json!("not_found"), &json!("thread")), "{answer}");
+            has(answer, json!({"code": "not_found", "field": "thread"}));
             return;
         }
         let head = self.head(&thread);
         let asked_after = asked.after.as_ref().and_then(Value::as_u64);
         if asked_after.is_some_and(|after| after > head) {
-            assert_eq!((&answer["code"], &answer["field"]), (&json!("cursor_invalid"), &json!("after")), "{answer}");
+            has(answer, json!({"code": "cursor_invalid", "field": "after"}));
             return;
         }
-        assert_eq!((&answer["type"], &answer["thread"]), (&json!("subscribed"), &json!(asked.called)), "{answer}");
-        assert_eq!((&answer["head"], &answer["recovered"]), (&json!(head), &json!(true)), "{answer}");
+        has(answer, json!({"type": "subscribed", "thread": asked.called}));
+        has(answer, json!({"head": head, "recovered": true}));
         let after = answer["after"].as_u64().unwrap();
         let asked_for = asked_after.unwrap_or(head - asked.last.unwrap_or(0).min(head));
         let place = asked.name.as_ref().map(|name| (user.to_owned(), thread.clone(), name.clone()));
@@ -192,7 +192,7 @@ impl World<'_> {
             heads.insert(thread, head);
             cursors.insert(thread, cursor);
         }
-        assert_eq!((&answer["head"], &answer["after"]), (&json!(heads), &json!(cursors)), "{answer}");
+        has(answer, json!({"head": heads, "after": cursors}));
         let named = asked.after.iter().filter_map(Value::as_object).flat_map(|after| after.keys().cloned());
         let unknown = named.filter(|thread| !heads.contains_key(&**thread)).collect();
         for (thread, cursor) in cursors {

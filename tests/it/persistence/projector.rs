@@ -18,7 +18,7 @@ use weft::store::{Progress, Store};
 use crate::support::TENANT;
 
 /// A record as the server writes it, at a moment of our choosing.
-pub(super) fn record(at: u64, thread: &str, from: &str, kind: &str, data: &Value, key: Option<&str>) -> Record {
+pub fn record(at: u64, thread: &str, from: &str, kind: &str, data: &Value, key: Option<&str>) -> Record {
     let data = serde_json::value::to_raw_value(data).unwrap();
     let mut event = new_event(TENANT, from, thread, kind, &data);
     event.at = clock::rfc3339(at).into();
@@ -34,7 +34,7 @@ pub(super) fn record(at: u64, thread: &str, from: &str, kind: &str, data: &Value
 }
 
 /// Appends records and waits until they are durable.
-pub(super) fn append(log: &EmbeddedLog, records: Vec<Record>) -> Vec<Position> {
+pub fn append(log: &EmbeddedLog, records: Vec<Record>) -> Vec<Position> {
     let (sender, answers) = mpsc::sync_channel(records.len());
     let batch = records.into_iter().map(|record| {
         let sender = sender.clone();

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{receipts, write};
 use crate::on_both_logs;
-use crate::support::{LogKind, Server, Socket, eventually, refused, seqs};
+use crate::support::{LogKind, Server, Socket, eventually, has, publish, refused, seqs, token};
 
 /// The next `n` events, as seq and attempt.
 async fn attempts(socket: &mut Socket, n: usize) -> Vec<(u64, Option<u64>)> {
@@ -241,17 +241,9 @@ on_both_logs!(
         let letter = &found[0];
         let event =
             server.http("GET", "/v1/threads/t/events?after=1&limit=1", "ben", None).await.1["events"][0].clone();
-        assert_eq!(
-            (
-                &letter["reason"],
-                &letter["user"],
-                &letter["name"],
-                &letter["thread"],
-                &letter["seq"],
-                &letter["attempts"]
-            ),
-            (&json!("unacknowledged"), &json!("ben"), &json!("mail"), &json!("t"), &json!(2), &json!(5)),
-            "{letter}"
+        has(
+            letter,
+            json!({"reason": "unacknowledged", "user": "ben", "name": "mail", "thread": "t", "seq": 2, "attempts": 5}),
         );
         assert_eq!(letter["event"], event);
         assert!(letter["error"].as_str().unwrap().contains("5 times"), "{letter}");
@@ -284,9 +276,8 @@ on_both_logs!(
     }
 );
 
-#[tokio::test]
-async fn a_client_says_how_long_it_needs_and_how_often_an_event_is_sent() {
-    let (server, mut ada) = begin(LogKind::embedded(), 1).await;
+on_both_logs!(a_client_says_how_long_it_needs_and_how_often_an_event_is_sent, |log| async move {
+    let (server, mut ada) = begin(log, 1).await;
     let mut reader = server.connect("ada").await;
     reader.subscribe_with("t", json!({"after": 0, "confirm": true, "ack_within_ms": 1_000, "attempts": 2})).await;
     assert_eq!(attempts(&mut reader, 1).await, [(1, None)]);
@@ -295,11 +286,7 @@ async fn a_client_says_how_long_it_needs_and_how_often_an_event_is_sent() {
     assert!(first.elapsed() >= Duration::from_secs(1), "{:?}", first.elapsed());
     eventually("the second attempt was the last", async || letters(&server).await.len() == 1).await;
     let letter = letters(&server).await.remove(0);
-    assert_eq!(
-        (&letter["reason"], &letter["seq"], &letter["attempts"]),
-        (&json!("unacknowledged"), &json!(1), &json!(2)),
-        "{letter}"
-    );
+    has(&letter, json!({"reason": "unacknowledged", "seq": 1, "attempts": 2}));
     assert_eq!(ada.say("t", "new").await, 2);
     assert_eq!(attempts(&mut reader, 1).await, [(2, None)]);
 
@@ -310,6 +297,64 @@ async fn a_client_says_how_long_it_needs_and_how_often_an_event_is_sent() {
     }
     let no_confirm = json!({"type": "subscribe", "thread": "u", "attempts": 3});
     refused(&reader.ask(no_confirm).await, "bad_request", "attempts");
+});
+
+on_both_logs!(
+    an_attempt_that_the_server_cuts_short_does_not_count_and_one_that_the_client_ends_does,
+    |log| async move {
+        let (mut server, _) = begin(log, 1).await;
+        // One attempt is all it asks for.
+        let work = json!({"name": "work", "after": 0, "confirm": true, "attempts": 1});
+        let again = json!({"name": "work", "confirm": true, "attempts": 1});
+        let mut worker = server.connect("ada").await;
+        worker.subscribe_with("t", work).await;
+        assert_eq!(attempts(&mut worker, 1).await, [(1, None)]);
+        for _ in 0..2 {
+            server.stop().await;
+            assert_eq!(worker.closed().await, 1001);
+            server.up();
+            server.ready().await;
+            worker = server.connect("ada").await;
+            worker.subscribe_with("t", again.clone()).await;
+            assert_eq!(attempts(&mut worker, 1).await, [(1, Some(2))], "it is sent again after each restart");
+            assert_eq!(letters(&server).await, Vec::<Value>::new());
+        }
+        leave_and_wait(&server, worker, "ada", "work").await;
+        let mut worker = server.connect("ada").await;
+        worker.subscribe_with("t", again).await;
+        assert_eq!(worker.recv().await["type"], "caught_up", "it has had its attempt");
+        let letter = letters(&server).await.remove(0);
+        has(&letter, json!({"seq": 1, "attempts": 1}));
+    }
+);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn attempts_of_which_a_client_takes_nothing_do_not_count_however_many_they_are() {
+    let (server, mut ada) = begin(LogKind::embedded(), 1).await;
+    assert_eq!(ada.ask(publish("load", "x.load", json!("x".repeat(12_000)))).await["seq"], 1);
+    // To the server it is as if its network were gone: its buffer is full, and nothing sent from here on reaches it.
+    let mut gone = Socket::open_with_small_buffer(&server.url, &token("ada", "")).await;
+    gone.send(&json!({"type": "subscribe", "id": 1, "thread": "load", "after": 0})).await;
+    eventually("its buffer is full", async || server.metric("weft_deliveries_total").await == 1.0).await;
+    let mut work = json!({"name": "work", "after": 0, "confirm": true, "ack_within_ms": 1_000, "attempts": 2});
+    work["type"] = json!("subscribe");
+    work["id"] = json!(2);
+    work["thread"] = json!("t");
+    gone.send(&work).await;
+    eventually("it is sent four times", async || server.metric("weft_deliveries_total").await == 5.0).await;
+    assert_eq!(letters(&server).await, Vec::<Value>::new());
+    drop(gone);
+    eventually("the server knows", async || server.metric("weft_connections").await == 1.0).await;
+
+    let mut back = server.connect("ada").await;
+    let again = json!({"name": "work", "confirm": true, "ack_within_ms": 1_000, "attempts": 2});
+    back.subscribe_with("t", again).await;
+    for attempt in [2, 2] {
+        assert_eq!(attempts(&mut back, 1).await, [(1, Some(attempt))], "the first that is taken, and the second");
+    }
+    eventually("these were all", async || letters(&server).await.len() == 1).await;
+    let letter = letters(&server).await.remove(0);
+    has(&letter, json!({"seq": 1, "attempts": 2}));
 }
 
 #[tokio::test]
@@ -341,10 +386,6 @@ async fn after_five_rounds_of_ten_seconds_the_oldest_is_a_dead_letter_and_the_ne
     let found = letters(&server).await;
     assert_eq!(found.len(), 1, "{found:?}");
     let letter = &found[0];
-    assert_eq!(
-        (&letter["reason"], &letter["user"], &letter["name"], &letter["seq"], &letter["attempts"]),
-        (&json!("unacknowledged"), &json!("ada"), &Value::Null, &json!(1), &json!(5)),
-        "{letter}"
-    );
+    has(letter, json!({"reason": "unacknowledged", "user": "ada", "name": null, "seq": 1, "attempts": 5}));
     assert_eq!(letter["event"]["data"]["content"], "1");
 }

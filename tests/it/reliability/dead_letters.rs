@@ -7,7 +7,7 @@ use weft::auth::jwt::{Claims, mint};
 use weft::log::embedded::EmbeddedLog;
 
 use crate::log_contract::only_kafka::produce;
-use crate::support::{LogKind, SECRET, Server, claims, eventually, refused, refused_with, token, weft};
+use crate::support::{LogKind, SECRET, Server, claims, eventually, has, refused, refused_with, token, weft};
 
 fn root_of(tenant: &str) -> String {
     mint(SECRET, &Claims { tenant: tenant.into(), ..claims("root", "admin") }).unwrap()
@@ -112,7 +112,7 @@ async fn an_admin_lists_the_own_tenants_dead_letters_newest_first_by_reason_and_
     }
     // Whose it is nobody can tell, so what it says is kept from everybody.
     let nobodys = unreadable.iter().find(|it| it["bytes"].is_null()).unwrap();
-    assert_eq!((&nobodys["partition"], &nobodys["size"]), (&json!(8), &json!(10)), "{nobodys}");
+    has(nobodys, json!({"partition": 8, "size": 10}));
     let theirs = list(&server, &root_of("umbrella"), "").await;
     assert_eq!(theirs.len(), 2, "{theirs:?}");
     assert!(theirs.contains(nobodys) && theirs.iter().any(|it| it["partition"] == 7), "{theirs:?}");
@@ -222,7 +222,7 @@ async fn what_another_program_writes_into_the_topic_becomes_a_dead_letter_and_re
     let letters = list(&server, &acme, "?reason=unreadable").await;
     assert_eq!(letters.len(), 4);
     for letter in &letters {
-        assert_eq!((&letter["topic"], &letter["attempts"]), (&json!(topic), &json!(1)), "{letter}");
+        has(letter, json!({"topic": topic, "attempts": 1}));
         assert!(letter["partition"].as_u64().unwrap() < 16 && letter["offset"].is_u64(), "{letter}");
         assert!(letter["user"].is_null() && letter["event"].is_null() && letter["seq"].is_null(), "{letter}");
         assert!(!letter["error"].as_str().unwrap().is_empty() && letter["at"].is_string(), "{letter}");
@@ -234,7 +234,7 @@ async fn what_another_program_writes_into_the_topic_becomes_a_dead_letter_and_re
     assert_eq!(bytes(sized(0)), b"", "a tombstone is empty");
     assert_eq!(bytes(sized(100_000)), vec![b'x'; 64 << 10], "its first 64 KiB");
     let nobodys = sized(13);
-    assert_eq!((&nobodys["thread"], &nobodys["bytes"]), (&Value::Null, &Value::Null), "{nobodys}");
+    has(nobodys, json!({"thread": null, "bytes": null}));
     assert_eq!(
         list(&server, &root_of("umbrella"), "").await,
         std::slice::from_ref(nobodys),

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::receipts;
 use crate::on_both_logs;
-use crate::support::{LogKind, Server, Socket, eventually, publish, refused, refused_with, seqs, token_of};
+use crate::support::{LogKind, Server, Socket, eventually, has, publish, refused, refused_with, seqs, token_of};
 
 /// What a client with this name gets: where it begins, and the seqs up to `caught_up`.
 async fn resume(server: &Server, user: &str, more: Value) -> (Socket, u64, Vec<u64>) {
@@ -186,7 +186,7 @@ on_both_logs!(
         // One that is joined while it is there gets a place as well.
         assert_eq!(ada.say("d", "made now").await, 1);
         let mine = star.recv_type("event").await;
-        assert_eq!((&mine["thread"], &mine["seq"]), (&json!("d"), &json!(1)));
+        has(&mine, json!({"thread": "d", "seq": 1}));
         eventually("its place is kept", async || receipts(&server, "d", "ada").await.len() == 1).await;
         star.leave().await;
         server.kill();
@@ -311,7 +311,8 @@ on_both_logs!(members_see_how_far_the_others_are_and_nothing_of_who_has_left, |l
         assert!(weft::clock::parse_rfc3339(receipt["at"].as_str().unwrap()).is_some(), "{receipt}");
     }
     let (status, page) = server.http("GET", "/v1/threads/t/receipts", "ada", None).await;
-    assert_eq!((status, &page["thread"], &page["head"]), (200, &json!("t"), &json!(4)), "{page}");
+    assert_eq!(status, 200, "{page}");
+    has(&page, json!({"thread": "t", "head": 4}));
 
     assert_eq!(server.http("DELETE", "/v1/threads/t/members/cid", "ada", None).await.0, 200);
     assert_eq!(short(&receipts(&server, "t", "ada").await), both[..1]);
@@ -323,7 +324,8 @@ on_both_logs!(members_see_how_far_the_others_are_and_nothing_of_who_has_left, |l
     assert_eq!(theirs.0, 404);
     assert_eq!(server.http("GET", "/v1/threads/nowhere/receipts", "ada", None).await.0, 404);
     let (status, problem) = server.http("GET", "/v1/threads/t/receipts?user=ben", "ada", None).await;
-    assert_eq!((status, &problem["field"]), (400, &json!("user")), "{problem}");
+    assert_eq!(status, 400, "{problem}");
+    has(&problem, json!({"field": "user"}));
     // What was read stays read, when cid is back.
     assert_eq!(server.http("PUT", "/v1/threads/t/members/cid", "ben", None).await.0, 201);
     assert_eq!(short(&receipts(&server, "t", "ada").await), both);

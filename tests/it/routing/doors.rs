@@ -55,7 +55,7 @@ fn path_of(route: &Route) -> String {
 }
 
 /// Routes that make a thread where there is none: in another tenant that is what they do.
-fn makes_threads(route: &Route) -> bool {
+pub(super) fn makes_threads(route: &Route) -> bool {
     matches!(
         (route.method.as_str(), route.path),
         ("PUT", "/v1/threads/{thread}") | ("POST", "/v1/threads/{thread}/events")

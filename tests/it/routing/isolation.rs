@@ -1,12 +1,16 @@
 //! Nothing of another tenant, or of a thread one is not in, through any door: not even that it is there.
 
+use std::collections::BTreeSet;
+
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 use weft::auth::jwt::{Claims, mint};
+use weft::edge::routes::ROUTES;
 
 use super::caught_up;
-use crate::support::{LogKind, SECRET, Server, Socket, accepted, claims, publish, refused_with, token, token_of};
+use super::doors::makes_threads;
+use crate::support::{LogKind, SECRET, Server, Socket, accepted, claims, has, publish, refused_with, token, token_of};
 
 /// A token of another tenant.
 fn foreign(user: &str, scope: &str) -> String {
@@ -15,6 +19,17 @@ fn foreign(user: &str, scope: &str) -> String {
 
 /// What a door says, byte by byte.
 type Said = (String, String);
+
+/// Commands that name a thread, as the protocol's schemas list them; but for `publish`, which makes a thread where there is
+/// none.
+fn commands_for_a_thread() -> BTreeSet<String> {
+    let commands = weft::protocol::schemas::all().into_iter().filter_map(|(name, schema)| {
+        let command = name.strip_prefix("command.")?.to_owned();
+        schema.get("properties")?.get("thread")?;
+        Some(command)
+    });
+    commands.filter(|command| command != "publish").collect()
+}
 
 /// Every way over a WebSocket to ask for a thread.
 async fn doors_of_a_socket(server: &Server, token: &str, thread: &str) -> Vec<Said> {
@@ -30,6 +45,8 @@ async fn doors_of_a_socket(server: &Server, token: &str, thread: &str) -> Vec<Sa
         json!({"type": "ack", "thread": thread, "seq": 1}),
         json!({"type": "signal", "thread": thread, "kind": "typing"}),
     ];
+    let tried: BTreeSet<String> = commands.iter().map(|it| it["type"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(tried, commands_for_a_thread(), "every command that there is");
     let mut said = Vec::new();
     for command in commands {
         socket.send(&command).await;
@@ -41,27 +58,39 @@ async fn doors_of_a_socket(server: &Server, token: &str, thread: &str) -> Vec<Sa
     said
 }
 
+/// Method and path, within a thread, of every route that is about one thread and does not make it; some in several ways.
+fn doors_of_routes() -> Vec<(String, String)> {
+    let mut doors = Vec::new();
+    for route in ROUTES.iter().filter(|route| !makes_threads(route)) {
+        let Some(path) = route.path.strip_prefix("/v1/threads/{thread}") else { continue };
+        let queries: &[&str] = match path {
+            "/events" => &["", "?after=0&limit=1", "?after=1000000", "?order=desc&kinds=user_message"],
+            "/stream" | "/agui" => &["", "?after=0", "?after=1000000"],
+            "/context" => &["", "?max_messages=1"],
+            _ => &[""],
+        };
+        for user in ["ada", "eve", "nobody"] {
+            let path = path.replace("{user}", user).replace("{run}", "r");
+            assert!(!path.contains('{'), "say what is to stand for the parameters of {}", route.path);
+            doors.extend(queries.iter().map(|query| (route.method.to_string(), format!("{path}{query}"))));
+        }
+    }
+    doors.dedup();
+    assert!(doors.len() > 15, "{doors:?}");
+    doors
+}
+
 /// Every way over HTTP to read a thread or to change who is in it.
 async fn doors_over_http(server: &Server, token: &str, thread: &str, wanted: u16) -> Vec<Said> {
     let mut said = Vec::new();
-    for (method, path) in [
-        ("GET", ""),
-        ("GET", "/events"),
-        ("GET", "/events?after=0&limit=1"),
-        ("GET", "/events?after=1000000"),
-        ("GET", "/events?order=desc&kinds=user_message"),
-        ("GET", "/stream"),
-        ("GET", "/stream?after=0"),
-        ("GET", "/stream?after=1000000"),
-        ("GET", "/receipts"),
-        ("GET", "/presence"),
-        ("PUT", "/members/eve"),
-        ("DELETE", "/members/ada"),
-        ("DELETE", "/members/nobody"),
-    ] {
+    for (method, path) in doors_of_routes() {
         let url = format!("{}/v1/threads/{thread}{path}", server.url);
-        let reply =
-            reqwest::Client::new().request(method.parse().unwrap(), url).bearer_auth(token).send().await.unwrap();
+        let reply = reqwest::Client::new()
+            .request(method.as_str().parse().unwrap(), url)
+            .bearer_auth(token)
+            .send()
+            .await
+            .unwrap();
         let (status, kind) = (reply.status().as_u16(), reply.headers()["content-type"].to_str().unwrap().to_owned());
         assert!(status == wanted || path.starts_with("/members"), "{method} {path}: {status}");
         said.push((format!("{method} {path}: {status} {kind}"), reply.text().await.unwrap()));
@@ -205,11 +234,7 @@ async fn a_session_with_everything_subscribed_hears_nothing_of_another_tenant_or
             assert_eq!(socket.recv_any().await["kind"], "x.news");
         }
         let next = socket.recv_any().await;
-        assert_eq!(
-            (&next["type"], &next["thread"], &next["seq"]),
-            (&json!("event"), &json!(own), &json!(marker)),
-            "{next}"
-        );
+        has(&next, json!({"type": "event", "thread": own, "seq": marker}));
         assert_eq!(next["data"]["content"], "a marker");
     }
     // Receipts and presence of a thread of the same name are the own tenant's.
@@ -230,7 +255,7 @@ async fn a_list_of_cursors_tells_nothing_about_threads_one_is_not_in() {
     for thread in ["secret", "nobody"] {
         let mut eve = server.connect("eve").await;
         let begun = eve.ask(json!({"type": "subscribe", "thread": "*", "after": {thread: 7}})).await;
-        assert_eq!((&begun["head"], &begun["after"]), (&json!({}), &json!({})), "{begun}");
+        has(&begun, json!({"head": {}, "after": {}}));
         let error = eve.recv().await;
         assert_eq!(error["field"], format!("after.{thread}"));
         answers.push(error.to_string().replace(thread, "THREAD"));

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::caught_up;
 use crate::support::sse::EventStream;
-use crate::support::{LogKind, Server, Socket, publish, refused, refused_with, seqs, token, token_of};
+use crate::support::{LogKind, Server, Socket, has, publish, refused, refused_with, seqs, token, token_of};
 
 /// A `user_message` to a thread, and its answer.
 async fn write(socket: &mut Socket, thread: &str, content: &str) -> Value {
@@ -20,31 +20,30 @@ async fn an_inbox_is_there_before_its_first_event_and_is_called_me_by_its_user()
     let server = Server::start(LogKind::embedded());
     let mut ada = server.connect("ada").await;
     let begun = ada.ask(json!({"type": "subscribe", "thread": "@me", "after": 0})).await;
-    assert_eq!((&begun["thread"], &begun["head"], &begun["after"]), (&json!("@me"), &json!(0), &json!(0)), "{begun}");
+    has(&begun, json!({"thread": "@me", "head": 0, "after": 0}));
     assert_eq!(caught_up(&mut ada, "@me").await, 0);
     let (status, inbox) = server.http("GET", "/v1/threads/@me", "ada", None).await;
-    assert_eq!(
-        (status, &inbox["thread"], &inbox["head"], &inbox["members"]),
-        (200, &json!("@me"), &json!(0), &json!([]))
-    );
+    assert_eq!(status, 200, "{inbox}");
+    has(&inbox, json!({"thread": "@me", "head": 0, "members": []}));
     let empty = server.http("GET", "/v1/threads/@me/events", "ada", None).await;
-    assert_eq!((empty.0, &empty.1["events"], &empty.1["head"]), (200, &json!([]), &json!(0)));
+    assert_eq!(empty.0, 200, "{empty:?}");
+    has(&empty.1, json!({"events": [], "head": 0}));
 
     let published = write(&mut ada, "@me", "a note to myself").await;
-    assert_eq!((&published["thread"], &published["seq"]), (&json!("@me"), &json!(1)), "{published}");
+    has(&published, json!({"thread": "@me", "seq": 1}));
     let event = ada.recv().await;
-    assert_eq!((&event["type"], &event["thread"], &event["seq"]), (&json!("event"), &json!("@me"), &json!(1)));
+    has(&event, json!({"type": "event", "thread": "@me", "seq": 1}));
     // The same thread under its other name.
     assert_eq!(write(&mut ada, "@user:ada", "and another").await["seq"], 2);
     let event = ada.recv().await;
-    assert_eq!((&event["thread"], &event["seq"]), (&json!("@me"), &json!(2)));
+    has(&event, json!({"thread": "@me", "seq": 2}));
     refused_with(&ada.ask(json!({"type": "subscribe", "thread": "@user:ada"})).await, "conflict");
     for (called, path) in [("@me", "@me"), ("@user:ada", "@user:ada"), ("@user:ada", "%40user%3Aada")] {
         let page = server.http("GET", &format!("/v1/threads/{path}/events"), "ada", None).await.1;
         assert_eq!((&page["events"][1]["thread"], &page["head"]), (&json!(called), &json!(2)), "{page}");
         assert_eq!(server.http("GET", &format!("/v1/threads/{path}"), "ada", None).await.1["thread"], called);
         let streamed = EventStream::of(&server, path, "ada", "?after=1").await.next().await.unwrap().json();
-        assert_eq!((&streamed["thread"], &streamed["seq"]), (&json!(called), &json!(2)), "{streamed}");
+        has(&streamed, json!({"thread": called, "seq": 2}));
     }
 }
 
@@ -60,7 +59,8 @@ async fn an_inbox_is_read_by_its_user_and_by_those_who_read_the_whole_tenant() {
         assert_eq!((&event["thread"], &event["data"]["content"]), (&json!("@user:ada"), &json!("mine")));
         let token = token("ana", scope);
         let page = server.http_with("GET", "/v1/threads/@user:ada/events", &token, None, &[]).await;
-        assert_eq!((page.0, &page.1["events"][0]["thread"]), (200, &json!("@user:ada")));
+        assert_eq!(page.0, 200, "{page:?}");
+        has(&page.1["events"][0], json!({"thread": "@user:ada"}));
     }
     // Agents write to it, and do not read it; who shares a thread with its user neither.
     server.http("PUT", "/v1/threads/both", "ada", Some(json!({"members": ["ben"]}))).await;
@@ -92,15 +92,13 @@ async fn agents_and_members_of_a_common_thread_write_to_an_inbox_and_strangers_d
 
     let mut bot = server.connect_as("bot", "agent").await;
     let answer = bot.ask(publish("@user:ada", "x.reminder", json!({"at": "noon"}))).await;
-    assert_eq!(
-        (&answer["type"], &answer["thread"], &answer["seq"]),
-        (&json!("published"), &json!("@user:ada"), &json!(1))
-    );
+    has(&answer, json!({"type": "published", "thread": "@user:ada", "seq": 1}));
 
     server.http("PUT", "/v1/threads/common", "ada", Some(json!({"members": ["ben"]}))).await;
     assert_eq!(write(&mut ben, "@user:ada", "hello").await["seq"], 2);
     let (status, answer) = over_http("hello again").await;
-    assert_eq!((status, &answer["thread"], &answer["seq"]), (201, &json!("@user:ada"), &json!(3)));
+    assert_eq!(status, 201, "{answer}");
+    has(&answer, json!({"thread": "@user:ada", "seq": 3}));
     let events = ada.events(3).await;
     assert_eq!((seqs(&events), &events[0]["from"], &events[1]["from"]), (vec![1, 2, 3], &json!("bot"), &json!("ben")));
     assert!(events.iter().all(|event| event["thread"] == "@me"), "{events:?}");
@@ -202,7 +200,8 @@ async fn everyone_in_the_tenant_reads_its_thread_and_only_scope_broadcast_or_adm
         let body = json!({"kind": "user_message", "data": {"content": "hear me"}});
         let token = token("ben", scope);
         let answer = server.http_with("POST", "/v1/threads/@tenant/events", &token, Some(body), &[]).await;
-        assert_eq!((answer.0, &answer.1["code"], &answer.1["field"]), (403, &json!("forbidden"), &json!("thread")));
+        assert_eq!(answer.0, 403, "{answer:?}");
+        has(&answer.1, json!({"code": "forbidden", "field": "thread"}));
     }
     let mut herald = server.connect_as("herald", "broadcast").await;
     assert_eq!(write(&mut herald, "@tenant", "one").await["seq"], 1);
@@ -219,7 +218,7 @@ async fn everyone_in_the_tenant_reads_its_thread_and_only_scope_broadcast_or_adm
 
     // The other tenant's thread of that name is another one.
     let page = server.http_with("GET", "/v1/threads/@tenant/events", &token_of("umbrella", "ada"), None, &[]).await.1;
-    assert_eq!((&page["events"], &page["head"]), (&json!([]), &json!(0)));
+    has(&page, json!({"events": [], "head": 0}));
     theirs.say("t", "a thread of theirs").await;
     theirs.subscribe("t", Some(0)).await;
     assert_eq!(theirs.recv().await["data"]["content"], "a thread of theirs", "nothing came before it");

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::on_threads;
 use crate::on_both_logs;
-use crate::support::{LogKind, Server, Socket, accepted, eventually, refused, refused_with, token};
+use crate::support::{LogKind, Server, Socket, accepted, eventually, has, refused, refused_with, token};
 
 pub const AGENT: &str = "publish subscribe agent";
 
@@ -269,7 +269,7 @@ async fn a_run_that_comes_to_nothing_is_ended_once_and_a_question_whose_time_is_
         told,
         [("asks", "agent_resumed", "weft"), ("asks", "agent_failed", "weft"), ("idle", "agent_failed", "weft")]
     );
-    assert_eq!((&ends[0]["data"]["answer"], &ends[0]["data"]["expired"]), (&Value::Null, &json!(true)));
+    has(&ends[0]["data"], json!({"answer": null, "expired": true}));
     assert_eq!(ends[2]["data"]["code"], "stalled");
     let left = server.http("GET", "/v1/runs", "scout", None).await.1;
     assert_eq!((left["runs"].as_array().unwrap().len(), &left["runs"][0]["run"]), (1, &json!("waits")), "{left}");
@@ -378,14 +378,14 @@ async fn a_run_s_page_tells_its_steps_tools_times_and_end() {
     let rejection = ada.ask(step("t", "r", "agent_thinking", json!({}))).await;
     refused(&rejection, "forbidden", "kind");
     let open = server.http("GET", "/v1/runs/r", "ada", None).await.1;
-    assert_eq!((&open["state"], &open["executing"]), (&json!("open"), &json!(1)));
+    has(&open, json!({"state": "open", "executing": 1}));
     assert_eq!((&open["cancel"]["requested"]["user"], open["cancel"].get("acknowledged")), (&json!("ada"), None));
     for (kind, data) in [("tool_completed", json!({"call": "c2"})), ("agent_cancelled", json!({"reason": "asked to"}))]
     {
         accepted(&agent.ask(step("t", "r", kind, data)).await);
     }
     let run = server.http("GET", "/v1/threads/t/runs/r", "ada", None).await.1;
-    assert_eq!((&run["state"], &run["agent"], &run["thread"]), (&json!("cancelled"), &json!("scout"), &json!("t")));
+    has(&run, json!({"state": "cancelled", "agent": "scout", "thread": "t"}));
     assert_eq!((&run["cancel"]["acknowledged"]["seq"], &run["cancel"]["ended"]["seq"]), (&json!(7), &json!(8)));
     let tools: Vec<_> = run["tools"].as_array().unwrap().iter().map(|tool| (&tool["tool"], &tool["error"])).collect();
     assert_eq!(tools, [(&json!("map"), &json!("no map")), (&json!("phone"), &Value::Null)]);

@@ -116,6 +116,7 @@ pub struct Server {
     /// The same of the operator's own address, if it has one.
     pub admin: Option<String>,
     log: LogKind,
+    log_level: Option<&'static str>,
     more: Vec<String>,
     /// What it has written to stderr.
     errors: Arc<Mutex<String>>,
@@ -135,7 +136,17 @@ impl Server {
 
     /// Starts a server with further arguments.
     pub fn start_with(log: LogKind, more: &[&str]) -> Server {
+        Server::start_at_level(log, more, None)
+    }
+
+    /// The same; [`Server::errors`] has more to say.
+    pub fn start_verbose(log: LogKind, more: &[&str]) -> Server {
+        Server::start_at_level(log, more, Some("debug"))
+    }
+
+    fn start_at_level(log: LogKind, more: &[&str], log_level: Option<&'static str>) -> Server {
         let mut server = Server::stopped_with(log, more);
+        server.log_level = log_level;
         server.up();
         server
     }
@@ -150,7 +161,8 @@ impl Server {
         let data = folder.path().join("data");
         let more: Vec<String> = more.iter().map(|it| (*it).to_owned()).collect();
         let errors = Arc::default();
-        Server { child: None, url: String::new(), admin: None, log, more, errors, data, _folder: folder }
+        let (url, log_level) = (String::new(), None);
+        Server { child: None, url, admin: None, log, log_level, more, errors, data, _folder: folder }
     }
 
     /// Starts the process, and returns once it listens.
@@ -172,7 +184,8 @@ impl Server {
             .args(["serve", "--listen", "127.0.0.1:0", "--data"])
             .arg(&self.data)
             .args(self.log.arguments())
-            .args(&self.more);
+            .args(&self.more)
+            .envs(self.log_level.map(|level| ("WEFT_LOG_LEVEL", level)));
         if !self.more.iter().any(|it| matches!(it.as_str(), "--jwt-key" | "--jwt-secret")) {
             command.args(["--jwt-secret", SECRET]);
         }
@@ -267,15 +280,18 @@ impl Server {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        if let Some(body) = body {
+        if let Some(body) = &body {
             request = request.body(body.to_string());
         }
         let reply = request.send().await.unwrap();
         let status = reply.status().as_u16();
         let text = reply.text().await.unwrap();
-        let body = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{method} {path}: {status} {text:?}"));
-        schemas::check_body(method, path, status, &body);
-        (status, body)
+        let answer = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{method} {path}: {status} {text:?}"));
+        schemas::check_body(method, path, status, &answer);
+        if let Some(body) = body.filter(|_| status < 300) {
+            schemas::check_request(method, path, &body);
+        }
+        (status, answer)
     }
 
     /// A request of the tenant's admin.
@@ -317,6 +333,14 @@ pub async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
         assert!(begin.elapsed() < PATIENCE, "in vain: {what}");
         tokio::time::sleep(interval).await;
         interval = (interval * 2).min(MAX_POLL_INTERVAL);
+    }
+}
+
+/// Fails unless the value has these fields; `null` stands for one that is not there.
+#[track_caller]
+pub fn has(value: &Value, fields: Value) {
+    for (name, wanted) in fields.as_object().unwrap() {
+        assert_eq!(value[name], *wanted, "`{name}` of {value}");
     }
 }
 
@@ -499,6 +523,9 @@ impl Socket {
         loop {
             let frame = self.read().await.unwrap_or_else(|code| panic!("closed with {code}"));
             if frame["id"] == json!(id) {
+                if frame["type"] != "error" {
+                    schemas::check_command(&command);
+                }
                 return frame;
             }
             self.stash.push_back(frame);
@@ -528,7 +555,7 @@ impl Socket {
     pub async fn silent(&mut self) {
         self.send(&json!({"type": "ping", "id": 777_777})).await;
         let frame = self.recv().await;
-        assert_eq!((&frame["type"], &frame["id"]), (&json!("pong"), &json!(777_777)), "{frame}");
+        has(&frame, json!({"type": "pong", "id": 777_777}));
     }
 
     /// Closes, and returns once the server has answered that.

@@ -90,6 +90,22 @@ fn check_data(event: &Value) {
     }
 }
 
+/// Checks a command that the server has carried out.
+pub fn check_command(command: &Value) {
+    check(&format!("command.{}", command["type"].as_str().unwrap_or_default()), command);
+}
+
+/// Checks the body of a request that the server has carried out.
+pub fn check_request(method: &str, path: &str, body: &Value) {
+    let path = path.split('?').next().unwrap_or_default();
+    let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+    match (method, &parts[..]) {
+        ("PUT", ["v1", "threads", _]) => check("http.thread", body),
+        ("POST", ["v1", "threads", _, "events"]) => check("http.publish", body),
+        _ => panic!("no schema for the body of {method} {path}: {body}"),
+    }
+}
+
 /// Checks the body of an answer to a request.
 pub fn check_body(method: &str, path: &str, status: u16, body: &Value) {
     let path = path.split('?').next().unwrap_or_default();

@@ -90,15 +90,17 @@ impl EventStream {
         }
     }
 
-    /// What a block of a thread's events holds is what its schema says. The events of AG-UI are checked by its own client.
+    /// What a block holds is what its schema says.
     fn check(&self, block: &Block) {
-        if block.data.is_empty() || !self.reply.url().path().ends_with("/stream") {
+        if block.data.is_empty() {
             return;
         }
-        match block.event.as_deref() {
-            None => schemas::check_event(&block.json()),
-            Some("error") => schemas::check("http.problem", &block.json()),
-            Some(other) => panic!("no such event: {other}"),
+        let path = self.reply.url().path();
+        match (path.rsplit('/').next(), block.event.as_deref()) {
+            (Some("stream"), None) => schemas::check_event(&block.json()),
+            (Some("stream"), Some("error")) => schemas::check("http.problem", &block.json()),
+            (Some("agui"), None) => schemas::check("agui.event", &block.json()),
+            (_, event) => panic!("{path} has no event {event:?}: {block:?}"),
         }
     }
 

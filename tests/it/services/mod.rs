@@ -1,5 +1,7 @@
 //! HTTP, health, metrics, schemas and the command line.
 
+mod schemas;
+
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -7,28 +9,25 @@ use std::thread::JoinHandle;
 
 use serde_json::{Value, json};
 
-use crate::support::{LogKind, PATIENCE, SECRET, Server, Socket, TENANT, publish, seqs, token, weft};
+use crate::support::{LogKind, PATIENCE, SECRET, Server, Socket, TENANT, has, publish, seqs, token, weft};
 
 #[tokio::test]
 async fn a_publish_over_http_is_the_same_event_as_over_websocket() {
     let server = Server::start(LogKind::embedded());
     let body = json!({"kind": "user_message", "data": {"content": "hello", "more": [1]}, "priority": "high"});
     let (status, reply) = server.http("POST", "/v1/threads/t/events", "ada", Some(body.clone())).await;
-    assert_eq!(
-        (status, &reply["thread"], &reply["seq"], &reply["duplicate"]),
-        (201, &json!("t"), &json!(1), &json!(false))
-    );
+    assert_eq!(status, 201, "{reply}");
+    has(&reply, json!({"thread": "t", "seq": 1, "duplicate": false}));
     let (status, first) = server
         .http_with("POST", "/v1/threads/t/events", &token("ada", ""), Some(body.clone()), &[("Idempotency-Key", "k")])
         .await;
-    assert_eq!((status, &first["seq"]), (201, &json!(2)));
+    assert_eq!(status, 201, "{first}");
+    has(&first, json!({"seq": 2}));
     let (status, again) = server
         .http_with("POST", "/v1/threads/t/events", &token("ada", ""), Some(body), &[("Idempotency-Key", "k")])
         .await;
-    assert_eq!(
-        (status, &again["seq"], &again["duplicate"], &again["event"]),
-        (200, &json!(2), &json!(true), &first["event"])
-    );
+    assert_eq!(status, 200, "{again}");
+    has(&again, json!({"seq": 2, "duplicate": true, "event": first["event"]}));
     let mut socket = server.connect("ada").await;
     socket.subscribe("t", Some(0)).await;
     let events = socket.events(2).await;
@@ -115,10 +114,8 @@ async fn threads_are_made_retitled_listed_and_shared() {
     let server = Server::start(LogKind::embedded());
     let (status, made) =
         server.http("PUT", "/v1/threads/t1", "ada", Some(json!({"title": "Plans", "members": ["ben"]}))).await;
-    assert_eq!(
-        (status, &made["head"], &made["members"], &made["title"]),
-        (201, &json!(1), &json!(["ada", "ben"]), &json!("Plans"))
-    );
+    assert_eq!(status, 201, "{made}");
+    has(&made, json!({"head": 1, "members": ["ada", "ben"], "title": "Plans"}));
     assert_eq!(made["hash"].as_str().unwrap().len(), 64);
     assert!(made["epoch"].is_string());
     let (status, same) =
@@ -126,11 +123,13 @@ async fn threads_are_made_retitled_listed_and_shared() {
     assert_eq!((status, &same["head"]), (200, &json!(1)), "nothing to change, nothing written");
     let (status, retitled) =
         server.http("PUT", "/v1/threads/t1", "ben", Some(json!({"title": "Better plans", "members": ["cid"]}))).await;
-    assert_eq!((status, &retitled["head"], &retitled["title"]), (200, &json!(3), &json!("Better plans")));
+    assert_eq!(status, 200, "{retitled}");
+    has(&retitled, json!({"head": 3, "title": "Better plans"}));
     assert_eq!(retitled["members"], json!(["ada", "ben", "cid"]));
     assert_eq!(server.http("PUT", "/v1/threads/t1", "ada", None).await.0, 200, "an empty body asks for nothing");
     let (status, added) = server.http("PUT", "/v1/threads/t1/members/dan", "cid", None).await;
-    assert_eq!((status, &added["seq"], &added["changed"]), (201, &json!(4), &json!(true)));
+    assert_eq!(status, 201, "{added}");
+    has(&added, json!({"seq": 4, "changed": true}));
     assert_eq!(server.http("PUT", "/v1/threads/t1/members/dan", "cid", None).await.0, 200);
     assert_eq!(server.http("DELETE", "/v1/threads/t1/members/dan", "dan", None).await.0, 200, "one may leave");
     assert_eq!(server.http("GET", "/v1/threads/t1", "dan", None).await.0, 404);
@@ -156,7 +155,7 @@ async fn threads_are_made_retitled_listed_and_shared() {
     let times: Vec<&str> = all.iter().map(|thread| thread["last"]["at"].as_str().unwrap()).collect();
     assert!(times.is_sorted_by(|a, b| a >= b), "{times:?}");
     assert_eq!((&all[0]["title"], &all[0]["last"]["data"]["content"]), (&json!("Better plans"), &json!("newest")));
-    assert_eq!((&all[0]["head"], &all[0]["members"]), (&json!(6), &json!(["ada", "ben", "cid"])));
+    has(&all[0], json!({"head": 6, "members": ["ada", "ben", "cid"]}));
 }
 
 #[tokio::test]
@@ -196,9 +195,11 @@ async fn refusals_over_http_are_problems_that_name_the_field() {
         assert!(problem["detail"].is_string());
     }
     let (status, problem) = server.http("POST", "/v1/threads/t/events", "ada", Some(json!("x".repeat(300_000)))).await;
-    assert_eq!((status, &problem["code"]), (413, &json!("too_large")));
+    assert_eq!(status, 413, "{problem}");
+    has(&problem, json!({"code": "too_large"}));
     let (status, problem) = server.http("GET", "/v1/nothing", "ada", None).await;
-    assert_eq!((status, &problem["code"]), (404, &json!("not_found")));
+    assert_eq!(status, 404, "{problem}");
+    has(&problem, json!({"code": "not_found"}));
     assert_eq!(server.http("DELETE", "/v1/threads", "ada", None).await.0, 405);
     let reply = reqwest::get(format!("{}/v1/threads", server.url)).await.unwrap();
     assert_eq!(reply.headers()["www-authenticate"], "Bearer");
@@ -214,7 +215,7 @@ async fn health_shows_the_state_of_each_part_and_metrics_count_each_step() {
         (status, &ready["ready"], &ready["log"]["ok"], &ready["store"]["ok"]),
         (200, &json!(true), &json!(true), &json!(true))
     );
-    assert_eq!((&ready["projector"]["caught_up"], &ready["projector"]["lag_records"]), (&json!(true), &json!(0)));
+    has(&ready["projector"], json!({"caught_up": true, "lag_records": 0}));
     assert_eq!(server.http("GET", "/healthz", "x", None).await.0, 200);
     let mut socket = server.connect("ada").await;
     socket.say("t", "one").await;
@@ -262,68 +263,6 @@ async fn dashboards_and_docs_name_no_metric_that_is_not_there() {
     for name in known {
         assert!(operations.contains(name), "docs/OPERATIONS.md lacks {name}");
     }
-}
-
-#[test]
-fn the_schemas_in_the_repository_are_those_of_the_types() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("schemas");
-    let mut names: Vec<String> = Vec::new();
-    for (name, schema) in weft::protocol::schemas::all() {
-        let file = format!("{name}.json");
-        let stored = std::fs::read_to_string(folder.join(&file)).unwrap_or_default();
-        assert_eq!(stored, weft::protocol::schemas::text(&schema), "{file}: run `weft schemas`");
-        names.push(file);
-    }
-    let mut stored: Vec<String> =
-        std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    stored.retain(|name| name.ends_with(".json"));
-    names.sort();
-    stored.sort();
-    assert_eq!(stored, names, "no schema without its type");
-}
-
-#[tokio::test]
-async fn what_is_on_the_wire_is_what_the_schemas_say() {
-    let schema = |wanted: &str| {
-        let (_, schema) = weft::protocol::schemas::all().into_iter().find(|(name, _)| *name == wanted).unwrap();
-        jsonschema::validator_for(&serde_json::to_value(schema).unwrap()).unwrap()
-    };
-    let (event, frame, publish_schema, subscribe) =
-        (schema("frame.event"), schema("frame.server"), schema("command.publish"), schema("command.subscribe"));
-    let server = Server::start(LogKind::embedded());
-    let bearer = format!("Bearer {}", token("ada", ""));
-    let mut socket = Socket::raw(&server.url, &[("Authorization", &bearer)]).await.unwrap();
-    let mut command = publish("t", "user_message", json!({"content": "hi"}));
-    command["id"] = json!(1);
-    command["key"] = json!("k");
-    let commands = [
-        command.clone(),
-        json!({"type": "subscribe", "id": 2, "thread": "t", "after": 0}),
-        json!({"type": "ping", "id": 3}),
-        json!({"type": "what"}),
-    ];
-    assert!(publish_schema.is_valid(&commands[0]) && subscribe.is_valid(&commands[1]));
-    command["colour"] = json!("red");
-    assert!(!publish_schema.is_valid(&command));
-    for command in &commands {
-        socket.send(command).await;
-    }
-    let mut types = std::collections::BTreeSet::new();
-    while types.len() < 7 {
-        let got = socket.recv().await;
-        let kind = got["type"].as_str().unwrap().to_owned();
-        let schema = if kind == "event" { &event } else { &frame };
-        assert!(schema.is_valid(&got), "{got}");
-        types.insert(kind);
-    }
-    let wanted = ["caught_up", "error", "event", "pong", "published", "subscribed", "welcome"];
-    assert_eq!(types.into_iter().collect::<Vec<_>>(), wanted);
-    let (_, ready) = server.http("GET", "/readyz", "x", None).await;
-    assert!(schema("http.readyz").is_valid(&ready), "{ready}");
-    let (_, detail) = server.http("GET", "/v1/threads/t", "ada", None).await;
-    assert!(schema("http.thread-detail").is_valid(&detail), "{detail}");
-    let (_, problem) = server.http("GET", "/v1/threads/none", "ada", None).await;
-    assert!(schema("http.problem").is_valid(&problem), "{problem}");
 }
 
 fn run(arguments: &[&str]) -> (i32, String, String) {
