@@ -22,6 +22,16 @@ use crate::support::{kafka, weft};
 /// Long enough for the slowest machine, short enough to see that something hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Asks again and again, at growing intervals, until something holds: [`crate::support::eventually`] without a runtime.
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let (until, mut interval) = (Instant::now() + PATIENCE, Duration::from_millis(1));
+    while !holds() {
+        assert!(Instant::now() < until, "in vain: {what}");
+        std::thread::sleep(interval);
+        interval = (interval * 2).min(Duration::from_millis(50));
+    }
+}
+
 /// Where a log lives, so that it can be opened again, also by another process.
 enum Place {
     Embedded(TempDir),

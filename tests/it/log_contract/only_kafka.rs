@@ -64,11 +64,7 @@ fn produce_with_a_header_that_is_no_text(brokers: &str, topic: &str) {
 
 /// Waits until the log says that it is well, or not.
 fn wait_for_health(log: &dyn Log, well: bool) {
-    let until = Instant::now() + PATIENCE;
-    while log.health().is_ok() != well {
-        assert!(Instant::now() < until, "health is still {:?}", log.health());
-        std::thread::park_timeout(Duration::from_millis(10));
-    }
+    eventually(if well { "the log is well" } else { "the log knows" }, || log.health().is_ok() == well);
 }
 
 fn in_time(log: &dyn Log, records: Vec<Record>) -> Vec<Answer> {
@@ -340,10 +336,7 @@ fn leave_holes(log: &dyn Log, topic: Topic, name: &str) {
     let at = append_ok(log, vec![numbered("k", 1).in_topic(topic)])[0];
     transaction(false);
     // The aborted record and the mark of its end, which the broker writes after it answered.
-    let until = Instant::now() + PATIENCE;
-    while ends(log)[at.partition as usize] < at.offset + 3 {
-        assert!(Instant::now() < until, "the transaction does not end");
-    }
+    eventually("the transaction ends", || ends(log)[at.partition as usize] >= at.offset + 3);
 }
 
 #[test]
@@ -484,14 +477,11 @@ fn compaction_keeps_no_reader_of_receipts_from_the_end_and_no_newest_from_a_read
         append_ok(&*log, often.chain([receipt(&format!("once {round}"), round)]).collect());
     }
     // The last round of the five keys, and each key that came once.
-    let until = Instant::now() + PATIENCE;
-    let found = loop {
-        let found: Vec<Entry> = read_all(&*log).into_iter().filter(|e| e.at.partition == 1).collect();
-        if found.len() < 25 {
-            break found;
-        }
-        assert!(Instant::now() < until, "nothing is compacted");
-    };
+    let mut found: Vec<Entry> = Vec::new();
+    eventually("the topic is compacted", || {
+        found = read_all(&*log).into_iter().filter(|e| e.at.partition == 1).collect();
+        found.len() < 25
+    });
     let newest: HashMap<&str, &Record> = found.iter().map(|e| (ours(e).key.as_str(), ours(e))).collect();
     assert_eq!(newest.len(), 15);
     assert!((0..5).all(|n| *newest[format!("k{n}").as_str()] == receipt(&format!("k{n}"), 9)));
@@ -559,8 +549,5 @@ fn a_producer_that_failed_for_good_is_replaced_by_itself() {
     cluster.request_errors(rdkafka::types::RDKafkaApiKey::Produce, &[error]);
     let answer = append(&*log, vec![numbered("k", 2)]).remove(0);
     assert!(matches!(answer, Err(AppendError::Unknown(_) | AppendError::Unavailable(_))), "{answer:?}");
-    let until = Instant::now() + PATIENCE;
-    while append(&*log, vec![numbered("k", 3)])[0].is_err() {
-        assert!(Instant::now() < until, "there is no new producer");
-    }
+    eventually("there is a new producer", || append(&*log, vec![numbered("k", 3)])[0].is_ok());
 }

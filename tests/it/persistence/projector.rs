@@ -69,7 +69,7 @@ fn published_bytes(commit: &Commit) -> usize {
 }
 
 /// A store of the log, as far as it has come.
-fn open_store(log: &EmbeddedLog, folder: &Path) -> (Arc<Store>, Vec<Progress>) {
+pub fn open_store(log: &EmbeddedLog, folder: &Path) -> (Arc<Store>, Vec<Progress>) {
     let store = Store::open(folder).unwrap();
     let progress = match store.progress().unwrap() {
         Some(progress) => progress,

@@ -14,9 +14,8 @@ use weft::log::kafka::{KafkaConfig, KafkaLog};
 use weft::log::{Append, Log};
 use weft::panics;
 use weft::projector::{Projector, Pump, Status};
-use weft::store::Store;
 
-use crate::persistence::projector::record;
+use crate::persistence::projector::{self, open_store, record};
 use crate::support::{PATIENCE, kafka};
 
 /// Where a child works, and against which brokers and topics, if any.
@@ -112,12 +111,11 @@ mod child {
     #[ignore = "ends its process; a test above starts it in one of its own"]
     fn projects() {
         let log = Arc::new(embedded());
-        crate::persistence::projector::append(&log, vec![record(1, "t", "ada", "x.a", &json!(1), None)]);
+        projector::append(&log, vec![record(1, "t", "ada", "x.a", &json!(1), None)]);
         let folder = std::env::var(FOLDER).unwrap();
-        let (store, progress) =
-            Store::open_for(&Path::new(&folder).join("projections"), log.epoch(), log.partitions()).unwrap();
+        let (store, progress) = open_store(&log, &Path::new(&folder).join("projections"));
         let pump = Pump {
-            projector: Projector::new(Arc::new(store), log.as_ref(), progress),
+            projector: Projector::new(store, log.as_ref(), progress),
             reader: log.reader(&vec![0; log.partitions() as usize]).unwrap(),
             log,
             status: Arc::new(Status::default()),

@@ -88,7 +88,7 @@ async fn a_server_sends_every_frame_that_has_a_schema_as_that_says() {
     let mut writer = server.connect("ada").await;
     assert_eq!(writer.say("t", "1").await, 1);
 
-    // Its token is near its end, and it may have one event.
+    // Its token is near its end.
     let soon = mint(SECRET, &Claims { exp: weft::clock::now_s() + 50, ..claims("ada", "") }).unwrap();
     let mut reader = Socket::raw(&server.url, &[("Authorization", &format!("Bearer {soon}"))]).await.unwrap();
     let mut seen = BTreeSet::new();
@@ -103,7 +103,7 @@ async fn a_server_sends_every_frame_that_has_a_schema_as_that_says() {
         (json!({"type": "subscribe", "id": 5, "thread": "u", "kinds": ["x.wanted"]}), "subscribed"),
         (json!({"type": "publish", "id": 6, "thread": "u", "kind": "x.left-out", "data": {}}), "position"),
         (json!({"type": "unsubscribe", "id": 7, "thread": "u"}), "unsubscribed"),
-        (json!({"type": "credit", "events": 1}), ""),
+        (json!({"type": "credit", "events": 2}), ""),
         (json!({"type": "subscribe", "id": 8, "thread": "t", "after": 0}), "event"),
     ] {
         reader.send(&command).await;
@@ -115,7 +115,7 @@ async fn a_server_sends_every_frame_that_has_a_schema_as_that_says() {
     writer.send(&json!({"type": "signal", "thread": "t", "kind": "typing", "data": {"at": 1}})).await;
     read_to(&mut reader, "signal", &frames, &mut seen).await;
 
-    // More events than an outbox holds, while it may have none of them.
+    // More events than an outbox holds, while it may have only the first of them.
     for _ in 0..8 {
         accepted(&writer.ask(publish("t", "x.large", json!("x".repeat(60_000)))).await);
     }

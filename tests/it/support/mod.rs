@@ -459,8 +459,10 @@ impl Socket {
     }
 
     async fn read(&mut self) -> Result<Value, u16> {
+        // For the frame, and not for each of the server's pings in between.
+        let until = tokio::time::Instant::now() + PATIENCE;
         loop {
-            let message = tokio::time::timeout(PATIENCE, self.ws.next()).await.expect("a frame, or the end");
+            let message = tokio::time::timeout_at(until, self.ws.next()).await.expect("a frame, or the end");
             match message {
                 Some(Ok(Message::Text(text))) => {
                     let frame = serde_json::from_str(&text).unwrap();

@@ -106,12 +106,16 @@ impl EventStream {
 
     /// The next one that is more than a comment.
     pub async fn next(&mut self) -> Option<Block> {
-        loop {
-            let block = self.block().await?;
-            if block.id.is_some() || block.event.is_some() || block.retry.is_some() || !block.data.is_empty() {
-                return Some(block);
+        let next = async {
+            loop {
+                let block = self.block().await?;
+                if block.id.is_some() || block.event.is_some() || block.retry.is_some() || !block.data.is_empty() {
+                    return Some(block);
+                }
             }
-        }
+        };
+        // For all of it, and not for each of the server's comments in between.
+        tokio::time::timeout(PATIENCE, next).await.expect("more than comments, or the end")
     }
 
     /// The next `n` events' seqs, which are their ids.
