@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tokio::sync::Semaphore;
+
 use super::Principal;
 use super::scopes::{self, Standing};
 use crate::log::Grant;
@@ -10,14 +12,18 @@ use crate::protocol::ids::{self, TENANT_THREAD};
 use crate::protocol::kinds::KindClass;
 use crate::store::Store;
 
+/// Lookups that read all threads of two users and run at a time, for all users together.
+const LOOKUPS: usize = 2;
+
 #[derive(Clone)]
 pub struct Rights {
     store: Arc<Store>,
+    lookups: Arc<Semaphore>,
 }
 
 impl Rights {
     pub fn new(store: Arc<Store>) -> Rights {
-        Rights { store }
+        Rights { store, lookups: Arc::new(Semaphore::new(LOOKUPS)) }
     }
 
     /// By which right the user may publish an event of this class in the thread.
@@ -47,8 +53,35 @@ impl Rights {
     fn may_write_to(&self, who: &Principal, inbox: &str) -> Result<bool, Error> {
         match ids::inbox_of(inbox) {
             Some(user) if *user == *who.user => Ok(true),
-            Some(user) => Ok(self.store.share_a_thread(&who.tenant, &who.user, user)?),
+            Some(user) => match self.store.share_a_thread(&who.tenant, &who.user, user)? {
+                Some(share) => Ok(share),
+                // Rare: what `look_up` found was forgotten again, for many others who were asked about.
+                None => Ok(self.store.look_up_shared_thread(&who.tenant, &who.user, user)?),
+            },
             None => Ok(false),
+        }
+    }
+
+    /// Whether it takes a while to say if the user may write to this inbox: [`Rights::look_up`] comes first then.
+    pub fn must_look_up(&self, who: &Principal, thread: &str) -> Result<bool, Error> {
+        match ids::inbox_of(thread) {
+            Some(user) if *user != *who.user && !(who.scopes.agent || who.scopes.admin) => {
+                Ok(self.store.share_a_thread(&who.tenant, &who.user, user)?.is_none())
+            }
+            Some(_) | None => Ok(false),
+        }
+    }
+
+    /// Looks up whether two users with very many threads share one, so that it can be said at once. Off the runtime's
+    /// workers, and only a few at a time: others wait here, and nowhere else.
+    pub async fn look_up(&self, who: &Principal, thread: &str) {
+        let Some(user) = ids::inbox_of(thread).map(str::to_owned) else { return };
+        let Ok(_permit) = self.lookups.acquire().await else { return };
+        let (store, who) = (self.store.clone(), who.clone());
+        let looked_up = move || store.look_up_shared_thread(&who.tenant, &who.user, &user);
+        // Whoever asks again hears of the error then.
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(looked_up).await {
+            tracing::warn!(%error, "the threads of two users were not looked up");
         }
     }
 

@@ -107,6 +107,10 @@ pub enum Answer {
     Left { thread: Box<str> },
     /// The user's threads, for the `subscribe` to `"*"` that waits for them.
     Threads(Result<Vec<JoinedThread>, Error>),
+    /// What the next command needs to know is looked up.
+    LookedUp,
+    /// Others had their turn on this worker: what is done in parts goes on.
+    GoOn,
     /// Whether the log has the first receipts of a new durable subscription, for the `subscribe` that waits for that.
     PlacesStored {
         /// Which attempt of the session's it is; the answer to an earlier one comes too late.

@@ -47,6 +47,11 @@ impl Admission {
         self.limits.command(who).inspect_err(|_| telemetry::rate_limited().increment(1))
     }
 
+    /// Counts what a command does beyond the work of one, as so many commands more.
+    pub fn count_more(&self, who: &Principal, commands: usize) -> Result<(), Error> {
+        self.limits.more_commands(who, commands).inspect_err(|_| telemetry::rate_limited().increment(1))
+    }
+
     /// Counts bytes that the user's tenant is about to append.
     pub fn count_bytes(&self, who: &Principal, bytes: usize) -> Result<(), Error> {
         self.limits.append(&who.tenant, bytes).inspect_err(|_| telemetry::rate_limited().increment(1))

@@ -88,13 +88,23 @@ impl<C: Clock + Clone> Limits<C> {
 impl<C: Clock> Limits<C> {
     /// Counts one command of the user's, and of its tenant's.
     pub fn command(&self, who: &Principal) -> Result<(), Error> {
+        self.take_commands(who, |_| 1)
+    }
+
+    /// Counts what a command costs beyond one. With the command itself it is no more than a full bucket holds, so that it
+    /// passes sometime.
+    pub fn more_commands(&self, who: &Principal, commands: usize) -> Result<(), Error> {
+        self.take_commands(who, |buckets| commands.min(buckets.burst.get() as usize - 1))
+    }
+
+    fn take_commands(&self, who: &Principal, commands: impl Fn(&Buckets<C>) -> usize) -> Result<(), Error> {
         // The user first: a user over the own limit uses up nothing of the tenant's.
         let users = if who.scopes.agent { &self.agents } else { &self.users };
         if let Some(users) = users {
-            users.take(&who.key, 1)?;
+            users.take(&who.key, commands(users) as u64)?;
         }
         if let Some(tenants) = &self.tenants {
-            tenants.take(&who.tenant, 1)?;
+            tenants.take(&who.tenant, commands(tenants) as u64)?;
         }
         Ok(())
     }

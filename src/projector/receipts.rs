@@ -3,14 +3,15 @@
 //! A receipt is judged from its record alone, and only moves forward: an old one that arrives late, or is the only one that
 //! compaction left, takes back nothing that was confirmed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use super::transaction::Transaction;
 use super::{Published, RecordError, dead_letters};
 use crate::clock;
 use crate::log::{Foreign, Record};
+use crate::protocol::ids;
 use crate::protocol::records::ReceiptRecord;
-use crate::store::{ReceiptRow, keys};
+use crate::store::{MAX_PARTS, ReceiptRow, keys};
 
 /// The receipts of this batch.
 #[derive(Default)]
@@ -26,10 +27,16 @@ impl Receipts {
 
         let key = keys::joined(&[tenant, thread, user, name]);
         let old = match self.rows.get(&key) {
-            Some(row) => row.clone(),
-            None => tx.store.receipt(tenant, thread, user, name)?.unwrap_or_default(),
+            Some(row) => Some(row.clone()),
+            None => tx.store.receipt(tenant, thread, user, name)?,
         };
-        let row = forward(&old, &receipt, at);
+        if old.is_none() && !name.is_empty() {
+            tx.rows.put_subscription_name(tenant, user, name);
+        }
+        if let (Some(part), Some(begins)) = (receipt.part_of_all(), &receipt.begins) {
+            tx.rows.put_begins(tenant, user, name, part, begins);
+        }
+        let row = forward(&old.unwrap_or_default(), &receipt, at);
         tx.rows.put_receipt(tenant, thread, user, name, &row);
         self.rows.insert(key, row);
 
@@ -49,8 +56,14 @@ fn forward(old: &ReceiptRow, receipt: &ReceiptRecord, at: u64) -> ReceiptRow {
 /// The receipt in a record, and its time in milliseconds; or why the record is foreign.
 fn read(record: &Record) -> Result<(ReceiptRecord, u64), String> {
     let receipt: ReceiptRecord = dead_letters::read_value(record)?;
-    let thread = (receipt.thread != "*").then_some(&*receipt.thread);
+    let thread = receipt.part_of_all().is_none().then_some(&*receipt.thread);
     dead_letters::check_names(&receipt.tenant, thread, &receipt.user)?;
+    if receipt.part_of_all().is_some_and(|part| part >= MAX_PARTS) {
+        return Err(format!("thread {} is beyond the {MAX_PARTS} parts that a subscription has", receipt.thread));
+    }
+    for thread in receipt.begins.iter().flat_map(BTreeMap::keys) {
+        ids::check_thread(thread).map_err(|error| error.to_string())?;
+    }
     let at = clock::parse_rfc3339(&receipt.at).ok_or("at is not RFC 3339")?;
     Ok((receipt, at))
 }
@@ -63,7 +76,7 @@ mod tests {
     fn receipt(place: u64, acked: u64, sent: u64, attempts: u32) -> ReceiptRecord {
         let text = |text: &str| text.to_owned();
         let (tenant, thread, user, name, at) = (text("acme"), text("t"), text("ada"), text(""), text(""));
-        ReceiptRecord { id: event_id(), tenant, thread, user, name, place, acked, sent, attempts, at }
+        ReceiptRecord { id: event_id(), tenant, thread, user, name, place, acked, sent, attempts, at, begins: None }
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! What the log holds beside events: receipts and dead letters, as their topics have them, and what a log on Kafka says of
 //! itself, in the topic of events.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -20,7 +22,7 @@ pub struct ReceiptRecord {
     /// UUIDv7 of this record.
     pub id: Uuid,
     pub tenant: String,
-    /// A thread, or `*` for the durable subscription to all threads itself.
+    /// A thread, or `*` for the durable subscription to all threads itself; `*1`, `*2` … for more of what it began with.
     pub thread: String,
     pub user: String,
     /// The durable subscription, empty for acknowledgements without one.
@@ -35,6 +37,19 @@ pub struct ReceiptRecord {
     pub attempts: u32,
     /// RFC 3339.
     pub at: String,
+    /// Of a durable subscription to all threads: the seq after which it began in each thread.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub begins: Option<BTreeMap<String, u64>>,
+}
+
+impl ReceiptRecord {
+    /// The number of this part of what a durable subscription to all threads began with; `None` for one of a single thread.
+    pub fn part_of_all(&self) -> Option<u32> {
+        match self.thread.strip_prefix('*')? {
+            "" => Some(0),
+            part => part.parse().ok().filter(|part| *part > 0),
+        }
+    }
 }
 
 /// A delivery that was given up, as the log has it, in the topic `dead-letters`.

@@ -22,6 +22,8 @@ pub const EVENTS: &str = "events";
 pub const KEYS: &str = "keys";
 pub const KEY_TIMES: &str = "key_times";
 pub const RECEIPTS: &str = "receipts";
+pub const SUBSCRIPTION_NAMES: &str = "subscription_names";
+pub const SUBSCRIPTION_BEGINS: &str = "subscription_begins";
 pub const REVOCATIONS: &str = "revocations";
 pub const RUNS: &str = "runs";
 pub const RUN_CALLS: &str = "run_calls";
@@ -51,6 +53,10 @@ const FAMILIES: &[(&str, Access)] = &[
     (KEY_TIMES, Access::Range),
     // tenant 0 thread 0 user 0 name → ReceiptRow
     (RECEIPTS, Access::RareLookup),
+    // tenant 0 user 0 name → empty; of durable subscriptions
+    (SUBSCRIPTION_NAMES, Access::Range),
+    // tenant 0 user 0 name 0 part · first thread → BeginsRow; of durable subscriptions to all threads
+    (SUBSCRIPTION_BEGINS, Access::Range),
     // tenant 0 user → RevocationRow
     (REVOCATIONS, Access::RareLookup),
     // tenant 0 thread 0 run → RunRow

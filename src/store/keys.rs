@@ -27,6 +27,13 @@ pub fn event(tenant: &str, thread: &str, seq: u64) -> Vec<u8> {
     key
 }
 
+/// The prefix of rows of `subscription_begins` with one part of it.
+pub fn begins(tenant: &str, user: &str, name: &str, part: u32) -> Vec<u8> {
+    let mut key = prefix(&[tenant, user, name]);
+    key.extend_from_slice(&part.to_be_bytes());
+    key
+}
+
 /// The seq at the end of an event's key.
 pub fn seq_of(key: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(*key.last_chunk()?))

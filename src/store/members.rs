@@ -1,11 +1,17 @@
 //! Members of threads, in both directions, and what subscriptions of a user begin with.
 
+use std::collections::BTreeMap;
+
 use bincode::{Decode, Encode};
 use rocksdb::ReadOptions;
 
 use super::catalogue::{MEMBERS, MEMBERSHIPS};
+use super::contacts::MembershipChange;
 use super::receipts::ReceiptRow;
 use super::{Batch, Store, StoreError, keys};
+
+/// Steps in which two users' lists of threads are walked at once, on a worker of the runtime: some 50 µs.
+const WALK: usize = 64;
 
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct MemberRow {
@@ -51,10 +57,18 @@ impl Store {
         user: &str,
         name: Option<&str>,
     ) -> Result<Vec<JoinedThread>, StoreError> {
+        let begins = match name {
+            Some(name) => self.begins(tenant, user, name)?,
+            None => BTreeMap::new(),
+        };
         let mut joined = Vec::new();
         for thread in self.threads_of(tenant, user)? {
             let receipt = match name {
-                Some(name) => self.receipt(tenant, &thread, user, name)?,
+                Some(name) => {
+                    let begin = |seq: &u64| ReceiptRow { place: *seq, ..ReceiptRow::default() };
+                    let row = self.receipt(tenant, &thread, user, name)?;
+                    row.or_else(|| begins.get(&thread).map(begin))
+                }
                 None => None,
             };
             let since = self.member(tenant, &thread, user)?.map_or(1, |member| member.since);
@@ -63,8 +77,30 @@ impl Store {
         Ok(joined)
     }
 
-    /// Whether two users are members of one thread. Each of the two lists is walked no further than the other has threads.
-    pub fn share_a_thread(&self, tenant: &str, one: &str, other: &str) -> Result<bool, StoreError> {
+    /// Whether two users are members of one thread, if that can be said at once: the threads of both are known, or one of
+    /// them has few.
+    pub fn share_a_thread(&self, tenant: &str, one: &str, other: &str) -> Result<Option<bool>, StoreError> {
+        let users = [one, other].map(|user| keys::joined(&[tenant, user]));
+        match self.contacts.share(&users[0], &users[1]) {
+            Some(share) => Ok(Some(share)),
+            None => self.walk(tenant, one, other, WALK),
+        }
+    }
+
+    /// The same for any two users, and from then on at once. Reads the threads of both: for threads that may block.
+    pub fn look_up_shared_thread(&self, tenant: &str, one: &str, other: &str) -> Result<bool, StoreError> {
+        for user in [one, other] {
+            self.contacts.threads(&keys::joined(&[tenant, user]), || self.threads_of(tenant, user))?;
+        }
+        // Asked of the store only if both lists together are too long to be kept.
+        match self.share_a_thread(tenant, one, other)? {
+            Some(share) => Ok(share),
+            None => Ok(self.walk(tenant, one, other, usize::MAX)?.unwrap_or(false)),
+        }
+    }
+
+    /// Walks the lists of both users' threads, each no further than the other has threads, and at most `steps` in all.
+    fn walk(&self, tenant: &str, one: &str, other: &str, steps: usize) -> Result<Option<bool>, StoreError> {
         let prefixes = [keys::prefix(&[tenant, one]), keys::prefix(&[tenant, other])];
         let mut lists = prefixes.each_ref().map(|prefix| {
             let mut options = ReadOptions::default();
@@ -73,17 +109,19 @@ impl Store {
         });
         let mut thread = Vec::new();
         // In turn, each list is moved to the other's thread or to the first one after it.
-        for turn in (0..2).cycle() {
+        for turn in (0..2).cycle().take(steps) {
             lists[turn].seek([&prefixes[turn][..], &thread].concat());
-            let Some(key) = lists[turn].key() else { break };
+            let Some(key) = lists[turn].key() else {
+                lists.iter().try_for_each(|list| list.status())?;
+                return Ok(Some(false));
+            };
             let found = &key[prefixes[turn].len()..];
             if found == thread {
-                return Ok(true);
+                return Ok(Some(true));
             }
             thread = found.to_vec();
         }
-        lists.iter().try_for_each(|list| list.status())?;
-        Ok(false)
+        Ok(None)
     }
 }
 
@@ -91,10 +129,17 @@ impl Batch<'_> {
     pub fn put_member(&mut self, tenant: &str, thread: &str, user: &str, row: &MemberRow) {
         self.put(MEMBERS, &keys::joined(&[tenant, thread, user]), row);
         self.put_empty(MEMBERSHIPS, &keys::joined(&[tenant, user, thread]));
+        self.membership(tenant, thread, user, true);
     }
 
     pub fn delete_member(&mut self, tenant: &str, thread: &str, user: &str) {
         self.delete(MEMBERS, &keys::joined(&[tenant, thread, user]));
         self.delete(MEMBERSHIPS, &keys::joined(&[tenant, user, thread]));
+        self.membership(tenant, thread, user, false);
+    }
+
+    fn membership(&mut self, tenant: &str, thread: &str, user: &str, is_member: bool) {
+        let user = keys::joined(&[tenant, user]);
+        self.memberships.push(MembershipChange { user, thread: thread.to_owned(), is_member });
     }
 }

@@ -9,6 +9,7 @@
 //! All calls block. A lookup takes microseconds; what walks a range belongs on a blocking thread.
 
 pub mod catalogue;
+mod contacts;
 pub mod dead_letters;
 mod events;
 mod idempotency;
@@ -27,11 +28,12 @@ use std::sync::Arc;
 use bincode::{BorrowDecode, Encode};
 use rocksdb::{BoundColumnFamily, DB, Direction, IteratorMode, ReadOptions, WriteBatch, WriteOptions};
 
+use self::contacts::{Contacts, MembershipChange};
 pub use self::events::{EventRange, EventRow, StoredEvent};
 pub use self::idempotency::KeyRow;
 pub use self::members::{JoinedThread, MemberRow};
 pub use self::origin::{Origin, Progress};
-pub use self::receipts::ReceiptRow;
+pub use self::receipts::{MAX_PARTS, ReceiptRow};
 pub use self::revocations::RevocationRow;
 pub use self::threads::ThreadRow;
 use crate::codec::{self, CodecError};
@@ -39,7 +41,7 @@ use crate::disk;
 use crate::protocol::error::{Code, Error};
 
 /// The version of the rows below; a store of another version is rebuilt.
-const SCHEMA: u8 = 7;
+const SCHEMA: u8 = 8;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -65,12 +67,14 @@ impl From<StoreError> for Error {
 
 pub struct Store {
     db: DB,
+    contacts: Contacts,
 }
 
 /// Rows that become visible together.
 pub struct Batch<'a> {
     store: &'a Store,
     rows: WriteBatch,
+    memberships: Vec<MembershipChange>,
 }
 
 impl Store {
@@ -167,14 +171,16 @@ impl Store {
     }
 
     pub fn batch(&self) -> Batch<'_> {
-        Batch { store: self, rows: WriteBatch::default() }
+        Batch { store: self, rows: WriteBatch::default(), memberships: Vec::new() }
     }
 
     /// Makes a batch visible. Durable with the next flush.
     pub fn commit(&self, batch: Batch<'_>) -> Result<(), StoreError> {
         let mut options = WriteOptions::default();
         options.disable_wal(true);
-        Ok(self.db.write_opt(batch.rows, &options)?)
+        self.db.write_opt(batch.rows, &options)?;
+        self.contacts.apply(&batch.memberships);
+        Ok(())
     }
 
     /// Makes durable what has been committed, so that the next start reads no more of the log than it must.

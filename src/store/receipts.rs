@@ -1,9 +1,12 @@
 //! Receipts: how far users and their durable subscriptions have come in threads.
 
 use bincode::{Decode, Encode};
+use rocksdb::{Direction, IteratorMode, ReadOptions};
 
-use super::catalogue::RECEIPTS;
-use super::{Batch, Store, StoreError, keys};
+use std::collections::BTreeMap;
+
+use super::catalogue::{RECEIPTS, SUBSCRIPTION_BEGINS, SUBSCRIPTION_NAMES};
+use super::{Batch, Store, StoreError, decoded, keys};
 
 /// How far a user has come in a thread, under the name of a durable subscription.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
@@ -20,7 +23,75 @@ pub struct ReceiptRow {
     pub at: u64,
 }
 
+/// Threads in one row of what a durable subscription to all threads began with.
+const BEGINS_PER_ROW: usize = 512;
+/// Records in which a durable subscription to all threads says where it began.
+pub const MAX_PARTS: u32 = 4;
+
+/// Threads, in order, and the seq after which a durable subscription to all threads began in each.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+struct BeginsRow {
+    threads: Vec<(String, u64)>,
+}
+
 impl Store {
+    /// Where the durable subscription goes on in the thread: at its receipt, or where the one to all threads began.
+    pub fn receipt_or_begin(
+        &self,
+        tenant: &str,
+        thread: &str,
+        user: &str,
+        name: &str,
+    ) -> Result<Option<ReceiptRow>, StoreError> {
+        if let Some(row) = self.receipt(tenant, thread, user, name)? {
+            return Ok(Some(row));
+        }
+        for part in 0..MAX_PARTS {
+            if let Some(place) = self.begin_in_part(&keys::begins(tenant, user, name, part), thread)? {
+                return Ok(Some(ReceiptRow { place, ..ReceiptRow::default() }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Looks in the one row of a part that may have the thread: the last that begins with it or before it.
+    fn begin_in_part(&self, part: &[u8], thread: &str) -> Result<Option<u64>, StoreError> {
+        let key = [part, thread.as_bytes()].concat();
+        let mut options = ReadOptions::default();
+        options.set_iterate_lower_bound(part);
+        let from = IteratorMode::From(&key, Direction::Reverse);
+        let mut rows = self.db.iterator_cf_opt(&self.family(SUBSCRIPTION_BEGINS), options, from);
+        let Some(row) = rows.next().transpose()? else { return Ok(None) };
+
+        let row: BeginsRow = decoded(SUBSCRIPTION_BEGINS, &row.1)?;
+        let at = row.threads.binary_search_by(|(found, _)| found.as_str().cmp(thread));
+        Ok(at.ok().map(|at| row.threads[at].1))
+    }
+
+    /// Where the durable subscription to all threads began, thread by thread.
+    pub fn begins(&self, tenant: &str, user: &str, name: &str) -> Result<BTreeMap<String, u64>, StoreError> {
+        let mut found = BTreeMap::new();
+        for row in self.under(SUBSCRIPTION_BEGINS, keys::prefix(&[tenant, user, name])) {
+            let row: BeginsRow = decoded(SUBSCRIPTION_BEGINS, &row?.1)?;
+            found.extend(row.threads);
+        }
+        Ok(found)
+    }
+
+    /// Whether the user has a durable subscription of this name, and whether there is room for one more than `most`.
+    pub fn has_room_for_name(&self, tenant: &str, user: &str, name: &str, most: usize) -> Result<bool, StoreError> {
+        let known = self.db.get_pinned_cf(&self.family(SUBSCRIPTION_NAMES), keys::joined(&[tenant, user, name]))?;
+        if known.is_some() {
+            return Ok(true);
+        }
+        let mut names = 0;
+        for row in self.under(SUBSCRIPTION_NAMES, keys::prefix(&[tenant, user])).take(most) {
+            row?;
+            names += 1;
+        }
+        Ok(names < most)
+    }
+
     pub fn receipt(
         &self,
         tenant: &str,
@@ -53,6 +124,21 @@ impl Store {
 }
 
 impl Batch<'_> {
+    pub fn put_subscription_name(&mut self, tenant: &str, user: &str, name: &str) {
+        self.put_empty(SUBSCRIPTION_NAMES, &keys::joined(&[tenant, user, name]));
+    }
+
+    /// Replaces what was there of this part.
+    pub fn put_begins(&mut self, tenant: &str, user: &str, name: &str, part: u32, begins: &BTreeMap<String, u64>) {
+        let prefix = keys::begins(tenant, user, name, part);
+        self.delete_range(SUBSCRIPTION_BEGINS, &prefix, &keys::begins(tenant, user, name, part + 1));
+        let threads: Vec<(String, u64)> = begins.iter().map(|(thread, seq)| (thread.clone(), *seq)).collect();
+        for threads in threads.chunks(BEGINS_PER_ROW) {
+            let key = [&prefix[..], threads[0].0.as_bytes()].concat();
+            self.put(SUBSCRIPTION_BEGINS, &key, &BeginsRow { threads: threads.to_vec() });
+        }
+    }
+
     pub fn put_receipt(&mut self, tenant: &str, thread: &str, user: &str, name: &str, row: &ReceiptRow) {
         self.put(RECEIPTS, &keys::joined(&[tenant, thread, user, name]), row);
     }

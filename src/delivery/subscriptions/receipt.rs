@@ -108,6 +108,7 @@ impl Receipt {
             acked: self.acked,
             sent,
             attempts,
+            begins: None,
             at: clock::rfc3339(clock::now_ms()),
         }
     }

@@ -138,6 +138,9 @@ pub async fn publish(api: Arc<Api>, mut it: Request) -> Result<Reply, Error> {
         priority: body.priority,
         traceparent: it.traceparent()?,
     };
+    if api.rights.must_look_up(&it.who, &address.name)? {
+        api.rights.look_up(&it.who, &address.name).await;
+    }
     let Admitted { draft, delta } = api.admission.admit(&it.who, request)?;
     let published = api.submit.publish(&draft).await?;
 

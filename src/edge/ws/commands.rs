@@ -6,6 +6,7 @@ use tokio::time::Instant;
 use super::close::{self, End};
 use super::incoming::WaitsFor;
 use super::state::{SessionState, connected};
+use crate::delivery::outbox::Answer;
 use crate::ingest::admit::{Admitted, PublishRequest};
 use crate::ingest::coalesce::PendingDelta;
 use crate::protocol::command;
@@ -94,7 +95,7 @@ impl SessionState {
                 return Ok(Progress::Done);
             }
         };
-        if self.must_wait(waits_for(&command), is_new) {
+        if self.must_wait(waits_for(&command), is_new) || self.looks_up(&command) {
             return Ok(Progress::Waits);
         }
 
@@ -129,7 +130,8 @@ impl SessionState {
             return false;
         }
         let queue = &self.incoming.queue;
-        if self.incoming.subscribing.is_some() || is_new && !queue.may_pass(waits_for) {
+        let busy = self.incoming.subscribing.is_some() || self.incoming.looking_up;
+        if busy || is_new && !queue.may_pass(waits_for) {
             return true;
         }
         let held = queue.holds(waits_for);
@@ -138,6 +140,29 @@ impl SessionState {
             self.incoming.flush_deltas(|_| true);
         }
         held
+    }
+
+    /// Whether the command has to wait until its user's right to write to an inbox is looked up, which begins here.
+    fn looks_up(&mut self, command: &Command<'_>) -> bool {
+        let (Some(who), Command::Publish(Publish { thread, .. }) | Command::Signal(Signal { thread, .. })) =
+            (&self.who, command)
+        else {
+            return false;
+        };
+        let rights = &self.sockets.rights;
+        // An error is the command's own, when it is carried out.
+        if !rights.must_look_up(who, thread).unwrap_or(false) {
+            return false;
+        }
+
+        self.incoming.looking_up = true;
+        let (rights, who, thread) = (rights.clone(), who.clone(), thread.to_string());
+        let outbox = self.outgoing.feed.outbox.clone();
+        tokio::spawn(async move {
+            rights.look_up(&who, &thread).await;
+            outbox.push_answer(Answer::LookedUp);
+        });
+        true
     }
 
     /// Refuses what is no valid command.

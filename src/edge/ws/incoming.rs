@@ -138,6 +138,8 @@ pub struct Incoming {
     pub refusals: RefusalWindow,
     /// The `subscribe` that waits for something; until it has begun, no other command takes effect.
     pub subscribing: Option<PendingSubscribe>,
+    /// What the first command that waits needs to know is being looked up; no other takes effect before it.
+    pub looking_up: bool,
     /// How often a `subscribe` has waited for receipts, so that answers to an earlier one are known as such.
     pub attempts: u32,
     /// Once the server is going down: when the client is to come back, in milliseconds.
@@ -157,6 +159,7 @@ impl Incoming {
             queue: CommandQueue::default(),
             refusals: RefusalWindow::default(),
             subscribing: None,
+            looking_up: false,
             attempts: 0,
             drain: None,
             coalescer: Coalescer::default(),

@@ -2,11 +2,12 @@
 //!
 //! While it waits, no other command takes effect and no live event is sent.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use super::plan::{ALL, PendingSubscribe, Plan, SubscribeAll, first_cursor, seq_of};
+use super::plan::{ALL, Beginning, PendingSubscribe, Plan, SubscribeAll, first_cursor, seq_of};
 use super::state::{SessionState, connected};
 use crate::auth::Principal;
 use crate::auth::scopes;
@@ -20,6 +21,13 @@ use crate::protocol::ids::{self, ThreadAddress};
 use crate::protocol::records::ReceiptRecord;
 use crate::store::JoinedThread;
 use crate::{panics, telemetry};
+
+/// Names of durable subscriptions that a user may have.
+const MAX_NAMES: usize = 256;
+/// Subscriptions that are begun in one go: each is a few lookups, some 10 µs.
+const BEGIN_AT_ONCE: usize = 100;
+/// So many threads that are looked up for a `subscribe` to all count as one command.
+const LISTED_AS_ONE: usize = 100;
 
 impl SessionState {
     pub fn subscribe(&mut self, subscribe: Subscribe<'_>) -> Result<(), Error> {
@@ -41,9 +49,13 @@ impl SessionState {
         let head = self.sockets.rights.readable(who, &thread)?;
         let name = subscribe.name.as_deref();
         let row = match name {
-            Some(name) => self.sockets.store.receipt(&who.tenant, &thread, &who.user, name)?,
+            Some(name) => self.sockets.store.receipt_or_begin(&who.tenant, &thread, &who.user, name)?,
             None => None,
         };
+
+        if let (Some(name), None) = (name, &row) {
+            self.check_room_for(who, name)?;
+        }
 
         // The client's cursor goes before the stored one, and so does the wish for the last events.
         let stored = match (&row, subscribe.last) {
@@ -71,11 +83,21 @@ impl SessionState {
             head: Seqs::One(head),
             after: Seqs::One(cursor),
             recovered,
-            subscriptions: vec![subscription],
+            listed: 1,
+            subscriptions: VecDeque::from([subscription]),
             unknown: Vec::new(),
             marker: None,
         };
         self.store_receipts(who, plan, receipts)
+    }
+
+    /// A name costs rows for ever.
+    fn check_room_for(&self, who: &Principal, name: &str) -> Result<(), Error> {
+        if self.sockets.store.has_room_for_name(&who.tenant, &who.user, name, MAX_NAMES)? {
+            return Ok(());
+        }
+        let why = format!("a user has at most {MAX_NAMES} names of durable subscriptions: use one of them again");
+        Err(Error::new(Code::TooLarge, why).at("name"))
     }
 
     /// Follows the user first and lists the threads then: a thread joined in between is in the list, or announced, or both.
@@ -89,6 +111,9 @@ impl SessionState {
             Some(name) => self.sockets.store.receipt(&who.tenant, ALL, &who.user, name)?.is_none(),
             None => false,
         };
+        if let (Some(name), true) = (&name, fresh) {
+            self.check_room_for(who, name)?;
+        }
         let following = Following { kinds: subscribe.kinds.map(Into::into), name: name.clone(), confirm };
         self.outgoing.feed.subs.follow(who, following.clone());
 
@@ -114,7 +139,10 @@ impl SessionState {
         };
         let id = all.id;
         let planned = threads.and_then(|threads| all.plan(&who, threads));
-        let begun = planned.and_then(|(plan, receipts)| self.store_receipts(&who, plan, receipts));
+        let begun = planned.and_then(|(plan, receipts)| {
+            self.count(&who, &plan, &receipts)?;
+            self.store_receipts(&who, plan, receipts)
+        });
         if let Err(error) = begun {
             self.outgoing.feed.subs.unfollow_all();
             self.refuse_subscribe(id, &error);
@@ -139,6 +167,12 @@ impl SessionState {
             }
             self.refuse_subscribe(id, &error);
         }
+    }
+
+    /// A command that reads and writes for many threads counts as many commands.
+    fn count(&self, who: &Principal, plan: &Plan, receipts: &[ReceiptRecord]) -> Result<(), Error> {
+        let listed = plan.listed / LISTED_AS_ONE;
+        self.sockets.admission.count_more(who, listed + receipts.len())
     }
 
     fn wait_for(&mut self, subscribing: PendingSubscribe) {
@@ -183,10 +217,18 @@ impl SessionState {
     }
 
     fn begin_subscription(&mut self, who: &Principal, plan: Plan) -> Result<(), Error> {
-        let Plan { id, called, head, after, recovered, subscriptions, unknown, .. } = plan;
-        let all = called == ALL;
-        let mut failed = Vec::new();
-        for subscription in subscriptions {
+        self.begin_some(who, Box::new(Beginning { plan, failed: Vec::new() }))
+    }
+
+    /// Begins a few subscriptions and has the rest begin after others had their turn on this worker: so many at once would
+    /// hold it up.
+    fn begin_some(&mut self, who: &Principal, mut beginning: Box<Beginning>) -> Result<(), Error> {
+        let all = beginning.plan.called == ALL;
+        for _ in 0..BEGIN_AT_ONCE {
+            let Some(subscription) = beginning.plan.subscriptions.pop_front() else {
+                self.answer_begun(*beginning);
+                return Ok(());
+            };
             let thread = subscription.address.called.clone();
             // A thread that was joined meanwhile may have been announced already.
             if all && self.outgoing.feed.subs.contains(&thread) {
@@ -194,11 +236,33 @@ impl SessionState {
             }
             match self.outgoing.feed.subs.add(who, subscription) {
                 Ok(()) => {}
-                Err(error) if all => failed.push((thread, error)),
+                Err(error) if all => beginning.failed.push((thread, error)),
                 Err(error) => return Err(error),
             }
         }
 
+        self.wait_for(PendingSubscribe::Turns(beginning));
+        let outbox = self.outgoing.feed.outbox.clone();
+        tokio::spawn(async move { outbox.push_answer(Answer::GoOn) });
+        Ok(())
+    }
+
+    /// Others had their turn.
+    pub fn on_turn(&mut self) {
+        if !matches!(self.incoming.subscribing, Some(PendingSubscribe::Turns(_))) {
+            return;
+        }
+        let (Some(PendingSubscribe::Turns(beginning)), Some(who)) = (self.stop_waiting(), self.who.clone()) else {
+            return;
+        };
+        let id = beginning.plan.id;
+        if let Err(error) = self.begin_some(&who, beginning) {
+            self.refuse_subscribe(id, &error);
+        }
+    }
+
+    fn answer_begun(&mut self, Beginning { plan, failed }: Beginning) {
+        let Plan { id, called, head, after, recovered, unknown, .. } = plan;
         let epoch = &self.sockets.epoch;
         self.outgoing.answer(&ServerFrame::Subscribed { id, thread: &called, epoch, head, after, recovered });
         for thread in unknown {
@@ -208,7 +272,6 @@ impl SessionState {
         for (thread, error) in failed {
             self.outgoing.ended(&thread, &error);
         }
-        Ok(())
     }
 }
 

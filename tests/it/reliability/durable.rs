@@ -4,7 +4,9 @@ use serde_json::{Value, json};
 
 use super::receipts;
 use crate::on_both_logs;
-use crate::support::{LogKind, Server, Socket, eventually, has, publish, refused, refused_with, seqs, token_of};
+use crate::support::{
+    LogKind, Server, Socket, accepted, eventually, has, publish, refused, refused_with, seqs, token_of,
+};
 
 /// What a client with this name gets: where it begins, and the seqs up to `caught_up`.
 async fn resume(server: &Server, user: &str, more: Value) -> (Socket, u64, Vec<u64>) {
@@ -336,3 +338,99 @@ on_both_logs!(members_see_how_far_the_others_are_and_nothing_of_who_has_left, |l
     eventually("ada's own", async || receipts(&server, "@me", "ada").await.len() == 1).await;
     assert_eq!(receipts(&server, "@me", "ben").await, Vec::<Value>::new());
 });
+
+/// Threads that a subscription to all is begun in.
+const THREADS: usize = 700;
+
+on_both_logs!(a_name_for_all_threads_is_few_records_and_keeps_its_place_in_each_of_them, |log| async move {
+    let mut server = Server::start(log);
+    let mut ada = server.connect("ada").await;
+    let say = |n: usize| {
+        let mut command = publish(&format!("t-{n:03}"), "user_message", json!({"content": "1"}));
+        command["id"] = json!(n);
+        command
+    };
+    ada.send(&(0..THREADS).map(say).collect()).await;
+    for _ in 0..THREADS {
+        accepted(&ada.recv().await);
+    }
+
+    let before = server.metric("weft_append_bytes_total").await;
+    let mut star = server.connect("ada").await;
+    let subscribed = star.subscribe_with("*", json!({"name": "s"})).await;
+    assert_eq!(subscribed["after"].as_object().unwrap().len(), THREADS);
+    let appended = server.metric("weft_append_bytes_total").await - before;
+    // A thread with its seq takes about 10 bytes; a record of its own takes more than 100.
+    assert!(appended < 20.0 * THREADS as f64, "{appended} bytes");
+    star.leave().await;
+
+    ada.say("t-003", "2").await;
+    ada.say("t-699", "2").await;
+    server.kill();
+    server.up();
+    server.ready().await;
+    let mut star = server.connect("ada").await;
+    let subscribed = star.subscribe_with("*", json!({"name": "s"})).await;
+    let (after, head) = (subscribed["after"].as_object().unwrap(), subscribed["head"].as_object().unwrap());
+    assert!(after.values().all(|seq| *seq == 1) && after.len() == THREADS, "where it had begun, in each");
+    assert_eq!((&head["t-003"], &head["t-004"], &head["t-699"]), (&json!(2), &json!(1), &json!(2)));
+    let mut threads: Vec<_> = star.events(2).await.iter().map(|event| event["thread"].clone()).collect();
+    threads.sort_by_key(|thread| thread.to_string());
+    assert_eq!(threads, ["t-003", "t-699"]);
+    star.ack("t-003", 2).await;
+    eventually("the acknowledgement is durable", async || {
+        receipts(&server, "t-003", "ada").await.iter().any(|it| it["seq"] == 2)
+    })
+    .await;
+    star.leave().await;
+
+    // One of them by the same name resumes there as well.
+    let mut one = server.connect("ada").await;
+    assert_eq!(one.subscribe_with("t-699", json!({"name": "s"})).await["after"], 1);
+    assert_eq!(one.subscribe_with("t-003", json!({"name": "s"})).await["after"], 2);
+});
+
+#[tokio::test]
+async fn a_user_has_so_many_names_and_may_use_each_again() {
+    const NAMES: usize = 256;
+    let server = Server::start(LogKind::embedded());
+    let mut ada = server.connect("ada").await;
+    ada.say("t", "1").await;
+    ada.say("u", "1").await;
+    for n in 0..NAMES {
+        ada.subscribe_with("t", json!({"name": format!("n{n}")})).await;
+        ada.ask(json!({"type": "unsubscribe", "thread": "t"})).await;
+    }
+    for thread in ["t", "u", "*"] {
+        let answer = ada.ask(json!({"type": "subscribe", "thread": thread, "name": "one more"})).await;
+        refused(&answer, "too_large", "name");
+    }
+    ada.subscribe_with("u", json!({"name": "n7"})).await;
+    ada.subscribe_with("*", json!({"name": "n8"})).await;
+
+    // Another user has names of its own.
+    let mut ben = server.connect("ben").await;
+    ben.say("v", "1").await;
+    ben.subscribe_with("v", json!({"name": "one more"})).await;
+}
+
+#[tokio::test]
+async fn a_subscription_to_very_many_threads_counts_as_many_commands() {
+    // Five commands at once, then one a second. The agent's limit is another.
+    let server = Server::start_with(LogKind::embedded(), &["--rate-user", "1"]);
+    let mut agent = server.connect_as("ada", "agent publish subscribe").await;
+    let join = |n: usize| {
+        let mut command = publish(&format!("t-{n:03}"), "user_message", json!({"content": "1"}));
+        command["id"] = json!(n);
+        command
+    };
+    agent.send(&(0..THREADS).map(join).collect()).await;
+    for _ in 0..THREADS {
+        accepted(&agent.recv().await);
+    }
+
+    let mut ada = server.connect("ada").await;
+    ada.subscribe_with("*", json!({})).await;
+    ada.send(&(0..5).map(|id| json!({"type": "ping", "id": id})).collect()).await;
+    refused_with(&ada.recv_type("error").await, "rate_limited");
+}

@@ -3,8 +3,9 @@
 use serde_json::{Value, json};
 
 use super::caught_up;
+use crate::on_both_logs;
 use crate::support::sse::EventStream;
-use crate::support::{LogKind, Server, Socket, has, publish, refused, refused_with, seqs, token, token_of};
+use crate::support::{LogKind, Server, Socket, accepted, has, publish, refused, refused_with, seqs, token, token_of};
 
 /// A `user_message` to a thread, and its answer.
 async fn write(socket: &mut Socket, thread: &str, content: &str) -> Value {
@@ -300,3 +301,61 @@ async fn each_of_a_users_devices_has_all_that_the_user_has() {
     assert_eq!(seqs(&seen[0]), [1, 2, 1, 2, 3, 4], "two of the inbox, four of the thread");
     assert!(seen[1..].iter().all(|events| *events == seen[0]), "every device gets the same frames");
 }
+
+/// Threads of a user with another one: as many as make it long to say with whom the user shares one.
+const MANY: usize = 200;
+
+/// Makes threads of which `owner` is the only member.
+async fn make_threads(server: &Server, owner: &str) {
+    let mut socket = server.connect(owner).await;
+    let say = |n: usize| {
+        let mut command = publish(&format!("{n:03}-{owner}"), "user_message", json!({"content": "mine"}));
+        command["id"] = json!(n);
+        command
+    };
+    socket.send(&(0..MANY).map(say).collect()).await;
+    for _ in 0..MANY {
+        accepted(&socket.recv().await);
+    }
+}
+
+on_both_logs!(who_shares_a_thread_is_known_at_once_however_many_threads_both_have, |log| async move {
+    let server = Server::start(log);
+    // Their names alternate, so that looking for one that both have takes a step for each.
+    make_threads(&server, "ada").await;
+    make_threads(&server, "ben").await;
+    let mut ben = server.connect("ben").await;
+    let body = || Some(json!({"kind": "user_message", "data": {"content": "over http"}}));
+    let stranger = async |ben: &mut Socket| {
+        refused(&write(ben, "@user:ada", "let me in").await, "not_found", "thread");
+        assert_eq!(server.http("POST", "/v1/threads/@user:ada/events", "ben", body()).await.0, 404);
+    };
+    stranger(&mut ben).await;
+
+    // Commands after the one that is looked up keep their order.
+    let mut pipelined: Vec<Value> = (1..=3)
+        .map(|n| {
+            publish(if n == 2 { "000-ben" } else { "@user:ada" }, "user_message", json!({"content": n.to_string()}))
+        })
+        .collect();
+    for (n, command) in pipelined.iter_mut().enumerate() {
+        command["id"] = json!(n + 1);
+    }
+    let mut other = server.connect("ben").await;
+    other.send(&json!(pipelined)).await;
+    let answers = [other.recv().await, other.recv().await, other.recv().await];
+    let of = |id: usize| answers.iter().find(|answer| answer["id"] == json!(id)).expect("each is answered");
+    refused(of(1), "not_found", "thread");
+    accepted(of(2));
+    refused(of(3), "not_found", "thread");
+
+    // What is known follows each change of a membership, the moment that is answered.
+    for (thread, owner, joins) in [("150-ada", "ada", "ben"), ("007-ben", "ben", "ada")] {
+        let members = format!("/v1/threads/{thread}/members/{joins}");
+        assert_eq!(server.http("PUT", &members, owner, None).await.0 / 100, 2);
+        accepted(&write(&mut ben, "@user:ada", "hello").await);
+        assert_eq!(server.http("POST", "/v1/threads/@user:ada/events", "ben", body()).await.0, 201);
+        assert_eq!(server.http("DELETE", &members, owner, None).await.0, 200);
+        stranger(&mut ben).await;
+    }
+});
