@@ -94,7 +94,7 @@ impl Store {
                 error.into()
             }
         })?;
-        Ok(Store { db })
+        Ok(Store { db, contacts: Contacts::default() })
     }
 
     /// Deletes the store in `path`.
