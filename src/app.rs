@@ -90,7 +90,10 @@ pub fn open_log_by_word(config: &Config, epoch: Option<&str>) -> Result<Arc<dyn 
 
 fn open_log_with(config: &Config, known: Option<&Known>, if_unnamed: IfUnnamed<'_>) -> Result<Arc<dyn Log>, LogError> {
     Ok(match config.log {
-        LogChoice::Embedded => Arc::new(EmbeddedLog::open_with(&config.log_dir(), config.partitions, if_unnamed)?),
+        LogChoice::Embedded => {
+            refuse_lost_log(config)?;
+            Arc::new(EmbeddedLog::open_with(&config.log_dir(), config.partitions, if_unnamed)?)
+        }
         LogChoice::Kafka => {
             std::fs::create_dir_all(&config.data)
                 .map_err(|error| LogError::Unavailable(format!("{}: {error}", config.data.display())))?;
@@ -103,6 +106,15 @@ fn open_log_with(config: &Config, known: Option<&Known>, if_unnamed: IfUnnamed<'
             Arc::new(KafkaLog::open_with(kafka, known, if_unnamed)?)
         }
     })
+}
+
+/// Projections without the log that they were made from are the last copy of it: no empty log is made beside them.
+fn refuse_lost_log(config: &Config) -> Result<(), LogError> {
+    let (log, projections) = (config.log_dir(), config.projections_dir());
+    if projections.join("CURRENT").exists() && EmbeddedLog::is_missing(&log) {
+        return Err(LogError::Missing { log, projections });
+    }
+    Ok(())
 }
 
 /// The consumer group that shows this node's lag: a node is known by its data folder.
@@ -126,9 +138,9 @@ fn open(config: &Config) -> Result<Opened, StartError> {
     let path = config.projections_dir();
     let (log, store) = match config.log {
         // Whoever starts a second server on one --data is told so by the log.
-        LogChoice::Embedded => (open_log(config)?, Store::open(&path)?),
+        LogChoice::Embedded => (open_log(config)?, Store::open_or_set_aside(&path)?),
         LogChoice::Kafka => {
-            let store = Store::open(&path)?;
+            let store = Store::open_or_set_aside(&path)?;
             let known = store.origin()?.and_then(|origin| {
                 let offset = *origin.positions.first()?;
                 let identity = Identity { starts: origin.starts, ..Identity::of_epoch(&origin.epoch) };
@@ -227,6 +239,17 @@ impl App {
     /// Waits until the server answers: the projections have what the log had at the start.
     pub async fn ready(&self) {
         self.health.caught_up().await;
+    }
+
+    /// Waits until damage is found in the projections. Then this server has to stop; the next one makes them anew.
+    pub async fn projections_damaged(&self) -> String {
+        let mut every = tokio::time::interval(Duration::from_millis(200));
+        loop {
+            every.tick().await;
+            if let Some(damage) = self.store.damage() {
+                return damage;
+            }
+        }
     }
 
     /// Stops everything, from the outside in: no new connections, sessions finish what was accepted, then the projector,

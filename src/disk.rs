@@ -1,8 +1,11 @@
 //! What the disk under a folder can do.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+
+use rustix::fs::{Advice, fadvise, statvfs};
 
 /// Whether files in `dir` can be written beside the page cache. Some file systems (tmpfs on older kernels) refuse it.
 pub fn takes_direct_io(dir: &Path) -> bool {
@@ -11,6 +14,20 @@ pub fn takes_direct_io(dir: &Path) -> bool {
     // A probe that stays behind does no harm.
     drop(std::fs::remove_file(&probe));
     opened.is_ok()
+}
+
+/// How many bytes can still be written under `dir`.
+pub fn room(dir: &Path) -> io::Result<u64> {
+    let found = statvfs(dir)?;
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+/// Makes the next read of a file come from the disk, as far as the system has it in memory and need not write it first.
+pub fn drop_from_cache(path: &Path) {
+    if let Ok(file) = File::open(path) {
+        // It is advice: nothing depends on it.
+        fadvise(&file, 0, None, Advice::DontNeed).unwrap_or_default();
+    }
 }
 
 #[cfg(test)]

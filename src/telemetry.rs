@@ -42,6 +42,19 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_append_bytes_total", Type::Counter, "Bytes of keys and values appended to the log"),
     ("weft_append_batch_records", Type::Records, "Records the embedded log made durable at once"),
     ("weft_append_errors_total", Type::Counter, "Records the log did not accept, by outcome"),
+    ("weft_log_damaged", Type::Gauge, "1 once damage was found in the embedded log"),
+    (
+        "weft_log_mended_total",
+        Type::Counter,
+        "Damaged write-ahead files whose rows were still in memory and were written anew",
+    ),
+    ("weft_log_reopened_total", Type::Counter, "Times the embedded log was opened again after its disk had failed"),
+    ("weft_log_scrubbed_bytes_total", Type::Counter, "Bytes of the embedded log read to find damage"),
+    (
+        "weft_projections_damaged_total",
+        Type::Counter,
+        "Times the projections were damaged, so that they were set aside and made anew",
+    ),
     ("weft_project_seconds", Type::Seconds, "Judging and committing one batch"),
     ("weft_project_batch_records", Type::Records, "Records projected at once"),
     ("weft_project_events_total", Type::Counter, "Events that got their seq"),
@@ -151,6 +164,21 @@ pub fn append_batch_records() -> Histogram {
 }
 pub fn append_errors(outcome: &'static str) -> Counter {
     counter!("weft_append_errors_total", "outcome" => outcome)
+}
+pub fn log_damaged() -> Gauge {
+    gauge!("weft_log_damaged")
+}
+pub fn log_mended() -> Counter {
+    counter!("weft_log_mended_total")
+}
+pub fn log_reopened() -> Counter {
+    counter!("weft_log_reopened_total")
+}
+pub fn log_scrubbed_bytes() -> Counter {
+    counter!("weft_log_scrubbed_bytes_total")
+}
+pub fn projections_damaged() -> Counter {
+    counter!("weft_projections_damaged_total")
 }
 pub fn project_seconds() -> Histogram {
     histogram!("weft_project_seconds")

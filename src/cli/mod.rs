@@ -4,9 +4,11 @@ pub mod append;
 pub mod common;
 pub mod dead_letters;
 pub mod demo;
+pub mod doctor;
 pub mod logging;
 pub mod rebuild;
 pub mod runs;
+pub mod salvage;
 pub mod schemas;
 pub mod serve;
 pub mod tail;
@@ -21,8 +23,8 @@ use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
 use common::Failure;
 
 /// Commands that are planned and not there yet.
-const PLANNED: [&str; 11] =
-    ["replay", "search", "export", "verify", "backup", "restore", "doctor", "groups", "work", "erase", "completions"];
+const PLANNED: [&str; 10] =
+    ["replay", "search", "export", "verify", "backup", "restore", "groups", "work", "erase", "completions"];
 
 /// An event-sourced messaging backend for AI platforms.
 #[derive(Debug, Parser)]
@@ -50,6 +52,10 @@ enum CliCommand {
     Runs(runs::Args),
     /// Rebuild the projections from the log, of a stopped server
     Rebuild(rebuild::Args),
+    /// Check a data folder, while no server runs on it, and say how to mend what is wrong
+    Doctor(doctor::Args),
+    /// Copy every record that can be read of a damaged embedded log into a new data folder
+    Salvage(salvage::Args),
     /// Write the contract as JSON Schemas
     Schemas(schemas::Args),
     /// For tests of the log: append records until the process is killed
@@ -80,6 +86,8 @@ impl Cli {
             CliCommand::DeadLetters(args) => dead_letters::run(args).await,
             CliCommand::Runs(args) => runs::run(args).await,
             CliCommand::Rebuild(args) => rebuild::run(args).await,
+            CliCommand::Doctor(args) => doctor::run(args).await,
+            CliCommand::Salvage(args) => salvage::run(args).await,
             CliCommand::Schemas(args) => schemas::run(&args),
             CliCommand::AppendUntilKilled(args) => append::run(args).await,
         }

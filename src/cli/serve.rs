@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -15,6 +16,10 @@ use crate::config::{Config, ServeArgs};
 const DEV_TENANT: &str = "demo";
 const DEV_USER: &str = "ada";
 const DEV_TTL: u64 = 7 * 24 * 60 * 60;
+
+/// Damage in new projections so soon is not that of old files.
+const SOON: Duration = Duration::from_secs(10 * 60);
+const START_ATTEMPTS: usize = 10;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -45,16 +50,45 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         }
     };
 
+    tokio::pin!(stopped);
+
     let data = config.data.clone();
-    let app = App::start(config).await?;
-    let result = tokio::select! {
-        result = serve(&app, &data, secret.as_deref(), args.demo) => result,
-        () = stopped => Ok(()),
+    let mut app = App::start(config.clone()).await?;
+    (config.listen, config.admin_listen) = (app.address, app.admin);
+    let mut restarted: Option<Instant> = None;
+    let result = loop {
+        let play = args.demo && restarted.is_none();
+        let damage = tokio::select! {
+            result = serve(&app, &data, secret.as_deref(), play) => break result,
+            () = &mut stopped => break Ok(()),
+            damage = app.projections_damaged() => damage,
+        };
+        tracing::error!(damage, "the projections are damaged: draining, then starting anew");
+        app.stop().await;
+        if restarted.is_some_and(|at| at.elapsed() < SOON) {
+            return Err(
+                format!("the projections were damaged again ({damage}): look at the disk and the memory").into()
+            );
+        }
+        app = start_anew(&config).await?;
+        restarted = Some(Instant::now());
     };
     tracing::info!("draining");
     app.stop().await;
     tracing::info!("weft is down");
     result
+}
+
+/// Starts a server in place of one that has stopped. What that one still holds it lets go of in a moment.
+async fn start_anew(config: &Config) -> Result<App, Failure> {
+    let mut attempts = 1..=START_ATTEMPTS;
+    loop {
+        match App::start(config.clone()).await {
+            Err(error) if attempts.next().is_some() => tracing::warn!(%error, "not yet: trying again"),
+            result => return Ok(result?),
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
 }
 
 /// Says that the server is up, once it is; ends only with an error.
@@ -63,7 +97,7 @@ async fn serve(app: &App, data: &Path, secret: Option<&str>, demo: bool) -> Resu
     let url = format!("http://{}", app.address);
     tracing::info!(address = %app.address, data = %data.display(), "weft is up");
     let admin = app.admin.map_or(String::new(), |admin| format!(", metrics: http://{admin}/metrics"));
-    println!("weft is up on {url} (WebSocket: ws://{}/v1/ws{admin})", app.address);
+    Output::new().line(format!("weft is up on {url} (WebSocket: ws://{}/v1/ws{admin})", app.address))?;
     if let Some(secret) = secret {
         welcome(&url, secret, demo).await?;
     }

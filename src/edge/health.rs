@@ -61,6 +61,7 @@ impl Health {
             ok: error.is_none(),
             error,
             caught_up,
+            rebuilding: None,
             lag_records: self.lag_records.load(Ordering::Relaxed),
             lag_seconds: self.lag_seconds(),
         };

@@ -22,6 +22,7 @@ pub mod kafka;
 mod record;
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -124,6 +125,11 @@ pub enum LogError {
          `weft rebuild --discard`, then start it again"
     )]
     OtherGeneration(String),
+    #[error(
+        "there is no log in {}, but what was made from one is in {}, and may be all that is left of it. Nothing was changed. \
+         Put the log back, or a backup of it; to begin with an empty log, move that away first", log.display(), projections.display()
+    )]
+    Missing { log: PathBuf, projections: PathBuf },
 }
 
 /// An append-only log of [`Record`]s in three topics with a fixed number of partitions.
@@ -182,7 +188,8 @@ pub trait Log: Send + Sync + 'static {
     /// Tells the log how far its reader's effects are durable, for the log's own tools (Kafka's group lag). Best effort.
     fn committed(&self, positions: &[u64]);
 
-    /// `Err` with the reason while the log cannot take or give records. It recovers by itself.
+    /// `Err` with the reason while the log cannot take or give records. It recovers by itself, but not from damage: that
+    /// stays, and asks for a person.
     fn health(&self) -> Result<(), String>;
 
     /// Takes no more, makes what was taken durable or answers it, and releases files and connections. Idempotent.

@@ -71,7 +71,10 @@ pub struct Gone {
 /// Opens projections where they stand, or begins them. `store` is the one in `path`.
 pub fn resume(path: &Path, store: Store, log: &dyn Log) -> Result<(Store, Vec<Progress>), OpenError> {
     let Some(origin) = examine(path, &store, log)? else {
-        begin_if_restored(log)?;
+        // Projections that were damaged were this log's, as far as anybody knows: it was not put back.
+        if store.set_aside().is_none() {
+            begin_if_restored(log)?;
+        }
         let progress = begin(&store, log)?;
         return Ok((store, progress));
     };

@@ -12,7 +12,7 @@ use crate::{panics, telemetry};
 const BATCH: usize = 1_024;
 /// How long the loop goes on after `stop` was set.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
-/// How often the log is asked where it ends, until it answers.
+/// How often the log is asked where it ends, until it answers, and how often a long start says how far it is.
 const ASK_EVERY: Duration = Duration::from_secs(10);
 /// How long the loop waits for the log before it checks `stop`.
 const WAIT: Duration = Duration::from_millis(100);
@@ -126,9 +126,12 @@ impl Pump {
         None
     }
 
+    /// Waits before the next attempt. Says why once, not with every attempt.
     fn pause(&self, why: &str) {
-        tracing::error!(why, "the projector waits");
-        self.status.set_failing(Some(why.to_owned()));
+        if self.status.failing().as_deref() != Some(why) {
+            tracing::error!(why, "the projector waits");
+            self.status.set_failing(Some(why.to_owned()));
+        }
         std::thread::sleep(WAIT * 5);
     }
 
@@ -139,9 +142,14 @@ impl Pump {
         if self.status.caught_up() {
             return;
         }
-        if ends.is_none() && asked.elapsed() > ASK_EVERY {
-            *ends = self.ends();
+        if asked.elapsed() > ASK_EVERY {
             *asked = Instant::now();
+            if ends.is_none() {
+                *ends = self.ends();
+            }
+            if let Ok(left) = self.log.lag(positions) {
+                tracing::info!(left, "reading the log: so many records are left");
+            }
         }
         if ends.as_ref().is_some_and(|ends| positions.iter().zip(ends).all(|(next, end)| next >= end)) {
             self.status.caught_up.store(true, Ordering::Release);

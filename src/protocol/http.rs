@@ -461,6 +461,9 @@ pub struct ProjectorHealth {
     pub error: Option<String>,
     /// Whether it has seen all that was in the log at the start.
     pub caught_up: bool,
+    /// Until then: what was wrong with the projections that it makes anew.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rebuilding: Option<String>,
     pub lag_records: u64,
     pub lag_seconds: f64,
 }

@@ -110,7 +110,8 @@ impl Store {
             None => keys::after(prefix.clone()),
         });
         let rows = self.db.iterator_cf_opt(&self.family(DEAD_LETTER_TIMES), options, IteratorMode::End);
-        rows.take(SCAN).map(|row| Ok(cursor_of(&row?.0[prefix.len()..]))).collect()
+        let cursors = rows.take(SCAN).map(|row| row.map(|(key, _)| cursor_of(&key[prefix.len()..])));
+        cursors.collect::<Result<_, _>>().map_err(|error| self.note(error.into()))
     }
 }
 

@@ -5,7 +5,7 @@ use rocksdb::ReadOptions;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use super::catalogue::EVENTS;
-use super::{Batch, Store, StoreError, decoded, keys};
+use super::{Batch, Store, StoreError, keys};
 use crate::protocol::event::Priority;
 
 #[derive(Debug, Encode, BorrowDecode)]
@@ -78,7 +78,7 @@ impl Store {
 
         let mut room = bytes;
         while let Some((key, value)) = rows.item() {
-            let row: EventRow = decoded(EVENTS, value)?;
+            let row: EventRow = self.decoded(EVENTS, value)?;
             if found.len() == limit || (row.frame.len() > room && !found.is_empty()) {
                 break;
             }
@@ -92,7 +92,7 @@ impl Store {
             });
             if newest_first { rows.prev() } else { rows.next() }
         }
-        rows.status()?;
+        rows.status().map_err(|error| self.note(error.into()))?;
         Ok(found)
     }
 

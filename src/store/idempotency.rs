@@ -28,7 +28,8 @@ impl Store {
         options.set_iterate_lower_bound(from);
         options.set_iterate_upper_bound(to);
         let rows = self.db.iterator_cf_opt(&self.family(KEY_TIMES), options, IteratorMode::Start);
-        rows.take(limit).map(|row| Ok(row?.0.into_vec())).collect()
+        let keys = rows.take(limit).map(|row| row.map(|(key, _)| key.into_vec()));
+        keys.collect::<Result<_, _>>().map_err(|error| self.note(error.into()))
     }
 }
 

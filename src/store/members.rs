@@ -32,7 +32,8 @@ pub struct JoinedThread {
 
 impl Store {
     pub fn is_member(&self, tenant: &str, thread: &str, user: &str) -> Result<bool, StoreError> {
-        Ok(self.db.get_pinned_cf(&self.family(MEMBERS), keys::joined(&[tenant, thread, user]))?.is_some())
+        let found = self.db.get_pinned_cf(&self.family(MEMBERS), keys::joined(&[tenant, thread, user]));
+        found.map(|row| row.is_some()).map_err(|error| self.note(error.into()))
     }
 
     /// The user's membership, with its beginning.
@@ -112,7 +113,7 @@ impl Store {
         for turn in (0..2).cycle().take(steps) {
             lists[turn].seek([&prefixes[turn][..], &thread].concat());
             let Some(key) = lists[turn].key() else {
-                lists.iter().try_for_each(|list| list.status())?;
+                lists.iter().try_for_each(|list| list.status()).map_err(|error| self.note(error.into()))?;
                 return Ok(Some(false));
             };
             let found = &key[prefixes[turn].len()..];

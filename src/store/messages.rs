@@ -4,7 +4,7 @@ use bincode::{BorrowDecode, Decode, Encode};
 
 use super::catalogue::{MESSAGE_TEXTS, MESSAGES, OPEN_MESSAGES};
 use super::runs::{EventRef, RunKey};
-use super::{Batch, Store, StoreError, decoded, keys};
+use super::{Batch, Store, StoreError, keys};
 
 /// A message's key: its run, and its name there.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -92,7 +92,7 @@ impl Store {
         let mut text = String::new();
         for row in self.under(MESSAGE_TEXTS, key.texts()) {
             let (at, value) = row?;
-            let row: TextRow = decoded(MESSAGE_TEXTS, &value)?;
+            let row: TextRow = self.decoded(MESSAGE_TEXTS, &value)?;
             let known = from_char.saturating_sub(keys::seq_of(&at).unwrap_or(0));
             text.extend(row.text.chars().skip(known as usize));
         }

@@ -10,6 +10,7 @@
 
 pub mod catalogue;
 mod contacts;
+pub mod damage;
 pub mod dead_letters;
 mod events;
 mod idempotency;
@@ -29,6 +30,7 @@ use bincode::{BorrowDecode, Encode};
 use rocksdb::{BoundColumnFamily, DB, Direction, IteratorMode, ReadOptions, WriteBatch, WriteOptions};
 
 use self::contacts::{Contacts, MembershipChange};
+use self::damage::Damage;
 pub use self::events::{EventRange, EventRow, StoredEvent};
 pub use self::idempotency::KeyRow;
 pub use self::members::{JoinedThread, MemberRow};
@@ -56,6 +58,8 @@ pub enum StoreError {
         .0.display()
     )]
     Newer(PathBuf),
+    #[error("the damaged projections cannot be set aside: {0}")]
+    SetAside(#[from] std::io::Error),
 }
 
 impl From<StoreError> for Error {
@@ -68,6 +72,9 @@ impl From<StoreError> for Error {
 pub struct Store {
     db: DB,
     contacts: Contacts,
+    damage: Damage,
+    /// What was wrong with those that this one replaces.
+    set_aside: Option<String>,
 }
 
 /// Rows that become visible together.
@@ -94,7 +101,7 @@ impl Store {
                 error.into()
             }
         })?;
-        Ok(Store { db, contacts: Contacts::default() })
+        Ok(Store { db, contacts: Contacts::default(), damage: Damage::default(), set_aside: None })
     }
 
     /// Deletes the store in `path`.
@@ -118,11 +125,16 @@ impl Store {
         family: &'static str,
         key: &[u8],
     ) -> Result<Option<T>, StoreError> {
-        let Some(bytes) = self.db.get_pinned_cf(&self.family(family), key)? else {
+        let found = self.db.get_pinned_cf(&self.family(family), key).map_err(|error| self.note(error.into()))?;
+        let Some(bytes) = found else {
             return Ok(None);
         };
-        let row = codec::decode(schema, &bytes).map_err(|source| StoreError::Damaged { family, source })?;
+        let row = codec::decode(schema, &bytes).map_err(|source| self.note(StoreError::Damaged { family, source }))?;
         Ok(Some(row))
+    }
+
+    fn decoded<'a, T: BorrowDecode<'a, ()>>(&self, family: &'static str, bytes: &'a [u8]) -> Result<T, StoreError> {
+        codec::decode(SCHEMA, bytes).map_err(|source| self.note(StoreError::Damaged { family, source }))
     }
 
     /// What stands in a family under keys with this prefix, in order: the rest of the key, and the value.
@@ -137,7 +149,10 @@ impl Store {
         }
         let from = IteratorMode::From(&prefix, Direction::Forward);
         let (rows, begin) = (self.db.iterator_cf_opt(&self.family(family), options, from), prefix.len());
-        rows.map(move |row| Ok(row.map(|(key, value)| (key[begin..].to_vec(), value))?))
+        rows.map(move |row| match row {
+            Ok((key, value)) => Ok((key[begin..].to_vec(), value)),
+            Err(error) => Err(self.note(error.into())),
+        })
     }
 
     /// What stands in a family from one key on and before another, in order.
@@ -150,7 +165,9 @@ impl Store {
         let mut options = ReadOptions::default();
         options.set_iterate_upper_bound(to);
         let from = IteratorMode::From(from, Direction::Forward);
-        self.db.iterator_cf_opt(&self.family(family), options, from).map(|row| Ok(row?))
+        self.db
+            .iterator_cf_opt(&self.family(family), options, from)
+            .map(|row| row.map_err(|error| self.note(error.into())))
     }
 
     /// What [`Store::under`] gives, read: the rest of the key as text, and the row.
@@ -161,7 +178,7 @@ impl Store {
     ) -> impl Iterator<Item = Result<(String, T), StoreError>> {
         self.under(family, prefix).map(move |row| {
             let (rest, value) = row?;
-            Ok((String::from_utf8_lossy(&rest).into_owned(), decoded(family, &value)?))
+            Ok((String::from_utf8_lossy(&rest).into_owned(), self.decoded(family, &value)?))
         })
     }
 
@@ -178,7 +195,7 @@ impl Store {
     pub fn commit(&self, batch: Batch<'_>) -> Result<(), StoreError> {
         let mut options = WriteOptions::default();
         options.disable_wal(true);
-        self.db.write_opt(batch.rows, &options)?;
+        self.db.write_opt(batch.rows, &options).map_err(|error| self.note(error.into()))?;
         self.contacts.apply(&batch.memberships);
         Ok(())
     }
@@ -186,7 +203,8 @@ impl Store {
     /// Makes durable what has been committed, so that the next start reads no more of the log than it must.
     pub fn flush(&self) -> Result<(), StoreError> {
         let families: Vec<_> = catalogue::names().map(|name| self.family(name)).collect();
-        Ok(self.db.flush_cfs_opt(&families.iter().collect::<Vec<_>>(), &Default::default())?)
+        let flushed = self.db.flush_cfs_opt(&families.iter().collect::<Vec<_>>(), &Default::default());
+        flushed.map_err(|error| self.note(error.into()))
     }
 
     /// Every row of every family, in order, to compare two stores; without the one that names the log's generation, since
@@ -198,10 +216,6 @@ impl Store {
         });
         rows.filter(|row| !matches!(row, Ok((family, key, _)) if origin::names_log(family, key)))
     }
-}
-
-fn decoded<'a, T: BorrowDecode<'a, ()>>(family: &'static str, bytes: &'a [u8]) -> Result<T, StoreError> {
-    codec::decode(SCHEMA, bytes).map_err(|source| StoreError::Damaged { family, source })
 }
 
 /// A family's name, a key and a value.

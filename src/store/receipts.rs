@@ -6,7 +6,7 @@ use rocksdb::{Direction, IteratorMode, ReadOptions};
 use std::collections::BTreeMap;
 
 use super::catalogue::{RECEIPTS, SUBSCRIPTION_BEGINS, SUBSCRIPTION_NAMES};
-use super::{Batch, Store, StoreError, decoded, keys};
+use super::{Batch, Store, StoreError, keys};
 
 /// How far a user has come in a thread, under the name of a durable subscription.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
@@ -61,9 +61,9 @@ impl Store {
         options.set_iterate_lower_bound(part);
         let from = IteratorMode::From(&key, Direction::Reverse);
         let mut rows = self.db.iterator_cf_opt(&self.family(SUBSCRIPTION_BEGINS), options, from);
-        let Some(row) = rows.next().transpose()? else { return Ok(None) };
+        let Some(row) = rows.next().transpose().map_err(|error| self.note(error.into()))? else { return Ok(None) };
 
-        let row: BeginsRow = decoded(SUBSCRIPTION_BEGINS, &row.1)?;
+        let row: BeginsRow = self.decoded(SUBSCRIPTION_BEGINS, &row.1)?;
         let at = row.threads.binary_search_by(|(found, _)| found.as_str().cmp(thread));
         Ok(at.ok().map(|at| row.threads[at].1))
     }
@@ -72,7 +72,7 @@ impl Store {
     pub fn begins(&self, tenant: &str, user: &str, name: &str) -> Result<BTreeMap<String, u64>, StoreError> {
         let mut found = BTreeMap::new();
         for row in self.under(SUBSCRIPTION_BEGINS, keys::prefix(&[tenant, user, name])) {
-            let row: BeginsRow = decoded(SUBSCRIPTION_BEGINS, &row?.1)?;
+            let row: BeginsRow = self.decoded(SUBSCRIPTION_BEGINS, &row?.1)?;
             found.extend(row.threads);
         }
         Ok(found)

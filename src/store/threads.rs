@@ -3,7 +3,7 @@
 use bincode::{Decode, Encode};
 
 use super::catalogue::THREADS;
-use super::{Batch, Store, StoreError, decoded, keys};
+use super::{Batch, Store, StoreError, keys};
 use crate::protocol::event::Priority;
 
 /// A thread as it is now.
@@ -65,7 +65,7 @@ impl Store {
                 }
                 let (key, value) = row?;
                 let thread = String::from_utf8_lossy(&key[prefix.len()..]).into_owned();
-                threads.push((thread, decoded(THREADS, &value)?));
+                threads.push((thread, self.decoded(THREADS, &value)?));
             }
         }
         Ok(threads)

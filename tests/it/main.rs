@@ -4,6 +4,7 @@
 //! - `routing`: who gets what
 //! - `streaming`: events, runs and messages in deltas on their way to readers
 //! - `reliability`: acknowledgements, durable subscriptions, dead letters, flow control, brokers and clients that fail
+//! - `damage`: files that were changed, cut or lost, and disks that fail
 //! - `persistence`: keys, projections and their rebuild
 //! - `services`: HTTP, health, metrics, schemas and the command
 //! - `performance`: the benchmark measures what the server did
@@ -17,6 +18,7 @@ mod support;
 
 mod connection;
 mod crash;
+mod damage;
 mod house;
 mod log_contract;
 mod model;

@@ -26,8 +26,14 @@ pub fn alive() -> Reply {
 
 /// `GET /readyz`
 pub fn ready(probes: &Probes) -> Reply {
-    let lookup = probes.store.head("readyz", "readyz").map(drop).map_err(|error| error.to_string());
-    let ready = probes.health.ready(lookup);
+    let lookup = match probes.store.damage() {
+        Some(damage) => Err(format!("{damage}; the server starts anew, to make the projections anew")),
+        None => probes.store.head("readyz", "readyz").map(drop).map_err(|error| error.to_string()),
+    };
+    let mut ready = probes.health.ready(lookup);
+    if !ready.projector.caught_up {
+        ready.projector.rebuilding = probes.store.set_aside().map(str::to_owned);
+    }
     json(if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &ready)
 }
 

@@ -4,7 +4,7 @@
 //! counts over all partitions, without holes: keys only grow, so files never overlap and compaction moves them without
 //! rewriting. The partition counts over all topics, events first, and determines the topic: no row names it, and a log
 //! from before there were other topics reads as one of events. Column family `default` holds the log's
-//! [identity](super::identity).
+//! [identity](super::identity), and of a log that was salvaged the `holes`: offsets whose records were lost.
 
 use std::sync::Arc;
 
@@ -15,8 +15,12 @@ use rocksdb::{BoundColumnFamily, ColumnFamilyDescriptor, DB, Options, WriteOptio
 use crate::codec;
 use crate::log::{Foreign, Grant, Position, Record, Topic};
 
-const RECORDS: &str = "records";
+pub(super) const RECORDS: &str = "records";
 const ROW_SCHEMA: u8 = 1;
+const HOLES_SCHEMA: u8 = 1;
+
+/// A row of the column family `default`.
+pub(super) const HOLES: &str = "holes";
 
 #[derive(Encode, BorrowDecode)]
 struct Row<'a> {
@@ -62,6 +66,11 @@ pub(super) fn decode(topic: Topic, bytes: &[u8]) -> Result<Record, Foreign> {
     })
 }
 
+/// Where a record belongs, when each topic has `each` partitions.
+pub(super) fn partition_of(record: &Record, each: u32) -> u32 {
+    record.topic.partition(crc32fast::hash(record.key.as_bytes()) % each, each)
+}
+
 pub(super) fn key_of(at: Position) -> [u8; 12] {
     let mut key = [0; 12];
     key[..8].copy_from_slice(&at.offset.to_be_bytes());
@@ -75,6 +84,29 @@ pub(super) fn parse_key(key: &[u8]) -> Option<Position> {
         offset: u64::from_be_bytes(offset.try_into().ok()?),
         partition: u32::from_be_bytes(partition.try_into().ok()?),
     })
+}
+
+/// Offsets that the log does not have: ranges, each up to and without its second number, in order.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(super) struct Holes(pub Vec<(u64, u64)>);
+
+impl Holes {
+    pub fn encode(&self) -> Vec<u8> {
+        codec::encode(HOLES_SCHEMA, &self.0)
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Holes, codec::CodecError> {
+        codec::decode(HOLES_SCHEMA, bytes).map(Holes)
+    }
+
+    /// The first offset from this one on that the log can have.
+    pub fn skip(&self, offset: u64) -> u64 {
+        let before = self.0.partition_point(|(_, to)| *to <= offset);
+        match self.0.get(before) {
+            Some((from, to)) if *from <= offset => *to,
+            _ => offset,
+        }
+    }
 }
 
 /// The options of the database, and those of its column family of records.

@@ -110,7 +110,8 @@ fn put_next(batch: &mut WriteBatch, identity: &Identity, cause: Cause, end: u64)
     next
 }
 
-fn read(db: &DB) -> Result<Option<Identity>, LogError> {
+/// What the log says of itself, if it does.
+pub(super) fn read(db: &DB) -> Result<Option<Identity>, LogError> {
     let Some(id) = get(db, EPOCH)? else {
         return Ok(None);
     };
@@ -124,10 +125,29 @@ fn read(db: &DB) -> Result<Option<Identity>, LogError> {
     Ok(Some(Identity { generation: row.generation, tag: row.tag, continued, ..Identity::new(id) }))
 }
 
+/// Of one topic.
+pub(super) fn partitions(db: &DB) -> Result<Option<u32>, LogError> {
+    Ok(get(db, PARTITIONS)?.and_then(|bytes| Some(u32::from_be_bytes(bytes.try_into().ok()?))))
+}
+
+/// Gives a log that was salvaged its identity: the generation after the one that was damaged, if that can still be read.
+pub(super) fn name_salvaged(
+    db: &DB,
+    before: Option<Identity>,
+    partitions: u32,
+    end: u64,
+) -> Result<Identity, LogError> {
+    let mut batch = WriteBatch::default();
+    let identity = before.unwrap_or_else(Identity::random);
+    batch.put(EPOCH, &identity.id);
+    batch.put(PARTITIONS, partitions.to_be_bytes());
+    let next = put_next(&mut batch, &identity, Cause::Salvaged, end);
+    write(db, batch)?;
+    Ok(next)
+}
+
 fn check_partitions(db: &DB, configured: u32) -> Result<(), LogError> {
-    let found = get(db, PARTITIONS)?
-        .and_then(|bytes| Some(u32::from_be_bytes(bytes.try_into().ok()?)))
-        .ok_or_else(|| LogError::Damaged("the number of partitions is missing".into()))?;
+    let found = partitions(db)?.ok_or_else(|| LogError::Damaged("the number of partitions is missing".into()))?;
     if found == configured { Ok(()) } else { Err(LogError::PartitionMismatch { found, configured }) }
 }
 

@@ -4,65 +4,75 @@
 //! - one writer thread takes all that waits, writes it as one batch, syncs once (group commit) and then answers each;
 //! - `end` is published only after the sync, and readers stop there: nothing they return can be lost;
 //! - a batch whose write failed is deleted again before any other is written, so that what was answered as "will never
-//!   appear" cannot come back, and the log reads the same from memory and from disk.
+//!   appear" cannot come back, and the log reads the same from memory and from disk;
+//! - offsets have no gaps but the holes that the log itself lists, so that a record that is missing is noticed;
+//! - RocksDB opens only files that were found to be as they were written, up to a torn end for which nobody was answered.
 //!
-//! Files, each using only those before it: [`format`] (rows, keys, options), [`identity`], [`shared`] (queue and tail),
-//! [`writer`], [`reader`].
+//! Files, each using only those before it: [`format`] (rows, keys, options), [`identity`], [`files`] (RocksDB's own formats, and
+//! what is wrong in a folder), [`opening`], [`shared`] (queue, tail, health), [`writer`], [`reader`], [`scrub`]; for a log that is
+//! not open [`examine`] and [`salvage`].
 
+pub mod examine;
+mod files;
 mod format;
 mod identity;
+mod opening;
 mod reader;
+pub mod salvage;
+mod scrub;
 mod shared;
 mod writer;
 
+use std::fs::File;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use bytes::Bytes;
-use rocksdb::DB;
 
-use self::format::{descriptors, options, parse_key, records};
+use self::opening::Database;
 use self::reader::EmbeddedReader;
+use self::scrub::Scrub;
 use self::shared::{Shared, lock};
 use self::writer::{FOREIGN, Writer};
 use super::{
     Append, AppendError, Bounds, Cause, Done, Grant, Identity, IfUnnamed, Log, LogError, Position, Reader, Record,
 };
-use crate::disk;
 
 /// What may wait for the writer: more is answered `queue_full`.
 const QUEUE_BYTES: usize = 64 << 20;
 
 pub struct EmbeddedLog {
     shared: Arc<Shared>,
-    writer: Mutex<Option<JoinHandle<()>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Held while files are open.
+    lock: Mutex<Option<File>>,
 }
 
 impl EmbeddedLog {
-    /// Opens the log in `dir`, or creates it with `partitions` for each topic.
+    /// Opens the log in `dir`, or creates it with `partitions` for each topic where there is none.
     pub fn open(dir: &Path, partitions: u32) -> Result<EmbeddedLog, LogError> {
         EmbeddedLog::open_with(dir, partitions, IfUnnamed::Refuse)
     }
 
     /// The same; `if_unnamed` says what to do with a log that does not say which one it is.
     pub fn open_with(dir: &Path, partitions: u32, if_unnamed: IfUnnamed<'_>) -> Result<EmbeddedLog, LogError> {
-        std::fs::create_dir_all(dir).map_err(|error| LogError::Unavailable(format!("{}: {error}", dir.display())))?;
-        let options = options(disk::takes_direct_io(dir));
-        let db =
-            DB::open_cf_descriptors(&options, dir, descriptors(&options)).map_err(|error| open_error(dir, &error))?;
-        let last = last_position(&db)?;
-        let identity = identity::open(&db, dir, partitions, last, if_unnamed)?;
+        let lock = opening::lock_folder(dir)?;
+        let Database { db, last } = opening::open(dir)?;
         let end = last.map_or(0, |last| last.offset + 1);
+        let identity = identity::open(&db, dir, partitions, last, if_unnamed)?;
+        let holes = opening::holes(&db)?;
 
-        let shared = Arc::new(Shared::new(db, identity, partitions, end));
-        let writer = Writer::new(shared.clone(), end);
-        let handle = std::thread::Builder::new()
-            .name("log-writer".into())
-            .spawn(move || writer.run())
-            .map_err(|error| LogError::Unavailable(format!("cannot start the log writer: {error}")))?;
-        Ok(EmbeddedLog { shared, writer: Mutex::new(Some(handle)) })
+        let shared = Arc::new(Shared::new(dir.to_owned(), db, identity, partitions, holes, end));
+        let (writer, scrub) = (Writer::new(shared.clone(), end), Scrub::new(shared.clone()));
+        let threads = vec![start("log-writer", move || writer.run())?, start("log-scrub", move || scrub.run())?];
+        Ok(EmbeddedLog { shared, threads: Mutex::new(threads), lock: Mutex::new(Some(lock)) })
+    }
+
+    /// Whether there is no log in `dir`, so that opening it would create one.
+    pub fn is_missing(dir: &Path) -> bool {
+        files::is_empty(dir).unwrap_or(false)
     }
 
     /// Puts bytes that are no record of Weft's into a partition, as damage or another program would: for tests.
@@ -83,24 +93,9 @@ impl EmbeddedLog {
     }
 }
 
-fn open_error(dir: &Path, error: &rocksdb::Error) -> LogError {
-    let text = error.to_string();
-    // RocksDB has no kind of its own for it: the same process holds the lock, or another one does.
-    let locked = text.contains("lock hold by current process") || text.contains("While lock file");
-    match error.kind() {
-        rocksdb::ErrorKind::IOError if locked => {
-            LogError::Unavailable(format!("{} is in use by another process", dir.display()))
-        }
-        rocksdb::ErrorKind::Corruption => LogError::Damaged(text),
-        _ => LogError::Unavailable(text),
-    }
-}
-
-fn last_position(db: &DB) -> Result<Option<Position>, LogError> {
-    let mut newest = db.raw_iterator_cf(&records(db));
-    newest.seek_to_last();
-    newest.status().map_err(|error| LogError::Damaged(error.to_string()))?;
-    Ok(newest.key().and_then(parse_key))
+fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, LogError> {
+    let started = std::thread::Builder::new().name(name.into()).spawn(run);
+    started.map_err(|error| LogError::Unavailable(format!("cannot start the thread {name}: {error}")))
 }
 
 impl Log for EmbeddedLog {
@@ -110,7 +105,7 @@ impl Log for EmbeddedLog {
 
     fn new_generation(&self, cause: Cause) -> Result<(), LogError> {
         let end = lock(&self.shared.tail).end;
-        let next = identity::begin_generation(&self.shared.db, &self.shared.identity.load(), cause, end)?;
+        let next = identity::begin_generation(&*self.shared.database()?, &self.shared.identity.load(), cause, end)?;
         self.shared.identity.store(Arc::new(next));
         Ok(())
     }
@@ -177,17 +172,19 @@ impl Log for EmbeddedLog {
     fn committed(&self, _: &[u64]) {}
 
     fn health(&self) -> Result<(), String> {
-        lock(&self.shared.health).clone()
+        self.shared.health()
     }
 
     fn close(&self) {
         lock(&self.shared.queue).closed = true;
         self.shared.queued.notify_one();
-        *lock(&self.shared.health) = Err("the log is closed".into());
-        if let Some(writer) = lock(&self.writer).take() {
-            // It ends without an error: a panic of it ends the process.
-            drop(writer.join());
+        self.shared.set_closed();
+        for thread in lock(&self.threads).drain(..) {
+            // The writer ends without an error: a panic of it ends the process. One of the scrubber has been reported.
+            drop(thread.join());
         }
+        drop(self.shared.db.write().unwrap_or_else(PoisonError::into_inner).take());
+        drop(lock(&self.lock).take());
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use rocksdb::ReadOptions;
 
-use super::format::{decode, parse_key, records};
+use super::format::{decode, records};
 use super::shared::{Shared, lock};
 use crate::log::{Entry, LogError, Positions, READ_BYTES, Reader, Topic};
 
@@ -94,34 +94,33 @@ impl EmbeddedReader {
     }
 
     fn read_disk(&mut self, from: u64, end: u64, max: usize) -> Result<Vec<Entry>, LogError> {
+        let shared = self.shared.clone();
+        let db = shared.database()?;
         let mut options = ReadOptions::default();
         options.set_readahead_size(1 << 20);
         options.fill_cache(false);
         options.set_iterate_upper_bound(end.to_be_bytes().to_vec());
-        let mut rows = self.shared.db.raw_iterator_cf_opt(&records(&self.shared.db), options);
+        let mut rows = db.raw_iterator_cf_opt(&records(&db), options);
 
         let mut found = Vec::with_capacity(max.min((end - from) as usize));
-        let mut next = end;
+        let mut next = shared.holes.skip(from);
         let mut bytes = 0;
         rows.seek(from.to_be_bytes());
-        while let Some((key, value)) = rows.item() {
-            let Some(at) = parse_key(key).filter(|at| at.partition < self.shared.partitions()) else {
-                return Err(LogError::Damaged(format!("a key of {} bytes among the records", key.len())));
-            };
-            if found.len() == max || bytes > READ_BYTES {
-                next = at.offset;
-                break;
-            }
+        while let Some((key, value)) = rows.item().filter(|_| found.len() < max && bytes <= READ_BYTES) {
+            let at = shared.expect_offset(key, next)?;
+            next = shared.holes.skip(at.offset + 1);
             if at.offset >= self.positions[at.partition as usize] {
                 bytes += value.len();
-                let topic = Topic::locate(at.partition, self.shared.each).0;
+                let topic = Topic::locate(at.partition, shared.each).0;
                 found.push(Entry { at, record: decode(topic, value) });
             }
             rows.next();
         }
-        rows.status().map_err(|error| LogError::Damaged(error.to_string()))?;
-        drop(rows);
-        self.advance(next);
+        rows.status().map_err(|error| shared.read_error(&error))?;
+        if !rows.valid() && next < end {
+            return Err(shared.damaged(format!("the records {next}..{end} are missing")));
+        }
+        self.advance(next.min(end));
         Ok(found)
     }
 

@@ -1,29 +1,48 @@
-//! What the writer thread, the appenders and the readers have in common.
+//! What the writer thread, the scrubber, the appenders and the readers have in common.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use rocksdb::DB;
 
-use crate::log::{Append, Entry, Identity, Topic};
+use super::format::{Holes, parse_key};
+use crate::log::{Append, Entry, Identity, LogError, Position, Topic};
+use crate::telemetry;
 
 /// The newest records stay in memory, so that a reader at the tail does not read the disk.
 const TAIL_BYTES: usize = 16 << 20;
 
 pub(super) struct Shared {
-    pub(super) db: DB,
+    pub(super) dir: PathBuf,
+    /// None while the writer opens it again after a failure, and once the log is closed. Whoever reads holds the lock for one
+    /// read, so that the writer gets it.
+    pub(super) db: RwLock<Option<DB>>,
     pub(super) identity: ArcSwap<Identity>,
     /// How many partitions each topic has.
     pub(super) each: u32,
+    pub(super) holes: Holes,
     pub(super) queue: Mutex<Queue>,
     /// Signalled when the queue is no longer empty, or closed.
     pub(super) queued: Condvar,
     pub(super) tail: Mutex<Tail>,
     /// Signalled when the tail has grown.
     pub(super) grown: Condvar,
-    pub(super) health: Mutex<Result<(), String>>,
+    state: Mutex<State>,
+    /// Signalled when the log is closed.
+    closing: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    closed: bool,
+    /// Why nothing can be written.
+    failing: Option<String>,
+    /// What was found to be damaged. Stays until the next start.
+    damaged: Option<String>,
 }
 
 #[derive(Default)]
@@ -45,23 +64,106 @@ pub(super) struct Tail {
     pub(super) end: u64,
 }
 
+/// The database, open for as long as this is held.
+pub(super) struct Opened<'a>(RwLockReadGuard<'a, Option<DB>>);
+
+impl Deref for Opened<'_> {
+    type Target = DB;
+
+    fn deref(&self) -> &DB {
+        // `Shared::database` makes none without one.
+        self.0.as_ref().expect("it is open while the lock is held")
+    }
+}
+
 impl Shared {
-    pub(super) fn new(db: DB, identity: Identity, each: u32, end: u64) -> Shared {
+    pub(super) fn new(dir: PathBuf, db: DB, identity: Identity, each: u32, holes: Holes, end: u64) -> Shared {
+        telemetry::log_damaged().set(0.0);
+        // An alert looks for their increase, so they have to be there before.
+        [telemetry::log_mended(), telemetry::log_reopened()].iter().for_each(|counter| counter.increment(0));
         Shared {
-            db,
+            dir,
+            db: RwLock::new(Some(db)),
             identity: ArcSwap::from_pointee(identity),
             each,
+            holes,
             queue: Mutex::default(),
             queued: Condvar::new(),
             tail: Mutex::new(Tail::new(end)),
             grown: Condvar::new(),
-            health: Mutex::new(Ok(())),
+            state: Mutex::default(),
+            closing: Condvar::new(),
         }
     }
 
     /// Of all topics together.
     pub(super) fn partitions(&self) -> u32 {
         self.each * Topic::ALL.len() as u32
+    }
+
+    pub(super) fn database(&self) -> Result<Opened<'_>, LogError> {
+        let db = self.db.read().unwrap_or_else(PoisonError::into_inner);
+        if db.is_some() {
+            return Ok(Opened(db));
+        }
+        drop(db);
+        Err(LogError::Unavailable(self.health().err().unwrap_or_else(|| "it is being opened again".into())))
+    }
+
+    /// What RocksDB's error means to whoever reads.
+    pub(super) fn read_error(&self, error: &rocksdb::Error) -> LogError {
+        if error.kind() == rocksdb::ErrorKind::Corruption {
+            return self.damaged(error.to_string());
+        }
+        LogError::Unavailable(error.to_string())
+    }
+
+    /// Notes damage, and gives it as an error. The first that is found counts: what follows is often its consequence.
+    pub(super) fn damaged(&self, what: String) -> LogError {
+        let mut state = lock(&self.state);
+        if state.damaged.is_none() {
+            tracing::error!(what, "the log is damaged: stop the server, then `weft doctor` says more");
+            telemetry::log_damaged().set(1.0);
+            state.damaged = Some(what.clone());
+        }
+        LogError::Damaged(what)
+    }
+
+    /// The position that a row's key says, which has to be at the offset that comes next: offsets have no gaps.
+    pub(super) fn expect_offset(&self, key: &[u8], next: u64) -> Result<Position, LogError> {
+        match parse_key(key).filter(|at| at.partition < self.partitions()) {
+            Some(at) if at.offset == next => Ok(at),
+            Some(at) if at.offset > next => Err(self.damaged(format!("the records {next}..{} are missing", at.offset))),
+            _ => Err(self.damaged(format!("a key of {} bytes among the records, at {next}", key.len()))),
+        }
+    }
+
+    pub(super) fn set_failing(&self, why: Option<String>) {
+        lock(&self.state).failing = why;
+    }
+
+    pub(super) fn health(&self) -> Result<(), String> {
+        let state = lock(&self.state);
+        match &*state {
+            State { closed: true, .. } => Err("the log is closed".into()),
+            State { failing: Some(why), .. } => Err(why.clone()),
+            State { damaged: Some(what), .. } => {
+                Err(format!("the log is damaged: {what}; stop the server and run `weft doctor`"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn set_closed(&self) {
+        lock(&self.state).closed = true;
+        self.closing.notify_all();
+    }
+
+    /// Waits for so long, or until the log is closed; says whether it is.
+    pub(super) fn wait_closed(&self, within: Duration) -> bool {
+        let state = lock(&self.state);
+        let waited = self.closing.wait_timeout_while(state, within, |state| !state.closed);
+        waited.unwrap_or_else(PoisonError::into_inner).0.closed
     }
 }
 

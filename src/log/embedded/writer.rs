@@ -1,15 +1,27 @@
 //! The writer thread: takes all that waits, writes it as one batch, syncs once, and answers each appender.
+//!
+//! After a failed write or sync RocksDB takes nothing more until it is opened again. So the writer first tries to delete what
+//! the failed batch may have left; where that fails as well, it closes the database and opens it again, with the same checks
+//! as at the start, at once and then every second. What was synced before is in the files; what was not is dropped or
+//! deleted. Meanwhile appends are refused, and `health` says why. A full disk is different: RocksDB goes on by itself once
+//! there is room, and stays readable until then.
 
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use metrics::Histogram;
 use rocksdb::WriteBatch;
 
-use super::format::{decode, encode, key_of, records, synced};
+use super::format::{decode, encode, key_of, partition_of, records, synced};
+use super::opening;
 use super::shared::{Shared, lock};
 use crate::log::{Append, AppendError, Done, Entry, Position, Record};
-use crate::{panics, telemetry};
+use crate::{disk, panics, telemetry};
+
+/// How often a log that fails is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+/// With less room on the disk there is no use in opening the database again.
+const ROOM: u64 = 64 << 20;
 
 /// Marks a record that `append_foreign` wants written without a frame: no tenant begins with a NUL.
 pub(super) const FOREIGN: char = '\0';
@@ -19,6 +31,8 @@ pub(super) struct Writer {
     end: u64,
     /// Keys of a batch whose write failed: to be deleted before anything else is written.
     leftover: Vec<[u8; 12]>,
+    /// When the log failed last, and why. Nothing is written until it works again.
+    failed: Option<(Instant, String)>,
     append_seconds: Histogram,
     batch_records: Histogram,
 }
@@ -29,6 +43,7 @@ impl Writer {
             shared,
             end,
             leftover: Vec::new(),
+            failed: None,
             append_seconds: telemetry::append_seconds(),
             batch_records: telemetry::append_batch_records(),
         }
@@ -37,11 +52,19 @@ impl Writer {
     pub(super) fn run(mut self) {
         let _vital = panics::abort_on_panic("the log's writer");
         while let Some(batch) = self.next_batch() {
-            self.write(batch);
+            if self.failed.as_ref().is_some_and(|(since, _)| since.elapsed() >= RETRY) {
+                self.recover();
+            }
+            match &self.failed {
+                None if batch.is_empty() => {}
+                None => self.write(batch),
+                Some((_, why)) => refuse(batch, why),
+            }
         }
     }
 
-    /// All that waits; blocks until there is something. `None` once closed and empty.
+    /// All that waits; blocks until there is something, or until a log that fails is to be tried again. `None` once closed and
+    /// empty.
     fn next_batch(&self) -> Option<Vec<(Append, Instant)>> {
         let mut queue = lock(&self.shared.queue);
         loop {
@@ -52,17 +75,22 @@ impl Writer {
             if queue.closed {
                 return None;
             }
-            queue = self.shared.queued.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            let Some((since, _)) = &self.failed else {
+                queue = self.shared.queued.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let Some(left) = RETRY.checked_sub(since.elapsed()) else {
+                return Some(Vec::new());
+            };
+            queue = self.shared.queued.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     fn write(&mut self, batch: Vec<(Append, Instant)>) {
-        if let Err(error) = self.clean_up() {
-            for (append, _) in batch {
-                (append.done)(Err(AppendError::Unavailable(error.clone())));
-            }
-            return;
-        }
+        let shared = self.shared.clone();
+        let Ok(db) = shared.database() else {
+            return refuse(batch, "it is not open");
+        };
 
         let mut rows = WriteBatch::default();
         let mut entries = Vec::with_capacity(batch.len());
@@ -71,14 +99,16 @@ impl Writer {
         for (Append { record, done }, since) in batch {
             let (entry, row) = self.entry_and_row(record, self.end + entries.len() as u64);
             bytes += row.len();
-            rows.put_cf(&records(&self.shared.db), key_of(entry.at), row);
+            rows.put_cf(&records(&db), key_of(entry.at), row);
             entries.push(entry);
             answers.push((done, since));
         }
 
-        match self.shared.db.write_opt(rows, &synced()) {
+        let written = db.write_opt(rows, &synced());
+        drop(db);
+        match written {
             Ok(()) => self.publish(entries, bytes, answers),
-            Err(error) => self.fail(entries, answers, error.to_string()),
+            Err(error) => self.fail(entries, answers, &error),
         }
     }
 
@@ -90,8 +120,7 @@ impl Writer {
             let entry = Entry { at, record: decode(record.topic, &row) };
             return (entry, row);
         }
-        let each = self.shared.each;
-        let partition = record.topic.partition(crc32fast::hash(record.key.as_bytes()) % each, each);
+        let partition = partition_of(&record, self.shared.each);
         let row = encode(&record);
         (Entry { at: Position { partition, offset }, record: Ok(record) }, row)
     }
@@ -118,33 +147,81 @@ impl Writer {
         }
     }
 
-    fn fail(&mut self, entries: Vec<Entry>, answers: Vec<(Done, Instant)>, error: String) {
+    fn fail(&mut self, entries: Vec<Entry>, answers: Vec<(Done, Instant)>, error: &rocksdb::Error) {
+        // A table that cannot be compacted stops writes as well.
+        if error.kind() == rocksdb::ErrorKind::Corruption {
+            self.shared.damaged(error.to_string());
+        }
+        let error = error.to_string();
         tracing::error!(error, records = entries.len(), "the log could not write a batch");
         self.leftover = entries.iter().map(|entry| key_of(entry.at)).collect();
+        self.recover();
         // Once the leftover is certainly gone, the outcome is certain too.
-        let outcome = match self.clean_up() {
-            Ok(()) => AppendError::Unavailable(error),
-            Err(_) => AppendError::Unknown(error),
+        let outcome = match self.failed {
+            None => AppendError::Unavailable(error),
+            Some(_) => AppendError::Unknown(error),
         };
         for (done, _) in answers {
             done(Err(outcome.clone()));
         }
     }
 
-    /// Deletes what a failed write may have left. The log takes nothing before that succeeded.
-    fn clean_up(&mut self) -> Result<(), String> {
-        if self.leftover.is_empty() {
-            return Ok(());
+    /// Makes a log that failed work again, if its disk does.
+    fn recover(&mut self) {
+        let mut result = self.clean_up();
+        if let Err(error) = &result
+            && !self.waits_for_room(error)
+        {
+            result = self.reopen().and_then(|()| self.clean_up());
         }
+        if let Err(why) = result {
+            let why = format!("the log cannot write ({why}); it is tried again every second");
+            self.shared.set_failing(Some(why.clone()));
+            self.failed = Some((Instant::now(), why));
+        } else if self.failed.take().is_some() {
+            tracing::info!("the log takes records again");
+            self.shared.set_failing(None);
+        }
+    }
+
+    /// RocksDB goes on by itself when there is room again. Where there is and it does not, it has to be opened again.
+    fn waits_for_room(&self, error: &str) -> bool {
+        error.contains("No space left on device") && disk::room(&self.shared.dir).is_ok_and(|room| room < ROOM)
+    }
+
+    /// Deletes what a failed write may have left.
+    fn clean_up(&mut self) -> Result<(), String> {
+        let db = self.shared.database().map_err(|_| "it is not open".to_owned())?;
         let mut deletes = WriteBatch::default();
         for key in &self.leftover {
-            deletes.delete_cf(&records(&self.shared.db), key);
+            deletes.delete_cf(&records(&db), key);
         }
-        let result = self.shared.db.write_opt(deletes, &synced()).map_err(|error| error.to_string());
-        if result.is_ok() {
-            self.leftover.clear();
+        db.write_opt(deletes, &synced()).map_err(|error| error.to_string())?;
+        drop(db);
+        self.leftover.clear();
+        Ok(())
+    }
+
+    /// Closes the database and opens it again. What it holds is what was synced, and perhaps the leftover.
+    fn reopen(&mut self) -> Result<(), String> {
+        let mut slot = self.shared.db.write().unwrap_or_else(PoisonError::into_inner);
+        drop(slot.take());
+        let database = opening::open(&self.shared.dir).map_err(|error| error.to_string())?;
+        let end = database.end();
+        if end < self.end {
+            let what = format!("opened again, it ends at {end}: the records up to {} are missing", self.end);
+            return Err(self.shared.damaged(what).to_string());
         }
-        *lock(&self.shared.health) = result.clone();
-        result
+        *slot = Some(database.db);
+        telemetry::log_reopened().increment(1);
+        tracing::warn!("the log was opened again after its disk had failed");
+        Ok(())
+    }
+}
+
+/// Answers what is not written at all.
+fn refuse(batch: Vec<(Append, Instant)>, why: &str) {
+    for (append, _) in batch {
+        (append.done)(Err(AppendError::Unavailable(why.to_owned())));
     }
 }

@@ -1,6 +1,7 @@
 //! What every test starts from: a real server process on a free port and a temporary folder, and a plain client that
 //! shows what is on the wire. Nothing waits by sleeping; every wait is for something, with a limit that only a hang meets.
 
+pub mod faults;
 pub mod kafka;
 pub mod schemas;
 pub mod sse;
@@ -118,6 +119,8 @@ pub struct Server {
     log: LogKind,
     log_level: Option<&'static str>,
     more: Vec<String>,
+    /// Variables of its environment.
+    variables: Vec<(&'static str, PathBuf)>,
     /// What it has written to stderr.
     errors: Arc<Mutex<String>>,
     data: PathBuf,
@@ -156,13 +159,17 @@ impl Server {
         Server::stopped_with(log, &[])
     }
 
-    fn stopped_with(log: LogKind, more: &[&str]) -> Server {
+    pub fn stopped_with(log: LogKind, more: &[&str]) -> Server {
         let folder = tempfile::tempdir().unwrap();
         let data = folder.path().join("data");
         let more: Vec<String> = more.iter().map(|it| (*it).to_owned()).collect();
-        let errors = Arc::default();
+        let (errors, variables) = (Arc::default(), Vec::new());
         let (url, log_level) = (String::new(), None);
-        Server { child: None, url, admin: None, log, log_level, more, errors, data, _folder: folder }
+        Server { child: None, url, admin: None, log, log_level, more, variables, errors, data, _folder: folder }
+    }
+
+    pub fn set_variable(&mut self, name: &'static str, value: &Path) {
+        self.variables.push((name, value.to_owned()));
     }
 
     /// Starts the process, and returns once it listens.
@@ -177,8 +184,7 @@ impl Server {
         self.errors()
     }
 
-    /// Whether the process starts and listens. One that does not has ended.
-    fn try_up(&mut self) -> bool {
+    fn command(&self) -> Command {
         let mut command = weft();
         command
             .args(["serve", "--listen", "127.0.0.1:0", "--data"])
@@ -189,7 +195,13 @@ impl Server {
         if !self.more.iter().any(|it| matches!(it.as_str(), "--jwt-key" | "--jwt-secret")) {
             command.args(["--jwt-secret", SECRET]);
         }
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        command.envs(self.variables.iter().map(|(name, value)| (*name, value)));
+        command
+    }
+
+    /// Whether the process starts and listens. One that does not has ended.
+    fn try_up(&mut self) -> bool {
+        let mut child = self.command().stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         // Read to the end, so that the server never waits for its own log.
         let (mut stderr, errors) = (BufReader::new(child.stderr.take().unwrap()), self.errors.clone());
         let reading = std::thread::spawn(move || {

@@ -1,0 +1,151 @@
+//! Projections that are damaged: noticing it, setting them aside, and looking at those that are not open.
+//!
+//! What is derived can be made anew, so damage in it costs time and nothing else. But nothing is deleted for it: the folder is
+//! renamed, since it may be the only copy of what a damaged log has lost. One such folder is kept.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use rocksdb::{DB, ErrorKind};
+
+use super::contacts::Contacts;
+use super::{Store, StoreError, catalogue};
+use crate::codec::CodecError;
+use crate::{clock, telemetry};
+
+/// In the folder of projections in which damage was found: what it was. The next start sets the folder aside.
+const MARK: &str = "damaged";
+
+/// What was found to be damaged, if anything was.
+#[derive(Default)]
+pub(super) struct Damage(Mutex<Option<String>>);
+
+impl Store {
+    /// Opens the store in `path`. One that is damaged is set aside, and an empty one begun in its place.
+    pub fn open_or_set_aside(path: &Path) -> Result<Store, StoreError> {
+        let opened = Store::open(path).and_then(|store| match store.origin() {
+            Err(error) if error.is_damage() => Err(error),
+            _ => Ok(store),
+        });
+        let why = match (opened, mark(path)) {
+            (Ok(store), None) => return Ok(store),
+            (Ok(_), Some(marked)) => marked,
+            (Err(error), _) if error.is_damage() => error.to_string(),
+            (Err(error), _) => return Err(error),
+        };
+        set_aside(path, &why)?;
+        telemetry::projections_damaged().increment(1);
+        Ok(Store { set_aside: Some(why), ..Store::open(path)? })
+    }
+
+    /// Why the projections from before were set aside at the start, if they were.
+    pub fn set_aside(&self) -> Option<&str> {
+        self.set_aside.as_deref()
+    }
+
+    /// Notes damage that an error shows, so that `/readyz` says it and the next start makes the projections anew.
+    pub(super) fn note(&self, error: StoreError) -> StoreError {
+        if error.is_damage() {
+            let mut damage = self.damage.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if damage.is_none() {
+                tracing::error!(%error, "the projections are damaged");
+                *damage = Some(error.to_string());
+                if let Err(error) = std::fs::write(self.db.path().join(MARK), error.to_string()) {
+                    tracing::error!(%error, "the mark that the projections are damaged was not written");
+                }
+            }
+        }
+        error
+    }
+
+    /// What was found to be damaged since the start.
+    pub fn damage(&self) -> Option<String> {
+        self.damage.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    /// Reads every row of the projections in `path`, which are not open. `None` where there are none.
+    pub fn examine(path: &Path) -> Result<Option<ExaminedStore>, StoreError> {
+        if !path.join("CURRENT").exists() {
+            return Ok(None);
+        }
+        let mut examined = ExaminedStore::default();
+        examined.problems.extend(mark(path));
+        let options = catalogue::database(false);
+        let opened = DB::open_cf_descriptors_read_only(&options, path, catalogue::descriptors(), false);
+        let store = match opened {
+            Ok(db) => Store { db, contacts: Contacts::default(), damage: Damage::default(), set_aside: None },
+            Err(error) if is_damage(&error) => {
+                examined.problems.push(error.to_string());
+                return Ok(Some(examined));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let read = store.origin().and_then(|origin| {
+            if let Some(origin) = origin {
+                examined.epoch = Some(origin.epoch);
+                examined.positions = origin.positions;
+            }
+            store.rows().try_for_each(|row| row.map(|_| examined.rows += 1))
+        });
+        examined.problems.extend(read.err().map(|error| error.to_string()));
+        Ok(Some(examined))
+    }
+}
+
+/// What a folder of projections holds.
+#[derive(Debug, Default)]
+pub struct ExaminedStore {
+    pub rows: u64,
+    pub epoch: Option<String>,
+    /// For each partition the offset to read next.
+    pub positions: Vec<u64>,
+    pub problems: Vec<String>,
+}
+
+impl StoreError {
+    /// Whether rows cannot be read any more, now or ever.
+    pub(super) fn is_damage(&self) -> bool {
+        match self {
+            StoreError::Database(error) => is_damage(error),
+            // Rows of another version are whole.
+            StoreError::Damaged { source, .. } => !matches!(source, CodecError::UnknownVersion { .. }),
+            StoreError::SetAside(_) | StoreError::InUse(_) | StoreError::Newer(_) => false,
+        }
+    }
+}
+
+/// A file that is missing counts as well: RocksDB gives it no kind of its own.
+pub(super) fn is_damage(error: &rocksdb::Error) -> bool {
+    error.kind() == ErrorKind::Corruption
+        || (error.kind() == ErrorKind::IOError && error.to_string().contains("No such file or directory"))
+}
+
+/// What an earlier start found to be damaged.
+pub(super) fn mark(path: &Path) -> Option<String> {
+    std::fs::read_to_string(path.join(MARK)).ok()
+}
+
+/// Renames the folder, so that new projections can be made in its place.
+pub(super) fn set_aside(path: &Path, why: &str) -> std::io::Result<()> {
+    for older in set_asides(path)? {
+        std::fs::remove_dir_all(older)?;
+    }
+    let target = PathBuf::from(format!("{}.damaged-{}", path.display(), clock::now_ms()));
+    std::fs::rename(path, &target)?;
+    tracing::error!(why, kept = %target.display(), "the projections are damaged: they are set aside, and made anew from the log");
+    Ok(())
+}
+
+/// The folders that were set aside before.
+fn set_asides(path: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(Vec::new()) };
+    let prefix = format!("{}.damaged-", name.to_string_lossy());
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(parent)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(&prefix) {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
+}
