@@ -63,6 +63,7 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_lag_records", Type::Gauge, "Records in the log that are not projected yet"),
     ("weft_lag_seconds", Type::Gauge, "Age of the newest projected record while there are newer ones in the log"),
     ("weft_foreign_records_total", Type::Counter, "Foreign records in the log: such as Weft did not write"),
+    ("weft_checkpoints_total", Type::Counter, "Checkpoints of partitions, by what became of them"),
     ("weft_dead_letters_total", Type::Counter, "Dead letters read from the log, by reason"),
     ("weft_deliveries_total", Type::Counter, "Event frames written to sockets"),
     ("weft_outbox_bytes", Type::Gauge, "Bytes of events waiting for sockets, all sessions"),
@@ -203,6 +204,9 @@ pub fn lag_seconds() -> Gauge {
 }
 pub fn foreign_records() -> Counter {
     counter!("weft_foreign_records_total")
+}
+pub fn checkpoints(outcome: &'static str) -> Counter {
+    counter!("weft_checkpoints_total", "outcome" => outcome)
 }
 pub fn dead_letters(reason: &str) -> Counter {
     // The reasons of our own records; any other that a record names counts as "other".

@@ -16,6 +16,7 @@
 //! - a log is given its [`Identity`] while it is empty. One that holds records and has none is refused: it is not known
 //!   which records it is without, and a new name would have projections of the old one thrown away.
 
+mod checkpoint;
 pub mod embedded;
 mod identity;
 pub mod kafka;
@@ -28,6 +29,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+pub use checkpoint::Checkpoint;
 pub use identity::{Cause, Continued, Identity, IfUnnamed};
 pub use record::{Grant, RECORD_VERSION, Record, Topic};
 
@@ -184,6 +186,10 @@ pub trait Log: Send + Sync + 'static {
             .map(|(bounds, next)| bounds.end.saturating_sub(*next.max(&bounds.start)))
             .sum())
     }
+
+    /// Writes what this node has made of a partition's events before `offset` into that partition, where other nodes read it
+    /// as a record that is a [`Checkpoint`]. Best effort; nothing on a log that is not shared.
+    fn append_checkpoint(&self, partition: u32, offset: u64, hash: &[u8; 32]);
 
     /// Tells the log how far its reader's effects are durable, for the log's own tools (Kafka's group lag). Best effort.
     fn committed(&self, positions: &[u64]);

@@ -10,8 +10,10 @@
 //!   records are tried again.
 //!
 //! [`opening`] says which store goes on, [`pump`] is the thread, [`rebuild`] makes the store anew. Of one record, [`judge`] says what becomes of an event, with
-//! [`thread`], [`keys`] (by [`log_time`]), [`runs`] and [`messages`] for the parts; [`receipts`] and [`dead_letters`] apply the other topics.
+//! [`thread`], [`keys`] (by [`log_time`]), [`runs`] and [`messages`] for the parts; [`receipts`] and [`dead_letters`] apply the other topics. [`checkpoints`]
+//! compares this node with others.
 
+mod checkpoints;
 mod dead_letters;
 mod judge;
 mod keys;
@@ -31,6 +33,7 @@ use std::sync::Arc;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
+use self::checkpoints::{Checkpoints, Crossed, Disagreement};
 use self::judge::BatchState;
 pub use self::keys::KEY_LIFETIME;
 use self::keys::PurgeCursors;
@@ -38,7 +41,7 @@ pub use self::messages::MAX_MESSAGE_DATA;
 pub use self::pump::{Pump, Status};
 use self::thread::{Thread, data};
 use self::transaction::EventRecord;
-use crate::log::{Entry, Foreign, Log, Positions, Record, Topic};
+use crate::log::{Checkpoint, Entry, Foreign, Log, Positions, Record, Topic};
 use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;
 use crate::protocol::event::{LogEvent, Priority};
@@ -131,10 +134,20 @@ impl PartitionNames {
     }
 }
 
+/// Why a batch was not committed.
+#[derive(Debug, thiserror::Error)]
+pub enum ProjectError {
+    #[error("the store failed: {0}")]
+    Store(#[from] StoreError),
+    /// Trying again changes nothing.
+    #[error(transparent)]
+    Disagrees(#[from] Disagreement),
+}
+
 /// Why a record was not applied.
 enum RecordError {
     Foreign(Foreign),
-    Store(StoreError),
+    Batch(ProjectError),
 }
 
 impl From<Foreign> for RecordError {
@@ -145,7 +158,7 @@ impl From<Foreign> for RecordError {
 
 impl From<StoreError> for RecordError {
     fn from(error: StoreError) -> RecordError {
-        RecordError::Store(error)
+        RecordError::Batch(error.into())
     }
 }
 
@@ -156,12 +169,18 @@ pub struct Projector {
     progress: Vec<Progress>,
     threads: HashMap<String, Thread>,
     purge_cursors: PurgeCursors,
+    /// On a log that other nodes read as well.
+    checkpoints: Option<Checkpoints>,
 }
 
 impl Projector {
     pub fn new(store: Arc<Store>, log: &dyn Log, progress: Vec<Progress>) -> Projector {
+        let each = log.partitions() as usize / Topic::ALL.len();
+        let events = || progress.iter().take(each).map(|progress| progress.next);
+        let checkpoints = log.is_shared().then(|| Checkpoints::new(log.epoch(), events()));
         Projector {
             store,
+            checkpoints,
             partitions: PartitionNames::of(log),
             progress,
             threads: HashMap::new(),
@@ -179,15 +198,30 @@ impl Projector {
         self.progress.iter().map(log_time::newest).max().unwrap_or(0)
     }
 
+    /// What it makes of the log from here on is compared with what other nodes do.
+    pub fn go_live(&mut self) {
+        if let Some(checkpoints) = &mut self.checkpoints {
+            checkpoints.go_live();
+        }
+    }
+
+    /// After a commit: the boundaries that it crossed, and the partitions in which another node had made the same.
+    fn checkpoints(&mut self) -> (Vec<Crossed>, Vec<u32>) {
+        self.checkpoints.as_mut().map(Checkpoints::commit).unwrap_or_default()
+    }
+
     /// Judges and commits the first entries, as many as one commit may hold, and returns how many that were; `positions` is where
     /// the log goes on after all of them. After an error nothing has happened, and the call can be repeated.
-    pub fn project(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), StoreError> {
+    pub fn project(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), ProjectError> {
         let before = self.progress.clone();
         let result = self.project_batch(entries, positions, &before);
         if result.is_err() {
             self.progress = before;
             self.threads.clear();
             self.purge_cursors.clear();
+            if let Some(checkpoints) = &mut self.checkpoints {
+                checkpoints.roll_back();
+            }
         }
         result
     }
@@ -197,7 +231,7 @@ impl Projector {
         entries: &[Entry],
         positions: &[u64],
         before: &[Progress],
-    ) -> Result<(usize, Commit), StoreError> {
+    ) -> Result<(usize, Commit), ProjectError> {
         let store = self.store.clone();
         let mut state = BatchState::new(&store);
 
@@ -233,11 +267,14 @@ impl Projector {
     }
 
     /// Applies one entry, whatever it is, and moves its partition's position past it.
-    fn apply_entry(&mut self, entry: &Entry, state: &mut BatchState<'_>) -> Result<(), StoreError> {
+    fn apply_entry(&mut self, entry: &Entry, state: &mut BatchState<'_>) -> Result<(), ProjectError> {
         let partition = entry.at.partition;
+        if let Some(checkpoints) = &mut self.checkpoints {
+            checkpoints.cross(partition, entry.at.offset, &self.progress[partition as usize].hash);
+        }
         match self.apply_record(entry, state) {
             Ok(()) => {}
-            Err(RecordError::Store(error)) => return Err(error),
+            Err(RecordError::Batch(error)) => return Err(error),
             Err(RecordError::Foreign(foreign)) => {
                 tracing::warn!(position = %entry.at, foreign.why, "a foreign record in the log is skipped");
                 telemetry::foreign_records().increment(1);
@@ -255,6 +292,12 @@ impl Projector {
     fn apply_record(&mut self, entry: &Entry, state: &mut BatchState<'_>) -> Result<(), RecordError> {
         let partition = entry.at.partition;
         let record = entry.record.as_ref().map_err(Clone::clone)?;
+        if let Some(checkpoints) = &mut self.checkpoints
+            && let Some(theirs) = Checkpoint::of(record)
+        {
+            let compared = checkpoints.compare(partition, &theirs);
+            return compared.map_err(|disagreement| RecordError::Batch(disagreement.into()));
+        }
         let at = match record.topic {
             Topic::Events => return self.apply_event(partition, record, state),
             Topic::Receipts => state.receipts.apply(&mut state.tx, record)?,
@@ -282,7 +325,11 @@ impl Projector {
             }
         };
         let input = EventRecord { partition, record, event: &event, at, key_time };
+        let head = thread.row.head;
         let verdict = state.judge(&input, thread)?;
+        if self.checkpoints.is_some() && thread.row.head > head {
+            progress.hash = checkpoints::link(&progress.hash, &thread.row.hash);
+        }
         if let Err(refused) = &verdict {
             telemetry::project_refused(refused.code.as_str()).increment(1);
         }

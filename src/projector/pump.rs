@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Commit, Projector, Update};
+use super::checkpoints::Pace;
+use super::{Commit, ProjectError, Projector, Update};
 use crate::log::{Entry, Log, Positions, Reader};
 use crate::{panics, telemetry};
 
@@ -69,6 +70,7 @@ impl Pump {
         let mut ends = self.ends();
         self.status.newest.store(self.projector.log_time(), Ordering::Relaxed);
         let (mut stopped, mut asked) = (None, Instant::now());
+        let mut pace = Pace::new(self.log.partitions());
         let (seconds, records, events) =
             (telemetry::project_seconds(), telemetry::project_batch_records(), telemetry::project_events());
         loop {
@@ -106,6 +108,8 @@ impl Pump {
                     telemetry::dead_letters(reason).increment(1);
                 }
                 done += applied;
+                let (due, agreed) = self.projector.checkpoints();
+                pace.write(self.log.as_ref(), due, agreed);
                 if !(self.publish)(commit) {
                     return;
                 }
@@ -120,10 +124,24 @@ impl Pump {
         while !self.stop.load(Ordering::Acquire) || self.status.failing().is_none() {
             match self.projector.project(entries, self.reader.positions()) {
                 Ok(done) => return Some(done),
-                Err(error) => self.pause(&format!("the store failed: {error}")),
+                Err(error @ ProjectError::Store(_)) => self.pause(&error.to_string()),
+                Err(ProjectError::Disagrees(disagreement)) => {
+                    telemetry::checkpoints("differs").increment(1);
+                    self.halt(&disagreement.to_string());
+                    return None;
+                }
             }
         }
         None
+    }
+
+    /// Commits nothing more, until `stop` is set.
+    fn halt(&self, why: &str) {
+        tracing::error!(why, "the projector stops");
+        self.status.set_failing(Some(why.to_owned()));
+        while !self.stop.load(Ordering::Acquire) {
+            std::thread::sleep(WAIT);
+        }
     }
 
     /// Waits before the next attempt. Says why once, not with every attempt.
@@ -136,7 +154,7 @@ impl Pump {
     }
 
     /// Publishes the position, and whether the end that the log had at the start has been reached.
-    fn update_status(&self, ends: &mut Option<Positions>, asked: &mut Instant) {
+    fn update_status(&mut self, ends: &mut Option<Positions>, asked: &mut Instant) {
         let positions = self.reader.positions();
         self.status.positions.lock().unwrap_or_else(PoisonError::into_inner).clone_from(positions);
         if self.status.caught_up() {
@@ -152,6 +170,7 @@ impl Pump {
             }
         }
         if ends.as_ref().is_some_and(|ends| positions.iter().zip(ends).all(|(next, end)| next >= end)) {
+            self.projector.go_live();
             self.status.caught_up.store(true, Ordering::Release);
         }
     }

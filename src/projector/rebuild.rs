@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Projector;
 use super::opening::{self, OpenError};
+use super::{ProjectError, Projector};
 use crate::log::{Cause, Identity, Log, LogError};
 use crate::store::{Origin, Store, StoreError};
 
@@ -25,6 +25,8 @@ pub enum RebuildError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Open(#[from] OpenError),
+    #[error(transparent)]
+    Project(#[from] ProjectError),
     #[error("cannot move the projections: {0}")]
     Move(#[from] std::io::Error),
     #[error("the projections have not read the whole log: start the server, stop it, and check again")]

@@ -101,6 +101,25 @@ pub struct LogGenerationRecord {
     pub at: String,
 }
 
+/// What a node made of a partition's records, for others to compare: in that partition of the topic `events`, with the key
+/// `weft`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct LogCheckpointRecord {
+    /// `log_checkpoint`.
+    pub kind: String,
+    /// The log's epoch.
+    pub epoch: String,
+    /// Which node wrote it, for people.
+    pub node: String,
+    pub partition: u32,
+    /// The records before this offset count.
+    pub offset: u64,
+    /// Over what was accepted of them, in lowercase hex.
+    pub hash: String,
+    /// RFC 3339.
+    pub at: String,
+}
+
 impl DeadLetterRecord {
     /// The id of a dead letter about these facts.
     pub fn letter_of(facts: &[&[u8]]) -> Uuid {

@@ -13,7 +13,7 @@ use super::http::{
     ThreadList, Ticket,
 };
 use super::kinds::DeltaData;
-use super::records::{DeadLetterRecord, LogCreatedRecord, LogGenerationRecord, ReceiptRecord};
+use super::records::{DeadLetterRecord, LogCheckpointRecord, LogCreatedRecord, LogGenerationRecord, ReceiptRecord};
 
 /// Each schema's file name without its ending, and the schema.
 pub fn all() -> Vec<(&'static str, Schema)> {
@@ -75,6 +75,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("log.dead-letter", of::<DeadLetterRecord>()),
         ("log.created", of::<LogCreatedRecord>()),
         ("log.generation", of::<LogGenerationRecord>()),
+        ("log.checkpoint", of::<LogCheckpointRecord>()),
     ]
 }
 

@@ -43,7 +43,7 @@ use crate::disk;
 use crate::protocol::error::{Code, Error};
 
 /// The version of the rows below; a store of another version is rebuilt.
-const SCHEMA: u8 = 8;
+const SCHEMA: u8 = 9;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {

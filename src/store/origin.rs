@@ -33,6 +33,8 @@ pub struct Progress {
     pub last_at: u64,
     /// Idempotency keys taken before this time have been purged.
     pub purged_to: u64,
+    /// Over all that was accepted so far, where other nodes read the log as well; else zeros.
+    pub hash: [u8; 32],
 }
 
 /// Which log a store was made from.
@@ -72,12 +74,13 @@ struct ProgressRow {
     log_time: u64,
     last_at: u64,
     purged_to: u64,
+    hash: [u8; 32],
 }
 
 impl From<&Progress> for ProgressRow {
     fn from(progress: &Progress) -> ProgressRow {
-        let Progress { next: _, log_time, last_at, purged_to } = *progress;
-        ProgressRow { log_time, last_at, purged_to }
+        let Progress { next: _, log_time, last_at, purged_to, hash } = *progress;
+        ProgressRow { log_time, last_at, purged_to, hash }
     }
 }
 
@@ -111,7 +114,8 @@ impl Store {
         };
         let progress = (0..).zip(positions).map(|(partition, next)| {
             let row: ProgressRow = self.get(META, &progress_key(partition))?.unwrap_or_default();
-            Ok(Progress { next, log_time: row.log_time, last_at: row.last_at, purged_to: row.purged_to })
+            let ProgressRow { log_time, last_at, purged_to, hash } = row;
+            Ok(Progress { next, log_time, last_at, purged_to, hash })
         });
         progress.collect::<Result<_, StoreError>>().map(Some)
     }

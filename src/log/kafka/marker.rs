@@ -19,11 +19,11 @@ use super::client::{ASK, KafkaConfig, QueryClient, Quiet, TICK, consumer_config,
 use super::headers;
 use super::producer::{ANSWER_WITHIN, Pending, Producing, send};
 use crate::clock;
+use crate::log::checkpoint::LOG_KEY;
 use crate::log::{Cause, Done, Grant, Identity, LogError, Record, Topic};
 use crate::protocol::json;
 use crate::protocol::records::{LogCreatedRecord, LogGenerationRecord};
 
-const KEY: &str = "weft";
 const CREATED: &str = "log_created";
 const GENERATION: &str = "log_generation";
 
@@ -55,7 +55,7 @@ pub(super) fn read(message: &BorrowedMessage<'_>) -> Option<Identity> {
 
 /// Whether a record of the events is about the log itself.
 fn is_marker(message: &BorrowedMessage<'_>) -> bool {
-    message.key() == Some(KEY.as_bytes())
+    message.key() == Some(LOG_KEY.as_bytes())
 }
 
 /// Partition 0 of the topic of events, to be looked through for markers.
@@ -165,7 +165,7 @@ pub(super) fn generation(identity: &Identity, cause: Cause) -> Record {
 fn record(kind: &str, value: &impl Serialize) -> Record {
     Record {
         topic: Topic::Events,
-        key: KEY.to_owned(),
+        key: LOG_KEY.to_owned(),
         kind: kind.to_owned(),
         grant: Grant::Scope,
         traceparent: None,

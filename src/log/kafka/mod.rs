@@ -37,7 +37,10 @@ use self::producer::{ANSWER_WITHIN, Pending, Producing, new_producer, send};
 use self::reading::KafkaReader;
 use self::setup::{ensure_topics, missing_topics};
 use self::topics::Topics;
-use super::{Append, AppendError, Bounds, Cause, Identity, IfUnnamed, Log, LogError, Positions, Reader, Record, Topic};
+use super::{
+    Append, AppendError, Bounds, Cause, Checkpoint, Identity, IfUnnamed, Log, LogError, Positions, Reader, Record,
+    Topic,
+};
 use crate::panics;
 
 /// How long the monitor waits for an answer, and how long it leaves the brokers alone after one.
@@ -143,7 +146,7 @@ impl Log for KafkaLog {
     }
 
     fn append(&self, batch: Vec<Append>) {
-        self.shared.append(batch);
+        self.shared.append_to(None, batch);
     }
 
     fn reader(&self, from: &[u64]) -> Result<Box<dyn Reader>, LogError> {
@@ -157,6 +160,14 @@ impl Log for KafkaLog {
 
     fn bounds(&self) -> Result<Vec<Bounds>, LogError> {
         self.shared.cluster.bounds()
+    }
+
+    fn append_checkpoint(&self, partition: u32, offset: u64, hash: &[u8; 32]) {
+        let node = self.shared.cluster.config.group.clone();
+        let checkpoint = Checkpoint { epoch: self.epoch(), node, partition, offset, hash: *hash };
+        // Without it others compare with the next one.
+        let done = Box::new(|result| tracing::debug!(?result, "a checkpoint was written"));
+        self.shared.append_to(Some(partition), vec![Append { record: checkpoint.record(), done }]);
     }
 
     fn committed(&self, positions: &[u64]) {
@@ -238,7 +249,8 @@ impl Shared {
         current.ok_or_else(|| LogError::Damaged(format!("{events} does not give back the record that names it")))
     }
 
-    fn append(&self, batch: Vec<Append>) {
+    /// `partition` is one of each record's topic; without it, that of its key.
+    fn append_to(&self, partition: Option<u32>, batch: Vec<Append>) {
         let producer = read(&self.producer);
         let usable = match &*producer {
             Some(usable) if !self.cluster.is_closed() => usable,
@@ -252,7 +264,7 @@ impl Shared {
         let outage = self.outage.load();
         let send = |record: &Record, id| match &*outage {
             Some(outage) if outage.refuse[record.topic as usize] => Err(AppendError::Unavailable(outage.why.clone())),
-            _ => send(usable, self.cluster.topics.name(record.topic), None, record, id),
+            _ => send(usable, self.cluster.topics.name(record.topic), partition, record, id),
         };
 
         let (records, waiting): (Vec<_>, Vec<_>) = batch.into_iter().map(|a| (a.record, a.done)).unzip();

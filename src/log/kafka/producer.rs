@@ -173,7 +173,7 @@ pub(super) fn new_producer(
 pub(super) fn send(
     producer: &BaseProducer<Producing>,
     topic: &str,
-    partition: Option<i32>,
+    partition: Option<u32>,
     record: &Record,
     id: u64,
 ) -> Result<(), AppendError> {
@@ -181,7 +181,7 @@ pub(super) fn send(
         .key(record.key.as_str())
         .payload(&record.value[..])
         .headers(headers_of(record));
-    out.partition = partition;
+    out.partition = partition.map(|partition| partition as i32);
     producer.send(out).map_err(|(error, _)| match error.rdkafka_error_code() {
         Some(RDKafkaErrorCode::QueueFull) => AppendError::QueueFull,
         // Not taken at all, whatever the reason.

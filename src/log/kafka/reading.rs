@@ -12,7 +12,7 @@ use super::cluster::Cluster;
 use super::headers;
 use super::marker::{self, Markers};
 use super::topics::{Topics, position};
-use crate::log::{Entry, Foreign, Identity, LogError, Positions, READ_BYTES, Reader, Record, Topic};
+use crate::log::{Checkpoint, Entry, Foreign, Identity, LogError, Positions, READ_BYTES, Reader, Record, Topic};
 
 pub(super) struct KafkaReader {
     cluster: Arc<Cluster>,
@@ -151,10 +151,11 @@ impl KafkaReader {
     }
 }
 
-/// The record, if it is Weft's and in its key's partition: a thread in two partitions would have no order.
+/// The record, if it is Weft's and in its key's partition: a thread in two partitions would have no order. What nodes write
+/// about a partition stands in that one.
 fn decode(topics: &Topics, topic: Topic, partition: u32, message: &BorrowedMessage<'_>) -> Result<Record, Foreign> {
     let record = headers::decode(topic, message)?;
-    if topics.partition_for(topic, record.key.as_bytes()) == partition {
+    if topics.partition_for(topic, record.key.as_bytes()) == partition || Checkpoint::is(&record) {
         return Ok(record);
     }
     let why = "it is not in its key's partition (murmur2)".to_owned();

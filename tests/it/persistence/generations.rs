@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use weft::store::Store;
 
 use crate::log_contract::only_kafka::{delete_records, delete_topic};
-use crate::support::{LogKind, Server, Socket, eventually, seqs, weft};
+use crate::support::{LogKind, Server, Socket, TENANT, eventually, publish, seqs, weft};
 
 /// Copies a folder to where nothing is yet.
 fn copy(from: &Path, to: &Path) {
@@ -316,4 +316,90 @@ async fn topics_that_were_deleted_and_made_again_are_another_log() {
     assert_eq!(say(&server, 1).await, 1);
     let (_, subscribed) = resume(&server, 1, &before["epoch"]).await;
     assert_eq!(subscribed["recovered"], false, "{subscribed}");
+}
+
+/// Publishes in one array, and waits for no answer.
+async fn publish_many(server: &Server, events: usize) -> Socket {
+    let mut ada = server.connect("ada").await;
+    let commands = (0..events).map(|n| {
+        let mut command = publish("t", "x.note", json!({"n": n}));
+        command["id"] = json!(n);
+        command
+    });
+    ada.send(&Value::Array(commands.collect())).await;
+    ada
+}
+
+async fn checkpoints(server: &Server, outcome: &str) -> f64 {
+    server.metric(&format!("weft_checkpoints_total{{outcome=\"{outcome}\"}}")).await
+}
+
+#[tokio::test]
+async fn nodes_that_make_the_same_of_a_log_find_that_they_do() {
+    let kind = LogKind::kafka();
+    let mut nodes = [Server::start(kind.clone()), Server::start(kind)];
+    let _ada = publish_many(&nodes[0], 600).await;
+    for node in &nodes {
+        eventually("it has compared", async || checkpoints(node, "agreed").await > 0.0).await;
+        node.ready().await;
+        assert_eq!(checkpoints(node, "differs").await, 0.0);
+    }
+    eventually("all is projected", async || thread(&nodes[1]).await["head"] == 600).await;
+    assert_eq!(thread(&nodes[0]).await, thread(&nodes[1]).await);
+    let (_, letters) = nodes[0].admin("GET", "/v1/dead-letters").await;
+    assert_eq!(letters["items"], json!([]), "a checkpoint is no foreign record");
+    for node in &mut nodes {
+        node.stop().await;
+    }
+    for node in &nodes {
+        let (code, said) = rebuild(node, &["--check"]);
+        assert_eq!(code, Some(0), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn of_two_nodes_that_make_different_things_of_a_log_one_stops_and_says_so() {
+    let kind = LogKind::kafka();
+    let mut nodes = [Server::start(kind.clone()), Server::start(kind)];
+    say(&nodes[0], 1).await;
+    eventually("both have it", async || nodes[1].http("GET", "/v1/threads/t", "ada", None).await.0 == 200).await;
+    nodes[1].stop().await;
+    {
+        let store = Store::open(&nodes[1].data().join("projections")).unwrap();
+        let mut row = store.thread(TENANT, "t").unwrap().unwrap();
+        row.hash[0] ^= 1;
+        let mut batch = store.batch();
+        batch.put_thread(TENANT, "t", &row);
+        store.commit(batch).unwrap();
+        store.flush().unwrap();
+    }
+    nodes[1].up();
+    nodes[1].ready().await;
+    let _ada = publish_many(&nodes[0], 600).await;
+
+    let stopped = async |node: &Server| {
+        let (status, ready) = node.http("GET", "/readyz", "x", None).await;
+        let why = ready["projector"]["error"].as_str().unwrap_or_default();
+        status == 503 && why.contains("made different things") && why.contains("before offset")
+    };
+    eventually("one has stopped", async || stopped(&nodes[0]).await || stopped(&nodes[1]).await).await;
+    let which = usize::from(stopped(&nodes[1]).await);
+    let (mut halted, other) = {
+        let [first, second] = nodes;
+        if which == 0 { (first, second) } else { (second, first) }
+    };
+    assert_eq!(checkpoints(&halted, "differs").await, 1.0);
+    let projected = halted.metric("weft_project_events_total").await;
+    eventually("the other one has all", async || thread(&other).await["head"] == 601).await;
+    assert_eq!(say(&other, 1).await, 602, "the other one goes on");
+    other.ready().await;
+    assert_eq!(halted.metric("weft_project_events_total").await, projected, "it commits nothing more");
+
+    // What it makes of the log alone stands, whatever the other one had written.
+    halted.stop().await;
+    let (code, said) = rebuild(&halted, &[]);
+    assert_eq!(code, Some(0), "{said}");
+    halted.up();
+    halted.ready().await;
+    assert_eq!(thread(&halted).await["head"], 602);
 }
