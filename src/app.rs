@@ -164,6 +164,7 @@ impl App {
         let bind = |address| listener::bind(address).map_err(|source| StartError::Listen { address, source });
         let listening = bind(config.listen)?;
         let listening_admin = config.admin_listen.map(bind).transpose()?;
+
         let opening = config.clone();
         let opened = tokio::task::spawn_blocking(move || open(&opening));
         let Opened { log, store, progress, reader } = opened.await.map_err(|_| StartError::Interrupted)??;
@@ -171,7 +172,8 @@ impl App {
         let pending = Arc::new(Pending::default());
         let registry = Arc::new(Registry::new(config.connection_limits()));
         let limits = Arc::new(Limits::new(config.rates()));
-        let (hub, commits, delivering) = Hub::start(pending.clone(), registry.clone());
+        let (hub, publish, delivering) = Hub::start(pending.clone(), registry.clone());
+
         let status = Arc::new(Status::default());
         let stop_projecting = Arc::new(AtomicBool::new(false));
         let pump = Pump {
@@ -180,9 +182,9 @@ impl App {
             reader,
             status: status.clone(),
             stop: stop_projecting.clone(),
-            // Hands what became visible to the hub; waits while the hub is behind.
-            publish: Box::new(move |commit| commits.blocking_send(commit).is_ok()),
+            publish,
         };
+
         let projecting = std::thread::Builder::new().name("projector".into()).spawn(move || pump.run())?;
 
         let rights = Rights::new(store.clone());
@@ -194,6 +196,7 @@ impl App {
             projector: status,
             stalled_after: config.run_stalled_after(),
         };
+
         let edge = edge(Handles {
             auth: Arc::new(Authenticator::new(verifier, store.clone())),
             admission: Arc::new(Admission::new(rights.clone(), limits.clone())),
@@ -211,6 +214,7 @@ impl App {
         let edge = Arc::new(edge);
         let (address, stop_accepting, accepting) = accept(&config, listening, &edge)?;
         let (admin, stop_admin, administering) = accept_admin(listening_admin, edge)?;
+
         let chores = vec![
             chore("the deadlines of publishes", pending.expire()),
             chore("the watch over the lag", health.clone().watch()),
@@ -218,6 +222,7 @@ impl App {
             chore("the upkeep of rates", limits.upkeep()),
             chore("the reaper", reaper.run()),
         ];
+
         Ok(App {
             address,
             admin,
@@ -261,9 +266,11 @@ impl App {
         if tokio::time::timeout(DRAIN_WITHIN, self.registry.emptied()).await.is_err() {
             tracing::warn!("some sessions did not end in time; their clients will resume");
         }
+
         // Requests under way have the same verdicts to wait for as sessions had, and nothing longer.
         drop(tokio::time::timeout(Duration::from_secs(1), self.accepting).await);
         self.stop_projecting.store(true, Ordering::Release);
+
         let (log, store, projecting) = (self.log, self.store, self.projecting);
         let closing = tokio::task::spawn_blocking(move || {
             // It ends without an error: a panic of it ends the process.
@@ -273,6 +280,7 @@ impl App {
                 tracing::warn!(%error, "the projections are not flushed; the next start reads more of the log");
             }
         });
+
         // The projector dropped its end of the hub's queue, so the hub has delivered all and ends.
         drop(closing.await);
         drop(self.delivering.await);

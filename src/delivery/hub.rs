@@ -24,7 +24,7 @@ use super::fair_queue::SubId;
 use super::outbox::{Item, Outbox};
 use super::registry::Registry;
 use crate::ingest::pending::Pending;
-use crate::projector::{AccessChange, Commit, ThreadUpdate, Update};
+use crate::projector::{AccessChange, Commit, PublishCommit, ThreadUpdate, Update};
 use crate::protocol::frame::ServerFrame;
 use crate::protocol::ids::log_key;
 use crate::protocol::json;
@@ -72,15 +72,12 @@ pub struct Hub {
     signals: Counter,
 }
 
-/// The way from the projector to the hub.
-pub type CommitSender = mpsc::Sender<Commit>;
-
 impl Hub {
-    /// The hub, and the task that delivers what comes in through the returned sender until that is dropped.
+    /// The hub, the way into it for the projector, and the task that delivers what comes that way until that is dropped.
     pub fn start(
         pending: Arc<Pending>,
         registry: Arc<Registry>,
-    ) -> (Arc<Hub>, CommitSender, tokio::task::JoinHandle<()>) {
+    ) -> (Arc<Hub>, PublishCommit, tokio::task::JoinHandle<()>) {
         let hub = Arc::new(Hub {
             table: Mutex::default(),
             registry,
@@ -88,13 +85,15 @@ impl Hub {
             signals: telemetry::signals(),
         });
         let (sender, mut commits) = mpsc::channel(QUEUE);
+        // Waits while the hub is lagging.
+        let publish: PublishCommit = Box::new(move |commit| sender.blocking_send(commit).is_ok());
         let deliverer = hub.clone();
         let task = tokio::spawn(panics::vital("the hub", async move {
             while let Some(commit) = commits.recv().await {
                 deliverer.deliver(commit, &pending);
             }
         }));
-        (hub, sender, task)
+        (hub, publish, task)
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {

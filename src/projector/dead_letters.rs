@@ -12,8 +12,8 @@ use super::{Published, RecordError};
 use crate::clock;
 use crate::log::{Foreign, Record};
 use crate::protocol::error::Error;
-use crate::protocol::ids;
 use crate::protocol::records::{DeadLetterRecord, RUN_ORDER, UNREADABLE};
+use crate::protocol::{ids, json};
 use crate::store::StoreError;
 use crate::store::dead_letters::{DeadLetterRow, SourceRow};
 
@@ -72,6 +72,7 @@ impl DeadLetters {
             &partition.to_be_bytes(),
             &offset.to_be_bytes(),
         ]);
+
         let (tenant, thread) = tenant_of_foreign(foreign);
         let value = foreign.value.as_deref().unwrap_or_default();
         let row = DeadLetterRow {
@@ -93,6 +94,7 @@ impl DeadLetters {
                 bytes: value[..value.len().min(KEPT_BYTES)].to_vec(),
             }),
         };
+
         self.put(tx, &tenant, *letter.as_bytes(), row)
     }
 
@@ -146,7 +148,7 @@ fn read(record: &Record) -> Result<(DeadLetterRecord, u64), String> {
 
 /// The value of a record that is no event.
 pub(super) fn read_value<'a, T: Deserialize<'a>>(record: &'a Record) -> Result<T, String> {
-    serde_json::from_slice(&record.value).map_err(|error| format!("the value is not of this topic: {error}"))
+    json::decode_bytes(&record.value).map_err(|error| format!("the value is not of this topic: {}", error.message))
 }
 
 /// Checks the names in a record that is no event.

@@ -2,23 +2,21 @@
 
 use std::sync::Arc;
 
-use serde_json::value::RawValue;
-
 use super::dead_letters::DeadLetters;
 use super::keys::Keys;
 use super::messages::{ClosingMessage, MessageClosing, Messages};
 use super::receipts::Receipts;
 use super::runs::{Rejected, Runs};
-use super::thread::{Thread, ThreadChange, repeated};
+use super::thread::{AcceptedEvent, Thread, ThreadChange, ThreadEffect, repeated};
 use super::transaction::{EventRecord, Transaction};
-use super::{AccessChange, Commit, CommittedEvent, Published, ThreadUpdate, Update, Verdict};
+use super::{Commit, Published, ThreadUpdate, Update, Verdict};
 use crate::log::Grant;
-use crate::protocol::error::{Code, Error};
-use crate::protocol::event::{EventFrame, LogEvent, Priority};
-use crate::protocol::kinds::{AGENT_CANCEL_REQUESTED, AGENT_MESSAGE, AGENT_TOKEN};
-use crate::protocol::{ids, json};
+use crate::protocol::error::Code;
+use crate::protocol::event::LogEvent;
+use crate::protocol::json;
+use crate::protocol::kinds::{AGENT_MESSAGE, AGENT_TOKEN};
 use crate::store::runs::{EventRef, RunKey};
-use crate::store::{EventRow, KeyRow, Store, StoreError, keys};
+use crate::store::{KeyRow, Store, StoreError, keys};
 
 /// What the batch has decided so far, which the store does not show before the commit.
 pub(super) struct BatchState<'s> {
@@ -44,15 +42,7 @@ impl<'s> BatchState<'s> {
 
     /// Gives the event its seq, or refuses it.
     pub(super) fn judge(&mut self, input: &EventRecord<'_>, thread: &mut Thread) -> Result<Verdict, StoreError> {
-        let EventRecord { record, event, .. } = *input;
-        // Reserved threads have no members: who may write there was decided before the record was appended.
-        let by_membership = record.grant == Grant::Member && !ids::is_reserved(&event.thread);
-        let exists = thread.row.head > 0;
-        if exists && by_membership && !thread.is_member(self.tx.store, event, &event.from)? {
-            return Ok(Err(Error::no_thread()));
-        }
-
-        let judged = match &*event.kind {
+        let judged = match &*input.event.kind {
             AGENT_TOKEN => self.judge_delta(input, thread),
             _ => self.judge_event(input, thread),
         };
@@ -71,6 +61,7 @@ impl<'s> BatchState<'s> {
     fn judge_event(&mut self, input: &EventRecord<'_>, thread: &mut Thread) -> Result<Published, Rejected> {
         let EventRecord { record, event, at, .. } = *input;
         let store = self.tx.store;
+        thread.check_writer(store, input)?;
 
         let key = event.key.as_deref().map(|key| keys::joined(&[&event.tenant, &event.thread, &event.from, key]));
         if let Some(key) = &key
@@ -79,8 +70,8 @@ impl<'s> BatchState<'s> {
             return Ok(repeated(event, &taken)?);
         }
 
-        let access = match thread.change(store, event)? {
-            ThreadChange::Append(access) => access,
+        let effect = match thread.change(store, event)? {
+            ThreadChange::Append(effect) => effect,
             ThreadChange::Unchanged => {
                 return Ok(Published { seq: thread.row.head, event: event.event, duplicate: true });
             }
@@ -102,24 +93,26 @@ impl<'s> BatchState<'s> {
                 Some(run) => self.runs.judge_message(store, run)?,
                 None => None,
             }
-        } else {
+        } else if event.run.is_some() {
             self.runs.judge(store, event, record.grant == Grant::Server)?
+        } else {
+            None
         };
 
         // From here on nothing is refused any more.
         if let Some(run) = run.as_ref().and_then(|run| run.ending()) {
             self.close_messages(run, input, thread)?;
         }
-        let new_event = NewEvent {
+        let new_event = AcceptedEvent {
             event,
             data: closing.as_ref().and_then(|closing| closing.data.as_deref()).unwrap_or(event.data),
             value: &record.value,
             privileged: record.grant != Grant::Member,
             at,
-            access,
+            effect,
             closes: closing.as_ref().map(|closing| closing.name()),
         };
-        let appended = append_event(new_event, thread, &mut self.tx);
+        let appended = thread.append(new_event, &mut self.tx);
         if let Some(closing) = closing {
             self.close_message(&closing, event, appended, thread)?;
         }
@@ -142,6 +135,7 @@ impl<'s> BatchState<'s> {
     fn judge_delta(&mut self, input: &EventRecord<'_>, thread: &mut Thread) -> Result<Published, Rejected> {
         let EventRecord { event, at, .. } = *input;
         let store = self.tx.store;
+        thread.check_writer(store, input)?;
 
         let key = RunKey::new(&event.tenant, &event.thread, event.run.as_deref().unwrap_or_default());
         let run = self.runs.row(store, &key)?;
@@ -171,16 +165,16 @@ impl<'s> BatchState<'s> {
             let value = json::encode_bytes(&event);
             let closes = Some(closing.name());
             // Its text was written by an agent, delta by delta.
-            let new_event = NewEvent {
+            let new_event = AcceptedEvent {
                 event: &event,
                 data: &data,
                 value: &value,
                 at: input.at,
                 privileged: true,
-                access: None,
+                effect: ThreadEffect::default(),
                 closes,
             };
-            let appended = append_event(new_event, thread, &mut self.tx);
+            let appended = thread.append(new_event, &mut self.tx);
 
             self.close_message(&closing, &event, appended, thread)?;
             if let Some(run) = self.runs.judge_message(store, run.clone())? {
@@ -202,38 +196,4 @@ impl<'s> BatchState<'s> {
         thread.row.writing_bytes = thread.row.writing_bytes.saturating_sub(closing.bytes());
         self.messages.close(closing, event, appended, &mut self.tx)
     }
-}
-
-/// An event that is accepted.
-struct NewEvent<'a> {
-    event: &'a LogEvent<'a>,
-    /// As its readers get it.
-    data: &'a RawValue,
-    /// What the thread's hash covers.
-    value: &'a [u8],
-    at: u64,
-    /// By a right beyond membership.
-    privileged: bool,
-    access: Option<AccessChange>,
-    /// The message that it closes.
-    closes: Option<Arc<str>>,
-}
-
-/// Appends an event to its thread: gives it the next seq, writes its rows, and publishes it.
-fn append_event(new: NewEvent<'_>, thread: &mut Thread, tx: &mut Transaction<'_>) -> EventRef {
-    let NewEvent { event, data, value, at, privileged, access, closes } = new;
-    // An agent must learn at once that it shall stop.
-    let priority = if event.kind == AGENT_CANCEL_REQUESTED { Some(Priority::High) } else { event.priority };
-
-    let seq = thread.append(value, priority, at);
-    let frame = json::encode(&EventFrame { data, ..event.frame(seq) });
-    let class = Priority::class(priority) as u8;
-    let row = EventRow { kind: &event.kind, class, privileged, hash: thread.row.hash, frame: &frame };
-    tx.rows.put_event(&event.tenant, &event.thread, seq, &row);
-    thread.apply(&access, event, seq, at, tx);
-
-    let committed = CommittedEvent { seq, kind: (*event.kind).into(), priority, frame: frame.into(), closes };
-    let update = Update::Event(Arc::new(committed), access);
-    tx.commit.events.push(ThreadUpdate { key: thread.key.clone(), update });
-    EventRef { seq, at }
 }

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::runs::{Rejected, check_open};
 use super::transaction::Transaction;
-use super::{Published, Verdict, data};
+use super::{Published, Verdict};
 use crate::protocol::command::MAX_DATA;
 use crate::protocol::delta::Delta;
 use crate::protocol::error::{Code, Error};
@@ -111,7 +111,7 @@ impl Messages {
         thread: &ThreadRow,
         at: u64,
     ) -> Result<Option<AcceptedDelta>, Rejected> {
-        let data: DeltaData = data(event)?;
+        let data: DeltaData = json::decode_data(event.data)?;
         let key = MessageKey { run: run_key, message: data.message.clone().into_owned() };
         let known = self.row(store, &key)?;
         let chars = known.as_ref().map_or(0, |row| row.chars);
@@ -156,7 +156,7 @@ impl Messages {
             from: (*event.from).into(),
             at: (*event.at).into(),
             priority: event.priority,
-            behind: thread.head,
+            head: thread.head,
             from_char: chars,
             to_char,
             text,
@@ -198,7 +198,7 @@ impl Messages {
         by_member: bool,
     ) -> Result<MessageClosing, Rejected> {
         // Without a `message` that is a string, the event is a message of its own.
-        let Ok(ClosingData { message: Some(message), content }) = data::<ClosingData>(event) else {
+        let Ok(ClosingData { message: Some(message), content }) = json::decode_data::<ClosingData>(event.data) else {
             return Ok(MessageClosing::None);
         };
         let Some((key, row)) = self.find(store, event, &message)? else {

@@ -38,14 +38,14 @@ use self::judge::BatchState;
 pub use self::keys::KEY_LIFETIME;
 use self::keys::PurgeCursors;
 pub use self::messages::MAX_MESSAGE_DATA;
-pub use self::pump::{Pump, Status};
-use self::thread::{Thread, data};
+pub use self::pump::{PublishCommit, Pump, Status};
+use self::thread::Thread;
 use self::transaction::EventRecord;
 use crate::log::{Checkpoint, Entry, Foreign, Log, Positions, Record, Topic};
 use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;
 use crate::protocol::event::{LogEvent, Priority};
-use crate::protocol::ids;
+use crate::protocol::{ids, json};
 use crate::store::{Progress, Store, StoreError};
 use crate::{clock, telemetry};
 
@@ -341,13 +341,13 @@ impl Projector {
 /// The event in a record, and its time in milliseconds; or why the record is foreign.
 fn read_event(record: &Record) -> Result<(LogEvent<'_>, u64), Foreign> {
     let foreign = |why: String| Foreign::new(why, record);
-    let event: LogEvent = serde_json::from_slice(&record.value)
-        .map_err(|error| foreign(format!("the value is not an event: {error}")))?;
+    let event: LogEvent = json::decode_bytes(&record.value)
+        .map_err(|error| foreign(format!("the value is not an event: {}", error.message)))?;
 
     let names = ids::check_name("tenant", &event.tenant)
         .and(ids::check_name("from", &event.from))
         .and(ids::check_thread(&event.thread));
-    names.map_err(|error| foreign(error.to_string()))?;
+    names.map_err(|error| foreign(error.message.into_owned()))?;
 
     let key = record.key.split_once('/');
     if key != Some((&event.tenant, &event.thread)) {

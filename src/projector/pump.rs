@@ -52,6 +52,9 @@ impl Status {
     }
 }
 
+/// Gets what became visible; returns `false` when nothing receives it any more.
+pub type PublishCommit = Box<dyn FnMut(Commit) -> bool + Send>;
+
 /// The projector's thread: reads, projects and publishes, until `stop` is set and the log is read to its end.
 pub struct Pump {
     pub log: Arc<dyn Log>,
@@ -59,8 +62,7 @@ pub struct Pump {
     pub projector: Projector,
     pub status: Arc<Status>,
     pub stop: Arc<AtomicBool>,
-    /// Gets what became visible; returns `false` when nothing receives it any more.
-    pub publish: Box<dyn FnMut(Commit) -> bool + Send>,
+    pub publish: PublishCommit,
 }
 
 impl Pump {
@@ -73,14 +75,17 @@ impl Pump {
         let mut pace = Pace::new(self.log.partitions());
         let (seconds, records, events) =
             (telemetry::project_seconds(), telemetry::project_batch_records(), telemetry::project_events());
+
         loop {
             self.update_status(&mut ends, &mut asked);
+
             let stopping = self.stop.load(Ordering::Acquire);
             // By now every publish that was waiting has its answer. Other nodes may go on writing, so the end of the log is
             // not waited for.
             if stopping && stopped.get_or_insert_with(Instant::now).elapsed() > STOP_WITHIN {
                 return;
             }
+
             let entries = match self.reader.next(BATCH, WAIT) {
                 Ok(entries) => entries,
                 Err(_) if stopping => return,
@@ -89,6 +94,7 @@ impl Pump {
                     continue;
                 }
             };
+
             self.status.set_failing(None);
             if entries.is_empty() {
                 if stopping {
@@ -96,17 +102,20 @@ impl Pump {
                 }
                 continue;
             }
+
             records.record(entries.len() as f64);
             let mut done = 0;
             while done < entries.len() {
                 let begin = Instant::now();
                 let Some((applied, commit)) = self.project(&entries[done..]) else { return };
                 seconds.record(begin.elapsed());
+
                 let with_seq = commit.events.iter().filter(|it| matches!(it.update, Update::Event(..)));
                 events.increment(with_seq.count() as u64);
                 for reason in &commit.dead_letters {
                     telemetry::dead_letters(reason).increment(1);
                 }
+
                 done += applied;
                 let (due, agreed) = self.projector.checkpoints();
                 pace.write(self.log.as_ref(), due, agreed);
@@ -114,6 +123,7 @@ impl Pump {
                     return;
                 }
             }
+
             self.status.newest.store(self.projector.log_time(), Ordering::Relaxed);
             self.log.committed(self.reader.positions());
         }

@@ -132,9 +132,11 @@ fn project_all(log: &dyn Log, path: &Path, mut progress: impl FnMut(u64)) -> Res
     let store = Arc::new(Store::open(path)?);
     let begin = opening::begin(&store, log)?;
     let bounds = log.bounds()?;
+
     let mut projector = Projector::new(store.clone(), log, begin);
     let mut reader = log.reader(&projector.positions())?;
     let mut records = 0;
+
     while reader.positions().iter().zip(&bounds).any(|(next, bounds)| *next < bounds.end) {
         let before = reader.positions().clone();
         let entries = reader.next(BATCH, WAIT)?;
@@ -142,6 +144,7 @@ fn project_all(log: &dyn Log, path: &Path, mut progress: impl FnMut(u64)) -> Res
         if entries.is_empty() && *reader.positions() == before {
             return Err(LogError::Unavailable("it does not return the records that it holds".into()).into());
         }
+
         let mut done = 0;
         loop {
             let (applied, _) = projector.project(&entries[done..], reader.positions())?;
@@ -150,6 +153,7 @@ fn project_all(log: &dyn Log, path: &Path, mut progress: impl FnMut(u64)) -> Res
                 break;
             }
         }
+
         records += entries.len() as u64;
         progress(records);
     }

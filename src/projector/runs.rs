@@ -8,11 +8,11 @@ use std::collections::HashMap;
 
 use serde::Deserialize;
 
-use super::data;
 use super::transaction::Transaction;
 use crate::clock;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::LogEvent;
+use crate::protocol::json;
 use crate::protocol::kinds::{
     AGENT_CANCEL_REQUESTED, AGENT_CANCELLED, AGENT_COMPLETED, AGENT_FAILED, AGENT_RESUMED, AGENT_STARTED,
     AGENT_THINKING, AGENT_WAITING, TOOL_COMPLETED, TOOL_EXECUTING,
@@ -134,6 +134,7 @@ impl Runs {
         let Some(run) = event.run.as_deref().filter(|_| changes_run(&event.kind)) else { return Ok(None) };
         let key = RunKey::new(&event.tenant, &event.thread, run);
         let row = self.row(store, &key)?;
+
         if event.kind == AGENT_STARTED {
             return self.judge_start(store, event, key, row).map(Some);
         }
@@ -141,6 +142,7 @@ impl Runs {
         if row.ended.is_some() {
             return Err(refused_by_end(&row, event).into());
         }
+
         let (effect, call) = match &*event.kind {
             TOOL_EXECUTING | TOOL_COMPLETED => {
                 let (effect, call) = self.judge_call(store, event, &key)?;
@@ -148,6 +150,7 @@ impl Runs {
             }
             _ => (judge_open(&row, event, by_server)?, None),
         };
+
         let parent = match (&effect, &row.parent) {
             (Effect::End(_), Some(parent)) => {
                 let parent = RunKey { run: parent.clone(), ..key.clone() };
@@ -178,10 +181,11 @@ impl Runs {
         key: RunKey,
         row: Option<RunRow>,
     ) -> Result<Transition, Rejected> {
-        let started = data::<StartedData>(event)?;
+        let started = json::decode_data::<StartedData>(event.data)?;
         if row.is_some() {
             return Err(expected("the run exists already: another run is expected").into());
         }
+
         let parent = match started.parent_run.as_deref() {
             None => None,
             Some(run) => {
@@ -191,6 +195,7 @@ impl Runs {
                 Some((parent, above.ok_or_else(|| expected(why).at("data.parent_run"))?))
             }
         };
+
         let row = RunRow {
             agent: started.agent.into_owned(),
             parent: parent.as_ref().map(|(key, _)| key.run.clone()),
@@ -214,8 +219,9 @@ impl Runs {
         event: &LogEvent<'_>,
         key: &RunKey,
     ) -> Result<(Effect, (String, CallRow)), Rejected> {
-        let named = data::<CallData>(event)?;
+        let named = json::decode_data::<CallData>(event.data)?;
         let known = self.call(store, key, &named.call)?;
+
         match (event.kind == TOOL_EXECUTING, known) {
             (true, None) => {
                 let tool = named.tool.map(Cow::into_owned).unwrap_or_default();
@@ -244,6 +250,7 @@ impl Runs {
     ) {
         let Transition { key, mut row, mut call, parent, effect } = transition;
         row.last = appended;
+
         match effect {
             Effect::Start => row.started = appended,
             Effect::None => {}
@@ -266,6 +273,7 @@ impl Runs {
                 row.ended = Some((appended, ending));
             }
         }
+
         if let Some((parent, mut above)) = parent {
             match row.ended {
                 None => above.children += 1,
@@ -278,6 +286,7 @@ impl Runs {
             tx.rows.put_call(&key, &name, &call);
             self.calls.insert((key.clone(), name), call);
         }
+
         tx.rows.put_run_event(&key, appended.seq);
         tx.rows.put_run(&key, &row);
         self.rows.insert(key, row);
@@ -310,7 +319,7 @@ fn judge_open(row: &RunRow, event: &LogEvent<'_>, by_server: bool) -> Result<Eff
     match &*event.kind {
         AGENT_WAITING if row.waiting.is_some() => Err(expected("the run waits already: agent_resumed is expected")),
         AGENT_WAITING => {
-            let until = data::<WaitingData>(event)?.expires_at;
+            let until = json::decode_data::<WaitingData>(event.data)?.expires_at;
             let expires_at = until.as_deref().map(|text| {
                 clock::parse_rfc3339(text).ok_or_else(|| Error::field("data.expires_at", "data.expires_at is RFC 3339"))
             });
@@ -323,7 +332,7 @@ fn judge_open(row: &RunRow, event: &LogEvent<'_>, by_server: bool) -> Result<Eff
             Err(expected(format!("{} calls are executing: tool_completed is expected first", row.executing)))
         }
         AGENT_COMPLETED => end(Ending::Completed),
-        AGENT_FAILED if by_server => match data::<StalledData>(event)? {
+        AGENT_FAILED if by_server => match json::decode_data::<StalledData>(event.data)? {
             StalledData { after: Some(seq), pieces } if seq == row.last.seq && pieces == row.pieces => {
                 end(Ending::Failed)
             }

@@ -1,20 +1,26 @@
-//! A thread while the projector works on it: who is a member, and what an event changes.
+//! A thread while the projector works on it: who is a member, what an event changes, and how it is appended.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use super::transaction::Transaction;
-use super::{AccessChange, Published};
+use super::runs::Rejected;
+use super::transaction::{EventRecord, Transaction};
+use super::{AccessChange, CommittedEvent, Published, ThreadUpdate, Update};
+use crate::log::Grant;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event;
-use crate::protocol::event::{LogEvent, Priority};
-use crate::protocol::ids;
-use crate::protocol::kinds::{MEMBER_ADDED, MEMBER_REMOVED, SESSIONS_REVOKED, THREAD_CREATED, THREAD_UPDATED};
-use crate::store::{KeyRow, MemberRow, RevocationRow, Store, StoreError, ThreadRow};
+use crate::protocol::event::{EventFrame, LogEvent, Priority};
+use crate::protocol::kinds::{
+    AGENT_CANCEL_REQUESTED, MEMBER_ADDED, MEMBER_REMOVED, SESSIONS_REVOKED, THREAD_CREATED, THREAD_UPDATED,
+};
+use crate::protocol::{ids, json};
+use crate::store::runs::EventRef;
+use crate::store::{EventRow, KeyRow, MemberRow, RevocationRow, Store, StoreError, ThreadRow};
 
 /// A thread's state while the projector works on it. It shows what the batch has decided, before
 /// the store does.
@@ -30,11 +36,40 @@ pub(super) struct Thread {
 
 /// What becomes of an event as far as its thread decides.
 pub(super) enum ThreadChange {
-    /// It is appended, with what it changes about who may read.
-    Append(Option<AccessChange>),
+    /// It is appended, with what it changes of the thread.
+    Append(ThreadEffect),
     /// Nothing had to change, and nothing is appended.
     Unchanged,
     Refused(Error),
+}
+
+/// What an event changes of its thread beside the head.
+#[derive(Default)]
+pub(super) struct ThreadEffect {
+    access: Option<AccessChange>,
+    /// The thread's title from now on, if the event sets it or takes it away.
+    title: Option<Option<String>>,
+}
+
+impl From<AccessChange> for ThreadEffect {
+    fn from(access: AccessChange) -> ThreadEffect {
+        ThreadEffect { access: Some(access), title: None }
+    }
+}
+
+/// An event that is accepted.
+pub(super) struct AcceptedEvent<'a> {
+    pub(super) event: &'a LogEvent<'a>,
+    /// As its readers get it.
+    pub(super) data: &'a RawValue,
+    /// What the thread's hash covers.
+    pub(super) value: &'a [u8],
+    pub(super) at: u64,
+    /// By a right beyond membership.
+    pub(super) privileged: bool,
+    pub(super) effect: ThreadEffect,
+    /// The message that it closes.
+    pub(super) closes: Option<Arc<str>>,
 }
 
 /// The answer to a key that is already taken.
@@ -52,7 +87,19 @@ impl Thread {
         Thread { key: key.into(), row, changed: false, revoked_until: 0, members: HashMap::new() }
     }
 
-    pub(super) fn is_member(&mut self, store: &Store, event: &LogEvent<'_>, user: &str) -> Result<bool, StoreError> {
+    /// Refuses a writer who is no member, if the record's right to be here is membership. Who may write to reserved threads,
+    /// which have no members, was decided before the record was appended; a thread that is not there yet has none either.
+    pub(super) fn check_writer(&mut self, store: &Store, input: &EventRecord<'_>) -> Result<(), Rejected> {
+        let EventRecord { record, event, .. } = *input;
+        let by_membership = record.grant == Grant::Member && !ids::is_reserved(&event.thread);
+        let exists = self.row.head > 0;
+        if exists && by_membership && !self.is_member(store, event, &event.from)? {
+            return Err(Error::no_thread().into());
+        }
+        Ok(())
+    }
+
+    fn is_member(&mut self, store: &Store, event: &LogEvent<'_>, user: &str) -> Result<bool, StoreError> {
         if let Some(known) = self.members.get(user) {
             return Ok(*known);
         }
@@ -87,36 +134,45 @@ impl Thread {
         // A revocation with an earlier time, from a clock that is slow, takes nothing back.
         let before = store.revocation(&event.tenant, user)?.map_or(0, |row| row.until);
         self.revoked_until = self.revoked_until.max(before);
-        Ok(ThreadChange::Append(Some(AccessChange::Revoked(user.to_owned()))))
+        Ok(ThreadChange::Append(AccessChange::Revoked(user.to_owned()).into()))
     }
 
     fn create(&self, event: &LogEvent<'_>) -> ThreadChange {
         if self.row.head > 0 {
             return ThreadChange::Refused(Error::new(Code::Conflict, "the thread exists already").at("thread"));
         }
-        match data::<Created>(event).and_then(|created| created.members_with(&event.from)) {
-            Ok(members) => ThreadChange::Append(Some(AccessChange::Joined(members))),
+        let created = match json::decode_data::<CreatedData>(event.data) {
+            Ok(created) => created,
+            Err(error) => return ThreadChange::Refused(error),
+        };
+        match created.members_with(&event.from) {
+            Ok(members) => ThreadChange::Append(ThreadEffect {
+                access: Some(AccessChange::Joined(members)),
+                title: Some(created.title.map(Cow::into_owned)),
+            }),
             Err(error) => ThreadChange::Refused(error),
         }
     }
 
     fn retitle(&self, event: &LogEvent<'_>) -> ThreadChange {
-        match data::<Updated>(event) {
-            Ok(updated) if self.row.title.as_deref() == Some(&*updated.title) => ThreadChange::Unchanged,
-            Ok(_) => ThreadChange::Append(None),
+        match json::decode_data::<TitleData>(event.data) {
+            Ok(TitleData { title }) if self.row.title.as_deref() == Some(&*title) => ThreadChange::Unchanged,
+            Ok(TitleData { title }) => {
+                ThreadChange::Append(ThreadEffect { access: None, title: Some(Some(title.into_owned())) })
+            }
             Err(error) => ThreadChange::Refused(error),
         }
     }
 
     fn change_member(&mut self, store: &Store, event: &LogEvent<'_>) -> Result<ThreadChange, StoreError> {
-        let user = match data::<Member>(event).and_then(Member::checked) {
+        let user = match json::decode_data::<MemberData>(event.data).and_then(MemberData::checked) {
             Ok(member) => member.user,
             Err(error) => return Ok(ThreadChange::Refused(error)),
         };
         let adding = event.kind == MEMBER_ADDED;
         Ok(match (adding, self.is_member(store, event, &user)?) {
-            (true, false) => ThreadChange::Append(Some(AccessChange::Joined(vec![user.into_owned()]))),
-            (false, true) => ThreadChange::Append(Some(AccessChange::Left(user.into_owned()))),
+            (true, false) => ThreadChange::Append(AccessChange::Joined(vec![user.into_owned()]).into()),
+            (false, true) => ThreadChange::Append(AccessChange::Left(user.into_owned()).into()),
             (true, true) | (false, false) => ThreadChange::Unchanged,
         })
     }
@@ -130,14 +186,33 @@ impl Thread {
                 ThreadChange::Refused(Error::field("parent", why))
             }
             _ if head == 0 && !ids::is_reserved(&event.thread) => {
-                ThreadChange::Append(Some(AccessChange::Joined(vec![event.from.to_string()])))
+                ThreadChange::Append(AccessChange::Joined(vec![event.from.to_string()]).into())
             }
-            _ => ThreadChange::Append(None),
+            _ => ThreadChange::Append(ThreadEffect::default()),
         }
     }
 
+    /// Appends an event: gives it the next seq, writes its rows, and publishes it.
+    pub(super) fn append(&mut self, new: AcceptedEvent<'_>, tx: &mut Transaction<'_>) -> EventRef {
+        let AcceptedEvent { event, data, value, at, privileged, effect, closes } = new;
+        // An agent must learn at once that it shall stop.
+        let priority = if event.kind == AGENT_CANCEL_REQUESTED { Some(Priority::High) } else { event.priority };
+
+        let seq = self.advance(value, priority, at);
+        let frame = json::encode(&EventFrame { data, ..event.frame(seq) });
+        let class = Priority::class(priority) as u8;
+        let row = EventRow { kind: &event.kind, class, privileged, hash: self.row.hash, frame: &frame };
+        tx.rows.put_event(&event.tenant, &event.thread, seq, &row);
+        let access = self.apply(effect, event, EventRef { seq, at }, tx);
+
+        let committed = CommittedEvent { seq, kind: (*event.kind).into(), priority, frame: frame.into(), closes };
+        let update = Update::Event(Arc::new(committed), access);
+        tx.commit.events.push(ThreadUpdate { key: self.key.clone(), update });
+        EventRef { seq, at }
+    }
+
     /// The next seq, and its link of the chain.
-    pub(super) fn append(&mut self, value: &[u8], priority: Option<Priority>, at: u64) -> u64 {
+    fn advance(&mut self, value: &[u8], priority: Option<Priority>, at: u64) -> u64 {
         let seq = self.row.head + 1;
         self.row.hash = event::chain(&self.row.hash, seq, value);
         if seq == 1 {
@@ -150,16 +225,15 @@ impl Thread {
         seq
     }
 
-    /// Writes what the event changes beside the thread's head.
-    pub(super) fn apply(
+    /// Writes what the event changes beside the thread's head; gives what that means for its readers.
+    fn apply(
         &mut self,
-        change: &Option<AccessChange>,
+        effect: ThreadEffect,
         event: &LogEvent<'_>,
-        seq: u64,
-        at: u64,
+        EventRef { seq, at }: EventRef,
         tx: &mut Transaction<'_>,
-    ) {
-        match change {
+    ) -> Option<AccessChange> {
+        match &effect.access {
             Some(AccessChange::Joined(users)) => {
                 for user in users {
                     tx.rows.put_member(&event.tenant, &event.thread, user, &MemberRow { since: seq });
@@ -176,23 +250,24 @@ impl Thread {
             }
             None => {}
         }
-        if matches!(&*event.kind, THREAD_CREATED | THREAD_UPDATED) {
-            // Checked when the change was decided.
-            self.row.title = data::<Created>(event).ok().and_then(|created| created.title).map(Cow::into_owned);
+
+        if let Some(title) = effect.title {
+            self.row.title = title;
         }
+        effect.access
     }
 }
 
 /// `data` of `thread_created`.
 #[derive(Deserialize)]
-struct Created<'a> {
+struct CreatedData<'a> {
     #[serde(borrow, default)]
     title: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
     members: Vec<Cow<'a, str>>,
 }
 
-impl Created<'_> {
+impl CreatedData<'_> {
     /// The members, the creator among them, each once.
     fn members_with(&self, creator: &str) -> Result<Vec<String>, Error> {
         self.members.iter().try_for_each(|member| ids::check_name("members", member))?;
@@ -206,27 +281,20 @@ impl Created<'_> {
 
 /// `data` of `thread_updated`.
 #[derive(Deserialize)]
-struct Updated<'a> {
+struct TitleData<'a> {
     #[serde(borrow)]
     title: Cow<'a, str>,
 }
 
 /// `data` of `member_added` and `member_removed`.
 #[derive(Deserialize)]
-struct Member<'a> {
+struct MemberData<'a> {
     #[serde(borrow)]
     user: Cow<'a, str>,
 }
 
-impl Member<'_> {
+impl MemberData<'_> {
     fn checked(self) -> Result<Self, Error> {
         ids::check_name("user", &self.user).map(|()| self)
     }
-}
-
-/// What `data` of an event says.
-pub(super) fn data<'a, T: Deserialize<'a>>(event: &LogEvent<'a>) -> Result<T, Error> {
-    serde_json::from_str(event.data.get()).map_err(|_| {
-        Error::field("data", format!("data of {} does not have one of the shapes that it may have", event.kind))
-    })
 }

@@ -17,6 +17,11 @@ pub fn encode<T: Serialize + ?Sized>(value: &T) -> String {
     serde_json::to_string(value).expect("types of the protocol have string keys and no failing serialiser")
 }
 
+/// As [`encode`], with white space for people.
+pub fn encode_pretty<T: Serialize + ?Sized>(value: &T) -> String {
+    serde_json::to_string_pretty(value).expect("types of the protocol have string keys and no failing serialiser")
+}
+
 /// As [`encode`], for where bytes are wanted.
 pub fn encode_bytes<T: Serialize + ?Sized>(value: &T) -> Vec<u8> {
     serde_json::to_vec(value).expect("types of the protocol have string keys and no failing serialiser")
@@ -38,6 +43,19 @@ pub fn decode<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, Error> {
         return Err(Error::new(Code::BadRequest, "not a JSON object"));
     }
     serde_json::from_str(text).map_err(|error| explain::<T>(text, &error))
+}
+
+/// Reads `data` of an event that is in the log: whatever serde reads as this type, and an error as [`decode`] has it.
+pub fn decode_data<'a, T: Deserialize<'a>>(data: &'a RawValue) -> Result<T, Error> {
+    serde_json::from_str(data.get()).map_err(|error| in_data(explain::<T>(data.get(), &error)))
+}
+
+/// Reads a record's value, as bytes of the log: whatever serde reads as this type, and an error as [`decode`] has it.
+pub fn decode_bytes<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Error> {
+    serde_json::from_slice(bytes).map_err(|error| match std::str::from_utf8(bytes) {
+        Ok(text) => explain::<T>(text, &error),
+        Err(_) => Error::new(Code::BadRequest, "it is not UTF-8"),
+    })
 }
 
 /// How deep arrays and objects of `data` may be nested.
@@ -274,6 +292,14 @@ mod tests {
             let value = RawValue::from_string(text.to_owned()).expect("it is JSON");
             assert_eq!(raw_object("a", &value).get(), format!(r#"{{"a":{text}}}"#));
         }
+    }
+
+    #[test]
+    fn a_record_of_the_log_is_refused_in_plain_words_too() {
+        let why = |bytes: &[u8]| decode_bytes::<Sample>(bytes).expect_err("no sample").message.into_owned();
+        assert_eq!(why(br#"{"seq":"x"}"#), r#"seq must be a whole number, 0 or more, not "x""#);
+        assert_eq!(why(b"{"), "the JSON is not valid at line 1, column 1");
+        assert_eq!(why(b"{\"\xff\":1}"), "it is not UTF-8");
     }
 
     #[test]

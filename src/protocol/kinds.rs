@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::error::Error;
+use super::event::Fields;
 use super::{ids, json};
 
 pub const USER_MESSAGE: &str = "user_message";
@@ -17,7 +18,7 @@ pub const AGENT_STARTED: &str = "agent_started";
 pub const AGENT_THINKING: &str = "agent_thinking";
 pub const TOOL_EXECUTING: &str = "tool_executing";
 pub const TOOL_COMPLETED: &str = "tool_completed";
-/// A delta: a piece of a message that an agent is writing.
+/// A delta: a part of a message that an agent is still writing.
 pub const AGENT_TOKEN: &str = "agent_token";
 pub const AGENT_WAITING: &str = "agent_waiting";
 pub const AGENT_RESUMED: &str = "agent_resumed";
@@ -58,7 +59,7 @@ impl<'a> DeltaData<'a> {
         Ok(delta)
     }
 
-    /// Behind the last character.
+    /// The characters of the message up to the end of this delta.
     pub fn to_char(&self) -> u64 {
         self.from_char.saturating_add(self.text.chars().count() as u64)
     }
@@ -68,19 +69,19 @@ impl<'a> DeltaData<'a> {
 pub fn text_of(content: &RawValue) -> Option<String> {
     #[derive(Deserialize)]
     #[serde(untagged)]
-    enum Content<'a> {
+    enum TextOrParts<'a> {
         #[serde(borrow)]
         Text(Cow<'a, str>),
-        Parts(Vec<Part>),
+        Parts(Vec<PartText>),
     }
     #[derive(Deserialize)]
-    struct Part {
+    struct PartText {
         #[serde(default)]
         text: String,
     }
     Some(match serde_json::from_str(content.get()).ok()? {
-        Content::Text(text) => text.into_owned(),
-        Content::Parts(parts) => parts.into_iter().map(|part| part.text).collect(),
+        TextOrParts::Text(text) => text.into_owned(),
+        TextOrParts::Parts(parts) => parts.into_iter().map(|part| part.text).collect(),
     })
 }
 
@@ -144,30 +145,24 @@ pub fn check_data(class: KindClass, data: &RawValue) -> Result<(), Error> {
     }
 }
 
-/// Agent events belong to a run; a piece is not in the thread's order, and replies to nothing there.
+/// Agent events belong to a run; a delta is not in the thread's order, and replies to nothing there.
 pub fn check_place(class: KindClass, run: Option<&str>, parent: Option<u64>) -> Result<(), Error> {
     if matches!(class, KindClass::Agent { .. } | KindClass::Token) && run.is_none() {
         return Err(Error::field("run", "an agent event needs a run"));
     }
     if class == KindClass::Token && parent.is_some() {
-        return Err(Error::field("parent", "a piece replies to nothing: the agent_message that closes it does"));
+        return Err(Error::field("parent", "a delta replies to nothing: the agent_message that closes it does"));
     }
     Ok(())
 }
 
 fn check_message(data: &RawValue, may_close: bool) -> Result<(), Error> {
     #[derive(Deserialize)]
-    struct Message<'a> {
+    struct MessageFields<'a> {
         #[serde(borrow)]
         content: Option<&'a RawValue>,
         #[serde(borrow)]
         message: Option<&'a RawValue>,
-    }
-    #[derive(Deserialize)]
-    struct Part<'a> {
-        #[serde(borrow)]
-        #[expect(dead_code, reason = "only its presence and type are wanted")]
-        r#type: Cow<'a, str>,
     }
     let bad = || {
         Error::field(
@@ -175,28 +170,48 @@ fn check_message(data: &RawValue, may_close: bool) -> Result<(), Error> {
             "data must be an object whose content is a string or a list of parts, each with a type",
         )
     };
-    // Objects alone: a list of values would be read as a struct as well.
-    let message: Message = json::decode(data.get()).map_err(|_| bad())?;
-    let is_part = |part: &&RawValue| json::decode::<Part>(part.get()).is_ok();
-    match message.content.map(RawValue::get) {
-        None if may_close && message.message.is_some_and(|name| name.get().starts_with('"')) => Ok(()),
-        Some(text) if text.starts_with('"') => Ok(()),
-        Some(text) if serde_json::from_str::<Vec<&RawValue>>(text).is_ok_and(|parts| parts.iter().all(is_part)) => {
-            Ok(())
-        }
+    // Of an object alone: serde reads a list as a struct as well.
+    if !is_object(data) {
+        return Err(bad());
+    }
+    let fields: MessageFields = serde_json::from_str(data.get()).map_err(|_| bad())?;
+
+    let closes = may_close && fields.message.is_some_and(is_string);
+    match fields.content {
+        None if closes => Ok(()),
+        Some(content) if is_string(content) || is_list_of_parts(content) => Ok(()),
         _ => Err(bad()),
     }
 }
 
+/// Whether it is a list of objects, each with a `type` that is a string.
+fn is_list_of_parts(content: &RawValue) -> bool {
+    #[derive(Deserialize)]
+    struct PartType<'a> {
+        #[serde(borrow)]
+        #[expect(dead_code, reason = "only its presence and type are wanted")]
+        r#type: Cow<'a, str>,
+    }
+    let Ok(parts) = serde_json::from_str::<Vec<&RawValue>>(content.get()) else { return false };
+    parts.into_iter().all(|part| is_object(part) && serde_json::from_str::<PartType>(part.get()).is_ok())
+}
+
 fn check_agent(required: &[&'static str], data: &RawValue) -> Result<(), Error> {
-    let fields: std::collections::HashMap<Cow<str>, &RawValue> =
-        serde_json::from_str(data.get()).map_err(|_| Error::field("data", "data must be an object"))?;
+    let fields = Fields::parse(data).ok_or_else(|| Error::field("data", "data must be an object"))?;
     for name in required {
-        if !fields.get(*name).is_some_and(|value| value.get().starts_with('"')) {
+        if !fields.raw(name).is_some_and(is_string) {
             return Err(Error::field(format!("data.{name}"), format!("data.{name} must be a string")));
         }
     }
     Ok(())
+}
+
+fn is_string(value: &RawValue) -> bool {
+    value.get().starts_with('"')
+}
+
+fn is_object(value: &RawValue) -> bool {
+    value.get().starts_with('{')
 }
 
 #[cfg(test)]
