@@ -100,7 +100,7 @@ pub enum Answer {
         id: i64,
         thread: Box<str>,
         /// For a delta: its message, and how many characters of that end with it.
-        piece: Option<(Box<str>, u64)>,
+        delta: Option<(Box<str>, u64)>,
         verdict: Verdict,
     },
     /// The user was removed from the thread, and may be a member again by now.
@@ -112,7 +112,7 @@ pub enum Answer {
     /// Others had their turn on this worker: what is done in parts goes on.
     GoOn,
     /// Whether the log has the first receipts of a new durable subscription, for the `subscribe` that waits for that.
-    PlacesStored {
+    FirstReceiptsStored {
         /// Which attempt of the session's it is; the answer to an earlier one comes too late.
         attempt: u32,
         stored: Result<(), Error>,

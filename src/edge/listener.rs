@@ -135,9 +135,11 @@ async fn connection(
     }
     let http = http1::protocol(HEADERS_WITHIN);
     let service = http1::service(routes, move |extensions| drop(extensions.insert(permit.clone())));
+
     let socket = Socket::new(stream);
     let written = socket.counter();
     let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(socket), service).with_upgrades());
+
     let result = tokio::select! {
         result = connection.as_mut() => result,
         () = stalled(&written) => {
@@ -149,6 +151,7 @@ async fn connection(
             connection.await
         }
     };
+
     if let Err(error) = result {
         tracing::debug!(%error, %peer, "a connection ended");
     }

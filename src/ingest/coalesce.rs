@@ -14,8 +14,8 @@ use std::sync::Arc;
 use tokio::time::{Duration, Instant};
 
 use super::pending::OnVerdict;
-use super::submit::{Draft, Submit};
-use crate::log::{Append, Grant};
+use super::submit::{AppendBatch, Draft};
+use crate::log::Grant;
 use crate::protocol::delta::Delta;
 use crate::protocol::event::LogEvent;
 use crate::protocol::json;
@@ -68,11 +68,12 @@ impl PendingDelta {
             from: (*event.from).into(),
             at: (*event.at).into(),
             priority: event.priority,
-            behind: 0,
+            head: 0,
             from_char: data.from_char,
             to_char,
             text: data.text.into_owned(),
         };
+
         PendingDelta { tenant, delta, grant, waiters: vec![Waiter { id, called: called.into(), to_char }] }
     }
 
@@ -86,8 +87,8 @@ impl PendingDelta {
         std::mem::take(&mut self.waiters)
     }
 
-    /// Makes the record; `reply` gets its verdict.
-    pub fn prepare(self, submit: &Submit, traceparent: Option<&str>, reply: OnVerdict) -> Append {
+    /// Adds the record to a batch; `reply` gets its verdict.
+    pub fn append(self, batch: &mut AppendBatch, traceparent: Option<&str>, reply: OnVerdict) {
         telemetry::deltas_appended().increment(1);
         let PendingDelta { tenant, delta, grant, .. } = self;
         let data = json::encode_raw(&DeltaData {
@@ -108,7 +109,7 @@ impl PendingDelta {
             parent: None,
             priority: delta.priority,
         };
-        submit.prepare(&Draft { event, grant, traceparent }, reply)
+        batch.add(&Draft { event, grant, traceparent }, reply);
     }
 
     /// Joins `next` if it continues exactly where this one ends; gives back any other.
@@ -127,12 +128,12 @@ impl PendingDelta {
 #[derive(Default)]
 pub struct Coalescer {
     /// By thread and by the message's name in it.
-    messages: HashMap<(Box<str>, Arc<str>), Message>,
+    messages: HashMap<(Box<str>, Arc<str>), GatheredMessage>,
     /// Nothing is due earlier.
     due: Option<Instant>,
 }
 
-struct Message {
+struct GatheredMessage {
     /// When the waiting delta is to become a record.
     due: Instant,
     waiting: Option<PendingDelta>,
@@ -143,7 +144,7 @@ impl Coalescer {
     pub fn add(&mut self, new: PendingDelta, now: Instant) -> Vec<PendingDelta> {
         telemetry::deltas_received().increment(1);
         let key = (new.delta.thread.clone(), new.delta.name.clone());
-        let message = self.messages.entry(key).or_insert(Message { due: now, waiting: None });
+        let message = self.messages.entry(key).or_insert(GatheredMessage { due: now, waiting: None });
         self.due = Some(self.due.map_or(message.due, |due| due.min(message.due)));
 
         let mut ready = Vec::new();
@@ -165,7 +166,7 @@ impl Coalescer {
 
     /// What waits of the selected messages, to become records now.
     pub fn flush(&mut self, selects: impl Fn(&Delta) -> bool) -> Vec<PendingDelta> {
-        let selected = |message: &mut Message| message.waiting.take_if(|waiting| selects(&waiting.delta));
+        let selected = |message: &mut GatheredMessage| message.waiting.take_if(|waiting| selects(&waiting.delta));
         in_order(self.messages.values_mut().filter_map(selected).collect())
     }
 

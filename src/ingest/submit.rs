@@ -33,7 +33,7 @@ impl Submit {
     }
 
     /// Makes the record, and registers `reply` for its verdict. It reaches the log with [`Submit::send`].
-    pub fn prepare(&self, draft: &Draft<'_>, reply: OnVerdict) -> Append {
+    fn prepare(&self, draft: &Draft<'_>, reply: OnVerdict) -> Append {
         let record = Record {
             topic: Topic::Events,
             key: ids::log_key(&draft.event.tenant, &draft.event.thread),
@@ -76,6 +76,43 @@ impl Submit {
         let append = self.prepare(draft, Box::new(move |verdict| drop(sender.send(verdict))));
         self.send(vec![append]);
         verdict.await.unwrap_or_else(|_| Err(unknown("the server is stopping")))
+    }
+}
+
+/// Records of one session on their way to the log, in order: they are appended together.
+pub struct AppendBatch {
+    submit: Arc<Submit>,
+    appends: Vec<Append>,
+}
+
+impl AppendBatch {
+    pub fn new(submit: Arc<Submit>) -> AppendBatch {
+        AppendBatch { submit, appends: Vec::new() }
+    }
+
+    /// An event; `reply` gets its verdict.
+    pub fn add(&mut self, draft: &Draft<'_>, reply: OnVerdict) {
+        self.appends.push(self.submit.prepare(draft, reply));
+    }
+
+    /// A record that the session itself writes; the projector's verdict names it by `id`.
+    pub fn add_record(&mut self, id: Uuid, record: Record, reply: OnVerdict) {
+        self.appends.push(self.submit.prepare_record(id, record, reply));
+    }
+
+    pub fn extend(&mut self, appends: Vec<Append>) {
+        self.appends.extend(appends);
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.appends.is_empty()
+    }
+
+    /// Appends all of it to the log.
+    pub fn send(&mut self) {
+        if !self.appends.is_empty() {
+            self.submit.send(std::mem::take(&mut self.appends));
+        }
     }
 }
 

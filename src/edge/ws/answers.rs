@@ -25,11 +25,11 @@ impl SessionState {
 
     fn on_answer(&mut self, answer: Answer) -> Result<(), End> {
         match answer {
-            Answer::Publish { id, thread, piece, verdict } => self.on_verdict(id, &thread, piece, verdict),
+            Answer::Publish { id, thread, delta, verdict } => self.on_verdict(id, &thread, delta, verdict),
             Answer::Threads(threads) => self.on_threads(threads),
             Answer::LookedUp => self.incoming.looking_up = false,
             Answer::GoOn => self.on_turn(),
-            Answer::PlacesStored { attempt, stored } => self.on_receipts(attempt, stored),
+            Answer::FirstReceiptsStored { attempt, stored } => self.on_receipts(attempt, stored),
             Answer::Drain { retry_after_ms } => {
                 self.incoming.drain = Some(retry_after_ms);
                 self.incoming.flush_deltas(|_| true);

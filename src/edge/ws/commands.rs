@@ -55,6 +55,7 @@ impl SessionState {
             }
             Some(Ok(commands)) => commands,
         };
+
         for &command in commands.as_slice() {
             if self.within_rate(command)? && self.on_command(command, true)? == Progress::Waits {
                 self.incoming.queue.push(command.to_owned(), command.get().len());
@@ -117,6 +118,7 @@ impl SessionState {
             Command::Credit(credit) => (None, self.credit(credit.events)),
             Command::Signal(signal) => (None, self.signal(&signal)),
         };
+
         let outcome = result.as_ref().map_or_else(|error| error.code.as_str(), |()| "ok");
         telemetry::commands(name, outcome).increment(1);
         if let Err(error) = result {
@@ -230,9 +232,16 @@ impl SessionState {
             priority: publish.priority,
             traceparent: traceparent.as_deref(),
         };
+
         let Admitted { draft, delta } = self.sockets.admission.admit(who, request)?;
         match delta {
-            None => self.incoming.publish(&draft, publish.id, &publish.thread),
+            None => {
+                self.incoming.publish_begins(draft.event.run.as_deref());
+                let (outbox, id) = (self.outgoing.feed.outbox.clone(), publish.id);
+                let thread = Box::from(&*publish.thread);
+                let reply = move |verdict| outbox.push_answer(Answer::Publish { id, thread, delta: None, verdict });
+                self.incoming.batch.add(&draft, Box::new(reply));
+            }
             Some(data) => {
                 let tenant = who.tenant.clone();
                 let delta = PendingDelta::new(tenant, &draft.event, data, draft.grant, publish.id, &publish.thread);

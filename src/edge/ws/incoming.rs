@@ -8,14 +8,12 @@ use std::sync::Arc;
 
 use serde_json::value::RawValue;
 use tokio::time::{Duration, Instant};
-use uuid::Uuid;
 
 use super::plan::PendingSubscribe;
 use crate::delivery::outbox::{Answer, Outbox};
 use crate::ingest::coalesce::{Coalescer, PendingDelta, Waiter};
 use crate::ingest::pending::OnVerdict;
-use crate::ingest::submit::{Draft, Submit};
-use crate::log::{Append, Record};
+use crate::ingest::submit::{AppendBatch, Submit};
 use crate::projector::Verdict;
 use crate::protocol::delta::Delta;
 
@@ -144,10 +142,9 @@ pub struct Incoming {
     pub attempts: u32,
     /// Once the server is going down: when the client is to come back, in milliseconds.
     pub drain: Option<u64>,
+    /// Records for the log: those of what was read together are appended together.
+    pub batch: AppendBatch,
     coalescer: Coalescer,
-    /// Records that are not passed to the log yet.
-    batch: Vec<Append>,
-    submit: Arc<Submit>,
     outbox: Arc<Outbox>,
     /// W3C trace context of the upgrade request; every publish of the session gets it.
     traceparent: Option<Arc<str>>,
@@ -162,9 +159,8 @@ impl Incoming {
             looking_up: false,
             attempts: 0,
             drain: None,
+            batch: AppendBatch::new(submit),
             coalescer: Coalescer::default(),
-            batch: Vec::new(),
-            submit,
             outbox,
             traceparent: traceparent.map(Into::into),
         }
@@ -183,16 +179,11 @@ impl Incoming {
         self.queue.in_flight() == 0 && self.batch.is_empty()
     }
 
-    /// An event that was admitted.
-    pub fn publish(&mut self, draft: &Draft<'_>, id: i64, called: &str) {
+    /// An event was admitted, and is the next one in [`Incoming::batch`]. The session's deltas of the same run were published
+    /// before it, and are in the log before it.
+    pub fn publish_begins(&mut self, run: Option<&str>) {
         self.queue.publish_begins();
-        // The session's deltas of the same run were published before it, and are in the log before it.
-        let run = draft.event.run.as_deref();
         self.flush_deltas(|delta| run.is_none_or(|run| *delta.run == *run));
-
-        let (outbox, thread) = (self.outbox.clone(), Box::from(called));
-        let reply = Box::new(move |verdict| outbox.push_answer(Answer::Publish { id, thread, piece: None, verdict }));
-        self.batch.push(self.submit.prepare(draft, reply));
     }
 
     /// A delta that was admitted: it may become one record with others of its message.
@@ -200,11 +191,6 @@ impl Incoming {
         self.queue.publish_begins();
         let ready = self.coalescer.add(delta, Instant::now());
         self.append_deltas(ready);
-    }
-
-    /// A record that the session itself writes; the projector's verdict names it by `id`.
-    pub fn append_record(&mut self, id: Uuid, record: Record, reply: OnVerdict) {
-        self.batch.push(self.submit.prepare_record(id, record, reply));
     }
 
     /// Deltas that were gathered become records now, if they are selected.
@@ -218,25 +204,20 @@ impl Incoming {
         self.coalescer.due()
     }
 
-    /// Passes on to the log what is ready, `more` included.
-    pub fn submit(&mut self, more: Vec<Append>) {
-        if self.coalescer.due().is_some() {
-            let now = Instant::now();
-            if self.coalescer.due().is_some_and(|due| due <= now) {
-                let ready = self.coalescer.on_due(now);
-                self.append_deltas(ready);
-            }
-        }
-        self.batch.extend(more);
-        if !self.batch.is_empty() {
-            self.submit.send(std::mem::take(&mut self.batch));
+    /// Deltas that were gathered for long enough become records.
+    pub fn flush_due_deltas(&mut self) {
+        let Some(due) = self.coalescer.due() else { return };
+        let now = Instant::now();
+        if due <= now {
+            let ready = self.coalescer.on_due(now);
+            self.append_deltas(ready);
         }
     }
 
     fn append_deltas(&mut self, ready: Vec<PendingDelta>) {
         for mut delta in ready {
             let reply = reply_to_each(self.outbox.clone(), delta.message().into(), delta.take_waiters());
-            self.batch.push(delta.prepare(&self.submit, self.traceparent.as_deref(), reply));
+            delta.append(&mut self.batch, self.traceparent.as_deref(), reply);
         }
     }
 }
@@ -245,8 +226,8 @@ impl Incoming {
 fn reply_to_each(outbox: Arc<Outbox>, message: Box<str>, waiters: Vec<Waiter>) -> OnVerdict {
     Box::new(move |verdict: Verdict| {
         for Waiter { id, called, to_char } in waiters {
-            let piece = Some((message.clone(), to_char));
-            outbox.push_answer(Answer::Publish { id, thread: called, piece, verdict: verdict.clone() });
+            let delta = Some((message.clone(), to_char));
+            outbox.push_answer(Answer::Publish { id, thread: called, delta, verdict: verdict.clone() });
         }
     })
 }

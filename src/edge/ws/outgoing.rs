@@ -129,6 +129,7 @@ impl FrameWriter {
             ws.as_mut().start_send(frame)?;
             self.unflushed = true;
         }
+
         if self.unflushed {
             match ws.poll_flush(cx) {
                 Poll::Ready(flushed) => flushed?,

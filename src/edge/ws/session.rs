@@ -121,7 +121,8 @@ impl Session {
                     Poll::Pending => self.turn.read_all(),
                 },
                 Step::Submit => {
-                    self.state.submit();
+                    self.state.add_what_is_due();
+                    self.state.incoming.batch.send();
                     self.turn.submitted();
                 }
                 Step::Collect => {
@@ -130,10 +131,18 @@ impl Session {
                     }
                     self.turn.collected_all();
                 }
-                Step::Write => match self.write(cx) {
-                    Ok(written) => self.turn.wrote(written),
-                    Err(_) => return Poll::Ready(Wake::End(End::Gone)),
-                },
+                Step::Write => {
+                    let SessionState { outgoing, heartbeat, who, .. } = &mut self.state;
+                    outgoing.feed.subs.written = self.ws.get_ref().written();
+                    let Ok(written) = outgoing.poll_write(cx, &mut self.ws, who.as_ref()) else {
+                        return Poll::Ready(Wake::End(End::Gone));
+                    };
+                    match written {
+                        Written::All => heartbeat.flowing(),
+                        Written::Blocked => heartbeat.stalled(Instant::now(), self.ws.get_ref().progress().taken),
+                    }
+                    self.turn.wrote(written);
+                }
                 Step::Watch => {
                     if self.state.outgoing.poll_filled(cx, self.turn.written()).is_ready() {
                         return Poll::Ready(Wake::Answers);
@@ -157,22 +166,11 @@ impl Session {
         None
     }
 
-    fn write(&mut self, cx: &mut Context<'_>) -> Result<Written, WsError> {
-        self.state.outgoing.feed.subs.written = self.ws.get_ref().written();
-        let written = self.state.outgoing.poll_write(cx, &mut self.ws, self.state.who.as_ref())?;
-        match written {
-            Written::All => self.state.heartbeat.flowing(),
-            Written::Blocked => {
-                let taken = self.ws.get_ref().progress().taken;
-                self.state.heartbeat.stalled(Instant::now(), taken);
-            }
-        }
-        Ok(written)
-    }
-
     fn sleep(&mut self, cx: &mut Context<'_>) -> Poll<Wake> {
         // Writing may have begun subscriptions whose receipts are to be stored.
-        self.state.submit();
+        self.state.add_what_is_due();
+        self.state.incoming.batch.send();
+
         let due = self.state.due();
         if due < self.timer.deadline() {
             self.timer.as_mut().reset(due);
@@ -215,7 +213,9 @@ impl Session {
         {
             subs.on_due(who, client);
         }
-        state.submit();
+        state.add_what_is_due();
+        state.incoming.batch.send();
+
         let due = state.due();
         self.timer.as_mut().reset(due);
         Ok(())
@@ -231,7 +231,7 @@ impl Session {
         let Session { state, ws, .. } = &mut *self;
         state.outgoing.feed.subs.leave(client, end.is_by_server());
         state.incoming.flush_deltas(|_| true);
-        state.incoming.submit(Vec::new());
+        state.incoming.batch.send();
         telemetry::closed(end.code()).increment(1);
 
         // Frames that do not leave in time are lost: the client resumes.

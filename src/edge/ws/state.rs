@@ -105,13 +105,13 @@ impl SessionState {
         others.into_iter().flatten().fold(self.heartbeat.due(), Instant::min)
     }
 
-    /// Passes on to the log what is ready for it.
-    pub fn submit(&mut self) {
-        let receipts = match &self.who {
-            Some(who) => self.outgoing.feed.subs.changed_receipts(who),
-            None => Vec::new(),
-        };
-        self.incoming.submit(receipts);
+    /// Adds to the batch for the log what is due beside the publishes in it: deltas that were gathered, and receipts.
+    pub fn add_what_is_due(&mut self) {
+        self.incoming.flush_due_deltas();
+        if let Some(who) = &self.who {
+            let receipts = self.outgoing.feed.subs.changed_receipts(who);
+            self.incoming.batch.extend(receipts);
+        }
     }
 
     fn welcome(&mut self, id: Option<i64>) {

@@ -211,7 +211,7 @@ impl SessionState {
         let left = Arc::new(AtomicUsize::new(receipts.len()));
         for receipt in receipts {
             let reply = reply_to_last(self.outgoing.feed.outbox.clone(), self.incoming.attempts, left.clone());
-            self.incoming.append_record(receipt.id, (&receipt).into(), reply);
+            self.incoming.batch.add_record(receipt.id, (&receipt).into(), reply);
         }
         Ok(())
     }
@@ -280,9 +280,9 @@ fn reply_to_last(outbox: Arc<Outbox>, attempt: u32, left: Arc<AtomicUsize>) -> O
     Box::new(move |verdict| {
         let last = left.fetch_sub(1, Ordering::AcqRel) == 1;
         match verdict {
-            Ok(_) if last => outbox.push_answer(Answer::PlacesStored { attempt, stored: Ok(()) }),
+            Ok(_) if last => outbox.push_answer(Answer::FirstReceiptsStored { attempt, stored: Ok(()) }),
             Ok(_) => {}
-            Err(error) => outbox.push_answer(Answer::PlacesStored { attempt, stored: Err(error) }),
+            Err(error) => outbox.push_answer(Answer::FirstReceiptsStored { attempt, stored: Err(error) }),
         }
     })
 }

@@ -45,6 +45,7 @@ pub fn item(api: &Api, key: &RunKey, row: &RunRow) -> Result<RunItem, Error> {
         Some((_, Ending::Cancelled)) => RunState::Cancelled,
     };
     let ended = || row.ended.map(|(mark, _)| at(mark));
+
     let waiting = match &row.waiting {
         Some(wait) => Some(OpenQuestion {
             seq: wait.since.seq,
@@ -54,6 +55,7 @@ pub fn item(api: &Api, key: &RunKey, row: &RunRow) -> Result<RunItem, Error> {
         }),
         None => None,
     };
+
     Ok(RunItem {
         run: key.run.clone(),
         thread: key.thread.clone(),

@@ -104,6 +104,7 @@ pub async fn find(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
         for thread in api.store.threads_of_run(&it.who.tenant, &run)? {
             threads.extend(if_readable(api.rights.may_read(&it.who, &thread))?.map(|()| thread));
         }
+
         match threads.as_slice() {
             [] => Err(detail::no_run()),
             [thread] => {
