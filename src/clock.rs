@@ -34,7 +34,7 @@ pub fn random_share() -> f64 {
 
 /// RFC 3339 with milliseconds, UTC: `2026-11-22T12:37:00.000Z`.
 pub fn rfc3339(ms: u64) -> String {
-    // The format ends with the year 9999; a token's `exp` may lie behind it.
+    // The format ends with the year 9999; a token's `exp` may be later.
     const LAST: u64 = 253_402_300_799_999;
     humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(ms.min(LAST))).to_string()
 }

@@ -1,4 +1,4 @@
-//! The frame around every row on disk, and the only place that knows bincode.
+//! The frame around every row on disk, and the only place that encodes and decodes one.
 //!
 //! Format: `W` (magic) · codec (1 = bincode 2, standard configuration) · schema (the row's own version) · CRC-32 of the
 //! payload, big-endian · payload. The version lets a later codec or row shape be read beside this one.

@@ -64,7 +64,7 @@ pub async fn run(target: &Target, args: &FanoutArgs) -> Result<Vec<Figure>, Fail
     let deliveries = args.events as f64 * args.readers as f64;
     Ok(vec![
         Figure::more(&name, deliveries / begin.elapsed().as_secs_f64(), "deliveries/s"),
-        Figure::less(&format!("{name}: fell behind"), lagged as f64, "times"),
+        Figure::less(&format!("{name}: lagged"), lagged as f64, "times"),
     ])
 }
 

@@ -152,7 +152,7 @@ fn memory_figures(args: &SlowArgs, all_read: &[Phase], some_slow: &[Phase]) -> V
         Figure::less(&format!("memory for {slow} slow"), more.max(0.0) / 1e6, "MB")
             .at_most(slow as f64 * HELD_BYTES as f64 / 1e6),
         Figure::less(&format!("weft_outbox_bytes, {slow} slow"), most(some_slow) / 1e6, "MB").at_most(bound / 1e6),
-        Figure::less(&format!("{slow} slow: fell behind"), lagged as f64, "times"),
+        Figure::less(&format!("{slow} slow: lagged"), lagged as f64, "times"),
         Figure::less(
             &format!("{slow} slow: level again after"),
             over(some_slow, &|phase| phase.caught_up_after.as_secs_f64()),

@@ -35,7 +35,7 @@ impl Rights {
         }
     }
 
-    /// The user's place in a thread, now.
+    /// What the user is in a thread, now.
     pub fn standing(&self, who: &Principal, thread: &str) -> Result<Standing, Error> {
         let is_member = || self.store.is_member(&who.tenant, thread, &who.user);
         if is_member()? {
@@ -129,7 +129,7 @@ impl Rights {
 
     /// Reads something of a thread on the user's behalf; `read` gets the thread's head. The one way to do so: the right is
     /// looked up before, so that a stranger learns nothing, and once more after, so that what was committed after a
-    /// removal is not handed out.
+    /// removal is not given out.
     pub fn read<T>(
         &self,
         who: &Principal,

@@ -35,7 +35,7 @@ impl Scopes {
     }
 }
 
-/// What is known of a user's place in a thread.
+/// What is known of a standing in a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     Member,

@@ -43,6 +43,7 @@ fn append(config: &Config, first: usize) -> Result<(), Failure> {
             // Nobody waits for room when the loop has ended.
             room.send(reported).unwrap_or_default();
         });
+
         let record = Record {
             topic: Topic::ALL[n % Topic::ALL.len()],
             key: format!("k{}", n % 7),

@@ -26,6 +26,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     if config.log == LogChoice::Embedded && !config.log_dir().join("CURRENT").exists() {
         return Err(format!("there is no log in {}: nothing to rebuild from", config.log_dir().display()).into());
     }
+
     let begin = Instant::now();
     let terminal = std::io::stderr().is_terminal();
     let progress = move |records: u64| {
@@ -34,6 +35,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
             drop(write!(std::io::stderr(), "\r{records} records"));
         }
     };
+
     let (check, discard) = (args.check, args.discard);
     let work = move || {
         let projections = config.projections_dir();
@@ -54,10 +56,12 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         log.close();
         Ok::<_, Failure>(rebuilt)
     };
+
     let rebuilt = tokio::task::spawn_blocking(work).await??;
     if terminal {
         eprintln!();
     }
+
     let done = if check { "the projections equal the log's" } else { "rebuilt" };
     println!("{done}: {} records in {:.1} s", rebuilt.records, begin.elapsed().as_secs_f64());
     Ok(())

@@ -32,6 +32,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         (None, Some(count)) => Start::Last(count),
         (None, None) => Start::Now,
     };
+
     let out = Output::new();
     let mut events = Resuming::connect(&args.server.url, &args.server.token, &args.thread, start).await?;
     let mut connected = true;
@@ -43,6 +44,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
                 return Ok(events.close().await?);
             }
         };
+
         // Everything but events goes to standard error, so that standard output can be piped.
         match item {
             ClientItem::Event(event) => {

@@ -1,6 +1,6 @@
 //! The log: the append-only record of everything, and the only source of truth.
 //!
-//! Two implementations stand behind one trait: [`embedded`] (RocksDB, needs no setup) and [`kafka`]. One contract suite
+//! Two implementations of one trait: [`embedded`] (RocksDB, needs no setup) and [`kafka`]. One contract suite
 //! (`tests/it/log_contract/`) holds both to the duties written here.
 //!
 //! A log has three [`Topic`]s, each with the same number of partitions, n. Partitions are numbered over all of them: events

@@ -50,7 +50,7 @@ pub struct Refresh<'a> {
     pub token: Cow<'a, str>,
 }
 
-/// Where a subscription begins: behind this seq, or for `"*"` behind one for each thread.
+/// Where a subscription begins: after this seq, or for `"*"` after one for each thread.
 #[derive(Debug, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(untagged)]
 pub enum After {

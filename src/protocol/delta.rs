@@ -1,7 +1,7 @@
-//! A piece of a message that an agent is writing: what live readers get of it before it is an event.
+//! A delta of a message that an agent is writing: what live readers get of the message before it is an event.
 //!
-//! Pieces have no seq. A reader knows its place by the message and by characters (Unicode scalar values), so that two pieces
-//! become one, and the rest of one that is known in part can be told, wherever a reader stands.
+//! Deltas have no seq. Each names its message and the characters (Unicode scalar values) of it that it holds. So two of them
+//! that follow each other can be joined, and a reader that has a part of one can be sent the rest.
 
 use std::sync::Arc;
 
@@ -26,9 +26,9 @@ pub struct Delta {
     pub at: Box<str>,
     pub priority: Option<Priority>,
     /// The thread's newest seq when it came.
-    pub behind: u64,
+    pub head: u64,
     pub from_char: u64,
-    /// Behind its last character.
+    /// The characters of the message up to its end.
     pub to_char: u64,
     pub text: String,
 }
@@ -67,13 +67,13 @@ impl Delta {
         self.to_char == next.from_char && self.name == next.name
     }
 
-    /// Takes the next one in.
+    /// Adds the next one to it.
     pub fn join(&mut self, next: &Delta) {
         self.text.push_str(&next.text);
         self.to_char = next.to_char;
     }
 
-    /// What is left of it behind the first characters of the message.
+    /// What is left of it after the first characters of the message.
     pub fn rest(&self, from_char: u64) -> Delta {
         let passed = from_char.saturating_sub(self.from_char);
         Delta { from_char, text: self.text.chars().skip(passed as usize).collect(), ..self.clone() }

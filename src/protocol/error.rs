@@ -1,4 +1,4 @@
-//! What a caller is told when something did not work: one type, one set of codes on every interface.
+//! What a caller gets when something did not work: one type, one set of codes on every interface.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -69,7 +69,7 @@ impl Code {
     }
 }
 
-/// A refusal: its code, a text for people, and where it can be told, the field at fault.
+/// A refusal: its code, a text for people, and where it is known, the field at fault.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Error {
     pub code: Code,

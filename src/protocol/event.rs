@@ -82,7 +82,7 @@ pub struct EventFrame<'a> {
     #[schemars(extend("const" = "event"))]
     pub r#type: &'static str,
     pub thread: &'a str,
-    /// The event's place in its thread: 1, 2, 3 … Pieces of a message that is being written (`agent_token`) have none.
+    /// The event's number in its thread: 1, 2, 3 … Deltas of a message that is being written (`agent_token`) have none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seq: Option<u64>,
     pub kind: &'a str,
@@ -264,12 +264,12 @@ pub fn with_attempt(frame: &str, attempt: u32) -> String {
     }
 }
 
-/// The frame with the thread called as its reader calls it. In every frame that has one, the thread stands right behind the
+/// The frame with the thread called as its reader calls it. In every frame that has one, the thread comes right after the
 /// type.
 pub fn with_thread(frame: &str, thread: &str, called: &str) -> String {
     let field = |name: &str| format!(r#","thread":{}"#, json::encode(name));
-    let behind_type = frame.find(',').unwrap_or(0);
-    let (begin, rest) = frame.split_at(behind_type);
+    let type_end = frame.find(',').unwrap_or(0);
+    let (begin, rest) = frame.split_at(type_end);
     match rest.strip_prefix(&field(thread)) {
         Some(rest) => format!("{begin}{}{rest}", field(called)),
         None => frame.to_owned(),

@@ -98,15 +98,15 @@ pub enum ServerFrame<'a> {
     Published {
         id: i64,
         thread: &'a str,
-        /// Absent for a piece of a message, which has none.
+        /// Absent for a delta, which has none.
         #[serde(skip_serializing_if = "Option::is_none")]
         seq: Option<u64>,
         event: uuid::Uuid,
         duplicate: bool,
-        /// For a piece: its message.
+        /// For a delta: its message.
         #[serde(skip_serializing_if = "Option::is_none")]
         message: Option<&'a str>,
-        /// For a piece: the characters of the message up to its end.
+        /// For a delta: the characters of the message up to its end.
         #[serde(skip_serializing_if = "Option::is_none")]
         to_char: Option<u64>,
     },

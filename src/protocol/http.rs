@@ -97,15 +97,15 @@ pub struct Ticket {
 #[derive(serde::Serialize, JsonSchema)]
 pub struct PublishReply<'a> {
     pub thread: &'a str,
-    /// Absent for a piece of a message, which has none.
+    /// Absent for a delta, which has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seq: Option<u64>,
     pub event: Uuid,
     pub duplicate: bool,
-    /// For a piece: its message.
+    /// For a delta: its message.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<&'a str>,
-    /// For a piece: the characters of the message up to its end.
+    /// For a delta: the characters of the message up to its end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub to_char: Option<u64>,
 }
@@ -114,7 +114,7 @@ pub struct PublishReply<'a> {
 #[derive(Serialize, JsonSchema)]
 pub struct DeadLetterItem {
     pub id: Uuid,
-    /// `unacknowledged`: sent with `confirm` and never acknowledged; `unreadable`: a record in the log that is not ours;
+    /// `unacknowledged`: sent with `confirm` and never acknowledged; `unreadable`: a foreign record in the log;
     /// `run_order`: an event that its run did not allow.
     pub reason: String,
     /// RFC 3339.
@@ -199,7 +199,7 @@ pub enum RunState {
     Cancelled,
 }
 
-/// An event's place and time.
+/// An event's seq and time.
 #[derive(Serialize, JsonSchema)]
 pub struct EventAt {
     pub seq: u64,
@@ -228,7 +228,7 @@ pub struct RunItem {
     pub started: EventAt,
     /// The newest event.
     pub last: EventAt,
-    /// When it was last heard of, RFC 3339: later than `last` while it writes a message piece by piece.
+    /// When it was last heard of, RFC 3339: later than `last` while it writes a message in deltas.
     pub heard_at: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ended: Option<EventAt>,
@@ -286,7 +286,7 @@ pub struct RunDetail {
     pub timings: Timings,
     pub steps: Vec<StepItem>,
     pub tools: Vec<ToolItem>,
-    /// Those that were written piece by piece, in the order in which they were begun.
+    /// Those that were written in deltas, in the order in which they were begun.
     pub messages: Vec<MessageItem>,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<serde_json::Value>")]
@@ -297,7 +297,7 @@ pub struct RunDetail {
     pub usage: Option<Box<RawValue>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<RunFailure>,
-    /// The run has more steps or messages than are told here.
+    /// The run has more steps or messages than are listed here.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     #[schemars(default)]
     pub truncated: bool,
@@ -317,7 +317,7 @@ pub struct Timings {
     pub queue_ms: u64,
     pub thinking_ms: u64,
     pub tool_ms: u64,
-    /// Writing messages piece by piece.
+    /// Writing messages in deltas.
     pub streaming_ms: u64,
     /// Waiting for a person.
     pub waiting_ms: u64,
@@ -357,19 +357,19 @@ pub struct ToolItem {
     pub error: Option<Box<RawValue>>,
 }
 
-/// A message that was written piece by piece.
+/// A message that was written in deltas.
 #[derive(Serialize, JsonSchema)]
 pub struct MessageItem {
     pub message: String,
     pub from: String,
     /// Its length, in Unicode scalar values: of what was written, whatever the event that closed it says.
     pub chars: u64,
-    /// When its first piece came, RFC 3339.
+    /// When its first delta came, RFC 3339.
     pub began: String,
     /// The event that it became; absent while it is being written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub closed: Option<EventAt>,
-    /// From the first piece until it was closed, or to the newest one.
+    /// From the first delta until it was closed, or to the newest one.
     pub ms: u64,
 }
 

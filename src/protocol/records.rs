@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// The reason of a record that is not ours.
+/// The reason of a foreign record.
 pub const UNREADABLE: &str = "unreadable";
 
 /// The reason of an event that a subscription with `confirm` was sent again and again.
@@ -27,13 +27,13 @@ pub struct ReceiptRecord {
     pub user: String,
     /// The durable subscription, empty for acknowledgements without one.
     pub name: String,
-    /// The seq behind which the subscription goes on.
+    /// The seq after which the subscription goes on.
     pub place: u64,
     /// The newest seq acknowledged, 0 for none.
     pub acked: u64,
     /// The newest seq sent and not acknowledged.
     pub sent: u64,
-    /// How often the event behind `place` was sent.
+    /// How often the first event after `place` was sent.
     pub attempts: u32,
     /// RFC 3339.
     pub at: String,

@@ -12,6 +12,7 @@ use super::http::{
     PublishReply, Ready, ReceiptList, RevocationReply, RunDetail, RunList, SessionList, ThreadBody, ThreadDetail,
     ThreadList, Ticket,
 };
+use super::json;
 use super::kinds::DeltaData;
 use super::records::{DeadLetterRecord, LogCheckpointRecord, LogCreatedRecord, LogGenerationRecord, ReceiptRecord};
 
@@ -85,6 +86,5 @@ fn of<T: JsonSchema>() -> Schema {
 
 /// A schema as its file holds it.
 pub fn text(schema: &Schema) -> String {
-    // A schema is a JSON value; those always serialise.
-    serde_json::to_string_pretty(schema).unwrap_or_default() + "\n"
+    json::encode_pretty(schema) + "\n"
 }

@@ -82,6 +82,7 @@ impl Store {
             let found = self.newest_cursors(tenant, after)?;
             cursors.extend(found.into_iter().map(|cursor| (cursor, *tenant)));
         }
+
         let looked_at_all = cursors.len() < SCAN;
         let (mut page, mut last) = (Vec::new(), None);
         for (cursor, tenant) in cursors.into_iter().rev().take(SCAN) {

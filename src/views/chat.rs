@@ -35,11 +35,11 @@ pub struct CallResult {
 pub struct Chat {
     room: Room,
     /// Newest first.
-    turns: Vec<Turn>,
+    turns: Vec<ChatTurn>,
 }
 
 /// What is in the conversation as a whole or not at all.
-enum Turn {
+enum ChatTurn {
     Said(ChatMessage),
     Called { seq: u64, call: String, function: Function, done: u64, result: String },
 }
@@ -61,7 +61,7 @@ impl Chat {
     ) -> Result<bool, E> {
         let turn = match kind {
             TOOL_EXECUTING => called(seq, frame, result)?,
-            _ => said(seq, kind, privileged, frame).map(Turn::Said),
+            _ => said(seq, kind, privileged, frame).map(ChatTurn::Said),
         };
         let Some(turn) = turn else { return Ok(true) };
         let Some(room) = self.room.without(&turn) else { return Ok(false) };
@@ -79,8 +79,8 @@ impl Chat {
         let mut taken = HashSet::from([String::new()]);
         for turn in self.turns.into_iter().rev() {
             match turn {
-                Turn::Said(message) => messages.push(message),
-                Turn::Called { seq, call, function, done, result } => {
+                ChatTurn::Said(message) => messages.push(message),
+                ChatTurn::Called { seq, call, function, done, result } => {
                     let mut id = call;
                     while !taken.insert(id.clone()) {
                         id = format!("{id}_{seq}");
@@ -125,7 +125,7 @@ fn called<E>(
     seq: u64,
     frame: &str,
     result: impl FnOnce(&str, &str) -> Result<Option<CallResult>, E>,
-) -> Result<Option<Turn>, E> {
+) -> Result<Option<ChatTurn>, E> {
     let Some(frame) = StoredFrame::parse(frame) else { return Ok(None) };
     let fields = frame.fields();
     let (Some(run), Some(call)) = (frame.run.as_deref(), fields.string("call")) else { return Ok(None) };
@@ -138,7 +138,7 @@ fn called<E>(
     let result = outcome.text("error").or_else(|| outcome.text("result")).unwrap_or_default();
     let name = fields.string("tool").unwrap_or_default();
     let function = Function { name, arguments: arguments_text(fields.raw("arguments")) };
-    Ok(Some(Turn::Called { seq, call, function, done: done.seq, result }))
+    Ok(Some(ChatTurn::Called { seq, call, function, done: done.seq, result }))
 }
 
 /// Arguments as JSON text. Agents that have them from a model as text publish them as they got them: such a string is the
@@ -160,7 +160,7 @@ fn chars(content: &RawValue) -> usize {
 
 impl Room {
     /// What is left after a turn, if it fits.
-    fn without(self, turn: &Turn) -> Option<Room> {
+    fn without(self, turn: &ChatTurn) -> Option<Room> {
         let needed = turn.size();
         Some(Room {
             messages: self.messages.checked_sub(needed.messages)?,
@@ -170,10 +170,10 @@ impl Room {
     }
 }
 
-impl Turn {
+impl ChatTurn {
     fn size(&self) -> Room {
         match self {
-            Turn::Said(message) => {
+            ChatTurn::Said(message) => {
                 let (content, name) = match message {
                     ChatMessage::System { content, .. } => (Some(&**content), ""),
                     ChatMessage::User { content, name, .. } => (Some(&**content), &**name),
@@ -183,7 +183,7 @@ impl Turn {
                 let bytes = content.map_or(0, |content| content.get().len()) + name.len();
                 Room { messages: 1, chars: content.map_or(0, chars), bytes }
             }
-            Turn::Called { call, function: Function { name, arguments }, result, .. } => Room {
+            ChatTurn::Called { call, function: Function { name, arguments }, result, .. } => Room {
                 messages: 2,
                 chars: arguments.chars().count() + result.chars().count(),
                 bytes: call.len() * 2 + name.len() + arguments.len() + result.len(),

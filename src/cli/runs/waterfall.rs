@@ -171,6 +171,7 @@ fn subruns(run: &Value, others: &[Value]) -> Vec<WaterfallRow> {
     for other in others {
         children.entry(other["parent_run"].as_str().unwrap_or_default()).or_default().push(other);
     }
+
     let mut rows = Vec::new();
     let mut parents = vec![(1, run)];
     while let Some((depth, parent)) = parents.pop() {

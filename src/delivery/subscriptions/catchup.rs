@@ -343,7 +343,7 @@ fn open_text(store: &Store, who: &Principal, thread: &str, delivered: &Delivered
             from: row.from.into(),
             at: clock::rfc3339(row.last_at).into(),
             priority: None,
-            behind: 0,
+            head: 0,
             from_char,
             to_char: from_char + text.chars().count() as u64,
             text,

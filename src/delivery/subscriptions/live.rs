@@ -94,7 +94,7 @@ impl Subscriptions {
             return None;
         }
         // From before it attached: its text was in the store, or in the event that closed the message.
-        if delta.behind < sub.cursor {
+        if delta.head < sub.cursor {
             return None;
         }
 
@@ -136,7 +136,7 @@ mod tests {
             from: "bot".into(),
             at: "".into(),
             priority: None,
-            behind: 0,
+            head: 0,
             from_char,
             to_char: from_char + text.len() as u64,
             text: text.into(),

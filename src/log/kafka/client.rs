@@ -112,6 +112,7 @@ pub(super) fn watermarks(
             },
             Err(error) => error,
         };
+
         // A partition that is new, or whose leader has just changed, is known a moment later.
         let soon = matches!(
             error.rdkafka_error_code(),

@@ -120,6 +120,7 @@ fn check_retention(
         return Ok(());
     };
     let setting = |name| settings.get(name).and_then(|entry| entry.value.as_deref()).unwrap_or_default();
+
     let policy = setting("cleanup.policy");
     if topic == Topic::Receipts {
         if policy != "compact" {
@@ -130,6 +131,7 @@ fn check_retention(
             "{name} has cleanup.policy=compact, which deletes records; set it to delete"
         )));
     }
+
     for setting_name in ["retention.ms", "retention.bytes"] {
         // A topic that is only compacted has no retention.
         if policy != "compact" && setting(setting_name) != "-1" {

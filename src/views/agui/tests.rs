@@ -162,14 +162,14 @@ fn short(events: &[Value]) -> Vec<String> {
     let field = |event: &Value, name: &str| event[name].as_str().unwrap_or("").to_owned();
     let of = |event: &Value| {
         let what = ["runId", "stepName", "messageId", "toolCallId", "delta", "content", "name", "code"];
-        let told: Vec<String> = what.iter().map(|name| field(event, name)).filter(|it| !it.is_empty()).collect();
-        format!("{} {}", field(event, "type"), told.join(" ")).trim().to_owned()
+        let got: Vec<String> = what.iter().map(|name| field(event, name)).filter(|it| !it.is_empty()).collect();
+        format!("{} {}", field(event, "type"), got.join(" ")).trim().to_owned()
     };
     events.iter().map(of).collect()
 }
 
 #[test]
-fn a_run_is_told_from_its_beginning_to_its_end() {
+fn a_run_is_emitted_from_its_beginning_to_its_end() {
     let mut t = Thread::default();
     t.add("user_message", None, json!({"content": "Where?"}));
     t.of("agent_started", json!({"agent": "scout"}));
@@ -282,8 +282,8 @@ fn a_question_ends_one_run_and_its_answer_begins_the_next() {
     let outcome = &events[4]["outcome"];
     assert_eq!((&outcome["type"], outcome["interrupts"].as_array().map(Vec::len)), (&json!("interrupt"), Some(1)));
     let interrupt = &outcome["interrupts"][0];
-    let told = ["id", "reason", "message", "expiresAt"].map(|field| interrupt[field].as_str().unwrap_or(""));
-    assert_eq!(told, ["e2", "approval", "Sure?", "2026-01-02T00:00:00Z"]);
+    let got = ["id", "reason", "message", "expiresAt"].map(|field| interrupt[field].as_str().unwrap_or(""));
+    assert_eq!(got, ["e2", "approval", "Sure?", "2026-01-02T00:00:00Z"]);
     assert_eq!(events[5]["metadata"]["answer"], "yes");
     assert_eq!(events[6]["metadata"]["content"][1]["type"], "image");
     let mut mapper = Mapper::new("t", None, None, false);
@@ -298,9 +298,9 @@ fn an_agents_own_last_word_is_a_message_that_replaces_the_other() {
     t.add("agent_message", None, json!({"message": "m", "content": "final", "revised": true}));
     t.of("agent_message", json!({"message": "n", "content": "whole"}));
     let events = t.read(None, 0, 0, false);
-    let told = short(&events);
+    let got = short(&events);
     assert_eq!(
-        told[2..6],
+        got[2..6],
         [
             "TEXT_MESSAGE_CONTENT r/m draft",
             "TEXT_MESSAGE_END r/m",
@@ -309,11 +309,11 @@ fn an_agents_own_last_word_is_a_message_that_replaces_the_other() {
         ]
     );
     assert_eq!(events[4]["metadata"], json!({"replaces": "r/m"}));
-    assert_eq!(told[7..], ["TEXT_MESSAGE_START r/n scout", "TEXT_MESSAGE_CONTENT r/n whole", "TEXT_MESSAGE_END r/n"]);
+    assert_eq!(got[7..], ["TEXT_MESSAGE_START r/n scout", "TEXT_MESSAGE_CONTENT r/n whole", "TEXT_MESSAGE_END r/n"]);
 }
 
 #[test]
-fn of_runs_that_interleave_the_oldest_is_told_and_the_next_where_it_ends() {
+fn of_runs_that_interleave_the_oldest_is_emitted_and_the_next_where_it_ends() {
     let mut t = Thread::default();
     t.add("agent_started", Some("a"), json!({"agent": "x"}));
     t.add("agent_started", Some("b"), json!({"agent": "y", "parent_run": "a"}));
@@ -325,7 +325,7 @@ fn of_runs_that_interleave_the_oldest_is_told_and_the_next_where_it_ends() {
     t.add("agent_completed", Some("b"), json!({"output": null}));
     t.add("agent_completed", Some("a"), json!({}));
     let whole = t.read(None, 0, 0, false);
-    let told = [
+    let got = [
         "RUN_STARTED a",
         "RUN_FINISHED a",
         "RUN_STARTED b",
@@ -336,10 +336,10 @@ fn of_runs_that_interleave_the_oldest_is_told_and_the_next_where_it_ends() {
         "RUN_STARTED a",
         "RUN_FINISHED a",
     ];
-    assert_eq!(short(&whole), told);
+    assert_eq!(short(&whole), got);
     assert_eq!((&whole[2]["parentRunId"], whole[6].get("result")), (&json!("a"), None));
     let only = ["RUN_STARTED b", "TOOL_CALL_START b/calls/c", "TOOL_CALL_END b/calls/c", "CUSTOM x.mine"];
-    assert_eq!(short(&t.read(Some("b"), 0, 0, false)), [&only[..], &told[5..7]].concat());
+    assert_eq!(short(&t.read(Some("b"), 0, 0, false)), [&only[..], &got[5..7]].concat());
 }
 
 /// Kinds of events that runs have, and some that are of no run.
@@ -444,10 +444,10 @@ proptest! {
             let is_one = |it: &&Value| it["type"].as_str().is_some_and(|it| it.starts_with("RUN"));
             short(&events.iter().filter(is_one).cloned().collect::<Vec<_>>())
         };
-        // Well-formed was seen on the way; and which runs are told does not depend on where the reading began.
+        // Well-formed was seen on the way; and which runs are emitted does not depend on where the reading began.
         let whole = runs(t.read(only, 0, 0, false));
-        let told = runs(t.read(only, 0, place.min(t.head), resumes));
-        prop_assert!(whole.ends_with(&told), "{told:?} of {whole:?}");
+        let got = runs(t.read(only, 0, place.min(t.head), resumes));
+        prop_assert!(whole.ends_with(&got), "{got:?} of {whole:?}");
         // A client appends what it gets: no text and no arguments come twice.
         let mut folded: BTreeMap<String, String> = BTreeMap::new();
         for event in t.read(only, 0, 0, false) {
@@ -460,11 +460,11 @@ proptest! {
             let frame: Value = serde_json::from_str(frame).expect("JSON");
             let (run, data) = (frame["run"].as_str().unwrap_or_default(), &frame["data"]);
             let (named, called) = (data["message"].as_str(), data["call"].as_str());
-            if let Some(told) = named.and_then(|named| folded.get(&format!("{run}/{named}"))) && frame["kind"] == AGENT_MESSAGE {
-                prop_assert!(data["content"].as_str().is_some_and(|whole| whole.starts_with(told)), "{told} of {data}");
+            if let Some(got) = named.and_then(|named| folded.get(&format!("{run}/{named}"))) && frame["kind"] == AGENT_MESSAGE {
+                prop_assert!(data["content"].as_str().is_some_and(|whole| whole.starts_with(got)), "{got} of {data}");
             }
-            if let Some(told) = called.and_then(|call| folded.get(&format!("{run}/calls/{call}"))) && frame["kind"] == "tool_executing" {
-                prop_assert_eq!(told, &data["arguments"].to_string());
+            if let Some(got) = called.and_then(|call| folded.get(&format!("{run}/calls/{call}"))) && frame["kind"] == "tool_executing" {
+                prop_assert_eq!(got, &data["arguments"].to_string());
             }
         }
     }

@@ -1,4 +1,4 @@
-//! An orderly end: each client is told to come back, each at its own time.
+//! An orderly end: each client is asked to come back, each at its own time.
 
 use std::collections::BTreeSet;
 

@@ -143,7 +143,7 @@ async fn a_burst_of_five_seconds_passes_and_what_is_over_it_is_refused_with_the_
     refused_with(&ping_all(&mut ada, 26).await[25], "rate_limited");
     let rejection = ada.ask(publish("never", "x.a", json!(1))).await;
     refused_with(&rejection, "rate_limited");
-    // Again the wait that was told.
+    // Again the wait that was named.
     tokio::time::sleep(Duration::from_millis(rejection["retry_after_ms"].as_u64().unwrap())).await;
     refused_with(&ada.ask(json!({"type": "subscribe", "thread": "never"})).await, "not_found");
 }
@@ -186,9 +186,9 @@ async fn over_http_one_request_too_many_is_429_with_retry_after() {
     let problem: Value = rejection.json().await.unwrap();
     let wait = problem["retry_after_ms"].as_u64().unwrap();
     assert_eq!((&problem["code"], (1..=1_000).contains(&wait)), (&json!("rate_limited"), true), "{problem}");
-    // As told, and not a request before: that this wait is enough is what is tested.
+    // As named, and not a request before: that this wait is enough is what is tested.
     tokio::time::sleep(Duration::from_millis(wait)).await;
-    assert_eq!(get().await.status(), 200, "after the wait that it was told");
+    assert_eq!(get().await.status(), 200, "after the wait that was named");
     assert_eq!(server.http("GET", "/v1/threads", "ben", None).await.0, 200);
 }
 

@@ -404,11 +404,11 @@ async fn the_end_of_a_token_is_announced_sixty_seconds_ahead() {
     let server = Server::start(LogKind::embedded());
     let exp = weft::clock::now_s() + 63;
     let mut socket = Socket::open(&server.url, &mint(SECRET, &Claims { exp, ..claims("ada", "") }).unwrap()).await;
-    let told = socket.recv().await;
+    let got = socket.recv().await;
     let ahead = exp - weft::clock::now_s();
-    assert_eq!(told, json!({"type": "expiring", "expires_at": weft::clock::rfc3339(exp * 1_000)}));
+    assert_eq!(got, json!({"type": "expiring", "expires_at": weft::clock::rfc3339(exp * 1_000)}));
     assert!((50..=60).contains(&ahead), "{ahead} s ahead");
-    // Refreshed, it is told again when the new one's end is near.
+    // Refreshed, it is announced again when the new one's end is near.
     let exp = weft::clock::now_s() + 61;
     let soon = mint(SECRET, &Claims { exp, ..claims("ada", "") }).unwrap();
     assert_eq!(socket.ask(json!({"type": "refresh", "token": soon})).await["type"], "refreshed");

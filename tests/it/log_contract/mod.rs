@@ -150,7 +150,7 @@ fn record(key: &str, value: impl Into<bytes::Bytes>) -> Record {
     }
 }
 
-/// Records of tests are events, unless told otherwise.
+/// Records of tests are events, unless a test says otherwise.
 trait InTopic {
     fn in_topic(self, topic: Topic) -> Record;
 }
@@ -264,7 +264,7 @@ contract_holds! {
     a_reader_at_the_end_waits_no_longer_than_told
     a_reader_opened_at_anothers_positions_reads_on_as_that_one_does
     two_readers_see_one_order
-    bounds_begin_at_the_oldest_and_end_behind_the_newest
+    bounds_begin_at_the_oldest_and_end_after_the_newest
     a_position_outside_of_the_bounds_is_refused
     another_number_of_partitions_is_refused_and_both_numbers_named
     a_record_that_is_not_ours_comes_as_foreign_and_reading_goes_on
@@ -460,7 +460,7 @@ mod contract {
         });
     }
 
-    pub fn bounds_begin_at_the_oldest_and_end_behind_the_newest(place: Place) {
+    pub fn bounds_begin_at_the_oldest_and_end_after_the_newest(place: Place) {
         let log = place.open(4);
         let positions = append_ok(&*log, (0..100).map(|n| numbered(&format!("k{n}"), n)).collect());
         let bounds = log.bounds().expect("the log tells its bounds");

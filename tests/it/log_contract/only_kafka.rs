@@ -375,7 +375,7 @@ fn a_reader_whose_place_was_deleted_says_so_and_never_jumps() {
 }
 
 #[test]
-fn partitions_added_behind_our_back_stop_appends_before_keys_move() {
+fn partitions_added_by_somebody_else_stop_appends_before_keys_move() {
     let place = Place::kafka();
     let log = place.open(2);
     add_partitions(&place.topic(Topic::Events));

@@ -28,7 +28,7 @@ async fn thread(server: &Server) -> Value {
     server.http("GET", "/v1/threads/t", "ada", None).await.1
 }
 
-/// What a client that comes back is told.
+/// What a client that comes back gets.
 async fn resume(server: &Server, after: u64, epoch: &Value) -> (Socket, Value) {
     let mut ada = server.connect("ada").await;
     let subscribed = ada.subscribe_with("t", json!({"after": after, "epoch": epoch})).await;

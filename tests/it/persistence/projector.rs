@@ -143,7 +143,7 @@ fn a_key_is_taken_for_24_hours_of_its_partitions_log_time_and_free_after_that() 
     let steps = [
         (say(TAKEN + 1_000 * HOUR, &format!("other-{others}"), "weeks ahead", Some("k")), Ok((2, false))),
         (say(TAKEN + KEY_LIFETIME - 1, "t", "one", Some("k")), Ok((1, true))),
-        // A node whose clock is behind does not turn the log's time back.
+        // A node whose clock is slow does not turn the log's time back.
         (say(TAKEN - 5 * HOUR, "t", "one", Some("k")), Ok((1, true))),
         (say(TAKEN, "t", "two", Some("k")), Err(Code::Conflict)),
         (say(TAKEN + KEY_LIFETIME, "t", "two", Some("k")), Ok((2, false))),
@@ -339,7 +339,7 @@ fn a_message_of_many_deltas_leaves_no_text_behind_and_no_other_message_loses_any
 }
 
 #[test]
-fn messages_in_pieces_come_out_the_same_whatever_is_projected_together() {
+fn messages_in_deltas_come_out_the_same_whatever_is_projected_together() {
     let folder = tempfile::tempdir().unwrap();
     let log = EmbeddedLog::open(&folder.path().join("log"), 4).unwrap();
     // Two threads with two runs each at a time, some of which end; each writes two messages, with holes and repetitions.

@@ -33,7 +33,7 @@ async fn until_acked(server: &Server, name: &str, seq: u64) {
     eventually("the acknowledgement is durable", async || acked(server, "ada", name).await == Some(seq)).await;
 }
 
-on_both_logs!(a_named_subscription_goes_on_behind_what_it_acknowledged_also_after_a_kill, |log| async move {
+on_both_logs!(a_named_subscription_goes_on_after_what_it_acknowledged_also_after_a_kill, |log| async move {
     let mut server = Server::start(log);
     let mut writer = server.connect("ada").await;
     writer.say("t", "1").await;
@@ -160,7 +160,7 @@ on_both_logs!(
         assert_eq!(after, json!({"a": 3, "b": 1}));
         star.leave().await;
         assert_eq!(ada.say("a", "while away").await, 4);
-        // Before the joining there is a conversation that is not ada's to be told of unasked.
+        // Before the joining there is a conversation that ada did not ask for.
         for n in 1..=2 {
             assert_eq!(ben.say("c", "among others").await, n);
         }

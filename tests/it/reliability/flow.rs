@@ -72,8 +72,8 @@ async fn what_is_no_event_comes_without_credit_also_that_a_member_was_removed() 
     assert_eq!(ben.recv_type("caught_up").await["thread"], "u");
     assert_eq!(ben.say("u", "publishing needs none").await, 2);
     assert_eq!(server.http("DELETE", "/v1/threads/t/members/ben", "ada", None).await.0, 200);
-    let told = ben.recv().await;
-    has(&told, json!({"type": "error", "thread": "t", "code": "not_found"}));
+    let got = ben.recv().await;
+    has(&got, json!({"type": "error", "thread": "t", "code": "not_found"}));
     ben.silent().await;
     // Before the removal it was for ben, and would have been sent had there been credit: now it is not.
     credit(&mut ben, 10).await;
@@ -183,7 +183,7 @@ async fn answers_overtake_the_events_that_wait_for_a_slow_socket() {
         seen += 1;
         assert_eq!(frame["seq"], seen);
     }
-    assert!(seen < EVENTS, "the pong came behind all of them");
+    assert!(seen < EVENTS, "the pong came after all of them");
     assert_eq!(seqs(&reader.events((EVENTS - seen) as usize).await), (seen + 1..=EVENTS).collect::<Vec<_>>());
 }
 

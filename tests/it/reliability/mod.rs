@@ -109,8 +109,8 @@ async fn two_nodes_on_one_broker_serve_one_thread_in_one_order_with_one_set_of_k
     for reader in &mut readers[2..] {
         assert_eq!(seqs(&reader.events(3).await), [total + 1, total + 2, total + 3]);
     }
-    let told = cid.recv().await;
-    has(&told, json!({"type": "error", "thread": "t", "code": "not_found"}));
+    let got = cid.recv().await;
+    has(&got, json!({"type": "error", "thread": "t", "code": "not_found"}));
     cid.send(&json!({"type": "ping", "id": 1})).await;
     assert_eq!(cid.recv().await["type"], "pong", "nothing of the thread came in between");
 
@@ -286,9 +286,9 @@ async fn while_its_broker_is_silent_a_server_says_so_and_still_reads_and_afterwa
 
     broker.pause();
     let answer = tokio::time::timeout(Duration::from_secs(10), ada.ask(keyed.clone())).await.expect("an answer");
-    let told = (answer["type"].as_str(), answer["code"].as_str(), answer["outcome"].as_str());
+    let got = (answer["type"].as_str(), answer["code"].as_str(), answer["outcome"].as_str());
     assert!(
-        matches!(told, (Some("error"), Some("timeout"), Some("unknown")) | (Some("error"), Some("unavailable"), None)),
+        matches!(got, (Some("error"), Some("timeout"), Some("unknown")) | (Some("error"), Some("unavailable"), None)),
         "{answer}"
     );
     assert_eq!(answer["temporary"], true, "{answer}");
@@ -395,7 +395,7 @@ async fn a_reader_that_stops_reading_while_a_million_events_pass_costs_no_more_t
         let waiting = server.metric("weft_outbox_bytes").await;
         assert!(waiting <= EVENT_BYTES as f64, "{waiting} bytes wait for one reader");
     }
-    assert!(server.metric("weft_lagged_total").await >= 1.0, "the reader did fall behind");
+    assert!(server.metric("weft_lagged_total").await >= 1.0, "the reader did lag");
     assert!(peak - before < GROWTH, "from {before} to {peak} bytes");
 
     let (mut expected, last) = (BEFORE + 1, BEFORE + EVENTS);
@@ -423,7 +423,7 @@ async fn a_reader_that_stops_reading_while_a_million_events_pass_costs_no_more_t
     assert_eq!(seqs(&reader.events(1).await), [last + 1], "and it is live again");
 }
 
-/// The upgrade and nothing behind it: who reads here sees pings, and nobody answers them.
+/// The upgrade and nothing after it: who reads here sees pings, and nobody answers them.
 async fn half_open(server: &Server, user: &str) -> TcpStream {
     let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
     let request = format!(
@@ -508,10 +508,10 @@ on_both_logs!(publishes_cut_off_by_a_kill_and_sent_again_with_their_keys_are_in_
             cut_off.send(frame).await;
         }
         // Some answers are here, the others under way or not yet made.
-        let mut told = BTreeMap::new();
+        let mut got = BTreeMap::new();
         let mut note = |frame: Value| {
             accepted(&frame);
-            told.insert(frame["id"].as_u64().unwrap(), frame["seq"].clone());
+            got.insert(frame["id"].as_u64().unwrap(), frame["seq"].clone());
         };
         for _ in 0..=round * 20 {
             note(cut_off.recv().await);
@@ -529,7 +529,7 @@ on_both_logs!(publishes_cut_off_by_a_kill_and_sent_again_with_their_keys_are_in_
         for _ in 0..EVENTS {
             let answer = again.recv().await;
             accepted(&answer);
-            if let Some(seq) = told.get(&answer["id"].as_u64().unwrap()) {
+            if let Some(seq) = got.get(&answer["id"].as_u64().unwrap()) {
                 assert_eq!((&answer["seq"], &answer["duplicate"]), (seq, &json!(true)), "{answer}");
             }
         }

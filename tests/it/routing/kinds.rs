@@ -83,23 +83,23 @@ async fn position_tells_at_most_once_a_second_how_far_others_were_left_out_and_a
     let mut reader = server.connect("ada").await;
     reader.ask(json!({"type": "subscribe", "thread": "t", "kinds": ["x.wanted"]})).await;
     caught_up(&mut reader, "t").await;
-    let mut told: Vec<(Instant, u64)> = Vec::new();
+    let mut got: Vec<(Instant, u64)> = Vec::new();
     let mut head = 1;
     // Written for as long as it takes, so that there is always something to tell.
-    while told.len() < 3 {
+    while got.len() < 3 {
         head = note(&mut writer, "t", "x.left_out").await;
         let frame = tokio::time::timeout(Duration::from_millis(1), reader.next()).await;
         if let Ok(frame) = frame {
             let frame = frame.unwrap();
             has(&frame, json!({"type": "position", "thread": "t"}));
-            told.push((Instant::now(), frame["seq"].as_u64().unwrap()));
+            got.push((Instant::now(), frame["seq"].as_u64().unwrap()));
         }
     }
-    assert!(told.windows(2).all(|two| two[0].1 < two[1].1), "{told:?}");
+    assert!(got.windows(2).all(|two| two[0].1 < two[1].1), "{got:?}");
     // Two of them may take different times on the way: the slack is for that.
-    let span = told[2].0 - told[0].0;
+    let span = got[2].0 - got[0].0;
     assert!(span > Duration::from_millis(1_600), "three within {span:?}");
-    let mut last = told[2].1;
+    let mut last = got[2].1;
     while last < head {
         let frame = reader.recv().await;
         assert_eq!(frame["type"], "position", "{frame}");
@@ -134,7 +134,7 @@ async fn position_reaches_a_client_that_has_no_credit_left() {
     caught_up(&mut reader, "t").await;
     note(&mut writer, "t", "x.wanted").await;
     assert_eq!(seqs(&reader.events(1).await), [2]);
-    // What waits for credit is not told as left out: this one is wanted.
+    // What waits for credit is not reported as left out: this one is wanted.
     assert_eq!(note(&mut writer, "t", "x.wanted").await, 3);
     note(&mut writer, "t", "x.left_out").await;
     reader.send(&json!({"type": "credit", "events": 1})).await;

@@ -31,8 +31,8 @@ async fn a_removed_member_gets_nothing_more_and_is_told() {
     assert_eq!(server.http("DELETE", "/v1/threads/t/members/ben", "ada", None).await.0, 200);
     assert_eq!(ada.say("t", "without ben").await, 3);
     assert_eq!(seqs(&ada.events(2).await), [2, 3]);
-    let told = ben.recv().await;
-    has(&told, json!({"type": "error", "thread": "t", "code": "not_found"}));
+    let got = ben.recv().await;
+    has(&got, json!({"type": "error", "thread": "t", "code": "not_found"}));
     ben.send(&json!({"type": "ping", "id": 99})).await;
     assert_eq!(ben.recv().await["type"], "pong", "nothing of the thread came in between");
     refused_with(&ben.ask(publish("t", "user_message", json!({"content": "let me in"}))).await, "not_found");
@@ -60,7 +60,7 @@ async fn a_star_subscription_follows_all_threads_also_those_joined_later() {
     }
     seen.sort();
     assert_eq!(seen, [("a".into(), 2), ("c".into(), 1), ("d".into(), 1), ("d".into(), 2)]);
-    // A resume: behind what is named, and from the start where the client has nothing.
+    // A resume: after what is named, and from the start where the client has nothing.
     let mut resumed = server.connect("ada").await;
     let answer =
         resumed.ask(json!({"type": "subscribe", "thread": "*", "after": {"a": 1, "b": 2, "c": 1, "gone": 7}})).await;

@@ -110,7 +110,7 @@ async fn under_a_flood_of_high_priority_low_and_normal_have_a_turn_of_eight_each
     write(&mut writer, "c", &["high"; 100]).await;
     write(&mut writer, "a", &["low"; 30]).await;
     write(&mut writer, "b", &["normal"; 30]).await;
-    // More of the flood, behind all that waits.
+    // More of the flood, after all that waits.
     write(&mut writer, "c", &["high"; 100]).await;
     credit(&mut reader, 160).await;
     let events = reader.events(160).await;

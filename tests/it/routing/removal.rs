@@ -7,7 +7,7 @@ use crate::support::sse::EventStream;
 use crate::support::{LogKind, Server, Socket, accepted, eventually, has, publish, refused_with, seqs, token};
 
 /// The error with which a subscription ends.
-async fn told(socket: &mut Socket, thread: &str) {
+async fn notified(socket: &mut Socket, thread: &str) {
     loop {
         let frame = socket.recv().await;
         if frame["type"] == "error" {
@@ -46,7 +46,7 @@ async fn a_member_removed_on_one_node_loses_its_subscriptions_on_every_node_and_
     assert_eq!(a.http("DELETE", "/v1/threads/t/members/ben", "ada", None).await.0, 200);
     assert_eq!(a.connect("ada").await.say("t", "without ben").await, 4);
     for (ben, _) in &mut readers {
-        told(ben, "t").await;
+        notified(ben, "t").await;
     }
     let mut streamed = Vec::new();
     while let Some(block) = stream.next().await {
@@ -129,7 +129,7 @@ async fn who_asks_for_no_events_is_told_at_once_of_a_removal_and_gets_nothing_th
     assert_eq!(seqs(&ben.events(1).await), [2]);
     ada.say("t", "waits").await;
     server.http("DELETE", "/v1/threads/t/members/ben", "ada", None).await;
-    told(&mut ben, "t").await;
+    notified(&mut ben, "t").await;
     ben.send(&json!({"type": "credit", "events": 10})).await;
     ben.say("own", "a thread of ben's").await;
     ben.subscribe("own", Some(0)).await;
@@ -173,7 +173,7 @@ async fn a_thread_left_and_joined_again_while_the_socket_takes_nothing_is_still_
         command["priority"] = json!(priority);
         command
     };
-    // Behind the large ones wait: a low one, the end of one subscription, its beginning, and a high one.
+    // After the large ones wait: a low one, the end of one subscription, its beginning, and a high one.
     accepted(&ada.ask(with_priority("low", "low")).await);
     assert_eq!(server.http("DELETE", "/v1/threads/left/members/ben", "ada", None).await.0, 200);
     assert_eq!(server.http("PUT", "/v1/threads/left/members/ben", "ada", None).await.0, 201);

@@ -237,8 +237,8 @@ async fn reserved_threads_have_no_members_and_no_title_and_other_names_with_an_a
             ("DELETE", format!("/v1/threads/{thread}/members/ada"), None),
         ] {
             let (status, problem) = server.http_with(method, &path, &admin, body, &[]).await;
-            let told = (status, problem["code"].as_str(), problem["field"].as_str());
-            assert_eq!(told, (400, Some("bad_request"), Some("thread")), "{method} {path}: {problem}");
+            let got = (status, problem["code"].as_str(), problem["field"].as_str());
+            assert_eq!(got, (400, Some("bad_request"), Some("thread")), "{method} {path}: {problem}");
         }
     }
     let mut root = server.connect_as("root", "admin publish subscribe").await;
@@ -265,8 +265,8 @@ async fn reserved_threads_have_no_members_and_no_title_and_other_names_with_an_a
         let bad = bad.replace(' ', "%20");
         for path in ["", "/events", "/stream", "/presence", "/receipts"] {
             let (status, problem) = server.http("GET", &format!("/v1/threads/{bad}{path}"), "ada", None).await;
-            let told = (status, problem["code"].as_str(), problem["field"].as_str());
-            assert_eq!(told, (400, Some("bad_request"), Some("thread")), "{bad}{path}: {problem}");
+            let got = (status, problem["code"].as_str(), problem["field"].as_str());
+            assert_eq!(got, (400, Some("bad_request"), Some("thread")), "{bad}{path}: {problem}");
         }
     }
 }

@@ -124,7 +124,7 @@ async fn a_reader_with_a_full_outbox_loses_signals_and_no_events() {
     reader.answers().await;
     writer.say("t", "uses the credit").await;
     assert_eq!(seqs(&reader.events(1).await), [2]);
-    // More waits than signals may be behind, and less than events may.
+    // More waits than signals may be queued after, and less than events may.
     for _ in 0..4 {
         writer.ask(publish("t", "x.load", json!("x".repeat(30_000)))).await;
     }
@@ -160,7 +160,7 @@ async fn presence_shows_members_who_are_subscribed_and_their_coming_and_going_on
     let laptop = live(&server, "ben", "t").await;
     let mut star = server.connect("cid").await;
     star.ask(json!({"type": "subscribe", "thread": "*"})).await;
-    assert_eq!(ada.recv_any().await, presence("cid", true), "ben's second device is not told");
+    assert_eq!(ada.recv_any().await, presence("cid", true), "ben's second device is not notified");
     let all = json!([{"user": "ada", "connections": 1}, {"user": "ben", "connections": 2}, {"user": "cid", "connections": 1}]);
     assert_eq!(present(&server, "cid", "t").await, all);
 
@@ -169,7 +169,7 @@ async fn presence_shows_members_who_are_subscribed_and_their_coming_and_going_on
     assert_eq!(present(&server, "ada", "t").await[1], json!({"user": "ben", "connections": 1}));
     drop(laptop);
     assert_eq!(ada.recv_any().await, presence("ben", false));
-    // Unsubscribed: gone. Removed: gone as well, and told beside the event.
+    // Unsubscribed: gone. Removed: gone as well, which a signal says beside the event.
     assert_eq!(star.ask(json!({"type": "unsubscribe", "thread": "*"})).await["type"], "unsubscribed");
     assert_eq!(ada.recv_any().await, presence("cid", false));
     phone.subscribe("t", None).await;
@@ -195,7 +195,7 @@ async fn who_reads_by_scope_sees_presence_and_is_not_part_of_it() {
     assert_eq!(seen.0, 200, "{seen:?}");
     has(&seen.1["users"][0], json!({"user": "ada"}));
     let ben = live(&server, "ben", "t").await;
-    assert_eq!(ada.recv_any().await, presence("ben", true), "the analyst's coming was not told");
+    assert_eq!(ada.recv_any().await, presence("ben", true), "the analyst's coming was not signalled");
     assert_eq!(analyst.recv_any().await, presence("ben", true));
     drop(analyst);
     drop(ben);

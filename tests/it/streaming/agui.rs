@@ -26,14 +26,14 @@ async fn thread(log: LogKind) -> (Server, Socket, Socket) {
     (server, ada, scout)
 }
 
-/// Publishes an event of a run; gives its seq, but for pieces.
+/// Publishes an event of a run; gives its seq, but for deltas.
 async fn act(by: &mut Socket, run: &str, kind: &str, data: Value) -> u64 {
     let answer = by.ask(json!({"type": "publish", "thread": "t", "run": run, "kind": kind, "data": data})).await;
     accepted(&answer);
     answer["seq"].as_u64().unwrap_or(0)
 }
 
-async fn piece(by: &mut Socket, run: &str, from_char: u64, text: &str) {
+async fn delta(by: &mut Socket, run: &str, from_char: u64, text: &str) {
     act(by, run, "agent_token", json!({"message": "m", "from_char": from_char, "text": text})).await;
 }
 
@@ -41,16 +41,16 @@ async fn piece(by: &mut Socket, run: &str, from_char: u64, text: &str) {
 fn short(event: &Value) -> String {
     let what = ["type", "runId", "messageId", "toolCallId", "delta", "content", "code"];
     // Ids of events are as random as they are.
-    let told = |name: &&str| event[name].as_str().filter(|it| it.len() != 36).map(str::to_owned);
-    what.iter().filter_map(told).collect::<Vec<_>>().join(" ")
+    let got = |name: &&str| event[name].as_str().filter(|it| it.len() != 36).map(str::to_owned);
+    what.iter().filter_map(got).collect::<Vec<_>>().join(" ")
 }
 
-/// What comes up to and with the first event of this type; pieces that came apart are put together. The newest id stands for
+/// What comes up to and with the first event of this type; deltas that came apart are put together. The newest id stands for
 /// the place that the stream has come to.
 async fn until(stream: &mut EventStream, last: &str) -> (Vec<Value>, Option<u64>) {
     let (mut events, mut place): (Vec<Value>, _) = (Vec::new(), None);
     loop {
-        let block = stream.next().await.unwrap_or_else(|| panic!("the end, behind {events:?}"));
+        let block = stream.next().await.unwrap_or_else(|| panic!("the end, after {events:?}"));
         assert_eq!(block.event, None, "AG-UI has no names of events: {block:?}");
         let event = block.json();
         place = block.id.map(|id| id.parse().unwrap()).or(place);
@@ -81,13 +81,13 @@ on_both_logs!(a_run_is_told_as_it_happens_and_again_from_its_history, |log| asyn
     act(&mut scout, "r", "tool_executing", json!({"tool": "map", "call": "c", "arguments": {"near": "here"}})).await;
     act(&mut scout, "r", "tool_completed", json!({"call": "c", "result": "Noodles"})).await;
     for (at, text) in [(0, "Nood"), (4, "les, they "), (14, "are open.\n\ndata: x")] {
-        piece(&mut scout, "r", at, text).await;
+        delta(&mut scout, "r", at, text).await;
     }
     act(&mut scout, "r", "agent_message", json!({"message": "m"})).await;
     assert_eq!(ada.say("t", "Great").await, 7);
     let ended = act(&mut scout, "r", "agent_completed", json!({"output": {"eat": "Noodles"}})).await;
     let (events, place) = until(&mut live, "RUN_FINISHED").await;
-    let told = [
+    let got = [
         "RUN_STARTED r",
         "TEXT_MESSAGE_START",
         "TEXT_MESSAGE_CONTENT Where shall we eat?",
@@ -111,7 +111,7 @@ on_both_logs!(a_run_is_told_as_it_happens_and_again_from_its_history, |log| asyn
         "TEXT_MESSAGE_END",
         "RUN_FINISHED r",
     ];
-    assert_eq!(shorts(&events), told);
+    assert_eq!(shorts(&events), got);
     assert_eq!((place, &events[0]["threadId"], &events[1]["name"]), (Some(ended), &json!("t"), &json!("ada")));
     assert_eq!(
         (&events[0]["metadata"]["input"]["near"], &events[events.len() - 1]["result"]["eat"]),
@@ -121,7 +121,7 @@ on_both_logs!(a_run_is_told_as_it_happens_and_again_from_its_history, |log| asyn
     assert_eq!((shorts(&again), place), (shorts(&events), Some(ended)));
     let mut one = stream(&server, "?run=r").await;
     let (run, _) = until(&mut one, "RUN_FINISHED").await;
-    assert_eq!(shorts(&run), [&told[..1], &told[4..]].concat(), "a run begins with itself");
+    assert_eq!(shorts(&run), [&got[..1], &got[4..]].concat(), "a run begins with itself");
     assert_eq!(one.next().await, None, "and the stream ends with it");
     // The stream that follows no run in particular goes on.
     act(&mut scout, "next", "agent_started", json!({"agent": "scout"})).await;
@@ -134,7 +134,7 @@ async fn who_joins_in_the_middle_finds_text_and_calls_open_and_nothing_twice() {
     let (server, _ada, mut scout) = thread(LogKind::embedded()).await;
     act(&mut scout, "r", "agent_started", json!({"agent": "scout"})).await;
     act(&mut scout, "r", "tool_executing", json!({"tool": "map", "call": "c", "arguments": [1]})).await;
-    piece(&mut scout, "r", 0, "Nood").await;
+    delta(&mut scout, "r", 0, "Nood").await;
     let mut joined = stream(&server, "").await;
     let run = ["RUN_STARTED r"];
     let call = ["TOOL_CALL_START r/calls/c", "TOOL_CALL_ARGS r/calls/c [1]", "TOOL_CALL_END r/calls/c"];
@@ -148,8 +148,8 @@ async fn who_joins_in_the_middle_finds_text_and_calls_open_and_nothing_twice() {
     let back = EventStream::open(&server, "/v1/threads/t/agui?after=0&run=r", &token("ada", ""), &headers).await;
     let mut back = back.ok().unwrap();
     let (events, _) = until(&mut back, "TEXT_MESSAGE_CONTENT").await;
-    assert_eq!(shorts(&events), [&run[..], &text].concat(), "the call was told before");
-    piece(&mut scout, "r", 4, "les").await;
+    assert_eq!(shorts(&events), [&run[..], &text].concat(), "the call was sent before");
+    delta(&mut scout, "r", 4, "les").await;
     act(&mut scout, "r", "tool_completed", json!({"call": "c", "error": {"no": "map"}})).await;
     act(&mut scout, "r", "agent_cancelled", json!({"reason": "enough"})).await;
     let rest = [
@@ -213,10 +213,10 @@ async fn a_run_beside_the_told_one_is_taken_up_where_that_ends() {
     act(&mut scout, "a", "agent_started", json!({"agent": "scout"})).await;
     act(&mut scout, "b", "agent_started", json!({"agent": "scout"})).await;
     act(&mut scout, "b", "tool_executing", json!({"tool": "map", "call": "c"})).await;
-    piece(&mut scout, "b", 0, "Hello").await;
+    delta(&mut scout, "b", 0, "Hello").await;
     act(&mut scout, "a", "agent_completed", json!({})).await;
     let (events, _) = until(&mut live, "TEXT_MESSAGE_CONTENT").await;
-    let told = [
+    let got = [
         "RUN_STARTED a",
         "RUN_FINISHED a",
         "RUN_STARTED b",
@@ -225,8 +225,8 @@ async fn a_run_beside_the_told_one_is_taken_up_where_that_ends() {
         "TEXT_MESSAGE_START b/m",
         "TEXT_MESSAGE_CONTENT b/m Hello",
     ];
-    assert_eq!(shorts(&events), told);
-    piece(&mut scout, "b", 5, " you").await;
+    assert_eq!(shorts(&events), got);
+    delta(&mut scout, "b", 5, " you").await;
     act(&mut scout, "b", "agent_failed", json!({"code": "x", "message": "y"})).await;
     let (events, _) = until(&mut live, "RUN_ERROR").await;
     assert_eq!(shorts(&events), ["TEXT_MESSAGE_CONTENT b/m  you", "TEXT_MESSAGE_END b/m", "RUN_ERROR x"]);
@@ -284,12 +284,12 @@ async fn the_client_of_agui_takes_a_run_as_its_own() {
     act(&mut scout, "r", "agent_started", json!({"agent": "scout"})).await;
     act(&mut scout, "r", "agent_thinking", json!({"content": "places"})).await;
     act(&mut scout, "r", "tool_executing", json!({"tool": "map", "call": "c", "arguments": {"near": "here"}})).await;
-    piece(&mut scout, "r", 0, "Nood").await;
+    delta(&mut scout, "r", 0, "Nood").await;
     let reading = with_client(&server, "?run=r&after=0");
     let acting = async {
         eventually("the client reads", async || server.metric("weft_streams").await == 1.0).await;
         ada.say("t", "Quick!").await;
-        piece(&mut scout, "r", 4, "les").await;
+        delta(&mut scout, "r", 4, "les").await;
         act(&mut scout, "r", "tool_completed", json!({"call": "c", "result": {"open": true}})).await;
         act(&mut scout, "r", "agent_message", json!({"message": "m"})).await;
         let parts = json!([{"type": "text", "text": "Or"}, {"type": "card"}]);
@@ -316,7 +316,7 @@ async fn the_client_of_agui_takes_a_run_as_its_own() {
         sent.push(block.json());
     }
     let whole = |events: &[Value]| -> Vec<Value> {
-        // Which pieces a text came in is a matter of when it was read.
+        // Which deltas a text came in is a matter of when it was read.
         events.iter().filter(|it| it["messageId"] != "r/m").cloned().collect()
     };
     assert_eq!(whole(events), whole(&sent));

@@ -15,7 +15,7 @@ fn scattered(n: u64, below: u64) -> u64 {
     x.wrapping_mul(0xbf58_476d_1ce4_e5b9) % below
 }
 
-/// A long run, each event with its key; every fourth step writes a piece of a message instead.
+/// A long run, each event with its key; every fourth step writes a delta of a message instead.
 fn long_run(events: usize) -> Vec<Value> {
     let mut run = vec![step("t", "r", "agent_started", json!({"agent": "scout"}))];
     let mut from_char = 0;
@@ -40,7 +40,7 @@ fn long_run(events: usize) -> Vec<Value> {
     run
 }
 
-/// The text that the pieces of a run make.
+/// The text that the deltas of a run make.
 fn text_of(run: &[Value]) -> String {
     run.iter().filter(|it| it["kind"] == "agent_token").map(|it| it["data"]["text"].as_str().unwrap()).collect()
 }

@@ -1,4 +1,4 @@
-//! Events on their way to readers: live, replayed, and the seam between the two.
+//! Events on their way to readers: live, replayed, and the handover from one to the other.
 
 mod agui;
 mod context;
@@ -107,7 +107,7 @@ on_both_logs!(
     }
 );
 
-/// Publishes with a window until told to stop; gives the number of events.
+/// Publishes with a window until it is stopped; gives the number of events.
 async fn write_until(mut socket: Socket, published: Arc<AtomicU64>, done: Arc<AtomicBool>) -> u64 {
     let batch: Vec<Value> = (0..64)
         .map(|id| {
@@ -137,7 +137,7 @@ async fn write_until(mut socket: Socket, published: Arc<AtomicU64>, done: Arc<At
 }
 
 /// Reads a random stretch from a random seq, drops the connection, and does it again; each stretch must be without gap,
-/// repetition or disorder, across the seam from replayed to live.
+/// repetition or disorder, across the handover from replayed to live.
 async fn resume_again_and_again(server: Arc<Server>, reader: usize, times: usize, published: Arc<AtomicU64>) {
     let mut random = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(reader as u64 + 1);
     let mut next = move |below: u64| {
@@ -148,18 +148,18 @@ async fn resume_again_and_again(server: Arc<Server>, reader: usize, times: usize
     };
     for _ in 0..times {
         let head = published.load(Ordering::Acquire);
-        // Mostly near the head, where the seam is; sometimes far behind it.
+        // Mostly near the head, where the handover is; sometimes far before it.
         let after = if next(4) == 0 { head.saturating_sub(next(5_000)) } else { head.saturating_sub(next(50)) };
         let mut socket = Socket::open(&server.url, &token("ada", "")).await;
         let subscribed = socket.subscribe("busy", Some(after)).await;
-        let behind = subscribed["head"].as_u64().unwrap() - after;
+        let missing = subscribed["head"].as_u64().unwrap() - after;
         let (mut expected, mut live) = (after + 1, None);
-        // Past the seam, and some live events more.
+        // Past the handover, and some live events more.
         while live.is_none_or(|left| left > 0) {
             let frame = socket.recv().await;
             match frame["type"].as_str().unwrap() {
                 "event" => {
-                    assert_eq!(frame["seq"], expected, "after {after}, {behind} behind");
+                    assert_eq!(frame["seq"], expected, "after {after}, {missing} before the head");
                     expected += 1;
                     live = live.map(|left: u64| left - 1);
                 }
@@ -175,7 +175,7 @@ async fn resume_again_and_again(server: Arc<Server>, reader: usize, times: usize
 }
 
 #[tokio::test]
-async fn a_subscription_can_begin_at_the_head_behind_a_seq_or_with_the_newest_events() {
+async fn a_subscription_can_begin_at_the_head_after_a_seq_or_with_the_newest_events() {
     let server = Server::start(crate::support::LogKind::embedded());
     let mut ada = server.connect("ada").await;
     for n in 1..=5 {
@@ -208,7 +208,7 @@ async fn a_subscription_can_begin_at_the_head_behind_a_seq_or_with_the_newest_ev
 }
 
 #[tokio::test]
-async fn a_reader_that_falls_behind_its_outbox_is_told_and_gets_all_from_the_store() {
+async fn a_reader_that_lags_is_notified_and_gets_all_from_the_store() {
     const EVENTS: u64 = 4_000;
     let server = Server::start(crate::support::LogKind::embedded());
     let mut slow = server.connect("ada").await;
@@ -276,7 +276,7 @@ async fn a_thread_subscribed_again_in_the_middle_of_its_replay_begins_anew_and_i
 }
 
 #[tokio::test]
-async fn a_publish_behind_a_star_subscription_in_one_frame_is_delivered() {
+async fn a_publish_after_a_star_subscription_in_one_frame_is_delivered() {
     let server = Server::start(crate::support::LogKind::embedded());
     let mut ada = server.connect("ada").await;
     ada.say("t", "before").await;

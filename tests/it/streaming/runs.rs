@@ -1,4 +1,4 @@
-//! Runs: what agents may do in which order, and what is told of it.
+//! Runs: what agents may do in which order, and what readers get of it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -167,7 +167,7 @@ async fn plays_as_the_model_says(server: &Server, thread: &str, acts: &Vec<(usiz
         assert_eq!(status, 404);
         return;
     }
-    let told: BTreeMap<&str, (bool, bool)> = page["runs"]
+    let got: BTreeMap<&str, (bool, bool)> = page["runs"]
         .as_array()
         .unwrap()
         .iter()
@@ -175,7 +175,7 @@ async fn plays_as_the_model_says(server: &Server, thread: &str, acts: &Vec<(usiz
         .collect();
     let names: Vec<String> = model.runs.keys().map(|run| format!("r{run}")).collect();
     let expected = names.iter().map(|name| &**name).zip(model.runs.values().map(|run| (run.ended, run.waiting)));
-    assert_eq!(told, expected.collect());
+    assert_eq!(got, expected.collect());
 }
 
 fn check(log: LogKind, cases: u32) {
@@ -260,13 +260,13 @@ async fn a_run_that_comes_to_nothing_is_ended_once_and_a_question_whose_time_is_
     let mut ends: Vec<Value> = agent.events(8).await;
     ends.retain(|event| event["from"] == "weft");
     ends.sort_by_key(|event| (event["run"].to_string(), event["seq"].as_u64()));
-    let told: Vec<_> = ends
+    let got: Vec<_> = ends
         .iter()
         .map(|it| (it["run"].as_str().unwrap(), it["kind"].as_str().unwrap(), it["from"].as_str().unwrap()))
         .collect();
     // Once it was answered for, nobody went on with that run either.
     assert_eq!(
-        told,
+        got,
         [("asks", "agent_resumed", "weft"), ("asks", "agent_failed", "weft"), ("idle", "agent_failed", "weft")]
     );
     has(&ends[0]["data"], json!({"answer": null, "expired": true}));
@@ -315,8 +315,8 @@ async fn an_agent_hears_that_it_shall_stop_before_all_else_that_waits_for_it() {
     accepted(&asked);
     // Of eight turns one may be another thread's.
     agent.send(&json!({"type": "credit", "events": 2})).await;
-    let told = agent.events(2).await;
-    assert!(told.iter().any(|event| event["kind"] == "agent_cancel_requested"), "{told:?}");
+    let got = agent.events(2).await;
+    assert!(got.iter().any(|event| event["kind"] == "agent_cancel_requested"), "{got:?}");
 }
 
 on_both_logs!(
@@ -397,18 +397,54 @@ async fn a_run_s_page_tells_its_steps_tools_times_and_end() {
     assert_eq!(server.http("GET", "/v1/runs?state=done", "ada", None).await.1["field"], "state");
 }
 
-on_both_logs!(a_run_s_page_tells_the_messages_that_it_wrote_piece_by_piece, |log| async move {
+#[tokio::test]
+async fn data_that_the_projector_refuses_is_named_by_its_field_in_plain_words() {
+    let server = Server::start(LogKind::embedded());
+    let mut agent = server.connect_as("scout", AGENT).await;
+    let cases = [
+        ("agent_started", json!({"agent": "scout", "parent_run": 5}), "data.parent_run", "must be a string, not 5"),
+        ("agent_started", json!({"agent": "scout"}), "", ""),
+        ("tool_executing", json!({"call": "c", "tool": "map", "arguments": []}), "", ""),
+        (
+            "agent_waiting",
+            json!({"reason": "ask", "expires_at": [1]}),
+            "data.expires_at",
+            "must be a string, not a list",
+        ),
+    ];
+    for (kind, data, field, why) in cases {
+        let answer = agent.ask(step("t", "r", kind, data)).await;
+        if field.is_empty() {
+            accepted(&answer);
+        } else {
+            refused(&answer, "bad_request", field);
+            assert_eq!(answer["message"], format!("{field} {why}"), "{answer}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_message_s_data_is_an_object_and_no_list_of_its_fields() {
+    let server = Server::start(LogKind::embedded());
+    let mut ada = server.connect("ada").await;
+    for data in [json!(["hi"]), json!({"content": [["text"]]})] {
+        let message = json!({"type": "publish", "thread": "t", "kind": "user_message", "data": data});
+        refused(&ada.ask(message).await, "bad_request", "data.content");
+    }
+}
+
+on_both_logs!(a_run_s_page_lists_the_messages_that_it_wrote_in_deltas, |log| async move {
     let server = Server::start(log);
     let mut agent = server.connect_as("scout", AGENT).await;
-    let piece = |message: &str, from_char: u64, text: &str| {
+    let delta = |message: &str, from_char: u64, text: &str| {
         step("t", "r", "agent_token", json!({"message": message, "from_char": from_char, "text": text}))
     };
     let steps = [
         step("t", "r", "agent_started", json!({"agent": "scout"})),
-        piece("zuerst", 0, "Nudeln, "),
-        piece("zuerst", 8, "geöffnet"),
+        delta("zuerst", 0, "Nudeln, "),
+        delta("zuerst", 8, "geöffnet"),
         step("t", "r", "agent_message", json!({"message": "zuerst", "content": "Other words"})),
-        piece("dann", 0, "Und"),
+        delta("dann", 0, "Und"),
     ];
     for step in &steps {
         accepted(&agent.ask(step.clone()).await);
@@ -430,7 +466,7 @@ on_both_logs!(a_run_s_page_tells_the_messages_that_it_wrote_piece_by_piece, |log
         "{run}"
     );
     let ended = agent.ask(step("t", "r", "agent_completed", json!({}))).await;
-    assert_eq!(ended["seq"], 4, "behind the message that it closed");
+    assert_eq!(ended["seq"], 4, "after the message that it closed");
     let run = server.http("GET", "/v1/runs/r", "scout", None).await.1;
     assert_eq!((&run["messages"][1]["closed"]["seq"], &run["ended"]["seq"]), (&json!(3), &json!(4)));
     assert_eq!(run["messages"].as_array().unwrap().len(), 2);

@@ -50,7 +50,7 @@ on_both_logs!(a_stream_gives_a_threads_events_as_history_has_them_and_goes_on_li
 });
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stream_resumed_behind_its_last_id_misses_nothing_and_repeats_nothing_while_others_publish() {
+async fn a_stream_resumed_after_its_last_id_misses_nothing_and_repeats_nothing_while_others_publish() {
     const EVENTS: u64 = 3_000;
     let server = Server::start_unlimited(LogKind::embedded());
     let mut writer = server.connect("ada").await;

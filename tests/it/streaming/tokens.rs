@@ -1,4 +1,4 @@
-//! Messages that agents write in pieces: what the log makes of them, and what readers have of them at any time.
+//! Messages that agents write in deltas: what the log makes of them, and what readers have of them at any time.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::on_both_logs;
 use crate::support::sse::EventStream;
 use crate::support::{LogKind, Server, Socket, accepted, eventually, has, publish, refused, refused_with, seqs, token};
 
-fn piece(thread: &str, run: &str, message: &str, from_char: usize, text: &str) -> Value {
+fn delta(thread: &str, run: &str, message: &str, from_char: usize, text: &str) -> Value {
     step(thread, run, "agent_token", json!({"message": message, "from_char": from_char, "text": text}))
 }
 
@@ -46,23 +46,23 @@ async fn play(agent: &mut Socket, commands: &[Value]) -> Vec<Value> {
     answers
 }
 
-/// What a reader makes of pieces: each goes on where the text ends, or nothing was lost to it before.
+/// What a reader makes of deltas: each goes on where the text ends, or nothing was lost to it before.
 #[derive(Default)]
 struct Fold {
     texts: BTreeMap<String, String>,
-    /// How many pieces came.
-    pieces: usize,
+    /// How many deltas came.
+    deltas: usize,
 }
 
 impl Fold {
     fn take(&mut self, event: &Value) {
         assert_eq!(event["kind"], "agent_token", "{event}");
-        assert!(event.get("seq").is_none(), "a piece has no seq: {event}");
+        assert!(event.get("seq").is_none(), "a delta has no seq: {event}");
         let data = &event["data"];
         let text = self.texts.entry(data["message"].as_str().unwrap().to_owned()).or_default();
         assert_eq!(data["from_char"], text.chars().count(), "no gap and no overlap: {event}");
         text.push_str(data["text"].as_str().unwrap());
-        self.pieces += 1;
+        self.deltas += 1;
     }
 
     /// Reads up to the event that closes the message, or anything else with a seq, and gives that.
@@ -84,25 +84,25 @@ impl Fold {
     }
 }
 
-on_both_logs!(pieces_reach_readers_live_and_become_one_event_with_their_text, |log| async move {
+on_both_logs!(deltas_reach_readers_live_and_become_one_event_with_their_text, |log| async move {
     let server = Server::start(log);
     let mut agent = server.connect_as("scout", AGENT).await;
     start(&mut agent, "t", "r").await;
     let mut reader = server.connect("scout").await;
     reader.subscribe("t", None).await;
-    let first = agent.ask(piece("t", "r", "m", 0, "Hé")).await;
+    let first = agent.ask(delta("t", "r", "m", 0, "Hé")).await;
     assert_eq!((&first["message"], &first["to_char"], first.get("seq")), (&json!("m"), &json!(2), None), "{first}");
     let event = reader.recv_type("event").await;
     has(
         &event,
         json!({"data": {"message": "m", "from_char": 0, "text": "Hé"}, "run": "r", "from": "scout", "event": first["event"]}),
     );
-    let answers = play(&mut agent, &[piece("t", "r", "m", 2, "llo, "), piece("t", "r", "m", 7, "🌍!")]).await;
+    let answers = play(&mut agent, &[delta("t", "r", "m", 2, "llo, "), delta("t", "r", "m", 7, "🌍!")]).await;
     assert_eq!(answers.iter().map(|it| it["to_char"].as_u64().unwrap()).collect::<Vec<_>>(), [7, 9]);
     assert_eq!(answers[0]["event"], answers[1]["event"], "they came together and are one record");
     assert_eq!(reader.recv_type("event").await["data"], json!({"message": "m", "from_char": 2, "text": "llo, 🌍!"}));
     let closed = agent.ask(step("t", "r", "agent_message", json!({"message": "m", "mood": "fine"}))).await;
-    assert_eq!(closed["seq"], 2, "pieces take no seq: {closed}");
+    assert_eq!(closed["seq"], 2, "deltas take no seq: {closed}");
     let event = reader.recv_type("event").await;
     assert_eq!(event["data"], json!({"message": "m", "mood": "fine", "content": "Héllo, 🌍!"}));
     agent.ask(step("t", "r", "agent_completed", json!({}))).await;
@@ -117,19 +117,19 @@ on_both_logs!(the_end_of_a_run_closes_what_it_left_open_in_the_order_it_was_begu
     let mut agent = server.connect_as("scout", AGENT).await;
     start(&mut agent, "t", "r").await;
     start(&mut agent, "t", "other").await;
-    let pieces = [
-        piece("t", "r", "z", 0, "begun first"),
-        piece("t", "r", "a", 0, "begun"),
-        piece("t", "other", "a", 0, "another run's"),
-        piece("t", "r", "a", 5, " second"),
+    let deltas = [
+        delta("t", "r", "z", 0, "begun first"),
+        delta("t", "r", "a", 0, "begun"),
+        delta("t", "other", "a", 0, "another run's"),
+        delta("t", "r", "a", 5, " second"),
     ];
-    for command in &pieces {
+    for command in &deltas {
         accepted(&agent.ask(command.clone()).await);
     }
     let ended = agent.ask(step("t", "r", "agent_failed", json!({"code": "broken", "message": "it broke"}))).await;
     assert_eq!(ended["seq"], 5, "the messages come before the end: {ended}");
     let page = server.http("GET", "/v1/threads/t/events?after=2", "scout", None).await.1;
-    let told: Vec<_> = page["events"]
+    let got: Vec<_> = page["events"]
         .as_array()
         .unwrap()
         .iter()
@@ -139,29 +139,29 @@ on_both_logs!(the_end_of_a_run_closes_what_it_left_open_in_the_order_it_was_begu
         .collect();
     let r = json!("r");
     assert_eq!(
-        told,
+        got,
         [
             ("agent_message", "z", &json!("begun first"), &r),
             ("agent_message", "a", &json!("begun second"), &r),
             ("agent_failed", "it broke", &Value::Null, &r)
         ]
     );
-    let late = agent.ask(piece("t", "r", "a", 12, "!")).await;
+    let late = agent.ask(delta("t", "r", "a", 12, "!")).await;
     refused(&late, "run_order", "kind");
 });
 
-on_both_logs!(a_piece_sent_again_is_harmless_a_hole_is_run_order_and_a_dead_letter, |log| async move {
+on_both_logs!(a_delta_sent_again_is_harmless_a_hole_is_run_order_and_a_dead_letter, |log| async move {
     let server = Server::start(log);
     let mut agent = server.connect_as("scout", AGENT).await;
-    let early = agent.ask(piece("t", "r", "m", 0, "x")).await;
+    let early = agent.ask(delta("t", "r", "m", 0, "x")).await;
     refused_with(&early, "run_order");
     start(&mut agent, "t", "r").await;
     for (from, text, to) in [(0, "abcdef", 6), (0, "abc", 3), (3, "def", 6), (4, "efgh", 8)] {
-        let answer = agent.ask(piece("t", "r", "m", from, text)).await;
+        let answer = agent.ask(delta("t", "r", "m", from, text)).await;
         has(&answer, json!({"type": "published", "to_char": to}));
         assert_eq!(answer["duplicate"], to <= 6 && (from, text) != (0, "abcdef"), "{answer}");
     }
-    let hole = agent.ask(piece("t", "r", "m", 9, "x")).await;
+    let hole = agent.ask(delta("t", "r", "m", 9, "x")).await;
     refused(&hole, "run_order", "data.from_char");
     assert!(hole["message"].as_str().unwrap().contains("from character 8"), "{hole}");
     let letters = server.admin("GET", "/v1/dead-letters?reason=run_order").await.1;
@@ -172,13 +172,13 @@ on_both_logs!(a_piece_sent_again_is_harmless_a_hole_is_run_order_and_a_dead_lett
     let closed = agent.ask(close.clone()).await;
     has(&closed, json!({"seq": 2, "duplicate": false}));
     // After a close whose answer was lost everything is sent again.
-    let again = agent.ask(piece("t", "r", "m", 0, "abcdefgh")).await;
+    let again = agent.ask(delta("t", "r", "m", 0, "abcdefgh")).await;
     has(&again, json!({"type": "published", "duplicate": true}));
     let again = agent.ask(close).await;
     has(&again, json!({"seq": 2, "event": closed["event"], "duplicate": true}));
     let other = agent.ask(step("t", "r", "agent_message", json!({"message": "m", "content": "else"}))).await;
     refused(&other, "conflict", "data.message");
-    let more = agent.ask(piece("t", "r", "m", 8, "i")).await;
+    let more = agent.ask(delta("t", "r", "m", 8, "i")).await;
     refused(&more, "run_order", "data.message");
     let none = agent.ask(step("t", "r", "agent_message", json!({"message": "unknown"}))).await;
     refused(&none, "run_order", "data.message");
@@ -189,7 +189,7 @@ on_both_logs!(a_member_who_is_no_agent_cannot_close_an_agent_s_message, |log| as
     let mut agent = server.connect_as("scout", AGENT).await;
     start(&mut agent, "t", "r").await;
     assert_eq!(server.http("PUT", "/v1/threads/t/members/ada", "scout", None).await.0, 201);
-    agent.ask(piece("t", "r", "m", 0, "still ")).await;
+    agent.ask(delta("t", "r", "m", 0, "still ")).await;
     let mut ada = server.connect("ada").await;
     for data in [json!({"message": "m"}), json!({"message": "m", "content": "mine"})] {
         let rejection = ada.ask(step("t", "r", "agent_message", data)).await;
@@ -198,14 +198,14 @@ on_both_logs!(a_member_who_is_no_agent_cannot_close_an_agent_s_message, |log| as
     // An inbox is written to by whoever may, and that makes nobody an agent either.
     let mut inbox = server.connect_as("scout", AGENT).await;
     start(&mut inbox, "@user:ada", "r").await;
-    inbox.ask(piece("@user:ada", "r", "m", 0, "for ada")).await;
+    inbox.ask(delta("@user:ada", "r", "m", 0, "for ada")).await;
     let rejection = ada.ask(step("@me", "r", "agent_message", json!({"message": "m", "content": "mine"}))).await;
     refused_with(&rejection, "forbidden");
-    agent.ask(piece("t", "r", "m", 6, "open")).await;
+    agent.ask(delta("t", "r", "m", 6, "open")).await;
     agent.ask(step("t", "r", "agent_message", json!({"message": "m"}))).await;
     let page = server.http("GET", "/v1/threads/t/events?after=2", "scout", None).await.1;
-    let told: Vec<_> = page["events"].as_array().unwrap().iter().map(|it| &it["data"]["content"]).collect();
-    assert_eq!(told, ["still open"]);
+    let got: Vec<_> = page["events"].as_array().unwrap().iter().map(|it| &it["data"]["content"]).collect();
+    assert_eq!(got, ["still open"]);
 });
 
 on_both_logs!(an_agent_that_gives_another_text_has_the_last_word_and_says_so, |log| async move {
@@ -221,7 +221,7 @@ on_both_logs!(an_agent_that_gives_another_text_has_the_last_word_and_says_so, |l
     ];
     for (n, (content, revised)) in cases.iter().enumerate() {
         let message = format!("m{n}");
-        agent.ask(piece("t", "r", &message, 0, "draft")).await;
+        agent.ask(delta("t", "r", &message, 0, "draft")).await;
         // Without its run the message is still the one that this user writes.
         let close = publish("t", "agent_message", json!({"message": message, "content": content}));
         let closed = agent.ask(close).await;
@@ -235,14 +235,14 @@ on_both_logs!(an_agent_that_gives_another_text_has_the_last_word_and_says_so, |l
     assert_eq!(page["events"].as_array().unwrap().len(), cases.len(), "the end closes none of them again");
 });
 
-on_both_logs!(who_joins_in_the_middle_gets_the_text_so_far_as_one_piece_and_then_the_rest, |log| async move {
+on_both_logs!(who_joins_in_the_middle_gets_the_text_so_far_as_one_delta_and_then_the_rest, |log| async move {
     let mut server = Server::start(log);
     let mut agent = server.connect_as("scout", AGENT).await;
     start(&mut agent, "t", "r").await;
     for n in 0..20 {
-        agent.ask(piece("t", "r", "m", 2 * n, "ab")).await;
+        agent.ask(delta("t", "r", "m", 2 * n, "ab")).await;
     }
-    agent.ask(piece("t", "r", "n", 0, "")).await;
+    agent.ask(delta("t", "r", "n", 0, "")).await;
     // A crash forgets nothing.
     server.kill();
     server.up();
@@ -253,13 +253,13 @@ on_both_logs!(who_joins_in_the_middle_gets_the_text_so_far_as_one_piece_and_then
     assert_eq!(reader.recv_type("event").await["kind"], "agent_started");
     assert_eq!(reader.recv_type("caught_up").await["seq"], 1);
     let so_far = [reader.recv_type("event").await, reader.recv_type("event").await];
-    let told: Vec<_> = so_far.iter().map(|it| &it["data"]).collect();
+    let got: Vec<_> = so_far.iter().map(|it| &it["data"]).collect();
     let text = "ab".repeat(20);
     assert_eq!(
-        told,
+        got,
         [&json!({"message": "m", "from_char": 0, "text": text}), &json!({"message": "n", "from_char": 0, "text": ""})]
     );
-    agent.ask(piece("t", "r", "m", 40, "!")).await;
+    agent.ask(delta("t", "r", "m", 40, "!")).await;
     assert_eq!(reader.recv_type("event").await["data"], json!({"message": "m", "from_char": 40, "text": "!"}));
     agent.ask(step("t", "r", "agent_completed", json!({}))).await;
     let closed = reader.events(3).await;
@@ -272,12 +272,12 @@ on_both_logs!(who_joins_in_the_middle_gets_the_text_so_far_as_one_piece_and_then
 });
 
 on_both_logs!(
-    a_reader_that_wants_other_kinds_gets_no_pieces_and_one_that_wants_only_them_no_events,
+    a_reader_that_wants_other_kinds_gets_no_deltas_and_one_that_wants_only_them_no_events,
     |log| async move {
         let server = Server::start(log);
         let mut agent = server.connect_as("scout", AGENT).await;
         start(&mut agent, "t", "r").await;
-        agent.ask(piece("t", "r", "m", 0, "so far")).await;
+        agent.ask(delta("t", "r", "m", 0, "so far")).await;
         let mut without = server.connect("scout").await;
         let mut only = server.connect("scout").await;
         without.subscribe_with("t", json!({"kinds": ["agent_message"]})).await;
@@ -285,7 +285,7 @@ on_both_logs!(
         for reader in [&mut without, &mut only] {
             reader.recv_type("caught_up").await;
         }
-        agent.ask(piece("t", "r", "m", 6, ", so good")).await;
+        agent.ask(delta("t", "r", "m", 6, ", so good")).await;
         agent.ask(step("t", "r", "agent_message", json!({"message": "m"}))).await;
         assert_eq!(without.recv_type("event").await["data"]["content"], "so far, so good");
         let mut fold = Fold::default();
@@ -294,7 +294,7 @@ on_both_logs!(
     }
 );
 
-on_both_logs!(over_http_a_piece_is_answered_with_its_place_and_a_stream_has_it_without_an_id, |log| async move {
+on_both_logs!(over_http_a_delta_is_answered_with_its_place_and_a_stream_has_it_without_an_id, |log| async move {
     let server = Server::start(log);
     let agent = token("scout", AGENT);
     let post = async |kind: &str, data: Value| {
@@ -309,11 +309,11 @@ on_both_logs!(over_http_a_piece_is_answered_with_its_place_and_a_stream_has_it_w
     assert_eq!(status, 200, "{again}");
     has(&again, json!({"duplicate": true}));
     assert_eq!(stream.next().await.unwrap().id.as_deref(), Some("1"));
-    let told = stream.next().await.unwrap();
-    assert_eq!((&told.id, &told.json()["data"]["text"]), (&None, &json!("Hi")));
+    let got = stream.next().await.unwrap();
+    assert_eq!((&got.id, &got.json()["data"]["text"]), (&None, &json!("Hi")));
 });
 
-on_both_logs!(what_is_wrong_with_a_piece_is_named, |log| async move {
+on_both_logs!(what_is_wrong_with_a_delta_is_named, |log| async move {
     let server = Server::start(log);
     let mut agent = server.connect_as("scout", AGENT).await;
     start(&mut agent, "t", "r").await;
@@ -332,16 +332,16 @@ on_both_logs!(what_is_wrong_with_a_piece_is_named, |log| async move {
         let rejection = agent.ask(step("t", "r", "agent_token", data.clone())).await;
         refused(&rejection, "bad_request", field);
     }
-    let mut command = piece("t", "r", "m", 0, "x");
+    let mut command = delta("t", "r", "m", 0, "x");
     command["parent"] = json!(1);
     assert_eq!(agent.ask(command.clone()).await["field"], "parent");
     command.as_object_mut().unwrap().retain(|name, _| name != "parent" && name != "run");
     assert_eq!(agent.ask(command).await["field"], "run");
     let mut person = server.connect("ada").await;
-    refused_with(&person.ask(piece("t", "r", "m", 0, "x")).await, "forbidden");
+    refused_with(&person.ask(delta("t", "r", "m", 0, "x")).await, "forbidden");
     let long = "x".repeat(60_000);
     for n in 0..18 {
-        let answer = agent.ask(piece("t", "r", "long", n * long.len(), &long)).await;
+        let answer = agent.ask(delta("t", "r", "long", n * long.len(), &long)).await;
         let expected = if n < 17 { "published" } else { "error" };
         assert_eq!(answer["type"], expected, "{n}: {answer}");
         if n == 17 {
@@ -363,28 +363,28 @@ async fn reader_without_credit(log: LogKind) -> (Server, Socket, Socket) {
 }
 
 #[tokio::test]
-async fn a_reader_that_waits_gets_bigger_pieces_and_not_more() {
-    const PIECES: usize = 3_000;
+async fn a_reader_that_waits_gets_bigger_deltas_and_not_more() {
+    const DELTAS: usize = 3_000;
     let (_server, mut agent, mut reader) = reader_without_credit(LogKind::embedded()).await;
     let word = "word ";
     let mut text = String::new();
-    for chunk in 0..PIECES / 100 {
-        let pieces: Vec<Value> = (0..100).map(|n| piece("t", "r", "m", (chunk * 100 + n) * word.len(), word)).collect();
-        let answers = play(&mut agent, &pieces).await;
+    for chunk in 0..DELTAS / 100 {
+        let deltas: Vec<Value> = (0..100).map(|n| delta("t", "r", "m", (chunk * 100 + n) * word.len(), word)).collect();
+        let answers = play(&mut agent, &deltas).await;
         assert!(answers.iter().all(|it| it["type"] == "published"), "{answers:?}");
         text.push_str(&word.repeat(100));
     }
     reader.send(&json!({"type": "credit", "events": 8})).await;
     let mut fold = Fold::default();
     fold.read_up_to(&mut reader, "m", &text).await;
-    assert!(fold.pieces <= 2, "{} pieces", fold.pieces);
+    assert!(fold.deltas <= 2, "{} deltas", fold.deltas);
 }
 
-on_both_logs!(a_reader_whose_outbox_is_full_of_pieces_goes_on_where_it_was_and_misses_none, |log| async move {
+on_both_logs!(a_reader_whose_outbox_is_full_of_deltas_goes_on_where_it_was_and_misses_none, |log| async move {
     const MESSAGES: usize = 40;
     let (server, mut agent, mut reader) = reader_without_credit(log).await;
-    // One is told in part before the reader wants no more, and goes on.
-    agent.ask(piece("t", "r", "m0", 0, "begun ")).await;
+    // One is got in part before the reader wants no more, and goes on.
+    agent.ask(delta("t", "r", "m0", 0, "begun ")).await;
     reader.send(&json!({"type": "credit", "events": 1})).await;
     let mut fold = Fold::default();
     fold.read_up_to(&mut reader, "m0", "begun ").await;
@@ -392,7 +392,7 @@ on_both_logs!(a_reader_whose_outbox_is_full_of_pieces_goes_on_where_it_was_and_m
     let text = "x".repeat(30_000);
     for n in 0..MESSAGES {
         let from = if n == 0 { 6 } else { 0 };
-        accepted(&agent.ask(piece("t", "r", &format!("m{n}"), from, &text)).await);
+        accepted(&agent.ask(delta("t", "r", &format!("m{n}"), from, &text)).await);
     }
     reader.send(&json!({"type": "credit", "events": 1_000})).await;
     for n in 0..MESSAGES {
@@ -400,28 +400,27 @@ on_both_logs!(a_reader_whose_outbox_is_full_of_pieces_goes_on_where_it_was_and_m
         fold.read_up_to(&mut reader, &format!("m{n}"), &whole).await;
     }
     assert!(server.metric("weft_lagged_total").await >= 1.0, "the outbox is bounded, so the reader must have lagged");
-    accepted(&agent.ask(piece("t", "r", "m1", text.len(), "!")).await);
+    accepted(&agent.ask(delta("t", "r", "m1", text.len(), "!")).await);
     fold.read_up_to(&mut reader, "m1", &format!("{text}!")).await;
 });
 
 /// How a message of the fast agent is written: far more in all than what the kernel's buffers hold.
 const FAST_MESSAGES: usize = 16;
-const FAST_PIECES: usize = 500;
+const FAST_DELTAS: usize = 500;
 
 /// The text of a fast agent's message.
 fn fast_text(n: usize) -> String {
-    format!("{n:04} {}", "some forty characters, again and again, ".repeat(40)).repeat(FAST_PIECES)
+    format!("{n:04} {}", "some forty characters, again and again, ".repeat(40)).repeat(FAST_DELTAS)
 }
 
 /// Writes the messages one after the other, and closes all but the last.
 async fn write_fast(agent: &mut Socket) {
     for n in 0..FAST_MESSAGES {
         let (text, message) = (fast_text(n), format!("m{n}"));
-        let length = text.len() / FAST_PIECES;
-        let pieces: Vec<Value> = (0..FAST_PIECES)
-            .map(|piece_n| piece("t", "r", &message, piece_n * length, &text[piece_n * length..][..length]))
-            .collect();
-        for some in pieces.chunks(100) {
+        let length = text.len() / FAST_DELTAS;
+        let deltas: Vec<Value> =
+            (0..FAST_DELTAS).map(|n| delta("t", "r", &message, n * length, &text[n * length..][..length])).collect();
+        for some in deltas.chunks(100) {
             play(agent, some).await.iter().for_each(accepted);
         }
         if n + 1 < FAST_MESSAGES {
@@ -456,7 +455,7 @@ async fn read_fast(server: &Server, user: &str, mut reader: Socket) -> usize {
                 assert!(frame["data"]["content"] == *whole, "another text of {message}");
                 assert!(
                     whole.starts_with(fold.texts.get(message).map_or("", |text| text)),
-                    "other pieces of {message}"
+                    "other deltas of {message}"
                 );
                 seq = next;
             }
@@ -487,7 +486,7 @@ async fn an_agent_faster_than_a_reader_that_does_not_read_slows_neither_the_othe
         reading.push(tokio::spawn(async move { read_fast(&server, user, reader).await }));
     }
 
-    // Every piece is answered, and the others have all of it, before the one that is stuck has read a byte.
+    // Every delta is answered, and the others have all of it, before the one that is stuck has read a byte.
     write_fast(&mut agent).await;
     for reader in reading {
         assert_eq!(reader.await.unwrap(), 1, "without being cut off");
@@ -501,7 +500,7 @@ async fn an_agent_faster_than_a_reader_that_does_not_read_slows_neither_the_othe
     read_fast(&server, "stuck", stuck).await;
 }
 
-on_both_logs!(who_subscribes_while_messages_are_closed_gets_no_piece_behind_the_end_of_its_message, |log| async move {
+on_both_logs!(who_subscribes_while_messages_are_closed_gets_no_delta_behind_the_end_of_its_message, |log| async move {
     const MESSAGES: usize = 1_000;
     let server = Server::start_unlimited(log);
     let mut agent = server.connect_as("scout", AGENT).await;
@@ -511,8 +510,8 @@ on_both_logs!(who_subscribes_while_messages_are_closed_gets_no_piece_behind_the_
         for n in 0..MESSAGES {
             let message = format!("{n}");
             let close = step("t", "r", "agent_message", json!({"message": message}));
-            let pieces = [piece("t", "r", &message, 0, "begun"), piece("t", "r", &message, 5, " and over"), close];
-            assert!(play(&mut agent, &pieces).await.iter().all(|it| it["type"] == "published"));
+            let deltas = [delta("t", "r", &message, 0, "begun"), delta("t", "r", &message, 5, " and over"), close];
+            assert!(play(&mut agent, &deltas).await.iter().all(|it| it["type"] == "published"));
         }
     });
     let mut joined = 0;
@@ -548,13 +547,13 @@ on_both_logs!(who_subscribes_while_messages_are_closed_gets_no_piece_behind_the_
     assert!(joined > 1, "{joined}");
 });
 
-/// How a message is written: pieces that go back a little, or leave a hole.
+/// How a message is written: deltas that go back a little, or leave a hole.
 #[derive(Debug, Clone)]
 struct Script {
     text: String,
-    /// For each piece: characters that it repeats (or, negative, leaves out), and its length.
-    pieces: Vec<(i64, usize)>,
-    /// Pieces sent together.
+    /// For each delta: characters that it repeats (or, negative, leaves out), and its length.
+    deltas: Vec<(i64, usize)>,
+    /// Deltas sent together.
     together: usize,
     /// Closed by its own event, or by the end of the run.
     closes: bool,
@@ -565,10 +564,10 @@ fn scripts() -> impl Strategy<Value = Script> {
         prop_oneof![4 => prop::char::range('a', 'z'), 1 => prop::sample::select(vec!['é', '🌍', '"', '\\', '\n', '\u{301}'])],
         0..120,
     );
-    let pieces = prop::collection::vec((prop_oneof![3 => Just(0), 2 => 0..10i64, 1 => -3..0i64], 0..20usize), 1..30);
-    (text, pieces, 1..8usize, any::<bool>()).prop_map(|(text, pieces, together, closes)| Script {
+    let deltas = prop::collection::vec((prop_oneof![3 => Just(0), 2 => 0..10i64, 1 => -3..0i64], 0..20usize), 1..30);
+    (text, deltas, 1..8usize, any::<bool>()).prop_map(|(text, deltas, together, closes)| Script {
         text: text.into_iter().collect(),
-        pieces,
+        deltas,
         together,
         closes,
     })
@@ -582,11 +581,11 @@ async fn every_reader_folds_the_text(server: &Server, thread: &str, script: &Scr
     live.subscribe(thread, None).await;
     live.recv_type("caught_up").await;
     let (mut written, mut commands, mut expected) = (0, Vec::new(), Vec::new());
-    for (back, length) in &script.pieces {
+    for (back, length) in &script.deltas {
         let from = (written as i64 - back).clamp(0, chars.len() as i64) as usize;
         let to = (from + length).min(chars.len());
         let text: String = chars[from..to].iter().collect();
-        commands.push(piece(thread, "r", "m", from, &text));
+        commands.push(delta(thread, "r", "m", from, &text));
         expected.push(from <= written);
         if from <= written {
             written = written.max(to);
@@ -628,8 +627,8 @@ async fn every_reader_folds_the_text(server: &Server, thread: &str, script: &Scr
         let closed = fold.read(reader).await;
         assert_eq!((&closed["kind"], &closed["data"]["content"]), (&json!("agent_message"), &json!(whole)), "{closed}");
         // Who joined while it was being closed may have got the event alone.
-        let told = fold.texts.get("m").map_or("", |text| text);
-        assert!(told == whole || (told.is_empty() && joined), "{told:?} of {whole:?}");
+        let got = fold.texts.get("m").map_or("", |text| text);
+        assert!(got == whole || (got.is_empty() && joined), "{got:?} of {whole:?}");
     }
 }
 
@@ -638,22 +637,22 @@ fn check(log: LogKind, cases: u32) {
 }
 
 #[test]
-fn for_any_split_and_resend_the_pieces_fold_to_the_message() {
+fn for_any_split_and_resend_the_deltas_fold_to_the_message() {
     check(LogKind::embedded(), 64);
 }
 
 #[test]
-fn for_any_split_and_resend_the_pieces_fold_to_the_message_on_kafka() {
+fn for_any_split_and_resend_the_deltas_fold_to_the_message_on_kafka() {
     check(LogKind::kafka(), 12);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_node_shows_the_same_pieces_and_the_same_message() {
+async fn another_node_shows_the_same_deltas_and_the_same_message() {
     let log = LogKind::kafka();
     let nodes = [(); 2].map(|()| Server::start(log.clone()));
     let mut agent = nodes[0].connect_as("scout", AGENT).await;
     start(&mut agent, "t", "r").await;
-    agent.ask(piece("t", "r", "m", 0, "one ")).await;
+    agent.ask(delta("t", "r", "m", 0, "one ")).await;
     let there = async || nodes[1].http("GET", "/v1/threads/t/runs/r", "scout", None).await.0 == 200;
     eventually("the other node has the run", there).await;
     let mut reader = nodes[1].connect("scout").await;
@@ -662,7 +661,7 @@ async fn another_node_shows_the_same_pieces_and_the_same_message() {
     fold.read_up_to(&mut reader, "m", "one ").await;
     // The agent goes on at the other node.
     let mut agent = nodes[1].connect_as("scout", AGENT).await;
-    agent.ask(piece("t", "r", "m", 4, "two")).await;
+    agent.ask(delta("t", "r", "m", 4, "two")).await;
     agent.ask(step("t", "r", "agent_completed", json!({}))).await;
     let closed = fold.read(&mut reader).await;
     assert_eq!((&fold.texts["m"], &closed["data"]["content"]), (&"one two".to_owned(), &json!("one two")));
