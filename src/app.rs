@@ -12,9 +12,9 @@ use tokio::task::JoinHandle;
 
 use crate::auth::{Authenticator, Rights};
 use crate::config::{Config, ConfigError, LogChoice};
-use crate::delivery::Delivery;
 use crate::delivery::hub::Hub;
 use crate::delivery::registry::Registry;
+use crate::delivery::{Delivery, Sources};
 use crate::edge::health::Health;
 use crate::edge::http::Api;
 use crate::edge::http::probes::Probes;
@@ -30,10 +30,11 @@ use crate::ingest::submit::Submit;
 use crate::log::embedded::EmbeddedLog;
 use crate::log::kafka::{KafkaConfig, KafkaLog, Known};
 use crate::log::{Identity, IfUnnamed, Log, LogError, Reader};
+use crate::memory::{Budget, Plan};
 use crate::projector::opening::{self, OpenError};
 use crate::projector::{Projector, Pump, Status};
 use crate::reaper::Reaper;
-use crate::store::{Progress, Store, StoreError};
+use crate::store::{Progress, Store, StoreError, StoreMemory};
 use crate::{panics, telemetry};
 
 /// How long sessions get to finish what was accepted, on the way down.
@@ -92,7 +93,8 @@ fn open_log_with(config: &Config, known: Option<&Known>, if_unnamed: IfUnnamed<'
     Ok(match config.log {
         LogChoice::Embedded => {
             refuse_lost_log(config)?;
-            Arc::new(EmbeddedLog::open_with(&config.log_dir(), config.partitions, if_unnamed)?)
+            let memory = config.memory().log;
+            Arc::new(EmbeddedLog::open_sized(&config.log_dir(), config.partitions, if_unnamed, memory)?)
         }
         LogChoice::Kafka => {
             std::fs::create_dir_all(&config.data)
@@ -102,6 +104,7 @@ fn open_log_with(config: &Config, known: Option<&Known>, if_unnamed: IfUnnamed<'
                 partitions: config.partitions,
                 topic_prefix: config.topic_prefix.clone(),
                 group: group(config),
+                memory: config.memory().log,
             };
             Arc::new(KafkaLog::open_with(kafka, known, if_unnamed)?)
         }
@@ -136,11 +139,13 @@ struct Opened {
 /// Opens the log and its projections.
 fn open(config: &Config) -> Result<Opened, StartError> {
     let path = config.projections_dir();
+    let Plan { cache, memtables, .. } = config.memory();
+    let memory = StoreMemory { cache, memtables };
     let (log, store) = match config.log {
         // Whoever starts a second server on one --data is told so by the log.
-        LogChoice::Embedded => (open_log(config)?, Store::open_or_set_aside(&path)?),
+        LogChoice::Embedded => (open_log(config)?, Store::open_or_set_aside(&path, memory)?),
         LogChoice::Kafka => {
-            let store = Store::open_or_set_aside(&path)?;
+            let store = Store::open_or_set_aside(&path, memory)?;
             let known = store.origin()?.and_then(|origin| {
                 let offset = *origin.positions.first()?;
                 let identity = Identity { starts: origin.starts, ..Identity::of_epoch(&origin.epoch) };
@@ -187,6 +192,7 @@ impl App {
 
         let projecting = std::thread::Builder::new().name("projector".into()).spawn(move || pump.run())?;
 
+        let memory = Arc::new(Budget::new(config.memory()));
         let rights = Rights::new(store.clone());
         let submit = Arc::new(Submit::new(log.clone(), pending.clone()));
         let health = Arc::new(Health::new(log.clone(), status.clone()));
@@ -200,7 +206,14 @@ impl App {
         let edge = edge(Handles {
             auth: Arc::new(Authenticator::new(verifier, store.clone())),
             admission: Arc::new(Admission::new(rights.clone(), limits.clone())),
-            delivery: Arc::new(Delivery::new(store.clone(), rights.clone(), hub.clone(), submit.clone())),
+            delivery: Arc::new(Delivery::new(Sources {
+                store: store.clone(),
+                rights: rights.clone(),
+                hub: hub.clone(),
+                submit: submit.clone(),
+                memory: memory.readers.clone(),
+            })),
+            memory,
             store: store.clone(),
             rights,
             submit,
@@ -306,6 +319,7 @@ struct Handles {
     delivery: Arc<Delivery>,
     registry: Arc<Registry>,
     health: Arc<Health>,
+    memory: Arc<Budget>,
     metrics: PrometheusHandle,
     epoch: String,
     origins: Arc<Origins>,
@@ -313,8 +327,21 @@ struct Handles {
 
 /// Gives each part of the edge the handles that it uses.
 fn edge(handles: Handles) -> Edge {
-    let Handles { store, rights, auth, admission, submit, hub, delivery, registry, health, metrics, epoch, origins } =
-        handles;
+    let Handles {
+        store,
+        rights,
+        auth,
+        admission,
+        submit,
+        hub,
+        delivery,
+        registry,
+        health,
+        memory,
+        metrics,
+        epoch,
+        origins,
+    } = handles;
     let api = Api {
         store: store.clone(),
         rights: rights.clone(),
@@ -323,6 +350,7 @@ fn edge(handles: Handles) -> Edge {
         submit: submit.clone(),
         hub: hub.clone(),
         registry: registry.clone(),
+        memory: memory.clone(),
         epoch: epoch.clone(),
     };
     let streams = Streams {
@@ -331,8 +359,9 @@ fn edge(handles: Handles) -> Edge {
         delivery: delivery.clone(),
         registry: registry.clone(),
         store: store.clone(),
+        memory: memory.readers.clone(),
     };
-    let probes = Probes { store: store.clone(), registry: registry.clone(), health: health.clone(), metrics };
+    let probes = Probes { store: store.clone(), registry: registry.clone(), health: health.clone(), memory, metrics };
     let sockets = Sockets {
         store,
         hub,
@@ -357,6 +386,15 @@ fn edge(handles: Handles) -> Edge {
     }
 }
 
+/// The connections that are configured, or as many as there is memory for.
+fn max_connections(config: &Config) -> usize {
+    let (configured, most) = (config.max_connections, config.memory().max_connections());
+    if most < configured {
+        tracing::warn!(configured, most, "--memory has room for fewer connections than --max-connections allows");
+    }
+    configured.min(most)
+}
+
 /// A task that lasts as long as the server.
 fn chore(part: &'static str, work: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
     tokio::spawn(panics::vital(part, work))
@@ -369,7 +407,7 @@ fn accept(config: &Config, listening: TcpListener, edge: &Arc<Edge>) -> Result<A
     let (stop, stopped) = watch::channel(false);
     let service = |door| routes::service(edge.clone(), door, config.admin_listen.is_some());
     let (all, beyond) = (service(Door::Main), service(Door::BeyondLimit));
-    let serving = listener::serve(listening, all, beyond, config.max_connections, stopped);
+    let serving = listener::serve(listening, all, beyond, max_connections(config), stopped);
     let accepting = tokio::spawn(panics::vital("the accept loop", serving));
     Ok((address, stop, accepting))
 }

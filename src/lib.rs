@@ -23,6 +23,7 @@ pub mod disk;
 pub mod edge;
 pub mod ingest;
 pub mod log;
+pub mod memory;
 pub mod panics;
 pub mod projector;
 pub mod protocol;

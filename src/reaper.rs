@@ -83,7 +83,8 @@ fn find_overdue(store: &Store, stalled_after: Duration) -> Result<Vec<Due>, Erro
     let now = clock::now_ms();
     let stalled_before = now.saturating_sub(stalled_after.as_millis() as u64);
     let (mut due, mut open, mut waiting) = (Vec::new(), 0_u32, 0_u32);
-    for key in store.all_open_runs()? {
+    for key in store.all_open_runs() {
+        let key = key?;
         let Some(row) = store.run(&key)?.filter(|row| row.ended.is_none()) else { continue };
         open += 1;
         waiting += u32::from(row.waiting.is_some());

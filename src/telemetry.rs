@@ -77,6 +77,10 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_lagged_total", Type::Counter, "Times a subscription lagged and went on from the store"),
     ("weft_replayed_events_total", Type::Counter, "Events read from the store for subscriptions"),
     ("weft_pending_publishes", Type::Gauge, "Publishes waiting for their answer"),
+    ("weft_memory_budget_bytes", Type::Gauge, "Memory that a part may hold, by part"),
+    ("weft_memory_used_bytes", Type::Gauge, "Memory that a part holds, by part"),
+    ("weft_memory_waiting", Type::Gauge, "Requests and reads that wait for memory, by part"),
+    ("weft_memory_refused_total", Type::Counter, "Requests and reads that got no memory, by part"),
     ("weft_unknown_outcomes_total", Type::Counter, "Publishes answered with outcome unknown"),
     ("weft_panics_total", Type::Counter, "Panics: each is a bug"),
 ];
@@ -248,6 +252,18 @@ pub fn replayed_events() -> Counter {
 }
 pub fn pending_publishes() -> Gauge {
     gauge!("weft_pending_publishes")
+}
+pub fn memory_budget(part: &'static str) -> Gauge {
+    gauge!("weft_memory_budget_bytes", "part" => part)
+}
+pub fn memory_used(part: &'static str) -> Gauge {
+    gauge!("weft_memory_used_bytes", "part" => part)
+}
+pub fn memory_waiting(part: &'static str) -> Gauge {
+    gauge!("weft_memory_waiting", "part" => part)
+}
+pub fn memory_refused(part: &'static str) -> Counter {
+    counter!("weft_memory_refused_total", "part" => part)
 }
 pub fn unknown_outcomes() -> Counter {
     counter!("weft_unknown_outcomes_total")

@@ -78,6 +78,7 @@ fn must_be(key: &str) -> &'static str {
         "listen" | "admin_listen" => r#"an address such as "127.0.0.1:8080""#,
         "log" => r#""embedded" or "kafka""#,
         "allow_origin" => r#"a list such as ["https://app.example"]"#,
+        "memory" => r#"a size such as "2GiB""#,
         "run_stalled_after" => r#"a time such as "10m" or "90s""#,
         "dev" => "true or false",
         "partitions" | "max_connections" | "max_user_connections" | "max_agent_connections" => {
@@ -162,6 +163,7 @@ mod tests {
             brokers = "b:1"
             partitions = 3
             topic_prefix = "p."
+            memory = "2GiB"
             jwt_secret = "a secret that is long enough for it"
             jwt_key = "k.pem"
             jwt_issuer = "i"

@@ -6,12 +6,17 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::auth::jwt::{self, Key, Verifier};
 use crate::delivery::registry::ConnectionLimits;
 use crate::ingest::limits::Rates;
+use crate::memory::{self, Plan};
+
+/// The budget of memory where the system does not say how much it has.
+const DEFAULT_MEMORY: u64 = 1 << 30;
 
 /// Which log to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -48,6 +53,10 @@ pub struct StorageArgs {
     #[arg(long, env = "WEFT_TOPIC_PREFIX", value_name = "PREFIX")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topic_prefix: Option<String>,
+    /// The memory that the server may use, such as 2GiB [default: half of what the machine or its cgroup has]
+    #[arg(long, env = "WEFT_MEMORY", value_name = "SIZE", value_parser = parse_memory)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<String>,
 }
 
 /// The settings of `weft serve`.
@@ -134,6 +143,9 @@ pub struct Config {
     pub brokers: String,
     pub partitions: u32,
     pub topic_prefix: String,
+    /// As `2GiB`; without it, half of what there is.
+    #[serde(default)]
+    pub memory: Option<String>,
     #[serde(default)]
     pub jwt_secret: Option<String>,
     #[serde(default)]
@@ -160,6 +172,21 @@ fn parse_time(text: &str) -> Result<String, humantime::DurationError> {
     humantime::parse_duration(text).map(|_| text.to_owned())
 }
 
+/// Checks a size's text, and leaves it as it is.
+fn parse_memory(text: &str) -> Result<String, String> {
+    memory_bytes(text).map(|_| text.to_owned())
+}
+
+/// The bytes of a size such as `2GiB` or `512 MB`.
+fn memory_bytes(text: &str) -> Result<u64, String> {
+    let least = ByteSize(memory::MINIMUM);
+    match text.parse::<ByteSize>() {
+        Ok(size) if size >= least => Ok(size.as_u64()),
+        Ok(_) => Err(format!("must be at least {least}, not {text}")),
+        Err(_) => Err(format!("must be a size such as 2GiB or 512MiB, not {text:.40}")),
+    }
+}
+
 /// An origin as browsers send it, or `*`. One without a scheme or with a path would never match.
 fn check_origin(origin: &str) -> Result<(), String> {
     let host = origin.split_once("://").filter(|(scheme, _)| !scheme.is_empty()).map(|(_, host)| host);
@@ -180,6 +207,7 @@ impl Default for Config {
             brokers: "127.0.0.1:9092".into(),
             partitions: 16,
             topic_prefix: "weft.".into(),
+            memory: None,
             jwt_secret: None,
             jwt_key: None,
             jwt_issuer: None,
@@ -259,6 +287,9 @@ impl Config {
             let why = format!("must be a time such as 10m or 90s, not {}", self.run_stalled_after);
             return Err(("run_stalled_after", why));
         }
+        if let Some(memory) = &self.memory {
+            memory_bytes(memory).map_err(|why| ("memory", why))?;
+        }
         if let Some(secret) = &self.jwt_secret {
             jwt::check_secret(secret).map_err(|why| ("jwt_secret", why))?;
         }
@@ -301,6 +332,14 @@ impl Config {
     pub fn run_stalled_after(&self) -> Duration {
         // Checked when it was loaded.
         humantime::parse_duration(&self.run_stalled_after).unwrap_or(Duration::from_secs(600))
+    }
+
+    /// The memory that the server may use, divided among its parts.
+    pub fn memory(&self) -> Plan {
+        // Checked when it was loaded.
+        let given = self.memory.as_deref().and_then(|text| memory_bytes(text).ok());
+        let half = || memory::available().map_or(DEFAULT_MEMORY, |bytes| bytes / 2).max(memory::MINIMUM);
+        Plan::of(given.unwrap_or_else(half))
     }
 
     pub fn log_dir(&self) -> PathBuf {
@@ -370,6 +409,23 @@ mod tests {
         let given = ServeArgs { jwt_secret: Some("short".to_owned()), ..ServeArgs::default() };
         let why = Config::load(None, &given).expect_err("a short secret").to_string();
         assert_eq!(why, "--jwt-secret must be at least 32 bytes long, and has 5");
+    }
+
+    #[test]
+    fn memory_is_a_size_and_enough() {
+        let load = |memory: &str| {
+            let given = StorageArgs { memory: Some(memory.to_owned()), ..StorageArgs::default() };
+            Config::load(None, &given).map(|config| config.memory().total).map_err(|error| error.to_string())
+        };
+        assert_eq!((load("2GiB"), load("512 MB"), load("300000000")), (Ok(2 << 30), Ok(512_000_000), Ok(300_000_000)));
+        assert_eq!(load("1MiB"), Err("--memory must be at least 256.0 MiB, not 1MiB".into()));
+        assert_eq!(load("much"), Err("--memory must be a size such as 2GiB or 512MiB, not much".into()));
+    }
+
+    #[test]
+    fn without_a_size_it_is_half_of_what_there_is() {
+        let half = memory::available().map_or(DEFAULT_MEMORY, |bytes| bytes / 2).max(memory::MINIMUM);
+        assert_eq!(Config::default().memory().total as u64, half);
     }
 
     #[test]

@@ -16,12 +16,8 @@ pub mod subscriptions;
 
 use std::sync::Arc;
 
-use crate::auth::Rights;
-use crate::ingest::submit::Submit;
-use crate::store::Store;
 use feed::Feed;
-use hub::Hub;
-use sources::Sources;
+pub use sources::Sources;
 
 /// Makes the feeds of sessions and streams.
 pub struct Delivery {
@@ -29,8 +25,8 @@ pub struct Delivery {
 }
 
 impl Delivery {
-    pub fn new(store: Arc<Store>, rights: Rights, hub: Arc<Hub>, submit: Arc<Submit>) -> Delivery {
-        Delivery { sources: Arc::new(Sources { store, rights, hub, submit }) }
+    pub fn new(sources: Sources) -> Delivery {
+        Delivery { sources: Arc::new(sources) }
     }
 
     /// A feed for one session or stream.

@@ -13,11 +13,13 @@ use std::task::{Context, Poll, Waker};
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use super::fair_queue::{FairQueue, SubId};
+use crate::memory::Charge;
 use crate::projector::CommittedEvent;
 use crate::projector::Verdict;
 use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;
 use crate::protocol::event::Priority;
+use crate::store::messages::MessageKey;
 use crate::store::{JoinedThread, StoredEvent};
 
 /// Bytes of events that may wait for a socket.
@@ -81,9 +83,26 @@ impl Item {
 
 /// What a read of the store brings.
 pub enum Chunk {
-    Events(Vec<StoredEvent>),
-    /// Of each message that is being written, the text that the client does not have yet.
-    OpenText(Vec<Delta>),
+    Events {
+        events: Vec<StoredEvent>,
+        charge: Arc<Charge>,
+    },
+    /// Of messages that are being written, the text that the client does not have yet.
+    OpenText {
+        texts: Vec<OpenText>,
+        /// The last of them, if there are more.
+        next: Option<MessageKey>,
+    },
+}
+
+/// The text of a message that is being written, as far as the client does not have it.
+pub struct OpenText {
+    /// What tells the message from all others of its thread.
+    pub name: Arc<str>,
+    /// After its last character.
+    pub to_char: u64,
+    /// None if there is nothing to send.
+    pub frame: Option<Utf8Bytes>,
 }
 
 /// The subscription that a read of the store is for, and the class of priority for which it was chosen.
@@ -313,6 +332,11 @@ impl Outbox {
     /// Bytes of events waiting.
     pub fn event_bytes(&self) -> usize {
         self.lock().event_bytes
+    }
+
+    /// Whether the session is gone.
+    pub fn is_closed(&self) -> bool {
+        self.lock().closed
     }
 
     /// From now on nothing is accepted, and what waits is dropped.

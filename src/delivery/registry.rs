@@ -133,6 +133,11 @@ impl Registry {
         Registration { registry: self.clone(), id }
     }
 
+    /// How many sessions and streams there are.
+    pub fn count(&self) -> usize {
+        *self.count.borrow()
+    }
+
     /// Ends the user's sessions. `user` is `tenant/user`.
     pub fn revoke(&self, user: &str) {
         for outbox in self.outboxes_of(user) {

@@ -238,7 +238,7 @@ impl Messages {
             return Ok(self.row(store, &key)?.map(|row| (key, row)));
         }
 
-        let mut keys = store.open_messages(&event.tenant, &event.thread)?;
+        let mut keys = store.open_messages(&event.tenant, &event.thread, None).collect::<Result<Vec<_>, _>>()?;
         let on_thread = |key: &&MessageKey| key.run.tenant == *event.tenant && key.run.thread == *event.thread;
         keys.extend(self.cached.keys().filter(on_thread).cloned());
         keys.retain(|key| key.message == message);
@@ -255,8 +255,11 @@ impl Messages {
     /// The open messages of a run, in the order in which they were begun.
     pub(super) fn open_in_run(&self, store: &Store, run: &RunKey) -> Result<Vec<(MessageKey, MessageRow)>, StoreError> {
         let mut rows: BTreeMap<String, MessageRow> = BTreeMap::new();
-        for (key, row) in store.messages_of(run)? {
-            rows.insert(key.message, row);
+        for message in store.open_messages_of(run) {
+            let key = MessageKey { run: run.clone(), message: message? };
+            if let Some(row) = store.message(&key)? {
+                rows.insert(key.message, row);
+            }
         }
         for (key, cached) in self.cached.iter().filter(|(key, _)| key.run == *run) {
             rows.insert(key.message.clone(), cached.row.clone());

@@ -86,9 +86,10 @@ pub fn resume(path: &Path, store: Store, log: &dyn Log) -> Result<(Store, Vec<Pr
         return Ok((store, progress));
     }
     tracing::warn!(rows = origin.rows, "the projections are of an older version: making them anew");
+    let memory = store.memory();
     drop(store);
     Store::destroy(path)?;
-    let store = Store::open(path)?;
+    let store = Store::open_with(path, memory)?;
     let progress = begin(&store, log)?;
     Ok((store, progress))
 }

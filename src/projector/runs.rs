@@ -11,13 +11,13 @@ use serde::Deserialize;
 use super::transaction::Transaction;
 use crate::clock;
 use crate::protocol::error::{Code, Error};
-use crate::protocol::event::LogEvent;
+use crate::protocol::event::{Fields, LogEvent};
 use crate::protocol::json;
 use crate::protocol::kinds::{
     AGENT_CANCEL_REQUESTED, AGENT_CANCELLED, AGENT_COMPLETED, AGENT_FAILED, AGENT_RESUMED, AGENT_STARTED,
     AGENT_THINKING, AGENT_WAITING, TOOL_COMPLETED, TOOL_EXECUTING,
 };
-use crate::store::runs::{CallRow, Ending, EventRef, RunKey, RunRow, WaitRow};
+use crate::store::runs::{CallRow, Ending, EventRef, RunKey, RunRow, StepRow, WaitRow};
 use crate::store::{Store, StoreError};
 
 /// The runs and calls that this batch has changed.
@@ -142,15 +142,10 @@ impl Runs {
         if row.ended.is_some() {
             return Err(refused_by_end(&row, event).into());
         }
-
-        let (effect, call) = match &*event.kind {
-            TOOL_EXECUTING | TOOL_COMPLETED => {
-                let (effect, call) = self.judge_call(store, event, &key)?;
-                (effect, Some(call))
-            }
-            _ => (judge_open(&row, event, by_server)?, None),
-        };
-
+        if matches!(&*event.kind, TOOL_EXECUTING | TOOL_COMPLETED) {
+            return self.judge_call(store, event, key, row).map(Some);
+        }
+        let effect = judge_open(&row, event, by_server)?;
         let parent = match (&effect, &row.parent) {
             (Effect::End(_), Some(parent)) => {
                 let parent = RunKey { run: parent.clone(), ..key.clone() };
@@ -158,7 +153,7 @@ impl Runs {
             }
             _ => None,
         };
-        Ok(Some(Transition { key, row, call, parent, effect }))
+        Ok(Some(Transition { key, row, call: None, parent, effect }))
     }
 
     /// How an `agent_message` changes its run: not at all, unless the run is open.
@@ -217,27 +212,27 @@ impl Runs {
         &self,
         store: &Store,
         event: &LogEvent<'_>,
-        key: &RunKey,
-    ) -> Result<(Effect, (String, CallRow)), Rejected> {
-        let named = json::decode_data::<CallData>(event.data)?;
-        let known = self.call(store, key, &named.call)?;
-
-        match (event.kind == TOOL_EXECUTING, known) {
+        key: RunKey,
+        row: RunRow,
+    ) -> Result<Transition, Rejected> {
+        let CallData { call, tool } = json::decode_data::<CallData>(event.data)?;
+        let known = self.call(store, &key, &call)?;
+        let (effect, known) = match (event.kind == TOOL_EXECUTING, known) {
             (true, None) => {
-                let tool = named.tool.map(Cow::into_owned).unwrap_or_default();
-                Ok((
-                    Effect::BeginCall,
-                    (named.call.into_owned(), CallRow { tool, begun: EventRef::default(), done: None }),
-                ))
+                let tool = tool.map(Cow::into_owned).unwrap_or_default();
+                (Effect::BeginCall, CallRow { tool, begun: EventRef::default(), done: None })
             }
-            (false, Some(call)) if call.done.is_none() => Ok((Effect::CompleteCall, (named.call.into_owned(), call))),
+            (false, Some(known)) if known.done.is_none() => (Effect::CompleteCall, known),
             (true, Some(_)) => {
-                Err(expected("the call is not new in the run: another call is expected").at("data.call").into())
+                let why = "the call is not new in the run: another call is expected";
+                return Err(expected(why).at("data.call").into());
             }
             (false, _) => {
-                Err(expected("the call is not executing: tool_executing is expected before").at("data.call").into())
+                let why = "the call is not executing: tool_executing is expected before";
+                return Err(expected(why).at("data.call").into());
             }
-        }
+        };
+        Ok(Transition { key, row, call: Some((call.into_owned(), known)), parent: None, effect })
     }
 
     /// Writes the run as the event has changed it.
@@ -248,10 +243,9 @@ impl Runs {
         appended: EventRef,
         tx: &mut Transaction<'_>,
     ) {
-        let Transition { key, mut row, mut call, parent, effect } = transition;
-        row.last = appended;
-
-        match effect {
+        let Transition { key, row: before, mut call, parent, effect } = transition;
+        let mut row = RunRow { last: appended, ..before.clone() };
+        match &effect {
             Effect::Start => row.started = appended,
             Effect::None => {}
             Effect::BeginCall => {
@@ -262,7 +256,9 @@ impl Runs {
                 row.executing = row.executing.saturating_sub(1);
                 call = call.map(|(name, row)| (name, CallRow { done: Some(appended), ..row }));
             }
-            Effect::Wait { expires_at } => row.waiting = Some(WaitRow { since: appended, expires_at }),
+            Effect::Wait { expires_at } => {
+                row.waiting = Some(WaitRow { since: appended, expires_at: *expires_at });
+            }
             Effect::Resume => {
                 row.waiting = None;
                 row.resumed = Some((appended, event.from.to_string()));
@@ -270,7 +266,7 @@ impl Runs {
             Effect::RequestCancel => row.cancel = row.cancel.or_else(|| Some((appended, event.from.to_string()))),
             Effect::End(ending) => {
                 row.waiting = None;
-                row.ended = Some((appended, ending));
+                row.ended = Some((appended, *ending));
             }
         }
 
@@ -279,17 +275,33 @@ impl Runs {
                 None => above.children += 1,
                 Some(_) => above.children = above.children.saturating_sub(1),
             }
-            tx.rows.put_run(&parent, &above);
+            tx.rows.put_run_row(&parent, &above);
             self.rows.insert(parent, above);
         }
+
+        tx.rows.put_run_event(&key, appended.seq, &step(event, appended, &effect, call.as_ref()));
         if let Some((name, call)) = call {
             tx.rows.put_call(&key, &name, &call);
             self.calls.insert((key.clone(), name), call);
         }
-
-        tx.rows.put_run_event(&key, appended.seq);
-        tx.rows.put_run(&key, &row);
+        match effect {
+            Effect::Start => tx.rows.put_new_run(&key, &row),
+            _ => tx.rows.put_run(&key, &before, &row),
+        }
         self.rows.insert(key, row);
+    }
+}
+
+/// What the run's page shows of an event.
+fn step(event: &LogEvent<'_>, appended: EventRef, effect: &Effect, call: Option<&(String, CallRow)>) -> StepRow {
+    let has_error = || Fields::parse(event.data).is_some_and(|fields| fields.raw("error").is_some());
+    StepRow {
+        at: appended.at,
+        kind: event.kind.to_string(),
+        from: event.from.to_string(),
+        call: call.map(|(name, _)| name.clone()),
+        tool: call.filter(|_| matches!(effect, Effect::BeginCall)).map(|(_, call)| call.tool.clone()),
+        failed: matches!(effect, Effect::CompleteCall) && has_error(),
     }
 }
 

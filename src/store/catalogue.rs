@@ -1,6 +1,6 @@
 //! Every column family of the projections, in one list, tuned for how it is read and written.
 
-use rocksdb::{BlockBasedOptions, Cache, ColumnFamilyDescriptor, DBCompressionType, Env, Options};
+use rocksdb::{BlockBasedOptions, Cache, ColumnFamilyDescriptor, DBCompressionType, Env, Options, WriteBufferManager};
 
 /// How a family is used.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -28,8 +28,10 @@ pub const REVOCATIONS: &str = "revocations";
 pub const RUNS: &str = "runs";
 pub const RUN_CALLS: &str = "run_calls";
 pub const RUN_EVENTS: &str = "run_events";
+pub const RUN_STARTS: &str = "run_starts";
 pub const RUN_THREADS: &str = "run_threads";
 pub const OPEN_RUNS: &str = "open_runs";
+pub const OPEN_RUN_TIMES: &str = "open_run_times";
 pub const MESSAGES: &str = "messages";
 pub const OPEN_MESSAGES: &str = "open_messages";
 pub const MESSAGE_TEXTS: &str = "message_texts";
@@ -63,12 +65,17 @@ const FAMILIES: &[(&str, Access)] = &[
     (RUNS, Access::RareLookup),
     // tenant 0 thread 0 length of run · run · call → CallRow
     (RUN_CALLS, Access::RareLookup),
-    // tenant 0 thread 0 length of run · run · seq → empty
+    // tenant 0 thread 0 length of run · run · seq → StepRow
     (RUN_EVENTS, Access::Range),
+    // tenant 0 thread 0 seq of the run's first event → run; the list of a thread's runs
+    (RUN_STARTS, Access::Range),
     // tenant 0 length of run · run · thread → empty
     (RUN_THREADS, Access::Range),
     // tenant 0 thread 0 run → empty, for those that have not ended
     (OPEN_RUNS, Access::Range),
+    // tenant 0 state · at · thread 0 run → empty, for those that have not ended and for those of them that wait; the lists of
+    // open runs, oldest first
+    (OPEN_RUN_TIMES, Access::Range),
     // tenant 0 thread 0 length of run · run · message → MessageRow
     (MESSAGES, Access::RareLookup),
     // the same → empty, for those that are not closed
@@ -81,22 +88,50 @@ const FAMILIES: &[(&str, Access)] = &[
     (DEAD_LETTER_TIMES, Access::Range),
 ];
 
+/// How many blocks a write buffer is allocated in.
+const ARENA_BLOCKS: usize = 64;
+
 /// The families' names.
 pub fn names() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|(name, _)| *name)
 }
 
-/// One cache for all families bounds what reads may hold in memory.
-const BLOCK_CACHE: usize = 64 << 20;
-
-pub fn descriptors() -> Vec<ColumnFamilyDescriptor> {
-    let cache = Cache::new_lru_cache(BLOCK_CACHE);
-    FAMILIES.iter().map(|(name, access)| ColumnFamilyDescriptor::new(*name, tuning(*access, &cache))).collect()
+/// What all families together may hold in memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoreMemory {
+    /// Blocks that were read.
+    pub cache: usize,
+    /// Rows that are not flushed yet.
+    pub memtables: usize,
 }
 
-fn tuning(access: Access, cache: &Cache) -> Options {
+impl Default for StoreMemory {
+    fn default() -> StoreMemory {
+        StoreMemory { cache: 64 << 20, memtables: 64 << 20 }
+    }
+}
+
+/// What holds to these sizes: one cache for the blocks of all families, one manager for their rows that are not flushed.
+pub struct Buffers {
+    pub cache: Cache,
+    pub memtables: WriteBufferManager,
+}
+
+impl Buffers {
+    pub fn new(memory: StoreMemory) -> Buffers {
+        let cache = Cache::new_lru_cache(memory.cache);
+        Buffers { cache, memtables: WriteBufferManager::new_write_buffer_manager(memory.memtables, false) }
+    }
+}
+
+pub fn descriptors(buffers: &Buffers) -> Vec<ColumnFamilyDescriptor> {
+    let tuned = |access| tuning(access, buffers);
+    FAMILIES.iter().map(|(name, access)| ColumnFamilyDescriptor::new(*name, tuned(*access))).collect()
+}
+
+fn tuning(access: Access, buffers: &Buffers) -> Options {
     let mut blocks = BlockBasedOptions::default();
-    blocks.set_block_cache(cache);
+    blocks.set_block_cache(&buffers.cache);
     blocks.set_cache_index_and_filter_blocks(true);
     blocks.set_format_version(6);
     let mut options = Options::default();
@@ -115,19 +150,22 @@ fn tuning(access: Access, cache: &Cache) -> Options {
         }
     }
     options.set_block_based_table_factory(&blocks);
-    options.set_write_buffer_size(64 << 20);
+    let memtables = buffers.memtables.get_buffer_size();
+    options.set_write_buffer_size(memtables);
+    // Each family that is written has a block of its own, however little it holds.
+    options.set_arena_block_size(memtables / ARENA_BLOCKS);
     options
 }
 
 /// Options of the whole database.
-pub fn database(direct_io: bool) -> Options {
+pub fn database(direct_io: bool, buffers: &Buffers) -> Options {
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);
     // Without a write-ahead log, rows and position may only reach the disk together.
     options.set_atomic_flush(true);
     // What is not flushed is read again from the log after a crash: this bounds the time that takes.
-    options.set_db_write_buffer_size(64 << 20);
+    options.set_write_buffer_manager(&buffers.memtables);
     // Files written beside the page cache leave no dirty pages for the log's syncs to wait for.
     options.set_use_direct_io_for_flush_and_compaction(direct_io);
     options.set_keep_log_file_num(4);

@@ -8,8 +8,9 @@ use std::sync::Mutex;
 
 use rocksdb::{DB, ErrorKind};
 
+use super::catalogue::Buffers;
 use super::contacts::Contacts;
-use super::{Store, StoreError, catalogue};
+use super::{Store, StoreError, StoreMemory, catalogue};
 use crate::codec::CodecError;
 use crate::{clock, telemetry};
 
@@ -22,8 +23,8 @@ pub(super) struct Damage(Mutex<Option<String>>);
 
 impl Store {
     /// Opens the store in `path`. One that is damaged is set aside, and an empty one begun in its place.
-    pub fn open_or_set_aside(path: &Path) -> Result<Store, StoreError> {
-        let opened = Store::open(path).and_then(|store| match store.origin() {
+    pub fn open_or_set_aside(path: &Path, memory: StoreMemory) -> Result<Store, StoreError> {
+        let opened = Store::open_with(path, memory).and_then(|store| match store.origin() {
             Err(error) if error.is_damage() => Err(error),
             _ => Ok(store),
         });
@@ -35,7 +36,7 @@ impl Store {
         };
         set_aside(path, &why)?;
         telemetry::projections_damaged().increment(1);
-        Ok(Store { set_aside: Some(why), ..Store::open(path)? })
+        Ok(Store { set_aside: Some(why), ..Store::open_with(path, memory)? })
     }
 
     /// Why the projections from before were set aside at the start, if they were.
@@ -70,10 +71,14 @@ impl Store {
         }
         let mut examined = ExaminedStore::default();
         examined.problems.extend(mark(path));
-        let options = catalogue::database(false);
-        let opened = DB::open_cf_descriptors_read_only(&options, path, catalogue::descriptors(), false);
+        let memory = StoreMemory::default();
+        let buffers = Buffers::new(memory);
+        let options = catalogue::database(false, &buffers);
+        let opened = DB::open_cf_descriptors_read_only(&options, path, catalogue::descriptors(&buffers), false);
         let store = match opened {
-            Ok(db) => Store { db, contacts: Contacts::default(), damage: Damage::default(), set_aside: None },
+            Ok(db) => {
+                Store { db, contacts: Contacts::default(), damage: Damage::default(), set_aside: None, buffers, memory }
+            }
             Err(error) if is_damage(&error) => {
                 examined.problems.push(error.to_string());
                 return Ok(Some(examined));

@@ -1,6 +1,7 @@
 //! Dead letters: events and records that could not be handled, each with the reason.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 
 use bincode::{Decode, Encode};
 use rocksdb::{IteratorMode, ReadOptions};
@@ -60,23 +61,21 @@ impl DeadLetterFilter {
 /// Rows that one page looks at; with a filter, the next page looks at the rest.
 const SCAN: usize = 10_000;
 
-/// A page of dead letters, each with whether its tenant is known, and where the next page begins.
-pub type DeadLetterPage = (Vec<(DeadLetterCursor, DeadLetterRow, bool)>, Option<DeadLetterCursor>);
-
 impl Store {
     /// A tenant's dead letter; those whose tenant is not known are under an empty one.
     pub fn dead_letter(&self, tenant: &str, id: &[u8; 16]) -> Result<Option<DeadLetterRow>, StoreError> {
         self.get(DEAD_LETTERS, &key(tenant, id))
     }
 
-    /// Dead letters of these tenants, newest first, from after a cursor on.
-    pub fn dead_letters(
+    /// Visits dead letters of these tenants, newest first, from after a cursor on, each with whether its tenant is known,
+    /// until `visit` breaks off. Gives where the next page begins, if there is more.
+    pub fn dead_letters<E: From<StoreError>>(
         &self,
         tenants: &[&str],
         filter: &DeadLetterFilter,
         after: Option<DeadLetterCursor>,
-        limit: usize,
-    ) -> Result<DeadLetterPage, StoreError> {
+        mut visit: impl FnMut(DeadLetterCursor, DeadLetterRow, bool) -> Result<ControlFlow<()>, E>,
+    ) -> Result<Option<DeadLetterCursor>, E> {
         let mut cursors: BTreeMap<DeadLetterCursor, &str> = BTreeMap::new();
         for tenant in tenants {
             let found = self.newest_cursors(tenant, after)?;
@@ -84,17 +83,17 @@ impl Store {
         }
 
         let looked_at_all = cursors.len() < SCAN;
-        let (mut page, mut last) = (Vec::new(), None);
-        for (cursor, tenant) in cursors.into_iter().rev().take(SCAN) {
-            if page.len() == limit {
-                return Ok((page, last));
-            }
+        let mut last = None;
+        let mut cursors = cursors.into_iter().rev().take(SCAN).peekable();
+        while let Some((cursor, tenant)) = cursors.next() {
             last = Some(cursor);
-            if let Some(row) = self.dead_letter(tenant, &cursor.id)?.filter(|row| filter.accepts(row)) {
-                page.push((cursor, row, !tenant.is_empty()));
+            if let Some(row) = self.dead_letter(tenant, &cursor.id)?.filter(|row| filter.accepts(row))
+                && visit(cursor, row, !tenant.is_empty())?.is_break()
+            {
+                return Ok(last.filter(|_| cursors.peek().is_some() || !looked_at_all));
             }
         }
-        Ok((page, last.filter(|_| !looked_at_all)))
+        Ok(last.filter(|_| !looked_at_all))
     }
 
     /// The newest dead letters of a tenant after a cursor, as many as a page looks at.

@@ -1,5 +1,7 @@
 //! Events: the frame of each, under its thread and seq.
 
+use std::ops::ControlFlow;
+
 use bincode::{BorrowDecode, Encode};
 use rocksdb::ReadOptions;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
@@ -32,6 +34,18 @@ pub struct StoredEvent {
     pub frame: Utf8Bytes,
 }
 
+impl StoredEvent {
+    pub fn new(seq: u64, row: &EventRow<'_>) -> StoredEvent {
+        StoredEvent {
+            seq,
+            kind: row.kind.to_owned(),
+            class: usize::from(row.class).min(Priority::CLASSES - 1),
+            privileged: row.privileged,
+            frame: row.frame.into(),
+        }
+    }
+}
+
 /// Which events to read.
 #[derive(Debug, Clone, Copy)]
 pub struct EventRange {
@@ -56,10 +70,30 @@ impl Store {
     /// Events of a thread with seqs in `from..=to`, at most `limit` of them and (but for the first) `bytes` of frames;
     /// newest first if `newest_first`.
     pub fn events(&self, tenant: &str, thread: &str, seqs: EventRange) -> Result<Vec<StoredEvent>, StoreError> {
-        let EventRange { from, to, limit, bytes, newest_first } = seqs;
-        let mut found = Vec::new();
+        let (mut found, mut room) = (Vec::new(), seqs.bytes);
+        self.visit_events(tenant, thread, seqs, |seq, row| {
+            if row.frame.len() > room && !found.is_empty() {
+                return Ok::<_, StoreError>(ControlFlow::Break(()));
+            }
+            room = room.saturating_sub(row.frame.len());
+            found.push(StoredEvent::new(seq, row));
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(found)
+    }
+
+    /// Looks at events with seqs in `from..=to`, one after the other, at most `limit` of them, until `visit` breaks off.
+    /// Copies none of them.
+    pub fn visit_events<E: From<StoreError>>(
+        &self,
+        tenant: &str,
+        thread: &str,
+        seqs: EventRange,
+        mut visit: impl FnMut(u64, &EventRow<'_>) -> Result<ControlFlow<()>, E>,
+    ) -> Result<(), E> {
+        let EventRange { from, to, limit, newest_first, .. } = seqs;
         if from > to || limit == 0 {
-            return Ok(found);
+            return Ok(());
         }
 
         let mut options = ReadOptions::default();
@@ -76,24 +110,19 @@ impl Store {
             rows.seek_to_first()
         }
 
-        let mut room = bytes;
-        while let Some((key, value)) = rows.item() {
+        let mut left = limit;
+        while left > 0
+            && let Some((key, value)) = rows.item()
+        {
             let row: EventRow = self.decoded(EVENTS, value)?;
-            if found.len() == limit || (row.frame.len() > room && !found.is_empty()) {
-                break;
+            if visit(keys::seq_of(key).unwrap_or(0), &row)?.is_break() {
+                return Ok(());
             }
-            room = room.saturating_sub(row.frame.len());
-            found.push(StoredEvent {
-                seq: keys::seq_of(key).unwrap_or(0),
-                kind: row.kind.to_owned(),
-                class: usize::from(row.class).min(Priority::CLASSES - 1),
-                privileged: row.privileged,
-                frame: row.frame.into(),
-            });
+            left -= 1;
             if newest_first { rows.prev() } else { rows.next() }
         }
         rows.status().map_err(|error| self.note(error.into()))?;
-        Ok(found)
+        Ok(())
     }
 
     /// The event with this seq.

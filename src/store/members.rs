@@ -42,12 +42,12 @@ impl Store {
     }
 
     /// The thread's members, in the order of their names.
-    pub fn members(&self, tenant: &str, thread: &str) -> Result<Vec<String>, StoreError> {
+    pub fn members(&self, tenant: &str, thread: &str) -> impl Iterator<Item = Result<String, StoreError>> {
         self.names_under(MEMBERS, keys::prefix(&[tenant, thread]))
     }
 
     /// The threads a user is a member of, in the order of their ids.
-    pub fn threads_of(&self, tenant: &str, user: &str) -> Result<Vec<String>, StoreError> {
+    pub fn threads_of(&self, tenant: &str, user: &str) -> impl Iterator<Item = Result<String, StoreError>> {
         self.names_under(MEMBERSHIPS, keys::prefix(&[tenant, user]))
     }
 
@@ -63,7 +63,8 @@ impl Store {
             None => BTreeMap::new(),
         };
         let mut joined = Vec::new();
-        for thread in self.threads_of(tenant, user)? {
+        for thread in self.threads_of(tenant, user) {
+            let thread = thread?;
             let receipt = match name {
                 Some(name) => {
                     let begin = |seq: &u64| ReceiptRow { place: *seq, ..ReceiptRow::default() };
@@ -91,7 +92,7 @@ impl Store {
     /// The same for any two users, and from then on at once. Reads the threads of both: for threads that may block.
     pub fn look_up_shared_thread(&self, tenant: &str, one: &str, other: &str) -> Result<bool, StoreError> {
         for user in [one, other] {
-            self.contacts.threads(&keys::joined(&[tenant, user]), || self.threads_of(tenant, user))?;
+            self.contacts.threads(&keys::joined(&[tenant, user]), || self.threads_of(tenant, user).collect())?;
         }
         // Asked of the store only if both lists together are too long to be kept.
         match self.share_a_thread(tenant, one, other)? {

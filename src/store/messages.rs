@@ -1,6 +1,7 @@
 //! Messages that agents write in deltas: how far each has come, and the text of those that are still being written.
 
 use bincode::{BorrowDecode, Decode, Encode};
+use rocksdb::{Direction, IteratorMode, ReadOptions};
 
 use super::catalogue::{MESSAGE_TEXTS, MESSAGES, OPEN_MESSAGES};
 use super::runs::{EventRef, RunKey};
@@ -70,21 +71,40 @@ impl Store {
     }
 
     /// A run's messages, in the order of their names.
-    pub fn messages_of(&self, run: &RunKey) -> Result<Vec<(MessageKey, MessageRow)>, StoreError> {
-        let key = |message| MessageKey { run: run.clone(), message };
-        self.rows_under(MESSAGES, run.under()).map(|row| row.map(|(message, row)| (key(message), row))).collect()
+    pub fn messages_of(&self, run: &RunKey) -> impl Iterator<Item = Result<(String, MessageRow), StoreError>> {
+        self.rows_under(MESSAGES, run.under())
     }
 
-    /// Messages of the thread that are still being written.
-    pub fn open_messages(&self, tenant: &str, thread: &str) -> Result<Vec<MessageKey>, StoreError> {
-        let key = |rest: Vec<u8>| {
-            let (length, rest) = rest.split_first_chunk::<2>()?;
+    /// Of a run, the names of those that are still being written.
+    pub fn open_messages_of(&self, run: &RunKey) -> impl Iterator<Item = Result<String, StoreError>> {
+        self.names_under(OPEN_MESSAGES, run.under())
+    }
+
+    /// Messages of the thread that are still being written, from after one on.
+    pub fn open_messages(
+        &self,
+        tenant: &str,
+        thread: &str,
+        after: Option<&MessageKey>,
+    ) -> impl Iterator<Item = Result<MessageKey, StoreError>> {
+        let (tenant, thread) = (tenant.to_owned(), thread.to_owned());
+        let prefix = keys::prefix(&[&tenant, &thread]);
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(keys::after(prefix.clone()));
+        // Nothing is between a key and the same one with a NUL.
+        let from = after.map_or(prefix.clone(), |after| [&after.bytes()[..], &[0]].concat());
+        let mode = IteratorMode::From(&from, Direction::Forward);
+        let rows = self.db.iterator_cf_opt(&self.family(OPEN_MESSAGES), options, mode);
+        rows.filter_map(move |row| {
+            let key = match row {
+                Ok((key, _)) => key,
+                Err(error) => return Some(Err(self.note(error.into()))),
+            };
+            let (length, rest) = key.get(prefix.len()..)?.split_first_chunk::<2>()?;
             let (run, message) = rest.split_at_checked(usize::from(u16::from_be_bytes(*length)))?;
             let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
-            Some(MessageKey { run: RunKey::new(tenant, thread, &text(run)), message: text(message) })
-        };
-        let rows = self.under(OPEN_MESSAGES, keys::prefix(&[tenant, thread]));
-        rows.filter_map(|row| row.map(|(rest, _)| key(rest)).transpose()).collect()
+            Some(Ok(MessageKey { run: RunKey::new(&tenant, &thread, &text(run)), message: text(message) }))
+        })
     }
 
     /// The text of an open message from this character on.

@@ -29,6 +29,8 @@ use std::sync::Arc;
 use bincode::{BorrowDecode, Encode};
 use rocksdb::{BoundColumnFamily, DB, Direction, IteratorMode, ReadOptions, WriteBatch, WriteOptions};
 
+use self::catalogue::Buffers;
+pub use self::catalogue::StoreMemory;
 use self::contacts::{Contacts, MembershipChange};
 use self::damage::Damage;
 pub use self::events::{EventRange, EventRow, StoredEvent};
@@ -75,6 +77,8 @@ pub struct Store {
     damage: Damage,
     /// What was wrong with those that this one replaces.
     set_aside: Option<String>,
+    buffers: Buffers,
+    memory: StoreMemory,
 }
 
 /// Rows that become visible together.
@@ -87,10 +91,16 @@ pub struct Batch<'a> {
 impl Store {
     /// Opens or creates the store in `path`.
     pub fn open(path: &Path) -> Result<Store, StoreError> {
+        Store::open_with(path, StoreMemory::default())
+    }
+
+    /// The same, with so much memory.
+    pub fn open_with(path: &Path, memory: StoreMemory) -> Result<Store, StoreError> {
         // RocksDB makes the folder itself; the probe needs it before. What goes wrong here, RocksDB will say.
         drop(std::fs::create_dir_all(path));
-        let options = catalogue::database(disk::takes_direct_io(path));
-        let db = DB::open_cf_descriptors(&options, path, catalogue::descriptors()).map_err(|error| {
+        let buffers = Buffers::new(memory);
+        let options = catalogue::database(disk::takes_direct_io(path), &buffers);
+        let db = DB::open_cf_descriptors(&options, path, catalogue::descriptors(&buffers)).map_err(|error| {
             // RocksDB has no kinds of its own for these.
             let text = error.to_string();
             if text.contains("lock hold by current process") || text.contains("While lock file") {
@@ -101,12 +111,22 @@ impl Store {
                 error.into()
             }
         })?;
-        Ok(Store { db, contacts: Contacts::default(), damage: Damage::default(), set_aside: None })
+        Ok(Store { db, contacts: Contacts::default(), damage: Damage::default(), set_aside: None, buffers, memory })
+    }
+
+    /// What the store may hold in memory.
+    pub fn memory(&self) -> StoreMemory {
+        self.memory
+    }
+
+    /// What it holds.
+    pub fn memory_used(&self) -> StoreMemory {
+        StoreMemory { cache: self.buffers.cache.get_usage(), memtables: self.buffers.memtables.get_usage() }
     }
 
     /// Deletes the store in `path`.
     pub fn destroy(path: &Path) -> Result<(), StoreError> {
-        Ok(DB::destroy(&catalogue::database(false), path)?)
+        Ok(DB::destroy(&catalogue::database(false, &Buffers::new(StoreMemory::default())), path)?)
     }
 
     fn family(&self, name: &'static str) -> Arc<BoundColumnFamily<'_>> {
@@ -142,7 +162,7 @@ impl Store {
         &self,
         family: &'static str,
         prefix: Vec<u8>,
-    ) -> impl Iterator<Item = Result<(Vec<u8>, Box<[u8]>), StoreError>> {
+    ) -> impl Iterator<Item = Result<(Vec<u8>, Box<[u8]>), StoreError>> + use<'_> {
         let mut options = ReadOptions::default();
         if !prefix.is_empty() {
             options.set_iterate_upper_bound(keys::after(prefix.clone()));
@@ -175,7 +195,7 @@ impl Store {
         &self,
         family: &'static str,
         prefix: Vec<u8>,
-    ) -> impl Iterator<Item = Result<(String, T), StoreError>> {
+    ) -> impl Iterator<Item = Result<(String, T), StoreError>> + use<'_, T> {
         self.under(family, prefix).map(move |row| {
             let (rest, value) = row?;
             Ok((String::from_utf8_lossy(&rest).into_owned(), self.decoded(family, &value)?))
@@ -183,8 +203,12 @@ impl Store {
     }
 
     /// The names that follow a prefix in keys of a family.
-    fn names_under(&self, family: &'static str, prefix: Vec<u8>) -> Result<Vec<String>, StoreError> {
-        self.under(family, prefix).map(|row| Ok(String::from_utf8_lossy(&row?.0).into_owned())).collect()
+    fn names_under(
+        &self,
+        family: &'static str,
+        prefix: Vec<u8>,
+    ) -> impl Iterator<Item = Result<String, StoreError>> + use<'_> {
+        self.under(family, prefix).map(|row| Ok(String::from_utf8_lossy(&row?.0).into_owned()))
     }
 
     pub fn batch(&self) -> Batch<'_> {

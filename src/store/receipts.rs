@@ -112,14 +112,16 @@ impl Store {
     }
 
     /// All receipts of a thread: user, name and row.
-    pub fn receipts(&self, tenant: &str, thread: &str) -> Result<Vec<(String, String, ReceiptRow)>, StoreError> {
-        let mut found = Vec::new();
-        for row in self.rows_under(RECEIPTS, keys::prefix(&[tenant, thread])) {
+    pub fn receipts(
+        &self,
+        tenant: &str,
+        thread: &str,
+    ) -> impl Iterator<Item = Result<(String, String, ReceiptRow), StoreError>> {
+        self.rows_under(RECEIPTS, keys::prefix(&[tenant, thread])).map(|row| {
             let (rest, row) = row?;
             let (user, name) = rest.split_once('\0').unwrap_or((&rest, ""));
-            found.push((user.to_owned(), name.to_owned(), row));
-        }
-        Ok(found)
+            Ok((user.to_owned(), name.to_owned(), row))
+        })
     }
 }
 

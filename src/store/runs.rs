@@ -1,8 +1,9 @@
 //! Runs: the state of each agent's work on a thread, its calls of tools, and its events.
 
 use bincode::{Decode, Encode};
+use rocksdb::{Direction, IteratorMode, ReadOptions};
 
-use super::catalogue::{OPEN_RUNS, RUN_CALLS, RUN_EVENTS, RUN_THREADS, RUNS};
+use super::catalogue::{OPEN_RUN_TIMES, OPEN_RUNS, RUN_CALLS, RUN_EVENTS, RUN_STARTS, RUN_THREADS, RUNS};
 use super::{Batch, Store, StoreError, keys};
 
 /// An event by its seq, with its time.
@@ -61,6 +62,21 @@ pub struct WaitRow {
     pub expires_at: Option<u64>,
 }
 
+/// A run's event, as far as the run's page shows it. What is long stays in the event.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct StepRow {
+    /// Milliseconds.
+    pub at: u64,
+    pub kind: String,
+    pub from: String,
+    /// The call that begins or completes.
+    pub call: Option<String>,
+    /// The tool of a call that begins.
+    pub tool: Option<String>,
+    /// The call has completed with an error.
+    pub failed: bool,
+}
+
 /// A call of a tool.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct CallRow {
@@ -86,6 +102,17 @@ impl RunKey {
         keys::joined(&[&self.tenant, &self.thread, &self.run])
     }
 
+    /// Where an open run stands in a list of such: since when it is as it is, then which it is.
+    pub fn time(&self, row: &RunRow) -> Vec<u8> {
+        let since = row.waiting.as_ref().map_or(row.started.at, |wait| wait.since.at);
+        [&since.to_be_bytes()[..], self.thread.as_bytes(), &[0], self.run.as_bytes()].concat()
+    }
+
+    /// Its key in the list of all open runs, or of those that wait.
+    fn listed(&self, row: &RunRow, waiting: bool) -> Vec<u8> {
+        [time_prefix(&self.tenant, waiting), self.time(row)].concat()
+    }
+
     /// The prefix of the rows that a run has many of.
     pub(super) fn under(&self) -> Vec<u8> {
         named(&[&self.tenant, &self.thread], &self.run)
@@ -106,62 +133,130 @@ impl Store {
         self.get(RUN_CALLS, &[&key.under()[..], call.as_bytes()].concat())
     }
 
-    /// A thread's runs, in the order of their names.
-    pub fn runs_of(&self, tenant: &str, thread: &str) -> Result<Vec<(RunKey, RunRow)>, StoreError> {
-        let rows = self.rows_under(RUNS, keys::prefix(&[tenant, thread]));
-        rows.map(|row| row.map(|(run, row)| (RunKey::new(tenant, thread, &run), row))).collect()
-    }
-
-    /// The threads that have a run of this name.
-    pub fn threads_of_run(&self, tenant: &str, run: &str) -> Result<Vec<String>, StoreError> {
-        self.names_under(RUN_THREADS, named(&[tenant], run))
-    }
-
-    /// Runs that have not ended, of one thread or (without) of the whole tenant.
-    pub fn open_runs(&self, tenant: &str, thread: Option<&str>) -> Result<Vec<RunKey>, StoreError> {
-        self.open_under(match thread {
-            Some(thread) => keys::prefix(&[tenant, thread]),
-            None => keys::prefix(&[tenant]),
+    /// A thread's runs that began with an event before `before`, newest first: that event's seq, and the run.
+    pub fn runs_of(
+        &self,
+        tenant: &str,
+        thread: &str,
+        before: u64,
+    ) -> impl Iterator<Item = Result<(u64, RunKey), StoreError>> {
+        let prefix = keys::prefix(&[tenant, thread]);
+        let mut options = ReadOptions::default();
+        options.set_iterate_lower_bound(prefix);
+        options.set_iterate_upper_bound(keys::event(tenant, thread, before));
+        let rows = self.db.iterator_cf_opt(&self.family(RUN_STARTS), options, IteratorMode::End);
+        rows.map(move |row| {
+            let (key, run) = row?;
+            let seq = keys::seq_of(&key).unwrap_or(0);
+            Ok((seq, RunKey::new(tenant, thread, &String::from_utf8_lossy(&run))))
         })
     }
 
+    /// The threads that have a run of this name.
+    pub fn threads_of_run(&self, tenant: &str, run: &str) -> impl Iterator<Item = Result<String, StoreError>> {
+        self.names_under(RUN_THREADS, named(&[tenant], run))
+    }
+
+    /// A thread's runs that have not ended.
+    pub fn open_runs(&self, tenant: &str, thread: &str) -> impl Iterator<Item = Result<RunKey, StoreError>> + use<'_> {
+        let (tenant, thread) = (tenant.to_owned(), thread.to_owned());
+        let runs = self.names_under(OPEN_RUNS, keys::prefix(&[&tenant, &thread]));
+        runs.map(move |run| Ok(RunKey::new(&tenant, &thread, &run?)))
+    }
+
     /// Runs that have not ended, of all tenants.
-    pub fn all_open_runs(&self) -> Result<Vec<RunKey>, StoreError> {
-        self.open_under(Vec::new())
+    pub fn all_open_runs(&self) -> impl Iterator<Item = Result<RunKey, StoreError>> {
+        self.names_under(OPEN_RUNS, Vec::new()).filter_map(|key| {
+            let key = match key {
+                Ok(key) => key,
+                Err(error) => return Some(Err(error)),
+            };
+            let mut parts = key.splitn(3, '\0');
+            Some(Ok(RunKey::new(parts.next()?, parts.next()?, parts.next()?)))
+        })
     }
 
-    fn open_under(&self, prefix: Vec<u8>) -> Result<Vec<RunKey>, StoreError> {
-        let mut found = Vec::new();
-        for row in self.under(OPEN_RUNS, prefix.clone()) {
-            let key = [&prefix[..], &row?.0].concat();
-            let text = String::from_utf8_lossy(&key);
-            let mut parts = text.splitn(3, '\0');
-            if let (Some(tenant), Some(thread), Some(run)) = (parts.next(), parts.next(), parts.next()) {
-                found.push(RunKey::new(tenant, thread, run));
-            }
-        }
-        Ok(found)
+    /// A tenant's runs that have not ended, or of them those that wait, by [`RunKey::time`] and from after that on.
+    pub fn open_runs_by_time(
+        &self,
+        tenant: &str,
+        waiting: bool,
+        after: Option<&[u8]>,
+    ) -> impl Iterator<Item = Result<(Vec<u8>, RunKey), StoreError>> {
+        let tenant = tenant.to_owned();
+        let prefix = time_prefix(&tenant, waiting);
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(keys::after(prefix.clone()));
+        // The first key after it: nothing is between a key and the same one with a NUL.
+        let from = after.map_or(prefix.clone(), |after| [&prefix[..], after, &[0]].concat());
+        let mode = IteratorMode::From(&from, Direction::Forward);
+        let rows = self.db.iterator_cf_opt(&self.family(OPEN_RUN_TIMES), options, mode);
+        rows.filter_map(move |row| {
+            let key = match row {
+                Ok((key, _)) => key,
+                Err(error) => return Some(Err(self.note(error.into()))),
+            };
+            let time = key[prefix.len()..].to_vec();
+            let (thread, run) = std::str::from_utf8(time.get(8..)?).ok()?.split_once('\0')?;
+            let run = RunKey::new(&tenant, thread, run);
+            Some(Ok((time, run)))
+        })
     }
 
-    /// The seqs of a run's events.
-    pub fn run_events(&self, key: &RunKey) -> Result<Vec<u64>, StoreError> {
-        // Another run's name may go on where this one ends; only what is as long as a seq is this one's.
-        let seq = |rest: Vec<u8>| rest.try_into().ok().map(u64::from_be_bytes);
-        self.under(RUN_EVENTS, key.under()).filter_map(|row| row.map(|(rest, _)| seq(rest)).transpose()).collect()
+    /// A run's events in their order.
+    pub fn run_events(&self, key: &RunKey) -> impl Iterator<Item = Result<(u64, StepRow), StoreError>> {
+        self.under(RUN_EVENTS, key.under()).filter_map(move |row| {
+            let (rest, value) = match row {
+                Ok(row) => row,
+                Err(error) => return Some(Err(error)),
+            };
+            // Another run's name may go on where this one ends; only what is as long as a seq is this one's.
+            let seq = u64::from_be_bytes(rest.try_into().ok()?);
+            Some(self.decoded(RUN_EVENTS, &value).map(|row| (seq, row)))
+        })
     }
 }
 
+/// What the keys of a tenant's list of open runs begin with.
+fn time_prefix(tenant: &str, waiting: bool) -> Vec<u8> {
+    [&keys::prefix(&[tenant])[..], &[u8::from(waiting)]].concat()
+}
+
 impl Batch<'_> {
-    pub fn put_run(&mut self, key: &RunKey, row: &RunRow) {
+    /// A run that began, with its first event.
+    pub fn put_new_run(&mut self, key: &RunKey, row: &RunRow) {
         self.put_run_row(key, row);
-        if row.started == row.last {
-            let name = [&named(&[&key.tenant], &key.run)[..], key.thread.as_bytes()].concat();
-            self.put_empty(RUN_THREADS, &name);
+        let name = [&named(&[&key.tenant], &key.run)[..], key.thread.as_bytes()].concat();
+        self.put_empty(RUN_THREADS, &name);
+        let start = keys::event(&key.tenant, &key.thread, row.started.seq);
+        self.rows.put_cf(&self.store.family(RUN_STARTS), start, &key.run);
+        self.put_empty(OPEN_RUNS, &key.bytes());
+        self.list_open_run(key, row);
+    }
+
+    /// A run that an event has changed; `before` is the row as it was.
+    pub fn put_run(&mut self, key: &RunKey, before: &RunRow, row: &RunRow) {
+        self.put_run_row(key, row);
+        if before.ended.is_none() && row.ended.is_some() {
+            self.delete(OPEN_RUNS, &key.bytes());
         }
-        match row.ended {
-            Some(_) => self.delete(OPEN_RUNS, &key.bytes()),
-            None if row.started == row.last => self.put_empty(OPEN_RUNS, &key.bytes()),
-            None => {}
+        let moved = (before.ended, &before.waiting) != (row.ended, &row.waiting);
+        if moved {
+            for waiting in [false, true] {
+                if waiting <= before.waiting.is_some() {
+                    self.delete(OPEN_RUN_TIMES, &key.listed(before, waiting));
+                }
+            }
+            self.list_open_run(key, row);
+        }
+    }
+
+    /// Puts a run into the lists that it belongs to.
+    fn list_open_run(&mut self, key: &RunKey, row: &RunRow) {
+        for waiting in [false, true] {
+            if row.ended.is_none() && waiting <= row.waiting.is_some() {
+                self.put_empty(OPEN_RUN_TIMES, &key.listed(row, waiting));
+            }
         }
     }
 
@@ -170,8 +265,8 @@ impl Batch<'_> {
         self.put(RUNS, &key.bytes(), row);
     }
 
-    pub fn put_run_event(&mut self, key: &RunKey, seq: u64) {
-        self.put_empty(RUN_EVENTS, &[&key.under()[..], &seq.to_be_bytes()].concat());
+    pub fn put_run_event(&mut self, key: &RunKey, seq: u64, row: &StepRow) {
+        self.put(RUN_EVENTS, &[&key.under()[..], &seq.to_be_bytes()].concat(), row);
     }
 
     pub fn put_call(&mut self, key: &RunKey, call: &str, row: &CallRow) {

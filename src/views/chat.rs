@@ -34,6 +34,8 @@ pub struct CallResult {
 /// A conversation that grows from its end.
 pub struct Chat {
     room: Room,
+    /// What there was room for at the beginning.
+    bytes: usize,
     /// Newest first.
     turns: Vec<ChatTurn>,
 }
@@ -46,7 +48,12 @@ enum ChatTurn {
 
 impl Chat {
     pub fn new(room: Room) -> Chat {
-        Chat { room, turns: Vec::new() }
+        Chat { room, bytes: room.bytes, turns: Vec::new() }
+    }
+
+    /// The bytes of what is in it.
+    pub fn bytes(&self) -> usize {
+        self.bytes - self.room.bytes
     }
 
     /// Puts an event before all others; `false` if there is no room for what it says. `result` looks up what a run's call

@@ -1,26 +1,28 @@
 //! From the store to the live feed: reads in the background, accepts what they bring, and attaches once the head is near.
 //!
-//! A session has at most [`READS`] reads under way, each of at most [`CHUNK_BYTES`] or one event, and starts none while so
-//! many bytes wait to be sent. The subscription with the highest priority waiting reads first, and those in their handover
-//! before all others; [`class_of_turn`] gives the lower classes their share.
+//! A session has at most [`READS`] reads under way, each of at most [`CHUNK_BYTES`], one event or the text of one message,
+//! and starts none while so many bytes wait to be sent. The subscription with the highest priority waiting reads first, and
+//! those in their handover before all others; [`class_of_turn`] gives the lower classes their share.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
 
 use super::Subscriptions;
+use super::reading::{Read, Wanted};
 use super::replay::Replayed;
-use super::subscription::{Admission, DeliveredText, Stage, Subscription};
+use super::subscription::{Admission, Stage, Subscription};
 use crate::auth::Principal;
 use crate::auth::scopes;
 use crate::delivery::fair_queue::{SubId, class_of_turn};
-use crate::delivery::outbox::{Answer, Chunk, ReadFor};
-use crate::delivery::sources::Sources;
-use crate::protocol::delta::Delta;
-use crate::protocol::error::{Code, Error};
+use crate::delivery::outbox::{Chunk, OpenText, ReadFor};
+use crate::memory::Charge;
+use crate::protocol::error::Error;
 use crate::protocol::event::Priority;
 use crate::protocol::frame::ServerFrame;
 use crate::protocol::kinds::AGENT_TOKEN;
-use crate::store::{EventRange, Store, StoredEvent};
-use crate::{clock, panics};
-use tokio::time::Instant;
-use uuid::Uuid;
+use crate::store::messages::MessageKey;
+use crate::store::{EventRange, StoredEvent};
 
 /// Events of one read from the store.
 const CHUNK_EVENTS: usize = 512;
@@ -33,13 +35,6 @@ pub const READS: usize = 2;
 const HANDOVER_CLASS: usize = 0;
 /// The class in which a subscription waits to read if it is not known what waits for it.
 const DEFAULT_CLASS: usize = 1;
-
-/// What is read from the store.
-enum Wanted {
-    Events(EventRange),
-    /// The text of messages that are being written, beyond what the client has.
-    OpenText(DeliveredText),
-}
 
 /// What becomes of the other events of a chunk.
 #[derive(PartialEq, Eq)]
@@ -81,9 +76,9 @@ impl Subscriptions {
     ) -> Result<(), (String, Error)> {
         self.reads[reader.class] -= 1;
         let accepted = match read {
-            Ok(Chunk::Events(events)) => self.accept_events(who, reader.sub, events),
-            Ok(Chunk::OpenText(deltas)) => {
-                self.accept_open_text(reader.sub, deltas);
+            Ok(Chunk::Events { events, charge }) => self.accept_events(who, reader.sub, events, &charge),
+            Ok(Chunk::OpenText { texts, next }) => {
+                self.accept_open_text(reader.sub, texts, next);
                 Ok(())
             }
             Err(error) => Err(error),
@@ -96,10 +91,16 @@ impl Subscriptions {
         }
     }
 
-    fn accept_events(&mut self, who: &Principal, id: SubId, events: Vec<StoredEvent>) -> Result<(), Error> {
+    fn accept_events(
+        &mut self,
+        who: &Principal,
+        id: SubId,
+        events: Vec<StoredEvent>,
+        charge: &Arc<Charge>,
+    ) -> Result<(), Error> {
         self.replayed.increment(events.len() as u64);
         for event in events {
-            if self.accept_event(who, id, event) == Accepted::Stop {
+            if self.accept_event(who, id, event, charge) == Accepted::Stop {
                 return Ok(());
             }
         }
@@ -119,7 +120,7 @@ impl Subscriptions {
         Ok(())
     }
 
-    fn accept_event(&mut self, who: &Principal, id: SubId, event: StoredEvent) -> Accepted {
+    fn accept_event(&mut self, who: &Principal, id: SubId, event: StoredEvent, charge: &Arc<Charge>) -> Accepted {
         let Some(sub) = self.by_id.get_mut(&id) else { return Accepted::Stop };
         let is_duplicate = event.seq <= sub.cursor;
         if is_duplicate {
@@ -127,7 +128,8 @@ impl Subscriptions {
         }
         match sub.admit(event.seq, &event.kind) {
             Admission::Send => {
-                self.push_replayed(id, Some(event.class), Replayed::Event { id, seq: event.seq, frame: event.frame });
+                let replayed = Replayed::Event { id, seq: event.seq, frame: event.frame, charge: charge.clone() };
+                self.push_replayed(id, Some(event.class), replayed);
                 Accepted::GoOn
             }
             Admission::LeaveOut => {
@@ -151,7 +153,7 @@ impl Subscriptions {
     /// In the handover all events are read. The text of messages that are being written comes after them, and before
     /// anything live.
     fn end_events(&mut self, id: SubId) {
-        let needs_open_text = self.by_id.get(&id).is_some_and(|sub| sub.needs_open_text);
+        let needs_open_text = self.by_id.get(&id).is_some_and(|sub| sub.open_text.is_some());
         if needs_open_text {
             self.push_replayed(id, None, Replayed::CaughtUp(id));
             self.queue[HANDOVER_CLASS].push_front(id);
@@ -160,23 +162,27 @@ impl Subscriptions {
         }
     }
 
-    fn accept_open_text(&mut self, id: SubId, deltas: Vec<Delta>) {
+    /// The text of some messages was read; `next` is the last of them if there are more.
+    fn accept_open_text(&mut self, id: SubId, texts: Vec<OpenText>, next: Option<MessageKey>) {
         let Some(sub) = self.by_id.get_mut(&id) else { return };
-        if !sub.needs_open_text {
-            return;
+        let Some(progress) = &mut sub.open_text else { return };
+        progress.read.extend(texts.iter().map(|text| (text.name.clone(), text.to_char)));
+        let more = next.is_some();
+        progress.after = next;
+        if !more {
+            // Of a message that is not among them any more, the event that closed it is on its way.
+            sub.delivered = sub.open_text.take().map(|progress| Box::new(progress.read));
         }
-        sub.needs_open_text = false;
-        let delivered: DeliveredText = deltas.iter().map(|delta| (delta.name.clone(), delta.to_char)).collect();
-        sub.delivered = Some(Box::new(delivered));
 
-        for delta in deltas {
-            let adds_nothing = delta.text.is_empty() && delta.from_char > 0;
-            if !adds_nothing {
-                let class = Priority::class(delta.priority);
-                self.push_replayed(id, Some(class), Replayed::OpenText { id, delta });
-            }
+        for frame in texts.into_iter().filter_map(|text| text.frame) {
+            let class = Priority::class(None);
+            self.push_replayed(id, Some(class), Replayed::OpenText { id, frame });
         }
-        self.push_replayed(id, None, Replayed::Live(id));
+        if more {
+            self.queue[HANDOVER_CLASS].push_front(id);
+        } else {
+            self.push_replayed(id, None, Replayed::Live(id));
+        }
     }
 
     /// Decides how a subscription that catches up goes on: near the head it attaches, else it reads another chunk.
@@ -213,8 +219,9 @@ impl Subscriptions {
 
         let row = self.sources.store.thread(&who.tenant, &sub.thread)?.unwrap_or_default();
         sub.stage = Stage::Handover { to: row.head };
-        sub.needs_open_text = row.writing > 0 && sub.wants(AGENT_TOKEN);
-        if !sub.needs_open_text {
+        let needs_open_text = row.writing > 0 && sub.wants(AGENT_TOKEN);
+        sub.open_text = needs_open_text.then(Box::default);
+        if !needs_open_text {
             sub.delivered = None;
         }
         self.sources.rights.may_read(who, &sub.thread)?;
@@ -246,10 +253,7 @@ impl Subscriptions {
             self.reads[reader.class] += 1;
 
             let (sources, outbox, who) = (self.sources.clone(), self.outbox.clone(), who.clone());
-            tokio::task::spawn_blocking(move || {
-                let read = panics::catch(|| read(&sources, &who, &thread, wanted)).flatten();
-                outbox.push_answer(Answer::Chunk { sub: reader, read });
-            });
+            Read { sources, outbox, who, thread, reader, wanted }.start();
         }
     }
 
@@ -286,7 +290,8 @@ impl Subscription {
         if let Stage::Handover { to } = self.stage
             && self.cursor >= to
         {
-            return Wanted::OpenText(self.delivered.as_deref().cloned().unwrap_or_default());
+            let after = self.open_text.as_ref().and_then(|progress| progress.after.clone());
+            return Wanted::OpenText { after, delivered: self.delivered.as_deref().cloned().unwrap_or_default() };
         }
 
         let limit = if self.filter.is_some() {
@@ -298,56 +303,4 @@ impl Subscription {
         };
         Wanted::Events(EventRange { from: self.cursor + 1, limit, bytes: CHUNK_BYTES, ..EventRange::all() })
     }
-}
-
-/// Reads for a subscription. The right to read is looked up once more after the read, so that nothing committed after the
-/// user's removal goes out.
-fn read(sources: &Sources, who: &Principal, thread: &str, wanted: Wanted) -> Result<Chunk, Error> {
-    sources.rights.read(who, thread, |head| match wanted {
-        Wanted::Events(range) => events(&sources.store, who, thread, range, head).map(Chunk::Events),
-        Wanted::OpenText(delivered) => open_text(&sources.store, who, thread, &delivered).map(Chunk::OpenText),
-    })
-}
-
-/// `head` was looked up before: what is committed since may be missing, what is up to there may not.
-fn events(
-    store: &Store,
-    who: &Principal,
-    thread: &str,
-    range: EventRange,
-    head: u64,
-) -> Result<Vec<StoredEvent>, Error> {
-    let events = store.events(&who.tenant, thread, range)?;
-    if events.is_empty() && head >= range.from {
-        return Err(Error::new(Code::Internal, "the store lacks events that it should have"));
-    }
-    Ok(events)
-}
-
-/// The text of messages that are being written in the thread, beyond what the client has.
-fn open_text(store: &Store, who: &Principal, thread: &str, delivered: &DeliveredText) -> Result<Vec<Delta>, Error> {
-    let mut deltas = Vec::new();
-    for key in store.open_messages(&who.tenant, thread)? {
-        let name = Delta::name(&key.run.run, &key.message);
-        let from_char = delivered.get(&name).copied().unwrap_or(0);
-        let text = store.text_after(&key, from_char)?;
-        // Looked up after the text: if the message was closed meanwhile, the text may be incomplete, but the event that closed
-        // it comes live and has all of it.
-        let Some(row) = store.message(&key)?.filter(|row| row.closed.is_none()) else { continue };
-        deltas.push(Delta {
-            name,
-            thread: thread.into(),
-            run: key.run.run.into(),
-            message: key.message.into(),
-            event: Uuid::from_bytes(row.event),
-            from: row.from.into(),
-            at: clock::rfc3339(row.last_at).into(),
-            priority: None,
-            head: 0,
-            from_char,
-            to_char: from_char + text.chars().count() as u64,
-            text,
-        });
-    }
-    Ok(deltas)
 }

@@ -22,13 +22,14 @@
 //! - What is read and not sent yet is bounded, see [`catchup`].
 //!
 //! Files: [`subscription`] is one subscription, with [`filter`] (the kinds it leaves out), [`receipt`] (how far its client
-//! has come) and [`confirm`] (what is not acknowledged). What the session does with them: [`catchup`] reads from the store,
-//! [`replay`] sends what was read, [`live`] sends what the hub brings, [`receipts`] stores what the client acknowledges.
+//! has come) and [`confirm`] (what is not acknowledged). What the session does with them: [`catchup`] reads from the store
+//! ([`reading`] is one such read), [`replay`] sends what was read, [`live`] sends what the hub brings, [`receipts`] stores what the client acknowledges.
 
 mod catchup;
 mod confirm;
 mod filter;
 mod live;
+mod reading;
 mod receipt;
 mod receipts;
 mod replay;
@@ -174,7 +175,7 @@ impl Subscriptions {
             stage: Stage::CatchingUp,
             named: wanted.named,
             needs_caught_up: true,
-            needs_open_text: false,
+            open_text: None,
             present,
             delivered: None,
             filter: wanted.kinds.map(|kinds| Box::new(Filter::new(kinds, Instant::now()))),

@@ -1,12 +1,14 @@
 //! What the subscriptions have read from the store, in the order in which it goes to the socket.
 
+use std::sync::Arc;
+
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use super::subscription::Stage;
 use super::{OutFrame, Subscriptions};
 use crate::delivery::fair_queue::SubId;
-use crate::protocol::delta::Delta;
+use crate::memory::Charge;
 
 /// What a subscription has ready for the socket. Of one subscription the order is kept, so each step is reached once what
 /// was read before it has been sent.
@@ -15,11 +17,13 @@ pub(super) enum Replayed {
         id: SubId,
         seq: u64,
         frame: Utf8Bytes,
+        #[expect(dead_code, reason = "held until the event goes to the socket")]
+        charge: Arc<Charge>,
     },
-    /// Text of a message that is being written, as far as the client does not have it.
+    /// Text of a message that is being written, as far as the client does not have it. The frame holds its own charge.
     OpenText {
         id: SubId,
-        delta: Delta,
+        frame: Utf8Bytes,
     },
     Notice {
         id: SubId,
@@ -45,8 +49,7 @@ impl Replayed {
     /// Bytes that it counts for among what is replayed.
     fn bytes(&self) -> usize {
         match self {
-            Replayed::Event { frame, .. } => frame.len(),
-            Replayed::OpenText { delta, .. } => delta.text.len(),
+            Replayed::Event { frame, .. } | Replayed::OpenText { frame, .. } => frame.len(),
             Replayed::Notice { .. } | Replayed::Position { .. } | Replayed::CaughtUp(_) | Replayed::Live(_) => 0,
         }
     }
@@ -83,12 +86,12 @@ impl Subscriptions {
     /// What to send of it. Nothing if its subscription has ended, or goes on under another number.
     fn replayed_frame(&mut self, replayed: Replayed) -> Option<OutFrame> {
         match replayed {
-            Replayed::Event { id, seq, frame } => {
+            Replayed::Event { id, seq, frame, .. } => {
                 let frame = self.prepare(id, seq, &frame)?;
                 Some(OutFrame::Event { seq: Some(seq), frame })
             }
-            Replayed::OpenText { id, delta } => {
-                let frame = self.by_id.get(&id)?.rename(delta.frame());
+            Replayed::OpenText { id, frame } => {
+                let frame = self.by_id.get(&id)?.rename(frame);
                 Some(OutFrame::Event { seq: None, frame })
             }
             Replayed::Notice { id, frame } => self.by_id.contains_key(&id).then_some(OutFrame::Notice(frame)),

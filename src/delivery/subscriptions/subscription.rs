@@ -12,6 +12,7 @@ use super::receipt::Receipt;
 use crate::protocol::event;
 use crate::protocol::frame::ServerFrame;
 use crate::protocol::ids::ThreadAddress;
+use crate::store::messages::MessageKey;
 
 /// Where a subscription is on its way from the store to the live feed; [`super`] describes the way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,6 +49,15 @@ pub struct NewSubscription {
 /// Of messages that are being written, how many characters the client has.
 pub(super) type DeliveredText = HashMap<Arc<str>, u64>;
 
+/// How far the text of messages that are being written was read.
+#[derive(Default)]
+pub(super) struct OpenTextProgress {
+    /// The last message that was.
+    pub after: Option<MessageKey>,
+    /// What the client has of those that were.
+    pub read: DeliveredText,
+}
+
 pub(super) struct Subscription {
     pub thread: String,
     /// As the client calls it, if it is not the thread's name.
@@ -60,8 +70,8 @@ pub(super) struct Subscription {
     pub named: bool,
     /// `caught_up` is to be sent once it has caught up.
     pub needs_caught_up: bool,
-    /// The text of messages that are being written is to be read before it goes live.
-    pub needs_open_text: bool,
+    /// The text of messages that are being written is to be read before it goes live: how far that has come.
+    pub open_text: Option<Box<OpenTextProgress>>,
     /// Counted by the hub among those present.
     pub present: bool,
     pub delivered: Option<Box<DeliveredText>>,
@@ -166,7 +176,7 @@ mod tests {
             stage: Stage::CatchingUp,
             named: true,
             needs_caught_up: true,
-            needs_open_text: false,
+            open_text: None,
             present: false,
             delivered: None,
             filter: kinds.map(|kinds| Box::new(Filter::new(kinds, Instant::now()))),

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use warp::http::{HeaderValue, StatusCode};
 
 use super::Api;
-use super::reply::{Reply, json};
+use super::meter::Meter;
+use super::page::COPIES;
+use super::reply::{Reply, charged, json};
 use super::request::Request;
 use crate::edge::blocking;
 use crate::protocol::error::Error;
@@ -24,6 +26,8 @@ const SCAN: usize = 10_000;
 /// Events, and bytes of them, that are read at once.
 const CHUNK: usize = 256;
 const CHUNK_BYTES: usize = 1 << 20;
+/// What an answer holds in memory while it is made, as a rule.
+const MEMORY: usize = CHUNK_BYTES + (4 << 20);
 /// The header of the answer that says whether the conversation goes further back: the body is what model APIs take.
 const TRUNCATED: &str = "weft-truncated";
 
@@ -36,22 +40,31 @@ pub async fn read(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
         chars: query.up_to("max_chars", MAX_CHARS, MAX_CHARS)?,
         bytes: MAX_BYTES,
     };
+    let mut meter = api.meter(&it.who, MEMORY).await?;
     blocking(move || {
         let (tenant, thread) = (&*it.who.tenant, &*address.name);
-        let newest = |head| newest(&api, tenant, thread, head, room);
+        let newest = |head| newest(&api, tenant, thread, head, room, &mut meter);
         let (conversation, truncated) = api.rights.read(&it.who, thread, newest)?;
 
         let mut reply = json(StatusCode::OK, &conversation);
         reply.headers_mut().insert(TRUNCATED, HeaderValue::from_static(if truncated { "true" } else { "false" }));
-        Ok(reply)
+        Ok(charged(reply, meter))
     })
     .await
 }
 
 /// The end of the conversation, as much as there is room for; and whether there is more of it before.
-fn newest(api: &Api, tenant: &str, thread: &str, head: u64, room: Room) -> Result<(Conversation, bool), Error> {
+fn newest(
+    api: &Api,
+    tenant: &str,
+    thread: &str,
+    head: u64,
+    room: Room,
+    meter: &mut Meter,
+) -> Result<(Conversation, bool), Error> {
+    meter.add(CHUNK_BYTES)?;
     let mut chat = Chat::new(room);
-    let (mut to, mut looked) = (head, 0);
+    let (mut to, mut looked, mut counted) = (head, 0, 0);
     while to > 0 && looked < SCAN {
         let limit = CHUNK.min(SCAN - looked);
         let range = EventRange { from: 1, to, limit, bytes: CHUNK_BYTES, newest_first: true };
@@ -64,6 +77,8 @@ fn newest(api: &Api, tenant: &str, thread: &str, head: u64, room: Room) -> Resul
             if !chat.prepend(event.seq, &event.kind, event.privileged, &event.frame, result)? {
                 return Ok((chat.finish(), true));
             }
+            meter.add((chat.bytes() - counted) * COPIES)?;
+            counted = chat.bytes();
         }
     }
     Ok((chat.finish(), to > 0))

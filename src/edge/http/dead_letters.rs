@@ -1,6 +1,7 @@
 //! Dead letters: what could not be handled, newest first.
 
 use std::cmp::Reverse;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use base64::Engine;
@@ -10,8 +11,8 @@ use uuid::Uuid;
 use warp::http::StatusCode;
 
 use super::Api;
-use super::page::{Page, SortKey};
-use super::reply::{Reply, json};
+use super::page::{COPIES, EVENT_BYTES, PAGE_BYTES, Page, SortKey};
+use super::reply::{Reply, charged, json};
 use super::request::Request;
 use crate::auth::Principal;
 use crate::clock;
@@ -20,6 +21,9 @@ use crate::protocol::error::{Code, Error};
 use crate::protocol::event::without_type;
 use crate::protocol::http::{DeadLetterItem, DeadLetterList, UnreadableSource};
 use crate::store::dead_letters::{DeadLetterCursor, DeadLetterFilter, DeadLetterRow};
+
+/// About the size of an entry without what it is about.
+const ITEM_BYTES: usize = 512;
 
 impl SortKey for DeadLetterCursor {
     fn to_bytes(&self) -> Vec<u8> {
@@ -44,17 +48,30 @@ pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     }
 
     let filter = DeadLetterFilter { reason: reason.map(str::to_owned), thread: thread.map(str::to_owned) };
+    let mut meter = api.meter(&it.who, page.memory()).await?;
     blocking(move || {
         let after = page.after.as_ref().map(|key| key.0);
-        let (rows, last) = api.store.dead_letters(&[&it.who.tenant, ""], &filter, after, page.limit)?;
-        let mut items = Vec::with_capacity(rows.len());
-        for (key, row, known) in rows {
-            items.push(item(&api, &it.who, key.id, row, known)?);
-        }
+        let (mut items, mut bytes) = (Vec::new(), 0);
+        let last = api.store.dead_letters(&[&it.who.tenant, ""], &filter, after, |key, row, known| {
+            let item = item(&api, &it.who, key.id, row, known)?;
+            let size = size(&item);
+            meter.add(size * COPIES)?;
+            bytes += size;
+            items.push(item);
+            let is_full = items.len() == page.limit || bytes >= PAGE_BYTES;
+            Ok::<_, Error>(if is_full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        })?;
         let next = last.map(|key| page.seal(&Reverse(key)));
-        Ok(json(StatusCode::OK, &DeadLetterList { items, next }))
+        Ok(charged(json(StatusCode::OK, &DeadLetterList { items, next }), meter))
     })
     .await
+}
+
+/// About how many bytes an entry has.
+fn size(item: &DeadLetterItem) -> usize {
+    let event = item.event.as_ref().map_or(0, |event| event.get().len());
+    let bytes = item.source.as_ref().and_then(|source| source.bytes.as_ref()).map_or(0, String::len);
+    ITEM_BYTES + item.error.len() + event + bytes
 }
 
 /// `GET /v1/dead-letters/{id}`
@@ -62,13 +79,16 @@ pub async fn read(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     it.no_query()?;
     let none = || Error::new(Code::NotFound, "there is no such dead letter").at("id");
     let id: Uuid = it.segment("id")?.parse().map_err(|_| none())?;
+    let mut meter = api.meter(&it.who, 3 * EVENT_BYTES).await?;
     blocking(move || {
         let find = |tenant: &str| api.store.dead_letter(tenant, id.as_bytes());
         let (row, known) = match find(&it.who.tenant)? {
             Some(row) => (row, true),
             None => (find("")?.ok_or_else(none)?, false),
         };
-        Ok(json(StatusCode::OK, &item(&api, &it.who, *id.as_bytes(), row, known)?))
+        let item = item(&api, &it.who, *id.as_bytes(), row, known)?;
+        meter.add(size(&item) * COPIES)?;
+        Ok(charged(json(StatusCode::OK, &item), meter))
     })
     .await
 }

@@ -1,11 +1,14 @@
 //! A thread's events: pages of them, and publishing one.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use warp::http::StatusCode;
 
 use super::Api;
-use super::reply::{Reply, json, raw_json};
+use super::meter::Meter;
+use super::page::{EVENT_BYTES, PAGE_BYTES};
+use super::reply::{Reply, charged, json, raw_json};
 use super::request::{Request, beyond_head};
 use crate::edge::blocking;
 use crate::ingest::admit::{Admitted, PublishRequest};
@@ -14,16 +17,15 @@ use crate::protocol::error::Error;
 use crate::protocol::event;
 use crate::protocol::event::without_type;
 use crate::protocol::http::{PublishBody, PublishReply};
+use crate::protocol::ids::ThreadAddress;
 use crate::protocol::json;
 use crate::protocol::kinds::DeltaData;
-use crate::store::{EventRange, StoredEvent};
+use crate::store::{EventRange, EventRow};
 
 /// The most events one page looks at; with a filter on kinds the rest is the next page's.
 const SCAN: usize = 10_000;
-/// Events read at once where a filter leaves some of them out.
-const SCAN_CHUNK: usize = 1_000;
-/// Bytes of events in one page; the first event comes in any case.
-const PAGE_BYTES: usize = 4 << 20;
+/// Bytes of the events that one page looks at.
+const SCAN_BYTES: usize = 16 << 20;
 
 /// What one page of events shall hold.
 struct EventQuery {
@@ -47,6 +49,11 @@ impl EventQuery {
         })
     }
 
+    /// What the page may hold in memory while it is made.
+    fn memory(&self) -> usize {
+        (self.limit * EVENT_BYTES).min(PAGE_BYTES) * 2
+    }
+
     fn has(&self, kind: &str) -> bool {
         self.kinds.as_ref().is_none_or(|kinds| kinds.iter().any(|wanted| wanted == kind))
     }
@@ -56,75 +63,112 @@ impl EventQuery {
 pub async fn page(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     let address = it.address()?;
     let wanted = EventQuery::read(&it)?;
+    let mut meter = api.meter(&it.who, wanted.memory()).await?;
     blocking(move || {
-        let (tenant, thread) = (&*it.who.tenant, &*address.name);
-        let read = |head| Ok((head, read_page(&api, tenant, thread, head, &wanted)?));
-        let (head, (mut events, next)) = api.rights.read(&it.who, thread, read)?;
-
-        if address.is_alias() {
-            for event in &mut events {
-                event.frame = event::with_thread(&event.frame, thread, &address.called).into();
-            }
-        }
-        Ok(raw_json(StatusCode::OK, page_body(&events, head, next)))
+        let thread = &*address.name;
+        let body = api.rights.read(&it.who, thread, |head| {
+            let mut page = PageBody::new(&wanted, &address);
+            page.read(&api, &it.who.tenant, head, &mut meter)?;
+            Ok(page.finish(head))
+        })?;
+        Ok(charged(raw_json(StatusCode::OK, body), meter))
     })
     .await
 }
 
-/// The events of a page, and where the next one begins.
-fn read_page(
-    api: &Api,
-    tenant: &str,
-    thread: &str,
-    head: u64,
-    wanted: &EventQuery,
-) -> Result<(Vec<StoredEvent>, Option<u64>), Error> {
-    if wanted.after > head {
-        return Err(beyond_head("after", wanted.after, head));
-    }
-    let (mut from, mut to) = (wanted.after.saturating_add(1), wanted.before.saturating_sub(1).min(head));
-    let (mut found, mut bytes, mut looked) = (Vec::new(), 0, 0);
-    while from <= to && found.len() < wanted.limit && looked < SCAN && bytes < PAGE_BYTES {
-        let limit = if wanted.kinds.is_some() { SCAN_CHUNK } else { wanted.limit - found.len() };
-        let range = EventRange { from, to, limit, bytes: PAGE_BYTES - bytes, newest_first: wanted.newest_first };
-        let events = api.store.events(tenant, thread, range)?;
-        if events.is_empty() {
-            break;
-        }
-
-        for event in events {
-            if found.len() == wanted.limit {
-                break;
-            }
-            looked += 1;
-            if wanted.newest_first {
-                to = event.seq - 1;
-            } else {
-                from = event.seq + 1;
-            }
-            if wanted.has(&event.kind) {
-                bytes += event.frame.len();
-                found.push(event);
-            }
-        }
-    }
-    let next = (from <= to).then_some(if wanted.newest_first { to + 1 } else { from - 1 });
-    Ok((found, next))
+/// A page that is being written, event by event: at no time are its events in memory beside it.
+struct PageBody<'a> {
+    wanted: &'a EventQuery,
+    address: &'a ThreadAddress,
+    text: String,
+    /// Events in it, and events that were looked at, with their bytes.
+    found: usize,
+    looked: usize,
+    looked_bytes: usize,
+    /// What is left of the thread for the next page.
+    from: u64,
+    to: u64,
 }
 
-/// The page, with its events as they are stored.
-fn page_body(events: &[StoredEvent], head: u64, next: Option<u64>) -> String {
-    let events: Vec<String> = events.iter().map(|event| without_type(&event.frame)).collect();
-    let next = next.map_or(String::new(), |next| format!(r#","next":{next}"#));
-    format!(r#"{{"events":[{}],"head":{head}{next}}}"#, events.join(","))
+impl PageBody<'_> {
+    fn new<'a>(wanted: &'a EventQuery, address: &'a ThreadAddress) -> PageBody<'a> {
+        PageBody {
+            wanted,
+            address,
+            text: r#"{"events":["#.to_owned(),
+            found: 0,
+            looked: 0,
+            looked_bytes: 0,
+            from: wanted.after.saturating_add(1),
+            to: wanted.before.saturating_sub(1),
+        }
+    }
+
+    fn read(&mut self, api: &Api, tenant: &str, head: u64, meter: &mut Meter) -> Result<(), Error> {
+        let wanted = self.wanted;
+        if wanted.after > head {
+            return Err(beyond_head("after", wanted.after, head));
+        }
+        self.to = self.to.min(head);
+        let limit = if wanted.kinds.is_some() { SCAN } else { wanted.limit };
+        let range = EventRange { from: self.from, to: self.to, limit, newest_first: wanted.newest_first, bytes: 0 };
+        api.store.visit_events(tenant, &self.address.name, range, |seq, event| self.add(seq, event, meter))
+    }
+
+    /// Writes an event, unless its kind is not wanted; breaks off at one that does not fit.
+    fn add(&mut self, seq: u64, event: &EventRow<'_>, meter: &mut Meter) -> Result<ControlFlow<()>, Error> {
+        let bytes = event.frame.len();
+        let is_wanted = self.wanted.has(event.kind);
+        let has_room = self.found == 0 || self.text.len() + bytes <= PAGE_BYTES;
+        let may_look = self.looked == 0 || self.looked_bytes + bytes <= SCAN_BYTES;
+        if (is_wanted && (!has_room || self.found == self.wanted.limit)) || !may_look {
+            return Ok(ControlFlow::Break(()));
+        }
+
+        self.looked += 1;
+        self.looked_bytes += bytes;
+        if self.wanted.newest_first {
+            self.to = seq - 1;
+        } else {
+            self.from = seq + 1;
+        }
+        if is_wanted {
+            // The text grows by doubling, and the event is copied into it.
+            meter.add(bytes * 2)?;
+            if self.found > 0 {
+                self.text.push(',');
+            }
+            self.text.push_str(&self.event(event.frame));
+            self.found += 1;
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// The event as a page has it, with its thread as the client calls that.
+    fn event(&self, frame: &str) -> String {
+        match self.address.is_alias() {
+            true => without_type(&event::with_thread(frame, &self.address.name, &self.address.called)),
+            false => without_type(frame),
+        }
+    }
+
+    fn finish(mut self, head: u64) -> String {
+        self.text.push_str(&format!(r#"],"head":{head}"#));
+        if self.from <= self.to {
+            let next = if self.wanted.newest_first { self.to + 1 } else { self.from - 1 };
+            self.text.push_str(&format!(r#","next":{next}"#));
+        }
+        self.text.push('}');
+        self.text
+    }
 }
 
 /// `POST /v1/threads/{thread}/events`
 pub async fn publish(api: Arc<Api>, mut it: Request) -> Result<Reply, Error> {
     it.no_query()?;
     let address = it.address()?;
-    let text = it.body().await?;
-    let body: PublishBody = json::decode(&text)?;
+    let sent = api.body(&mut it).await?;
+    let body: PublishBody = json::decode(&sent.text)?;
     let key = it.header("Idempotency-Key")?;
     command::check_content(body.data, key, body.run.as_deref(), body.parent)?;
 

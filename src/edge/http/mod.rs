@@ -4,6 +4,7 @@ pub mod context;
 pub mod dead_letters;
 pub mod events;
 pub mod members;
+pub mod meter;
 pub mod page;
 pub mod probes;
 pub mod readers;
@@ -16,6 +17,8 @@ pub mod tickets;
 
 use std::sync::Arc;
 
+use meter::Meter;
+use request::Request;
 use serde::Serialize;
 
 use crate::auth::{Authenticator, Principal, Rights};
@@ -24,10 +27,22 @@ use crate::delivery::registry::Registry;
 use crate::ingest::admit::{Admission, new_event};
 use crate::ingest::submit::{Draft, Submit};
 use crate::log::Grant;
+use crate::memory::Budget;
 use crate::projector::Published;
+use crate::protocol::command::MAX_FRAME;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::json;
 use crate::store::Store;
+
+/// How often a body is in memory: as it came, and as what is made of it.
+const BODY_COPIES: usize = 2;
+
+/// The body of a request.
+pub struct Body {
+    pub text: String,
+    #[expect(dead_code, reason = "held for as long as the body is")]
+    charge: Meter,
+}
 
 /// What the resources work with.
 pub struct Api {
@@ -38,11 +53,24 @@ pub struct Api {
     pub submit: Arc<Submit>,
     pub hub: Arc<Hub>,
     pub registry: Arc<Registry>,
+    pub memory: Arc<Budget>,
     /// The log's identity.
     pub epoch: String,
 }
 
 impl Api {
+    /// Charges what a request of this user may hold in memory.
+    pub async fn meter(&self, who: &Principal, bytes: usize) -> Result<Meter, Error> {
+        Meter::begin(&self.memory.requests, &who.key, bytes).await
+    }
+
+    /// A request's whole body, as text, with what is charged for it.
+    pub async fn body(&self, it: &mut Request) -> Result<Body, Error> {
+        let bytes = it.body_bytes().unwrap_or(MAX_FRAME).min(MAX_FRAME);
+        let charge = self.meter(&it.who, bytes * BODY_COPIES).await?;
+        Ok(Body { text: it.body().await?, charge })
+    }
+
     /// Appends an event of one of the server's own kinds, on a user's behalf.
     pub async fn append(
         &self,

@@ -4,15 +4,23 @@
 //! user and its filters: a cursor of another list, or one that somebody made up, is refused.
 
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
+use super::meter::Meter;
 use super::request::Query;
 use crate::auth::Principal;
 use crate::protocol::error::{Code, Error};
 
 const TAG: usize = 8;
+/// A page ends once it has so many bytes.
+pub const PAGE_BYTES: usize = 4 << 20;
+/// About the largest event, but for those that close a message written in deltas.
+pub const EVENT_BYTES: usize = 66 << 10;
+/// How often a page is in memory while it is made: as items, and as JSON, which grows by doubling.
+pub const COPIES: usize = 3;
 
 /// What a list is sorted by, ascending, as it stands in a cursor.
 pub trait SortKey: Ord + Sized {
@@ -74,18 +82,49 @@ impl<K: SortKey> Page<K> {
         Ok(page)
     }
 
-    /// This page of entries that come in any order, and the cursor of the next one if there is more.
-    pub fn cut<T>(&self, mut entries: Vec<(K, T)>) -> (Vec<(K, T)>, Option<String>) {
-        if let Some(after) = &self.after {
-            entries.retain(|(key, _)| key > after);
+    /// This page of entries that come in any order, and one more if there is one. Holds no more than these at a time.
+    pub fn select<T, E>(&self, entries: impl Iterator<Item = Result<(K, T), E>>) -> Result<Vec<(K, T)>, E> {
+        let mut first = BTreeMap::new();
+        for entry in entries {
+            let (key, value) = entry?;
+            if self.after.as_ref().is_none_or(|after| key > *after) {
+                first.insert(key, value);
+                if first.len() > self.limit + 1 {
+                    first.pop_last();
+                }
+            }
         }
-        entries.sort_by(|(one, _), (other, _)| one.cmp(other));
-        let more = entries.len() > self.limit;
-        entries.truncate(self.limit);
+        Ok(first.into_iter().collect())
+    }
 
-        let last = entries.last().filter(|_| more);
-        let next = last.map(|(key, _)| self.seal(key));
-        (entries, next)
+    /// Makes the items of the page from entries in its order, until it is full: of entries, or of bytes. `make` gives an item
+    /// and its bytes, or none for an entry that is left out. Gives the cursor of the next page as well, if there is more.
+    pub fn fill<T, I>(
+        &self,
+        entries: impl IntoIterator<Item = Result<(K, T), Error>>,
+        meter: &mut Meter,
+        mut make: impl FnMut(&K, T, &mut Meter) -> Result<Option<(I, usize)>, Error>,
+    ) -> Result<(Vec<I>, Option<String>), Error> {
+        let (mut items, mut bytes, mut last) = (Vec::new(), 0, None);
+        for (taken, entry) in entries.into_iter().enumerate() {
+            let (key, value) = entry?;
+            let is_full = taken == self.limit || bytes >= PAGE_BYTES;
+            if is_full && let Some(last) = &last {
+                return Ok((items, Some(self.seal(last))));
+            }
+            if let Some((item, size)) = make(&key, value, meter)? {
+                meter.add(size * COPIES)?;
+                bytes += size;
+                items.push(item);
+            }
+            last = Some(key);
+        }
+        Ok((items, None))
+    }
+
+    /// What a page may hold in memory while it is made, if an item of it is one event.
+    pub fn memory(&self) -> usize {
+        (self.limit * EVENT_BYTES).min(PAGE_BYTES) * COPIES
     }
 
     /// The cursor of what comes after this key.
@@ -116,6 +155,7 @@ mod tests {
     use super::*;
     use crate::auth::Scopes;
     use crate::edge::http::request;
+    use crate::memory::Pool;
 
     fn page<K: SortKey>(raw: &str, user: &str, list: &str, filters: &[&str]) -> Result<Page<K>, Error> {
         let who = Principal::new("acme", user, Scopes::default(), 1);
@@ -126,30 +166,47 @@ mod tests {
         [3, 1, 5, 2, 4].map(|n| (of(n), n)).into()
     }
 
-    /// All pages of a list of five, two entries each.
-    fn pages<K: SortKey>(of: impl Fn(u64) -> K) -> Vec<Vec<u64>> {
-        let (mut raw, mut pages) = ("limit=2".to_owned(), Vec::new());
+    async fn meter() -> Meter {
+        Meter::begin(&Pool::new(96 << 20), &"acme/ada".into(), 1).await.expect("there is room")
+    }
+
+    /// The page, and the next one's cursor; each number counts for so many bytes.
+    async fn cut<K: SortKey>(raw: &str, of: impl Fn(u64) -> K, size: usize) -> (Vec<u64>, Option<String>) {
+        let page = page(raw, "ada", "l", &[]).expect("our own cursor");
+        let selected = page.select(numbers(of).into_iter().map(Ok::<_, Error>)).expect("no error");
+        let make = |_: &K, n, _: &mut Meter| Ok(Some((n, size)));
+        page.fill(selected.into_iter().map(Ok), &mut meter().await, make).expect("there is room")
+    }
+
+    /// All pages of a list of five.
+    async fn pages<K: SortKey>(limit: usize, of: impl Fn(u64) -> K + Copy, size: usize) -> Vec<Vec<u64>> {
+        let (mut raw, mut pages) = (format!("limit={limit}"), Vec::new());
         loop {
-            let (entries, next) = page(&raw, "ada", "l", &[]).expect("our own cursor").cut(numbers(&of));
-            pages.push(entries.into_iter().map(|(_, n)| n).collect());
+            let (entries, next) = cut(&raw, of, size).await;
+            pages.push(entries);
             match next {
-                Some(cursor) => raw = format!("limit=2&cursor={cursor}"),
+                Some(cursor) => raw = format!("limit={limit}&cursor={cursor}"),
                 None => return pages,
             }
         }
     }
 
-    #[test]
-    fn cursors_lead_through_a_list_once() {
-        assert_eq!(pages(|n| n), [vec![1, 2], vec![3, 4], vec![5]]);
-        assert_eq!(pages(Reverse), [vec![5, 4], vec![3, 2], vec![1]]);
-        assert_eq!(pages(|n| vec![b'k', n as u8]), [vec![1, 2], vec![3, 4], vec![5]]);
+    #[tokio::test]
+    async fn cursors_lead_through_a_list_once() {
+        assert_eq!(pages(2, |n| n, 1).await, [vec![1, 2], vec![3, 4], vec![5]]);
+        assert_eq!(pages(2, Reverse, 1).await, [vec![5, 4], vec![3, 2], vec![1]]);
+        assert_eq!(pages(2, |n| vec![b'k', n as u8], 1).await, [vec![1, 2], vec![3, 4], vec![5]]);
     }
 
-    #[test]
-    fn a_page_that_holds_all_has_no_next() {
-        let (entries, next) = page("limit=5", "ada", "l", &[]).expect("no cursor").cut(numbers(|n| n));
-        assert_eq!((entries.len(), next), (5, None));
+    #[tokio::test]
+    async fn a_page_ends_when_it_has_its_bytes_and_holds_one_entry_at_least() {
+        assert_eq!(pages(1_000, |n| n, PAGE_BYTES / 2).await, [vec![1, 2], vec![3, 4], vec![5]]);
+        assert_eq!(pages(1_000, |n| n, PAGE_BYTES + 1).await, [[1], [2], [3], [4], [5]]);
+    }
+
+    #[tokio::test]
+    async fn a_page_that_holds_all_has_no_next() {
+        assert_eq!(cut("limit=5", |n| n, 1).await, (vec![1, 2, 3, 4, 5], None));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use warp::http::StatusCode;
 use super::reply::{Reply, json, with_type};
 use crate::delivery::registry::Registry;
 use crate::edge::health::Health;
+use crate::memory::{Budget, CONNECTION};
 use crate::store::Store;
 use crate::telemetry;
 
@@ -16,6 +17,7 @@ pub struct Probes {
     pub store: Arc<Store>,
     pub registry: Arc<Registry>,
     pub health: Arc<Health>,
+    pub memory: Arc<Budget>,
     pub metrics: PrometheusHandle,
 }
 
@@ -40,5 +42,24 @@ pub fn ready(probes: &Probes) -> Reply {
 /// `GET /metrics`
 pub fn metrics(probes: &Probes) -> Reply {
     telemetry::outbox_bytes().set(probes.registry.outbox_bytes() as f64);
+    measure_memory(probes);
     with_type(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", telemetry::render(&probes.metrics))
+}
+
+/// What each part of the budget may hold, and what those that can say so hold now.
+fn measure_memory(probes: &Probes) {
+    for (part, bytes) in probes.memory.plan.parts() {
+        telemetry::memory_budget(part).set(bytes as f64);
+    }
+    let store = probes.store.memory_used();
+    let connections = probes.registry.count() * CONNECTION;
+    for (part, bytes) in [("cache", store.cache), ("memtables", store.memtables), ("connections", connections)] {
+        telemetry::memory_used(part).set(bytes as f64);
+    }
+    for (part, pool) in [("requests", &probes.memory.requests), ("readers", &probes.memory.readers)] {
+        let usage = pool.usage();
+        telemetry::memory_used(part).set(usage.used as f64);
+        telemetry::memory_waiting(part).set(usage.waiting as f64);
+        telemetry::memory_refused(part).absolute(usage.refused);
+    }
 }

@@ -1,13 +1,36 @@
 //! HTTP replies.
 
+use bytes::Bytes;
 use serde::Serialize;
 use warp::http::{HeaderValue, Method, Response, StatusCode, header};
 
+use super::meter::Meter;
+use crate::memory::Charge;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::http::Problem;
 use crate::protocol::json;
 
-pub type Reply = Response<String>;
+pub type Reply = Response<Bytes>;
+
+/// The bytes of a body, with what is charged for them: both last until the last of them has left.
+struct Charged {
+    body: Bytes,
+    #[expect(dead_code, reason = "held for as long as the body is")]
+    charge: Charge,
+}
+
+impl AsRef<[u8]> for Charged {
+    fn as_ref(&self) -> &[u8] {
+        &self.body
+    }
+}
+
+/// Holds what a request has charged for as long as its answer is in memory, and gives back at once what it does not need.
+pub fn charged(reply: Reply, meter: Meter) -> Reply {
+    let mut charge = meter.into_charge();
+    charge.shrink_to(reply.body().len());
+    reply.map(|body| Bytes::from_owner(Charged { body, charge }))
+}
 
 pub fn json<T: Serialize>(status: StatusCode, body: &T) -> Reply {
     raw_json(status, json::encode(body))
@@ -18,7 +41,8 @@ pub fn raw_json(status: StatusCode, body: String) -> Reply {
 }
 
 pub fn with_type(status: StatusCode, content_type: &'static str, body: String) -> Reply {
-    let mut reply = Response::new(body);
+    // What was reserved for it and not needed would stay as long as the slowest client reads.
+    let mut reply = Response::new(Bytes::from(body.into_boxed_str().into_string()));
     *reply.status_mut() = status;
     reply.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     reply
@@ -62,7 +86,7 @@ mod tests {
     fn a_wrong_method_is_answered_with_405_in_the_body_too_and_with_those_that_are_allowed() {
         let reply = method_not_allowed(&Method::PATCH, "/v1/threads/{thread}", &[&Method::GET, &Method::PUT]);
         assert_eq!((reply.status().as_u16(), reply.headers()["allow"].as_bytes()), (405, &b"GET, PUT"[..]));
-        let body: serde_json::Value = serde_json::from_str(reply.body()).expect("JSON");
+        let body: serde_json::Value = serde_json::from_slice(reply.body()).expect("JSON");
         assert_eq!((&body["status"], &body["code"]), (&405.into(), &"bad_request".into()));
         assert_eq!(body["detail"], "/v1/threads/{thread} does not have the method PATCH; it has GET, PUT");
     }

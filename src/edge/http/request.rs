@@ -113,6 +113,11 @@ impl<Who> Request<Who> {
         self.header("traceparent")
     }
 
+    /// The length of the body, if the client has said it.
+    pub fn body_bytes(&self) -> Option<usize> {
+        self.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+    }
+
     /// The whole body, as text, up to the limit and within its time. A second call finds it empty.
     pub async fn body(&mut self) -> Result<String, Error> {
         let body = std::mem::replace(&mut self.body, Box::pin(futures_util::stream::empty()));

@@ -6,8 +6,9 @@ use serde_json::json as value;
 use warp::http::StatusCode;
 
 use super::Api;
-use super::page::Page;
-use super::reply::{Reply, json};
+use super::meter::Meter;
+use super::page::{COPIES, Page};
+use super::reply::{Reply, charged, json};
 use super::request::Request;
 use crate::ingest::admit::new_event;
 use crate::ingest::submit::Draft;
@@ -17,6 +18,9 @@ use crate::protocol::http::{RevocationReply, SessionList};
 use crate::protocol::ids;
 use crate::protocol::json::encode_raw;
 use crate::protocol::kinds::SESSIONS_REVOKED;
+
+/// About the size of an entry.
+const ITEM_BYTES: usize = 256;
 
 /// `GET /v1/sessions`
 pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
@@ -28,10 +32,11 @@ pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     let page: Page<u64> = Page::read(&query, &it.who, "sessions", &[user.unwrap_or("")])?;
 
     // One more than the page holds, so that it is known whether there is a next one.
+    let mut meter = api.meter(&it.who, (page.limit + 1) * ITEM_BYTES * COPIES).await?;
     let found = api.registry.list(&it.who.tenant, user, page.after, page.limit + 1);
-    let (sessions, next) = page.cut(found);
-    let sessions = sessions.into_iter().map(|(_, session)| session).collect();
-    Ok(json(StatusCode::OK, &SessionList { sessions, next }))
+    let item = |_: &u64, session, _: &mut Meter| Ok(Some((session, ITEM_BYTES)));
+    let (sessions, next) = page.fill(found.into_iter().map(Ok), &mut meter, item)?;
+    Ok(charged(json(StatusCode::OK, &SessionList { sessions, next }), meter))
 }
 
 /// `DELETE /v1/users/{user}/sessions`: an event in the user's inbox, so that every node learns of it, now and whenever it

@@ -7,8 +7,9 @@ use serde_json::json as value;
 use serde_json::value::RawValue;
 use warp::http::StatusCode;
 
+use super::meter::Meter;
 use super::page::{Page, SortKey};
-use super::reply::{Reply, json};
+use super::reply::{Reply, charged, json};
 use super::request::Request;
 use super::{Api, if_readable};
 use crate::auth::Principal;
@@ -26,6 +27,12 @@ use crate::protocol::json;
 use crate::protocol::kinds::{MEMBER_ADDED, THREAD_CREATED, THREAD_UPDATED};
 use crate::store::ThreadRow;
 
+/// About the size of an entry of the list without its members and its newest event.
+const ITEM_BYTES: usize = 1 << 10;
+/// What a member's name takes in memory beside its letters.
+const MEMBER_BYTES: usize = 32;
+/// What a thread on its own takes, as a rule.
+const DETAIL_BYTES: usize = 64 << 10;
 const MAX_TITLE: usize = 512;
 /// Members that one `PUT` may name.
 const MAX_MEMBERS: usize = 1_000;
@@ -55,70 +62,97 @@ pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     }
     let page: Page<ByActivity> = Page::read(&query, &it.who, "threads", &[])?;
     drop(query);
+    let mut meter = api.meter(&it.who, page.memory()).await?;
     blocking(move || {
         let who = &it.who;
-        let mut rows = Vec::new();
-        for thread in api.store.threads_of(&who.tenant, &who.user)? {
-            if let Some(row) = api.store.thread(&who.tenant, &thread)? {
-                rows.push(((Reverse(row.last_at), thread), row));
+        let rows = api.store.threads_of(&who.tenant, &who.user).filter_map(|thread| {
+            let found = thread.and_then(|thread| Ok((api.store.thread(&who.tenant, &thread)?, thread)));
+            match found {
+                Ok((row, thread)) => row.map(|row| Ok(((Reverse(row.last_at), thread), row))),
+                Err(error) => Some(Err(error)),
             }
-        }
+        });
+        let rows = page.select(rows)?;
 
-        let (rows, next) = page.cut(rows);
-        let mut threads = Vec::with_capacity(rows.len());
-        for ((_, thread), row) in rows {
-            let read = api.rights.read(who, &thread, |_| item(&api, who, &thread, row));
-            threads.extend(if_readable(read)?);
-        }
-        Ok(json(StatusCode::OK, &ThreadList { threads, next }))
+        let make = |(_, thread): &ByActivity, row, meter: &mut Meter| {
+            if_readable(api.rights.read(who, thread, |_| item(&api, who, thread, row, meter)))
+        };
+        let (threads, next) = page.fill(rows.into_iter().map(Ok), &mut meter, make)?;
+        Ok(charged(json(StatusCode::OK, &ThreadList { threads, next }), meter))
     })
     .await
 }
 
 /// All threads of the tenant, by their ids: in the order in which they stand, so that a page costs what it holds.
 async fn list_all(api: Arc<Api>, it: Request, page: Page<Vec<u8>>) -> Result<Reply, Error> {
+    let mut meter = api.meter(&it.who, page.memory()).await?;
     blocking(move || {
         let who = &it.who;
         let after = page.after.as_deref().map(String::from_utf8_lossy);
-        let mut rows = api.store.threads_after(&who.tenant, after.as_deref(), page.limit + 1)?;
-        let more = rows.len() > page.limit;
-        rows.truncate(page.limit);
-        let next = rows.last().filter(|_| more).map(|(thread, _)| page.seal(&thread.clone().into_bytes()));
-
-        let mut threads = Vec::with_capacity(rows.len());
-        for (thread, row) in rows {
-            threads.push(item(&api, who, &thread, row)?);
-        }
-        Ok(json(StatusCode::OK, &ThreadList { threads, next }))
+        let rows = api.store.threads_after(&who.tenant, after.as_deref(), page.limit + 1)?;
+        let rows = rows.into_iter().map(|(thread, row)| Ok((thread.clone().into_bytes(), (thread, row))));
+        let make = |_: &Vec<u8>, (thread, row): (String, ThreadRow), meter: &mut Meter| {
+            item(&api, who, &thread, row, meter).map(Some)
+        };
+        let (threads, next) = page.fill(rows, &mut meter, make)?;
+        Ok(charged(json(StatusCode::OK, &ThreadList { threads, next }), meter))
     })
     .await
 }
 
-fn item(api: &Api, who: &Principal, thread: &str, row: ThreadRow) -> Result<ThreadItem, Error> {
+/// An entry of the list, and about how many bytes it has.
+fn item(
+    api: &Api,
+    who: &Principal,
+    thread: &str,
+    row: ThreadRow,
+    meter: &mut Meter,
+) -> Result<(ThreadItem, usize), Error> {
     let last = api.store.newest(&who.tenant, thread)?;
     let acked = api.store.acked(&who.tenant, thread, &who.user)?;
-    Ok(ThreadItem {
+    let (members, members_bytes) = members(api, who, thread, meter)?;
+    let last_bytes = last.as_ref().map_or(0, |event| event.frame.len());
+    let item = ThreadItem {
         thread: thread.to_owned(),
         head: row.head,
         unread: row.head.saturating_sub(acked),
-        members: api.store.members(&who.tenant, thread)?,
+        members,
         title: row.title,
         last: last.and_then(|event| RawValue::from_string(without_type(&event.frame)).ok()),
-    })
+    };
+    Ok((item, ITEM_BYTES + members_bytes + last_bytes))
+}
+
+/// A thread's members, and about how many bytes they take in an answer.
+fn members(api: &Api, who: &Principal, thread: &str, meter: &mut Meter) -> Result<(Vec<String>, usize), Error> {
+    let (mut members, mut bytes) = (Vec::new(), 0);
+    for member in api.store.members(&who.tenant, thread) {
+        let member = member?;
+        // The name in the list, and its allocation.
+        meter.add(member.len() + MEMBER_BYTES)?;
+        bytes += member.len() + 3;
+        members.push(member);
+    }
+    Ok((members, bytes))
 }
 
 /// `GET /v1/threads/{thread}`
 pub async fn read(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     it.no_query()?;
     let address = it.address()?;
+    show(api, it.who, address, StatusCode::OK).await
+}
+
+async fn show(api: Arc<Api>, who: Principal, address: ThreadAddress, status: StatusCode) -> Result<Reply, Error> {
+    let mut meter = api.meter(&who, DETAIL_BYTES).await?;
     blocking(move || {
-        let detail = api.rights.read(&it.who, &address.name, |_| detail(&api, &it.who, &address))?;
-        Ok(json(StatusCode::OK, &detail))
+        let detail = api.rights.read(&who, &address.name, |_| detail(&api, &who, &address, &mut meter))?;
+        Ok(charged(json(status, &detail), meter))
     })
     .await
 }
 
-fn detail(api: &Api, who: &Principal, address: &ThreadAddress) -> Result<ThreadDetail, Error> {
+fn detail(api: &Api, who: &Principal, address: &ThreadAddress, meter: &mut Meter) -> Result<ThreadDetail, Error> {
     let thread = &address.name;
     let row = match api.store.thread(&who.tenant, thread)? {
         Some(row) => row,
@@ -126,11 +160,14 @@ fn detail(api: &Api, who: &Principal, address: &ThreadAddress) -> Result<ThreadD
         None if ids::is_reserved(thread) => ThreadRow::default(),
         None => return Err(Error::no_thread()),
     };
+    let (members, bytes) = members(api, who, thread, meter)?;
+    // As JSON, which grows by doubling.
+    meter.add(bytes * 2)?;
     Ok(ThreadDetail {
         thread: address.called.clone(),
         epoch: api.epoch.clone(),
         head: row.head,
-        members: api.store.members(&who.tenant, thread)?,
+        members,
         title: row.title,
         created_at: (row.head > 0).then(|| clock::rfc3339(row.created_at)),
         hash: blake3::Hash::from_bytes(row.hash).to_hex().to_string(),
@@ -141,8 +178,9 @@ fn detail(api: &Api, who: &Principal, address: &ThreadAddress) -> Result<ThreadD
 pub async fn put(api: Arc<Api>, mut it: Request) -> Result<Reply, Error> {
     it.no_query()?;
     let thread = it.thread_id()?;
-    let text = it.body().await?;
-    let wanted: ThreadBody = if text.trim().is_empty() { ThreadBody::default() } else { json::decode(&text)? };
+    let body = api.body(&mut it).await?;
+    let wanted: ThreadBody =
+        if body.text.trim().is_empty() { ThreadBody::default() } else { json::decode(&body.text)? };
     check_wanted(&wanted)?;
     scopes::may_publish(it.who.scopes)?;
 
@@ -152,13 +190,9 @@ pub async fn put(api: Arc<Api>, mut it: Request) -> Result<Reply, Error> {
         change(&api, &it, &thread, &wanted).await?;
     }
 
+    drop(body);
     let status = if created { StatusCode::CREATED } else { StatusCode::OK };
-    let address = ThreadAddress::named(thread);
-    blocking(move || {
-        let detail = api.rights.read(&it.who, &address.name, |_| detail(&api, &it.who, &address))?;
-        Ok(json(status, &detail))
-    })
-    .await
+    show(api, it.who, ThreadAddress::named(thread), status).await
 }
 
 fn check_wanted(wanted: &ThreadBody) -> Result<(), Error> {

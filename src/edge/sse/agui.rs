@@ -8,14 +8,14 @@ use warp::http::StatusCode;
 use warp::reply::Response;
 use warp::sse::Event;
 
-use super::{AfterEvent, EventFormat, RequestedStart, Streams};
+use super::{AfterEvent, COPIES, EventFormat, RequestedStart, Streams};
 use crate::edge::blocking;
 use crate::edge::http::request::Request;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::ids;
-use crate::store::Store;
 use crate::store::runs::{RunKey, RunRow};
-use crate::views::agui::{Mapper, Next};
+use crate::store::{Store, StoreError};
+use crate::views::agui::{Mapper, Next, ThreadEvent};
 
 /// `GET /v1/threads/{thread}/agui`
 pub async fn stream(streams: Arc<Streams>, it: Request) -> Result<Response, Error> {
@@ -70,17 +70,23 @@ impl StartPoint {
         head: u64,
     ) -> Result<StartPoint, Error> {
         let after = after.unwrap_or(head);
-        let mut rows: Vec<RunRow> = Vec::new();
+        let mut first = None;
+        let mut look_at = |key: &RunKey| {
+            let since = store.run(key)?.and_then(|row| active_since(&row, after));
+            first = first.into_iter().chain(since).min();
+            Ok::<_, StoreError>(())
+        };
         if after == head {
             // What is active at the head is among the runs that are open now; further back it may be any run.
-            for key in store.open_runs(tenant, Some(thread))? {
-                rows.extend(store.run(&key)?);
+            for key in store.open_runs(tenant, thread) {
+                look_at(&key?)?;
             }
         } else {
-            rows.extend(store.runs_of(tenant, thread)?.into_iter().map(|(_, row)| row));
+            for run in store.runs_of(tenant, thread, after.saturating_add(1)) {
+                look_at(&run?.1)?;
+            }
         }
-        let active_since = rows.iter().filter_map(|row| active_since(row, after)).min();
-        Ok(StartPoint::new(after, active_since))
+        Ok(StartPoint::new(after, first))
     }
 
     /// A stream of one run; `None` if it has nothing after `after`.
@@ -136,9 +142,11 @@ impl EventFormat for AguiFormat {
         let mut lines = Vec::new();
         let (store, tenant, thread) = (&self.store, &self.tenant, &self.thread);
         // A store that fails says so to the next read of the stream; until then nobody speaks as a model.
-        let privileged =
-            |seq| store.event(tenant, thread, seq).is_ok_and(|event| event.is_some_and(|it| it.privileged));
-        let next = self.mapper.event(frame, privileged, &mut lines);
+        let lookup = |seq| {
+            let event = store.event(tenant, thread, seq).ok().flatten()?;
+            Some(ThreadEvent { frame: event.frame.to_string(), privileged: event.privileged })
+        };
+        let next = self.mapper.event(frame, &lookup, &mut lines);
         let count = lines.len();
         for (i, json) in lines.iter().enumerate() {
             let event = Event::default().data(super::line(json));
@@ -155,6 +163,10 @@ impl EventFormat for AguiFormat {
             Next::Waiting { seq } if self.waits(seq) => AfterEvent::End,
             Next::Continue | Next::Waiting { .. } => AfterEvent::Continue,
         }
+    }
+
+    fn memory(&self, frame: &str) -> usize {
+        (frame.len() + self.mapper.waiting_bytes()) * COPIES
     }
 
     fn error(&mut self, error: &Error) -> Event {

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use futures_util::Stream;
 use tokio::time::{Instant, Sleep};
+use tokio_tungstenite::tungstenite::Utf8Bytes;
 use warp::Reply as _;
 use warp::reply::Response;
 use warp::sse::{self, Event};
@@ -21,9 +22,10 @@ use super::http::request::{Query, Request, beyond_head};
 use crate::auth::{Authenticator, Principal, Rights, jwt};
 use crate::delivery::Delivery;
 use crate::delivery::feed::{Feed, Out};
-use crate::delivery::outbox::Answer;
+use crate::delivery::outbox::{Answer, Demand};
 use crate::delivery::registry::{Registration, Registry};
 use crate::delivery::subscriptions::NewSubscription;
+use crate::memory::{Charge, LARGEST, Pool, Refused};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::without_type;
 use crate::protocol::http::{Problem, Transport};
@@ -37,6 +39,15 @@ const HEARTBEAT: Duration = Duration::from_secs(15);
 /// The longest wait before the token's end is looked at again.
 const MAX_WAIT_S: u64 = 86_400;
 
+/// How often an event is in memory while it is sent: as a line, as a part of the body, and while one becomes the other.
+const COPIES: usize = 3;
+/// What takes no more is not charged.
+const FREE: usize = 64 << 10;
+/// When to come back if there was none.
+const RETRY_MS: u64 = 5_000;
+/// How long an event waits for memory.
+const MEMORY_WITHIN: Duration = Duration::from_secs(30);
+
 /// What streams work with.
 pub struct Streams {
     pub auth: Arc<Authenticator>,
@@ -44,12 +55,16 @@ pub struct Streams {
     pub delivery: Arc<Delivery>,
     pub registry: Arc<Registry>,
     pub store: Arc<Store>,
+    /// What streams hold is charged to it.
+    pub memory: Pool,
 }
 
 /// What the events of a thread become on their way out.
 pub trait EventFormat: Send + Sync + Unpin + 'static {
     /// Appends what an event frame becomes to `out`.
     fn event(&mut self, seq: Option<u64>, frame: &str, out: &mut VecDeque<Event>) -> AfterEvent;
+    /// About how many bytes an event frame takes while what it becomes is sent.
+    fn memory(&self, frame: &str) -> usize;
     /// The last event of a stream that an error ends.
     fn error(&mut self, error: &Error) -> Event;
 }
@@ -127,6 +142,9 @@ impl Streams {
             who,
             format,
             ready: VecDeque::new(),
+            memory: self.memory.clone(),
+            charge: None,
+            large: None,
             registration,
         };
         let wanted = NewSubscription { address, cursor, named: true, kinds: None, receipt: None };
@@ -157,10 +175,21 @@ impl EventFormat for PlainFormat {
         AfterEvent::Continue
     }
 
+    fn memory(&self, frame: &str) -> usize {
+        frame.len() * COPIES
+    }
+
     /// An event named `error`.
     fn error(&mut self, error: &Error) -> Event {
         Event::default().event("error").data(json::encode(&Problem::of(error)))
     }
+}
+
+/// An event that takes much memory, and waits for that.
+struct Large {
+    seq: Option<u64>,
+    frame: Utf8Bytes,
+    charged: Pin<Box<dyn Future<Output = Result<Charge, Refused>> + Send + Sync>>,
 }
 
 /// The events of one thread, until the right to read it ends, or the server.
@@ -172,6 +201,11 @@ struct ThreadStream<F> {
     format: F,
     /// What the newest event became, as far as it was not sent.
     ready: VecDeque<Event>,
+    memory: Pool,
+    /// What is charged for `ready`, and for the last event that was taken from there.
+    charge: Option<Charge>,
+    /// The next event, which waits for memory.
+    large: Option<Large>,
     timer: Pin<Box<Sleep>>,
     ended: bool,
     #[expect(dead_code, reason = "held for as long as the stream lasts")]
@@ -208,13 +242,15 @@ impl<F: EventFormat> ThreadStream<F> {
             if let Some(event) = self.ready.pop_front() {
                 return Poll::Ready(Some(event));
             }
+            self.charge = None;
             if self.ended {
                 return Poll::Ready(None);
             }
-            if self.advance() {
+            if self.poll_large(cx) || self.advance() {
                 continue;
             }
-            if self.feed.outbox.poll_filled(cx, self.feed.wanted()).is_ready() {
+            let wanted = if self.large.is_some() { Demand::None } else { self.feed.wanted() };
+            if self.feed.outbox.poll_filled(cx, wanted).is_ready() {
                 continue;
             }
 
@@ -230,6 +266,24 @@ impl<F: EventFormat> ThreadStream<F> {
         }
     }
 
+    /// Sends the event that waits for memory, if that is there now; `false` if not.
+    fn poll_large(&mut self, cx: &mut Task<'_>) -> bool {
+        let Some(large) = &mut self.large else { return false };
+        let Poll::Ready(charged) = large.charged.as_mut().poll(cx) else { return false };
+        let Some(Large { seq, frame, .. }) = self.large.take() else { return false };
+        match charged {
+            Ok(charge) => {
+                self.charge = Some(charge);
+                self.send(seq, &frame);
+            }
+            Err(_) => {
+                let why = "the server has had no memory left for this stream: come back later";
+                self.end(&Error::new(Code::Unavailable, why).retry_after(RETRY_MS));
+            }
+        }
+        true
+    }
+
     /// Does what is next without waiting; `false` if there is nothing.
     fn advance(&mut self) -> bool {
         while let Some(answer) = self.feed.outbox.pop_answer() {
@@ -238,12 +292,11 @@ impl<F: EventFormat> ThreadStream<F> {
                 return true;
             }
         }
+        if self.large.is_some() {
+            return false;
+        }
         match self.feed.next(&self.who) {
-            Some(Out::Event { seq, frame }) => {
-                if let Err(error) = self.on_event(seq, &frame) {
-                    self.end(&error);
-                }
-            }
+            Some(Out::Event { seq, frame }) => self.on_event(seq, frame),
             // A client that only listens does not need to know where the replay ends or that it lagged.
             Some(Out::Notice(_)) => {}
             Some(Out::Ended { error, .. }) => self.end(&error),
@@ -252,14 +305,30 @@ impl<F: EventFormat> ThreadStream<F> {
         true
     }
 
-    fn on_event(&mut self, seq: Option<u64>, frame: &str) -> Result<(), Error> {
-        match self.format.event(seq, frame, &mut self.ready) {
-            AfterEvent::Continue => {}
-            // After this event, and not after what was read together with it.
-            AfterEvent::Rejoin => self.feed.subs.restart(&self.who, &self.thread, seq.unwrap_or(0))?,
-            AfterEvent::End => self.ended = true,
+    /// An event is sent, once there is memory for what it becomes.
+    fn on_event(&mut self, seq: Option<u64>, frame: Utf8Bytes) {
+        let bytes = self.format.memory(&frame).min(LARGEST);
+        if bytes <= FREE {
+            return self.send(seq, &frame);
         }
-        Ok(())
+        let (memory, user) = (self.memory.clone(), self.who.key.clone());
+        let charged = Box::pin(async move { memory.charge(&user, bytes, MEMORY_WITHIN).await });
+        self.large = Some(Large { seq, frame, charged });
+    }
+
+    fn send(&mut self, seq: Option<u64>, frame: &str) {
+        let done = match self.format.event(seq, frame, &mut self.ready) {
+            AfterEvent::Continue => Ok(()),
+            // After this event, and not after what was read together with it.
+            AfterEvent::Rejoin => self.feed.subs.restart(&self.who, &self.thread, seq.unwrap_or(0)),
+            AfterEvent::End => {
+                self.ended = true;
+                Ok(())
+            }
+        };
+        if let Err(error) = done {
+            self.end(&error);
+        }
     }
 
     fn on_answer(&mut self, answer: Answer) {

@@ -6,6 +6,8 @@ use std::task::{Context, Poll};
 
 use futures_util::Sink;
 use tokio_tungstenite::tungstenite::error::Error as WsError;
+use tokio_tungstenite::tungstenite::protocol::frame::Frame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 use tokio_tungstenite::tungstenite::{Bytes, Message};
 
 use super::turn::Written;
@@ -56,8 +58,9 @@ impl Outgoing {
         self.writer.answers.len() < MAX_ANSWERS
     }
 
+    /// The next answer, after what is left of a message that was begun.
     pub fn pop_answer(&mut self) -> Option<Message> {
-        self.writer.answers.pop_front()
+        self.writer.pop()
     }
 
     /// Writes what there is; events go to the user.
@@ -99,11 +102,19 @@ fn ended_frame(thread: &str, error: &Error) -> String {
     error_frame(None, Some(thread), error)
 }
 
+/// Text that is longer goes out as a message of several parts: the library copies what it writes, and keeps the room for
+/// that.
+const LONG: usize = 72 << 10;
+/// The parts of a long message.
+const PART: usize = 64 << 10;
+
 /// Writes frames in their order, and flushes once there are no more.
 #[derive(Default)]
 struct FrameWriter {
-    /// What goes before everything else.
+    /// What goes before everything else, but for the rest of a message that was begun.
     answers: VecDeque<Message>,
+    /// What is left of a long message; empty if there is none.
+    rest: Bytes,
     /// The library holds bytes that the socket has not been asked to take.
     unflushed: bool,
 }
@@ -125,7 +136,8 @@ impl FrameWriter {
                 Poll::Ready(ready) => ready?,
                 Poll::Pending => return Ok(Written::Blocked),
             }
-            let Some(frame) = self.answers.pop_front().or_else(&mut next_event) else { break };
+            let Some(frame) = self.pop().or_else(&mut next_event) else { break };
+            let frame = self.first_part(frame);
             ws.as_mut().start_send(frame)?;
             self.unflushed = true;
         }
@@ -138,6 +150,33 @@ impl FrameWriter {
             self.unflushed = false;
         }
         Ok(Written::All)
+    }
+}
+
+impl FrameWriter {
+    /// A message, or the first part of a long one.
+    fn first_part(&mut self, message: Message) -> Message {
+        match message {
+            Message::Text(text) if text.len() > LONG => {
+                self.rest = text.into();
+                let part = self.rest.split_to(PART);
+                Message::Frame(Frame::message(part, OpCode::Data(Data::Text), false))
+            }
+            message => message,
+        }
+    }
+
+    /// What is left of a message that was begun, then answers.
+    fn pop(&mut self) -> Option<Message> {
+        self.next_part().or_else(|| self.answers.pop_front())
+    }
+
+    fn next_part(&mut self) -> Option<Message> {
+        if self.rest.is_empty() {
+            return None;
+        }
+        let part = self.rest.split_to(PART.min(self.rest.len()));
+        Some(Message::Frame(Frame::message(part, OpCode::Data(Data::Continue), self.rest.is_empty())))
     }
 }
 
@@ -191,7 +230,7 @@ mod tests {
     }
 
     fn writer(answers: &[&str]) -> FrameWriter {
-        FrameWriter { answers: answers.iter().map(|it| Message::text(*it)).collect(), unflushed: false }
+        FrameWriter { answers: answers.iter().map(|it| Message::text(*it)).collect(), ..FrameWriter::default() }
     }
 
     fn write(writer: &mut FrameWriter, socket: &mut FakeSocket, events: &mut VecDeque<&'static str>) -> Written {
@@ -219,6 +258,76 @@ mod tests {
         socket.room = 10;
         assert_eq!(write(&mut writer, &mut socket, &mut events), Written::All);
         assert_eq!(socket.taken, ["a1", "e1", "a2", "e2", "e3"]);
+    }
+
+    /// Takes frames, and joins the parts of messages.
+    #[derive(Default)]
+    struct JoiningSocket {
+        room: usize,
+        parts: Vec<usize>,
+        message: Vec<u8>,
+        messages: Vec<usize>,
+    }
+
+    impl Sink<Message> for JoiningSocket {
+        type Error = WsError;
+
+        fn poll_ready(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), WsError>> {
+            if self.room > 0 { Poll::Ready(Ok(())) } else { Poll::Pending }
+        }
+
+        fn start_send(mut self: Pin<&mut Self>, frame: Message) -> Result<(), WsError> {
+            self.room -= 1;
+            let frame = match frame {
+                Message::Frame(frame) => frame,
+                message => Frame::message(message.into_data(), OpCode::Data(Data::Text), true),
+            };
+            let continues = frame.header().opcode == OpCode::Data(Data::Continue);
+            assert_eq!(continues, !self.message.is_empty(), "nothing between the parts of a message");
+            self.parts.push(frame.payload().len());
+            self.message.extend_from_slice(frame.payload());
+            if frame.header().is_final {
+                let message = std::mem::take(&mut self.message);
+                self.messages.push(message.len());
+            }
+            Ok(())
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), WsError>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), WsError>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[test]
+    fn a_long_message_goes_out_in_parts_that_nothing_interrupts() {
+        let (mut cx, mut writer) = (Context::from_waker(Waker::noop()), writer(&[]));
+        let lengths = [LONG, LONG + 1, 3 * PART, 10];
+        let mut events: VecDeque<Message> = lengths.iter().map(|length| Message::text("x".repeat(*length))).collect();
+        let mut socket = JoiningSocket { room: 2, ..JoiningSocket::default() };
+        let mut write = |writer: &mut FrameWriter, socket: &mut JoiningSocket| {
+            writer.poll_write(&mut cx, socket, || events.pop_front()).expect("the socket is open")
+        };
+        assert_eq!(write(&mut writer, &mut socket), Written::Blocked);
+        // An answer that comes between two parts waits for the last one.
+        writer.answers.push_back(Message::text("answer"));
+        socket.room = 100;
+        assert_eq!(write(&mut writer, &mut socket), Written::All);
+        assert_eq!(socket.messages, [LONG, LONG + 1, 6, 3 * PART, 10]);
+        assert!(socket.parts.iter().all(|part| *part <= LONG), "{:?}", socket.parts);
+    }
+
+    #[test]
+    fn a_session_that_closes_finishes_the_message_that_it_has_begun() {
+        let mut writer = writer(&["answer"]);
+        let first = writer.first_part(Message::text("x".repeat(2 * LONG)));
+        assert!(matches!(first, Message::Frame(_)));
+        let mut rest: Vec<Message> = std::iter::from_fn(|| writer.pop()).collect();
+        assert_eq!(rest.pop(), Some(Message::text("answer")));
+        assert_eq!(rest.iter().map(|part| part.clone().into_data().len()).sum::<usize>() + PART, 2 * LONG);
     }
 
     #[test]

@@ -10,10 +10,11 @@ use std::sync::Arc;
 
 use bincode::{BorrowDecode, Encode};
 use bytes::Bytes;
-use rocksdb::{BoundColumnFamily, ColumnFamilyDescriptor, DB, Options, WriteOptions};
+use rocksdb::{BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DB, Options, WriteOptions};
 
 use crate::codec;
 use crate::log::{Foreign, Grant, Position, Record, Topic};
+use crate::memory::LogPlan;
 
 pub(super) const RECORDS: &str = "records";
 const ROW_SCHEMA: u8 = 1;
@@ -111,6 +112,11 @@ impl Holes {
 
 /// The options of the database, and those of its column family of records.
 pub(super) fn options(direct_io: bool) -> Options {
+    sized_options(direct_io, LogPlan::default())
+}
+
+/// The same, with so much memory.
+pub(super) fn sized_options(direct_io: bool, memory: LogPlan) -> Options {
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);
@@ -118,8 +124,11 @@ pub(super) fn options(direct_io: bool) -> Options {
     // A reused file keeps its size, so that a sync need not write the file system's own records.
     options.set_recycle_log_file_num(4);
     // Bounds what is replayed from the write-ahead log at start, and with it the start's time.
-    options.set_write_buffer_size(32 << 20);
-    options.set_max_write_buffer_number(4);
+    options.set_write_buffer_size(memory.memtable);
+    options.set_max_write_buffer_number(i32::try_from(memory.memtables).unwrap_or(i32::MAX));
+    let mut blocks = BlockBasedOptions::default();
+    blocks.set_block_cache(&Cache::new_lru_cache(memory.cache));
+    options.set_block_based_table_factory(&blocks);
     options.set_keep_log_file_num(4);
     options.set_max_log_file_size(4 << 20);
     // Files written beside the page cache leave no dirty pages for a sync to wait for.

@@ -39,9 +39,7 @@ use self::writer::{FOREIGN, Writer};
 use super::{
     Append, AppendError, Bounds, Cause, Done, Grant, Identity, IfUnnamed, Log, LogError, Position, Reader, Record,
 };
-
-/// What may wait for the writer: more is answered `queue_full`.
-const QUEUE_BYTES: usize = 64 << 20;
+use crate::memory::LogPlan;
 
 pub struct EmbeddedLog {
     shared: Arc<Shared>,
@@ -58,13 +56,23 @@ impl EmbeddedLog {
 
     /// The same; `if_unnamed` says what to do with a log that does not say which one it is.
     pub fn open_with(dir: &Path, partitions: u32, if_unnamed: IfUnnamed<'_>) -> Result<EmbeddedLog, LogError> {
+        EmbeddedLog::open_sized(dir, partitions, if_unnamed, LogPlan::default())
+    }
+
+    /// The same, with so much memory.
+    pub fn open_sized(
+        dir: &Path,
+        partitions: u32,
+        if_unnamed: IfUnnamed<'_>,
+        memory: LogPlan,
+    ) -> Result<EmbeddedLog, LogError> {
         let lock = opening::lock_folder(dir)?;
-        let Database { db, last } = opening::open(dir)?;
+        let Database { db, last } = opening::open(dir, memory)?;
         let end = last.map_or(0, |last| last.offset + 1);
         let identity = identity::open(&db, dir, partitions, last, if_unnamed)?;
         let holes = opening::holes(&db)?;
 
-        let shared = Arc::new(Shared::new(dir.to_owned(), db, identity, partitions, holes, end));
+        let shared = Arc::new(Shared::new(dir.to_owned(), db, identity, partitions, holes, end, memory));
         let (writer, scrub) = (Writer::new(shared.clone(), end), Scrub::new(shared.clone()));
         let threads = vec![start("log-writer", move || writer.run())?, start("log-scrub", move || scrub.run())?];
         Ok(EmbeddedLog { shared, threads: Mutex::new(threads), lock: Mutex::new(Some(lock)) })
@@ -126,7 +134,7 @@ impl Log for EmbeddedLog {
         let was_empty = queue.waiting.is_empty();
         for append in batch {
             let size = append.record.value.len();
-            if closed || queue.bytes + size > QUEUE_BYTES {
+            if closed || queue.bytes + size > self.shared.memory.queue {
                 refused.push(append.done);
             } else {
                 queue.bytes += size;

@@ -6,9 +6,10 @@ use std::path::Path;
 use rocksdb::DB;
 
 use super::files::{self, FilesError, Found, Whole};
-use super::format::{HOLES, Holes, descriptors, options, parse_key, records};
+use super::format::{HOLES, Holes, descriptors, parse_key, records, sized_options};
 use crate::disk;
 use crate::log::{LogError, Position};
+use crate::memory::LogPlan;
 
 /// Locked for as long as a process works on the log. RocksDB has a lock of its own, but only from when it opens the log on.
 const LOCK: &str = "weft.lock";
@@ -57,7 +58,7 @@ fn try_lock(dir: &Path, file: File) -> Result<File, LogError> {
 }
 
 /// Opens the log in `dir`; makes one only where there is nothing.
-pub(super) fn open(dir: &Path) -> Result<Database, LogError> {
+pub(super) fn open(dir: &Path, memory: LogPlan) -> Result<Database, LogError> {
     let whole = match files::check(dir) {
         Ok(Found::Nothing) => Whole::default(),
         Ok(Found::Log(whole)) => whole,
@@ -70,7 +71,7 @@ pub(super) fn open(dir: &Path) -> Result<Database, LogError> {
             "the write-ahead log ends before bytes that make no batch: a write that was never answered, or older"
         );
     }
-    let options = options(disk::takes_direct_io(dir));
+    let options = sized_options(disk::takes_direct_io(dir), memory);
     let db = DB::open_cf_descriptors(&options, dir, descriptors(&options)).map_err(|error| open_error(dir, &error))?;
     let last = last_position(&db)?;
     let database = Database { db, last };

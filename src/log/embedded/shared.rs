@@ -11,10 +11,8 @@ use rocksdb::DB;
 
 use super::format::{Holes, parse_key};
 use crate::log::{Append, Entry, Identity, LogError, Position, Topic};
+use crate::memory::LogPlan;
 use crate::telemetry;
-
-/// The newest records stay in memory, so that a reader at the tail does not read the disk.
-const TAIL_BYTES: usize = 16 << 20;
 
 pub(super) struct Shared {
     pub(super) dir: PathBuf,
@@ -25,6 +23,7 @@ pub(super) struct Shared {
     /// How many partitions each topic has.
     pub(super) each: u32,
     pub(super) holes: Holes,
+    pub(super) memory: LogPlan,
     pub(super) queue: Mutex<Queue>,
     /// Signalled when the queue is no longer empty, or closed.
     pub(super) queued: Condvar,
@@ -57,6 +56,8 @@ pub(super) struct Tail {
     pub(super) batches: VecDeque<Arc<Vec<Entry>>>,
     sizes: VecDeque<usize>,
     total_bytes: usize,
+    /// What stays in memory, so that a reader at the tail does not read the disk.
+    limit: usize,
     /// The number of the batch at the front; batches are counted since the start.
     pub(super) first: u64,
     /// The offset from which on all records are in `batches`.
@@ -77,7 +78,15 @@ impl Deref for Opened<'_> {
 }
 
 impl Shared {
-    pub(super) fn new(dir: PathBuf, db: DB, identity: Identity, each: u32, holes: Holes, end: u64) -> Shared {
+    pub(super) fn new(
+        dir: PathBuf,
+        db: DB,
+        identity: Identity,
+        each: u32,
+        holes: Holes,
+        end: u64,
+        memory: LogPlan,
+    ) -> Shared {
         telemetry::log_damaged().set(0.0);
         // An alert looks for their increase, so they have to be there before.
         [telemetry::log_mended(), telemetry::log_reopened()].iter().for_each(|counter| counter.increment(0));
@@ -87,9 +96,10 @@ impl Shared {
             identity: ArcSwap::from_pointee(identity),
             each,
             holes,
+            memory,
             queue: Mutex::default(),
             queued: Condvar::new(),
-            tail: Mutex::new(Tail::new(end)),
+            tail: Mutex::new(Tail::new(end, memory.tail)),
             grown: Condvar::new(),
             state: Mutex::default(),
             closing: Condvar::new(),
@@ -168,8 +178,8 @@ impl Shared {
 }
 
 impl Tail {
-    fn new(end: u64) -> Tail {
-        Tail { batches: VecDeque::new(), sizes: VecDeque::new(), total_bytes: 0, first: 0, start: end, end }
+    fn new(end: u64, limit: usize) -> Tail {
+        Tail { batches: VecDeque::new(), sizes: VecDeque::new(), total_bytes: 0, limit, first: 0, start: end, end }
     }
 
     pub(super) fn push(&mut self, batch: Vec<Entry>, bytes: usize) {
@@ -177,7 +187,7 @@ impl Tail {
         self.batches.push_back(Arc::new(batch));
         self.sizes.push_back(bytes);
         self.total_bytes += bytes;
-        while self.total_bytes > TAIL_BYTES && self.batches.len() > 1 {
+        while self.total_bytes > self.limit && self.batches.len() > 1 {
             let (Some(oldest), Some(size)) = (self.batches.pop_front(), self.sizes.pop_front()) else {
                 break;
             };

@@ -206,7 +206,7 @@ impl Writer {
     fn reopen(&mut self) -> Result<(), String> {
         let mut slot = self.shared.db.write().unwrap_or_else(PoisonError::into_inner);
         drop(slot.take());
-        let database = opening::open(&self.shared.dir).map_err(|error| error.to_string())?;
+        let database = opening::open(&self.shared.dir, self.shared.memory).map_err(|error| error.to_string())?;
         let end = database.end();
         if end < self.end {
             let what = format!("opened again, it ends at {end}: the records up to {} are missing", self.end);

@@ -8,6 +8,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
 use crate::log::{Bounds, LogError};
+use crate::memory::LogPlan;
 
 /// How long a question to the brokers may take.
 pub(super) const ASK: Duration = Duration::from_secs(5);
@@ -24,6 +25,8 @@ pub struct KafkaConfig {
     pub topic_prefix: String,
     /// The consumer group under which Kafka's tools show how far this node has read.
     pub group: String,
+    /// What may wait in its client.
+    pub memory: LogPlan,
 }
 
 impl KafkaConfig {

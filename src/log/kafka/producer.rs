@@ -162,7 +162,7 @@ pub(super) fn new_producer(
         .set("partitioner", "murmur2_random")
         .set("message.timeout.ms", ANSWER_WITHIN.as_millis().to_string())
         .set("queue.buffering.max.messages", "100000")
-        .set("queue.buffering.max.kbytes", "131072")
+        .set("queue.buffering.max.kbytes", (config.memory.producer() >> 10).to_string())
         .create_with_context(Producing {
             pending: pending.clone(),
             each: config.partitions,

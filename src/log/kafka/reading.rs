@@ -203,7 +203,7 @@ fn new_consumer(cluster: &Cluster, from: &[u64]) -> Result<BaseConsumer<Quiet>, 
         let consumer: BaseConsumer<Quiet> = consumer_config(&cluster.config)
             .set("fetch.wait.max.ms", "50")
             .set("fetch.queue.backoff.ms", "5")
-            .set("queued.max.messages.kbytes", "32768")
+            .set("queued.max.messages.kbytes", (cluster.config.memory.consumer() >> 10).to_string())
             .create_with_context(Quiet)?;
         consumer.assign(&cluster.topics.assignment(from)?)?;
         Ok(consumer)

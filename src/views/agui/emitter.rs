@@ -3,6 +3,7 @@
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use serde_json::value::RawValue;
 
+use super::Lookup;
 use super::run::{OpenCall, TextMessage};
 use crate::protocol::agui::{AguiEvent, Timed};
 use crate::protocol::event::StoredFrame;
@@ -16,6 +17,7 @@ pub struct Emitter<'a> {
     pub lines: &'a mut Vec<String>,
     /// The time of Weft's event, in milliseconds.
     pub at: Option<u64>,
+    pub thread: Lookup<'a>,
 }
 
 impl Emitter<'_> {
@@ -44,12 +46,25 @@ impl Emitter<'_> {
         self.emit(&AguiEvent::StepFinished { step_name: THINKING });
     }
 
-    /// A call with its arguments, once.
-    pub fn call(&mut self, run: &str, call: &mut OpenCall) {
-        let Some(arguments) = call.unsent.take() else { return };
-        let tool_call_id = &id(run, &["calls", &call.call]);
-        self.emit(&AguiEvent::ToolCallStart { tool_call_id, tool_call_name: &call.tool });
-        if let Some(delta) = arguments.as_deref().filter(|delta| !delta.is_empty()) {
+    /// A call that executes, once.
+    pub fn open_call(&mut self, run: &str, call: &mut OpenCall) {
+        if std::mem::replace(&mut call.sent, true) {
+            return;
+        }
+        let event = (self.thread)(call.seq);
+        if let Some(frame) = event.as_ref().and_then(|event| StoredFrame::parse(&event.frame)) {
+            self.call(run, &frame);
+        }
+    }
+
+    /// A call with its arguments, from its `tool_executing`.
+    pub fn call(&mut self, run: &str, frame: &StoredFrame<'_>) {
+        let fields = frame.fields();
+        let Some(call) = fields.string("call") else { return };
+        let tool_call_id = &id(run, &["calls", &call]);
+        let tool_call_name = &fields.string("tool").unwrap_or_default();
+        self.emit(&AguiEvent::ToolCallStart { tool_call_id, tool_call_name });
+        if let Some(delta) = fields.text("arguments").as_deref().filter(|delta| !delta.is_empty()) {
             self.emit(&AguiEvent::ToolCallArgs { tool_call_id, delta });
         }
         self.emit(&AguiEvent::ToolCallEnd { tool_call_id });

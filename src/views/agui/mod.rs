@@ -6,8 +6,9 @@
 //! recorded: calls and thinking, but not the texts of messages that are being written. Those are asked for when they are
 //! needed ([`Next::Rejoin`]). So what is emitted at any seq follows from the thread alone, wherever a reader begins.
 //!
-//! Kept are the names of open runs, their calls, how far the messages that were emitted have come, and some messages from
-//! between two runs. All of it is bounded.
+//! Kept are the names of open runs, how far the messages that were emitted have come, and which events are to be emitted once
+//! a run is: calls that execute, and messages from between two runs. All of it is bounded, and nothing of it is text: that is
+//! looked up in the thread when it is emitted ([`Lookup`]).
 
 mod emitter;
 mod run;
@@ -16,25 +17,28 @@ mod tests;
 
 use std::collections::BTreeMap;
 
-use serde_json::json;
 use serde_json::value::RawValue;
 
 use crate::clock;
 use crate::protocol::agui::{AguiEvent, Interrupt, Outcome, PROTOCOL};
 use crate::protocol::error::Error;
 use crate::protocol::event::{StoredFrame, without_type};
-use crate::protocol::json::{encode_raw, raw_object};
+use crate::protocol::json::raw_object;
 use crate::protocol::kinds::{
     AGENT_CANCELLED, AGENT_COMPLETED, AGENT_FAILED, AGENT_MESSAGE, AGENT_RESUMED, AGENT_STARTED, AGENT_THINKING,
     AGENT_WAITING, DeltaData, SYSTEM_MESSAGE, TOOL_COMPLETED, TOOL_EXECUTING, USER_MESSAGE,
 };
 use emitter::{Emitter, id, object};
-use run::{KeptMessages, OpenCall, OpenRun, PartialMessage, TextMessage};
+use run::{Change, KeptMessage, KeptMessages, OpenCall, OpenRun, PartialMessage, TextMessage};
 
 /// Open runs that are recorded; those beyond are left out.
 const RUNS: usize = 1_024;
 /// Messages of the emitted run that are written at a time; others are emitted when they are closed.
 const WRITING: usize = 256;
+/// The same, with those of runs that were emitted before and wait.
+const ALL_WRITING: usize = 1_024;
+/// Calls of all runs that are recorded; those beyond are not emitted with their run.
+const CALLS: usize = 4_096;
 
 /// What comes after an event.
 #[derive(Debug, PartialEq, Eq)]
@@ -48,6 +52,16 @@ pub enum Next {
     /// The run that was asked for has ended.
     Ended,
 }
+
+/// An event of the thread.
+pub struct ThreadEvent {
+    pub frame: String,
+    /// Its record shows a right beyond membership: without one its writer speaks as a user.
+    pub privileged: bool,
+}
+
+/// Looks up an event of the thread by its seq.
+pub type Lookup<'a> = &'a dyn Fn(u64) -> Option<ThreadEvent>;
 
 /// What AG-UI's client has of a thread.
 pub struct Mapper {
@@ -83,11 +97,11 @@ impl Mapper {
         }
     }
 
-    /// The AG-UI events of an event frame, each as JSON. `privileged` tells for a seq whether that event's record shows a
-    /// right beyond membership: without one its writer speaks as a user.
-    pub fn event(&mut self, frame: &str, privileged: impl FnOnce(u64) -> bool, lines: &mut Vec<String>) -> Next {
+    /// The AG-UI events of an event frame, each as JSON.
+    pub fn event(&mut self, frame: &str, thread: Lookup<'_>, lines: &mut Vec<String>) -> Next {
         let Some(it) = StoredFrame::parse(frame) else { return Next::Continue };
-        let out = &mut Emitter { lines, at: clock::parse_rfc3339(&it.at) };
+        let privileged = |seq| thread(seq).is_some_and(|event| event.privileged);
+        let out = &mut Emitter { lines, at: clock::parse_rfc3339(&it.at), thread };
         let Some(seq) = it.seq else {
             self.on_delta(&it, out);
             return Next::Continue;
@@ -111,13 +125,18 @@ impl Mapper {
         Next::Continue
     }
 
+    /// About how many bytes of text an event may have emitted beside its own: those that wait for a run.
+    pub fn waiting_bytes(&self) -> usize {
+        self.kept.bytes() + self.runs.values().map(OpenRun::unsent_bytes).max().unwrap_or(0)
+    }
+
     /// The event that ends the stream because of an error; none if there was one already.
     pub fn error(&mut self, error: &Error) -> Option<String> {
         if std::mem::replace(&mut self.failed, true) {
             return None;
         }
         let mut lines = Vec::new();
-        let mut out = Emitter { lines: &mut lines, at: None };
+        let mut out = Emitter { lines: &mut lines, at: None, thread: &|_| None };
         out.emit(&AguiEvent::RunError { message: &error.message, code: error.code.as_str() });
         lines.pop()
     }
@@ -138,11 +157,12 @@ impl Mapper {
         if matches!(&*it.kind, AGENT_STARTED | AGENT_RESUMED) {
             self.activate(seq, name, it);
         }
+        let has_room = self.has_room_for_calls();
         let Some(run) = self.runs.get_mut(name) else { return };
         run.thinking = (it.kind == AGENT_THINKING).then(|| it.event.to_string());
         match &*it.kind {
-            TOOL_EXECUTING => {
-                if let Some(call) = OpenCall::of(it) {
+            TOOL_EXECUTING if has_room => {
+                if let Some(call) = OpenCall::of(seq, it) {
                     run.add_call(call);
                 }
             }
@@ -180,7 +200,7 @@ impl Mapper {
         if self.resumes
             && let Some(run) = self.runs.get_mut(&name)
         {
-            run.calls.iter_mut().for_each(|call| call.unsent = None);
+            run.calls.iter_mut().for_each(|call| call.sent = true);
         }
         self.enter_run(&name, None, out);
     }
@@ -189,7 +209,11 @@ impl Mapper {
     fn enter_run(&mut self, name: &str, metadata: Option<&RawValue>, out: &mut Emitter<'_>) {
         self.emit_run_started(name, metadata, out);
         let Some(run) = self.runs.get_mut(name) else { return };
-        run.calls.iter_mut().for_each(|call| out.call(name, call));
+        run.calls.iter_mut().for_each(|call| out.open_call(name, call));
+    }
+
+    fn has_room_for_calls(&self) -> bool {
+        self.runs.values().map(|run| run.calls.len()).sum::<usize>() < CALLS
     }
 
     /// Emits that a run begins, with the messages that were kept for it.
@@ -202,7 +226,11 @@ impl Mapper {
             parent_run_id: run.and_then(|run| run.parent.as_deref()),
             metadata: metadata.and_then(object),
         });
-        self.kept.take().iter().for_each(|message| out.message(message));
+        for kept in self.kept.take() {
+            if let Some(message) = (out.thread)(kept.seq).and_then(|event| kept.message(&event.frame)) {
+                out.message(&message);
+            }
+        }
         if let Some(thinking) = run.and_then(|run| run.thinking.as_deref()) {
             out.begin_thinking(thinking);
         }
@@ -319,14 +347,15 @@ impl Mapper {
 
         let fields = it.fields();
         let message = TextMessage::of(it, role, &fields, out.at);
+        let kept = KeptMessage { seq, role, change: Change::None };
         let closed = fields.string("message").filter(|_| role == "assistant");
         if let Some(closed) = closed
             && let Some(run) = self.run_of_message(it, &closed)
         {
             let revised = fields.raw("revised").is_some_and(|revised| revised.get() == "true");
-            return self.close_message(&run, &closed, revised, message, out);
+            return self.close_message(&run, &closed, revised, message, kept, out);
         }
-        self.emit_or_keep(message, out);
+        self.emit_or_keep(message, kept, out);
     }
 
     /// The run in which a message is written. An agent that closes one may leave the run out.
@@ -340,35 +369,42 @@ impl Mapper {
     }
 
     /// A message that was written in deltas is whole: what was not emitted of it is.
-    fn close_message(&mut self, run: &str, name: &str, revised: bool, mut message: TextMessage, out: &mut Emitter<'_>) {
+    fn close_message(
+        &mut self,
+        run: &str,
+        name: &str,
+        revised: bool,
+        mut message: TextMessage,
+        mut kept: KeptMessage,
+        out: &mut Emitter<'_>,
+    ) {
         let id = id(run, &[name]);
         let writing = self.runs.get_mut(run).and_then(|run| run.writing.remove(name));
         let (sent, open) = writing.map_or((0, false), |writing| (writing.sent, writing.open));
 
         // A final text that differs from the deltas is a message of its own, which replaces the other.
-        if revised && sent > 0 {
-            if open {
-                out.emit(&AguiEvent::TextMessageEnd { message_id: &id });
-            }
-            message.metadata = Some(encode_raw(&json!({"replaces": id})));
-            return self.emit_or_keep(message, out);
+        let replaces = revised && sent > 0;
+        if replaces && open {
+            out.emit(&AguiEvent::TextMessageEnd { message_id: &id });
         }
-
-        message.id = id;
-        message.text = message.text.chars().skip(sent as usize).collect();
+        kept.change = if replaces { Change::Replaces(id) } else { Change::Rest { id, skip: sent } };
+        message.apply(&kept.change);
+        if replaces {
+            return self.emit_or_keep(message, kept, out);
+        }
         if open {
             return out.rest_of_message(&message);
         }
         if sent > 0 && message.text.is_empty() {
             return;
         }
-        self.emit_or_keep(message, out);
+        self.emit_or_keep(message, kept, out);
     }
 
-    fn emit_or_keep(&mut self, message: TextMessage, out: &mut Emitter<'_>) {
+    fn emit_or_keep(&mut self, message: TextMessage, kept: KeptMessage, out: &mut Emitter<'_>) {
         match self.current {
             Some(_) => out.message(&message),
-            None => self.kept.push(message),
+            None => self.kept.push(kept, &message),
         }
     }
 
@@ -376,11 +412,12 @@ impl Mapper {
     fn on_delta(&mut self, it: &StoredFrame<'_>, out: &mut Emitter<'_>) {
         let Some(name) = it.run.as_deref().filter(|run| self.current.as_deref() == Some(run)) else { return };
         let Ok(delta) = serde_json::from_str::<DeltaData>(it.data.get()) else { return };
+        let all: usize = self.runs.values().map(|run| run.writing.len()).sum();
         let Some(run) = self.runs.get_mut(name) else { return };
 
         let writing = run.writing.get(&*delta.message);
         let (sent, open) = writing.map_or((0, false), |writing| (writing.sent, writing.open));
-        let is_full = writing.is_none() && run.writing.len() >= WRITING;
+        let is_full = writing.is_none() && (run.writing.len() >= WRITING || all >= ALL_WRITING);
         let is_known = writing.is_some() && delta.to_char() <= sent;
         // A message of which a delta is missing is emitted when it is closed.
         let is_missing_text = delta.from_char > sent;
@@ -412,13 +449,7 @@ impl Mapper {
 
         match &*it.kind {
             AGENT_THINKING => self.on_thinking(&current, it, out),
-            TOOL_EXECUTING => {
-                let Some(mut call) = OpenCall::of(it) else { return };
-                out.call(&current, &mut call);
-                if let Some(run) = self.runs.get_mut(&current) {
-                    run.add_call(call);
-                }
-            }
+            TOOL_EXECUTING => out.call(&current, it),
             TOOL_COMPLETED => {
                 if let Some(run) = self.runs.get_mut(&current) {
                     run.complete_call(it);

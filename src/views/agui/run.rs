@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde_json::value::RawValue;
 
+use crate::clock;
 use crate::protocol::event::{Fields, StoredFrame};
-use crate::protocol::json::raw_object;
+use crate::protocol::json::{encode_raw, raw_object};
 use crate::protocol::kinds::text_of;
 
 /// Calls of a run that can be emitted later, and the bytes of their arguments; those beyond are not.
@@ -32,45 +33,49 @@ pub struct OpenRun {
 impl OpenRun {
     /// Records a call, unless there are too many.
     pub fn add_call(&mut self, call: OpenCall) {
-        let room = CALL_BYTES.saturating_sub(self.calls.iter().map(OpenCall::bytes).sum());
-        if self.calls.len() < CALLS && call.bytes() <= room {
+        let room = CALL_BYTES.saturating_sub(self.calls.iter().map(|call| call.bytes).sum());
+        if self.calls.len() < CALLS && call.bytes <= room {
             self.calls.push(call);
         }
+    }
+
+    /// The bytes of the arguments that are still to be emitted.
+    pub fn unsent_bytes(&self) -> usize {
+        self.calls.iter().filter(|call| !call.sent).map(|call| call.bytes).sum()
     }
 
     /// Records a `tool_completed`.
     pub fn complete_call(&mut self, frame: &StoredFrame<'_>) {
         if let Some(completed) = frame.fields().string("call") {
-            self.calls.retain(|known| known.call != completed);
+            let completed = digest(&completed);
+            self.calls.retain(|known| known.name != completed);
         }
     }
 }
 
-/// The arguments of a call, if it has any.
-type Arguments = Option<String>;
-
 /// A call that has not completed.
 pub struct OpenCall {
-    pub call: String,
-    pub tool: String,
-    /// What is still to be emitted of it.
-    pub unsent: Option<Arguments>,
+    pub seq: u64,
+    /// Its name, as short as it need be to be known again.
+    name: [u8; 16],
+    /// The bytes of its arguments.
+    bytes: usize,
+    pub sent: bool,
 }
 
 impl OpenCall {
     /// The call of a `tool_executing`.
-    pub fn of(frame: &StoredFrame<'_>) -> Option<OpenCall> {
+    pub fn of(seq: u64, frame: &StoredFrame<'_>) -> Option<OpenCall> {
         let fields = frame.fields();
-        Some(OpenCall {
-            call: fields.string("call")?,
-            tool: fields.string("tool").unwrap_or_default(),
-            unsent: Some(fields.text("arguments")),
-        })
+        let bytes = fields.raw("arguments").map_or(0, |arguments| arguments.get().len());
+        Some(OpenCall { seq, name: digest(&fields.string("call")?), bytes, sent: false })
     }
+}
 
-    fn bytes(&self) -> usize {
-        self.unsent.iter().flatten().map(String::len).sum()
-    }
+fn digest(name: &str) -> [u8; 16] {
+    let mut digest = [0; 16];
+    digest.copy_from_slice(&blake3::hash(name.as_bytes()).as_bytes()[..16]);
+    digest
 }
 
 /// A message that is written in deltas.
@@ -109,25 +114,74 @@ impl TextMessage {
     }
 }
 
+/// What differs between an event and the message that it is emitted as.
+pub enum Change {
+    None,
+    /// It ends a message that was written in deltas, of which so many characters were emitted.
+    Rest {
+        id: String,
+        skip: u64,
+    },
+    /// It replaces that message.
+    Replaces(String),
+}
+
+impl TextMessage {
+    pub fn apply(&mut self, change: &Change) {
+        match change {
+            Change::None => {}
+            Change::Rest { id, skip } => {
+                self.id.clone_from(id);
+                self.text = self.text.chars().skip(*skip as usize).collect();
+            }
+            Change::Replaces(id) => self.metadata = Some(encode_raw(&BTreeMap::from([("replaces", id)]))),
+        }
+    }
+}
+
+/// A message that is emitted with the next run: the event that it is.
+pub struct KeptMessage {
+    pub seq: u64,
+    pub role: &'static str,
+    pub change: Change,
+}
+
+impl KeptMessage {
+    /// The message, from its event.
+    pub fn message(&self, frame: &str) -> Option<TextMessage> {
+        let frame = StoredFrame::parse(frame)?;
+        let at = clock::parse_rfc3339(&frame.at);
+        let mut message = TextMessage::of(&frame, self.role, &frame.fields(), at);
+        message.apply(&self.change);
+        Some(message)
+    }
+}
+
 /// Messages that came while no run was emitted. They are emitted with the next one.
 #[derive(Default)]
 pub struct KeptMessages {
-    messages: VecDeque<TextMessage>,
+    /// Each with the bytes of its text.
+    messages: VecDeque<(KeptMessage, usize)>,
     bytes: usize,
 }
 
 impl KeptMessages {
     /// Keeps a message, and drops the oldest ones beyond the limits.
-    pub fn push(&mut self, message: TextMessage) {
-        self.bytes += message.text.len();
-        self.messages.push_back(message);
+    pub fn push(&mut self, kept: KeptMessage, message: &TextMessage) {
+        let bytes = message.text.len() + message.metadata.as_ref().map_or(0, |metadata| metadata.get().len());
+        self.bytes += bytes;
+        self.messages.push_back((kept, bytes));
         while self.messages.len() > KEPT || self.bytes > KEPT_BYTES {
-            let Some(oldest) = self.messages.pop_front() else { return };
-            self.bytes -= oldest.text.len();
+            let Some((_, bytes)) = self.messages.pop_front() else { return };
+            self.bytes -= bytes;
         }
     }
 
-    pub fn take(&mut self) -> VecDeque<TextMessage> {
-        std::mem::take(self).messages
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn take(&mut self) -> impl Iterator<Item = KeptMessage> + use<> {
+        std::mem::take(self).messages.into_iter().map(|(kept, _)| kept)
     }
 }

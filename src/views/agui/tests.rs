@@ -107,18 +107,22 @@ impl Thread {
         let mut mapper = Mapper::new("t", only.map(str::to_owned), silent_to, resumes);
         let (mut verifier, mut events) = (Verifier::default(), Vec::new());
         let mut lines = Vec::new();
+        let lookup = |seq| {
+            let found = self.frames.iter().find(|(it, _)| *it == Some(seq));
+            found.map(|(_, frame)| ThreadEvent { frame: frame.clone(), privileged: true })
+        };
         let live = self.index_after(after);
         for (_, frame) in self.frames[self.index_after(cursor)..live].iter().filter(|(seq, _)| seq.is_some()) {
-            assert_eq!(mapper.event(frame, |_| true, &mut lines), Next::Continue);
+            assert_eq!(mapper.event(frame, &lookup, &mut lines), Next::Continue);
         }
         let join = |frames, mapper: &mut Mapper, lines: &mut Vec<String>| {
             for delta in self.texts(frames) {
-                assert_eq!(mapper.event(&delta, |_| true, lines), Next::Continue);
+                assert_eq!(mapper.event(&delta, &lookup, lines), Next::Continue);
             }
         };
         join(live, &mut mapper, &mut lines);
         for i in live..self.frames.len() {
-            match mapper.event(&self.frames[i].1, |_| true, &mut lines) {
+            match mapper.event(&self.frames[i].1, &lookup, &mut lines) {
                 Next::Continue | Next::Waiting { .. } => {}
                 Next::Ended => break,
                 Next::Rejoin => join(i + 1, &mut mapper, &mut lines),

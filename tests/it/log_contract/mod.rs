@@ -16,6 +16,7 @@ use tempfile::TempDir;
 use weft::log::embedded::EmbeddedLog;
 use weft::log::kafka::{KafkaConfig, KafkaLog};
 use weft::log::{Append, AppendError, Entry, Grant, Log, LogError, Position, Positions, Reader, Record, Topic};
+use weft::memory::LogPlan;
 
 use crate::support::{kafka, weft};
 
@@ -104,6 +105,7 @@ fn kafka_config(brokers: &str, prefix: &str, partitions: u32) -> KafkaConfig {
         partitions,
         topic_prefix: prefix.to_owned(),
         group: format!("{prefix}node"),
+        memory: LogPlan::default(),
     }
 }
 

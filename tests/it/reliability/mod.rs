@@ -1,11 +1,12 @@
 //! What goes wrong around a server: a second node, a broker that stops, readers that stop, kills in the middle of a publish.
 //! [`durable`], [`confirm`], [`dead_letters`] and [`flow`] are about readers that come back, fail, or take their time,
-//! [`panics`] about what is not to happen at all.
+//! [`memory`] about those that ask for much, [`panics`] about what is not to happen at all.
 
 mod confirm;
 mod dead_letters;
 mod durable;
 mod flow;
+mod memory;
 mod panics;
 
 use std::collections::BTreeMap;

@@ -103,6 +103,7 @@ mod child {
             partitions: 2,
             topic_prefix: prefix.to_owned(),
             group: format!("{prefix}node"),
+            memory: weft::memory::LogPlan::default(),
         };
         append(&KafkaLog::open(config).unwrap());
     }

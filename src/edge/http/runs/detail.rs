@@ -6,6 +6,8 @@ use serde_json::value::RawValue;
 
 use crate::clock;
 use crate::edge::http::Api;
+use crate::edge::http::meter::Meter;
+use crate::edge::http::page::{COPIES, EVENT_BYTES, PAGE_BYTES};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::{Fields, StoredFrame};
 use crate::protocol::http::{
@@ -13,14 +15,20 @@ use crate::protocol::http::{
     ToolItem,
 };
 use crate::protocol::kinds::{
-    AGENT_CANCEL_REQUESTED, AGENT_FAILED, AGENT_RESUMED, AGENT_STARTED, AGENT_THINKING, AGENT_WAITING, TOOL_COMPLETED,
-    TOOL_EXECUTING,
+    AGENT_CANCEL_REQUESTED, AGENT_RESUMED, AGENT_STARTED, AGENT_THINKING, AGENT_WAITING, TOOL_COMPLETED, TOOL_EXECUTING,
 };
 use crate::store::messages::MessageRow;
-use crate::store::runs::{Ending, EventRef, RunKey, RunRow};
+use crate::store::runs::{Ending, EventRef, RunKey, RunRow, StepRow};
 
-/// Steps, and messages written in deltas, that a run's page holds; a run with more is cut short, and says so.
+/// Steps, and messages written in deltas, that a run's page holds at most; a run with more is cut short, and says so. All
+/// together have [`PAGE_BYTES`] at most.
 const MAX_STEPS: usize = 10_000;
+/// About the size of a step, or of a message, without its names.
+const STEP_BYTES: usize = 160;
+/// About the size of a run in a list without its names.
+const ITEM_BYTES: usize = 512;
+/// What the page of a run may hold in memory while it is made: its steps and messages, the run's end and its question.
+pub const MEMORY: usize = PAGE_BYTES * COPIES + 4 * EVENT_BYTES;
 
 pub fn no_run() -> Error {
     Error::new(Code::NotFound, "there is no such run").at("run")
@@ -51,7 +59,7 @@ pub fn item(api: &Api, key: &RunKey, row: &RunRow) -> Result<RunItem, Error> {
             seq: wait.since.seq,
             at: clock::rfc3339(wait.since.at),
             expires_at: wait.expires_at.map(clock::rfc3339),
-            data: RunEvent::read(api, key, wait.since.seq)?.map(|event| event.data),
+            data: data_of(api, key, wait.since.seq)?,
         }),
         None => None,
     };
@@ -78,26 +86,28 @@ pub fn item(api: &Api, key: &RunKey, row: &RunRow) -> Result<RunItem, Error> {
     })
 }
 
-/// A run with all that it did.
-pub fn detail(api: &Api, key: &RunKey) -> Result<RunDetail, Error> {
+/// The same, and about how many bytes it has.
+pub fn sized_item(api: &Api, key: &RunKey, row: &RunRow) -> Result<(RunItem, usize), Error> {
+    let item = item(api, key, row)?;
+    let question = item.waiting.as_ref().and_then(|waiting| waiting.data.as_ref()).map_or(0, |data| data.get().len());
+    let names = item.run.len() + item.thread.len() + item.agent.len() + item.parent_run.as_ref().map_or(0, String::len);
+    Ok((item, ITEM_BYTES + names + question))
+}
+
+/// A run with all that it did, as much as a page holds.
+pub fn detail(api: &Api, key: &RunKey, meter: &mut Meter) -> Result<RunDetail, Error> {
     let row = api.store.run(key)?.ok_or_else(no_run)?;
-    let mut seqs = api.store.run_events(key)?;
-    let mut written = written(api, key)?;
-    let truncated = seqs.len().max(written.len()) > MAX_STEPS;
-    seqs.truncate(MAX_STEPS);
-    written.truncate(MAX_STEPS);
-    let mut steps = Vec::with_capacity(seqs.len());
-    for seq in seqs {
-        steps.extend(RunEvent::read(api, key, seq)?);
-    }
+    let mut room = Room { bytes: PAGE_BYTES, meter };
+    let (steps, more_steps) = steps(api, key, &mut room)?;
+    let (written, more_messages) = written(api, key, &mut room)?;
 
     // Read by itself: of a run that is cut short, the end is not among the steps.
     let end = match row.ended {
-        Some((mark, _)) => RunEvent::read(api, key, mark.seq)?,
+        Some((mark, _)) => data_of(api, key, mark.seq)?,
         None => None,
     };
-    let ending = end.as_ref().map(RunEvent::fields).unwrap_or_default();
-    let failed = end.as_ref().filter(|end| end.kind == AGENT_FAILED);
+    let ending = end.as_deref().and_then(Fields::parse).unwrap_or_default();
+    let failed = end.as_ref().filter(|_| matches!(row.ended, Some((_, Ending::Failed))));
 
     let mut run = item(api, key, &row)?;
     if let Some(cancel) = &mut run.cancel {
@@ -112,72 +122,111 @@ pub fn detail(api: &Api, key: &RunKey) -> Result<RunDetail, Error> {
         messages: written.into_iter().map(message).collect(),
         output: ending.raw("output").map(RawValue::to_owned),
         usage: ending.raw("usage").map(RawValue::to_owned),
-        error: failed.and_then(|end| serde_json::from_str(end.data.get()).ok()),
+        error: failed.and_then(|end| serde_json::from_str(end.get()).ok()),
         steps: steps.iter().enumerate().map(|(i, step)| step.item(steps.get(i + 1))).collect(),
-        truncated,
+        truncated: more_steps || more_messages,
     })
 }
 
-/// A run's event.
-struct RunEvent {
-    seq: u64,
-    /// Milliseconds.
-    at: u64,
-    kind: String,
-    from: String,
-    data: Box<RawValue>,
-    call: Option<String>,
-    tool: Option<String>,
+/// What the page may still hold.
+struct Room<'a> {
+    bytes: usize,
+    meter: &'a mut Meter,
 }
 
-impl RunEvent {
-    fn read(api: &Api, key: &RunKey, seq: u64) -> Result<Option<RunEvent>, Error> {
-        let Some(event) = api.store.event(&key.tenant, &key.thread, seq)? else { return Ok(None) };
-        let Some(frame) = StoredFrame::parse(&event.frame) else { return Ok(None) };
-        let fields = frame.fields();
-        Ok(Some(RunEvent {
-            seq,
-            at: clock::parse_rfc3339(&frame.at).unwrap_or(0),
-            call: fields.string("call"),
-            tool: fields.string("tool"),
-            data: frame.data.to_owned(),
-            kind: frame.kind.into_owned(),
-            from: frame.from.into_owned(),
-        }))
+impl Room<'_> {
+    /// Counts what the page holds in addition; `false` if it does not fit.
+    fn take(&mut self, bytes: usize) -> Result<bool, Error> {
+        let Some(left) = self.bytes.checked_sub(bytes) else { return Ok(false) };
+        self.bytes = left;
+        self.meter.add(bytes * COPIES)?;
+        Ok(true)
     }
+}
 
-    fn fields(&self) -> Fields<'_> {
-        Fields::parse(&self.data).unwrap_or_default()
+/// `data` of one of the run's events.
+fn data_of(api: &Api, key: &RunKey, seq: u64) -> Result<Option<Box<RawValue>>, Error> {
+    let Some(event) = api.store.event(&key.tenant, &key.thread, seq)? else { return Ok(None) };
+    Ok(StoredFrame::parse(&event.frame).map(|frame| frame.data.to_owned()))
+}
+
+/// A run's event.
+struct Step {
+    seq: u64,
+    row: StepRow,
+    /// What a call failed with.
+    error: Option<Box<RawValue>>,
+}
+
+/// The run's steps from its beginning on, as many as there is room for; and whether there are more.
+fn steps(api: &Api, key: &RunKey, room: &mut Room<'_>) -> Result<(Vec<Step>, bool), Error> {
+    let mut steps = Vec::new();
+    for step in api.store.run_events(key) {
+        let (seq, row) = step?;
+        let error = match row.failed {
+            true => data_of(api, key, seq)?.and_then(|data| Fields::parse(&data)?.raw("error").map(RawValue::to_owned)),
+            false => None,
+        };
+        let step = Step { seq, row, error };
+        if steps.len() == MAX_STEPS || !room.take(step.bytes())? {
+            return Ok((steps, true));
+        }
+        steps.push(step);
     }
+    Ok((steps, false))
+}
 
+impl Step {
     fn mark(&self) -> EventRef {
-        EventRef { seq: self.seq, at: self.at }
+        EventRef { seq: self.seq, at: self.row.at }
+    }
+
+    /// About what the page has of it: a step, and of a call an entry among the tools.
+    fn bytes(&self) -> usize {
+        let StepRow { kind, from, call, tool, .. } = &self.row;
+        let names = [call, tool].into_iter().flatten().map(|name| name.len() * 2).sum::<usize>();
+        STEP_BYTES + kind.len() + from.len() + names + self.error.as_ref().map_or(0, |error| error.get().len())
     }
 
     /// Written by a person, about the run; everything else is the agent's.
     fn is_from_people(&self) -> bool {
-        matches!(&*self.kind, AGENT_RESUMED | AGENT_CANCEL_REQUESTED)
+        matches!(&*self.row.kind, AGENT_RESUMED | AGENT_CANCEL_REQUESTED)
     }
 
-    fn item(&self, next: Option<&RunEvent>) -> StepItem {
+    fn item(&self, next: Option<&Step>) -> StepItem {
         StepItem {
             seq: self.seq,
-            kind: self.kind.clone(),
-            at: clock::rfc3339(self.at),
-            from: self.from.clone(),
-            ms: next.map(|next| next.at.saturating_sub(self.at)),
-            call: self.call.clone(),
-            tool: self.tool.clone(),
+            kind: self.row.kind.clone(),
+            at: clock::rfc3339(self.row.at),
+            from: self.row.from.clone(),
+            ms: next.map(|next| next.row.at.saturating_sub(self.row.at)),
+            call: self.row.call.clone(),
+            tool: self.row.tool.clone(),
         }
     }
 }
 
-/// Messages that were written in deltas, by when they were begun.
-fn written(api: &Api, key: &RunKey) -> Result<Vec<(String, MessageRow)>, Error> {
-    let rows = api.store.messages_of(key)?;
-    let mut rows: Vec<_> = rows.into_iter().map(|(key, row)| (key.message, row)).collect();
-    rows.sort_by_key(|(_, row)| row.begun);
-    Ok(rows)
+/// Messages that were written in deltas, by when they were begun, as many as there is room for; and whether there are more.
+fn written(api: &Api, key: &RunKey, room: &mut Room<'_>) -> Result<(Vec<(String, MessageRow)>, bool), Error> {
+    let mut first = BTreeMap::new();
+    let mut more = false;
+    for message in api.store.messages_of(key) {
+        let (message, row) = message?;
+        first.insert((row.begun, message), row);
+        if first.len() > MAX_STEPS {
+            first.pop_last();
+            more = true;
+        }
+    }
+
+    let mut written = Vec::with_capacity(first.len());
+    for ((_, message), row) in first {
+        if !room.take(STEP_BYTES + message.len() + row.from.len())? {
+            return Ok((written, true));
+        }
+        written.push((message, row));
+    }
+    Ok((written, more))
 }
 
 fn message((message, row): (String, MessageRow)) -> MessageItem {
@@ -196,25 +245,30 @@ fn writing_ms(row: &MessageRow) -> u64 {
     end.saturating_sub(row.begun_at)
 }
 
-fn timings(row: &RunRow, steps: &[RunEvent], written: &[(String, MessageRow)]) -> Timings {
+fn timings(row: &RunRow, steps: &[Step], written: &[(String, MessageRow)]) -> Timings {
     let end = row.ended.map_or(row.heard_at(), |(mark, _)| mark.at);
     let mut begun: Vec<u64> = written.iter().map(|(_, row)| row.begun_at).collect();
     begun.sort_unstable();
 
     let mut timings = Timings { total_ms: end.saturating_sub(row.started.at), ..Timings::default() };
-    for (i, step) in steps.iter().enumerate() {
-        let later = &steps[i + 1..];
-        // A wish to cancel is no work of the agent's.
-        let next = later.iter().find(|step| !step.is_from_people()).map_or(end, |next| next.at);
-        let answered = later.iter().find(|step| step.kind == AGENT_RESUMED).map_or(end, |next| next.at);
+    // From the end, so that of each step it is known what comes next. A wish to cancel is no work of the agent's.
+    let (mut next, mut answered) = (end, end);
+    for step in steps.iter().rev() {
+        let at = step.row.at;
         // Thinking ends where writing begins, and the first delta of a message is no event.
-        let writes = begun.get(begun.partition_point(|at| *at < step.at));
-        let works = writes.map_or(next, |at| next.min(*at));
-        match &*step.kind {
-            AGENT_STARTED => timings.queue_ms += works.saturating_sub(step.at),
-            AGENT_THINKING | TOOL_COMPLETED | AGENT_RESUMED => timings.thinking_ms += works.saturating_sub(step.at),
-            AGENT_WAITING => timings.waiting_ms += answered.saturating_sub(step.at),
+        let writes = begun.get(begun.partition_point(|begun| *begun < at));
+        let works = writes.map_or(next, |begun| next.min(*begun));
+        match &*step.row.kind {
+            AGENT_STARTED => timings.queue_ms += works.saturating_sub(at),
+            AGENT_THINKING | TOOL_COMPLETED | AGENT_RESUMED => timings.thinking_ms += works.saturating_sub(at),
+            AGENT_WAITING => timings.waiting_ms += answered.saturating_sub(at),
             _ => {}
+        }
+        if step.row.kind == AGENT_RESUMED {
+            answered = at;
+        }
+        if !step.is_from_people() {
+            next = at;
         }
     }
     timings.tool_ms = tools(steps).iter().filter_map(|tool| tool.ms).sum();
@@ -222,18 +276,18 @@ fn timings(row: &RunRow, steps: &[RunEvent], written: &[(String, MessageRow)]) -
     timings
 }
 
-fn tools(steps: &[RunEvent]) -> Vec<ToolItem> {
+fn tools(steps: &[Step]) -> Vec<ToolItem> {
     let mut tools: Vec<ToolItem> = Vec::new();
     // Calls that have not completed: where they stand in `tools`, and since when they execute.
     let mut open: BTreeMap<&str, (usize, u64)> = BTreeMap::new();
     for step in steps {
-        let Some(call) = step.call.as_deref() else { continue };
-        match &*step.kind {
+        let Some(call) = step.row.call.as_deref() else { continue };
+        match &*step.row.kind {
             TOOL_EXECUTING => {
-                open.insert(call, (tools.len(), step.at));
+                open.insert(call, (tools.len(), step.row.at));
                 tools.push(ToolItem {
                     call: call.to_owned(),
-                    tool: step.tool.clone().unwrap_or_default(),
+                    tool: step.row.tool.clone().unwrap_or_default(),
                     began: at(step.mark()),
                     completed: None,
                     ms: None,
@@ -243,8 +297,8 @@ fn tools(steps: &[RunEvent]) -> Vec<ToolItem> {
             TOOL_COMPLETED => {
                 if let Some((i, began)) = open.remove(call) {
                     tools[i].completed = Some(at(step.mark()));
-                    tools[i].ms = Some(step.at.saturating_sub(began));
-                    tools[i].error = step.fields().raw("error").map(RawValue::to_owned);
+                    tools[i].ms = Some(step.row.at.saturating_sub(began));
+                    tools[i].error = step.error.clone();
                 }
             }
             _ => {}

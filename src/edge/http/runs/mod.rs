@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use warp::http::StatusCode;
 
+use super::meter::Meter;
 use super::page::Page;
-use super::reply::{Reply, json};
+use super::reply::{Reply, charged, json};
 use super::request::Request;
 use super::{Api, if_readable};
 use crate::auth::{Principal, scopes};
@@ -16,23 +17,32 @@ use crate::edge::blocking;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::http::RunList;
 use crate::protocol::ids;
-use crate::store::runs::{RunKey, RunRow};
+use crate::store::StoreError;
+use crate::store::runs::RunKey;
 
 /// `GET /v1/threads/{thread}/runs`: newest first.
 pub async fn of_thread(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     let query = it.query(&["cursor", "limit"])?;
     let address = it.address()?;
     let page: Page<Reverse<u64>> = Page::read(&query, &it.who, "runs of a thread", &[&address.name])?;
+    let mut meter = api.meter(&it.who, page.memory()).await?;
     blocking(move || {
-        let thread = &*address.name;
+        let (tenant, thread) = (&*it.who.tenant, &*address.name);
         let read = |_| {
-            let rows = api.store.runs_of(&it.who.tenant, thread)?;
-            let rows = rows.into_iter().map(|(key, row)| (Reverse(row.started.seq), (key, row))).collect();
-            let (rows, next) = page.cut(rows);
-            let runs = rows.iter().map(|(_, (key, row))| detail::item(&api, key, row));
-            Ok(RunList { runs: runs.collect::<Result<_, _>>()?, next })
+            let before = page.after.as_ref().map_or(u64::MAX, |after| after.0);
+            let runs = api.store.runs_of(tenant, thread, before).map(|run| {
+                let (seq, key) = run?;
+                Ok((Reverse(seq), key))
+            });
+            let make = |_: &Reverse<u64>, key: RunKey, _: &mut Meter| match api.store.run(&key)? {
+                Some(row) => detail::sized_item(&api, &key, &row).map(Some),
+                None => Ok(None),
+            };
+            let (runs, next) = page.fill(runs, &mut meter, make)?;
+            Ok(RunList { runs, next })
         };
-        Ok(json(StatusCode::OK, &api.rights.read(&it.who, thread, read)?))
+        let list = api.rights.read(&it.who, thread, read)?;
+        Ok(charged(json(StatusCode::OK, &list), meter))
     })
     .await
 }
@@ -42,44 +52,50 @@ pub async fn open(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     let query = it.query(&["state", "cursor", "limit"])?;
     let state = query.one_of("state", &["open", "waiting"])?;
     let page: Page<Vec<u8>> = Page::read(&query, &it.who, "runs", &[state])?;
+    let mut meter = api.meter(&it.who, page.memory()).await?;
     blocking(move || {
-        let mut rows = Vec::new();
-        for key in open_runs(&api, &it.who)? {
-            let row = api.store.run(&key)?.filter(|row| row.ended.is_none());
-            if let Some(row) = row.filter(|row| state == "open" || row.waiting.is_some()) {
-                rows.push((sort_key(&key, &row), (key, row)));
-            }
-        }
-
-        let (rows, next) = page.cut(rows);
-        let mut runs = Vec::with_capacity(rows.len());
-        for (_, (key, row)) in rows {
-            let read = api.rights.read(&it.who, &key.thread, |_| detail::item(&api, &key, &row));
-            runs.extend(if_readable(read)?);
-        }
-        Ok(json(StatusCode::OK, &RunList { runs, next }))
+        let make = |_: &Vec<u8>, key: RunKey, _: &mut Meter| {
+            // One that has ended meanwhile is listed no more.
+            let Some(row) = api.store.run(&key)?.filter(|row| row.ended.is_none()) else { return Ok(None) };
+            if_readable(api.rights.read(&it.who, &key.thread, |_| detail::sized_item(&api, &key, &row)))
+        };
+        let waiting = state == "waiting";
+        let (runs, next) = if scopes::reads_by_scope(it.who.scopes) {
+            let runs = api.store.open_runs_by_time(&it.who.tenant, waiting, page.after.as_deref());
+            page.fill(runs.map(|run| Ok(run?)), &mut meter, make)?
+        } else {
+            let runs = page.select(runs_of_member(&api, &it.who, waiting))?;
+            page.fill(runs.into_iter().map(Ok), &mut meter, make)?
+        };
+        Ok(charged(json(StatusCode::OK, &RunList { runs, next }), meter))
     })
     .await
 }
 
-/// What a list of open runs is sorted by: since when, then which.
-fn sort_key(key: &RunKey, row: &RunRow) -> Vec<u8> {
-    let since = row.waiting.as_ref().map_or(row.started.at, |wait| wait.since.at);
-    [&since.to_be_bytes()[..], key.thread.as_bytes(), &[0], key.run.as_bytes()].concat()
-}
-
-/// The open runs of the threads that the user reads.
-fn open_runs(api: &Api, who: &Principal) -> Result<Vec<RunKey>, Error> {
-    if scopes::reads_by_scope(who.scopes) {
-        return Ok(api.store.open_runs(&who.tenant, None)?);
-    }
-    let mut threads = api.store.threads_of(&who.tenant, &who.user)?;
-    threads.push(ids::inbox(&who.user));
-    let mut runs = Vec::new();
-    for thread in threads {
-        runs.extend(api.store.open_runs(&who.tenant, Some(&thread))?);
-    }
-    Ok(runs)
+/// The open runs, or of them those that wait, of the threads whose member the user is and of its inbox, in no order.
+fn runs_of_member<'a>(
+    api: &'a Api,
+    who: &'a Principal,
+    waiting: bool,
+) -> impl Iterator<Item = Result<(Vec<u8>, RunKey), StoreError>> + 'a {
+    let threads = api.store.threads_of(&who.tenant, &who.user).chain([Ok(ids::inbox(&who.user))]);
+    let keys = threads.flat_map(move |thread| -> Box<dyn Iterator<Item = Result<RunKey, StoreError>> + 'a> {
+        match thread {
+            Ok(thread) => Box::new(api.store.open_runs(&who.tenant, &thread)),
+            Err(error) => Box::new(std::iter::once(Err(error))),
+        }
+    });
+    keys.filter_map(move |key| {
+        let found = key.and_then(|key| Ok((api.store.run(&key)?, key)));
+        match found {
+            Ok((Some(row), key)) => {
+                let is_listed = row.ended.is_none() && waiting <= row.waiting.is_some();
+                is_listed.then(|| Ok((key.time(&row), key)))
+            }
+            Ok((None, _)) => None,
+            Err(error) => Some(Err(error)),
+        }
+    })
 }
 
 /// `GET /v1/threads/{thread}/runs/{run}`
@@ -87,10 +103,11 @@ pub async fn read(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     it.no_query()?;
     let address = it.address()?;
     let run = it.segment("run")?;
+    let mut meter = api.meter(&it.who, detail::MEMORY).await?;
     blocking(move || {
         let key = RunKey::new(&it.who.tenant, &address.name, &run);
-        let detail = api.rights.read(&it.who, &key.thread, |_| detail::detail(&api, &key))?;
-        Ok(json(StatusCode::OK, &detail))
+        let detail = api.rights.read(&it.who, &key.thread, |_| detail::detail(&api, &key, &mut meter))?;
+        Ok(charged(json(StatusCode::OK, &detail), meter))
     })
     .await
 }
@@ -99,26 +116,23 @@ pub async fn read(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
 pub async fn find(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     it.no_query()?;
     let run = it.segment("run")?;
+    let mut meter = api.meter(&it.who, detail::MEMORY).await?;
     blocking(move || {
         let mut threads = Vec::new();
-        for thread in api.store.threads_of_run(&it.who.tenant, &run)? {
+        for thread in api.store.threads_of_run(&it.who.tenant, &run) {
+            let thread = thread?;
             threads.extend(if_readable(api.rights.may_read(&it.who, &thread))?.map(|()| thread));
-        }
-
-        match threads.as_slice() {
-            [] => Err(detail::no_run()),
-            [thread] => {
-                let key = RunKey::new(&it.who.tenant, thread, &run);
-                let found = api.rights.read(&it.who, thread, |_| detail::detail(&api, &key));
-                // Of a thread that the user has just been removed from, not even its name is said.
-                let detail = if_readable(found)?.ok_or_else(detail::no_run)?;
-                Ok(json(StatusCode::OK, &detail))
-            }
-            several => {
-                let why = format!("{} threads have a run of this name: ask for it in its thread", several.len());
-                Err(Error::new(Code::Conflict, why).at("run"))
+            if threads.len() > 1 {
+                let why = "several threads have a run of this name: ask for it in its thread";
+                return Err(Error::new(Code::Conflict, why).at("run"));
             }
         }
+        let thread = threads.pop().ok_or_else(detail::no_run)?;
+        let key = RunKey::new(&it.who.tenant, &thread, &run);
+        let found = api.rights.read(&it.who, &thread, |_| detail::detail(&api, &key, &mut meter));
+        // Of a thread that the user has just been removed from, not even its name is said.
+        let detail = if_readable(found)?.ok_or_else(detail::no_run)?;
+        Ok(charged(json(StatusCode::OK, &detail), meter))
     })
     .await
 }

@@ -1,0 +1,254 @@
+//! Reads of the store for subscriptions: on a blocking thread, and charged to the node's memory before.
+//!
+//! A read charges [`READ_BYTES`], and more if the first thing that it finds is larger. Without room it waits, in the order of
+//! all readers. What was read keeps its charge until the last of it goes to the socket; a session waits for its own next read
+//! only, never with a read that others wait for.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+use tokio_tungstenite::tungstenite::Utf8Bytes;
+use uuid::Uuid;
+
+use super::catchup::CHUNK_BYTES;
+use super::subscription::DeliveredText;
+use crate::auth::Principal;
+use crate::delivery::outbox::{Answer, Chunk, OpenText, Outbox, ReadFor};
+use crate::delivery::sources::Sources;
+use crate::memory::{Charge, Refused};
+use crate::protocol::delta::Delta;
+use crate::protocol::error::{Code, Error};
+use crate::store::messages::{MessageKey, MessageRow};
+use crate::store::{EventRange, Store, StoreError, StoredEvent};
+use crate::{clock, panics};
+
+/// What a read charges at first.
+const READ_BYTES: usize = CHUNK_BYTES;
+/// What an event takes in memory beside its frame.
+const EVENT_OVERHEAD: usize = 128;
+/// What the frame of a delta has beside the text.
+const FRAME_OVERHEAD: usize = 1 << 10;
+/// A frame that is larger does not go to the socket at once.
+const LARGE: usize = 72 << 10;
+/// How long a read waits for memory. Its subscription then ends with an error.
+const WAIT: Duration = Duration::from_secs(30);
+/// When to try again.
+const RETRY_MS: u64 = 5_000;
+
+/// What is read from the store.
+pub(super) enum Wanted {
+    Events(EventRange),
+    /// The text of messages that are being written, of those after one, beyond what the client has.
+    OpenText {
+        after: Option<MessageKey>,
+        delivered: DeliveredText,
+    },
+}
+
+/// A read for a subscription.
+pub(super) struct Read {
+    pub sources: Arc<Sources>,
+    pub outbox: Arc<Outbox>,
+    pub who: Principal,
+    pub thread: String,
+    pub reader: ReadFor,
+    pub wanted: Wanted,
+}
+
+/// What came of a read.
+enum Outcome {
+    Chunk(Chunk),
+    /// The first thing needs so much memory.
+    Needs(usize),
+}
+
+impl Read {
+    /// Reads as soon as there is memory, and answers to the outbox.
+    pub fn start(self) {
+        match self.sources.memory.try_charge(&self.who.key, READ_BYTES) {
+            Ok(charge) => drop(tokio::task::spawn_blocking(move || self.read(charge))),
+            Err(_) => drop(tokio::spawn(self.wait(READ_BYTES))),
+        }
+    }
+
+    async fn wait(self, bytes: usize) {
+        match self.sources.memory.charge(&self.who.key, bytes, WAIT).await {
+            Ok(charge) => drop(tokio::task::spawn_blocking(move || self.read(charge))),
+            Err(refused) => self.answer(Err(refusal(refused))),
+        }
+    }
+
+    /// The right to read is looked up once more after the read, so that nothing committed after the user's removal goes out.
+    fn read(self, charge: Charge) {
+        if self.outbox.is_closed() {
+            return;
+        }
+        let (store, who, thread) = (&self.sources.store, &self.who, &*self.thread);
+        let wanted = |head| match &self.wanted {
+            Wanted::Events(range) => events(store, who, thread, *range, head, charge),
+            Wanted::OpenText { after, delivered } => open_text(store, who, thread, after.as_ref(), delivered, charge),
+        };
+        match panics::catch(|| self.sources.rights.read(who, thread, wanted)).flatten() {
+            Ok(Outcome::Chunk(chunk)) => self.answer(Ok(chunk)),
+            Ok(Outcome::Needs(bytes)) => drop(Handle::current().spawn(self.wait(bytes))),
+            Err(error) => self.answer(Err(error)),
+        }
+    }
+
+    fn answer(self, read: Result<Chunk, Error>) {
+        self.outbox.push_answer(Answer::Chunk { sub: self.reader, read });
+    }
+}
+
+fn refusal(refused: Refused) -> Error {
+    match refused {
+        Refused::Full => {
+            let why = "the server has had no memory left to read this thread: subscribe again";
+            Error::new(Code::Unavailable, why).retry_after(RETRY_MS)
+        }
+        Refused::TooLarge => Error::new(Code::Internal, "an event is larger than the server's memory allows"),
+    }
+}
+
+/// `head` was looked up before: what is committed since may be missing, what is up to there may not.
+fn events(
+    store: &Store,
+    who: &Principal,
+    thread: &str,
+    range: EventRange,
+    head: u64,
+    mut charge: Charge,
+) -> Result<Outcome, Error> {
+    let (mut events, mut used, mut needs) = (Vec::<StoredEvent>::new(), 0, None);
+    store.visit_events(&who.tenant, thread, range, |seq, row| {
+        let bytes = row.frame.len() + EVENT_OVERHEAD;
+        let fits = used + bytes <= range.bytes.min(charge.bytes());
+        if !fits && !events.is_empty() {
+            return Ok::<_, StoreError>(ControlFlow::Break(()));
+        }
+        if !fits && charge.grow_to(bytes).is_err() {
+            needs = Some(bytes);
+            return Ok(ControlFlow::Break(()));
+        }
+        used += bytes;
+        events.push(StoredEvent::new(seq, row));
+        Ok(ControlFlow::Continue(()))
+    })?;
+
+    if let Some(bytes) = needs {
+        return Ok(Outcome::Needs(bytes));
+    }
+    if events.is_empty() && head >= range.from {
+        return Err(Error::new(Code::Internal, "the store lacks events that it should have"));
+    }
+    charge.shrink_to(used);
+    let charge = Arc::new(charge);
+    for event in events.iter_mut().filter(|event| event.frame.len() > LARGE) {
+        event.frame = charged(std::mem::take(&mut event.frame), &charge);
+    }
+    Ok(Outcome::Chunk(Chunk::Events { events, charge }))
+}
+
+/// The text of messages that are being written in the thread, beyond what the client has: of one message at least, and of as
+/// many as a read may bring.
+fn open_text(
+    store: &Store,
+    who: &Principal,
+    thread: &str,
+    after: Option<&MessageKey>,
+    delivered: &DeliveredText,
+    mut charge: Charge,
+) -> Result<Outcome, Error> {
+    let (mut texts, mut used, mut last, mut more) = (Vec::new(), 0, None, false);
+    for key in store.open_messages(&who.tenant, thread, after) {
+        let key = key?;
+        let name = Delta::name(&key.run.run, &key.message);
+        let from_char = delivered.get(&name).copied().unwrap_or(0);
+        let Some(row) = open(store, &key)? else { continue };
+
+        // The text, and the frame that is made of it.
+        let bytes = 2 * row.bytes as usize + FRAME_OVERHEAD;
+        let fits = used + bytes <= charge.bytes();
+        if !fits && used > 0 {
+            more = true;
+            break;
+        }
+        if !fits && charge.grow_to(bytes).is_err() {
+            return Ok(Outcome::Needs(bytes));
+        }
+        let text = store.text_after(&key, from_char)?;
+        // Looked up after the text: if the message was closed meanwhile, the text may be incomplete, but the event that closed
+        // it comes live and has all of it.
+        let Some(row) = open(store, &key)? else { continue };
+
+        let to_char = from_char + text.chars().count() as u64;
+        let adds_nothing = text.is_empty() && from_char > 0;
+        let frame = (!adds_nothing).then(|| frame(thread, &key, &row, &name, from_char, to_char, text));
+        let bytes = frame.as_ref().map_or(0, |frame| frame.len()) + EVENT_OVERHEAD;
+        // Of text that JSON has to escape, the frame is longer than was charged for.
+        if charge.grow_to(used + bytes).is_err() {
+            if used == 0 {
+                return Ok(Outcome::Needs(2 * bytes));
+            }
+            more = true;
+            break;
+        }
+        used += bytes;
+        texts.push((name, to_char, frame));
+        last = Some(key);
+    }
+    charge.shrink_to(used);
+    let charge = Arc::new(charge);
+    let texts = texts.into_iter().map(|(name, to_char, frame)| {
+        let frame = frame.map(|frame| charged(frame, &charge));
+        OpenText { name, to_char, frame }
+    });
+    Ok(Outcome::Chunk(Chunk::OpenText { texts: texts.collect(), next: last.filter(|_| more) }))
+}
+
+/// A frame whose bytes hold its charge: however slowly a socket takes them, it is given back when the last of them has left.
+fn charged(frame: Utf8Bytes, charge: &Arc<Charge>) -> Utf8Bytes {
+    struct Charged(Utf8Bytes, #[expect(dead_code, reason = "held for as long as the bytes are")] Arc<Charge>);
+    impl AsRef<[u8]> for Charged {
+        fn as_ref(&self) -> &[u8] {
+            self.0.as_ref()
+        }
+    }
+    let bytes = Bytes::from_owner(Charged(frame.clone(), charge.clone()));
+    // The bytes are those of a text.
+    Utf8Bytes::try_from(bytes).unwrap_or(frame)
+}
+
+/// A message's row, while it is being written.
+fn open(store: &Store, key: &MessageKey) -> Result<Option<MessageRow>, StoreError> {
+    Ok(store.message(key)?.filter(|row| row.closed.is_none()))
+}
+
+fn frame(
+    thread: &str,
+    key: &MessageKey,
+    row: &MessageRow,
+    name: &Arc<str>,
+    from_char: u64,
+    to_char: u64,
+    text: String,
+) -> Utf8Bytes {
+    let delta = Delta {
+        name: name.clone(),
+        thread: thread.into(),
+        run: key.run.run.as_str().into(),
+        message: key.message.as_str().into(),
+        event: Uuid::from_bytes(row.event),
+        from: row.from.as_str().into(),
+        at: clock::rfc3339(row.last_at).into(),
+        priority: None,
+        head: 0,
+        from_char,
+        to_char,
+        text,
+    };
+    delta.frame()
+}

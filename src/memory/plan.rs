@@ -1,0 +1,151 @@
+//! Which part of a node may hold how much of its memory.
+//!
+//! The fixed parts have the size that serves them best, as long as that is no more than half of the budget; where it
+//! would be more, all are made smaller by the same factor. What is left is for what comes and goes with clients.
+
+/// The smallest budget with which every request can be served.
+pub const MINIMUM: u64 = 256 << 20;
+
+const MIB: usize = 1 << 20;
+
+/// The sizes that serve best. More brings little; less costs reads from the disk, or more flushes.
+const CACHE: usize = 64 * MIB;
+const MEMTABLES: usize = 64 * MIB;
+const LOG_QUEUE: usize = 64 * MIB;
+const LOG_TAIL: usize = 16 * MIB;
+const LOG_MEMTABLE: usize = 32 * MIB;
+const LOG_CACHE: usize = 16 * MIB;
+/// Write buffers of the embedded log: one that is written to, and those that are on their way to the disk.
+const LOG_MEMTABLES: usize = 4;
+const FIXED: usize = CACHE + MEMTABLES + LOG_QUEUE + LOG_TAIL + LOG_MEMTABLES * LOG_MEMTABLE + LOG_CACHE;
+
+/// What commits of the projector may hold on their way to the readers: one that is made, one that waits to be queued,
+/// four in the queue and one being delivered, 4 MiB each, and what one record may add to the first.
+const COMMITS: usize = 44 * MIB;
+/// What an open connection takes that does nothing.
+pub const CONNECTION: usize = 16 << 10;
+
+/// The budget and its parts, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan {
+    pub total: usize,
+    /// The projections' cache of blocks.
+    pub cache: usize,
+    /// Rows of the projections that are not flushed yet.
+    pub memtables: usize,
+    pub log: LogPlan,
+    pub commits: usize,
+    pub connections: usize,
+    /// What requests read and answer.
+    pub requests: usize,
+    /// What sessions and streams have read from the store for their clients.
+    pub readers: usize,
+}
+
+/// The parts of the embedded log; with Kafka its client has their memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogPlan {
+    /// Records that wait for the writer.
+    pub queue: usize,
+    /// The newest records, for the reader at the tail.
+    pub tail: usize,
+    /// One write buffer of [`LogPlan::memtables`].
+    pub memtable: usize,
+    pub memtables: usize,
+    pub cache: usize,
+}
+
+/// The sizes that serve best.
+impl Default for LogPlan {
+    fn default() -> LogPlan {
+        LogPlan { queue: LOG_QUEUE, tail: LOG_TAIL, memtable: LOG_MEMTABLE, memtables: LOG_MEMTABLES, cache: LOG_CACHE }
+    }
+}
+
+impl LogPlan {
+    /// What may wait in Kafka's client to be sent.
+    pub fn producer(&self) -> usize {
+        self.memtable * self.memtables
+    }
+
+    /// What Kafka's client may have received ahead of its reader.
+    pub fn consumer(&self) -> usize {
+        self.tail + self.cache
+    }
+
+    pub fn total(&self) -> usize {
+        self.queue + self.tail + self.memtable * self.memtables + self.cache
+    }
+}
+
+impl Plan {
+    /// Divides a budget of at least [`MINIMUM`].
+    pub fn of(total: u64) -> Plan {
+        let total = usize::try_from(total).unwrap_or(usize::MAX);
+        let room = (total / 2).saturating_sub(COMMITS).min(FIXED);
+        // In 128 bits, as the product may be beyond 64.
+        let scaled = |size: usize| (size as u128 * room as u128 / FIXED as u128) as usize;
+        let log = LogPlan {
+            queue: scaled(LOG_QUEUE),
+            tail: scaled(LOG_TAIL),
+            memtable: scaled(LOG_MEMTABLE),
+            memtables: LOG_MEMTABLES,
+            cache: scaled(LOG_CACHE),
+        };
+        let (cache, memtables) = (scaled(CACHE), scaled(MEMTABLES));
+
+        let left = total - cache - memtables - log.total() - COMMITS.min(total / 2);
+        let (connections, requests) = (left / 4, left / 8 * 3);
+        let readers = left - connections - requests;
+        Plan { total, cache, memtables, log, commits: COMMITS, connections, requests, readers }
+    }
+
+    /// How many connections there is memory for.
+    pub fn max_connections(&self) -> usize {
+        self.connections / CONNECTION
+    }
+
+    /// Every part by its name.
+    pub fn parts(&self) -> [(&'static str, usize); 7] {
+        [
+            ("cache", self.cache),
+            ("memtables", self.memtables),
+            ("log", self.log.total()),
+            ("commits", self.commits),
+            ("connections", self.connections),
+            ("requests", self.requests),
+            ("readers", self.readers),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn with_a_gibibyte_the_fixed_parts_have_their_best_size() {
+        let plan = Plan::of(1 << 30);
+        assert_eq!((plan.cache, plan.memtables, plan.log.queue), (64 * MIB, 64 * MIB, 64 * MIB));
+        assert_eq!((plan.log.tail, plan.log.memtable, plan.log.memtables), (16 * MIB, 32 * MIB, 4));
+        assert_eq!(Plan::of(64 << 30).cache, plan.cache, "more memory is for clients");
+    }
+
+    #[test]
+    fn the_parts_are_the_whole_and_the_fixed_ones_no_more_than_half() {
+        for total in [MINIMUM, 300 << 20, 512 << 20, 1 << 30, 7_777_777_777, 1 << 40] {
+            let plan = Plan::of(total);
+            let sum: usize = plan.parts().iter().map(|(_, bytes)| bytes).sum();
+            assert_eq!(sum as u64, total);
+            let fixed = plan.cache + plan.memtables + plan.log.total() + plan.commits;
+            assert!(fixed as u64 <= total / 2, "{plan:?}");
+            assert!(plan.log.memtable >= 4 * MIB && plan.log.queue >= 8 * MIB, "{plan:?}");
+        }
+    }
+
+    #[test]
+    fn ten_thousand_connections_fit_into_a_gibibyte() {
+        assert!(Plan::of(1 << 30).max_connections() >= 9_900);
+        assert!(Plan::of(8 << 30).max_connections() >= 100_000);
+    }
+}
