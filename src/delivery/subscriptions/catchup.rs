@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::Subscriptions;
-use super::reading::{Read, Wanted};
+use super::reading::{CHUNK_BYTES, Read, Wanted};
 use super::replay::Replayed;
 use super::subscription::{Admission, Stage, Subscription};
 use crate::auth::Principal;
@@ -26,8 +26,6 @@ use crate::store::{EventRange, StoredEvent};
 
 /// Events of one read from the store.
 const CHUNK_EVENTS: usize = 512;
-/// Bytes of one read from the store; two such reads at most are in memory for a session.
-pub const CHUNK_BYTES: usize = 128 << 10;
 /// Reads that a session may have under way.
 pub const READS: usize = 2;
 

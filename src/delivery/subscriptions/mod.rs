@@ -42,9 +42,10 @@ use metrics::Counter;
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
-pub use self::catchup::{CHUNK_BYTES, READS};
+pub use self::catchup::READS;
 pub use self::confirm::{ConfirmPolicy, Presence, WINDOW};
 pub use self::filter::Kinds;
+pub use self::reading::CHUNK_BYTES;
 pub use self::receipt::{Receipt, first_receipt};
 pub use self::subscription::NewSubscription;
 

@@ -1,6 +1,6 @@
 //! Reads of the store for subscriptions: on a blocking thread, and charged to the node's memory before.
 //!
-//! A read charges [`READ_BYTES`], and more if the first thing that it finds is larger. Without room it waits, in the order of
+//! A read charges [`CHUNK_BYTES`], and more if the first thing that it finds is larger. Without room it waits, in the order of
 //! all readers. What was read keeps its charge until the last of it goes to the socket; a session waits for its own next read
 //! only, never with a read that others wait for.
 
@@ -13,7 +13,6 @@ use tokio::runtime::Handle;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
-use super::catchup::CHUNK_BYTES;
 use super::subscription::DeliveredText;
 use crate::auth::Principal;
 use crate::delivery::outbox::{Answer, Chunk, OpenText, Outbox, ReadFor};
@@ -25,8 +24,8 @@ use crate::store::messages::{MessageKey, MessageRow};
 use crate::store::{EventRange, Store, StoreError, StoredEvent};
 use crate::{clock, panics};
 
-/// What a read charges at first.
-const READ_BYTES: usize = CHUNK_BYTES;
+/// Bytes of one read from the store; two such reads at most are in memory for a session.
+pub const CHUNK_BYTES: usize = 128 << 10;
 /// What an event takes in memory beside its frame.
 const EVENT_OVERHEAD: usize = 128;
 /// What the frame of a delta has beside the text.
@@ -68,9 +67,9 @@ enum Outcome {
 impl Read {
     /// Reads as soon as there is memory, and answers to the outbox.
     pub fn start(self) {
-        match self.sources.memory.try_charge(&self.who.key, READ_BYTES) {
+        match self.sources.memory.try_charge(&self.who.key, CHUNK_BYTES) {
             Ok(charge) => drop(tokio::task::spawn_blocking(move || self.read(charge))),
-            Err(_) => drop(tokio::spawn(self.wait(READ_BYTES))),
+            Err(_) => drop(tokio::spawn(self.wait(CHUNK_BYTES))),
         }
     }
 
