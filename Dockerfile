@@ -2,7 +2,7 @@
 
 FROM rust:1.95-bookworm AS build
 RUN apt-get update \
- && apt-get install -y --no-install-recommends build-essential cmake pkg-config libclang-dev zlib1g-dev \
+ && apt-get install -y --no-install-recommends build-essential cmake pkg-config libclang-dev zlib1g-dev libssl-dev \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .
@@ -14,7 +14,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
 
 FROM debian:bookworm-slim
 RUN apt-get update \
- && apt-get install -y --no-install-recommends libstdc++6 ca-certificates \
+ && apt-get install -y --no-install-recommends libstdc++6 libssl3 ca-certificates \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --system --uid 10001 --home-dir /var/lib/weft --create-home weft \
  && install --directory --owner weft /var/lib/weft/data

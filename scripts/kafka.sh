@@ -10,12 +10,19 @@
 #
 # WEFT_KAFKA_DIR (.kafka in the checkout) holds data, settings, pid and log; WEFT_KAFKA_PORT is 9092, and the controller
 # has the port after it. Brokers with a directory and a port of their own run beside each other.
+#
+# With WEFT_KAFKA_SASL=1 a new broker wants TLS and SCRAM-SHA-512 (user weft, password weft-secret): SASL_SSL on its port,
+# with the certificate of the authority in $WEFT_KAFKA_DIR/tls/ca.pem, and SASL_PLAINTEXT on the second port after it.
+# `consume` and `groups` then use the settings in $WEFT_KAFKA_DIR/client.properties.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 pom=$root/kafka/pom.xml
 dir=${WEFT_KAFKA_DIR:-$root/.kafka}
 port=${WEFT_KAFKA_PORT:-9092}
+sasl=${WEFT_KAFKA_SASL:-}
+# What is asked whether the broker answers: before they authenticate, clients may ask for versions, but not without TLS.
+probe=$((sasl ? port + 2 : port))
 version=$(sed -n 's:.*<kafka.version>\(.*\)</kafka.version>.*:\1:p' "$pom")
 # Outside of the checkout, so that a clean one does not fetch 54 MB again.
 libs=${XDG_CACHE_HOME:-$HOME/.cache}/weft/kafka-libs-$version
@@ -62,21 +69,19 @@ broker_pid() {
 # Sends an ApiVersions request by hand: a port that is open does not show that the broker answers, and a tool needs a second to start.
 answers() {
   timeout 2 bash -c '
-    exec 3<>/dev/tcp/127.0.0.1/'"$port"' || exit 1
+    exec 3<>/dev/tcp/127.0.0.1/'"$probe"' || exit 1
     printf "\0\0\0\012\0\022\0\0\0\0\0\01\377\377" >&3
     [ "$(head -c 8 <&3 | wc -c)" -eq 8 ]' 2>/dev/null
 }
 
 write_settings() {
   mkdir -p "$dir"
+  : >"$dir/client.properties"
   cat >"$dir/server.properties" <<EOF
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:$((port + 1))
-listeners=PLAINTEXT://127.0.0.1:$port,CONTROLLER://127.0.0.1:$((port + 1))
-advertised.listeners=PLAINTEXT://127.0.0.1:$port
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
 log.dirs=$dir/data
 auto.create.topics.enable=false
 group.initial.rebalance.delay.ms=0
@@ -89,6 +94,15 @@ transaction.state.log.min.isr=1
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 EOF
+  if [ -n "$sasl" ]; then
+    write_sasl_settings
+  else
+    cat >>"$dir/server.properties" <<EOF
+listeners=PLAINTEXT://127.0.0.1:$port,CONTROLLER://127.0.0.1:$((port + 1))
+advertised.listeners=PLAINTEXT://127.0.0.1:$port
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+EOF
+  fi
   cat >"$dir/log4j2.properties" <<'EOF'
 appender.out.type=Console
 appender.out.name=out
@@ -100,20 +114,68 @@ rootLogger.appenderRef.out.ref=out
 EOF
 }
 
+# TLS and SASL: the broker uses its own user between its listeners as well.
+write_sasl_settings() {
+  [ -f "$dir/tls/server.pem" ] || make_certificates
+  local login='org.apache.kafka.common.security.scram.ScramLoginModule required username="weft" password="weft-secret";'
+  cat >>"$dir/server.properties" <<EOF
+listeners=SASL_SSL://127.0.0.1:$port,CONTROLLER://127.0.0.1:$((port + 1)),SASL_PLAINTEXT://127.0.0.1:$((port + 2))
+advertised.listeners=SASL_SSL://127.0.0.1:$port,SASL_PLAINTEXT://127.0.0.1:$((port + 2))
+listener.security.protocol.map=SASL_SSL:SASL_SSL,CONTROLLER:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT
+inter.broker.listener.name=SASL_PLAINTEXT
+sasl.enabled.mechanisms=SCRAM-SHA-512
+sasl.mechanism.inter.broker.protocol=SCRAM-SHA-512
+listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config=$login
+listener.name.sasl_plaintext.scram-sha-512.sasl.jaas.config=$login
+ssl.keystore.type=PEM
+ssl.keystore.location=$dir/tls/server.pem
+EOF
+  cat >"$dir/client.properties" <<EOF
+security.protocol=SASL_SSL
+sasl.mechanism=SCRAM-SHA-512
+sasl.jaas.config=$login
+ssl.truststore.type=PEM
+ssl.truststore.location=$dir/tls/ca.pem
+EOF
+}
+
+# An authority of our own, and a certificate of it for this machine; tls/other-ca.pem is an authority that has signed nothing.
+make_certificates() {
+  command -v openssl >/dev/null || fail "openssl is needed for WEFT_KAFKA_SASL (openssl not found)"
+  mkdir -p "$dir/tls"
+  (
+    cd "$dir/tls"
+    for name in ca other-ca; do
+      openssl req -x509 -newkey rsa:2048 -nodes -days 3650 -subj "/CN=weft test $name" -keyout "$name.key" -out "$name.pem"
+    done
+    openssl req -newkey rsa:2048 -nodes -subj "/CN=localhost" -keyout server.key -out server.csr
+    openssl x509 -req -days 3650 -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out server.crt \
+      -extfile <(echo "subjectAltName=IP:127.0.0.1,DNS:localhost")
+    # Kafka reads only this form of a key.
+    openssl pkcs8 -topk8 -nocrypt -in server.key -out server.p8
+    cat server.p8 server.crt ca.pem >server.pem
+  ) 2>"$dir/openssl.log" || {
+    cat "$dir/openssl.log" >&2
+    fail "could not make certificates in $dir/tls"
+  }
+}
+
 start() {
   if broker_pid >/dev/null && answers; then
     status
     return
   fi
   broker_pid >/dev/null && fail "the broker runs (pid $(broker_pid)), but does not answer on port $port; see $dir/kafka.log"
-  answers && fail "something else answers on port $port; choose another one with WEFT_KAFKA_PORT"
+  answers && fail "something else answers on port $probe; choose another one with WEFT_KAFKA_PORT"
   fetch_libs
   write_settings
   if [ ! -f "$dir/data/meta.properties" ]; then
     # A cluster id is 16 random bytes in base64url; a leading dash would be read as an option.
     local id
     id=$(head -c 16 /dev/urandom | base64 | tr '+/' '-_' | cut -c1-22 | sed 's/^-/A/')
-    (tool kafka.tools.StorageTool format -t "$id" -c "$dir/server.properties") >"$dir/format.log" 2>&1 || {
+    local users=()
+    [ -z "$sasl" ] || users=(--add-scram 'SCRAM-SHA-512=[name=weft,password=weft-secret]')
+    (tool kafka.tools.StorageTool format -t "$id" -c "$dir/server.properties" "${users[@]}") >"$dir/format.log" 2>&1 || {
       cat "$dir/format.log" >&2
       fail "could not format $dir/data"
     }
@@ -169,12 +231,12 @@ case $command in
     topic=$1
     shift
     tool org.apache.kafka.tools.consumer.ConsoleConsumer --bootstrap-server "127.0.0.1:$port" --topic "$topic" \
-      --from-beginning --property print.partition=true --property print.offset=true \
+      --consumer.config "$dir/client.properties" --from-beginning --property print.partition=true --property print.offset=true \
       --property print.headers=true --property print.key=true "$@"
     ;;
   groups)
     tool org.apache.kafka.tools.consumer.group.ConsumerGroupCommand --bootstrap-server "127.0.0.1:$port" \
-      --describe --all-groups
+      --command-config "$dir/client.properties" --describe --all-groups
     ;;
   tool)
     [ $# -gt 0 ] || fail "usage: kafka.sh tool CLASS [arguments]"

@@ -103,7 +103,8 @@ fn open_log_with(config: &Config, known: Option<&Known>, if_unnamed: IfUnnamed<'
                 brokers: config.brokers.clone(),
                 partitions: config.partitions,
                 topic_prefix: config.topic_prefix.clone(),
-                group: group(config),
+                group: format!("{}projector-{}", config.topic_prefix, config.node()),
+                settings: config.kafka_config.clone(),
                 memory: config.memory().log,
             };
             Arc::new(KafkaLog::open_with(kafka, known, if_unnamed)?)
@@ -118,13 +119,6 @@ fn refuse_lost_log(config: &Config) -> Result<(), LogError> {
         return Err(LogError::Missing { log, projections });
     }
     Ok(())
-}
-
-/// The consumer group that shows this node's lag: a node is known by its data folder.
-fn group(config: &Config) -> String {
-    let path = std::path::absolute(&config.data).unwrap_or_else(|_| config.data.clone());
-    let digest = blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex();
-    format!("{}projector-{}", config.topic_prefix, &digest[..8])
 }
 
 /// What a server stands on.

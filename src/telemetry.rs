@@ -60,8 +60,14 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_project_events_total", Type::Counter, "Events that got their seq"),
     ("weft_project_refused_total", Type::Counter, "Records refused by the projector, by code"),
     ("weft_publish_seconds", Type::Seconds, "From reading a publish from its socket until its answer was ready"),
-    ("weft_lag_records", Type::Gauge, "Records in the log that are not projected yet"),
-    ("weft_lag_seconds", Type::Gauge, "Age of the newest projected record while there are newer ones in the log"),
+    ("weft_lag_records", Type::Gauge, "Records in the log that are not projected yet; NaN while unknown"),
+    (
+        "weft_lag_seconds",
+        Type::Gauge,
+        "Age of the newest projected record while there are newer ones in the log; NaN while unknown",
+    ),
+    ("weft_log_problem", Type::Gauge, "1 while the log cannot be relied on to take and keep records"),
+    ("weft_log_warnings", Type::Gauge, "What of the log somebody should see to"),
     ("weft_foreign_records_total", Type::Counter, "Foreign records in the log: such as Weft did not write"),
     ("weft_checkpoints_total", Type::Counter, "Checkpoints of partitions, by what became of them"),
     ("weft_dead_letters_total", Type::Counter, "Dead letters read from the log, by reason"),
@@ -205,6 +211,12 @@ pub fn lag_records() -> Gauge {
 }
 pub fn lag_seconds() -> Gauge {
     gauge!("weft_lag_seconds")
+}
+pub fn log_problem() -> Gauge {
+    gauge!("weft_log_problem")
+}
+pub fn log_warnings() -> Gauge {
+    gauge!("weft_log_warnings")
 }
 pub fn foreign_records() -> Counter {
     counter!("weft_foreign_records_total")

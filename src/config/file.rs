@@ -80,6 +80,9 @@ fn must_be(key: &str) -> &'static str {
         "allow_origin" => r#"a list such as ["https://app.example"]"#,
         "memory" => r#"a size such as "2GiB""#,
         "run_stalled_after" => r#"a time such as "10m" or "90s""#,
+        "kafka_config" => {
+            r#"a table such as { "security.protocol" = "SASL_SSL" }, or a list such as ["security.protocol=SASL_SSL"]"#
+        }
         "dev" => "true or false",
         "partitions" | "max_connections" | "max_user_connections" | "max_agent_connections" => {
             "a whole number, at least 1"
@@ -92,7 +95,7 @@ fn must_be(key: &str) -> &'static str {
 /// What the file has instead, if it is short and no secret.
 fn shown(key: &str, value: &toml::Value, source: &str) -> String {
     match value {
-        _ if key == "jwt_secret" => String::new(),
+        _ if key == "jwt_secret" || key == "kafka_config" => String::new(),
         toml::Value::Table(_) => ", not a table".to_owned(),
         _ if source.len() > SHOWN || source.contains('\n') => format!(", not this {}", value.type_str()),
         _ => format!(", not {source}"),
@@ -129,6 +132,14 @@ mod tests {
             ("allow_origin = \"*\"", "`allow_origin` must be a list such as [\"https://app.example\"], not \"*\""),
             ("[log]\nkind = 1", "`log` must be \"embedded\" or \"kafka\", not a table"),
             ("jwt_secret = 12345", "`jwt_secret` must be a string in quotes"),
+            (
+                "kafka_config = \"secret\"",
+                "`kafka_config` must be a table such as { \"security.protocol\" = \"SASL_SSL\" }, or a list such as [\"security.protocol=SASL_SSL\"]",
+            ),
+            (
+                "kafka_config = { acks = [1] }",
+                "`kafka_config` must be a table such as { \"security.protocol\" = \"SASL_SSL\" }, or a list such as [\"security.protocol=SASL_SSL\"]",
+            ),
             ("data = 1979-05-27", "`data` must be a string in quotes, not 1979-05-27"),
         ] {
             assert_eq!(refusal(text), format!("1: {why}"), "{text}");
@@ -143,6 +154,10 @@ mod tests {
         assert_eq!(
             refusal("\n\nrun_stalled_after = \"soon\""),
             "3: `run_stalled_after` must be a time such as 10m or 90s, not soon"
+        );
+        assert_eq!(
+            refusal("dev = true\n[kafka_config]\nsasl.usrname = \"weft\""),
+            "2: `kafka_config` sasl.usrname: librdkafka has no setting of this name"
         );
         assert_eq!(refusal("jwt_secret = \"short\""), "1: `jwt_secret` must be at least 32 bytes long, and has 5");
     }
@@ -163,6 +178,8 @@ mod tests {
             brokers = "b:1"
             partitions = 3
             topic_prefix = "p."
+            kafka_config = { "security.protocol" = "SASL_SSL", "socket.timeout.ms" = 5000 }
+            node = "n"
             memory = "2GiB"
             jwt_secret = "a secret that is long enough for it"
             jwt_key = "k.pem"

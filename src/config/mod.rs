@@ -13,10 +13,16 @@ use serde_json::{Map, Value};
 use crate::auth::jwt::{self, Key, Verifier};
 use crate::delivery::registry::ConnectionLimits;
 use crate::ingest::limits::Rates;
+use crate::log::kafka::ClientSettings;
 use crate::memory::{self, Plan};
 
 /// The budget of memory where the system does not say how much it has.
 const DEFAULT_MEMORY: u64 = 1 << 30;
+
+/// Settings of librdkafka, from the environment; clap would split the flag as it splits the variable.
+const KAFKA_CONFIG: &str = "WEFT_KAFKA_CONFIG";
+/// The key under which they stand in the file.
+const KAFKA_CONFIG_KEY: &str = "kafka_config";
 
 /// Which log to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -53,6 +59,15 @@ pub struct StorageArgs {
     #[arg(long, env = "WEFT_TOPIC_PREFIX", value_name = "PREFIX")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topic_prefix: Option<String>,
+    /// A setting of librdkafka, such as security.protocol=SASL_SSL; may be given several times [env: WEFT_KAFKA_CONFIG: one a
+    /// line, or in one line with commas between them]
+    #[arg(long, value_name = "KEY=VALUE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kafka_config: Option<Vec<String>>,
+    /// This node's name, in that of its consumer group [default: the host's name and a digest of the path of --data]
+    #[arg(long, env = "WEFT_NODE", value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
     /// The memory that the server may use, such as 2GiB [default: half of what the machine or its cgroup has]
     #[arg(long, env = "WEFT_MEMORY", value_name = "SIZE", value_parser = parse_memory)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -147,6 +162,10 @@ pub struct Config {
     #[serde(default)]
     pub memory: Option<String>,
     #[serde(default)]
+    pub kafka_config: ClientSettings,
+    #[serde(default)]
+    pub node: Option<String>,
+    #[serde(default)]
     pub jwt_secret: Option<String>,
     #[serde(default)]
     pub jwt_key: Option<PathBuf>,
@@ -187,6 +206,17 @@ fn memory_bytes(text: &str) -> Result<u64, String> {
     }
 }
 
+/// A name that stands in that of a consumer group, and in what an operator types.
+fn check_node(node: &str) -> Result<(), String> {
+    let good = (1..=100).contains(&node.len()) && node.bytes().all(is_of_node);
+    let why = || format!("must be 1 to 100 letters, digits, dots, dashes and underscores, not {node}");
+    if good { Ok(()) } else { Err(why()) }
+}
+
+fn is_of_node(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_')
+}
+
 /// An origin as browsers send it, or `*`. One without a scheme or with a path would never match.
 fn check_origin(origin: &str) -> Result<(), String> {
     let host = origin.split_once("://").filter(|(scheme, _)| !scheme.is_empty()).map(|(_, host)| host);
@@ -207,6 +237,8 @@ impl Default for Config {
             brokers: "127.0.0.1:9092".into(),
             partitions: 16,
             topic_prefix: "weft.".into(),
+            kafka_config: ClientSettings::default(),
+            node: None,
             memory: None,
             jwt_secret: None,
             jwt_key: None,
@@ -247,6 +279,18 @@ fn fields(settings: &impl Serialize) -> Result<Map<String, Value>, ConfigError> 
     }
 }
 
+/// librdkafka's settings from the file, overlaid one by one with those of the variable and of the flag, so that a password
+/// can be kept out of the file that has the rest.
+fn overlay_kafka_config(in_file: Value, by_flag: Option<Value>) -> Result<Value, ConfigError> {
+    let from = |value| ClientSettings::deserialize(value);
+    let in_file = from(in_file).map_err(|error| ConfigError(format!("`{KAFKA_CONFIG_KEY}` {error}")))?;
+    let by_variable = ClientSettings::parse_list(&std::env::var(KAFKA_CONFIG).unwrap_or_default())
+        .map_err(|why| ConfigError(format!("{KAFKA_CONFIG}: {why}")))?;
+    let by_flag = by_flag.map(from).transpose().map_err(|error| ConfigError(format!("--kafka-config {error}")))?;
+    let all = in_file.overlaid_with(by_variable).overlaid_with(by_flag.unwrap_or_default());
+    serde_json::to_value(all).map_err(|error| ConfigError(error.to_string()))
+}
+
 impl Config {
     /// The settings from a file, overlaid with what was given by flag or variable.
     pub fn load(file: Option<&Path>, given: &impl Serialize) -> Result<Config, ConfigError> {
@@ -261,7 +305,11 @@ impl Config {
         if file.is_file() {
             settings.extend(file::read(file)?);
         }
-        settings.extend(fields(given)?);
+        let mut given = fields(given)?;
+        let in_file = settings.remove(KAFKA_CONFIG_KEY).unwrap_or_default();
+        let kafka_config = overlay_kafka_config(in_file, given.remove(KAFKA_CONFIG_KEY))?;
+        settings.extend(given);
+        settings.insert(KAFKA_CONFIG_KEY.to_owned(), kafka_config);
 
         let config = Config::deserialize(Value::Object(settings)).map_err(|error| ConfigError(error.to_string()))?;
         config.check_each().map_err(|(key, why)| ConfigError(format!("--{} {why}", key.replace('_', "-"))))?;
@@ -289,6 +337,10 @@ impl Config {
         }
         if let Some(memory) = &self.memory {
             memory_bytes(memory).map_err(|why| ("memory", why))?;
+        }
+        self.kafka_config.check().map_err(|why| (KAFKA_CONFIG_KEY, why))?;
+        if let Some(node) = &self.node {
+            check_node(node).map_err(|why| ("node", why))?;
         }
         if let Some(secret) = &self.jwt_secret {
             jwt::check_secret(secret).map_err(|why| ("jwt_secret", why))?;
@@ -342,6 +394,18 @@ impl Config {
         Plan::of(given.unwrap_or_else(half))
     }
 
+    /// What this node is called: the same after every start, and another one on another host or with other data.
+    pub fn node(&self) -> String {
+        if let Some(node) = &self.node {
+            return node.clone();
+        }
+        let system = rustix::system::uname();
+        let host: Vec<u8> = system.nodename().to_bytes().iter().copied().filter(|byte| is_of_node(*byte)).collect();
+        let path = std::path::absolute(&self.data).unwrap_or_else(|_| self.data.clone());
+        let digest = blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex();
+        format!("{}-{}", String::from_utf8_lossy(&host), &digest[..8])
+    }
+
     pub fn log_dir(&self) -> PathBuf {
         self.data.join("log")
     }
@@ -387,6 +451,50 @@ mod tests {
         let refused = Config::load(Some(&file), &StorageArgs::default()).expect_err("a misspelt key");
         let expected = format!("{}, line 2: unknown key `partitoins`; did you mean `partitions`?", file.display());
         assert_eq!(refused.to_string(), expected);
+    }
+
+    #[test]
+    fn settings_of_librdkafka_are_overlaid_one_by_one() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let file = dir.path().join("weft.toml");
+        let text =
+            "log = \"kafka\"\n[kafka_config]\nsecurity.protocol = \"SASL_SSL\"\n\"sasl.password\" = \"of the file\"";
+        std::fs::write(&file, text).expect("the file is written");
+        let flag = Some(vec!["sasl.password=a=b,c".to_owned()]);
+        let given = StorageArgs { kafka_config: flag, ..StorageArgs::default() };
+        let config = Config::load(Some(&file), &given).expect("good settings");
+        let both = ["security.protocol=SASL_SSL", "sasl.password=a=b,c"];
+        assert_eq!(Ok(config.kafka_config), ClientSettings::parse(both));
+    }
+
+    #[test]
+    fn a_wrong_setting_of_librdkafka_is_named_and_no_secret_is_repeated() {
+        let load = |pair: &str| {
+            let given = StorageArgs { kafka_config: Some(vec![pair.to_owned()]), ..StorageArgs::default() };
+            Config::load(None, &given).expect_err(pair).to_string()
+        };
+        assert_eq!(load("sasl.usrname=x"), "--kafka-config sasl.usrname: librdkafka has no setting of this name");
+        assert!(load("acks=1").starts_with("--kafka-config acks: Weft sets this itself"), "{}", load("acks=1"));
+        assert!(!load("hunter2").contains("hunter2"));
+        let config = Config {
+            kafka_config: ClientSettings::parse(["sasl.password=hunter2"]).expect("a pair"),
+            ..Config::default()
+        };
+        assert!(!format!("{config:?}").contains("hunter2"));
+    }
+
+    #[test]
+    fn a_node_is_named_after_its_host_and_its_data_unless_it_is_given_a_name() {
+        let named = |data: &str, node: Option<&str>| {
+            Config { data: data.into(), node: node.map(str::to_owned), ..Config::default() }.node()
+        };
+        assert_eq!(named("/a", None), named("/a", None));
+        assert_ne!(named("/a", None), named("/b", None));
+        assert!(check_node(&named("/a", None)).is_ok(), "{}", named("/a", None));
+        assert_eq!(named("/a", Some("weft-0")), "weft-0");
+        let given = StorageArgs { node: Some("a b".to_owned()), ..StorageArgs::default() };
+        let why = Config::load(None, &given).expect_err("a space").to_string();
+        assert!(why.starts_with("--node must be 1 to 100 letters") && why.ends_with("not a b"), "{why}");
     }
 
     #[test]

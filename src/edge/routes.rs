@@ -121,7 +121,7 @@ pub const ROUTES: &[Route] = &[
     user(DELETE, "/v1/users/{user}/sessions", "revoke", Needs::Admin, |edge, it| answer(sessions::revoke(edge.api.clone(), it))),
 
     anyone(GET, "/healthz", "healthz", |_, _| ready(probes::alive())),
-    anyone(GET, "/readyz", "readyz", |edge, _| ready(probes::ready(&edge.probes))),
+    anyone(GET, "/readyz", "readyz", |edge, it| answer(probes::ready(edge.probes.clone(), it))),
     anyone(GET, METRICS, UNCOUNTED, |edge, _| ready(probes::metrics(&edge.probes))),
 ];
 

@@ -132,6 +132,9 @@ pub enum LogError {
          Put the log back, or a backup of it; to begin with an empty log, move that away first", log.display(), projections.display()
     )]
     Missing { log: PathBuf, projections: PathBuf },
+    /// As it is set up, it would lose records, or has some that nobody would read.
+    #[error("the log is not set up to keep what it is given: {0}")]
+    Unfit(String),
 }
 
 /// An append-only log of [`Record`]s in three topics with a fixed number of partitions.
@@ -177,14 +180,16 @@ pub trait Log: Send + Sync + 'static {
     /// What each partition holds now. May ask over the network: not to be called for each event.
     fn bounds(&self) -> Result<Vec<Bounds>, LogError>;
 
-    /// How many records the log holds after `positions`.
-    fn lag(&self, positions: &[u64]) -> Result<u64, LogError> {
-        Ok(self
-            .bounds()?
-            .iter()
-            .zip(positions)
-            .map(|(bounds, next)| bounds.end.saturating_sub(*next.max(&bounds.start)))
-            .sum())
+    /// For each partition the offset that its next record will get (at least): what was durable before the call is below
+    /// it. May ask over the network, once for all partitions, and waits for the answer: not for the runtime's workers.
+    fn ends(&self) -> Result<Positions, LogError>;
+
+    /// The same of one partition alone.
+    fn end(&self, partition: u32) -> Result<u64, LogError>;
+
+    /// How many records of those before `ends` come after `positions`.
+    fn between(&self, positions: &[u64], ends: &[u64]) -> u64 {
+        ends.iter().zip(positions).map(|(end, next)| end.saturating_sub(*next)).sum()
     }
 
     /// Writes what this node has made of a partition's events before `offset` into that partition, where other nodes read it
@@ -194,9 +199,14 @@ pub trait Log: Send + Sync + 'static {
     /// Tells the log how far its reader's effects are durable, for the log's own tools (Kafka's group lag). Best effort.
     fn committed(&self, positions: &[u64]);
 
-    /// `Err` with the reason while the log cannot take or give records. It recovers by itself, but not from damage: that
-    /// stays, and asks for a person.
+    /// `Err` with the reason while the log cannot be relied on to take, give and keep records. It recovers by itself, but not
+    /// from damage, or from settings under which it loses records: these stay, and ask for a person.
     fn health(&self) -> Result<(), String>;
+
+    /// What somebody should see to, though nothing is wrong yet.
+    fn warnings(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Takes no more, makes what was taken durable or answers it, and releases files and connections. Idempotent.
     fn close(&self);

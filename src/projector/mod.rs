@@ -38,7 +38,7 @@ use self::judge::BatchState;
 pub use self::keys::KEY_LIFETIME;
 use self::keys::PurgeCursors;
 pub use self::messages::MAX_MESSAGE_DATA;
-pub use self::pump::{PublishCommit, Pump, Status};
+pub use self::pump::{Failing, PublishCommit, Pump, Status};
 use self::thread::Thread;
 use self::transaction::EventRecord;
 use crate::log::{Checkpoint, Entry, Foreign, Log, Positions, Record, Topic};

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::checkpoints::Pace;
 use super::{Commit, ProjectError, Projector, Update};
-use crate::log::{Entry, Log, Positions, Reader};
+use crate::log::{Entry, Log, LogError, Positions, Reader};
 use crate::{panics, telemetry};
 
 /// Records judged and committed at once: enough to spread the cost of a commit, few enough to stay quick.
@@ -18,17 +18,34 @@ const ASK_EVERY: Duration = Duration::from_secs(10);
 /// How long the loop waits for the log before it checks `stop`.
 const WAIT: Duration = Duration::from_millis(100);
 
+/// Why the projector makes no progress.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failing {
+    /// The log does not answer. What is projected is right, and stays so.
+    NoLog(String),
+    /// The store fails, the log is not the one it was, or the thread has ended.
+    Broken(String),
+}
+
+impl Failing {
+    pub fn why(&self) -> &str {
+        let (Failing::NoLog(why) | Failing::Broken(why)) = self;
+        why
+    }
+}
+
 /// How the projector is doing, for `/readyz` and metrics.
 #[derive(Default)]
 pub struct Status {
     positions: Mutex<Positions>,
     /// `at` of the newest record, in milliseconds.
     newest: AtomicU64,
-    failing: Mutex<Option<String>>,
+    failing: Mutex<Option<Failing>>,
     caught_up: AtomicBool,
 }
 
 impl Status {
+    /// How far it has read; empty before it began.
     pub fn positions(&self) -> Positions {
         self.positions.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -38,7 +55,7 @@ impl Status {
     }
 
     /// Why it makes no progress, if so.
-    pub fn failing(&self) -> Option<String> {
+    pub fn failing(&self) -> Option<Failing> {
         self.failing.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -47,7 +64,7 @@ impl Status {
         self.caught_up.load(Ordering::Acquire)
     }
 
-    fn set_failing(&self, why: Option<String>) {
+    fn set_failing(&self, why: Option<Failing>) {
         *self.failing.lock().unwrap_or_else(PoisonError::into_inner) = why;
     }
 }
@@ -90,7 +107,9 @@ impl Pump {
                 Ok(entries) => entries,
                 Err(_) if stopping => return,
                 Err(error) => {
-                    self.pause(&format!("the log cannot be read: {error}"));
+                    let why = format!("the log cannot be read: {error}");
+                    let away = matches!(error, LogError::Unavailable(_));
+                    self.pause(if away { Failing::NoLog(why) } else { Failing::Broken(why) });
                     continue;
                 }
             };
@@ -134,7 +153,7 @@ impl Pump {
         while !self.stop.load(Ordering::Acquire) || self.status.failing().is_none() {
             match self.projector.project(entries, self.reader.positions()) {
                 Ok(done) => return Some(done),
-                Err(error @ ProjectError::Store(_)) => self.pause(&error.to_string()),
+                Err(error @ ProjectError::Store(_)) => self.pause(Failing::Broken(error.to_string())),
                 Err(ProjectError::Disagrees(disagreement)) => {
                     telemetry::checkpoints("differs").increment(1);
                     self.halt(&disagreement.to_string());
@@ -148,17 +167,17 @@ impl Pump {
     /// Commits nothing more, until `stop` is set.
     fn halt(&self, why: &str) {
         tracing::error!(why, "the projector stops");
-        self.status.set_failing(Some(why.to_owned()));
+        self.status.set_failing(Some(Failing::Broken(why.to_owned())));
         while !self.stop.load(Ordering::Acquire) {
             std::thread::sleep(WAIT);
         }
     }
 
     /// Waits before the next attempt. Says why once, not with every attempt.
-    fn pause(&self, why: &str) {
-        if self.status.failing().as_deref() != Some(why) {
-            tracing::error!(why, "the projector waits");
-            self.status.set_failing(Some(why.to_owned()));
+    fn pause(&self, why: Failing) {
+        if self.status.failing().as_ref() != Some(&why) {
+            tracing::error!(why = why.why(), "the projector waits");
+            self.status.set_failing(Some(why));
         }
         std::thread::sleep(WAIT * 5);
     }
@@ -175,7 +194,8 @@ impl Pump {
             if ends.is_none() {
                 *ends = self.ends();
             }
-            if let Ok(left) = self.log.lag(positions) {
+            if let Ok(ends) = self.log.ends() {
+                let left = self.log.between(positions, &ends);
                 tracing::info!(left, "reading the log: so many records are left");
             }
         }
@@ -186,7 +206,7 @@ impl Pump {
     }
 
     fn ends(&self) -> Option<Positions> {
-        Some(self.log.bounds().ok()?.iter().map(|bounds| bounds.end).collect())
+        self.log.ends().ok()
     }
 }
 
@@ -195,6 +215,6 @@ struct ReportStopped(Arc<Status>);
 
 impl Drop for ReportStopped {
     fn drop(&mut self) {
-        self.0.set_failing(Some("the projector has stopped".into()));
+        self.0.set_failing(Some(Failing::Broken("the projector has stopped".into())));
     }
 }

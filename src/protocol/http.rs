@@ -440,11 +440,21 @@ pub struct Alive {
 /// The body of `/readyz`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Ready {
+    /// For what was asked: `?for=read`, `?for=write`, or, without it, both.
     pub ready: bool,
+    pub ready_for: ReadyFor,
     pub draining: bool,
-    pub log: PartHealth,
+    pub log: LogHealth,
     pub projector: ProjectorHealth,
     pub store: PartHealth,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct ReadyFor {
+    /// What is projected can be read, and it is no less than the log had at the start.
+    pub read: bool,
+    /// The log takes records and keeps them, and the projector gives them their seqs.
+    pub write: bool,
 }
 
 #[derive(Debug, Serialize, JsonSchema)]
@@ -452,6 +462,15 @@ pub struct PartHealth {
     pub ok: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct LogHealth {
+    pub ok: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// What somebody should see to, though nothing is wrong yet.
+    pub warnings: Vec<String>,
 }
 
 #[derive(Debug, Serialize, JsonSchema)]
@@ -464,8 +483,10 @@ pub struct ProjectorHealth {
     /// Until then: what was wrong with the projections that it makes anew.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rebuilding: Option<String>,
-    pub lag_records: u64,
-    pub lag_seconds: f64,
+    /// `null` while the log does not say where it ends.
+    pub lag_records: Option<u64>,
+    /// `null` with `lag_records`, and before anything was projected.
+    pub lag_seconds: Option<f64>,
 }
 
 /// The body of an HTTP refusal: `application/problem+json` (RFC 9457).

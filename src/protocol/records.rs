@@ -81,6 +81,9 @@ pub struct LogCreatedRecord {
     pub kind: String,
     /// The log's id, which is the epoch of its first generation.
     pub epoch: String,
+    /// How many partitions each topic has; absent in older logs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partitions: Option<u32>,
     /// RFC 3339.
     pub at: String,
 }
@@ -97,6 +100,9 @@ pub struct LogGenerationRecord {
     pub why: String,
     /// The oldest offset of each partition, of all topics: what was before these is known to be gone.
     pub starts: Vec<u64>,
+    /// How many partitions each topic has; absent in older logs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partitions: Option<u32>,
     /// RFC 3339.
     pub at: String,
 }

@@ -6,9 +6,11 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use warp::http::StatusCode;
 
 use super::reply::{Reply, json, with_type};
+use super::request::AnonymousRequest;
 use crate::delivery::registry::Registry;
-use crate::edge::health::Health;
+use crate::edge::health::{Health, Purpose};
 use crate::memory::{Budget, CONNECTION};
+use crate::protocol::error::Error;
 use crate::store::Store;
 use crate::telemetry;
 
@@ -27,16 +29,23 @@ pub fn alive() -> Reply {
 }
 
 /// `GET /readyz`
-pub fn ready(probes: &Probes) -> Reply {
+pub async fn ready(probes: Arc<Probes>, request: AnonymousRequest) -> Result<Reply, Error> {
+    let query = request.query(&["for"])?;
+    let purpose = match query.text("for") {
+        None => Purpose::Both,
+        Some("read") => Purpose::Read,
+        Some("write") => Purpose::Write,
+        Some(other) => return Err(Error::field("for", format!("for must be read or write, not {other:.60}"))),
+    };
     let lookup = match probes.store.damage() {
         Some(damage) => Err(format!("{damage}; the server starts anew, to make the projections anew")),
         None => probes.store.head("readyz", "readyz").map(drop).map_err(|error| error.to_string()),
     };
-    let mut ready = probes.health.ready(lookup);
+    let mut ready = probes.health.ready(purpose, lookup).await;
     if !ready.projector.caught_up {
         ready.projector.rebuilding = probes.store.set_aside().map(str::to_owned);
     }
-    json(if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &ready)
+    Ok(json(if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &ready))
 }
 
 /// `GET /metrics`

@@ -37,7 +37,8 @@ use self::scrub::Scrub;
 use self::shared::{Shared, lock};
 use self::writer::{FOREIGN, Writer};
 use super::{
-    Append, AppendError, Bounds, Cause, Done, Grant, Identity, IfUnnamed, Log, LogError, Position, Reader, Record,
+    Append, AppendError, Bounds, Cause, Done, Grant, Identity, IfUnnamed, Log, LogError, Position, Positions, Reader,
+    Record,
 };
 use crate::memory::LogPlan;
 
@@ -172,9 +173,18 @@ impl Log for EmbeddedLog {
         Ok(vec![Bounds { start: 0, end }; self.partitions() as usize])
     }
 
-    /// Offsets count over all partitions, so the lag of the slowest partition is that of all.
-    fn lag(&self, positions: &[u64]) -> Result<u64, LogError> {
-        Ok(lock(&self.shared.tail).end.saturating_sub(positions.iter().copied().min().unwrap_or(0)))
+    fn ends(&self) -> Result<Positions, LogError> {
+        Ok(vec![lock(&self.shared.tail).end; self.partitions() as usize])
+    }
+
+    fn end(&self, _: u32) -> Result<u64, LogError> {
+        Ok(lock(&self.shared.tail).end)
+    }
+
+    /// Offsets count over all partitions, so what the slowest partition lacks is what all lack.
+    fn between(&self, positions: &[u64], ends: &[u64]) -> u64 {
+        let (slowest, end) = (positions.iter().copied().min(), ends.iter().copied().max());
+        end.unwrap_or(0).saturating_sub(slowest.unwrap_or(0))
     }
 
     fn append_checkpoint(&self, _: u32, _: u64, _: &[u8; 32]) {}

@@ -1,14 +1,15 @@
 //! The brokers as the log and its readers see them: where each partition begins and ends, and whether the log is closed.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::client::{KafkaConfig, QueryClient, watermarks};
+use super::client::{Connection, Edge, QueryClient, offsets};
 use super::topics::Topics;
-use crate::log::{Bounds, LogError, Position};
+use crate::log::{Bounds, LogError, Position, Positions};
 
 pub(super) struct Cluster {
-    pub(super) config: KafkaConfig,
+    pub(super) connection: Connection,
     pub(super) topics: Topics,
     closed: AtomicBool,
     /// None once the monitor has ended.
@@ -16,8 +17,8 @@ pub(super) struct Cluster {
 }
 
 impl Cluster {
-    pub(super) fn new(config: KafkaConfig, topics: Topics, client: QueryClient) -> Cluster {
-        Cluster { config, topics, closed: AtomicBool::new(false), client: Mutex::new(Some(Arc::new(client))) }
+    pub(super) fn new(connection: Connection, topics: Topics, client: QueryClient) -> Cluster {
+        Cluster { connection, topics, closed: AtomicBool::new(false), client: Mutex::new(Some(Arc::new(client))) }
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -42,13 +43,35 @@ impl Cluster {
     }
 
     pub(super) fn bounds(&self) -> Result<Vec<Bounds>, LogError> {
-        let client = self.client()?;
-        (0..self.topics.partitions())
-            .map(|partition| {
-                let (topic, within) = self.topics.topic_of(partition);
-                watermarks(&self.config, &client, self.topics.name(topic), within)
-            })
-            .collect()
+        let (starts, ends) = (self.starts()?, self.ends()?);
+        Ok(starts.into_iter().zip(ends).map(|(start, end)| Bounds { start, end }).collect())
+    }
+
+    /// Where each partition begins.
+    pub(super) fn starts(&self) -> Result<Positions, LogError> {
+        self.offsets(Edge::Start, self.all())
+    }
+
+    pub(super) fn ends(&self) -> Result<Positions, LogError> {
+        self.offsets(Edge::End, self.all())
+    }
+
+    pub(super) fn end(&self, partition: u32) -> Result<u64, LogError> {
+        let ends = self.offsets(Edge::End, partition..partition + 1)?;
+        ends.first().copied().ok_or_else(|| LogError::Unavailable("Kafka gave no answer".to_owned()))
+    }
+
+    /// Of partitions counted over all topics.
+    fn offsets(&self, edge: Edge, partitions: Range<u32>) -> Result<Vec<u64>, LogError> {
+        let wanted = partitions.map(|partition| {
+            let (topic, within) = self.topics.topic_of(partition);
+            (self.topics.name(topic), within)
+        });
+        offsets(&self.connection, &*self.client()?, edge, wanted)
+    }
+
+    fn all(&self) -> Range<u32> {
+        0..self.topics.partitions()
     }
 
     /// Fails unless every position is one that the log holds, or its end.

@@ -3,7 +3,7 @@
 //! The first one, `log_created`, gives the id. Each `log_generation` begins another generation, if its number is higher
 //! than those before it, and gives the id as well: when records were deleted, the first marker may be among them. A node
 //! reads the partition to its end to know the generation; where its projections have read the beginning already, it goes
-//! on from there.
+//! on from there. Both say how many partitions each topic has: more may be added by anybody.
 
 use std::sync::mpsc;
 use std::time::Instant;
@@ -15,12 +15,12 @@ use rdkafka::producer::BaseProducer;
 use rdkafka::{Offset, TopicPartitionList};
 use serde::Serialize;
 
-use super::client::{ASK, KafkaConfig, QueryClient, Quiet, TICK, consumer_config, watermarks};
+use super::client::{ASK, Callbacks, Connection, Edge, QueryClient, TICK, offsets};
 use super::headers;
 use super::producer::{ANSWER_WITHIN, Pending, Producing, send};
 use crate::clock;
 use crate::log::checkpoint::LOG_KEY;
-use crate::log::{Cause, Done, Grant, Identity, LogError, Record, Topic};
+use crate::log::{Bounds, Cause, Done, Grant, Identity, LogError, Record, Topic};
 use crate::protocol::json;
 use crate::protocol::records::{LogCreatedRecord, LogGenerationRecord};
 
@@ -35,20 +35,29 @@ pub struct Known {
     pub offset: u64,
 }
 
-/// What a marker says: the identity from there on.
-pub(super) fn read(message: &BorrowedMessage<'_>) -> Option<Identity> {
+/// What a marker says.
+pub(super) struct Marker {
+    /// From there on.
+    pub(super) identity: Identity,
+    /// Of each topic; None in a log from before markers said it.
+    partitions: Option<u32>,
+}
+
+/// None if it is no marker.
+pub(super) fn read(message: &BorrowedMessage<'_>) -> Option<Marker> {
     if !is_marker(message) {
         return None;
     }
     let (kind, value) = (headers::kind_of(message)?, message.payload()?);
     if kind == CREATED.as_bytes() {
         let created: LogCreatedRecord = serde_json::from_slice(value).ok()?;
-        return Some(Identity::new(created.epoch));
+        return Some(Marker { identity: Identity::new(created.epoch), partitions: created.partitions });
     }
     if kind == GENERATION.as_bytes() {
         let begun: LogGenerationRecord = serde_json::from_slice(value).ok()?;
         let identity = Identity::of_epoch(&begun.epoch);
-        return (identity.generation == begun.generation).then_some(Identity { starts: begun.starts, ..identity });
+        let marker = Marker { partitions: begun.partitions, identity: Identity { starts: begun.starts, ..identity } };
+        return (marker.identity.generation == begun.generation).then_some(marker);
     }
     None
 }
@@ -60,7 +69,7 @@ fn is_marker(message: &BorrowedMessage<'_>) -> bool {
 
 /// Partition 0 of the topic of events, to be looked through for markers.
 pub(super) struct Markers<'a> {
-    pub(super) config: &'a KafkaConfig,
+    pub(super) connection: &'a Connection,
     pub(super) client: &'a QueryClient,
     pub(super) topic: &'a str,
 }
@@ -68,21 +77,34 @@ pub(super) struct Markers<'a> {
 impl Markers<'_> {
     /// The first identity that the partition gives, if it gives one.
     pub(super) fn first(&self) -> Result<Option<Identity>, LogError> {
+        Ok(self.first_marker()?.map(|marker| marker.identity))
+    }
+
+    /// How many partitions each topic has, if the first marker says it.
+    pub(super) fn partitions(&self) -> Result<Option<u32>, LogError> {
+        Ok(self.first_marker()?.and_then(|marker| marker.partitions))
+    }
+
+    fn first_marker(&self) -> Result<Option<Marker>, LogError> {
         let mut first = None;
-        let start = watermarks(self.config, self.client, self.topic, 0)?.start;
-        self.scan(start, |identity| {
-            first = Some(identity);
+        self.scan(self.edge(Edge::Start)?, |marker| {
+            first = Some(marker);
             false
         })?;
         Ok(first)
     }
 
+    fn edge(&self, edge: Edge) -> Result<u64, LogError> {
+        let found = offsets(self.connection, self.client, edge, [(self.topic, 0)])?;
+        found.first().copied().ok_or_else(|| LogError::Unavailable("Kafka gave no answer".to_owned()))
+    }
+
     /// The identity as of the partition's end, if the partition gives one.
     pub(super) fn current(&self, known: Option<&Known>) -> Result<Option<Identity>, LogError> {
-        let bounds = watermarks(self.config, self.client, self.topic, 0)?;
+        let bounds = Bounds { start: self.edge(Edge::Start)?, end: self.edge(Edge::End)? };
         let known = known.filter(|known| (bounds.start..=bounds.end).contains(&known.offset));
         let mut current: Option<Identity> = None;
-        self.scan(bounds.start, |identity| {
+        self.scan(bounds.start, |Marker { identity, .. }| {
             // What this log's projections have read need not be read again, beyond what says that they are this log's.
             let skip = known.is_some_and(|known| known.identity.id == identity.id);
             advance(&mut current, identity);
@@ -93,7 +115,7 @@ impl Markers<'_> {
         {
             current = Some(known.identity.clone());
             if known.offset < bounds.end {
-                self.scan(known.offset, |identity| {
+                self.scan(known.offset, |Marker { identity, .. }| {
                     advance(&mut current, identity);
                     true
                 })?;
@@ -103,23 +125,24 @@ impl Markers<'_> {
     }
 
     /// Reads markers from an offset on, to the partition's end or until `each` returns `false`.
-    fn scan(&self, from: u64, mut each: impl FnMut(Identity) -> bool) -> Result<(), LogError> {
-        let Markers { config, topic, .. } = *self;
-        let consumer: BaseConsumer<Quiet> = consumer_config(config)
+    fn scan(&self, from: u64, mut each: impl FnMut(Marker) -> bool) -> Result<(), LogError> {
+        let Markers { connection, topic, .. } = *self;
+        let consumer: BaseConsumer<Callbacks> = connection
+            .consumer()
             .set("enable.partition.eof", "true")
-            .create_with_context(Quiet)
-            .map_err(|error| config.unavailable(&error))?;
+            .create_with_context(connection.callbacks())
+            .map_err(|error| connection.unavailable(&error))?;
         let mut list = TopicPartitionList::new();
         // Between offsets that Kafka gave, so it is an i64.
         list.add_partition_offset(topic, 0, Offset::Offset(from as i64))
             .and_then(|()| consumer.assign(&list))
-            .map_err(|error| config.unavailable(&error))?;
+            .map_err(|error| connection.unavailable(&error))?;
 
         let mut until = Instant::now() + ASK;
         while Instant::now() < until {
             match consumer.poll(TICK) {
                 Some(Ok(message)) => {
-                    if read(&message).is_some_and(|identity| !each(identity)) {
+                    if read(&message).is_some_and(|marker| !each(marker)) {
                         return Ok(());
                     }
                     // As long as something comes, it is no outage.
@@ -130,7 +153,7 @@ impl Markers<'_> {
                 None => {}
             }
         }
-        let brokers = &config.brokers;
+        let brokers = &connection.config.brokers;
         Err(LogError::Unavailable(format!("partition 0 of {topic} cannot be read from the brokers at {brokers}")))
     }
 }
@@ -144,19 +167,25 @@ fn advance(current: &mut Option<Identity>, found: Identity) {
 }
 
 /// The marker of a new log.
-pub(super) fn created(identity: &Identity) -> Record {
-    let at = clock::rfc3339(clock::now_ms());
-    record(CREATED, &LogCreatedRecord { kind: CREATED.to_owned(), epoch: identity.id.clone(), at })
+pub(super) fn created(identity: &Identity, partitions: u32) -> Record {
+    let created = LogCreatedRecord {
+        kind: CREATED.to_owned(),
+        epoch: identity.id.clone(),
+        partitions: Some(partitions),
+        at: clock::rfc3339(clock::now_ms()),
+    };
+    record(CREATED, &created)
 }
 
 /// The marker of a log's generation.
-pub(super) fn generation(identity: &Identity, cause: Cause) -> Record {
+pub(super) fn generation(identity: &Identity, cause: Cause, partitions: u32) -> Record {
     let begun = LogGenerationRecord {
         kind: GENERATION.to_owned(),
         epoch: identity.epoch(),
         generation: identity.generation,
         why: cause.as_str().to_owned(),
         starts: identity.starts.clone(),
+        partitions: Some(partitions),
         at: clock::rfc3339(clock::now_ms()),
     };
     record(GENERATION, &begun)
@@ -183,7 +212,7 @@ pub(super) fn write(
     let (answer, answered) = mpsc::sync_channel(1);
     let done: Done = Box::new(move |result| drop(answer.send(result)));
     let id = pending.add(std::iter::once((Topic::Events, done)));
-    send(producer, topic, Some(0), record, id).map_err(|e| LogError::Unavailable(e.to_string()))?;
+    send(producer, topic, 0, record, id).map_err(|e| LogError::Unavailable(e.to_string()))?;
     loop {
         producer.poll(TICK);
         pending.expire(ANSWER_WITHIN);

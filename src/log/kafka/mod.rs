@@ -5,47 +5,47 @@
 //! they are, and commits how far we have read, for Kafka's own tools. Readers are consumers of their own; the positions
 //! they read from are ours, never the group's. One producer writes to all three topics, and one consumer reads them.
 //!
-//! Files, each using only those before it: [`client`] (connections), [`topics`] (names and partitions), [`headers`] (a
-//! record as a message), [`cluster`] (bounds), [`producer`], [`marker`] (the log's identity), [`setup`] (topics are
-//! created and checked), [`reading`].
+//! Files, each using only those before it: [`settings`] (what is passed on to librdkafka), [`client`] (connections),
+//! [`admin`], [`topics`] (names and partitions), [`headers`] (a record as a message), [`cluster`] (bounds), [`producer`],
+//! [`marker`] (the log's identity), [`keeping`] (what the topics' settings mean), [`setup`] (topics are created and
+//! checked), [`reading`], [`monitor`].
 
+mod admin;
 mod client;
 mod cluster;
 mod headers;
+mod keeping;
 mod marker;
+mod monitor;
 mod producer;
 mod reading;
+mod settings;
 mod setup;
 mod topics;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use arc_swap::{ArcSwap, ArcSwapOption};
-use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
-use rdkafka::error::RDKafkaErrorCode;
-use rdkafka::metadata::MetadataTopic;
+use arc_swap::ArcSwap;
 use rdkafka::producer::{BaseProducer, Producer};
 
 pub use self::client::KafkaConfig;
-use self::client::{QueryClient, Quiet, TICK, consumer_config};
+use self::client::{Connection, QueryClient, TICK};
 use self::cluster::Cluster;
+use self::keeping::Findings;
 pub use self::marker::Known;
 use self::marker::Markers;
 use self::producer::{ANSWER_WITHIN, Pending, Producing, new_producer, send};
 use self::reading::KafkaReader;
-use self::setup::{ensure_topics, missing_topics};
+pub use self::settings::ClientSettings;
+use self::setup::{check_partitions, ensure_topics};
 use self::topics::Topics;
 use super::{
     Append, AppendError, Bounds, Cause, Checkpoint, Identity, IfUnnamed, Log, LogError, Positions, Reader, Record,
     Topic,
 };
 use crate::panics;
-
-/// How long the monitor waits for an answer, and how long it leaves the brokers alone after one.
-const PROBE: Duration = Duration::from_secs(2);
-const PROBE_EVERY: Duration = Duration::from_secs(1);
 
 pub struct KafkaLog {
     shared: Arc<Shared>,
@@ -58,14 +58,22 @@ struct Shared {
     /// None after the end.
     producer: RwLock<Option<Arc<BaseProducer<Producing>>>>,
     pending: Arc<Pending>,
-    outage: ArcSwapOption<Outage>,
+    /// How the brokers are, as the monitor found them.
+    state: ArcSwap<State>,
+    /// What was found when the topics were last looked at as a whole.
+    findings: Mutex<Findings>,
+    /// Where each partition began when the log was opened.
+    begin: Positions,
     /// What the monitor commits next.
     progress: Mutex<Option<Positions>>,
 }
 
-/// What is wrong with the brokers, as the monitor found it.
-struct Outage {
-    why: String,
+/// How the brokers are.
+#[derive(Default)]
+struct State {
+    /// Why the log cannot be relied on; none when it can.
+    problems: Vec<String>,
+    warnings: Vec<String>,
     /// For each topic, whether appends are refused at once. Without a leader for one partition the others still take
     /// records, and so do the other topics.
     refuse: [bool; Topic::ALL.len()],
@@ -84,19 +92,28 @@ impl KafkaLog {
         known: Option<&Known>,
         if_unnamed: IfUnnamed<'_>,
     ) -> Result<KafkaLog, LogError> {
-        let client: QueryClient =
-            consumer_config(&config).create_with_context(Quiet).map_err(|error| config.unavailable(&error))?;
-        let topics = Topics::new(&config);
-        let missing = missing_topics(&config, &topics, &client)?;
-        ensure_topics(&config, &topics, &missing, &client)?;
+        let connection = Connection::new(config);
+        let client: QueryClient = connection
+            .consumer()
+            .create_with_context(connection.callbacks())
+            .map_err(|error| connection.unavailable(&error))?;
+        let topics = Topics::new(&connection.config);
+        let (shapes, findings) = ensure_topics(&connection, &topics, &client)?;
+        let markers = Markers { connection: &connection, client: &client, topic: topics.name(Topic::Events) };
+        let named = markers.partitions()?;
+        check_partitions(&connection, &topics, &client, shapes, named)?;
 
         let pending = Arc::new(Pending::default());
-        let producer = new_producer(&config, &pending).map_err(|error| config.unavailable(&error))?;
+        let producer = new_producer(&connection, &pending).map_err(|error| connection.unavailable(&error))?;
+        let cluster = Cluster::new(connection, topics, client);
+        let begin = cluster.starts()?;
         let shared = Arc::new(Shared {
-            cluster: Arc::new(Cluster::new(config, topics, client)),
+            cluster: Arc::new(cluster),
             producer: RwLock::new(Some(Arc::new(producer))),
             pending,
-            outage: ArcSwapOption::empty(),
+            state: ArcSwap::default(),
+            findings: Mutex::new(findings),
+            begin,
             progress: Mutex::new(None),
         });
         let identity = shared.identify(known, if_unnamed)?;
@@ -128,7 +145,7 @@ impl Log for KafkaLog {
     fn new_generation(&self, cause: Cause) -> Result<(), LogError> {
         let starts = self.bounds()?.iter().map(|bounds| bounds.start).collect();
         let next = self.identity.load().next(cause, starts, 0);
-        let current = self.shared.append_marker(&marker::generation(&next, cause))?;
+        let current = self.shared.append_marker(&marker::generation(&next, cause, self.shared.cluster.topics.each))?;
         self.identity.store(Arc::new(current));
         Ok(())
     }
@@ -163,11 +180,19 @@ impl Log for KafkaLog {
     }
 
     fn append_checkpoint(&self, partition: u32, offset: u64, hash: &[u8; 32]) {
-        let node = self.shared.cluster.config.group.clone();
+        let node = self.shared.cluster.connection.config.group.clone();
         let checkpoint = Checkpoint { epoch: self.epoch(), node, partition, offset, hash: *hash };
         // Without it others compare with the next one.
         let done = Box::new(|result| tracing::debug!(?result, "a checkpoint was written"));
         self.shared.append_to(Some(partition), vec![Append { record: checkpoint.record(), done }]);
+    }
+
+    fn ends(&self) -> Result<Positions, LogError> {
+        self.shared.cluster.ends()
+    }
+
+    fn end(&self, partition: u32) -> Result<u64, LogError> {
+        self.shared.cluster.end(partition)
     }
 
     fn committed(&self, positions: &[u64]) {
@@ -178,10 +203,12 @@ impl Log for KafkaLog {
         if self.shared.cluster.is_closed() {
             return Err("closed".to_owned());
         }
-        match &*self.shared.outage.load() {
-            Some(outage) => Err(outage.why.clone()),
-            None => Ok(()),
-        }
+        let state = self.shared.state.load();
+        if state.problems.is_empty() { Ok(()) } else { Err(state.problems.join("; ")) }
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        self.shared.state.load().warnings.clone()
     }
 
     fn close(&self) {
@@ -207,21 +234,21 @@ impl Drop for KafkaLog {
 impl Shared {
     /// Which log this is. One that never held anything is named.
     fn identify(&self, known: Option<&Known>, if_unnamed: IfUnnamed<'_>) -> Result<Identity, LogError> {
-        let Cluster { config, topics, .. } = &*self.cluster;
+        let Cluster { connection, topics, .. } = &*self.cluster;
         let events = topics.name(Topic::Events);
         // Asked before the marker is looked for: what another node writes meanwhile has a marker in front of it.
         let bounds = self.cluster.bounds()?;
         let client = self.cluster.client()?;
-        if let Some(identity) = (Markers { config, client: &client, topic: events }).current(known)? {
+        if let Some(identity) = (Markers { connection, client: &client, topic: events }).current(known)? {
             return Ok(identity);
         }
         let starts = || bounds.iter().map(|bounds| bounds.start).collect();
         let held = (0..).zip(&bounds).find(|(_, bounds)| bounds.end > 0);
         let marker = match (held, if_unnamed) {
-            (None, _) => marker::created(&Identity::random()),
+            (None, _) => marker::created(&Identity::random(), topics.each),
             (Some(_), IfUnnamed::Name(epoch)) => {
                 let before = epoch.map_or_else(Identity::random, Identity::of_epoch);
-                marker::generation(&before.next(Cause::Discarded, starts(), 0), Cause::Discarded)
+                marker::generation(&before.next(Cause::Discarded, starts(), 0), Cause::Discarded, topics.each)
             }
             (Some((partition, Bounds { start, end })), IfUnnamed::Refuse) => {
                 let (topic, within) = topics.topic_of(partition);
@@ -238,14 +265,14 @@ impl Shared {
     /// Returns the identity of the log then. Another node may have written a marker just before: whichever comes first
     /// counts, for both.
     fn append_marker(&self, record: &Record) -> Result<Identity, LogError> {
-        let Cluster { config, topics, .. } = &*self.cluster;
+        let Cluster { connection, topics, .. } = &*self.cluster;
         let events = topics.name(Topic::Events);
         let Some(producer) = read(&self.producer).clone() else {
             return Err(LogError::Unavailable("closed".to_owned()));
         };
         marker::write(&producer, &self.pending, events, record)?;
         let client = self.cluster.client()?;
-        let current = (Markers { config, client: &client, topic: events }).current(None)?;
+        let current = (Markers { connection, client: &client, topic: events }).current(None)?;
         current.ok_or_else(|| LogError::Damaged(format!("{events} does not give back the record that names it")))
     }
 
@@ -261,10 +288,13 @@ impl Shared {
             }
         };
 
-        let outage = self.outage.load();
-        let send = |record: &Record, id| match &*outage {
-            Some(outage) if outage.refuse[record.topic as usize] => Err(AppendError::Unavailable(outage.why.clone())),
-            _ => send(usable, self.cluster.topics.name(record.topic), partition, record, id),
+        let (state, topics) = (self.state.load(), &self.cluster.topics);
+        let send = |record: &Record, id| {
+            if state.refuse[record.topic as usize] {
+                return Err(AppendError::Unavailable(state.problems.join("; ")));
+            }
+            let within = partition.unwrap_or_else(|| topics.within(record.key.as_bytes()));
+            send(usable, topics.name(record.topic), within, record, id)
         };
 
         let (records, waiting): (Vec<_>, Vec<_>) = batch.into_iter().map(|a| (a.record, a.done)).unzip();
@@ -307,7 +337,7 @@ impl Shared {
     }
 
     fn replace_producer(&self) {
-        match new_producer(&self.cluster.config, &self.pending) {
+        match new_producer(&self.cluster.connection, &self.pending) {
             Ok(fresh) => {
                 tracing::error!("the Kafka producer failed for good and was replaced");
                 let old = write(&self.producer).replace(Arc::new(fresh));
@@ -315,95 +345,6 @@ impl Shared {
                 drop(old);
             }
             Err(error) => tracing::error!(%error, "cannot make a new Kafka producer; trying again"),
-        }
-    }
-
-    /// Until closed: watches the brokers' health and commits how far we have read.
-    fn run_monitor(&self) {
-        let Ok(client) = self.cluster.client() else { return };
-        let mut asked = Instant::now();
-        while !self.cluster.is_closed() {
-            // An error here is often the first sign of an outage, so the brokers are asked at once.
-            let alarmed = matches!(client.poll(Duration::from_millis(100)), Some(Err(_)));
-            if alarmed || asked.elapsed() >= PROBE_EVERY {
-                self.set_outage(self.probe(&client));
-                self.commit(&client);
-                asked = Instant::now();
-            }
-        }
-        self.commit(&client);
-        self.cluster.release_client();
-
-        // A consumer is gone only after its last commit is answered, which without a broker takes minutes. The commit
-        // gets its chance; nobody waits longer for it.
-        let (sender, gone) = mpsc::sync_channel(1);
-        let end = move || {
-            drop(client);
-            sender.send(())
-        };
-        if thread::Builder::new().name("weft-kafka-end".to_owned()).spawn(end).is_ok() {
-            // Sent or not, this is all the time it gets.
-            gone.recv_timeout(PROBE).unwrap_or_default();
-        }
-    }
-
-    fn probe(&self, client: &BaseConsumer<Quiet>) -> Option<Outage> {
-        let before = self.pending.delivered();
-        let mut refuse = [false; Topic::ALL.len()];
-        let mut faults = Vec::new();
-        for topic in Topic::ALL {
-            let name = self.cluster.topics.name(topic);
-            match client.fetch_metadata(Some(name), PROBE) {
-                Ok(metadata) => {
-                    let fault = metadata.topics().first().and_then(|found| self.topic_fault(found));
-                    if let Some((why, refused)) = fault {
-                        faults.push(format!("topic {name}: {why}"));
-                        refuse[topic as usize] = refused;
-                    }
-                }
-                // Records were acknowledged meanwhile: the brokers are busy, not away.
-                Err(_) if self.pending.delivered() > before => return None,
-                Err(error) => {
-                    let brokers = &self.cluster.config.brokers;
-                    let why = format!("no Kafka broker answers at {brokers} ({error})");
-                    return Some(Outage { why, refuse: [true; Topic::ALL.len()] });
-                }
-            }
-        }
-        (!faults.is_empty()).then(|| Outage { why: faults.join("; "), refuse })
-    }
-
-    /// What is wrong with a topic, and whether it must take no records while it is.
-    fn topic_fault(&self, topic: &MetadataTopic) -> Option<(String, bool)> {
-        if let Some(e) = topic.error() {
-            return Some((format!("it cannot be used ({})", RDKafkaErrorCode::from(e)), true));
-        }
-        let (found, configured) = (topic.partitions().len() as u32, self.cluster.config.partitions);
-        if found != configured {
-            // Somebody added partitions: keys would get into others than their history, where nobody reads them.
-            return Some((LogError::PartitionMismatch { found, configured }.to_string(), true));
-        }
-        let orphan = topic.partitions().iter().find(|p| p.leader() < 0)?;
-        Some((format!("partition {} has no leader", orphan.id()), false))
-    }
-
-    fn set_outage(&self, now: Option<Outage>) {
-        let before = self.outage.load();
-        match (&*before, &now) {
-            (None, Some(outage)) => tracing::warn!(why = outage.why, "the log is not available"),
-            (Some(_), None) => tracing::info!("the log is available again"),
-            _ => {}
-        }
-        self.outage.store(now.map(Arc::new));
-    }
-
-    fn commit(&self, client: &BaseConsumer<Quiet>) {
-        let Some(positions) = lock(&self.progress).take() else {
-            return;
-        };
-        let list = self.cluster.topics.assignment(&positions);
-        if let Err(error) = list.and_then(|list| client.commit(&list, CommitMode::Async)) {
-            tracing::debug!(%error, "the group's positions were not committed");
         }
     }
 }

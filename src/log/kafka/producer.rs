@@ -12,7 +12,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{DeliveryResult, Message};
 use rdkafka::producer::{BaseProducer, BaseRecord, ProducerContext};
 
-use super::client::{KafkaConfig, Quiet, client_config};
+use super::client::{Callbacks, Connection};
 use super::headers::headers_of;
 use super::topics::position;
 use crate::log::{AppendError, Done, Record, Topic};
@@ -99,6 +99,7 @@ pub(super) struct Producing {
     /// How many partitions each topic has.
     each: u32,
     append_seconds: Histogram,
+    callbacks: Callbacks,
 }
 
 impl ProducerContext for Producing {
@@ -110,8 +111,7 @@ impl ProducerContext for Producing {
         }
         let Some(waiting) = self.pending.take(id as u64) else { return };
         let answer = match result {
-            // No position: a retry that Kafka recognised after it had forgotten where the first attempt went, or a
-            // partition that was added by somebody else.
+            // No position: a retry that Kafka recognised after it had forgotten where the first attempt went.
             Ok(message) => position(waiting.topic, message.partition(), message.offset(), self.each)
                 .ok_or_else(|| AppendError::Unknown("written, but Kafka does not say where".to_owned())),
             Err((error, _)) => Err(undelivered(error)),
@@ -125,11 +125,11 @@ impl ProducerContext for Producing {
 
 impl ClientContext for Producing {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
-        Quiet.log(level, facility, text);
+        self.callbacks.log(level, facility, text);
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        Quiet.error(error, reason);
+        self.callbacks.error(error, reason);
     }
 }
 
@@ -149,39 +149,32 @@ fn undelivered(error: &KafkaError) -> AppendError {
 }
 
 pub(super) fn new_producer(
-    config: &KafkaConfig,
+    connection: &Connection,
     pending: &Arc<Pending>,
 ) -> Result<BaseProducer<Producing>, KafkaError> {
-    client_config(config)
-        .set("enable.idempotence", "true")
-        .set("acks", "all")
-        // While a request is in flight the next batch gathers; lingering only adds its millisecond to every publish.
-        .set("linger.ms", "0")
-        .set("compression.type", "lz4")
-        // The partition that Kafka's own clients choose, so that other writers and readers agree with us.
-        .set("partitioner", "murmur2_random")
-        .set("message.timeout.ms", ANSWER_WITHIN.as_millis().to_string())
-        .set("queue.buffering.max.messages", "100000")
-        .set("queue.buffering.max.kbytes", (config.memory.producer() >> 10).to_string())
-        .create_with_context(Producing {
+    connection.producer().set("message.timeout.ms", ANSWER_WITHIN.as_millis().to_string()).create_with_context(
+        Producing {
             pending: pending.clone(),
-            each: config.partitions,
+            each: connection.config.partitions,
             append_seconds: telemetry::append_seconds(),
-        })
+            callbacks: connection.callbacks(),
+        },
+    )
 }
 
+/// `partition` is named, since librdkafka would choose among all that the topic has: somebody may have added some.
 pub(super) fn send(
     producer: &BaseProducer<Producing>,
     topic: &str,
-    partition: Option<u32>,
+    partition: u32,
     record: &Record,
     id: u64,
 ) -> Result<(), AppendError> {
-    let mut out = BaseRecord::with_opaque_to(topic, id as usize)
+    let out = BaseRecord::with_opaque_to(topic, id as usize)
+        .partition(partition as i32)
         .key(record.key.as_str())
         .payload(&record.value[..])
         .headers(headers_of(record));
-    out.partition = partition.map(|partition| partition as i32);
     producer.send(out).map_err(|(error, _)| match error.rdkafka_error_code() {
         Some(RDKafkaErrorCode::QueueFull) => AppendError::QueueFull,
         // Not taken at all, whatever the reason.

@@ -7,7 +7,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message};
 
-use super::client::{Quiet, consumer_config};
+use super::client::Callbacks;
 use super::cluster::Cluster;
 use super::headers;
 use super::marker::{self, Markers};
@@ -16,7 +16,7 @@ use crate::log::{Checkpoint, Entry, Foreign, Identity, LogError, Positions, READ
 
 pub(super) struct KafkaReader {
     cluster: Arc<Cluster>,
-    consumer: BaseConsumer<Quiet>,
+    consumer: BaseConsumer<Callbacks>,
     /// The log that the positions belong to, and its generation.
     identity: Arc<Identity>,
     at: Positions,
@@ -54,7 +54,8 @@ impl Reader for KafkaReader {
                         continue;
                     };
                     // Markers are in the first partition of the events, which is the first of all.
-                    let marker = if at.partition == 0 { marker::read(&message) } else { None };
+                    let marker =
+                        if at.partition == 0 { marker::read(&message).map(|marker| marker.identity) } else { None };
                     if let Some(marker) = &marker
                         && marker.generation > self.identity.generation
                     {
@@ -129,7 +130,7 @@ impl KafkaReader {
         let cluster = &self.cluster;
         let events = cluster.topics.name(Topic::Events);
         let client = cluster.client()?;
-        let found = Markers { config: &cluster.config, client: &client, topic: events }.first()?;
+        let found = Markers { connection: &cluster.connection, client: &client, topic: events }.first()?;
         // A marker that was deleted says nothing; another one does.
         if found.is_some_and(|found| found.id != self.identity.id) {
             return Err(LogError::Damaged(format!("{events} is no longer the topic it was: start again")));
@@ -198,15 +199,12 @@ fn stops_reading(error: &KafkaError) -> bool {
         )
 }
 
-fn new_consumer(cluster: &Cluster, from: &[u64]) -> Result<BaseConsumer<Quiet>, LogError> {
+fn new_consumer(cluster: &Cluster, from: &[u64]) -> Result<BaseConsumer<Callbacks>, LogError> {
     let open = || {
-        let consumer: BaseConsumer<Quiet> = consumer_config(&cluster.config)
-            .set("fetch.wait.max.ms", "50")
-            .set("fetch.queue.backoff.ms", "5")
-            .set("queued.max.messages.kbytes", (cluster.config.memory.consumer() >> 10).to_string())
-            .create_with_context(Quiet)?;
+        let consumer: BaseConsumer<Callbacks> =
+            cluster.connection.consumer().create_with_context(cluster.connection.callbacks())?;
         consumer.assign(&cluster.topics.assignment(from)?)?;
         Ok(consumer)
     };
-    open().map_err(|error| cluster.config.unavailable(&error))
+    open().map_err(|error| cluster.connection.unavailable(&error))
 }

@@ -1,91 +1,182 @@
-//! The topics: created where they are missing, and checked for settings with which they would lose records.
+//! The topics at the start: created where they are missing, and refused where they would lose records or order.
 
-use std::future::Future;
-use std::pin::pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, Wake, Waker};
-use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::consumer::Consumer;
 use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::metadata::MetadataTopic;
 
-use super::client::{ASK, KafkaConfig, QueryClient, Quiet, TICK, client_config};
+use super::admin::{admin_client, admin_options, block_on};
+use super::client::{ASK, Callbacks, Connection, Edge, QueryClient, TICK, hear, offsets};
+use super::keeping::{self, Findings, IN_SYNC, REPLICAS, Settings};
 use super::topics::Topics;
 use crate::log::{LogError, Topic};
 
 /// How long a new topic may take until every broker knows of it; busy ones take their time.
 const APPEARS_WITHIN: Duration = Duration::from_secs(30);
 
-/// The topics that do not exist.
-pub(super) fn missing_topics(
-    config: &KafkaConfig,
-    topics: &Topics,
-    client: &QueryClient,
-) -> Result<Vec<Topic>, LogError> {
-    let mut missing = Vec::new();
-    for topic in Topic::ALL {
-        if partitions_of(config, client, topics.name(topic))?.is_none() {
-            missing.push(topic);
-        }
-    }
-    Ok(missing)
+/// A topic as the brokers have it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub(super) partitions: u32,
+    /// The fewest of any partition.
+    pub(super) replicas: u32,
 }
 
-/// Creates the topics that do not exist, and makes sure that all of them keep what they are given.
+impl Shape {
+    pub(super) fn of(topic: &MetadataTopic) -> Shape {
+        let partitions = topic.partitions();
+        let replicas = partitions.iter().map(|it| it.replicas().len()).min().unwrap_or_default();
+        Shape { partitions: partitions.len() as u32, replicas: replicas as u32 }
+    }
+}
+
+/// Creates the topics that do not exist; gives the shape of all, and what is to be said of their settings. Fails if they
+/// would lose records.
 pub(super) fn ensure_topics(
-    config: &KafkaConfig,
+    connection: &Connection,
     topics: &Topics,
-    missing: &[Topic],
     client: &QueryClient,
-) -> Result<(), LogError> {
-    let admin: AdminClient<Quiet> =
-        client_config(config).create_with_context(Quiet).map_err(|error| config.unavailable(&error))?;
-    let options = AdminOptions::new().request_timeout(Some(ASK)).operation_timeout(Some(ASK));
+) -> Result<([Shape; Topic::ALL.len()], Findings), LogError> {
+    let mut shapes = [None; Topic::ALL.len()];
+    for topic in Topic::ALL {
+        shapes[topic as usize] = shape_of(connection, client, topics.name(topic))?;
+    }
+    let missing: Vec<Topic> = Topic::ALL.into_iter().filter(|topic| shapes[*topic as usize].is_none()).collect();
     if !missing.is_empty() {
-        create(config, topics, missing, &admin, &options)?;
+        create(connection, topics, &missing, client)?;
     }
-    for name in Topic::ALL.map(|topic| topics.name(topic)) {
-        let found = wait_for_topic(config, client, name)?;
-        if found != config.partitions {
-            return Err(LogError::PartitionMismatch { found, configured: config.partitions });
-        }
+    let mut found = [Shape::default(); Topic::ALL.len()];
+    for topic in Topic::ALL {
+        found[topic as usize] = wait_for_topic(connection, client, topics.name(topic))?;
     }
-    Topic::ALL.into_iter().try_for_each(|topic| check_retention(&admin, &options, topic, topics.name(topic)))
+
+    let settings = keeping::ask(connection, topics).unwrap_or_else(|error| {
+        tracing::debug!(%error, "the brokers do not say how the topics are set up");
+        Settings::new()
+    });
+    let findings = keeping::check(connection, topics, settings, found.map(|it| it.replicas));
+    if findings.problems.is_empty() {
+        Ok((found, findings))
+    } else {
+        Err(LogError::Unfit(findings.problems.join("; ")))
+    }
 }
 
-fn create(
-    config: &KafkaConfig,
+/// Makes sure that each topic has the partitions that the log was created with, `named` in its marker if it says so. More
+/// are allowed while nobody has written into them: then nothing is lost by leaving them alone.
+pub(super) fn check_partitions(
+    connection: &Connection,
     topics: &Topics,
-    missing: &[Topic],
-    admin: &AdminClient<Quiet>,
-    options: &AdminOptions,
+    client: &QueryClient,
+    shapes: [Shape; Topic::ALL.len()],
+    named: Option<u32>,
 ) -> Result<(), LogError> {
-    // -1: as many replicas as the brokers are set up to make.
-    let new = missing.iter().map(|topic| {
-        let new = NewTopic::new(topics.name(*topic), config.partitions as i32, TopicReplication::Fixed(-1))
-            .set("retention.ms", "-1")
-            .set("retention.bytes", "-1");
-        if *topic == Topic::Receipts { new.set("cleanup.policy", "compact") } else { new }
-    });
-    let new: Vec<NewTopic<'_>> = new.collect();
-    let created = block_on(admin.create_topics(&new, options)).map_err(|error| config.unavailable(&error))?;
-    for result in created {
-        match result {
-            // Another node that starts as well was faster.
-            Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
-            Err((name, e)) => return Err(LogError::Unavailable(format!("topic {name} could not be created: {e}"))),
+    let configured = topics.each;
+    if let Some(found) = named.filter(|named| *named != configured) {
+        return Err(LogError::PartitionMismatch { found, configured });
+    }
+    for topic in Topic::ALL {
+        let found = shapes[topic as usize].partitions;
+        if found < configured || found > configured && named.is_none() {
+            return Err(LogError::PartitionMismatch { found, configured });
+        }
+        if let Some(why) = added_with_records(connection, topics.name(topic), configured, found, client)? {
+            return Err(LogError::Unfit(why));
         }
     }
     Ok(())
 }
 
-/// How many partitions a topic has; a new one takes a moment until every broker knows of it.
-fn wait_for_topic(config: &KafkaConfig, client: &QueryClient, name: &str) -> Result<u32, LogError> {
+/// What is in the partitions that somebody added to a topic, if anything is: nobody would ever read it.
+pub(super) fn added_with_records(
+    connection: &Connection,
+    name: &str,
+    configured: u32,
+    found: u32,
+    client: &QueryClient,
+) -> Result<Option<String>, LogError> {
+    if found <= configured {
+        return Ok(None);
+    }
+    let added = || (configured..found).map(|partition| (name, partition));
+    let starts = offsets(connection, client, Edge::Start, added())?;
+    let ends = offsets(connection, client, Edge::End, added())?;
+    let counts = (configured..found).zip(starts.iter().zip(&ends).map(|(start, end)| end.saturating_sub(*start)));
+    let used: Vec<String> =
+        counts.filter(|(_, count)| *count > 0).map(|(partition, count)| format!("{partition} ({count})")).collect();
+    if used.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(format!(
+        "{name} has {found} partitions, but {configured} are configured (--partitions), and the number is fixed when the log \
+         is created. Records are in partitions that were added: {}. Nobody reads them there; find who writes them, and \
+         delete them with kafka-delete-records.sh",
+        used.join(", ")
+    )))
+}
+
+fn create(connection: &Connection, topics: &Topics, missing: &[Topic], client: &QueryClient) -> Result<(), LogError> {
+    let (admin, options) = (admin_client(connection).map_err(|error| connection.unavailable(&error))?, admin_options());
+    let replicas = replicas_to_make(connection, client, &admin, &options)?;
+    // -1: as many replicas as the brokers are set up to make.
+    let replication = replicas.map_or(-1, |replicas| replicas as i32);
+    let in_sync = IN_SYNC.to_string();
+    let new = missing.iter().map(|topic| {
+        let new = NewTopic::new(topics.name(*topic), topics.each as i32, TopicReplication::Fixed(replication))
+            .set("retention.ms", "-1")
+            .set("retention.bytes", "-1")
+            .set("unclean.leader.election.enable", "false");
+        let new = if replicas.is_some() { new.set("min.insync.replicas", &in_sync) } else { new };
+        if *topic == Topic::Receipts {
+            new.set("cleanup.policy", "compact")
+        } else {
+            new.set("cleanup.policy", "delete")
+        }
+    });
+    let new: Vec<NewTopic<'_>> = new.collect();
+    let created = block_on(admin.create_topics(&new, &options)).map_err(|error| connection.unavailable(&error))?;
+    for result in created {
+        match result {
+            // Another node that starts as well was faster.
+            Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+            Err((name, why)) => {
+                return Err(LogError::Unavailable(format!(
+                    "topic {name} could not be created ({why}). It may be made by hand, with {} partitions and the settings \
+                     that the documentation names",
+                    topics.each
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// How many replicas a new topic gets: three where there are brokers for it, or more if that is what the brokers give. None
+/// leaves it to them.
+fn replicas_to_make(
+    connection: &Connection,
+    client: &QueryClient,
+    admin: &AdminClient<Callbacks>,
+    options: &AdminOptions,
+) -> Result<Option<u32>, LogError> {
+    let metadata = client.fetch_metadata(None, ASK).map_err(|error| connection.unavailable(&error))?;
+    let Some(broker) = metadata.brokers().first().filter(|_| metadata.brokers().len() >= REPLICAS as usize) else {
+        return Ok(None);
+    };
+    let answer = block_on(admin.describe_configs(&[ResourceSpecifier::Broker(broker.id())], options));
+    let settings = answer.ok().and_then(|mut found| found.pop()?.ok());
+    let usual =
+        settings.and_then(|settings| settings.get("default.replication.factor")?.value.as_deref()?.parse().ok());
+    Ok(Some(usual.unwrap_or(0).max(REPLICAS)))
+}
+
+/// A new topic takes a moment until every broker knows of it.
+fn wait_for_topic(connection: &Connection, client: &QueryClient, name: &str) -> Result<Shape, LogError> {
     let until = Instant::now() + APPEARS_WITHIN;
     loop {
-        match partitions_of(config, client, name)? {
+        match shape_of(connection, client, name)? {
             Some(found) => return Ok(found),
             None if Instant::now() < until => drop(client.poll(TICK)),
             None => return Err(LogError::Unavailable(format!("topic {name} did not appear"))),
@@ -94,72 +185,18 @@ fn wait_for_topic(config: &KafkaConfig, client: &QueryClient, name: &str) -> Res
 }
 
 /// None when the topic does not exist, or not everywhere yet.
-fn partitions_of(config: &KafkaConfig, client: &QueryClient, topic: &str) -> Result<Option<u32>, LogError> {
-    let metadata = client.fetch_metadata(Some(topic), ASK).map_err(|error| config.unavailable(&error))?;
+fn shape_of(connection: &Connection, client: &QueryClient, topic: &str) -> Result<Option<Shape>, LogError> {
+    let metadata = client.fetch_metadata(Some(topic), ASK).map_err(|error| {
+        hear(client);
+        connection.unavailable(&error)
+    })?;
     let Some(found) = metadata.topics().first() else {
         return Ok(None);
     };
     match found.error().map(RDKafkaErrorCode::from) {
         None if found.partitions().iter().any(|p| p.leader() < 0) => Ok(None),
-        None => Ok(Some(found.partitions().len() as u32)),
+        None => Ok(Some(Shape::of(found))),
         Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::LeaderNotAvailable) => Ok(None),
         Some(e) => Err(LogError::Unavailable(format!("topic {topic}: {e}"))),
-    }
-}
-
-/// A topic that somebody else made may delete what must stay. Of receipts only the newest of a key must.
-fn check_retention(
-    admin: &AdminClient<Quiet>,
-    options: &AdminOptions,
-    topic: Topic,
-    name: &str,
-) -> Result<(), LogError> {
-    let answer = block_on(admin.describe_configs([&ResourceSpecifier::Topic(name)], options));
-    let Some(Ok(settings)) = answer.ok().and_then(|mut found| found.pop()) else {
-        tracing::warn!(topic = name, "Kafka does not say which records the topic deletes; it must delete none");
-        return Ok(());
-    };
-    let setting = |name| settings.get(name).and_then(|entry| entry.value.as_deref()).unwrap_or_default();
-
-    let policy = setting("cleanup.policy");
-    if topic == Topic::Receipts {
-        if policy != "compact" {
-            tracing::warn!(topic = name, policy, "the topic should be compacted; set its cleanup.policy to compact");
-        }
-    } else if policy.contains("compact") {
-        return Err(LogError::Damaged(format!(
-            "{name} has cleanup.policy=compact, which deletes records; set it to delete"
-        )));
-    }
-
-    for setting_name in ["retention.ms", "retention.bytes"] {
-        // A topic that is only compacted has no retention.
-        if policy != "compact" && setting(setting_name) != "-1" {
-            tracing::warn!(
-                topic = name,
-                setting = setting_name,
-                value = setting(setting_name),
-                "the topic deletes old records; set it to -1"
-            );
-        }
-    }
-    Ok(())
-}
-
-/// rdkafka's admin calls are futures that its own thread completes; opening a log needs no runtime for them.
-fn block_on<F: Future>(future: F) -> F::Output {
-    struct Unpark(Thread);
-    impl Wake for Unpark {
-        fn wake(self: Arc<Self>) {
-            self.0.unpark();
-        }
-    }
-    let waker = Waker::from(Arc::new(Unpark(thread::current())));
-    let mut future = pin!(future);
-    loop {
-        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
-            return output;
-        }
-        thread::park();
     }
 }

@@ -36,9 +36,14 @@ impl Topics {
         Topic::locate(partition, self.each)
     }
 
-    /// The partition, counted over all topics, in which records of a topic with this key belong.
+    /// The partition of a topic in which records with this key belong.
+    pub(super) fn within(&self, key: &[u8]) -> u32 {
+        murmur2_partition(key, self.each)
+    }
+
+    /// The same, counted over all topics.
     pub(super) fn partition_for(&self, topic: Topic, key: &[u8]) -> u32 {
-        topic.partition(murmur2_partition(key, self.each), self.each)
+        topic.partition(self.within(key), self.each)
     }
 
     /// Where a consumer of all partitions begins to read, or a group's positions.

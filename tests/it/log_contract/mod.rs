@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use weft::log::embedded::EmbeddedLog;
-use weft::log::kafka::{KafkaConfig, KafkaLog};
+use weft::log::kafka::{ClientSettings, KafkaConfig, KafkaLog};
 use weft::log::{Append, AppendError, Entry, Grant, Log, LogError, Position, Positions, Reader, Record, Topic};
 use weft::memory::LogPlan;
 
@@ -105,6 +105,7 @@ fn kafka_config(brokers: &str, prefix: &str, partitions: u32) -> KafkaConfig {
         partitions,
         topic_prefix: prefix.to_owned(),
         group: format!("{prefix}node"),
+        settings: ClientSettings::default(),
         memory: LogPlan::default(),
     }
 }
@@ -267,6 +268,7 @@ contract_holds! {
     a_reader_opened_at_anothers_positions_reads_on_as_that_one_does
     two_readers_see_one_order
     bounds_begin_at_the_oldest_and_end_after_the_newest
+    whatever_was_acknowledged_is_below_the_end_as_of_a_later_question
     a_position_outside_of_the_bounds_is_refused
     another_number_of_partitions_is_refused_and_both_numbers_named
     a_record_that_is_not_ours_comes_as_foreign_and_reading_goes_on
@@ -471,6 +473,19 @@ mod contract {
             let bounds = bounds[at.partition as usize];
             assert!((bounds.start..bounds.end).contains(&at.offset), "{at} in {bounds:?}");
         }
+    }
+
+    pub fn whatever_was_acknowledged_is_below_the_end_as_of_a_later_question(place: Place) {
+        let log = place.open(4);
+        for n in 0..20 {
+            for at in append_ok(&*log, Topic::ALL.map(|topic| numbered(&format!("k{n}"), n).in_topic(topic)).into()) {
+                let end = log.end(at.partition).expect("the log tells its end");
+                assert!(end > at.offset, "{at} is not below {end}");
+            }
+        }
+        let each: Positions = (0..12).map(|partition| log.end(partition).expect("the log tells its end")).collect();
+        assert_eq!(log.ends().expect("the log tells its ends"), each);
+        assert_eq!(ends(&*log), each);
     }
 
     pub fn a_position_outside_of_the_bounds_is_refused(place: Place) {

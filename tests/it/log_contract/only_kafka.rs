@@ -3,7 +3,7 @@
 use std::sync::Barrier;
 
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::bindings::{self, rd_kafka_resp_err_t, rd_kafka_vtype_t};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::message::{Header, OwnedHeaders};
@@ -375,26 +375,45 @@ fn a_reader_whose_place_was_deleted_says_so_and_never_jumps() {
 }
 
 #[test]
-fn partitions_added_by_somebody_else_stop_appends_before_keys_move() {
+fn partitions_added_by_somebody_else_move_no_key_while_they_are_empty() {
     let place = Place::kafka();
     let log = place.open(2);
-    add_partitions(&place.topic(Topic::Events));
-    wait_for_health(&*log, false);
-    let why = log.health().expect_err("it is not well");
-    assert!(why.contains("5 partitions") && why.contains("2 are configured"), "{why}");
-    assert!(matches!(append(&*log, vec![numbered("k", 1)])[0], Err(AppendError::Unavailable(_))));
+    for topic in Topic::ALL {
+        add_partitions(&place.topic(topic));
+    }
+    let until = Instant::now() + PATIENCE;
+    while log.warnings().iter().filter(|warning| warning.contains("5 partitions")).count() < 3 {
+        assert!(Instant::now() < until, "{:?}", log.warnings());
+        std::thread::park_timeout(Duration::from_millis(10));
+    }
+    assert_eq!(log.health(), Ok(()));
+    let written = |log: &dyn Log| {
+        let records = (0..40).flat_map(|n| Topic::ALL.map(|topic| numbered(&format!("k{n}"), n).in_topic(topic)));
+        append_ok(log, records.collect()).iter().map(|at| log.topic_of(at.partition)).collect::<Vec<_>>()
+    };
+    let before = written(&*log);
+    drop(log);
+    let again = place.open(2);
+    assert_eq!(written(&*again), before, "each key where it was");
+    assert_eq!(read_all(&*again).iter().map(ours).count(), 240);
+    let error = place.try_open(5).err().expect("the log has 2");
+    assert!(matches!(error, LogError::PartitionMismatch { found: 2, configured: 5 }), "{error:?}");
 }
 
 #[test]
-fn partitions_added_to_the_receipts_stop_receipts_and_no_events() {
+fn records_in_partitions_that_were_added_stop_that_topic_and_are_named() {
     let place = Place::kafka();
     let log = place.open(2);
-    add_partitions(&place.topic(Topic::Receipts));
+    let receipts = place.topic(Topic::Receipts);
+    add_partitions(&receipts);
+    produce(kafka::brokers(), &receipts, Some(3), Some(b"k"), Some(b"{}"), None);
     wait_for_health(&*log, false);
     let why = log.health().expect_err("it is not well");
-    assert!(why.contains(&place.topic(Topic::Receipts)), "{why}");
+    assert!(why.contains(&receipts) && why.contains("3 (1)"), "{why}");
     let answers = append(&*log, Topic::ALL.map(|topic| numbered("k", 1).in_topic(topic)).into());
     assert!(matches!(&answers[..], [Ok(_), Err(AppendError::Unavailable(_)), Ok(_)]), "{answers:?}");
+    let error = place.try_open(2).err().expect("nobody would read them").to_string();
+    assert!(error.contains("5 partitions") && error.contains("2 are configured") && error.contains("3 (1)"), "{error}");
 }
 
 fn delete_all_records(topic: &str) {
@@ -438,10 +457,12 @@ fn block_on<F: Future>(future: F) -> F::Output {
     tokio::runtime::Builder::new_current_thread().build().expect("a runtime").block_on(future)
 }
 
-/// Makes a topic as another program would, before the log finds it.
+/// Makes a topic as another program would, before the log finds it; it keeps everything, unless told otherwise.
 pub fn create_topic(name: &str, settings: &[(&str, &str)]) {
+    let usual = [("retention.ms", "-1"), ("retention.bytes", "-1")];
+    let usual = usual.iter().filter(|(setting, _)| settings.iter().all(|(other, _)| other != setting));
     let new = NewTopic::new(name, 1, TopicReplication::Fixed(1));
-    let new = settings.iter().fold(new, |new, (setting, value)| new.set(setting, value));
+    let new = usual.chain(settings).fold(new, |new, (setting, value)| new.set(setting, value));
     let created = block_on(admin().create_topics([&new], &AdminOptions::new()));
     created.expect("the broker answers").remove(0).expect("the broker makes it");
 }
@@ -453,6 +474,47 @@ fn compacted_events_or_dead_letters_are_refused_since_they_forget() {
         create_topic(&place.topic(topic), &[("cleanup.policy", "compact")]);
         let error = place.try_open(1).err().expect("it forgets").to_string();
         assert!(error.contains("cleanup.policy") && error.contains(&place.topic(topic)), "{error}");
+    }
+}
+
+#[test]
+fn events_or_dead_letters_that_are_deleted_one_day_are_refused_and_the_error_says_how_to_mend_it() {
+    for (topic, setting) in [(Topic::Events, "retention.ms"), (Topic::DeadLetters, "retention.bytes")] {
+        let place = Place::kafka();
+        let usual = [("retention.ms", "-1"), ("retention.bytes", "-1")];
+        let settings: Vec<_> =
+            usual.into_iter().filter(|it| it.0 != setting).chain([(setting, "1000000000")]).collect();
+        create_topic(&place.topic(topic), &settings);
+        let error = place.try_open(1).err().expect("it forgets").to_string();
+        let mended = format!("--entity-name {} --add-config {setting}=-1", place.topic(topic));
+        assert!(error.contains(&format!("{setting}=1000000000")) && error.contains(&mended), "{error}");
+    }
+}
+
+#[test]
+fn topics_are_made_so_that_they_keep_everything_and_one_replica_is_warned_of() {
+    let place = Place::kafka();
+    let log = place.open(1);
+    let names = Topic::ALL.map(|topic| place.topic(topic));
+    let wanted = names.each_ref().map(|name| ResourceSpecifier::Topic(name));
+    let found = block_on(admin().describe_configs(&wanted, &AdminOptions::new())).expect("the broker answers");
+    for (topic, found) in Topic::ALL.into_iter().zip(found) {
+        let found = found.expect("the topic is there");
+        let policy = if topic == Topic::Receipts { "compact" } else { "delete" };
+        for (setting, value) in [
+            ("retention.ms", "-1"),
+            ("retention.bytes", "-1"),
+            ("cleanup.policy", policy),
+            ("unclean.leader.election.enable", "false"),
+        ] {
+            let entry = found.get(setting).expect("it has a value");
+            assert_eq!((entry.value.as_deref(), entry.is_default), (Some(value), false), "{topic:?} {setting}");
+        }
+    }
+    let until = Instant::now() + PATIENCE;
+    while !log.warnings().iter().any(|warning| warning.contains("1 replica")) {
+        assert!(Instant::now() < until, "{:?}", log.warnings());
+        std::thread::park_timeout(Duration::from_millis(10));
     }
 }
 

@@ -1,7 +1,9 @@
 //! What goes wrong around a server: a second node, a broker that stops, readers that stop, kills in the middle of a publish.
 //! [`durable`], [`confirm`], [`dead_letters`] and [`flow`] are about readers that come back, fail, or take their time,
-//! [`memory`] about those that ask for much, [`panics`] about what is not to happen at all.
+//! [`brokers`] about Kafka as it is run in production, [`memory`] about those that ask for much, [`panics`] about what is
+//! not to happen at all.
 
+mod brokers;
 mod confirm;
 mod dead_letters;
 mod durable;
@@ -299,6 +301,14 @@ async fn while_its_broker_is_silent_a_server_says_so_and_still_reads_and_afterwa
     let (status, parts) = ready().await;
     assert_eq!((status, &parts["ready"], &parts["store"]["ok"]), (503, &json!(false), &json!(true)), "{parts}");
     assert!(parts["log"]["error"].as_str().is_some_and(|why| why.contains("Kafka")), "{parts}");
+    // How far it lags nobody knows now; the figure from before would be wrong.
+    eventually("the lag is unknown", async || ready().await.1["projector"]["lag_records"].is_null()).await;
+    eventually("the metric says so", async || server.metric("weft_lag_records").await.is_nan()).await;
+    for (purpose, expected) in [("read", 200), ("write", 503)] {
+        let (status, parts) = server.http("GET", &format!("/readyz?for={purpose}"), "x", None).await;
+        assert_eq!(status, expected, "{purpose}: {parts}");
+        assert_eq!(parts["ready_for"], json!({"read": true, "write": false}), "{parts}");
+    }
     assert_eq!(server.http("GET", "/healthz", "x", None).await.0, 200, "alive, though not ready");
 
     // What is known to be away is refused at once, and never appears.
@@ -317,6 +327,7 @@ async fn while_its_broker_is_silent_a_server_says_so_and_still_reads_and_afterwa
 
     broker.resume();
     eventually("it is ready again", async || ready().await.0 == 200).await;
+    eventually("the lag is known again", async || ready().await.1["projector"]["lag_records"] == 0).await;
     let mut last = Value::Null;
     eventually("the same key works", async || {
         last = ada.ask(keyed.clone()).await;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use weft::log::embedded::EmbeddedLog;
-use weft::log::kafka::{KafkaConfig, KafkaLog};
+use weft::log::kafka::{ClientSettings, KafkaConfig, KafkaLog};
 use weft::log::{Append, Log};
 use weft::panics;
 use weft::projector::{Projector, Pump, Status};
@@ -103,6 +103,7 @@ mod child {
             partitions: 2,
             topic_prefix: prefix.to_owned(),
             group: format!("{prefix}node"),
+            settings: ClientSettings::default(),
             memory: weft::memory::LogPlan::default(),
         };
         append(&KafkaLog::open(config).unwrap());

@@ -56,12 +56,23 @@ fn output(mut command: Command, input: &str) -> String {
 pub struct Broker {
     dir: PathBuf,
     port: u16,
+    /// Wants TLS and SASL.
+    secured: bool,
     /// Holds the other end of the janitor's input.
     janitor: Mutex<Child>,
 }
 
 impl Broker {
     pub fn own() -> Broker {
+        Broker::new(false)
+    }
+
+    /// One that speaks TLS and wants to know who it is: SCRAM-SHA-512, user `weft`, password `weft-secret`.
+    pub fn secured() -> Broker {
+        Broker::new(true)
+    }
+
+    fn new(secured: bool) -> Broker {
         let dir = tempfile::Builder::new().prefix("weft-kafka-").tempdir().expect("a temporary folder").keep();
         let port = free_ports();
         let mut janitor = Command::new("sh");
@@ -73,13 +84,23 @@ impl Broker {
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         own_group(&mut janitor);
-        let broker = Broker { dir, port, janitor: Mutex::new(janitor.spawn().expect("sh runs")) };
+        let broker = Broker { dir, port, secured, janitor: Mutex::new(janitor.spawn().expect("sh runs")) };
         broker.start();
         broker
     }
 
     pub fn brokers(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    /// Of a secured broker: SASL without TLS.
+    pub fn without_tls(&self) -> String {
+        format!("127.0.0.1:{}", self.port + 2)
+    }
+
+    /// Of a secured broker: the file with the certificate of its authority, or of one that has signed nothing.
+    pub fn authority(&self, right: bool) -> String {
+        self.dir.join(if right { "tls/ca.pem" } else { "tls/other-ca.pem" }).display().to_string()
     }
 
     /// Starts it, or starts it again with its data.
@@ -109,6 +130,9 @@ impl Broker {
     fn script(&self, what: &str) {
         let mut command = Command::new(script());
         command.arg(what).env("WEFT_KAFKA_DIR", &self.dir).env("WEFT_KAFKA_PORT", self.port.to_string());
+        if self.secured {
+            command.env("WEFT_KAFKA_SASL", "1");
+        }
         own_group(&mut command);
         // Not through pipes: the broker inherits them, and they would stay open.
         let log = self.dir.join(format!("{what}.log"));
@@ -138,16 +162,16 @@ fn own_group(command: &mut Command) {
     command.process_group(0);
 }
 
-/// A free port whose successor is free as well. Below those that the kernel gives to outgoing connections, so that it is
+/// A free port whose next two are free as well. Below those that the kernel gives to outgoing connections, so that it is
 /// still free when the broker starts again.
 fn free_ports() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let free = |port| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
     loop {
         // Another test process begins elsewhere.
-        let step = NEXT.fetch_add(1, Ordering::Relaxed).wrapping_add((std::process::id() % 5000) as u16);
-        let port = 20_000 + (step % 5000) * 2;
-        if free(port) && free(port + 1) {
+        let step = NEXT.fetch_add(1, Ordering::Relaxed).wrapping_add((std::process::id() % 3000) as u16);
+        let port = 20_000 + (step % 3000) * 3;
+        if free(port) && free(port + 1) && free(port + 2) {
             return port;
         }
     }

@@ -111,7 +111,7 @@ pub fn check_body(method: &str, path: &str, status: u16, body: &Value) {
     let path = path.split('?').next().unwrap_or_default();
     let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
     let name = match (method, &parts[..]) {
-        (_, ["readyz"]) => "http.readyz",
+        (_, ["readyz"]) if status != 400 => "http.readyz",
         _ if status >= 400 => "http.problem",
         (_, ["healthz"]) => "http.healthz",
         ("POST", ["v1", "tickets"]) => "http.ticket",
