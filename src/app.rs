@@ -31,6 +31,7 @@ use crate::log::embedded::EmbeddedLog;
 use crate::log::kafka::{KafkaConfig, KafkaLog, Known};
 use crate::log::{Identity, IfUnnamed, Log, LogError, Reader};
 use crate::memory::{Budget, Plan};
+use crate::projector::level::Level;
 use crate::projector::opening::{self, OpenError};
 use crate::projector::{Projector, Pump, Status};
 use crate::reaper::Reaper;
@@ -188,12 +189,13 @@ impl App {
 
         let memory = Arc::new(Budget::new(config.memory()));
         let rights = Rights::new(store.clone());
+        let level = Arc::new(Level::new(log.clone(), status.clone()));
         let submit = Arc::new(Submit::new(log.clone(), pending.clone()));
         let health = Arc::new(Health::new(log.clone(), status.clone()));
         let reaper = Reaper {
             store: store.clone(),
             submit: submit.clone(),
-            projector: status,
+            projector: status.clone(),
             stalled_after: config.run_stalled_after(),
         };
 
@@ -210,6 +212,7 @@ impl App {
             memory,
             store: store.clone(),
             rights,
+            level,
             submit,
             hub,
             registry: registry.clone(),
@@ -228,6 +231,7 @@ impl App {
             chore("the upkeep of metrics", telemetry::upkeep(metrics)),
             chore("the upkeep of rates", limits.upkeep()),
             chore("the reaper", reaper.run()),
+            chore("the watch over the rules' version", leave_outdated(status, registry.clone())),
         ];
 
         Ok(App {
@@ -248,9 +252,10 @@ impl App {
         })
     }
 
-    /// Waits until the server answers: the projections have what the log had at the start.
-    pub async fn ready(&self) {
-        self.health.caught_up().await;
+    /// Waits until the server answers: the projections have what the log had at the start. An error says why they never will,
+    /// without an upgrade.
+    pub async fn ready(&self) -> Result<(), String> {
+        self.health.caught_up().await
     }
 
     /// Waits until damage is found in the projections. Then this server has to stop; the next one makes them anew.
@@ -302,10 +307,17 @@ impl App {
     }
 }
 
+/// Once this node must be upgraded to go on, its clients are asked to go to another one.
+async fn leave_outdated(status: Arc<Status>, registry: Arc<Registry>) {
+    status.until_outdated().await;
+    registry.drain();
+}
+
 /// Everything that some part of the edge works with.
 struct Handles {
     store: Arc<Store>,
     rights: Rights,
+    level: Arc<Level>,
     auth: Arc<Authenticator>,
     admission: Arc<Admission>,
     submit: Arc<Submit>,
@@ -324,6 +336,7 @@ fn edge(handles: Handles) -> Edge {
     let Handles {
         store,
         rights,
+        level,
         auth,
         admission,
         submit,
@@ -339,6 +352,7 @@ fn edge(handles: Handles) -> Edge {
     let api = Api {
         store: store.clone(),
         rights: rights.clone(),
+        level: level.clone(),
         auth: auth.clone(),
         admission: admission.clone(),
         submit: submit.clone(),
@@ -362,6 +376,7 @@ fn edge(handles: Handles) -> Edge {
         submit,
         auth: auth.clone(),
         rights,
+        level: level.clone(),
         admission: admission.clone(),
         delivery,
         registry,
@@ -372,6 +387,7 @@ fn edge(handles: Handles) -> Edge {
     Edge {
         auth,
         health,
+        level,
         admission,
         api: Arc::new(api),
         streams: Arc::new(streams),

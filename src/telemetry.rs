@@ -87,6 +87,11 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_memory_used_bytes", Type::Gauge, "Memory that a part holds, by part"),
     ("weft_memory_waiting", Type::Gauge, "Requests and reads that wait for memory, by part"),
     ("weft_memory_refused_total", Type::Counter, "Requests and reads that got no memory, by part"),
+    (
+        "weft_level_waits_total",
+        Type::Counter,
+        "Answers that waited until this node had all that the log had, by outcome",
+    ),
     ("weft_unknown_outcomes_total", Type::Counter, "Publishes answered with outcome unknown"),
     ("weft_panics_total", Type::Counter, "Panics: each is a bug"),
 ];
@@ -276,6 +281,9 @@ pub fn memory_waiting(part: &'static str) -> Gauge {
 }
 pub fn memory_refused(part: &'static str) -> Counter {
     counter!("weft_memory_refused_total", "part" => part)
+}
+pub fn level_waits(outcome: &'static str) -> Counter {
+    counter!("weft_level_waits_total", "outcome" => outcome)
 }
 pub fn unknown_outcomes() -> Counter {
     counter!("weft_unknown_outcomes_total")

@@ -104,11 +104,16 @@ impl Rights {
         let may = if scopes::reads_by_scope(who.scopes) {
             true
         } else if ids::is_reserved(thread) {
-            thread == TENANT_THREAD || ids::inbox_of(thread) == Some(&*who.user)
+            thread == TENANT_THREAD || ids::inbox_of(thread) == Some(&*who.user) || self.works_in(who, thread)?
         } else {
-            self.store.is_member(&who.tenant, thread, &who.user)?
+            self.store.is_member(&who.tenant, thread, &who.user)? || self.works_in(who, thread)?
         };
         if may { Ok(()) } else { Err(Error::no_thread()) }
+    }
+
+    /// Whether the user is an agent that has an open run on the thread: agents read where they work.
+    pub fn works_in(&self, who: &Principal, thread: &str) -> Result<bool, Error> {
+        Ok(who.scopes.agent && self.store.has_open_run(&who.tenant, thread, &who.user)?)
     }
 
     /// The newest seq of a thread that is there; those that exist by their name always are.

@@ -123,9 +123,9 @@ pub fn reads_by_scope(scopes: Scopes) -> bool {
     scopes.analyst || scopes.admin
 }
 
-/// Whether the token allows reading.
+/// Whether the token allows reading: what, depends on the threads. An agent reads where it works.
 pub fn read(scopes: Scopes) -> Result<(), Error> {
-    if scopes.subscribe || reads_by_scope(scopes) { Ok(()) } else { Err(missing("subscribe")) }
+    if scopes.subscribe || scopes.agent || reads_by_scope(scopes) { Ok(()) } else { Err(missing("subscribe")) }
 }
 
 /// Whether the token allows to make and manage threads at all, and to signal in them; looked at before any thread is.

@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use super::common::Failure;
 use crate::app::open_log;
 use crate::config::{Config, StorageArgs};
-use crate::log::{Append, AppendError, Grant, Record, Topic};
+use crate::log::{Append, AppendError, Grant, RULES, Record, Topic};
 use crate::protocol::json;
 
 /// How many records are on their way at a time.
@@ -48,6 +48,7 @@ fn append(config: &Config, first: usize) -> Result<(), Failure> {
             topic: Topic::ALL[n % Topic::ALL.len()],
             key: format!("k{}", n % 7),
             kind: "message".to_owned(),
+            rules: RULES,
             grant: Grant::Member,
             traceparent: None,
             value: json::encode_bytes(&serde_json::json!({ "n": n })).into(),

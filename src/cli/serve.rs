@@ -93,8 +93,13 @@ async fn start_anew(config: &Config) -> Result<App, Failure> {
 
 /// Says that the server is up, once it is; ends only with an error.
 async fn serve(app: &App, data: &Path, secret: Option<&str>, demo: bool) -> Result<(), Failure> {
-    app.ready().await;
+    let ready = app.ready().await;
     let url = format!("http://{}", app.address);
+    if let Err(why) = ready {
+        // It stays up, so that `/readyz` says the same to whoever looks after it.
+        println!("weft is up on {url} and serves nothing: it must be upgraded: {why}");
+        return std::future::pending().await;
+    }
     tracing::info!(address = %app.address, data = %data.display(), "weft is up");
     let admin = app.admin.map_or(String::new(), |admin| format!(", metrics: http://{admin}/metrics"));
     Output::new().line(format!("weft is up on {url} (WebSocket: ws://{}/v1/ws{admin})", app.address))?;

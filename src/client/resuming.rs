@@ -15,6 +15,8 @@ use crate::clock;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// How often the first `subscribe` is sent, while the server calls its refusal temporary.
+const FIRST_TRIES: u32 = 10;
 /// A server that asks for a longer pause gets this one.
 const LONGEST_ADVISED: Duration = Duration::from_secs(120);
 
@@ -59,7 +61,8 @@ pub struct Resuming {
 }
 
 impl Resuming {
-    /// Connects for the first time. Every failure is returned, since it is most likely a wrong address or token.
+    /// Connects for the first time. Failures are returned, since they are most likely a wrong address or token; but for one that
+    /// the server calls temporary: that is tried again, a few times.
     pub async fn connect(url: &str, token: &str, thread: &str, start: Start) -> Result<Resuming, ClientError> {
         let mut resuming = Resuming {
             url: url.to_owned(),
@@ -73,7 +76,16 @@ impl Resuming {
             advised: None,
             next_key: 1,
         };
-        resuming.open().await?;
+        for failures in 1.. {
+            match resuming.open().await {
+                Ok(()) => break,
+                Err(ClientError::Command(refusal)) if refusal.temporary && failures < FIRST_TRIES => {
+                    let advised = refusal.retry_after_ms.map(Duration::from_millis);
+                    tokio::time::sleep(advised.unwrap_or_else(|| pause(failures)).min(LONGEST_PAUSE)).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
         Ok(resuming)
     }
 
@@ -110,7 +122,8 @@ impl Resuming {
                     return Ok(ClientItem::Event(Box::new(event)));
                 }
                 ClientFrame::CaughtUp { thread, seq } => return Ok(ClientItem::CaughtUp { thread, seq }),
-                ClientFrame::Error(error) => return Err(ClientError::Command(Box::new(error))),
+                // A subscription that ended for a while is begun anew.
+                ClientFrame::Error(error) => return self.lost(ClientError::Command(Box::new(error))),
                 _ => {}
             }
         }

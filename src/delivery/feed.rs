@@ -145,6 +145,10 @@ impl Feed {
             Item::Event { sub, event } => self.subs.live_event(who, sub, &event).map(Out::from),
             Item::Delta { sub, delta } => self.subs.live_delta(who, sub, &delta).map(Out::from),
             Item::Signal { sub, frame } => self.subs.signal(sub, frame).map(Out::Notice),
+            Item::RunEnded { sub } => {
+                let (thread, error) = self.subs.run_ended(who, sub)?;
+                Some(Out::Ended { thread, error })
+            }
             Item::Lagged { sub } => {
                 self.subs.lagged(who, sub);
                 None

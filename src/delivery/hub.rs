@@ -24,10 +24,11 @@ use super::fair_queue::SubId;
 use super::outbox::{Item, Outbox};
 use super::registry::Registry;
 use crate::ingest::pending::Pending;
-use crate::projector::{AccessChange, Commit, PublishCommit, ThreadUpdate, Update};
+use crate::projector::{AccessChange, Commit, PublishCommit, RunNotice, ThreadUpdate, Update};
 use crate::protocol::frame::ServerFrame;
-use crate::protocol::ids::log_key;
+use crate::protocol::ids::{SERVER_USER, log_key};
 use crate::protocol::json;
+use crate::protocol::kinds::AGENT_CANCEL_REQUESTED;
 use crate::{panics, telemetry};
 
 /// Commits that may wait for the fan-out; then the projector waits.
@@ -231,9 +232,31 @@ impl Hub {
                     self.change_access(table, key, event.seq, change);
                 }
                 self.fan_out(table, key, |it| it.outbox.push_event(it.sub, event));
+                if let Some(notice) = &event.run {
+                    self.notify_agent(table, key, event.seq, notice);
+                }
             }
             Update::Delta(delta) => {
                 self.fan_out(table, key, |it| !it.wants_deltas || it.outbox.push_delta(it.sub, delta));
+            }
+        }
+    }
+
+    /// Lets the user who started a run know what has become of it.
+    fn notify_agent(&self, table: &Table, key: &str, seq: u64, notice: &RunNotice) {
+        let Some((tenant, thread)) = key.split_once('/') else { return };
+        match notice {
+            RunNotice::Ended { user } => {
+                let subscribers = table.threads.get(key).into_iter().flatten();
+                for it in subscribers.filter(|it| !it.by_scope && *it.user == **user) {
+                    it.outbox.push_run_ended(it.sub);
+                }
+            }
+            RunNotice::ToCancel { user, run } => {
+                let data = json::encode_raw(&json!({"run": run, "seq": seq}));
+                let signal =
+                    ServerFrame::Signal { thread, kind: AGENT_CANCEL_REQUESTED, from: SERVER_USER, data: Some(&data) };
+                self.registry.notify_to_cancel(&log_key(tenant, user), thread, &signal.encode().into());
             }
         }
     }

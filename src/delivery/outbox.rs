@@ -51,6 +51,10 @@ pub enum Item {
         sub: SubId,
         frame: Utf8Bytes,
     },
+    /// A run of the user's on the thread has ended, with the event before this.
+    RunEnded {
+        sub: SubId,
+    },
     /// The outbox was full: the subscription did not get the next event.
     Lagged {
         sub: SubId,
@@ -76,7 +80,7 @@ impl Item {
             Item::Event { event, .. } => event.frame.len() + OVERHEAD,
             Item::Delta { delta, .. } => delta.text.len() + DELTA_OVERHEAD,
             Item::Signal { frame, .. } => frame.len() + OVERHEAD,
-            Item::Lagged { .. } | Item::Overrun | Item::Joined { .. } => 0,
+            Item::RunEnded { .. } | Item::Lagged { .. } | Item::Overrun | Item::Joined { .. } => 0,
         }
     }
 }
@@ -122,8 +126,13 @@ pub enum Answer {
         delta: Option<(Box<str>, u64)>,
         verdict: Verdict,
     },
+    /// Somebody wants a run of the user's cancelled: the signal to send if the session subscribes to the thread. It does not
+    /// wait for events that were there before.
+    ToCancel { thread: Box<str>, signal: Utf8Bytes },
     /// The user was removed from the thread, and may be a member again by now.
     Left { thread: Box<str> },
+    /// This node has whatever the log had when the command that waits for it asked, or that cannot be known now.
+    Level(Result<(), Error>),
     /// The user's threads, for the `subscribe` to `"*"` that waits for them.
     Threads(Result<Vec<JoinedThread>, Error>),
     /// What the next command needs to know is looked up.
@@ -247,6 +256,15 @@ impl Outbox {
         fits
     }
 
+    /// Says, in order with the events, that a run of the user's on the thread has ended. There is at most one for each event.
+    pub fn push_run_ended(&self, sub: SubId) {
+        let mut inner = self.lock();
+        if !inner.closed {
+            inner.items.push(Some(sub), None, Item::RunEnded { sub });
+            wake(inner);
+        }
+    }
+
     /// Adds a signal, if there is room to spare; whether there was.
     pub fn push_signal(&self, sub: SubId, frame: &Utf8Bytes) -> bool {
         let mut inner = self.lock();
@@ -360,7 +378,7 @@ mod tests {
     use super::*;
 
     fn push(outbox: &Outbox, sub: SubId, seq: u64, priority: Option<Priority>) {
-        let event = CommittedEvent { seq, kind: "x.y".into(), priority, frame: "{}".into(), closes: None };
+        let event = CommittedEvent { seq, kind: "x.y".into(), priority, frame: "{}".into(), closes: None, run: None };
         assert!(outbox.push_event(sub, &Arc::new(event)));
     }
 
@@ -383,6 +401,7 @@ mod tests {
             priority: None,
             frame: "x".repeat(SIGNAL_BYTES).into(),
             closes: None,
+            run: None,
         });
         assert!(outbox.push_event(1, &event));
         assert!(!outbox.push_signal(1, &"{}".into()));

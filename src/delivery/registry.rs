@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use metrics::{Counter, Gauge};
 use tokio::sync::watch;
+use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use super::outbox::{Answer, Outbox};
 use crate::auth::Principal;
@@ -150,6 +151,13 @@ impl Registry {
     pub fn notify_left(&self, user: &str, thread: &str) {
         for outbox in self.outboxes_of(user) {
             outbox.push_answer(Answer::Left { thread: thread.into() });
+        }
+    }
+
+    /// Somebody wants a run cancelled that the user has started on the thread. `user` is `tenant/user`.
+    pub fn notify_to_cancel(&self, user: &str, thread: &str, signal: &Utf8Bytes) {
+        for outbox in self.outboxes_of(user) {
+            outbox.push_answer(Answer::ToCancel { thread: thread.into(), signal: signal.clone() });
         }
     }
 

@@ -55,20 +55,28 @@ impl Health {
         self.draining.store(true, Ordering::Release);
     }
 
-    /// Refuses while the projections lack what the log had at the start: their answers would be wrong, not merely old.
+    /// Refuses while the projections lack what the log had at the start: their answers would be wrong, not merely old. And
+    /// once the log has what only a later version can project, since by then every answer is old.
     pub fn check_caught_up(&self) -> Result<(), Error> {
+        if let Some(why) = self.projector.outdated() {
+            return Err(Error::new(Code::Unavailable, format!("this node must be upgraded: {why}")).retry_after(1_000));
+        }
         if self.projector.caught_up() {
             return Ok(());
         }
         Err(Error::new(Code::Unavailable, "the server is starting: it still reads its log").retry_after(1_000))
     }
 
-    /// Waits until the projections have what the log had at the start.
-    pub async fn caught_up(&self) {
+    /// Waits until the projections have what the log had at the start, or it is known why they never will.
+    pub async fn caught_up(&self) -> Result<(), String> {
         let mut every = tokio::time::interval(Duration::from_millis(5));
         while !self.projector.caught_up() {
+            if let Some(why) = self.projector.outdated() {
+                return Err(why);
+            }
             every.tick().await;
         }
+        Ok(())
     }
 
     /// Each part's state; `store` is the outcome of a lookup in it.

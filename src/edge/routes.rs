@@ -26,6 +26,7 @@ use super::ws::Sockets;
 use super::ws::upgrade::upgrade;
 use crate::auth::{Authenticator, Principal, scopes};
 use crate::ingest::admit::Admission;
+use crate::projector::level::Level;
 use crate::protocol::error::{Code, Error};
 use crate::{panics, telemetry};
 
@@ -156,6 +157,7 @@ fn ready(reply: impl warp::Reply + 'static) -> Answer {
 pub struct Edge {
     pub auth: Arc<Authenticator>,
     pub health: Arc<Health>,
+    pub level: Arc<Level>,
     pub admission: Arc<Admission>,
     pub api: Arc<Api>,
     pub streams: Arc<Streams>,
@@ -169,7 +171,19 @@ impl Edge {
             Handler::Anyone(handler) => handler(self, it).await,
             Handler::User(needs, handler) => {
                 let who = self.admit(&it, needs)?;
-                handler(self, it.of(who)).await
+                let it = it.of(who);
+                if route.method != GET {
+                    // Those that change something look for it by themselves, and only before they do.
+                    return handler(self, it).await;
+                }
+                let again = it.again();
+                match handler(self, it).await {
+                    Err(error) if self.level.may_be_missing(&error) => {
+                        self.level.reach().await?;
+                        handler(self, again).await
+                    }
+                    answered => answered,
+                }
             }
         }
     }

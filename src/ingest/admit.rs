@@ -13,6 +13,7 @@ use crate::protocol::kinds::{self, DeltaData, KindClass};
 use crate::{clock, telemetry};
 
 /// A publish as either interface has it, its values checked.
+#[derive(Clone, Copy)]
 pub struct PublishRequest<'a> {
     pub thread: &'a str,
     pub kind: &'a str,
@@ -69,6 +70,7 @@ impl Admission {
         };
         let grant = self.rights.to_publish(who, request.thread, class)?;
         kinds::check_place(class, request.run, request.parent)?;
+        kinds::check_answer(request.kind, request.parent)?;
         self.count_bytes(who, request.data.get().len())?;
 
         let event = LogEvent {

@@ -6,7 +6,7 @@ use metrics::Counter;
 use uuid::Uuid;
 
 use super::pending::{OnVerdict, Pending, unknown};
-use crate::log::{Append, AppendError, Grant, Log, Record, Topic};
+use crate::log::{Append, AppendError, Grant, Log, RULES, Record, Topic};
 use crate::projector::Verdict;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::LogEvent;
@@ -38,6 +38,7 @@ impl Submit {
             topic: Topic::Events,
             key: ids::log_key(&draft.event.tenant, &draft.event.thread),
             kind: draft.event.kind.as_ref().to_owned(),
+            rules: RULES,
             grant: draft.grant,
             traceparent: draft.traceparent.map(str::to_owned),
             value: json::encode_bytes(&draft.event).into(),

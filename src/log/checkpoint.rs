@@ -1,6 +1,6 @@
 //! What a node made of a partition of events, as a record in that very partition: other nodes compare what they made of it.
 
-use super::{Grant, Record, Topic};
+use super::{Grant, RULES, Record, Topic};
 use crate::clock;
 use crate::protocol::json;
 use crate::protocol::records::LogCheckpointRecord;
@@ -55,6 +55,7 @@ impl Checkpoint {
             topic: Topic::Events,
             key: LOG_KEY.to_owned(),
             kind: KIND.to_owned(),
+            rules: RULES,
             grant: Grant::Scope,
             traceparent: None,
             value: json::encode_bytes(&value).into(),

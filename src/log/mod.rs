@@ -13,6 +13,7 @@
 //!   reader that has read all of a partition gets to its end, past any hole;
 //! - a reader sees only what is durable: nothing that it returned can be taken back by a crash;
 //! - foreign records are skipped and reported, as [`Foreign`] at their position; reading continues;
+//! - no reader gets past a record of newer rules than [`RULES`]: it stays there with [`LogError::NewerRules`].
 //! - a log is given its [`Identity`] while it is empty. One that holds records and has none is refused: it is not known
 //!   which records it is without, and a new name would have projections of the old one thrown away.
 
@@ -31,7 +32,7 @@ use bytes::Bytes;
 
 pub use checkpoint::Checkpoint;
 pub use identity::{Cause, Continued, Identity, IfUnnamed};
-pub use record::{Grant, RECORD_VERSION, Record, Topic};
+pub use record::{Grant, RULES, Record, Topic};
 
 /// About how many bytes one [`Reader::next`] brings at most.
 pub const READ_BYTES: usize = 4 << 20;
@@ -135,6 +136,11 @@ pub enum LogError {
     /// As it is set up, it would lose records, or has some that nobody would read.
     #[error("the log is not set up to keep what it is given: {0}")]
     Unfit(String),
+    #[error(
+        "the record at {at} is of version {version}, and this node knows none newer than {RULES}: upgrade it; nothing after \
+         that record is read until then"
+    )]
+    NewerRules { at: Position, version: u64 },
 }
 
 /// An append-only log of [`Record`]s in three topics with a fixed number of partitions.
@@ -186,6 +192,9 @@ pub trait Log: Send + Sync + 'static {
 
     /// The same of one partition alone.
     fn end(&self, partition: u32) -> Result<u64, LogError>;
+
+    /// Whether others than this handle append to the log. Then what was answered elsewhere may not have been read here yet.
+    fn has_other_writers(&self) -> bool;
 
     /// How many records of those before `ends` come after `positions`.
     fn between(&self, positions: &[u64], ends: &[u64]) -> u64 {

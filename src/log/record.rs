@@ -5,8 +5,13 @@ use bytes::Bytes;
 use crate::protocol::records::{DeadLetterRecord, ReceiptRecord};
 use crate::protocol::{ids, json};
 
-/// The version of the record's shape, sent along with each record (on Kafka as the header `weft-version`).
-pub const RECORD_VERSION: u16 = 1;
+/// The newest version of the rules, and the one that this server writes its records by.
+///
+/// Each record carries the version of the rules by which it is judged (on Kafka as the header `weft-version`), so that a
+/// log comes to the same whenever it is read, and by whichever later version of Weft. A rule that can change a verdict or
+/// a row never changes: it is succeeded by another one in a new version ([`crate::projector`]). A record of a newer version
+/// than this stops who reads it ([`super::LogError::NewerRules`]); one that was skipped would be missing in all that follows.
+pub const RULES: u16 = 2;
 
 /// What a record belongs to. Every topic has the same number of partitions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -54,6 +59,8 @@ pub struct Record {
     pub key: String,
     /// The record's kind (header `weft-kind`), for people who look at the log with other tools.
     pub kind: String,
+    /// The version of the rules by which it is judged (header `weft-version`), from 1 to [`RULES`].
+    pub rules: u16,
     /// By what right it was written (header `weft-grant`).
     pub grant: Grant,
     /// W3C trace context, stored as it came (header `traceparent`).
@@ -99,6 +106,7 @@ impl From<&ReceiptRecord> for Record {
             topic: Topic::Receipts,
             key: [&*receipt.tenant, &receipt.thread, &receipt.user, &receipt.name].join("/"),
             kind: "receipt".into(),
+            rules: RULES,
             grant: Grant::Scope,
             traceparent: None,
             value: json::encode_bytes(receipt).into(),
@@ -112,6 +120,7 @@ impl From<&DeadLetterRecord> for Record {
             topic: Topic::DeadLetters,
             key: ids::log_key(&letter.tenant, &letter.thread),
             kind: letter.reason.clone(),
+            rules: RULES,
             grant: Grant::Scope,
             traceparent: None,
             value: json::encode_bytes(letter).into(),

@@ -6,7 +6,7 @@ use super::dead_letters::DeadLetters;
 use super::keys::Keys;
 use super::messages::{ClosingMessage, MessageClosing, Messages};
 use super::receipts::Receipts;
-use super::runs::{Rejected, Runs};
+use super::runs::{Rejected, Runs, Written};
 use super::thread::{AcceptedEvent, Thread, ThreadChange, ThreadEffect, repeated};
 use super::transaction::{EventRecord, Transaction};
 use super::{Commit, Published, ThreadUpdate, Update, Verdict};
@@ -94,7 +94,7 @@ impl<'s> BatchState<'s> {
                 None => None,
             }
         } else if event.run.is_some() {
-            self.runs.judge(store, event, record.grant == Grant::Server)?
+            self.runs.judge(store, event, Written { by_server: record.grant == Grant::Server, rules: record.rules })?
         } else {
             None
         };
@@ -111,6 +111,7 @@ impl<'s> BatchState<'s> {
             at,
             effect,
             closes: closing.as_ref().map(|closing| closing.name()),
+            run: run.as_ref().and_then(|run| run.notice()),
         };
         let appended = thread.append(new_event, &mut self.tx);
         if let Some(closing) = closing {
@@ -173,6 +174,7 @@ impl<'s> BatchState<'s> {
                 privileged: true,
                 effect: ThreadEffect::default(),
                 closes,
+                run: None,
             };
             let appended = thread.append(new_event, &mut self.tx);
 

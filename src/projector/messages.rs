@@ -219,8 +219,8 @@ impl Messages {
         let text = self.text(store, &key)?;
         let data = match content {
             Some(content) if text_of(content).as_deref() == Some(&text) => None,
-            Some(_) => Some(with_field(event.data, "revised", &true)),
-            None => Some(with_field(event.data, "content", &text)),
+            Some(_) => Some(json::with_field(event.data, "revised", &true)),
+            None => Some(json::with_field(event.data, "content", &text)),
         };
         Ok(MessageClosing::Closes(Box::new(ClosingMessage { key, row, data })))
     }
@@ -366,14 +366,6 @@ fn refused(what: impl Into<Cow<'static, str>>, field: &'static str) -> Rejected 
     Error::new(Code::RunOrder, what).at(field).into()
 }
 
-/// An object with one field set. `object` has been read as a struct before; serde takes an array for one as well, whose
-/// values have no names, and of which only the new field is kept.
-fn with_field(object: &RawValue, name: &str, value: &impl Serialize) -> Box<RawValue> {
-    let mut fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(object.get()).unwrap_or_default();
-    fields.insert(name.to_owned(), json::encode_raw(value));
-    json::encode_raw(&fields)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -385,19 +377,8 @@ mod tests {
         let filler = "x".repeat(MAX_DATA - r#"{"message":"m","more":""}"#.len());
         let data = RawValue::from_string(format!(r#"{{"message":"m","more":"{filler}"}}"#)).expect("JSON");
         assert_eq!(data.get().len(), MAX_DATA);
-        assert_eq!(with_field(&data, "content", &text).get().len(), MAX_MESSAGE_DATA);
+        assert_eq!(json::with_field(&data, "content", &text).get().len(), MAX_MESSAGE_DATA);
         let by_end = json::encode_raw(&ClosedByEnd { content: &text, message: &"\u{1}".repeat(128) });
         assert!(by_end.get().len() <= MAX_MESSAGE_DATA);
-    }
-
-    #[test]
-    fn a_field_is_set_or_replaced_and_the_others_stay_as_they_were() {
-        let set = |object: &str| {
-            let object: Box<RawValue> = serde_json::from_str(object).expect("JSON");
-            with_field(&object, "content", &"new").get().to_owned()
-        };
-        assert_eq!(set(r#"{"message":"m","n":1.50}"#), r#"{"content":"new","message":"m","n":1.50}"#);
-        assert_eq!(set(r#"{"content":"old"}"#), r#"{"content":"new"}"#);
-        assert_eq!(set(r#"["m"]"#), r#"{"content":"new"}"#);
     }
 }

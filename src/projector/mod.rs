@@ -3,6 +3,7 @@
 //! Invariants:
 //! - what depends on other events (membership, a duplicate key, the next seq) is decided here, once, from the record and
 //!   the records before it in its partition: never from the clock, so that every node and every rebuild decides alike;
+//! - a record is judged by the rules of its version ([`rules`]), so that a later version of Weft decides about it alike;
 //! - nothing is decided from another partition, since partitions have no common order;
 //! - where a batch ends changes no verdict and no row: [`judge::BatchState`] shows what the batch has decided so far;
 //! - rows and the position they come from are committed together, and updates are published only after the commit;
@@ -17,12 +18,14 @@ mod checkpoints;
 mod dead_letters;
 mod judge;
 mod keys;
+pub mod level;
 mod log_time;
 mod messages;
 pub mod opening;
 mod pump;
 pub mod rebuild;
 mod receipts;
+mod rules;
 mod runs;
 mod thread;
 mod transaction;
@@ -100,6 +103,17 @@ pub struct CommittedEvent {
     pub frame: Utf8Bytes,
     /// The message that it closes, if that was written in deltas.
     pub closes: Option<Arc<str>>,
+    /// What it means to the agent whose run it is about.
+    pub run: Option<RunNotice>,
+}
+
+/// What an event means to the user who started the run that it is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RunNotice {
+    /// The run has ended, and with it a right to read the thread.
+    Ended { user: Box<str> },
+    /// Somebody wants the run cancelled.
+    ToCancel { user: Box<str>, run: Box<str> },
 }
 
 /// Who may read the thread from this event on, or be connected at all.
@@ -196,6 +210,11 @@ impl Projector {
     /// The newest time in the log so far, in milliseconds.
     pub fn log_time(&self) -> u64 {
         self.progress.iter().map(log_time::newest).max().unwrap_or(0)
+    }
+
+    /// The newest time in the log that two records agree on, in milliseconds.
+    pub fn confirmed_time(&self) -> u64 {
+        self.progress.iter().map(|progress| progress.log_time).max().unwrap_or(0)
     }
 
     /// What it makes of the log from here on is compared with what other nodes do.

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
+
 use super::checkpoints::Pace;
 use super::{Commit, ProjectError, Projector, Update};
 use crate::log::{Entry, Log, LogError, Positions, Reader};
@@ -37,17 +39,30 @@ impl Failing {
 /// How the projector is doing, for `/readyz` and metrics.
 #[derive(Default)]
 pub struct Status {
-    positions: Mutex<Positions>,
+    positions: watch::Sender<Positions>,
     /// `at` of the newest record, in milliseconds.
     newest: AtomicU64,
     failing: Mutex<Option<Failing>>,
+    /// The log's time when all had been projected that it had at the start, in milliseconds.
+    log_time_at_start: AtomicU64,
     caught_up: AtomicBool,
+    /// Why it has stopped for good: the log has records of newer rules than it knows.
+    outdated: watch::Sender<Option<String>>,
 }
 
 impl Status {
     /// How far it has read; empty before it began.
     pub fn positions(&self) -> Positions {
-        self.positions.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.positions.borrow().clone()
+    }
+
+    /// Returns once everything before these positions has been projected.
+    pub async fn until_past(&self, ends: &[u64]) {
+        let is_past = |positions: &Positions| {
+            positions.len() == ends.len() && positions.iter().zip(ends).all(|(next, end)| next >= end)
+        };
+        // Fails only when the sender is gone, and that is `self`.
+        drop(self.positions.subscribe().wait_for(is_past).await);
     }
 
     pub fn newest(&self) -> u64 {
@@ -59,9 +74,25 @@ impl Status {
         self.failing.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// What the log's time was when all had been projected that was in it at the start; nothing before.
+    pub fn log_time_at_start(&self) -> Option<u64> {
+        self.caught_up().then(|| self.log_time_at_start.load(Ordering::Relaxed))
+    }
+
     /// Whether all that was in the log at the start has been projected.
     pub fn caught_up(&self) -> bool {
         self.caught_up.load(Ordering::Acquire)
+    }
+
+    /// Why this node must be upgraded before it can go on, if so.
+    pub fn outdated(&self) -> Option<String> {
+        self.outdated.borrow().clone()
+    }
+
+    /// Returns once this node must be upgraded before it can go on.
+    pub async fn until_outdated(&self) {
+        // The sender is ours, and so outlives the wait.
+        drop(self.outdated.subscribe().wait_for(Option::is_some).await);
     }
 
     fn set_failing(&self, why: Option<Failing>) {
@@ -106,6 +137,7 @@ impl Pump {
             let entries = match self.reader.next(BATCH, WAIT) {
                 Ok(entries) => entries,
                 Err(_) if stopping => return,
+                Err(error @ LogError::NewerRules { .. }) => return self.stop_at(&error),
                 Err(error) => {
                     let why = format!("the log cannot be read: {error}");
                     let away = matches!(error, LogError::Unavailable(_));
@@ -164,6 +196,13 @@ impl Pump {
         None
     }
 
+    /// There is a record that only a later version can judge. Nothing is projected any more, since what follows may depend on
+    /// it; what was projected before stays right.
+    fn stop_at(&self, error: &LogError) {
+        self.status.outdated.send_replace(Some(error.to_string()));
+        self.halt(&error.to_string());
+    }
+
     /// Commits nothing more, until `stop` is set.
     fn halt(&self, why: &str) {
         tracing::error!(why, "the projector stops");
@@ -185,7 +224,13 @@ impl Pump {
     /// Publishes the position, and whether the end that the log had at the start has been reached.
     fn update_status(&mut self, ends: &mut Option<Positions>, asked: &mut Instant) {
         let positions = self.reader.positions();
-        self.status.positions.lock().unwrap_or_else(PoisonError::into_inner).clone_from(positions);
+        self.status.positions.send_if_modified(|known| {
+            let moved = known != positions;
+            if moved {
+                known.clone_from(positions);
+            }
+            moved
+        });
         if self.status.caught_up() {
             return;
         }
@@ -200,6 +245,7 @@ impl Pump {
             }
         }
         if ends.as_ref().is_some_and(|ends| positions.iter().zip(ends).all(|(next, end)| next >= end)) {
+            self.status.log_time_at_start.store(self.projector.confirmed_time(), Ordering::Relaxed);
             self.projector.go_live();
             self.status.caught_up.store(true, Ordering::Release);
         }

@@ -1,7 +1,8 @@
 //! The state machine of runs (the contract's section 5), judged in log order.
 //!
 //! A run is open from its `agent_started` to exactly one ending. What breaks the order is refused with `run_order`, naming
-//! what was expected; of several answers to one question the first wins, and the others get `conflict`.
+//! what was expected. It asks one question at a time; an answer names its question, of several answers to one the first
+//! wins, and the others get `conflict`.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -9,6 +10,7 @@ use std::collections::HashMap;
 use serde::Deserialize;
 
 use super::transaction::Transaction;
+use super::{RunNotice, rules};
 use crate::clock;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::{Fields, LogEvent};
@@ -17,7 +19,7 @@ use crate::protocol::kinds::{
     AGENT_CANCEL_REQUESTED, AGENT_CANCELLED, AGENT_COMPLETED, AGENT_FAILED, AGENT_RESUMED, AGENT_STARTED,
     AGENT_THINKING, AGENT_WAITING, TOOL_COMPLETED, TOOL_EXECUTING,
 };
-use crate::store::runs::{CallRow, Ending, EventRef, RunKey, RunRow, StepRow, WaitRow};
+use crate::store::runs::{AnswerRow, CallRow, Ending, EventRef, RunKey, RunRow, StepRow, WaitRow};
 use crate::store::{Store, StoreError};
 
 /// The runs and calls that this batch has changed.
@@ -25,6 +27,16 @@ use crate::store::{Store, StoreError};
 pub(super) struct Runs {
     rows: HashMap<RunKey, RunRow>,
     calls: HashMap<(RunKey, String), CallRow>,
+    /// By the question's seq.
+    answers: HashMap<(RunKey, u64), AnswerRow>,
+}
+
+/// How the record of an event was written.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Written {
+    pub(super) by_server: bool,
+    /// The version of the rules by which it is judged.
+    pub(super) rules: u16,
 }
 
 /// Why an event is not accepted: it is refused, or the store cannot be read.
@@ -56,6 +68,16 @@ pub(super) struct Transition {
 }
 
 impl Transition {
+    /// Whose run this ends, or asks to be cancelled.
+    pub(super) fn notice(&self) -> Option<RunNotice> {
+        let user = || self.row.user.as_str().into();
+        match self.effect {
+            Effect::End(_) => Some(RunNotice::Ended { user: user() }),
+            Effect::RequestCancel => Some(RunNotice::ToCancel { user: user(), run: self.key.run.as_str().into() }),
+            _ => None,
+        }
+    }
+
     /// The run, if this ends it.
     pub(super) fn ending(&self) -> Option<&RunKey> {
         matches!(self.effect, Effect::End(_)).then_some(&self.key)
@@ -129,7 +151,7 @@ impl Runs {
         &self,
         store: &Store,
         event: &LogEvent<'_>,
-        by_server: bool,
+        written: Written,
     ) -> Result<Option<Transition>, Rejected> {
         let Some(run) = event.run.as_deref().filter(|_| changes_run(&event.kind)) else { return Ok(None) };
         let key = RunKey::new(&event.tenant, &event.thread, run);
@@ -139,13 +161,17 @@ impl Runs {
             return self.judge_start(store, event, key, row).map(Some);
         }
         let row = row.ok_or_else(unknown)?;
-        if row.ended.is_some() {
+        let names_question = event.kind == AGENT_RESUMED && written.rules >= rules::ANSWERS_NAME_QUESTIONS;
+        if row.ended.is_some() && !names_question {
             return Err(refused_by_end(&row, event).into());
         }
         if matches!(&*event.kind, TOOL_EXECUTING | TOOL_COMPLETED) {
             return self.judge_call(store, event, key, row).map(Some);
         }
-        let effect = judge_open(&row, event, by_server)?;
+        let effect = match &*event.kind {
+            AGENT_RESUMED if names_question => self.judge_answer(store, event, &key, &row)?,
+            _ => judge_open(&row, event, written)?,
+        };
         let parent = match (&effect, &row.parent) {
             (Effect::End(_), Some(parent)) => {
                 let parent = RunKey { run: parent.clone(), ..key.clone() };
@@ -193,6 +219,7 @@ impl Runs {
 
         let row = RunRow {
             agent: started.agent.into_owned(),
+            user: event.from.to_string(),
             parent: parent.as_ref().map(|(key, _)| key.run.clone()),
             started: EventRef::default(),
             last: EventRef::default(),
@@ -235,6 +262,42 @@ impl Runs {
         Ok(Transition { key, row, call: Some((call.into_owned(), known)), parent: None, effect })
     }
 
+    /// An answer counts for the question that it names, if that is open.
+    fn judge_answer(
+        &self,
+        store: &Store,
+        event: &LogEvent<'_>,
+        key: &RunKey,
+        row: &RunRow,
+    ) -> Result<Effect, Rejected> {
+        let Some(question) = event.parent else {
+            let why = "an answer names its question: `parent` is the seq of the agent_waiting that it answers";
+            return Err(Error::field("parent", why).into());
+        };
+        let open = row.waiting.as_ref().map(|wait| wait.since.seq);
+        if open == Some(question) {
+            return Ok(Effect::Resume);
+        }
+
+        let answer = match self.answers.get(&(key.clone(), question)) {
+            Some(answer) => Some(answer.clone()),
+            None => store.answer(key, question)?,
+        };
+        let refused = match (answer, open) {
+            (Some(AnswerRow { event, by }), _) => {
+                let why = format!("{by} has answered question {question} before, seq {}", event.seq);
+                Error::new(Code::Conflict, why).at("parent")
+            }
+            (None, Some(open)) => {
+                let why = format!("`parent` ({question}) is not the question that is open, seq {open}");
+                Error::new(Code::Conflict, why).at("parent")
+            }
+            (None, None) if row.ended.is_some() => ended(),
+            (None, None) => not_waiting(row),
+        };
+        Err(refused.into())
+    }
+
     /// Writes the run as the event has changed it.
     pub(super) fn apply(
         &mut self,
@@ -260,7 +323,12 @@ impl Runs {
                 row.waiting = Some(WaitRow { since: appended, expires_at: *expires_at });
             }
             Effect::Resume => {
-                row.waiting = None;
+                if let Some(question) = row.waiting.take() {
+                    let (question, by) = (question.since.seq, event.from.to_string());
+                    let answer = AnswerRow { event: appended, by };
+                    tx.rows.put_answer(&key, question, &answer);
+                    self.answers.insert((key.clone(), question), answer);
+                }
                 row.resumed = Some((appended, event.from.to_string()));
             }
             Effect::RequestCancel => row.cancel = row.cancel.or_else(|| Some((appended, event.from.to_string()))),
@@ -323,7 +391,7 @@ fn changes_run(kind: &str) -> bool {
 }
 
 /// How an event changes an open run, calls aside.
-fn judge_open(row: &RunRow, event: &LogEvent<'_>, by_server: bool) -> Result<Effect, Error> {
+fn judge_open(row: &RunRow, event: &LogEvent<'_>, written: Written) -> Result<Effect, Error> {
     let end = |ending| match row.children {
         0 => Ok(Effect::End(ending)),
         n => Err(expected(format!("{n} runs work for this one: their ends are expected first"))),
@@ -344,12 +412,15 @@ fn judge_open(row: &RunRow, event: &LogEvent<'_>, by_server: bool) -> Result<Eff
             Err(expected(format!("{} calls are executing: tool_completed is expected first", row.executing)))
         }
         AGENT_COMPLETED => end(Ending::Completed),
-        AGENT_FAILED if by_server => match json::decode_data::<StalledData>(event.data)? {
-            StalledData { after: Some(seq), pieces } if seq == row.last.seq && pieces == row.pieces => {
+        AGENT_FAILED if written.by_server => {
+            let StalledData { after, pieces } = json::decode_data::<StalledData>(event.data)?;
+            let follows = if written.rules >= rules::ANSWERS_NAME_QUESTIONS { event.parent } else { after };
+            if follows == Some(row.last.seq) && pieces == row.pieces {
                 end(Ending::Failed)
+            } else {
+                Err(Error::new(Code::Conflict, "the run has gone on"))
             }
-            _ => Err(Error::new(Code::Conflict, "the run has gone on")),
-        },
+        }
         AGENT_FAILED => end(Ending::Failed),
         AGENT_CANCELLED => end(Ending::Cancelled),
         _ => Ok(Effect::None),

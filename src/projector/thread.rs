@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::runs::Rejected;
 use super::transaction::{EventRecord, Transaction};
-use super::{AccessChange, CommittedEvent, Published, ThreadUpdate, Update};
+use super::{AccessChange, CommittedEvent, Published, RunNotice, ThreadUpdate, Update};
 use crate::log::Grant;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event;
@@ -70,6 +70,8 @@ pub(super) struct AcceptedEvent<'a> {
     pub(super) effect: ThreadEffect,
     /// The message that it closes.
     pub(super) closes: Option<Arc<str>>,
+    /// What it means to the agent whose run it is about.
+    pub(super) run: Option<RunNotice>,
 }
 
 /// The answer to a key that is already taken.
@@ -194,7 +196,7 @@ impl Thread {
 
     /// Appends an event: gives it the next seq, writes its rows, and publishes it.
     pub(super) fn append(&mut self, new: AcceptedEvent<'_>, tx: &mut Transaction<'_>) -> EventRef {
-        let AcceptedEvent { event, data, value, at, privileged, effect, closes } = new;
+        let AcceptedEvent { event, data, value, at, privileged, effect, closes, run } = new;
         // An agent must learn at once that it shall stop.
         let priority = if event.kind == AGENT_CANCEL_REQUESTED { Some(Priority::High) } else { event.priority };
 
@@ -205,7 +207,7 @@ impl Thread {
         tx.rows.put_event(&event.tenant, &event.thread, seq, &row);
         let access = self.apply(effect, event, EventRef { seq, at }, tx);
 
-        let committed = CommittedEvent { seq, kind: (*event.kind).into(), priority, frame: frame.into(), closes };
+        let committed = CommittedEvent { seq, kind: (*event.kind).into(), priority, frame: frame.into(), closes, run };
         let update = Update::Event(Arc::new(committed), access);
         tx.commit.events.push(ThreadUpdate { key: self.key.clone(), update });
         EventRef { seq, at }

@@ -37,6 +37,13 @@ pub fn raw_object(name: &str, value: &RawValue) -> Box<RawValue> {
     encode_raw(&BTreeMap::from([(name, value)]))
 }
 
+/// An object with one field set. Where `object` is none (serde reads an array as a struct, too), only that field is kept.
+pub fn with_field<T: Serialize + ?Sized>(object: &RawValue, name: &str, value: &T) -> Box<RawValue> {
+    let mut fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(object.get()).unwrap_or_default();
+    fields.insert(name.to_owned(), encode_raw(value));
+    encode_raw(&fields)
+}
+
 /// Reads a JSON object strictly. An error names the field at fault and repeats what was sent where that is short.
 pub fn decode<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, Error> {
     if !text.trim_ascii_start().starts_with('{') {
@@ -208,6 +215,17 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+
+    #[test]
+    fn a_field_is_set_or_replaced_and_the_others_stay_as_they_were() {
+        let set = |object: &str| {
+            let object: Box<RawValue> = serde_json::from_str(object).expect("JSON");
+            with_field(&object, "content", "new").get().to_owned()
+        };
+        assert_eq!(set(r#"{"message":"m","n":1.50}"#), r#"{"content":"new","message":"m","n":1.50}"#);
+        assert_eq!(set(r#"{"content":"old"}"#), r#"{"content":"new"}"#);
+        assert_eq!(set(r#"["m"]"#), r#"{"content":"new"}"#);
+    }
 
     #[derive(Debug, Deserialize)]
     #[serde(deny_unknown_fields)]

@@ -156,6 +156,16 @@ pub fn check_place(class: KindClass, run: Option<&str>, parent: Option<u64>) -> 
     Ok(())
 }
 
+/// An answer names its question: the seq of the `agent_waiting`. What a person sees may be another question than the one
+/// that is open by the time that the answer arrives.
+pub fn check_answer(kind: &str, parent: Option<u64>) -> Result<(), Error> {
+    if kind == AGENT_RESUMED && parent.is_none() {
+        let why = "an answer names its question: `parent` is the seq of the agent_waiting that it answers";
+        return Err(Error::field("parent", why));
+    }
+    Ok(())
+}
+
 fn check_message(data: &RawValue, may_close: bool) -> Result<(), Error> {
     #[derive(Deserialize)]
     struct MessageFields<'a> {

@@ -27,11 +27,13 @@ pub const SUBSCRIPTION_BEGINS: &str = "subscription_begins";
 pub const REVOCATIONS: &str = "revocations";
 pub const RUNS: &str = "runs";
 pub const RUN_CALLS: &str = "run_calls";
+pub const RUN_ANSWERS: &str = "run_answers";
 pub const RUN_EVENTS: &str = "run_events";
 pub const RUN_STARTS: &str = "run_starts";
 pub const RUN_THREADS: &str = "run_threads";
 pub const OPEN_RUNS: &str = "open_runs";
 pub const OPEN_RUN_TIMES: &str = "open_run_times";
+pub const USER_RUNS: &str = "user_runs";
 pub const MESSAGES: &str = "messages";
 pub const OPEN_MESSAGES: &str = "open_messages";
 pub const MESSAGE_TEXTS: &str = "message_texts";
@@ -65,6 +67,8 @@ const FAMILIES: &[(&str, Access)] = &[
     (RUNS, Access::RareLookup),
     // tenant 0 thread 0 length of run · run · call → CallRow
     (RUN_CALLS, Access::RareLookup),
+    // tenant 0 thread 0 length of run · run · seq of the question → AnswerRow
+    (RUN_ANSWERS, Access::RareLookup),
     // tenant 0 thread 0 length of run · run · seq → StepRow
     (RUN_EVENTS, Access::Range),
     // tenant 0 thread 0 seq of the run's first event → run; the list of a thread's runs
@@ -76,6 +80,8 @@ const FAMILIES: &[(&str, Access)] = &[
     // tenant 0 state · at · thread 0 run → empty, for those that have not ended and for those of them that wait; the lists of
     // open runs, oldest first
     (OPEN_RUN_TIMES, Access::Range),
+    // tenant 0 user 0 thread 0 run → empty, for those that the user has started and that have not ended
+    (USER_RUNS, Access::Range),
     // tenant 0 thread 0 length of run · run · message → MessageRow
     (MESSAGES, Access::RareLookup),
     // the same → empty, for those that are not closed

@@ -3,7 +3,9 @@
 use bincode::{Decode, Encode};
 use rocksdb::{Direction, IteratorMode, ReadOptions};
 
-use super::catalogue::{OPEN_RUN_TIMES, OPEN_RUNS, RUN_CALLS, RUN_EVENTS, RUN_STARTS, RUN_THREADS, RUNS};
+use super::catalogue::{
+    OPEN_RUN_TIMES, OPEN_RUNS, RUN_ANSWERS, RUN_CALLS, RUN_EVENTS, RUN_STARTS, RUN_THREADS, RUNS, USER_RUNS,
+};
 use super::{Batch, Store, StoreError, keys};
 
 /// An event by its seq, with its time.
@@ -26,6 +28,8 @@ pub enum Ending {
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct RunRow {
     pub agent: String,
+    /// Who started it.
+    pub user: String,
     /// The run that this one works for, on the same thread.
     pub parent: Option<String>,
     pub started: EventRef,
@@ -85,6 +89,13 @@ pub struct CallRow {
     pub done: Option<EventRef>,
 }
 
+/// Who answered a question, and with which event.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct AnswerRow {
+    pub event: EventRef,
+    pub by: String,
+}
+
 /// A run's key: its thread and its name there.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RunKey {
@@ -124,6 +135,14 @@ fn named(parts: &[&str], run: &str) -> Vec<u8> {
     [&keys::prefix(parts)[..], &(run.len() as u16).to_be_bytes(), run.as_bytes()].concat()
 }
 
+fn user_key(key: &RunKey, row: &RunRow) -> Vec<u8> {
+    keys::joined(&[&key.tenant, &row.user, &key.thread, &key.run])
+}
+
+fn answer_key(key: &RunKey, question: u64) -> Vec<u8> {
+    [&key.under()[..], &question.to_be_bytes()].concat()
+}
+
 impl Store {
     pub fn run(&self, key: &RunKey) -> Result<Option<RunRow>, StoreError> {
         self.get(RUNS, &key.bytes())
@@ -131,6 +150,11 @@ impl Store {
 
     pub fn call(&self, key: &RunKey, call: &str) -> Result<Option<CallRow>, StoreError> {
         self.get(RUN_CALLS, &[&key.under()[..], call.as_bytes()].concat())
+    }
+
+    /// The answer to the question with this seq, if there was one.
+    pub fn answer(&self, key: &RunKey, question: u64) -> Result<Option<AnswerRow>, StoreError> {
+        self.get(RUN_ANSWERS, &answer_key(key, question))
     }
 
     /// A thread's runs that began with an event before `before`, newest first: that event's seq, and the run.
@@ -155,6 +179,30 @@ impl Store {
     /// The threads that have a run of this name.
     pub fn threads_of_run(&self, tenant: &str, run: &str) -> impl Iterator<Item = Result<String, StoreError>> {
         self.names_under(RUN_THREADS, named(&[tenant], run))
+    }
+
+    /// Whether the user has started a run on the thread that has not ended.
+    pub fn has_open_run(&self, tenant: &str, thread: &str, user: &str) -> Result<bool, StoreError> {
+        self.under(USER_RUNS, keys::prefix(&[tenant, user, thread])).next().transpose().map(|row| row.is_some())
+    }
+
+    /// The threads on which the user has started runs that have not ended, each once.
+    pub fn threads_of_open_runs(
+        &self,
+        tenant: &str,
+        user: &str,
+    ) -> impl Iterator<Item = Result<String, StoreError>> + use<'_> {
+        let mut last = None;
+        let names = self.names_under(USER_RUNS, keys::prefix(&[tenant, user]));
+        names.filter_map(move |name| {
+            let thread = match name {
+                Ok(name) => name.split_once('\0')?.0.to_owned(),
+                Err(error) => return Some(Err(error)),
+            };
+            let is_new = last.as_ref() != Some(&thread);
+            last = Some(thread.clone());
+            is_new.then_some(Ok(thread))
+        })
     }
 
     /// A thread's runs that have not ended.
@@ -231,6 +279,7 @@ impl Batch<'_> {
         let start = keys::event(&key.tenant, &key.thread, row.started.seq);
         self.rows.put_cf(&self.store.family(RUN_STARTS), start, &key.run);
         self.put_empty(OPEN_RUNS, &key.bytes());
+        self.put_empty(USER_RUNS, &user_key(key, row));
         self.list_open_run(key, row);
     }
 
@@ -239,6 +288,7 @@ impl Batch<'_> {
         self.put_run_row(key, row);
         if before.ended.is_none() && row.ended.is_some() {
             self.delete(OPEN_RUNS, &key.bytes());
+            self.delete(USER_RUNS, &user_key(key, row));
         }
         let moved = (before.ended, &before.waiting) != (row.ended, &row.waiting);
         if moved {
@@ -267,6 +317,10 @@ impl Batch<'_> {
 
     pub fn put_run_event(&mut self, key: &RunKey, seq: u64, row: &StepRow) {
         self.put(RUN_EVENTS, &[&key.under()[..], &seq.to_be_bytes()].concat(), row);
+    }
+
+    pub fn put_answer(&mut self, key: &RunKey, question: u64, row: &AnswerRow) {
+        self.put(RUN_ANSWERS, &answer_key(key, question), row);
     }
 
     pub fn put_call(&mut self, key: &RunKey, call: &str, row: &CallRow) {

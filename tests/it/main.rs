@@ -8,6 +8,7 @@
 //! - `persistence`: keys, projections and their rebuild
 //! - `services`: HTTP, health, metrics, schemas and the command
 //! - `performance`: the benchmark measures what the server did
+//! - `golden`: logs of released versions, which come to the same for ever
 //! - `log_contract`: what both logs promise; `model`: random acts against a model; `crash`: kills
 //!
 //! `support` has the server, the clients and the waiting. It checks every frame and body against `schemas/`.
@@ -19,6 +20,7 @@ mod support;
 mod connection;
 mod crash;
 mod damage;
+mod golden;
 mod house;
 mod log_contract;
 mod model;

@@ -13,7 +13,7 @@ use crate::report::{Figure, micros, millis};
 use crate::target::progress;
 use weft::cli::common::Failure;
 use weft::log::embedded::EmbeddedLog;
-use weft::log::{Append, Grant, Log, Record, Topic};
+use weft::log::{Append, Grant, Log, RULES, Record, Topic};
 
 const PARTITIONS: u32 = 16;
 const LOG_WINDOW: usize = 1024;
@@ -146,6 +146,7 @@ fn append(value: &Bytes, sender: &SyncSender<Answer>) -> Append {
         topic: Topic::Events,
         key: "bench/thread-1".to_owned(),
         kind: "user_message".to_owned(),
+        rules: RULES,
         grant: Grant::Member,
         traceparent: None,
         value: value.clone(),

@@ -320,8 +320,8 @@ impl Subscriptions {
 
     // Rights.
 
-    /// Applies a new token's rights to all subscriptions; gives those that ended, with the reason.
-    pub fn regrant(&mut self, who: &Principal) -> Vec<(String, Error)> {
+    /// Applies a new token's rights to all subscriptions; gives those that it may not read, with the reason, to be ended.
+    pub fn regrant(&mut self, who: &Principal) -> Vec<(SubId, Error)> {
         // The hub first, the store afterwards: a removal that comes in between goes by the new right.
         let by_scope = scopes::reads_by_scope(who.scopes);
         for (id, sub) in &self.by_id {
@@ -335,7 +335,11 @@ impl Subscriptions {
                 lost.push((*id, error));
             }
         }
+        lost
+    }
 
+    /// Ends subscriptions, and gives their threads as the client calls them.
+    pub fn end_lost(&mut self, lost: Vec<(SubId, Error)>) -> Vec<(String, Error)> {
         let mut ended = Vec::new();
         for (id, error) in lost {
             if let Some(thread) = self.end(id) {
@@ -345,13 +349,34 @@ impl Subscriptions {
         ended
     }
 
-    /// The user left the thread: its subscription ends, unless it reads by scope, and is returned as the client calls it.
+    /// The user left the thread: its subscription ends, unless it reads by another right, and is returned as the client calls it.
     pub fn left(&mut self, who: &Principal, thread: &str) -> Option<String> {
         if scopes::reads_by_scope(who.scopes) {
             return None;
         }
         let id = *self.by_thread.get(thread)?;
+        // If the store fails, the next read says so.
+        if self.sources.rights.works_in(who, thread).unwrap_or(false) {
+            // The hub has forgotten the subscription.
+            self.detach(id);
+            if self.approach(who, id).is_ok() {
+                return None;
+            }
+        }
         self.end(id)
+    }
+
+    /// A run of the user's on the thread has ended. If that was all that the subscription was read by, it ends too, and is
+    /// returned as the client calls it, with the reason.
+    pub fn run_ended(&mut self, who: &Principal, id: SubId) -> Option<(String, Error)> {
+        let sub = self.by_id.get(&id)?;
+        let error = self.sources.rights.may_read(who, &sub.thread).err()?;
+        self.end(id).map(|thread| (thread, error))
+    }
+
+    /// The frame of a signal about a thread, as the client calls the thread, if it is subscribed to that.
+    pub fn signal_of(&self, thread: &str, signal: Utf8Bytes) -> Option<Utf8Bytes> {
+        self.signal(*self.by_thread.get(thread)?, signal)
     }
 
     /// After that: with `"*"` a user that is a member again by now reads on from there.

@@ -185,7 +185,7 @@ pub async fn publish(api: Arc<Api>, mut it: Request) -> Result<Reply, Error> {
     if api.rights.must_look_up(&it.who, &address.name)? {
         api.rights.look_up(&it.who, &address.name).await;
     }
-    let Admitted { draft, delta } = api.admission.admit(&it.who, request)?;
+    let Admitted { draft, delta } = api.level.look(|| api.admission.admit(&it.who, request)).await?;
     let published = api.submit.publish(&draft).await?;
 
     let status = if published.duplicate { StatusCode::OK } else { StatusCode::CREATED };

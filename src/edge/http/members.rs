@@ -29,7 +29,8 @@ async fn change(api: &Api, it: &Request, kind: &str) -> Result<Reply, Error> {
     it.no_query()?;
     let (thread, user) = (it.thread_id()?, it.segment("user")?);
     ids::check_name("user", &user)?;
-    let grant = scopes::manage(it.who.scopes, api.rights.standing(&it.who, &thread)?)?;
+    let may_manage = || scopes::manage(it.who.scopes, api.rights.standing(&it.who, &thread)?);
+    let grant = api.level.look(may_manage).await?;
     let data = value!({"user": user});
     let Published { seq, duplicate, .. } = api.append(&it.who, &thread, kind, &data, grant, it.traceparent()?).await?;
 

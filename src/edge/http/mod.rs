@@ -29,6 +29,7 @@ use crate::ingest::submit::{Draft, Submit};
 use crate::log::Grant;
 use crate::memory::Budget;
 use crate::projector::Published;
+use crate::projector::level::Level;
 use crate::protocol::command::MAX_FRAME;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::json;
@@ -48,6 +49,7 @@ pub struct Body {
 pub struct Api {
     pub store: Arc<Store>,
     pub rights: Rights,
+    pub level: Arc<Level>,
     pub auth: Arc<Authenticator>,
     pub admission: Arc<Admission>,
     pub submit: Arc<Submit>,

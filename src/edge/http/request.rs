@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
@@ -30,7 +31,7 @@ type Body = Pin<Box<dyn Stream<Item = Result<Bytes, warp::Error>> + Send + Sync>
 /// A request as its handler gets it: of a user, or, on routes that ask for no token, of anyone.
 pub struct Request<Who = Principal> {
     pub who: Who,
-    pub headers: HeaderMap,
+    pub headers: Arc<HeaderMap>,
     /// Present if the connection can change its protocol.
     pub upgrade: Option<OnUpgrade>,
     pub permit: Option<ConnectionPermit>,
@@ -52,7 +53,15 @@ impl AnonymousRequest {
         permit: Option<ConnectionPermit>,
     ) -> AnonymousRequest {
         let body = body.map(|chunk| chunk.map(|mut chunk| chunk.copy_to_bytes(chunk.remaining())));
-        Request { who: (), headers, upgrade, permit, query, params: Params::new(), body: Box::pin(body) }
+        Request {
+            who: (),
+            headers: Arc::new(headers),
+            upgrade,
+            permit,
+            query,
+            params: Params::new(),
+            body: Box::pin(body),
+        }
     }
 
     pub fn with_params(self, params: Params) -> AnonymousRequest {
@@ -74,6 +83,19 @@ impl AnonymousRequest {
 }
 
 impl Request {
+    /// The same request once more. Its body is not read twice, so this is for those that have none.
+    pub fn again(&self) -> Request {
+        Request {
+            who: self.who.clone(),
+            headers: self.headers.clone(),
+            upgrade: None,
+            permit: None,
+            query: self.query.clone(),
+            params: self.params.clone(),
+            body: Box::pin(futures_util::stream::empty()),
+        }
+    }
+
     /// The thread that the path names.
     pub fn address(&self) -> Result<ThreadAddress, Error> {
         ThreadAddress::parse(&self.who.user, self.segment("thread")?)

@@ -222,7 +222,8 @@ async fn create(api: &Api, it: &Request, thread: &str, wanted: &ThreadBody) -> R
 }
 
 async fn change(api: &Api, it: &Request, thread: &str, wanted: &ThreadBody) -> Result<(), Error> {
-    let grant = scopes::manage(it.who.scopes, api.rights.standing(&it.who, thread)?)?;
+    let may_manage = || scopes::manage(it.who.scopes, api.rights.standing(&it.who, thread)?);
+    let grant = api.level.look(may_manage).await?;
     let traceparent = it.traceparent()?;
     if let Some(title) = &wanted.title {
         let data = value!({"title": title});

@@ -1,6 +1,7 @@
 //! What each answer of the outbox does: verdicts on publishes, reads of the store, and what concerns the whole session.
 
 use super::close::End;
+use super::incoming::LevelWait;
 use super::state::SessionState;
 use crate::delivery::outbox::Answer;
 use crate::projector::Verdict;
@@ -26,6 +27,7 @@ impl SessionState {
     fn on_answer(&mut self, answer: Answer) -> Result<(), End> {
         match answer {
             Answer::Publish { id, thread, delta, verdict } => self.on_verdict(id, &thread, delta, verdict),
+            Answer::Level(reached) => self.incoming.level = LevelWait::Over(reached),
             Answer::Threads(threads) => self.on_threads(threads),
             Answer::LookedUp => self.incoming.looking_up = false,
             Answer::GoOn => self.on_turn(),
@@ -36,6 +38,11 @@ impl SessionState {
             }
             Answer::Revoked => self.check_revoked()?,
             Answer::ReceiptStored { thread, stored } => self.outgoing.feed.subs.stored(&thread, stored),
+            Answer::ToCancel { thread, signal } => {
+                if let Some(signal) = self.outgoing.feed.subs.signal_of(&thread, signal) {
+                    self.outgoing.signal(signal);
+                }
+            }
             Answer::Left { thread } => {
                 let Some(who) = &self.who else { return Ok(()) };
                 for (thread, error) in self.outgoing.feed.left(who, &thread) {

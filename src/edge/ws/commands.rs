@@ -4,7 +4,7 @@ use serde_json::value::RawValue;
 use tokio::time::Instant;
 
 use super::close::{self, End};
-use super::incoming::WaitsFor;
+use super::incoming::{LevelWait, WaitsFor};
 use super::state::{SessionState, connected};
 use crate::delivery::outbox::Answer;
 use crate::ingest::admit::{Admitted, PublishRequest};
@@ -35,6 +35,16 @@ fn waits_for(command: &Command<'_>) -> WaitsFor {
         Command::Connect(_) | Command::Refresh(_) | Command::Subscribe(_) | Command::Unsubscribe(_) => {
             WaitsFor::Answers
         }
+    }
+}
+
+/// Whether what the command did not find may be in the log. What a session does not have, such as a subscription, is in no
+/// log.
+fn looks_in_log(command: &Command<'_>) -> fn(&Error) -> bool {
+    match command {
+        Command::Publish(_) | Command::Subscribe(_) | Command::Signal(_) => |_| true,
+        Command::Ack(_) => |error| error.code == Code::CursorInvalid,
+        _ => |_| false,
     }
 }
 
@@ -88,8 +98,8 @@ impl SessionState {
     }
 
     /// Carries out a command, unless it has to wait; `is_new` if it has just come, and is not the first of those that wait.
-    fn on_command(&mut self, command: &RawValue, is_new: bool) -> Result<Progress, End> {
-        let command = match command::parse(command.get()) {
+    fn on_command(&mut self, raw: &RawValue, is_new: bool) -> Result<Progress, End> {
+        let command = match command::parse(raw.get()) {
             Ok(command) => command,
             Err(BadCommand { id, error }) => {
                 self.refuse(id, &error);
@@ -99,15 +109,25 @@ impl SessionState {
         if self.must_wait(waits_for(&command), is_new) || self.looks_up(&command) {
             return Ok(Progress::Waits);
         }
-
-        let name = command.name();
-        let (id, result) = match command {
-            Command::Publish(publish) => {
-                self.publish(&publish);
+        let is_level = match if is_new { LevelWait::None } else { std::mem::take(&mut self.incoming.level) } {
+            LevelWait::None | LevelWait::Waiting => false,
+            LevelWait::Over(Ok(())) => true,
+            LevelWait::Over(Err(error)) => {
+                telemetry::commands(command.name(), error.code.as_str()).increment(1);
+                self.outgoing.refuse(command::id_of(raw.get()), &error);
                 return Ok(Progress::Done);
             }
+        };
+
+        let (name, looks_in_log) = (command.name(), looks_in_log(&command));
+        let (id, result) = match command {
+            Command::Publish(publish) => match self.admit(&publish) {
+                // Its verdict is its answer.
+                Ok(()) => return Ok(Progress::Done),
+                Err(error) => (Some(publish.id), Err(error)),
+            },
             Command::Connect(connect) => return self.connect(&connect).map(|()| Progress::Done),
-            Command::Refresh(refresh) => return self.refresh(&refresh).map(|()| Progress::Done),
+            Command::Refresh(refresh) => return self.refresh(&refresh, is_level),
             Command::Subscribe(subscribe) => (Some(subscribe.id), self.subscribe(subscribe)),
             Command::Unsubscribe(unsubscribe) => (Some(unsubscribe.id), self.unsubscribe(&unsubscribe)),
             Command::Ping(ping) => {
@@ -118,7 +138,14 @@ impl SessionState {
             Command::Credit(credit) => (None, self.credit(credit.events)),
             Command::Signal(signal) => (None, self.signal(&signal)),
         };
-
+        if let Err(error) = &result
+            && !is_level
+            && looks_in_log(error)
+            && self.sockets.level.may_be_missing(error)
+        {
+            self.reach_level();
+            return Ok(Progress::Waits);
+        }
         let outcome = result.as_ref().map_or_else(|error| error.code.as_str(), |()| "ok");
         telemetry::commands(name, outcome).increment(1);
         if let Err(error) = result {
@@ -132,7 +159,9 @@ impl SessionState {
             return false;
         }
         let queue = &self.incoming.queue;
-        let busy = self.incoming.subscribing.is_some() || self.incoming.looking_up;
+        let busy = self.incoming.subscribing.is_some()
+            || self.incoming.looking_up
+            || self.incoming.level == LevelWait::Waiting;
         if busy || is_new && !queue.may_pass(waits_for) {
             return true;
         }
@@ -167,6 +196,13 @@ impl SessionState {
         true
     }
 
+    /// The command that found nothing is carried out once more when this node is level with the log.
+    fn reach_level(&mut self) {
+        self.incoming.level = LevelWait::Waiting;
+        let (level, outbox) = (self.sockets.level.clone(), self.outgoing.feed.outbox.clone());
+        tokio::spawn(async move { outbox.push_answer(Answer::Level(level.reach().await)) });
+    }
+
     /// Refuses what is no valid command.
     fn refuse(&mut self, id: Option<i64>, error: &Error) {
         telemetry::commands("invalid", error.code.as_str()).increment(1);
@@ -185,12 +221,13 @@ impl SessionState {
         self.begin(id)
     }
 
-    fn refresh(&mut self, refresh: &Refresh<'_>) -> Result<(), End> {
+    /// `is_level` if this node was level with the log after the command came.
+    fn refresh(&mut self, refresh: &Refresh<'_>, is_level: bool) -> Result<Progress, End> {
         let old = match connected(self.who.as_ref()) {
             Ok(old) => old,
             Err(error) => {
                 self.refuse(Some(refresh.id), &error);
-                return Ok(());
+                return Ok(Progress::Done);
             }
         };
         let new = self.sockets.auth.verify(&refresh.token).map_err(|error| End::refused_token(&error))?;
@@ -199,7 +236,12 @@ impl SessionState {
         }
 
         // The new token's rights hold also for what is subscribed already.
-        for (thread, error) in self.outgoing.feed.subs.regrant(&new) {
+        let lost = self.outgoing.feed.subs.regrant(&new);
+        if !is_level && lost.iter().any(|(_, error)| self.sockets.level.may_be_missing(error)) {
+            self.reach_level();
+            return Ok(Progress::Waits);
+        }
+        for (thread, error) in self.outgoing.feed.subs.end_lost(lost) {
             self.outgoing.ended(&thread, &error);
         }
         self.heartbeat.token(new.expires_at, Instant::now(), clock::now_s());
@@ -207,17 +249,10 @@ impl SessionState {
         self.who = Some(new);
         telemetry::commands("refresh", "ok").increment(1);
         self.outgoing.answer(&ServerFrame::Refreshed { id: refresh.id, expires_at: &expires_at });
-        Ok(())
+        Ok(Progress::Done)
     }
 
-    /// Admits a publish; one that is refused is answered at once, any other by the verdict on its record.
-    fn publish(&mut self, publish: &Publish<'_>) {
-        if let Err(error) = self.admit(publish) {
-            telemetry::commands("publish", error.code.as_str()).increment(1);
-            self.outgoing.refuse(Some(publish.id), &error);
-        }
-    }
-
+    /// A publish that is admitted is answered by the verdict on its record.
     fn admit(&mut self, publish: &Publish<'_>) -> Result<(), Error> {
         let who = connected(self.who.as_ref())?;
         let thread = ids::resolve(&who.user, &publish.thread);

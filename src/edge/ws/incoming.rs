@@ -16,6 +16,7 @@ use crate::ingest::pending::OnVerdict;
 use crate::ingest::submit::{AppendBatch, Submit};
 use crate::projector::Verdict;
 use crate::protocol::delta::Delta;
+use crate::protocol::error::Error;
 
 /// Publishes that may wait for their answer.
 pub const MAX_IN_FLIGHT: usize = 8_192;
@@ -131,6 +132,17 @@ impl RefusalWindow {
     }
 }
 
+/// A command that found nothing waits until this node is level with the log, and is then carried out once more.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub enum LevelWait {
+    #[default]
+    None,
+    /// Until then no other command takes effect.
+    Waiting,
+    /// For the first of the commands that wait: what it finds now is final, or the error is its answer.
+    Over(Result<(), Error>),
+}
+
 pub struct Incoming {
     pub queue: CommandQueue<Box<RawValue>>,
     pub refusals: RefusalWindow,
@@ -138,6 +150,7 @@ pub struct Incoming {
     pub subscribing: Option<PendingSubscribe>,
     /// What the first command that waits needs to know is being looked up; no other takes effect before it.
     pub looking_up: bool,
+    pub level: LevelWait,
     /// How often a `subscribe` has waited for receipts, so that answers to an earlier one are known as such.
     pub attempts: u32,
     /// Once the server is going down: when the client is to come back, in milliseconds.
@@ -157,6 +170,7 @@ impl Incoming {
             refusals: RefusalWindow::default(),
             subscribing: None,
             looking_up: false,
+            level: LevelWait::None,
             attempts: 0,
             drain: None,
             batch: AppendBatch::new(submit),

@@ -8,7 +8,7 @@ use futures_util::Sink;
 use tokio_tungstenite::tungstenite::error::Error as WsError;
 use tokio_tungstenite::tungstenite::protocol::frame::Frame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
-use tokio_tungstenite::tungstenite::{Bytes, Message};
+use tokio_tungstenite::tungstenite::{Bytes, Message, Utf8Bytes};
 
 use super::turn::Written;
 use crate::auth::Principal;
@@ -32,6 +32,11 @@ impl Outgoing {
 
     pub fn answer(&mut self, frame: &ServerFrame<'_>) {
         self.push(frame.encode());
+    }
+
+    /// A signal that overtakes events, as answers do.
+    pub fn signal(&mut self, frame: Utf8Bytes) {
+        self.writer.answers.push_back(Message::Text(frame));
     }
 
     /// The refusal of a command, by its id.

@@ -66,6 +66,8 @@ pub struct SubscribeAll {
     pub following: Following,
     /// The durable subscription does not exist yet.
     pub fresh: bool,
+    /// The threads were listed when this node was level with the log.
+    pub is_level: bool,
 }
 
 impl SubscribeAll {
@@ -215,7 +217,7 @@ mod tests {
 
     fn all(name: Option<&str>, fresh: bool) -> SubscribeAll {
         let following = Following { kinds: None, name: name.map(Into::into), confirm: None };
-        SubscribeAll { id: 1, after: None, last: None, recovered: true, following, fresh }
+        SubscribeAll { id: 1, after: None, last: None, recovered: true, following, fresh, is_level: true }
     }
 
     /// The cursors of a plan, and the threads whose receipts are stored first.

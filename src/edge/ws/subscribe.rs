@@ -13,6 +13,7 @@ use crate::auth::Principal;
 use crate::auth::scopes;
 use crate::delivery::outbox::{Answer, Outbox};
 use crate::delivery::subscriptions::{ConfirmPolicy, Following, NewSubscription, Receipt, first_receipt};
+use crate::edge::blocking;
 use crate::ingest::pending::OnVerdict;
 use crate::protocol::command::{After, Subscribe};
 use crate::protocol::error::{Code, Error};
@@ -20,7 +21,7 @@ use crate::protocol::frame::{Seqs, ServerFrame};
 use crate::protocol::ids::{self, ThreadAddress};
 use crate::protocol::records::ReceiptRecord;
 use crate::store::JoinedThread;
-use crate::{panics, telemetry};
+use crate::telemetry;
 
 /// Names of durable subscriptions that a user may have.
 const MAX_NAMES: usize = 256;
@@ -121,15 +122,29 @@ impl SessionState {
             Some(After::Each(after)) => Some(after),
             Some(After::Seq(_)) | None => None,
         };
-        let all = SubscribeAll { id: subscribe.id, after, last: subscribe.last, recovered, following, fresh };
-        self.wait_for(PendingSubscribe::Threads(all));
-
-        let (store, outbox, who) = (self.sockets.store.clone(), self.outgoing.feed.outbox.clone(), who.clone());
-        tokio::task::spawn_blocking(move || {
-            let joined = || store.joined_threads(&who.tenant, &who.user, name.as_deref()).map_err(Into::into);
-            outbox.push_answer(Answer::Threads(panics::catch(joined).flatten()));
-        });
+        let (id, last) = (subscribe.id, subscribe.last);
+        self.list_threads(who, SubscribeAll { id, after, last, recovered, following, fresh, is_level: false });
         Ok(())
+    }
+
+    /// The threads of the user, for a `subscribe` that waits for them.
+    fn list_threads(&mut self, who: &Principal, all: SubscribeAll) {
+        let (store, outbox, who) = (self.sockets.store.clone(), self.outgoing.feed.outbox.clone(), who.clone());
+        let level = all.is_level.then(|| self.sockets.level.clone());
+        let name = all.following.name.clone();
+        self.wait_for(PendingSubscribe::Threads(all));
+        tokio::spawn(async move {
+            let reached = match level {
+                Some(level) => level.reach().await,
+                None => Ok(()),
+            };
+            let list = move || Ok(store.joined_threads(&who.tenant, &who.user, name.as_deref())?);
+            let threads = match reached {
+                Ok(()) => blocking(list).await,
+                Err(error) => Err(error),
+            };
+            outbox.push_answer(Answer::Threads(threads));
+        });
     }
 
     /// The list of threads is there.
@@ -139,6 +154,9 @@ impl SessionState {
         };
         let id = all.id;
         let planned = threads.and_then(|threads| all.plan(&who, threads));
+        if !all.is_level && self.may_lack_threads(&planned) {
+            return self.list_threads(&who, SubscribeAll { is_level: true, ..all });
+        }
         let begun = planned.and_then(|(plan, receipts)| {
             self.count(&who, &plan, &receipts)?;
             self.store_receipts(&who, plan, receipts)
@@ -146,6 +164,14 @@ impl SessionState {
         if let Err(error) = begun {
             self.outgoing.feed.subs.unfollow_all();
             self.refuse_subscribe(id, &error);
+        }
+    }
+
+    /// Whether the client's cursors are ahead of what this node has projected: it names a thread or a seq that is not here.
+    fn may_lack_threads<T>(&self, planned: &Result<(Plan, T), Error>) -> bool {
+        match planned {
+            Ok((plan, _)) => !plan.unknown.is_empty() && self.sockets.level.may_be_missing(&Error::no_thread()),
+            Err(error) => self.sockets.level.may_be_missing(error),
         }
     }
 

@@ -13,11 +13,13 @@ use bytes::Bytes;
 use rocksdb::{BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DB, Options, WriteOptions};
 
 use crate::codec;
-use crate::log::{Foreign, Grant, Position, Record, Topic};
+use crate::log::{Foreign, Grant, Position, RULES, Record, Topic};
 use crate::memory::LogPlan;
 
 pub(super) const RECORDS: &str = "records";
-const ROW_SCHEMA: u8 = 1;
+const ROW_SCHEMA: u8 = 2;
+/// Rows from before records carried the version of their rules, which was the first one.
+const ROW_WITHOUT_RULES: u8 = 1;
 const HOLES_SCHEMA: u8 = 1;
 
 /// A row of the column family `default`.
@@ -31,6 +33,30 @@ struct Row<'a> {
     grant: u8,
     traceparent: Option<&'a str>,
     value: &'a [u8],
+    rules: u16,
+}
+
+#[derive(BorrowDecode)]
+struct RowWithoutRules<'a> {
+    key: &'a str,
+    kind: &'a str,
+    grant: u8,
+    traceparent: Option<&'a str>,
+    value: &'a [u8],
+}
+
+impl<'a> From<RowWithoutRules<'a>> for Row<'a> {
+    fn from(row: RowWithoutRules<'a>) -> Row<'a> {
+        let RowWithoutRules { key, kind, grant, traceparent, value } = row;
+        Row { key, kind, grant, traceparent, value, rules: 1 }
+    }
+}
+
+/// What a row holds.
+pub(super) enum Stored {
+    Record(Result<Record, Foreign>),
+    /// A record of a newer version than this server knows.
+    Newer(u64),
 }
 
 pub(super) fn encode(record: &Record) -> Vec<u8> {
@@ -44,23 +70,40 @@ pub(super) fn encode(record: &Record) -> Vec<u8> {
         },
         traceparent: record.traceparent.as_deref(),
         value: &record.value,
+        rules: record.rules,
     };
     codec::encode(ROW_SCHEMA, &row)
 }
 
-pub(super) fn decode(topic: Topic, bytes: &[u8]) -> Result<Record, Foreign> {
-    let foreign = |why| Foreign { why, key: None, value: Some(Bytes::copy_from_slice(bytes)), at: None };
-    let row: Row = codec::decode(ROW_SCHEMA, bytes).map_err(|error| foreign(error.to_string()))?;
+pub(super) fn decode(topic: Topic, bytes: &[u8]) -> Stored {
+    let row = match codec::schema(bytes) {
+        Some(ROW_WITHOUT_RULES) => codec::decode::<RowWithoutRules>(ROW_WITHOUT_RULES, bytes).map(Row::from),
+        Some(newer) if newer > ROW_SCHEMA => return Stored::Newer(newer.into()),
+        _ => codec::decode::<Row>(ROW_SCHEMA, bytes),
+    };
+    match row {
+        Ok(row) if row.rules > RULES => Stored::Newer(row.rules.into()),
+        Ok(row) => Stored::Record(record(topic, row, bytes)),
+        Err(error) => Stored::Record(Err(foreign(error.to_string(), bytes))),
+    }
+}
+
+fn foreign(why: String, bytes: &[u8]) -> Foreign {
+    Foreign { why, key: None, value: Some(Bytes::copy_from_slice(bytes)), at: None }
+}
+
+fn record(topic: Topic, row: Row<'_>, bytes: &[u8]) -> Result<Record, Foreign> {
     let grant = match row.grant {
         0 => Grant::Member,
         1 => Grant::Scope,
         2 => Grant::Server,
-        other => return Err(foreign(format!("there is no grant {other}"))),
+        other => return Err(foreign(format!("there is no grant {other}"), bytes)),
     };
     Ok(Record {
         topic,
         key: row.key.to_owned(),
         kind: row.kind.to_owned(),
+        rules: row.rules,
         grant,
         traceparent: row.traceparent.map(str::to_owned),
         value: Bytes::copy_from_slice(row.value),

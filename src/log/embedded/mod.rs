@@ -37,7 +37,7 @@ use self::scrub::Scrub;
 use self::shared::{Shared, lock};
 use self::writer::{FOREIGN, Writer};
 use super::{
-    Append, AppendError, Bounds, Cause, Done, Grant, Identity, IfUnnamed, Log, LogError, Position, Positions, Reader,
+    Append, AppendError, Bounds, Cause, Done, Grant, Identity, IfUnnamed, Log, LogError, Position, Positions, RULES, Reader,
     Record,
 };
 use crate::memory::LogPlan;
@@ -92,6 +92,7 @@ impl EmbeddedLog {
             topic: self.topic_of(partition).0,
             key: format!("{FOREIGN}{partition}"),
             kind: String::new(),
+            rules: RULES,
             grant: Grant::Member,
             traceparent: None,
             value: Bytes::copy_from_slice(bytes),
@@ -125,6 +126,11 @@ impl Log for EmbeddedLog {
 
     fn partitions(&self) -> u32 {
         self.shared.partitions()
+    }
+
+    /// Its database is locked for this process.
+    fn has_other_writers(&self) -> bool {
+        false
     }
 
     fn append(&self, batch: Vec<Append>) {

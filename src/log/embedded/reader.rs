@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use rocksdb::ReadOptions;
 
-use super::format::{decode, records};
+use super::format::{Stored, decode, records};
 use super::shared::{Shared, lock};
-use crate::log::{Entry, LogError, Positions, READ_BYTES, Reader, Topic};
+use crate::log::{Entry, LogError, Position, Positions, READ_BYTES, RULES, Reader, Topic};
 
 pub(super) struct EmbeddedReader {
     shared: Arc<Shared>,
@@ -16,6 +16,9 @@ pub(super) struct EmbeddedReader {
     cursor: Option<(u64, usize)>,
 }
 
+/// A record of newer rules that the reader came to, and its version: it stays before that.
+type Newer = Option<(Position, u64)>;
+
 impl Reader for EmbeddedReader {
     fn next(&mut self, max: usize, wait: Duration) -> Result<Vec<Entry>, LogError> {
         let deadline = Instant::now() + wait;
@@ -23,12 +26,15 @@ impl Reader for EmbeddedReader {
             let Some((from, end)) = self.range(deadline) else {
                 return Ok(Vec::new());
             };
-            let entries = match self.read_memory(from, max) {
-                Some(entries) => entries,
+            let (entries, newer) = match self.read_memory(from, max) {
+                Some(read) => read,
                 None => self.read_disk(from, end, max)?,
             };
             if !entries.is_empty() {
                 return Ok(entries);
+            }
+            if let Some((at, version)) = newer {
+                return Err(LogError::NewerRules { at, version });
             }
         }
     }
@@ -55,7 +61,7 @@ impl EmbeddedReader {
     }
 
     /// What the tail holds from `from` on; `None` when the tail begins after it.
-    fn read_memory(&mut self, from: u64, max: usize) -> Option<Vec<Entry>> {
+    fn read_memory(&mut self, from: u64, max: usize) -> Option<(Vec<Entry>, Newer)> {
         let (first, skip, batches) = {
             let tail = lock(&self.shared.tail);
             if from < tail.start {
@@ -75,9 +81,15 @@ impl EmbeddedReader {
         };
 
         let (mut found, mut cursor, mut end) = (Vec::with_capacity(max.min(64)), (first, skip), from);
-        let mut bytes = 0;
+        let (mut bytes, mut newer) = (0, None);
         for entry in batches.iter().flat_map(|batch| batch.iter()).skip(skip).take(max) {
             if bytes > READ_BYTES {
+                break;
+            }
+            if let Ok(record) = &entry.record
+                && record.rules > RULES
+            {
+                newer = Some((entry.at, record.rules.into()));
                 break;
             }
             bytes += entry.record.as_ref().map_or(0, |record| record.value.len());
@@ -90,10 +102,10 @@ impl EmbeddedReader {
         }
         self.cursor = Some(cursor);
         self.advance(end);
-        Some(found)
+        Some((found, newer))
     }
 
-    fn read_disk(&mut self, from: u64, end: u64, max: usize) -> Result<Vec<Entry>, LogError> {
+    fn read_disk(&mut self, from: u64, end: u64, max: usize) -> Result<(Vec<Entry>, Newer), LogError> {
         let shared = self.shared.clone();
         let db = shared.database()?;
         let mut options = ReadOptions::default();
@@ -104,15 +116,22 @@ impl EmbeddedReader {
 
         let mut found = Vec::with_capacity(max.min((end - from) as usize));
         let mut next = shared.holes.skip(from);
-        let mut bytes = 0;
+        let (mut bytes, mut newer) = (0, None);
         rows.seek(from.to_be_bytes());
         while let Some((key, value)) = rows.item().filter(|_| found.len() < max && bytes <= READ_BYTES) {
             let at = shared.expect_offset(key, next)?;
             next = shared.holes.skip(at.offset + 1);
             if at.offset >= self.positions[at.partition as usize] {
-                bytes += value.len();
                 let topic = Topic::locate(at.partition, shared.each).0;
-                found.push(Entry { at, record: decode(topic, value) });
+                match decode(topic, value) {
+                    Stored::Record(record) => found.push(Entry { at, record }),
+                    Stored::Newer(version) => {
+                        newer = Some((at, version));
+                        next = at.offset;
+                        break;
+                    }
+                }
+                bytes += value.len();
             }
             rows.next();
         }
@@ -121,7 +140,7 @@ impl EmbeddedReader {
             return Err(shared.damaged(format!("the records {next}..{end} are missing")));
         }
         self.advance(next.min(end));
-        Ok(found)
+        Ok((found, newer))
     }
 
     /// Offsets count over all partitions, so after `offset` is after it in each of them.

@@ -18,7 +18,7 @@ use super::files::blocks::{self, Broken, Part};
 use super::files::manifest::{Manifest, Table};
 use super::files::{self, FilesError, file_name, tables};
 use super::format::{
-    HOLES, Holes, RECORDS, decode, descriptors, key_of, options, parse_key, partition_of, records, synced,
+    HOLES, Holes, RECORDS, Stored, decode, descriptors, key_of, options, parse_key, partition_of, records, synced,
 };
 use super::{identity, opening};
 use crate::log::{Identity, LogError, Position, Topic};
@@ -382,7 +382,11 @@ fn is_record(at: Position, each: u32, value: &[u8]) -> bool {
     if at.partition >= each * Topic::ALL.len() as u32 {
         return false;
     }
-    decode(Topic::locate(at.partition, each).0, value).is_ok_and(|record| partition_of(&record, each) == at.partition)
+    match decode(Topic::locate(at.partition, each).0, value) {
+        Stored::Record(record) => record.is_ok_and(|record| partition_of(&record, each) == at.partition),
+        // A later version reads it.
+        Stored::Newer(_) => true,
+    }
 }
 
 fn unavailable(error: rocksdb::Error) -> LogError {

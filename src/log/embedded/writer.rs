@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use metrics::Histogram;
 use rocksdb::WriteBatch;
 
-use super::format::{decode, encode, key_of, partition_of, records, synced};
+use super::format::{Stored, decode, encode, key_of, partition_of, records, synced};
 use super::opening;
 use super::shared::{Shared, lock};
 use crate::log::{Append, AppendError, Done, Entry, Position, Record};
@@ -117,8 +117,11 @@ impl Writer {
         if let Some(partition) = record.key.strip_prefix(FOREIGN) {
             let at = Position { partition: partition.parse().unwrap_or(0), offset };
             let row = record.value.to_vec();
-            let entry = Entry { at, record: decode(record.topic, &row) };
-            return (entry, row);
+            let record = match decode(record.topic, &row) {
+                Stored::Record(decoded) => decoded,
+                Stored::Newer(_) => Ok(record),
+            };
+            return (Entry { at, record }, row);
         }
         let partition = partition_of(&record, self.shared.each);
         let row = encode(&record);

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use rdkafka::bindings;
 use rdkafka::message::{BorrowedMessage, Header, Message, OwnedHeaders};
 
-use crate::log::{Foreign, Grant, RECORD_VERSION, Record, Topic};
+use crate::log::{Foreign, Grant, RULES, Record, Topic};
 
 const KIND: &CStr = c"weft-kind";
 const VERSION: &CStr = c"weft-version";
@@ -15,7 +15,7 @@ const TRACEPARENT: &CStr = c"traceparent";
 
 pub(super) fn headers_of(record: &Record) -> OwnedHeaders {
     let header = |key, value| Header { key, value: Some(value) };
-    let version = RECORD_VERSION.to_string();
+    let version = record.rules.to_string();
     let headers = OwnedHeaders::new_with_capacity(4)
         .insert(header("weft-kind", record.kind.as_str()))
         .insert(header("weft-version", version.as_str()))
@@ -24,6 +24,19 @@ pub(super) fn headers_of(record: &Record) -> OwnedHeaders {
         Some(traceparent) => headers.insert(header("traceparent", traceparent.as_str())),
         None => headers,
     }
+}
+
+/// The version of the rules by which the record is judged, if that is newer than those known here. What else a newer version
+/// changes in a record is not known, so nothing else of it is looked at.
+pub(super) fn newer_rules(message: &BorrowedMessage<'_>) -> Option<u64> {
+    version_of(message).filter(|version| *version > u64::from(RULES))
+}
+
+/// A version is a whole number; what is larger than any that will ever be counts as the largest.
+fn version_of(message: &BorrowedMessage<'_>) -> Option<u64> {
+    let text = std::str::from_utf8(last(message, VERSION)?).ok()?;
+    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    digits.then(|| text.parse().unwrap_or(u64::MAX))
 }
 
 /// The way back; what was written by another program is foreign.
@@ -36,10 +49,13 @@ pub(super) fn decode(topic: Topic, message: &BorrowedMessage<'_>) -> Result<Reco
     };
     let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
 
-    let version = last(message, VERSION).ok_or_else(|| foreign("it has no header weft-version"))?;
-    if std::str::from_utf8(version).ok().and_then(|v| v.parse().ok()) != Some(RECORD_VERSION) {
-        return Err(foreign("its weft-version is not one that this server knows"));
+    if last(message, VERSION).is_none() {
+        return Err(foreign("it has no header weft-version"));
     }
+    let rules = match version_of(message).and_then(|version| u16::try_from(version).ok()) {
+        Some(rules @ 1..=RULES) => rules,
+        _ => return Err(foreign("its weft-version is none that there ever was")),
+    };
     let kind = last(message, KIND).and_then(text).ok_or_else(|| foreign("it has no header weft-kind"))?;
     let grant =
         last(message, GRANT).and_then(Grant::parse).ok_or_else(|| foreign("it has no valid header weft-grant"))?;
@@ -47,7 +63,7 @@ pub(super) fn decode(topic: Topic, message: &BorrowedMessage<'_>) -> Result<Reco
     let value = message.payload().ok_or_else(|| foreign("it has no value"))?;
     let traceparent = last(message, TRACEPARENT).and_then(text);
 
-    Ok(Record { topic, key, kind, grant, traceparent, value: Bytes::copy_from_slice(value) })
+    Ok(Record { topic, key, kind, rules, grant, traceparent, value: Bytes::copy_from_slice(value) })
 }
 
 /// The kind that the message's header names.

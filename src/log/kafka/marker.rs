@@ -20,7 +20,7 @@ use super::headers;
 use super::producer::{ANSWER_WITHIN, Pending, Producing, send};
 use crate::clock;
 use crate::log::checkpoint::LOG_KEY;
-use crate::log::{Bounds, Cause, Done, Grant, Identity, LogError, Record, Topic};
+use crate::log::{Bounds, Cause, Done, Grant, Identity, LogError, RULES, Record, Topic};
 use crate::protocol::json;
 use crate::protocol::records::{LogCreatedRecord, LogGenerationRecord};
 
@@ -196,6 +196,7 @@ fn record(kind: &str, value: &impl Serialize) -> Record {
         topic: Topic::Events,
         key: LOG_KEY.to_owned(),
         kind: kind.to_owned(),
+        rules: RULES,
         grant: Grant::Scope,
         traceparent: None,
         value: json::encode_bytes(value).into(),

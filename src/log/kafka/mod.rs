@@ -162,6 +162,10 @@ impl Log for KafkaLog {
         self.shared.cluster.topics.name(topic).to_owned()
     }
 
+    fn has_other_writers(&self) -> bool {
+        true
+    }
+
     fn append(&self, batch: Vec<Append>) {
         self.shared.append_to(None, batch);
     }

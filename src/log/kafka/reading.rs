@@ -12,7 +12,9 @@ use super::cluster::Cluster;
 use super::headers;
 use super::marker::{self, Markers};
 use super::topics::{Topics, position};
-use crate::log::{Checkpoint, Entry, Foreign, Identity, LogError, Positions, READ_BYTES, Reader, Record, Topic};
+use crate::log::{
+    Checkpoint, Entry, Foreign, Identity, LogError, Position, Positions, READ_BYTES, Reader, Record, Topic,
+};
 
 pub(super) struct KafkaReader {
     cluster: Arc<Cluster>,
@@ -25,6 +27,8 @@ pub(super) struct KafkaReader {
     lost: Option<KafkaError>,
     /// The epoch of a later generation. What follows it is not read.
     ended_by: Option<String>,
+    /// A record that it does not get past, and the version of its rules.
+    newer: Option<(Position, u64)>,
 }
 
 impl Reader for KafkaReader {
@@ -32,6 +36,7 @@ impl Reader for KafkaReader {
         if self.cluster.is_closed() {
             return Err(LogError::Unavailable("closed".to_owned()));
         }
+        self.check_newer()?;
         self.check_generation()?;
         if self.lost.is_some() {
             self.resume()?;
@@ -53,6 +58,10 @@ impl Reader for KafkaReader {
                     let Some(at) = position(topic, message.partition(), message.offset(), topics.each) else {
                         continue;
                     };
+                    if let Some(version) = headers::newer_rules(&message) {
+                        self.newer = Some((at, version));
+                        break;
+                    }
                     // Markers are in the first partition of the events, which is the first of all.
                     let marker =
                         if at.partition == 0 { marker::read(&message).map(|marker| marker.identity) } else { None };
@@ -80,6 +89,7 @@ impl Reader for KafkaReader {
         }
 
         if entries.is_empty() {
+            self.check_newer()?;
             self.check_generation()?;
             if let Some(error) = &self.lost {
                 return Err(self.explain(error));
@@ -98,7 +108,14 @@ impl KafkaReader {
     pub(super) fn open(cluster: Arc<Cluster>, identity: Arc<Identity>, from: &[u64]) -> Result<KafkaReader, LogError> {
         let consumer = new_consumer(&cluster, from)?;
         let (at, handles) = (from.to_vec(), Handles::default());
-        Ok(KafkaReader { cluster, consumer, identity, at, handles, lost: None, ended_by: None })
+        Ok(KafkaReader { cluster, consumer, identity, at, handles, lost: None, newer: None, ended_by: None })
+    }
+
+    fn check_newer(&self) -> Result<(), LogError> {
+        match self.newer {
+            Some((at, version)) => Err(LogError::NewerRules { at, version }),
+            None => Ok(()),
+        }
     }
 
     fn check_generation(&self) -> Result<(), LogError> {

@@ -23,7 +23,7 @@ use crate::clock;
 use crate::protocol::agui::{AguiEvent, Interrupt, Outcome, PROTOCOL};
 use crate::protocol::error::Error;
 use crate::protocol::event::{StoredFrame, without_type};
-use crate::protocol::json::raw_object;
+use crate::protocol::json::{raw_object, with_field};
 use crate::protocol::kinds::{
     AGENT_CANCELLED, AGENT_COMPLETED, AGENT_FAILED, AGENT_MESSAGE, AGENT_RESUMED, AGENT_STARTED, AGENT_THINKING,
     AGENT_WAITING, DeltaData, SYSTEM_MESSAGE, TOOL_COMPLETED, TOOL_EXECUTING, USER_MESSAGE,
@@ -316,12 +316,14 @@ impl Mapper {
         match &*it.kind {
             AGENT_WAITING => {
                 let (prompt, expires_at) = (fields.string("prompt"), fields.string("expires_at"));
+                // Whoever answers names the question by its seq, which AG-UI has no other field for.
+                let metadata = with_field(it.data, "seq", &it.seq);
                 let interrupt = Interrupt {
                     id: &it.event,
                     reason: &string("reason"),
                     message: prompt.as_deref(),
                     expires_at: expires_at.as_deref(),
-                    metadata: object(it.data),
+                    metadata: Some(&metadata),
                 };
                 out.emit(&finished(None, Some(Outcome::Interrupt { interrupts: [interrupt] }), None));
             }

@@ -5,7 +5,7 @@ use std::io::{Seek, SeekFrom, Write};
 
 use serde_json::json;
 use weft::log::embedded::EmbeddedLog;
-use weft::log::{Append, Grant, Log, Record, Topic};
+use weft::log::{Append, Grant, Log, RULES, Record, Topic};
 
 use super::{
     UNLIMITED, copy_of, doctor, expected, flip, name, numbered, numbers, publish_numbers, salvage, write_ahead_file,
@@ -149,6 +149,7 @@ fn record(n: usize, size: usize) -> Record {
         topic: Topic::Events,
         key: format!("acme/t{}", n % 7),
         kind: "x.load".to_owned(),
+        rules: RULES,
         grant: Grant::Member,
         traceparent: None,
         value: format!(r#"{{"n":{n},"text":"{}"}}"#, "x".repeat(size)).into(),

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use weft::log::embedded::EmbeddedLog;
 use weft::log::kafka::{ClientSettings, KafkaConfig, KafkaLog};
-use weft::log::{Append, AppendError, Entry, Grant, Log, LogError, Position, Positions, Reader, Record, Topic};
+use weft::log::{Append, AppendError, Entry, Grant, Log, LogError, Position, Positions, RULES, Reader, Record, Topic};
 use weft::memory::LogPlan;
 
 use crate::support::{kafka, weft};
@@ -147,6 +147,7 @@ fn record(key: &str, value: impl Into<bytes::Bytes>) -> Record {
         topic: Topic::Events,
         key: key.to_owned(),
         kind: "message".to_owned(),
+        rules: RULES,
         grant: Grant::Member,
         traceparent: None,
         value: value.into(),
@@ -272,6 +273,7 @@ contract_holds! {
     a_position_outside_of_the_bounds_is_refused
     another_number_of_partitions_is_refused_and_both_numbers_named
     a_record_that_is_not_ours_comes_as_foreign_and_reading_goes_on
+    no_reader_gets_past_a_record_of_newer_rules
     what_was_appended_is_there_after_closing_and_opening
     after_close_every_append_is_answered_unavailable
     an_open_log_is_healthy
@@ -289,6 +291,7 @@ mod contract {
                 topic: Topic::Events,
                 key: "acme/t1".to_owned(),
                 kind: "message".to_owned(),
+                rules: 1,
                 grant: Grant::Scope,
                 traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned()),
                 value: r#"{"text":"Grüße, 世界 \u0000 🧵"}"#.into(),
@@ -529,6 +532,29 @@ mod contract {
         assert_eq!(foreign.value.as_deref(), Some(&b"\xff\x00 not ours"[..]));
         assert_eq!(ours(&found[2]), &numbered("k", 2));
         assert!(found.is_sorted_by_key(|e| e.at));
+    }
+
+    pub fn no_reader_gets_past_a_record_of_newer_rules(place: Place) {
+        let log = place.open(1);
+        let newer = Record { rules: RULES + 1, ..numbered("k", 2) };
+        let at = append_ok(&*log, vec![numbered("k", 1), newer, numbered("k", 3)])[1];
+        let is_held = |reader: &mut dyn Reader| {
+            assert_eq!(ours(&read(reader, 1)[0]), &numbered("k", 1));
+            for _ in 0..2 {
+                match reader.next(10, Duration::from_millis(200)) {
+                    Err(LogError::NewerRules { at: found, version }) => {
+                        assert_eq!((found, version), (at, u64::from(RULES) + 1));
+                    }
+                    other => panic!("{other:?}"),
+                }
+                assert_eq!(reader.positions()[0], at.offset, "it stays before that record");
+            }
+        };
+        is_held(&mut *log.reader(&starts(&*log)).expect("the log can be read"));
+        log.close();
+        drop(log);
+        let log = place.open(1);
+        is_held(&mut *log.reader(&starts(&*log)).expect("the log can be read"));
     }
 
     pub fn what_was_appended_is_there_after_closing_and_opening(place: Place) {

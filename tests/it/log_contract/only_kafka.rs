@@ -218,8 +218,9 @@ fn whatever_another_program_writes_is_foreign_and_reading_continues() {
     let cases = [
         (key, value, None),
         (key, value, Some(OwnedHeaders::new().insert(Header { key: "weft-version", value: None::<&str> }))),
-        (key, value, Some(headers("2", "member"))),
+        (key, value, Some(headers("0", "member"))),
         (key, value, Some(headers("one", "member"))),
+        (key, value, Some(headers("+2", "member"))),
         (key, value, Some(headers("1", "root"))),
         (None, value, Some(headers("1", "member"))),
         (Some(&b"\xff"[..]), value, Some(headers("1", "member"))),
@@ -251,9 +252,8 @@ fn the_topic_reads_well_with_kafkas_own_console_consumer() {
     let out = console(&place.topic(Topic::Events), "2");
     let lines: Vec<&str> = out.lines().collect();
     assert!(lines[0].contains("weft-kind:log_created") && lines[0].contains(&log.epoch()), "{out}");
-    let expected =
-        "weft-kind:message,weft-version:1,weft-grant:member\tacme/t1\t{\"kind\":\"message\",\"text\":\"Grüße\"}";
-    assert_eq!(lines[1], expected);
+    let headers = format!("weft-kind:message,weft-version:{RULES},weft-grant:member");
+    assert_eq!(lines[1], format!("{headers}\tacme/t1\t{{\"kind\":\"message\",\"text\":\"Grüße\"}}"));
 }
 
 #[test]
@@ -567,6 +567,7 @@ fn other_clients_find_receipts_in_their_topic_with_key_and_headers() {
             topic: Topic::Receipts,
             key: "acme/t1".to_owned(),
             kind: "ack".to_owned(),
+            rules: 1,
             grant: Grant::Scope,
             traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned()),
             value: r#"{"seq":7}"#.into(),

@@ -2,9 +2,11 @@
 //! away from under it, [`projector`] drives the projector itself, and [`random_log`] holds it against logs that nobody
 //! thought of.
 
+mod clocks;
 mod generations;
 pub mod projector;
 mod random_log;
+mod rules;
 
 use serde_json::{Value, json};
 use weft::log::Log;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use weft::clock;
 use weft::ingest::admit::new_event;
 use weft::log::embedded::EmbeddedLog;
-use weft::log::{Append, Entry, Grant, Log, Position, Record, Topic};
+use weft::log::{Append, Entry, Grant, Log, Position, RULES, Record, Topic};
 use weft::projector::{Commit, KEY_LIFETIME, Projector, Update, Verdict};
 use weft::protocol::error::Code;
 use weft::protocol::event::LogEvent;
@@ -27,6 +27,7 @@ pub fn record(at: u64, thread: &str, from: &str, kind: &str, data: &Value, key: 
         topic: Topic::Events,
         key: weft::protocol::ids::log_key(TENANT, thread),
         kind: kind.to_owned(),
+        rules: RULES,
         grant: Grant::Member,
         traceparent: None,
         value: serde_json::to_vec(&event).unwrap().into(),

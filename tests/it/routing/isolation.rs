@@ -122,7 +122,7 @@ async fn a_thread_one_is_not_in_and_one_that_is_not_there_give_the_same_bytes_on
         let there = doors_over_http(&server, &token, "secret", 404).await;
         assert_eq!(there, doors_over_http(&server, &token, "nowhere", 404).await);
     }
-    // Scope `agent` works in threads and does not read them.
+    // Scope `agent` reads threads in which it works, and no others.
     let bot = token("bot", "publish subscribe agent");
     let there = doors_over_http(&server, &bot, "secret", 404).await;
     assert_eq!(there, doors_over_http(&server, &bot, "nowhere", 404).await);

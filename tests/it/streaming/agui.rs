@@ -5,6 +5,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use super::runs::answer_to;
 use crate::on_both_logs;
 use crate::support::sse::EventStream;
 use crate::support::{LogKind, Server, Socket, accepted, eventually, token};
@@ -182,7 +183,8 @@ async fn a_question_ends_the_stream_of_its_run_which_goes_on_with_the_answer() {
     );
     assert_eq!(first.next().await, None);
     let mut second = stream(&server, &format!("?run=r&after={asked}")).await;
-    act(&mut ada, "r", "agent_resumed", json!({"answer": "yes"})).await;
+    assert_eq!(interrupt["metadata"]["seq"], asked, "what an answer names as its `parent`");
+    accepted(&ada.ask(answer_to("t", "r", &interrupt["metadata"]["seq"], json!({"answer": "yes"}))).await);
     let ended = act(&mut scout, "r", "agent_completed", json!({})).await;
     let (events, _) = until(&mut second, "RUN_FINISHED").await;
     assert_eq!(
@@ -323,8 +325,8 @@ async fn the_client_of_agui_takes_a_run_as_its_own() {
     assert!(events.iter().any(|it| it["type"] == "CUSTOM" && it["value"]["data"] == json!({"zoom": null})));
 
     let reading = with_client(&server, "?run=r&after=0");
-    let answered = act(&mut ada, "r", "agent_resumed", json!({"answer": "yes"})).await;
-    assert_eq!(answered, asked + 1);
+    let answered = ada.ask(answer_to("t", "r", &json!(asked), json!({"answer": "yes"}))).await;
+    assert_eq!(answered["seq"], asked + 1);
     act(&mut scout, "r", "agent_completed", json!({"output": {"booked": true}, "usage": {"input": 3}})).await;
     let read = reading.await;
     assert_eq!(

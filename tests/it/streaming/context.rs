@@ -6,11 +6,12 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::on_threads;
+use super::runs::answer_to;
 use crate::support::sse::EventStream;
 use crate::support::{LogKind, Server, TENANT, accepted, has, publish, refused, schemas, token};
 use weft::ingest::admit::new_event;
 use weft::log::embedded::EmbeddedLog;
-use weft::log::{Append, Done, Grant, Log, Record, Topic};
+use weft::log::{Append, Done, Grant, Log, RULES, Record, Topic};
 use weft::protocol::ids::log_key;
 
 const AGENT: &str = "publish subscribe agent";
@@ -53,7 +54,7 @@ async fn a_thread_is_a_conversation_as_model_apis_take_it() {
         step("b", "tool_executing", json!({"tool": "idle", "call": "c2"})),
         step("b", "tool_completed", json!({"call": "c2"})),
         step("a", "agent_waiting", json!({"reason": "approval", "prompt": "Pay?"})),
-        step("a", "agent_resumed", json!({"answer": {"approved": true}})),
+        answer_to("t", "a", &json!(15), json!({"answer": {"approved": true}})),
         step("b", "agent_waiting", json!({"reason": "approval"})),
         step("b", "agent_token", json!({"message": "m", "from_char": 0, "text": "Noodles, they "})),
         publish("t", "x.note", json!({"content": "not said"})),
@@ -123,7 +124,7 @@ async fn nothing_is_cut_and_what_is_wrong_is_refused_by_name() {
     assert_eq!(server.http("GET", "/v1/threads/t/context", "mallory", None).await.0, 404);
     assert_eq!(server.http("GET", "/v1/threads/none/context", "scout", None).await.0, 404);
     let path = "/v1/threads/t/context";
-    assert_eq!(server.http_with("GET", path, &token("scout", "agent"), None, &[]).await.0, 403);
+    assert_eq!(server.http_with("GET", path, &token("scout", "publish"), None, &[]).await.0, 403);
     assert_eq!(server.http_with("GET", path, &token("eva", "analyst"), None, &[]).await.0, 200);
     assert_eq!(context(&server, "@me", "").await, json!({"messages": [], "truncated": false}));
     ada.say("@me", "a note").await;
@@ -231,19 +232,16 @@ async fn tells_the_newest_that_fit(server: &Server, thread: &str, history: &Hist
         command["run"] = json!(run);
         command
     });
-    let commands = runs.into_iter().chain(history.acts.iter().map(|act| command(thread, act)));
-    let frame: Vec<Value> = (0..)
-        .zip(commands)
-        .map(|(id, mut command): (u64, _)| {
-            command["id"] = json!(id);
-            command
-        })
-        .collect();
-    let mut left = frame.len();
-    agent.send(&Value::Array(frame)).await;
-    while left > 0 {
-        assert!(agent.recv().await["id"].is_u64());
-        left -= 1;
+    let mut asked: HashMap<String, Value> = HashMap::new();
+    for mut command in runs.into_iter().chain(history.acts.iter().map(|act| command(thread, act))) {
+        let run = command["run"].as_str().unwrap_or_default().to_owned();
+        if command["kind"] == "agent_resumed" {
+            command["parent"] = asked.get(&run).cloned().unwrap_or(json!(1));
+        }
+        let answer = agent.ask(command.clone()).await;
+        if command["kind"] == "agent_waiting" && answer["type"] == "published" {
+            asked.insert(run, answer["seq"].clone());
+        }
     }
     let (_, page) = server.http("GET", &format!("/v1/threads/{thread}/events?limit=1000"), "scout", None).await;
     let turns = turns(page["events"].as_array().unwrap());
@@ -311,6 +309,7 @@ fn append_as_member(data: &std::path::Path, kind: &str, content: &str) {
         topic: Topic::Events,
         key: log_key(TENANT, "t"),
         kind: kind.to_owned(),
+        rules: RULES,
         grant: Grant::Member,
         traceparent: None,
         value: serde_json::to_vec(&event).unwrap().into(),

@@ -152,14 +152,14 @@ async fn of_two_nodes_that_race_to_end_resume_or_cancel_a_run_one_wins_and_both_
     for round in 0..ROUNDS {
         for (n, rivals) in rivals.iter().enumerate() {
             let run = format!("r{round}-{n}");
-            for (kind, data) in
-                [("agent_started", json!({"agent": "scout"})), ("agent_waiting", json!({"reason": "approval"}))]
-            {
-                accepted(&agents[0].ask(step("t", &run, kind, data)).await);
-            }
+            accepted(&agents[0].ask(step("t", &run, "agent_started", json!({"agent": "scout"}))).await);
+            let asked = agents[0].ask(step("t", &run, "agent_waiting", json!({"reason": "approval"}))).await;
             let [one, other] = &mut agents[..] else { unreachable!("two nodes") };
             let ask = |agent, (kind, data): &(&str, Value)| {
-                let command = step("t", &run, kind, data.clone());
+                let mut command = step("t", &run, kind, data.clone());
+                if *kind == "agent_resumed" {
+                    command["parent"] = asked["seq"].clone();
+                }
                 let agent: &mut Socket = agent;
                 async move { agent.ask(command).await }
             };

@@ -7,12 +7,19 @@ use serde_json::{Value, json};
 
 use super::on_threads;
 use crate::on_both_logs;
-use crate::support::{LogKind, Server, Socket, accepted, eventually, has, refused, refused_with, token};
+use crate::support::{LogKind, Server, Socket, accepted, eventually, has, refused, refused_with, seqs, token};
 
 pub const AGENT: &str = "publish subscribe agent";
 
 pub fn step(thread: &str, run: &str, kind: &str, data: Value) -> Value {
     json!({"type": "publish", "thread": thread, "run": run, "kind": kind, "data": data})
+}
+
+/// The answer to the question with this seq.
+pub fn answer_to(thread: &str, run: &str, question: &Value, data: Value) -> Value {
+    let mut command = step(thread, run, "agent_resumed", data);
+    command["parent"] = question.clone();
+    command
 }
 
 /// One event of an agent, or of a person who talks to one.
@@ -23,9 +30,20 @@ enum Act {
     Call { call: usize },
     Complete { call: usize },
     Wait,
-    Resume,
+    Resume { question: Question },
     AskToCancel,
     End { kind: &'static str },
+}
+
+/// Which question an answer names.
+#[derive(Debug, Clone, Copy)]
+enum Question {
+    /// The newest of the run, open or not.
+    Newest,
+    /// The first one.
+    First,
+    /// None of them: the thread's first event.
+    None,
 }
 
 const RUNS: usize = 3;
@@ -42,7 +60,7 @@ impl Act {
             Act::Call { call } => ("tool_executing", json!({"tool": "map", "call": format!("c{call}")})),
             Act::Complete { call } => ("tool_completed", json!({"call": format!("c{call}"), "result": 1})),
             Act::Wait => ("agent_waiting", json!({"reason": "approval"})),
-            Act::Resume => ("agent_resumed", json!({"answer": "yes"})),
+            Act::Resume { .. } => ("agent_resumed", json!({"answer": "yes"})),
             Act::AskToCancel => ("agent_cancel_requested", json!({})),
             Act::End { kind: kind @ "agent_failed" } => (kind, json!({"code": "broken", "message": "it broke"})),
             Act::End { kind } => (kind, json!({})),
@@ -57,7 +75,8 @@ fn acts() -> impl Strategy<Value = Vec<(usize, Act)>> {
         4 => (0..2usize).prop_map(|call| Act::Call { call }),
         4 => (0..2usize).prop_map(|call| Act::Complete { call }),
         2 => Just(Act::Wait),
-        3 => Just(Act::Resume),
+        4 => prop::sample::select(vec![Question::Newest, Question::Newest, Question::First, Question::None])
+            .prop_map(|question| Act::Resume { question }),
         1 => Just(Act::AskToCancel),
         2 => prop::sample::select(ENDINGS.to_vec()).prop_map(|kind| Act::End { kind }),
     ];
@@ -73,16 +92,33 @@ struct Model {
 #[derive(Default)]
 struct Run {
     ended: bool,
-    waiting: bool,
-    answered: bool,
+    /// The question that is open.
+    waiting: Option<u64>,
+    questions: Vec<u64>,
+    answered: BTreeSet<u64>,
     parent: Option<usize>,
     begun: BTreeSet<usize>,
     done: BTreeSet<usize>,
 }
 
 impl Model {
-    /// `published`, or the code of the refusal.
-    fn judge(&mut self, run: usize, act: &Act) -> &'static str {
+    /// The seq that an answer names as its question.
+    fn parent(&self, run: usize, question: Question) -> u64 {
+        let questions = self.runs.get(&run).map_or(&[][..], |run| &run.questions);
+        let named = match question {
+            Question::Newest => questions.last(),
+            Question::First => questions.first(),
+            Question::None => None,
+        };
+        named.copied().unwrap_or(1)
+    }
+
+    /// `published`, or the code of the refusal; `head` is the thread's.
+    fn judge(&mut self, run: usize, act: &Act, head: u64) -> &'static str {
+        let named = if let Act::Resume { question } = act { self.parent(run, *question) } else { 0 };
+        if named > head {
+            return "bad_request";
+        }
         let known = self.runs.contains_key(&run);
         if let Act::Start { parent } = act {
             let parent_open = parent.is_none_or(|parent| self.runs.get(&parent).is_some_and(|run| !run.ended));
@@ -94,19 +130,25 @@ impl Model {
         }
         let children = self.runs.values().filter(|child| child.parent == Some(run) && !child.ended).count();
         let Some(it) = self.runs.get_mut(&run) else { return "run_order" };
-        if let Act::Resume = act
-            && !it.waiting
+        if let Act::Resume { .. } = act
+            && it.waiting != Some(named)
         {
-            return if it.answered { "conflict" } else { "run_order" };
+            let late = it.answered.contains(&named);
+            let answered = !it.ended && (it.waiting.is_some() || !it.answered.is_empty());
+            return if late || answered { "conflict" } else { "run_order" };
         }
         let allowed = !it.ended
             && match act {
                 Act::Call { call } => it.begun.insert(*call),
                 Act::Complete { call } => it.begun.contains(call) && it.done.insert(*call),
-                Act::Wait => !std::mem::replace(&mut it.waiting, true),
-                Act::Resume => {
-                    it.waiting = false;
-                    it.answered = true;
+                Act::Wait if it.waiting.is_some() => false,
+                Act::Wait => {
+                    it.waiting = Some(head + 1);
+                    it.questions.push(head + 1);
+                    true
+                }
+                Act::Resume { .. } => {
+                    it.answered.extend(it.waiting.take());
                     true
                 }
                 Act::End { kind } => children == 0 && (*kind != "agent_completed" || it.begun == it.done),
@@ -114,7 +156,7 @@ impl Model {
             };
         if allowed && matches!(act, Act::End { .. }) {
             it.ended = true;
-            it.waiting = false;
+            it.waiting = None;
         }
         if allowed { "published" } else { "run_order" }
     }
@@ -123,25 +165,29 @@ impl Model {
 /// Plays the acts in one frame and holds each answer against the model; then the events, the refusals and the page of runs.
 async fn plays_as_the_model_says(server: &Server, thread: &str, acts: &Vec<(usize, Act)>) {
     let mut agent = server.connect_as("scout", AGENT).await;
-    let frame: Vec<Value> = (0..)
-        .zip(acts)
-        .map(|(id, (run, act))| {
-            let (kind, data) = act.event();
-            let mut command = step(thread, &format!("r{run}"), kind, data);
-            command["id"] = json!(id);
-            command
-        })
-        .collect();
+    let (mut model, mut head) = (Model::default(), 0);
+    let (mut frame, mut verdicts) = (Vec::new(), Vec::new());
+    for (id, (run, act)) in (0_u64..).zip(acts) {
+        let (kind, data) = act.event();
+        let mut command = step(thread, &format!("r{run}"), kind, data);
+        command["id"] = json!(id);
+        if let Act::Resume { question } = act {
+            command["parent"] = json!(model.parent(*run, *question));
+        }
+        frame.push(command);
+        let verdict = model.judge(*run, act, head);
+        head += u64::from(verdict == "published");
+        verdicts.push(verdict);
+    }
     agent.send(&Value::Array(frame)).await;
     let mut answers: HashMap<u64, Value> = HashMap::new();
     while answers.len() < acts.len() {
         let answer = agent.recv().await;
         answers.insert(answer["id"].as_u64().unwrap_or_else(|| panic!("{answer}")), answer);
     }
-    let mut model = Model::default();
     let (mut seq, mut refused) = (0, 0);
     for (id, (run, act)) in (0..).zip(acts) {
-        let (expected, answer) = (model.judge(*run, act), &answers[&id]);
+        let (expected, answer) = (verdicts[id as usize], &answers[&id]);
         let said = if answer["type"] == "published" { "published" } else { answer["code"].as_str().unwrap() };
         assert_eq!(said, expected, "{id}: {act:?} of r{run} in {acts:?}: {answer}");
         match expected {
@@ -174,7 +220,8 @@ async fn plays_as_the_model_says(server: &Server, thread: &str, acts: &Vec<(usiz
         .map(|it| (it["run"].as_str().unwrap(), (!it["ended"].is_null(), it["state"] == "waiting")))
         .collect();
     let names: Vec<String> = model.runs.keys().map(|run| format!("r{run}")).collect();
-    let expected = names.iter().map(|name| &**name).zip(model.runs.values().map(|run| (run.ended, run.waiting)));
+    let expected =
+        names.iter().map(|name| &**name).zip(model.runs.values().map(|run| (run.ended, run.waiting.is_some())));
     assert_eq!(got, expected.collect());
 }
 
@@ -198,12 +245,8 @@ on_both_logs!(of_several_answers_at_once_the_first_wins_on_every_node_and_after_
     let people: Vec<String> = (0..8).map(|n| format!("person{n}")).collect();
     let made = server.http("PUT", "/v1/threads/t", "scout", Some(json!({"members": people}))).await;
     assert_eq!(made.0, 201);
-    for (kind, data) in [
-        ("agent_started", json!({"agent": "scout"})),
-        ("agent_waiting", json!({"reason": "approval", "prompt": "Pay?"})),
-    ] {
-        accepted(&agent.ask(step("t", "r", kind, data)).await);
-    }
+    accepted(&agent.ask(step("t", "r", "agent_started", json!({"agent": "scout"}))).await);
+    let asked = agent.ask(step("t", "r", "agent_waiting", json!({"reason": "approval", "prompt": "Pay?"}))).await;
     let waiting = server.http("GET", "/v1/runs?state=waiting", "person0", None).await.1;
     assert_eq!(
         (&waiting["runs"][0]["run"], &waiting["runs"][0]["waiting"]["data"]["prompt"]),
@@ -213,8 +256,9 @@ on_both_logs!(of_several_answers_at_once_the_first_wins_on_every_node_and_after_
     let mut answers = Vec::new();
     for person in &people {
         let mut socket = server.connect(person).await;
+        let yes = answer_to("t", "r", &asked["seq"], json!({"answer": "yes"}));
         answers.push(async move {
-            let answer = socket.ask(step("t", "r", "agent_resumed", json!({"answer": "yes"}))).await;
+            let answer = socket.ask(yes).await;
             (answer["type"].clone(), answer["code"].clone(), answer["message"].clone())
         });
     }
@@ -232,6 +276,94 @@ on_both_logs!(of_several_answers_at_once_the_first_wins_on_every_node_and_after_
     eventually("the run is there", async || ask().await.0 == 200).await;
     let run = ask().await.1;
     assert_eq!((&run["resumed"]["user"], &run["state"]), (&json!(winner), &json!("open")));
+});
+
+on_both_logs!(an_agent_reads_a_thread_while_it_has_an_open_run_there_and_hears_its_cancel_first, |log| async move {
+    let server = Server::start(log);
+    let mut ada = server.connect("ada").await;
+    ada.say("t", "hello").await;
+    let mut agent = server.connect_as("bot", "agent").await;
+    let subscribe = |thread: &str, after: u64| json!({"type": "subscribe", "thread": thread, "after": after});
+    refused_with(&agent.ask(subscribe("t", 0)).await, "not_found");
+    accepted(&agent.ask(step("t", "r", "agent_started", json!({"agent": "bot"}))).await);
+    assert_eq!(agent.ask(subscribe("t", 0)).await["type"], "subscribed");
+    assert_eq!(seqs(&agent.events(2).await), [1, 2]);
+    assert_eq!(agent.recv().await["type"], "caught_up");
+    let bot = token("bot", "agent");
+    let get = async |path: &str| server.http_with("GET", path, &bot, None, &[]).await;
+    for path in
+        ["/v1/threads/t/events", "/v1/threads/t/context", "/v1/threads/t/runs", "/v1/threads/t/runs/r", "/v1/runs/r"]
+    {
+        assert_eq!(get(path).await.0, 200, "{path}");
+    }
+    assert_eq!(get("/v1/runs").await.1["runs"][0]["run"], "r");
+    // Another agent of the tenant does not work here.
+    let other = token("other", "agent");
+    assert_eq!(server.http_with("GET", "/v1/threads/t/events", &other, None, &[]).await.0, 404);
+
+    // Without credit for more, events wait; the cancel does not.
+    agent.send(&json!({"type": "credit", "events": 1})).await;
+    agent.answers().await;
+    for n in 0..20 {
+        ada.say("t", &format!("message {n}")).await;
+    }
+    let asked = ada.ask(step("t", "r", "agent_cancel_requested", json!({"reason": "enough"}))).await;
+    assert_eq!(agent.recv_type("event").await["seq"], 3);
+    let signal = agent.recv_type("signal").await;
+    let wanted = json!({"run": "r", "seq": asked["seq"]});
+    assert_eq!(
+        (&signal["kind"], &signal["thread"], &signal["data"]),
+        (&json!("agent_cancel_requested"), &json!("t"), &wanted)
+    );
+
+    // With the run the right ends, after the event that says so.
+    accepted(&agent.ask(step("t", "r", "agent_cancelled", json!({}))).await);
+    agent.send(&json!({"type": "credit", "events": 100})).await;
+    let events = agent.events(21).await;
+    assert_eq!(events.last().unwrap()["kind"], "agent_cancelled", "{events:?}");
+    let ended = agent.recv_type("error").await;
+    refused_with(&ended, "not_found");
+    assert_eq!(ended["thread"], "t");
+    refused_with(&agent.ask(subscribe("t", 0)).await, "not_found");
+    assert_eq!(get("/v1/threads/t/events").await.0, 404);
+});
+
+on_both_logs!(an_answer_counts_for_the_question_that_it_names_and_for_no_other, |log| async move {
+    let server = Server::start(log);
+    let mut agent = server.connect_as("scout", AGENT).await;
+    let mut ask = async |command: Value| agent.ask(command).await;
+    accepted(&ask(step("t", "r", "agent_started", json!({"agent": "scout"}))).await);
+    let question = |prompt: &str| step("t", "r", "agent_waiting", json!({"reason": "approval", "prompt": prompt}));
+    let yes = |question: &Value| answer_to("t", "r", question, json!({"answer": "yes"}));
+
+    refused(&ask(step("t", "r", "agent_resumed", json!({"answer": "yes"}))).await, "bad_request", "parent");
+    let body = json!({"kind": "agent_resumed", "run": "r", "data": {"answer": "yes"}});
+    let (status, problem) = server.http("POST", "/v1/threads/t/events", "scout", Some(body)).await;
+    assert_eq!(status, 400, "{problem}");
+    refused(&problem, "bad_request", "parent");
+    refused_with(&ask(yes(&json!(1))).await, "run_order");
+
+    let pay = ask(question("Pay 5?")).await["seq"].clone();
+    refused_with(&ask(question("Two at a time?")).await, "run_order");
+    refused(&ask(yes(&json!(1))).await, "conflict", "parent");
+    let paid = ask(yes(&pay)).await["seq"].clone();
+    let delete = ask(question("Delete everything?")).await["seq"].clone();
+    let names = |answer: &Value, seq: &Value| answer["message"].as_str().unwrap().contains(&format!("seq {seq}"));
+    let late = ask(yes(&pay)).await;
+    refused(&late, "conflict", "parent");
+    assert!(names(&late, &paid), "{late}");
+    let body = json!({"kind": "agent_resumed", "run": "r", "data": {}, "parent": pay});
+    assert_eq!(server.http("POST", "/v1/threads/t/events", "scout", Some(body)).await.0, 409);
+    let run = server.http("GET", "/v1/threads/t/runs/r", "scout", None).await.1;
+    assert_eq!((&run["state"], &run["waiting"]["seq"]), (&json!("waiting"), &delete), "it is still open: {run}");
+
+    accepted(&ask(yes(&delete)).await);
+    let third = ask(question("And then?")).await["seq"].clone();
+    let late = ask(yes(&pay)).await;
+    assert!(names(&late, &paid), "the answer to that question, not the newest one: {late}");
+    accepted(&ask(step("t", "r", "agent_cancelled", json!({}))).await);
+    refused_with(&ask(yes(&third)).await, "run_order");
+    refused(&ask(yes(&pay)).await, "conflict", "parent");
 });
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -271,6 +403,9 @@ async fn a_run_that_comes_to_nothing_is_ended_once_and_a_question_whose_time_is_
     );
     has(&ends[0]["data"], json!({"answer": null, "expired": true}));
     assert_eq!(ends[2]["data"]["code"], "stalled");
+    // Each names what it answers or ends: the question, the newest event of the run.
+    let parents: Vec<_> = ends.iter().map(|it| it["parent"].as_u64().unwrap()).collect();
+    assert_eq!(parents, [3, ends[0]["seq"].as_u64().unwrap(), 1]);
     let left = server.http("GET", "/v1/runs", "scout", None).await.1;
     assert_eq!((left["runs"].as_array().unwrap().len(), &left["runs"][0]["run"]), (1, &json!("waits")), "{left}");
 }

@@ -72,13 +72,25 @@ pub async fn open(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     .await
 }
 
-/// The open runs, or of them those that wait, of the threads whose member the user is and of its inbox, in no order.
+/// The open runs, or of them those that wait, of the threads whose member the user is, of its inbox, and of those in which it
+/// works; in no order.
 fn runs_of_member<'a>(
     api: &'a Api,
     who: &'a Principal,
     waiting: bool,
 ) -> impl Iterator<Item = Result<(Vec<u8>, RunKey), StoreError>> + 'a {
-    let threads = api.store.threads_of(&who.tenant, &who.user).chain([Ok(ids::inbox(&who.user))]);
+    let inbox = ids::inbox(&who.user);
+    let works = who.scopes.agent.then(|| api.store.threads_of_open_runs(&who.tenant, &who.user));
+    let is_new = {
+        let inbox = inbox.clone();
+        move |thread: &Result<String, StoreError>| match thread {
+            // An error is passed on.
+            Ok(thread) => *thread != inbox && !api.store.is_member(&who.tenant, thread, &who.user).unwrap_or(false),
+            Err(_) => true,
+        }
+    };
+    let works = works.into_iter().flatten().filter(is_new);
+    let threads = api.store.threads_of(&who.tenant, &who.user).chain([Ok(inbox)]).chain(works);
     let keys = threads.flat_map(move |thread| -> Box<dyn Iterator<Item = Result<RunKey, StoreError>> + 'a> {
         match thread {
             Ok(thread) => Box::new(api.store.open_runs(&who.tenant, &thread)),

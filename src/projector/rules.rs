@@ -1,0 +1,8 @@
+//! What each version of the rules brought. A rule that can change a verdict or a row goes by the version of the record that
+//! is judged (`record.rules`), and by nothing else: `if rules >= rules::THE_NEW_ONE { … } else { … }`. What stands in the
+//! `else` stays there for as long as there are logs with records of that version.
+//!
+//! Version 1: the rules of before they had versions.
+
+/// Version 2: an answer (`agent_resumed`) names its question, and an ending by the server names the event that it follows.
+pub(super) const ANSWERS_NAME_QUESTIONS: u16 = 2;

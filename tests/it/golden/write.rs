@@ -1,0 +1,279 @@
+//! How the golden log of the present version is made: by a server that is asked for everything that puts a record into the
+//! log, and then by records that no server writes at the moment, with times that are days apart.
+
+use serde_json::{Value, json};
+use weft::clock;
+use weft::ingest::admit::new_event;
+use weft::log::embedded::EmbeddedLog;
+use weft::log::{Grant, RULES, Record, Topic};
+use weft::protocol::event::LogEvent;
+use weft::protocol::ids::log_key;
+
+use super::{Line, PARTITIONS, append, files, outcome, read_all};
+use crate::support::{LogKind, Server, Socket, TENANT, eventually, publish, token, token_of};
+
+const AGENT: &str = "publish subscribe agent";
+/// A run is ended by the server after so long: longer than the others here take.
+const STALLED: &str = "4s";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "writes the files of a new version, once"]
+async fn the_golden_log_of_this_version_is_written() {
+    let (log_file, expected_file) = files(RULES);
+    assert!(!log_file.exists() && !expected_file.exists(), "version {RULES} has its files already");
+
+    let more = ["--partitions", "1", "--run-stalled-after", STALLED, "--rate-user", "0", "--rate-agent", "0"];
+    let mut server = Server::start_with(LogKind::embedded(), &more);
+    messages(&server).await;
+    members(&server).await;
+    reserved(&server).await;
+    runs(&server).await;
+    deltas(&server).await;
+    receipts(&server).await;
+    server_endings(&server).await;
+    server.stop().await;
+
+    let log = EmbeddedLog::open(&server.data().join("log"), PARTITIONS).unwrap();
+    append(&log, by_hand());
+    let entries: Vec<_> = read_all(&log).into_iter().flat_map(|(entries, _)| entries).collect();
+    let lines: String = entries.iter().map(|entry| serde_json::to_string(&Line::of(entry)).unwrap() + "\n").collect();
+    let folder = tempfile::tempdir().unwrap();
+    let outcome = outcome(&log, &folder.path().join("store"));
+    std::fs::write(log_file, lines).unwrap();
+    std::fs::write(expected_file, serde_json::to_string_pretty(&outcome).unwrap() + "\n").unwrap();
+}
+
+/// A publish with further fields.
+fn publish_with(thread: &str, kind: &str, data: Value, more: Value) -> Value {
+    let mut command = publish(thread, kind, data);
+    command.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    command
+}
+
+async fn messages(server: &Server) {
+    let mut ada = server.connect("ada").await;
+    ada.say("talk", "hello").await;
+    ada.send_text(
+        "{\"type\":\"publish\",\"id\":900,\"thread\":\"talk\",\"kind\":\"user_message\",\n\
+         \"data\": { \"content\" : [ {\"type\":\"text\",\"text\":\"d\\u00e9j\\u00e0 vu \u{1f600}\"} ],\n  \"n\": 1.50 }}",
+    )
+    .await;
+    ada.recv_type("published").await;
+    let keyed = |n: u64| publish_with("talk", "x.note", json!({"n": n}), json!({"key": "k1", "priority": "high"}));
+    for n in [1, 1, 2] {
+        ada.ask(keyed(n)).await;
+    }
+    ada.ask(publish_with("talk", "x.reply", json!([null, true]), json!({"parent": 2, "priority": "low"}))).await;
+    ada.ask(publish_with("talk", "x.reply", json!({}), json!({"parent": 99}))).await;
+    let traced = ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
+    let body = json!({"kind": "x.traced", "data": {}});
+    server.http_with("POST", "/v1/threads/talk/events", &token("ada", ""), Some(body), &[traced]).await;
+    let mut zoe = Socket::open(&server.url, &token_of("globex", "zoe")).await;
+    zoe.say("talk", "another tenant's thread of the same name").await;
+}
+
+async fn members(server: &Server) {
+    let wanted = json!({"title": "Planning", "members": ["ben", "cid"]});
+    for title in ["Planning", "Plans", "Plans"] {
+        let body = Some(json!({"title": title, "members": wanted["members"]}));
+        server.http("PUT", "/v1/threads/plans", "ada", body).await;
+    }
+    server.http("PUT", "/v1/threads/talk/members/ben", "ada", None).await;
+    server.http("PUT", "/v1/threads/talk/members/ben", "ada", None).await;
+    server.http("DELETE", "/v1/threads/plans/members/cid", "cid", None).await;
+    server.http("DELETE", "/v1/threads/plans/members/cid", "ada", None).await;
+    server.connect("ben").await.say("talk", "I am here").await;
+}
+
+async fn reserved(server: &Server) {
+    server.connect("ada").await.say("@me", "a note to myself").await;
+    server.connect("ada").await.say("@user:ben", "a word").await;
+    let mut crier = server.connect_as("crier", "publish broadcast").await;
+    crier.ask(publish("@tenant", "user_message", json!({"content": "hear ye"}))).await;
+    let mut scout = server.connect_as("scout", AGENT).await;
+    scout.ask(publish("@user:ben", "agent_message", json!({"content": "done"}))).await;
+    let (status, _) = server.admin("DELETE", "/v1/users/cid/sessions").await;
+    assert_eq!(status, 200);
+    let (status, _) = server.admin("DELETE", "/v1/users/cid/sessions").await;
+    assert_eq!(status, 200);
+}
+
+/// An agent at work on one run.
+struct Worker {
+    socket: Socket,
+    run: &'static str,
+}
+
+impl Worker {
+    async fn begin(server: &Server, run: &'static str, more: Value) -> Worker {
+        let mut worker = Worker { socket: server.connect_as("scout", AGENT).await, run };
+        let mut data = json!({"agent": "scout", "input": {"q": run}});
+        data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        worker.step("agent_started", data).await;
+        worker
+    }
+
+    async fn step(&mut self, kind: &str, data: Value) -> Value {
+        self.step_with(kind, data, json!({})).await
+    }
+
+    async fn step_with(&mut self, kind: &str, data: Value, more: Value) -> Value {
+        let mut fields = json!({"run": self.run});
+        fields.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        self.socket.ask(publish_with("talk", kind, data, fields)).await
+    }
+}
+
+async fn runs(server: &Server) {
+    let mut ada = server.connect("ada").await;
+    let mut ben = server.connect("ben").await;
+    let of = |run: &str, kind: &str, data: Value| publish_with("talk", kind, data, json!({"run": run}));
+
+    let mut first = Worker::begin(server, "first", json!({})).await;
+    first.step("agent_started", json!({"agent": "scout"})).await;
+    first.step("agent_thinking", json!({"content": "hm"})).await;
+    first.step("tool_executing", json!({"tool": "search", "call": "c1", "arguments": {"q": 1}})).await;
+    first.step("tool_executing", json!({"tool": "search", "call": "c1"})).await;
+    first.step("tool_completed", json!({"call": "c2"})).await;
+    first.step("agent_completed", json!({})).await;
+    first.step("tool_completed", json!({"call": "c1", "result": [1, 2]})).await;
+    let answer = |run: &str, question: &Value, data: Value| {
+        publish_with("talk", "agent_resumed", data, json!({"run": run, "parent": question}))
+    };
+    ada.ask(answer("first", &json!(1), json!({"answer": "too early"}))).await;
+    let may_i = first.step("agent_waiting", json!({"reason": "approval", "prompt": "May I?"})).await["seq"].clone();
+    first.step("agent_waiting", json!({"reason": "approval"})).await;
+    ada.ask(answer("first", &json!(1), json!({"answer": "to no question"}))).await;
+    ada.ask(answer("first", &may_i, json!({"answer": "yes"}))).await;
+    ben.ask(answer("first", &may_i, json!({"answer": "no"}))).await;
+    let more = first.step("agent_waiting", json!({"reason": "approval", "prompt": "Once more?"})).await["seq"].clone();
+    ada.ask(answer("first", &may_i, json!({"answer": "to the question before"}))).await;
+    ben.ask(answer("first", &more, json!({"answer": {"approved": false}}))).await;
+    let mut child = Worker::begin(server, "child", json!({"parent_run": "first"})).await;
+    first.step("agent_completed", json!({})).await;
+    Worker::begin(server, "orphan", json!({"parent_run": "nobody"})).await;
+    child.step("agent_failed", json!({"code": "broken", "message": "it broke"})).await;
+    first.step("agent_message", json!({"content": "the answer"})).await;
+    first.step("agent_completed", json!({"output": {"n": 1}, "usage": {"tokens": 3}})).await;
+    first.step("agent_thinking", json!({})).await;
+    ada.ask(answer("first", &more, json!({"answer": "too late"}))).await;
+    ada.ask(of("never", "agent_cancel_requested", json!({}))).await;
+
+    let mut second = Worker::begin(server, "second", json!({})).await;
+    let open = second.step("agent_waiting", json!({"reason": "approval"})).await["seq"].clone();
+    ada.ask(of("second", "agent_cancel_requested", json!({"reason": "enough"}))).await;
+    ben.ask(of("second", "agent_cancel_requested", json!({}))).await;
+    second.step("agent_cancelled", json!({"reason": "as asked"})).await;
+    ada.ask(answer("second", &open, json!({"answer": "the run is over"}))).await;
+}
+
+async fn deltas(server: &Server) {
+    let mut writer = Worker::begin(server, "writer", json!({})).await;
+    let delta = |message: &str, from: u64, text: &str| json!({"message": message, "from_char": from, "text": text});
+    for (message, from, text) in [
+        ("m", 0, "Hé"),
+        ("m", 2, "llo"),
+        ("m", 0, "Hé"),
+        ("m", 4, "o wor"),
+        ("m", 99, "hole"),
+        ("n", 0, "no"),
+        ("o", 0, "oh"),
+    ] {
+        writer.step("agent_token", delta(message, from, text)).await;
+    }
+    writer.step("agent_message", json!({"message": "m"})).await;
+    writer.step("agent_message", json!({"message": "m"})).await;
+    writer.step("agent_message", json!({"message": "m", "content": "something else"})).await;
+    writer.step("agent_token", delta("m", 9, "more")).await;
+    writer.step("agent_message", json!({"message": "n", "content": "yes", "model": "m1"})).await;
+    writer.step("agent_message", json!({"message": "unknown"})).await;
+    writer.step("agent_message", json!({"message": "unknown", "content": "a message of its own"})).await;
+    writer.step("agent_token", delta("p", 0, "left open")).await;
+    writer.step("agent_completed", json!({})).await;
+    writer.step("agent_token", delta("o", 2, " no")).await;
+    writer.step("agent_token", delta("o", 0, "oh")).await;
+}
+
+async fn receipts(server: &Server) {
+    let mut ben = server.connect("ben").await;
+    ben.subscribe_with("talk", json!({"name": "desk", "after": 0})).await;
+    ben.subscribe_with("plans", json!({"after": 0})).await;
+    ben.ack("talk", 3).await;
+    ben.ack("plans", 2).await;
+    ben.answers().await;
+    ben.leave().await;
+    let mut ada = server.connect("ada").await;
+    ada.subscribe_with("*", json!({"name": "all"})).await;
+    ada.leave().await;
+    let mut ada = server.connect("ada").await;
+    let confirm = json!({"name": "worker", "after": 0, "confirm": true, "ack_within_ms": 1_000, "attempts": 1});
+    ada.subscribe_with("plans", confirm).await;
+    eventually("a dead letter", async || {
+        let (_, found) = server.admin("GET", "/v1/dead-letters?reason=unacknowledged").await;
+        found["items"].as_array().is_some_and(|items| !items.is_empty())
+    })
+    .await;
+    ada.leave().await;
+}
+
+/// What the server ends by itself.
+async fn server_endings(server: &Server) {
+    let mut asker = Worker::begin(server, "asker", json!({})).await;
+    let soon = clock::rfc3339(clock::now_ms() + 500);
+    asker.step("agent_waiting", json!({"reason": "approval", "expires_at": soon})).await;
+    let mut idle = Worker::begin(server, "idle", json!({})).await;
+    idle.step("agent_token", json!({"message": "m", "from_char": 0, "text": "and then"})).await;
+    for run in ["asker", "idle"] {
+        eventually("the run is ended", async || {
+            let (_, page) = server.http("GET", &format!("/v1/threads/talk/runs/{run}"), "ada", None).await;
+            page["state"] == "failed"
+        })
+        .await;
+    }
+}
+
+/// Records with times and rights that a server does not give on purpose.
+fn by_hand() -> Vec<Record> {
+    const HOUR: u64 = 60 * 60 * 1_000;
+    let now = clock::now_ms();
+    let make = |at: u64, from: &str, thread: &str, kind: &str, data: Value, key: Option<&str>, grant| {
+        let data = serde_json::value::to_raw_value(&data).unwrap();
+        let event = LogEvent {
+            at: clock::rfc3339(at).into(),
+            key: key.map(Into::into),
+            ..new_event(TENANT, from, thread, kind, &data)
+        };
+        Record {
+            topic: Topic::Events,
+            key: log_key(TENANT, thread),
+            kind: kind.to_owned(),
+            rules: RULES,
+            grant,
+            traceparent: None,
+            value: serde_json::to_vec(&event).unwrap().into(),
+        }
+    };
+    let note =
+        |at: u64, n: u64, key: Option<&str>| make(at, "ada", "talk", "x.note", json!({"n": n}), key, Grant::Member);
+    vec![
+        make(now, "stranger", "talk", "x.note", json!({}), None, Grant::Member),
+        make(now, "stranger", "talk", "x.note", json!({}), None, Grant::Scope),
+        make(now, "ada", "talk", "thread_created", json!({"title": "again"}), None, Grant::Member),
+        make(now, "ada", "nowhere", "thread_updated", json!({"title": "none"}), None, Grant::Scope),
+        make(now, "ada", "talk", "member_added", json!({"user": "a b"}), None, Grant::Member),
+        make(now, "ada", "@user:ben", "member_added", json!({"user": "ben"}), None, Grant::Scope),
+        make(now, "ada", "talk", "sessions_revoked", json!({}), None, Grant::Scope),
+        make(now, "ada", "talk", "agent_resumed", json!({"answer": "without a run"}), None, Grant::Scope),
+        // A key is free after a day, and a record from the future moves log time by an hour.
+        note(now, 1, Some("day")),
+        note(now + 23 * HOUR, 2, Some("day")),
+        note(now + 26 * HOUR, 3, Some("day")),
+        note(now + 26 * HOUR, 4, None),
+        note(now + 99 * HOUR, 5, Some("future")),
+        note(now + 26 * HOUR, 6, Some("day")),
+        note(now + 27 * HOUR, 7, Some("day")),
+        note(now + 60 * HOUR, 8, None),
+        note(now + 60 * HOUR, 9, Some("day")),
+        note(now - 5 * HOUR, 10, Some("future")),
+    ]
+}
