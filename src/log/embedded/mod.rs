@@ -37,8 +37,8 @@ use self::scrub::Scrub;
 use self::shared::{Shared, lock};
 use self::writer::{FOREIGN, Writer};
 use super::{
-    Append, AppendError, Bounds, Cause, Done, Grant, Identity, IfUnnamed, Log, LogError, Position, Positions, RULES, Reader,
-    Record,
+    Append, AppendError, Bounds, Cause, Done, Grant, Identity, IfUnnamed, Log, LogError, Position, Positions, RULES,
+    Reader, Record,
 };
 use crate::memory::LogPlan;
 
