@@ -161,8 +161,13 @@ impl Connection {
                 format!("there is no TLS connection to Kafka at {brokers}: {text}")
             }
             Some(Trouble { kind: TroubleKind::Network, text }) => {
-                let set = text.contains("security.protocol");
-                let how = if set { "; it is set with --kafka-config security.protocol=…" } else { "" };
+                // A listener that wants TLS or SASL hangs up on a client that comes without.
+                let hung_up = text.contains("Disconnected") || text.contains("security.protocol");
+                let how = if hung_up && !self.config.settings.names("security.protocol") {
+                    "; if it wants TLS or SASL authentication, give --kafka-config security.protocol=…"
+                } else {
+                    ""
+                };
                 format!("no Kafka broker answered at {brokers} (--brokers): {text}{how}")
             }
             None => format!("no Kafka broker answered at {brokers} (--brokers): {error}"),
