@@ -5,8 +5,8 @@
 //! `version-N.expected.json` has what came of it:
 //! - `verdicts`: what became of each record, by its id;
 //! - `threads`: the head and the hash of each. Neither these nor the verdicts ever change;
-//! - `rows`: for each column family how many rows it has, and a digest of them. The digest of a family changes when the
-//!   format of its rows does: then, and only then, a new one may be put in its place.
+//! - `rows`: of column families, how many rows they have, and a digest of them. A family whose rows get another format, or hold
+//!   other words, goes out of the files that have it, since what it means has not changed; verdicts and hashes stay.
 //!
 //! A new version of the rules gets files of its own: extend [`write`] by what is new, and run
 //! `cargo test --release --test it -- --ignored golden::the_golden_log_of_this_version_is_written`. It refuses to write over
