@@ -177,7 +177,7 @@ async fn kafkas_console_consumer_shows_each_event_as_readable_json_keyed_tenant_
         assert_eq!((*partition, key.as_str()), (events[0].0, "acme/lunch"), "a thread is in one partition");
         let headers: Vec<&str> = headers.split(',').collect();
         assert!(headers.contains(&format!("weft-kind:{kind}").as_str()), "{headers:?}");
-        assert!(headers.contains(&"weft-version:1"), "{headers:?}");
+        assert!(headers.contains(&format!("weft-version:{}", weft::log::RULES).as_str()), "{headers:?}");
         let event: Value = serde_json::from_str(value).unwrap();
         assert_eq!(
             (&event["tenant"], &event["thread"], &event["kind"], &event["from"], &event["data"]),

@@ -4,7 +4,7 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use weft::ingest::admit::new_event;
 use weft::log::embedded::EmbeddedLog;
-use weft::log::{Grant, RULES, Record, Topic};
+use weft::log::{Grant, Record, Topic};
 use weft::protocol::ids::log_key;
 
 use super::runs::AGENT;
@@ -65,7 +65,7 @@ fn older_records(value: &str) -> Vec<Record> {
             topic: Topic::Events,
             key: log_key(TENANT, "t"),
             kind: kind.to_owned(),
-            rules: RULES,
+            rules: 1,
             grant: Grant::Scope,
             traceparent: None,
             value: serde_json::to_vec(&event).unwrap().into(),
