@@ -316,7 +316,7 @@ mod tests {
     fn a_record_of_the_log_is_refused_in_plain_words_too() {
         let why = |bytes: &[u8]| decode_bytes::<Sample>(bytes).expect_err("no sample").message.into_owned();
         assert_eq!(why(br#"{"seq":"x"}"#), r#"seq must be a whole number, 0 or more, not "x""#);
-        assert_eq!(why(b"{"), "the JSON is not valid at line 1, column 1");
+        assert_eq!(why(b"{"), "the JSON is not valid: line 1, column 1");
         assert_eq!(why(b"{\"\xff\":1}"), "it is not UTF-8");
     }
 
