@@ -351,7 +351,7 @@ mod tests {
         let has = |door, apart, path: &str| matches!(Table::new(door, apart).matcher.find(&GET, path), Found::One { value, .. } if value.path == path);
         for door in [Door::Main, Door::BeyondLimit, Door::Admin] {
             assert_eq!(["/healthz", "/readyz", METRICS].map(|path| has(door, false, path)), [true; 3], "{door:?}");
-            assert_eq!(has(door, true, "/readyz"), true, "{door:?}");
+            assert!(has(door, true, "/readyz"), "{door:?}");
             assert_eq!(has(door, true, METRICS), door == Door::Admin, "{door:?}");
             assert_eq!(has(door, true, "/v1/threads"), door == Door::Main, "{door:?}");
         }

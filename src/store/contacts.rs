@@ -44,9 +44,17 @@ pub(super) struct Contacts {
 struct State {
     kept: HashMap<Vec<u8>, Kept>,
     hashes: usize,
-    /// Changes of users whose threads are being read, and by how many.
-    reading: HashMap<Vec<u8>, (usize, Vec<(u64, bool)>)>,
+    /// Users whose threads are being read.
+    reading: HashMap<Vec<u8>, Reading>,
     clock: u64,
+}
+
+#[derive(Default)]
+struct Reading {
+    /// By how many.
+    readers: usize,
+    /// What was committed since the first of them began: threads, and whether the user is a member from then on.
+    changes: Vec<(u64, bool)>,
 }
 
 struct Kept {
@@ -71,7 +79,7 @@ impl Contacts {
             if let Some(threads) = state.get(user) {
                 return Ok(threads);
             }
-            state.reading.entry(user.to_owned()).or_default().0 += 1;
+            state.reading.entry(user.to_owned()).or_default().readers += 1;
         }
         let read = read();
 
@@ -95,8 +103,8 @@ impl Contacts {
         let mut state = self.state();
         for MembershipChange { user, thread, is_member } in changes {
             let thread = self.hash(thread);
-            if let Some((_, waiting)) = state.reading.get_mut(user) {
-                waiting.push((thread, *is_member));
+            if let Some(reading) = state.reading.get_mut(user) {
+                reading.changes.push((thread, *is_member));
             }
             state.change(user, thread, *is_member);
         }
@@ -121,12 +129,12 @@ impl State {
 
     /// The changes since the first of those who read the user's threads began.
     fn finish_reading(&mut self, user: &[u8]) -> Vec<(u64, bool)> {
-        let Some((readers, changes)) = self.reading.get_mut(user) else { return Vec::new() };
-        *readers -= 1;
-        if *readers > 0 {
-            return changes.clone();
+        let Some(reading) = self.reading.get_mut(user) else { return Vec::new() };
+        reading.readers -= 1;
+        if reading.readers > 0 {
+            return reading.changes.clone();
         }
-        self.reading.remove(user).map(|(_, changes)| changes).unwrap_or_default()
+        self.reading.remove(user).map(|reading| reading.changes).unwrap_or_default()
     }
 
     fn keep(&mut self, user: &[u8], threads: Threads) {

@@ -181,7 +181,7 @@ impl Store {
         family: &'static str,
         from: &[u8],
         to: Vec<u8>,
-    ) -> impl Iterator<Item = Result<(Box<[u8]>, Box<[u8]>), StoreError>> {
+    ) -> impl Iterator<Item = Result<RawRow, StoreError>> {
         let mut options = ReadOptions::default();
         options.set_iterate_upper_bound(to);
         let from = IteratorMode::From(from, Direction::Forward);
@@ -241,6 +241,9 @@ impl Store {
         rows.filter(|row| !matches!(row, Ok((family, key, _)) if origin::names_log(family, key)))
     }
 }
+
+/// A key and a value.
+type RawRow = (Box<[u8]>, Box<[u8]>);
 
 /// A family's name, a key and a value.
 pub type StoreRow = (&'static str, Box<[u8]>, Box<[u8]>);
