@@ -27,7 +27,12 @@ impl SessionState {
     fn on_answer(&mut self, answer: Answer) -> Result<(), End> {
         match answer {
             Answer::Publish { id, thread, delta, verdict } => self.on_verdict(id, &thread, delta, verdict),
-            Answer::Level(reached) => self.incoming.level = LevelWait::Over(reached),
+            Answer::Level(reached) => {
+                if reached.is_ok() {
+                    self.incoming.level_times.reached();
+                }
+                self.incoming.level = LevelWait::Over(reached);
+            }
             Answer::Threads(threads) => self.on_threads(threads),
             Answer::LookedUp => self.incoming.looking_up = false,
             Answer::GoOn => self.on_turn(),

@@ -66,6 +66,7 @@ impl SessionState {
             Some(Ok(commands)) => commands,
         };
 
+        self.incoming.level_times.heard(Instant::now());
         for &command in commands.as_slice() {
             if self.within_rate(command)? && self.on_command(command, true)? == Progress::Waits {
                 self.incoming.queue.push(command.to_owned(), command.get().len());
@@ -110,7 +111,7 @@ impl SessionState {
             return Ok(Progress::Waits);
         }
         let is_level = match if is_new { LevelWait::None } else { std::mem::take(&mut self.incoming.level) } {
-            LevelWait::None | LevelWait::Waiting => false,
+            LevelWait::None | LevelWait::Waiting => self.incoming.level_times.cover_all(),
             LevelWait::Over(Ok(())) => true,
             LevelWait::Over(Err(error)) => {
                 telemetry::commands(command.name(), error.code.as_str()).increment(1);
@@ -199,6 +200,7 @@ impl SessionState {
     /// The command that found nothing is carried out once more when this node is level with the log.
     fn reach_level(&mut self) {
         self.incoming.level = LevelWait::Waiting;
+        self.incoming.level_times.asked(Instant::now());
         let (level, outbox) = (self.sockets.level.clone(), self.outgoing.feed.outbox.clone());
         tokio::spawn(async move { outbox.push_answer(Answer::Level(level.reach().await)) });
     }

@@ -143,6 +143,37 @@ pub enum LevelWait {
     Over(Result<(), Error>),
 }
 
+/// When commands came, and when this node was level with the log: what waits and came before that need not wait for it
+/// again, however many commands there are.
+#[derive(Debug, Default)]
+pub struct LevelTimes {
+    /// When the newest commands came.
+    heard: Option<Instant>,
+    /// When the question under way was asked.
+    asked: Option<Instant>,
+    /// The node has all that the log had at that time.
+    level: Option<Instant>,
+}
+
+impl LevelTimes {
+    pub fn heard(&mut self, now: Instant) {
+        self.heard = Some(now);
+    }
+
+    pub fn asked(&mut self, now: Instant) {
+        self.asked = Some(now);
+    }
+
+    pub fn reached(&mut self) {
+        self.level = self.asked;
+    }
+
+    /// Whether the node was level after every command had come that is here.
+    pub fn cover_all(&self) -> bool {
+        self.level.is_some() && self.level > self.heard
+    }
+}
+
 pub struct Incoming {
     pub queue: CommandQueue<Box<RawValue>>,
     pub refusals: RefusalWindow,
@@ -151,6 +182,7 @@ pub struct Incoming {
     /// What the first command that waits needs to know is being looked up; no other takes effect before it.
     pub looking_up: bool,
     pub level: LevelWait,
+    pub level_times: LevelTimes,
     /// How often a `subscribe` has waited for receipts, so that answers to an earlier one are known as such.
     pub attempts: u32,
     /// Once the server is going down: when the client is to come back, in milliseconds.
@@ -171,6 +203,7 @@ impl Incoming {
             subscribing: None,
             looking_up: false,
             level: LevelWait::None,
+            level_times: LevelTimes::default(),
             attempts: 0,
             drain: None,
             batch: AppendBatch::new(submit),
@@ -308,6 +341,19 @@ mod tests {
         assert_eq!([Nothing, Commands, Answers].map(|it| queue.may_pass(it)), [true, false, false]);
         queue.publish_ends();
         assert!(![Nothing, Commands, Answers].map(|it| queue.holds(it)).contains(&true));
+    }
+
+    #[test]
+    fn the_node_is_level_for_commands_that_came_before_it_was_asked() {
+        let (begin, mut times) = (Instant::now(), LevelTimes::default());
+        times.heard(begin);
+        assert!(!times.cover_all());
+        times.asked(begin + Duration::from_millis(1));
+        assert!(!times.cover_all(), "not answered yet");
+        times.reached();
+        assert!(times.cover_all());
+        times.heard(begin + Duration::from_millis(2));
+        assert!(!times.cover_all(), "a newer command came");
     }
 
     #[test]

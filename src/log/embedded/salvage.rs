@@ -297,9 +297,8 @@ impl<'a, P: FnMut(u64)> Salvage<'a, P> {
     }
 
     fn write(&mut self) -> Result<(), LogError> {
-        let mut options = WriteOptions::default();
-        options.disable_wal(true);
-        self.new.write_opt(std::mem::take(&mut self.rows), &options).map_err(unavailable)
+        // Not synced: the whole is flushed at the end.
+        self.new.write(std::mem::take(&mut self.rows)).map_err(unavailable)
     }
 
     /// Lists what is missing, and gives the new log its identity.

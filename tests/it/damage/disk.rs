@@ -21,7 +21,8 @@ async fn goes_on_after(fault: &str) {
     publish_numbers(&mut server.connect("ada").await, "t", 0..200).await;
     faults.begin(fault);
     let refused = attempt(&server, 777).await;
-    assert_eq!(refused["code"], "unavailable", "{refused}");
+    // What was on its way to the disk at that moment may be there or not.
+    assert!(refused["code"] == "unavailable" || refused["outcome"] == "unknown", "{refused}");
     eventually("readyz tells", async || !is_ready(&server).await).await;
     let (_, ready) = server.http("GET", "/readyz", "x", None).await;
     assert!(ready["log"]["error"].as_str().unwrap().contains("tried again"), "{ready}");

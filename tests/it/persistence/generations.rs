@@ -45,7 +45,7 @@ fn rebuild(server: &Server, more: &[&str]) -> (Option<i32>, String) {
 }
 
 /// Every row of the projections of a server that is stopped.
-fn rows(server: &Server) -> Vec<(&'static str, Box<[u8]>, Box<[u8]>)> {
+fn rows(server: &Server) -> Vec<weft::store::StoreRow> {
     Store::open(&server.data().join("projections")).unwrap().rows().map(Result::unwrap).collect()
 }
 
