@@ -11,7 +11,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use rocksdb::{DB, IteratorMode, WriteBatch, WriteOptions};
+use rocksdb::{DB, IteratorMode, WriteBatch};
 
 use super::files::batch::{Batch, Op, read_op};
 use super::files::blocks::{self, Broken, Part};

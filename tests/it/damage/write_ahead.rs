@@ -4,8 +4,6 @@ use std::fs::{self, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 
 use serde_json::json;
-use weft::log::embedded::EmbeddedLog;
-use weft::log::{Append, Grant, Log, RULES, Record, Topic};
 
 use super::{
     UNLIMITED, copy_of, doctor, expected, flip, name, numbered, numbers, publish_numbers, salvage, write_ahead_file,
@@ -142,39 +140,4 @@ async fn a_file_of_the_log_that_is_lost_or_empty_is_named_and_nothing_is_made_in
             assert!(said.contains("the log is damaged") && said.contains(file), "{file}: {said}");
         }
     }
-}
-
-fn record(n: usize, size: usize) -> Record {
-    Record {
-        topic: Topic::Events,
-        key: format!("acme/t{}", n % 7),
-        kind: "x.load".to_owned(),
-        rules: RULES,
-        grant: Grant::Member,
-        traceparent: None,
-        value: format!(r#"{{"n":{n},"text":"{}"}}"#, "x".repeat(size)).into(),
-    }
-}
-
-fn append(log: &EmbeddedLog, records: Vec<Record>) {
-    let (sender, answers) = std::sync::mpsc::sync_channel(records.len());
-    let count = records.len();
-    let batch = records.into_iter().map(|record| {
-        let sender = sender.clone();
-        Append { record, done: Box::new(move |answer| sender.send(answer).unwrap()) }
-    });
-    log.append(batch.collect());
-    for _ in 0..count {
-        answers.recv().unwrap().unwrap();
-    }
-}
-
-fn count(log: &EmbeddedLog) -> u64 {
-    let mut reader = log.reader(&vec![0; log.partitions() as usize]).unwrap();
-    let end = log.bounds().unwrap()[0].end;
-    let mut found = 0;
-    while reader.positions().iter().any(|next| *next < end) {
-        found += reader.next(1_000, std::time::Duration::ZERO).unwrap().len() as u64;
-    }
-    found
 }
