@@ -41,8 +41,17 @@ on_both_logs!(acknowledgements_signals_and_pings_do_not_wait_for_the_publish_bef
         {"type": "ping", "id": 2},
     ]);
     ada.send(&commands).await;
-    refused(&ada.recv().await, "cursor_invalid", "seq");
-    assert_eq!(answers(&mut ada, 2).await, [("pong".to_owned(), json!(2)), ("published".to_owned(), json!(1))]);
+    let mut answers = Vec::new();
+    while answers.len() < 3 {
+        let frame = ada.recv().await;
+        if frame["type"] != "event" {
+            answers.push(frame);
+        }
+    }
+    let position = |answer: &str| answers.iter().position(|frame| frame["type"] == answer).expect("each is answered");
+    assert!(position("pong") < position("published"), "{answers:?}");
+    // Where others write to the log as well, it is asked before a seq is said to be beyond the head.
+    refused(&answers[position("error")], "cursor_invalid", "seq");
     assert_eq!((&ben.recv().await["kind"], &ben.recv().await["kind"]), (&json!("typing"), &json!("x.first")));
 });
 
