@@ -507,7 +507,7 @@ async fn slow_and_oversized_headers_do_not_hold_a_connection() {
     dripping.join().unwrap();
     // Each for its headers, which is long before a connection ends over which nothing moves.
     let lines_with = |words: &str| server.errors().lines().filter(|line| line.contains(words)).count();
-    eventually("the server says why", async || lines_with("read header from client timeout") == CONNECTIONS).await;
+    eventually("the server says why", async || lines_with("read header from client timeout") >= CONNECTIONS).await;
     assert_eq!(lines_with("a connection was stalled"), 0, "{}", server.errors());
     eventually("they are free again", async || raw_http(&server, threads).starts_with("HTTP/1.1 401")).await;
 }
