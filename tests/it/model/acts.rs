@@ -8,6 +8,11 @@ use super::world::{Asked, Left, Place, Sent, Sub, World, resolve};
 use super::{Begin, CALLED, DEVICES, END, KINDS, LARGE, PRIORITIES, Step, THREADS, USERS};
 use crate::support::{Socket, eventually, has};
 
+/// A command whose answer comes after those of all before it, which a ping's need not.
+fn after_all() -> Value {
+    json!({"type": "unsubscribe", "thread": "no-such-thread"})
+}
+
 impl World<'_> {
     /// Whether the device is there and reads.
     fn awake(&self, device: usize) -> bool {
@@ -237,7 +242,7 @@ impl World<'_> {
         if let Some(name) = &sub.name {
             ack["name"] = json!(name);
         }
-        self.ask(device, vec![ack, json!({"type": "ping"})]).await;
+        self.ask(device, vec![ack, after_all()]).await;
         if std::mem::take(&mut self.sessions[device].refusals) > 0 {
             assert_ne!(sub.left, Left::No, "an acknowledgement for {thread} was refused");
             return;
@@ -267,7 +272,7 @@ impl World<'_> {
         let readers = USERS.into_iter().filter(|user| self.may_read(user, &thread)).collect();
         self.signals.push(Sent { device, thread: thread.clone(), readers });
         let signal = json!({"type": "signal", "thread": called, "kind": "typing", "data": self.signals.len() - 1});
-        self.ask(device, vec![signal, json!({"type": "ping"})]).await;
+        self.ask(device, vec![signal, after_all()]).await;
         let refused = std::mem::take(&mut self.sessions[device].refusals) > 0;
         assert_eq!(refused, !self.may_write(user, &thread), "{user} signals in {thread}");
     }

@@ -137,7 +137,7 @@ async fn a_retention_that_becomes_finite_stops_readiness_for_writes_until_it_is_
     let (status, parts) = readyz(&server, "read").await;
     let why = parts["log"]["error"].as_str().unwrap();
     assert!(status == 200 && why.contains("retention.ms=604800000") && why.contains(&topic), "{parts}");
-    assert_eq!(server.metric("weft_log_problem").await, 1.0);
+    eventually("the metric says so", async || server.metric("weft_log_problem").await == 1.0).await;
     server.stop().await;
 
     let mut command = weft();
