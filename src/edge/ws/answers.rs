@@ -34,7 +34,7 @@ impl SessionState {
                 self.incoming.level = LevelWait::Over(reached);
             }
             Answer::Threads(threads) => self.on_threads(threads),
-            Answer::LookedUp => self.incoming.looking_up = false,
+            Answer::LookedUp => (self.incoming.looking_up, self.incoming.looked_up) = (false, true),
             Answer::GoOn => self.on_turn(),
             Answer::FirstReceiptsStored { attempt, stored } => self.on_receipts(attempt, stored),
             Answer::Drain { retry_after_ms } => {

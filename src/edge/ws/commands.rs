@@ -107,7 +107,12 @@ impl SessionState {
                 return Ok(Progress::Done);
             }
         };
-        if self.must_wait(waits_for(&command), is_new) || self.looks_up(&command) {
+        if self.must_wait(waits_for(&command), is_new) {
+            return Ok(Progress::Waits);
+        }
+        // Once for each try: two lists that are too long to be kept together would be looked up for ever.
+        let looked_up = !is_new && std::mem::take(&mut self.incoming.looked_up);
+        if !looked_up && self.looks_up(&command) {
             return Ok(Progress::Waits);
         }
         let is_level = match if is_new { LevelWait::None } else { std::mem::take(&mut self.incoming.level) } {

@@ -181,6 +181,8 @@ pub struct Incoming {
     pub subscribing: Option<PendingSubscribe>,
     /// What the first command that waits needs to know is being looked up; no other takes effect before it.
     pub looking_up: bool,
+    /// It was looked up, for the first command that waits.
+    pub looked_up: bool,
     pub level: LevelWait,
     pub level_times: LevelTimes,
     /// How often a `subscribe` has waited for receipts, so that answers to an earlier one are known as such.
@@ -202,6 +204,7 @@ impl Incoming {
             refusals: RefusalWindow::default(),
             subscribing: None,
             looking_up: false,
+            looked_up: false,
             level: LevelWait::None,
             level_times: LevelTimes::default(),
             attempts: 0,
