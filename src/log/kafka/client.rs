@@ -161,9 +161,7 @@ impl Connection {
                 format!("there is no TLS connection to Kafka at {brokers}: {text}")
             }
             Some(Trouble { kind: TroubleKind::Network, text }) => {
-                // A listener that wants TLS or SASL hangs up on a client that comes without.
-                let hung_up = text.contains("Disconnected") || text.contains("security.protocol");
-                let how = if hung_up && !self.config.settings.names("security.protocol") {
+                let how = if hung_up(text) && !self.config.settings.names("security.protocol") {
                     "; if it wants TLS or SASL authentication, give --kafka-config security.protocol=…"
                 } else {
                     ""
@@ -199,6 +197,12 @@ impl Connection {
     fn trouble(&self) -> MutexGuard<'_, Option<Trouble>> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether the connection was there and ended. A listener that wants TLS or SASL hangs up on a client that comes without;
+/// depending on who is faster, librdkafka calls that a disconnection or a failure to send or receive.
+fn hung_up(text: &str) -> bool {
+    ["Disconnected", "Send failed", "Receive failed", "security.protocol"].iter().any(|words| text.contains(words))
 }
 
 /// Whether the error is that of a question which no broker answered.
