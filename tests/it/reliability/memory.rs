@@ -4,9 +4,14 @@
 use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use crate::support::sse::EventStream;
-use crate::support::{LogKind, Server, Socket, accepted, eventually, publish, token, token_of};
+use crate::support::{
+    LogKind, Server, Socket, TENANT, accepted, claims, eventually, publish, refused_with, token, token_of,
+};
+use weft::auth::jwt::{Claims, mint};
 use weft::memory::{MINIMUM, Plan};
 
 const AGENT: &str = "publish subscribe agent";
@@ -67,6 +72,98 @@ async fn publish_all(socket: &mut Socket, commands: Vec<Value>) {
 
 fn step(thread: &str, run: &str, kind: &str, data: Value) -> Value {
     json!({"type": "publish", "thread": thread, "run": run, "kind": kind, "data": data})
+}
+
+/// A thread of so many large events, with these members.
+async fn large_thread(server: &Server, thread: &str, members: &[&str], events: usize) {
+    let mut socket = server.connect(members[0]).await;
+    let path = format!("/v1/threads/{thread}");
+    let made = server.http("PUT", &path, members[0], Some(json!({"members": members[1..]}))).await;
+    assert_eq!(made.0, 201, "{}", made.1);
+    let event = publish(thread, "x.load", json!({"text": "x".repeat(LARGE)}));
+    publish_all(&mut socket, vec![event; events]).await;
+}
+
+/// A request whose answer is not read.
+async fn ask(server: &Server, path: &str, token: &str) -> TcpStream {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4 << 10).unwrap();
+    // The loopback's segments are larger than that buffer.
+    socket2::SockRef::from(&socket).set_tcp_mss(1_460).unwrap();
+    let mut stream = socket.connect(server.url.trim_start_matches("http://").parse().unwrap()).await.unwrap();
+    let request =
+        format!("GET {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {token}\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    stream
+}
+
+/// The status and the body of such an answer.
+async fn answer(mut stream: TcpStream) -> (u16, Value) {
+    socket2::SockRef::from(&stream).set_recv_buffer_size(4 << 20).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    if status == 503 {
+        assert!(head.to_ascii_lowercase().contains("\r\nretry-after: 1\r\n"), "{head}");
+    }
+    (status, serde_json::from_str(body).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pages_that_nobody_reads_take_no_more_than_their_part_and_others_are_served() {
+    let server = small();
+    let users = ["ada", "bob", "cleo", "dan"];
+    large_thread(&server, "t", &users, 70).await;
+    let budget = part(&server, "weft_memory_budget_bytes", "requests").await;
+    assert_eq!(budget, Plan::of(MINIMUM).requests);
+
+    // More than there is room for: 60 pages of 4 MiB.
+    let resident = Resident::from_now(&server);
+    let mut asked = Vec::new();
+    for user in users {
+        for _ in 0..15 {
+            asked.push(ask(&server, "/v1/threads/t/events?limit=1000", &token(user, "")).await);
+        }
+    }
+    eventually("some are refused", async || {
+        let used = part(&server, "weft_memory_used_bytes", "requests").await;
+        assert!(used <= budget, "{used} of {budget}");
+        part(&server, "weft_memory_refused_total", "requests").await > 0
+    })
+    .await;
+
+    // Another tenant reads, writes and gets its events meanwhile.
+    let other = token_of("other", "eve");
+    let mut socket = Socket::open(&server.url, &other).await;
+    socket.say("u", "one").await;
+    socket.subscribe("u", Some(0)).await;
+    assert_eq!(socket.events(1).await[0]["data"]["content"], "one");
+    let (status, page) = server.http_with("GET", "/v1/threads/u/events?limit=1", &other, None, &[]).await;
+    assert_eq!((status, page["events"].as_array().unwrap().len()), (200, 1));
+
+    eventually("all are answered or refused", async || part(&server, "weft_memory_waiting", "requests").await == 0)
+        .await;
+    let (mut right, mut refused) = (0, 0);
+    for stream in asked {
+        match answer(stream).await {
+            (200, page) => {
+                let events = page["events"].as_array().unwrap();
+                assert!(events.len() > 60 && events[1]["data"]["text"].as_str().unwrap().len() == LARGE);
+                right += 1;
+            }
+            (status, problem) => {
+                assert_eq!(status, 503, "{problem}");
+                refused_with(&problem, "unavailable");
+                assert!(problem["retry_after_ms"].as_u64().unwrap() > 0);
+                refused += 1;
+            }
+        }
+    }
+    assert!(right >= 6 && refused > 0, "{right} {refused}");
+    eventually("all is given back", async || part(&server, "weft_memory_used_bytes", "requests").await == 0).await;
+    // Without a budget it would be 240 MiB for the pages alone.
+    assert!(resident.grew() < 160 << 20, "{} MiB", resident.grew() >> 20);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -346,4 +443,29 @@ async fn a_budget_that_is_too_small_or_no_size_is_refused_by_name() {
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.code() == Some(2) && said.contains("--memory") && said.contains(why), "{said}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tenant_leaves_a_quarter_of_the_memory_to_others() {
+    let server = small();
+    let users = ["ada", "bob", "cleo", "dan"];
+    large_thread(&server, "t", &users, 70).await;
+    let mut asked = Vec::new();
+    for user in users {
+        for _ in 0..15 {
+            asked.push(ask(&server, "/v1/threads/t/events?limit=1000", &token(user, "")).await);
+        }
+    }
+    eventually("some are refused", async || part(&server, "weft_memory_refused_total", "requests").await > 0).await;
+    let used = part(&server, "weft_memory_used_bytes", "requests").await;
+    let limit = Plan::of(MINIMUM).requests;
+    assert!(used <= limit - limit / 4, "{TENANT} has {used} of {limit}");
+
+    // A large page of another tenant is made at once.
+    let other = mint(crate::support::SECRET, &Claims { tenant: "other".into(), ..claims("eve", "") }).unwrap();
+    let mut socket = Socket::open(&server.url, &other).await;
+    publish_all(&mut socket, vec![publish("u", "x.load", json!({"text": "x".repeat(LARGE)})); 40]).await;
+    let (status, page) = server.http_with("GET", "/v1/threads/u/events?limit=40", &other, None, &[]).await;
+    assert_eq!((status, page["events"].as_array().map(Vec::len)), (200, Some(40)));
+    drop(asked);
 }
