@@ -2,14 +2,14 @@
 # Holds two builds of the server against each other in one run, alternating, so that what the machine does meanwhile is in
 # both: prints each figure's median for either build and their ratio. The load comes from the same `weft-bench`.
 #
-#   bench-pair.sh OLD NEW [ROUNDS]     OLD and NEW are `weft` binaries; 3 rounds unless given
+#   bench-pair.sh OLD NEW [ROUNDS]     OLD and NEW are `weft` binaries; 4 rounds unless given
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ $# -ge 2 ] || { echo "usage: bench-pair.sh OLD NEW [ROUNDS]" >&2; exit 2; }
 old=$(realpath "$1")
 new=$(realpath "$2")
-rounds=${3:-3}
+rounds=${3:-4}
 cache=${WEFT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/weft}
 bench=${WEFT_BENCH:-${CARGO_TARGET_DIR:-$cache/target}/release/weft-bench}
 # Not /tmp: where that is memory, a sync costs nothing and says nothing.
@@ -49,8 +49,14 @@ BENCHES
 
 for round in $(seq "$rounds"); do
   echo "round $round of $rounds" >&2
-  measure old "$old" "$round"
-  measure new "$new" "$round"
+  # Each build goes first as often as the other: the second of a round pays for what the disk still does for the first.
+  if ((round % 2)); then
+    measure old "$old" "$round"
+    measure new "$new" "$round"
+  else
+    measure new "$new" "$round"
+    measure old "$old" "$round"
+  fi
 done
 
 python3 - "$work" <<'PYTHON'

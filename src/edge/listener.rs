@@ -5,6 +5,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -28,6 +29,9 @@ const HEADERS_WITHIN: Duration = Duration::from_secs(5);
 const STALLED_AFTER: Duration = Duration::from_secs(30);
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 4_096;
+/// What the kernel takes for a peer beyond what is under way to it. Without a bound it takes up to 4 MiB for one that reads
+/// nothing, which no budget counts, and the last answer waits behind all of that.
+const UNSENT: libc::c_int = 128 << 10;
 /// The longest pause after a failed accept.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
 
@@ -38,7 +42,20 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
+    bound_unsent(&socket)?;
     socket.listen(BACKLOG)
+}
+
+/// Accepted connections inherit it. The window under way is not bounded by this, so that a fast peer far away stays fast.
+#[expect(unsafe_code, reason = "neither the standard library nor socket2 has this option")]
+fn bound_unsent(socket: &TcpSocket) -> io::Result<()> {
+    let (unsent, size) = (UNSENT, size_of::<libc::c_int>() as libc::socklen_t);
+    // SAFETY: the descriptor is open as long as the socket is, and the option is read from one int of this size.
+    let set = unsafe {
+        let value = (&raw const unsent).cast();
+        libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, value, size)
+    };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Accepts until `stop`, then lets requests under way finish. Up to `limit` connections have all `routes`, those beyond it

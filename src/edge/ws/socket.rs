@@ -1,7 +1,7 @@
 //! The TCP stream under a WebSocket: it counts what the peer has taken, guards against floods of idle frames, and ends a
 //! connection without losing its last frames.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -67,6 +67,12 @@ impl Socket {
         self.written.clone()
     }
 
+    fn count(&self, written: &Poll<io::Result<usize>>) {
+        if let Poll::Ready(Ok(bytes)) = written {
+            self.written.fetch_add(*bytes as u64, Ordering::Relaxed);
+        }
+    }
+
     /// From here on the bytes are WebSocket frames, and those that carry nothing are counted. `read` is what was read of
     /// them already.
     pub fn guard_frames(&mut self, read: &[u8]) {
@@ -119,10 +125,23 @@ impl AsyncRead for Socket {
 impl AsyncWrite for Socket {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
-        if let Poll::Ready(Ok(n)) = written {
-            self.written.fetch_add(n as u64, Ordering::Relaxed);
-        }
+        self.count(&written);
         written
+    }
+
+    /// Without this, hyper copies an answer before it is written, and the copy is charged to nobody.
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.count(&written);
+        written
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
