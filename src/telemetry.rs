@@ -66,6 +66,7 @@ const METRICS: &[(&str, Type, &str)] = &[
         Type::Gauge,
         "Age of the newest projected record while there are newer ones in the log; NaN while unknown",
     ),
+    ("weft_projector_halted", Type::Gauge, "1 once the projector has stopped for good, by reason"),
     ("weft_log_problem", Type::Gauge, "1 while the log cannot be relied on to take and keep records"),
     ("weft_log_warnings", Type::Gauge, "What of the log somebody should see to"),
     ("weft_foreign_records_total", Type::Counter, "Foreign records in the log: such as Weft did not write"),
@@ -216,6 +217,9 @@ pub fn lag_records() -> Gauge {
 }
 pub fn lag_seconds() -> Gauge {
     gauge!("weft_lag_seconds")
+}
+pub fn projector_halted(reason: &'static str) -> Gauge {
+    gauge!("weft_projector_halted", "reason" => reason)
 }
 pub fn log_problem() -> Gauge {
     gauge!("weft_log_problem")

@@ -188,7 +188,7 @@ impl Pump {
                 Err(error @ ProjectError::Store(_)) => self.pause(Failing::Broken(error.to_string())),
                 Err(ProjectError::Disagrees(disagreement)) => {
                     telemetry::checkpoints("differs").increment(1);
-                    self.halt(&disagreement.to_string());
+                    self.halt("nodes_disagree", &disagreement.to_string());
                     return None;
                 }
             }
@@ -200,12 +200,13 @@ impl Pump {
     /// it; what was projected before stays right.
     fn stop_at(&self, error: &LogError) {
         self.status.outdated.send_replace(Some(error.to_string()));
-        self.halt(&error.to_string());
+        self.halt("newer_rules", &error.to_string());
     }
 
     /// Commits nothing more, until `stop` is set.
-    fn halt(&self, why: &str) {
+    fn halt(&self, reason: &'static str, why: &str) {
         tracing::error!(why, "the projector stops");
+        telemetry::projector_halted(reason).set(1.0);
         self.status.set_failing(Some(Failing::Broken(why.to_owned())));
         while !self.stop.load(Ordering::Acquire) {
             std::thread::sleep(WAIT);

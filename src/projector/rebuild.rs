@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::opening::{self, OpenError};
 use super::{ProjectError, Projector};
 use crate::log::{Cause, Identity, Log, LogError};
-use crate::store::{Origin, Store, StoreError};
+use crate::store::{Origin, Store, StoreError, StoreMemory};
 
 /// Records read from the log at once: more than live, since no client waits.
 const BATCH: usize = 8_192;
@@ -41,11 +41,12 @@ pub struct Rebuilt {
     pub records: u64,
 }
 
-/// Rebuilds the projections of a stopped server, if they fit the log, and swaps them in. `progress` gets how many records
-/// are done.
+/// Rebuilds the projections of a stopped server, if they fit the log, and swaps them in. Damaged ones are set aside, as a
+/// start of the server does it. `progress` gets how many records are done.
 pub fn rebuild(log: &dyn Log, projections: &Path, progress: impl FnMut(u64)) -> Result<Rebuilt, RebuildError> {
-    let current = Store::open(projections)?;
-    if opening::examine(projections, &current, log)?.is_none() {
+    let current = Store::open_or_set_aside(projections, StoreMemory::default())?;
+    // Damaged ones were this log's, as far as anybody knows.
+    if opening::examine(projections, &current, log)?.is_none() && current.set_aside().is_none() {
         opening::begin_if_restored(log)?;
     }
     replace(log, projections, Some(current), progress)

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::{UNLIMITED, doctor, expected, numbered, numbers, publish_numbers};
-use crate::support::{LogKind, Server, eventually};
+use crate::support::{LogKind, Server, eventually, weft};
 
 const EVENTS: u64 = 2_000;
 
@@ -39,6 +39,20 @@ async fn projections_that_cannot_be_opened_are_set_aside_and_made_anew() {
     assert_eq!((server.metric("weft_projections_damaged_total").await, set_aside(&server)), (1.0, 1));
     server.stop().await;
     assert_eq!(doctor(server.data()), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_rebuild_sets_damaged_projections_aside_and_makes_them_anew() {
+    let (mut server, table) = stopped_server().await;
+    let bytes = fs::read(&table).unwrap();
+    fs::write(&table, &bytes[..bytes.len() - 200]).unwrap();
+    let output = weft().args(["rebuild", "--data"]).arg(server.data()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(set_aside(&server), 1);
+    assert_eq!(doctor(server.data()), Vec::<String>::new());
+    server.up();
+    assert_eq!(numbers(&server, "t").await, expected(EVENTS));
+    assert_eq!(server.metric("weft_projections_damaged_total").await, 0.0, "there is nothing left to mend");
 }
 
 #[tokio::test]

@@ -77,6 +77,7 @@ on_both_logs!(a_node_stops_at_a_record_of_newer_rules_and_says_which_and_what_to
     refused_with(&problem, "unavailable");
     assert!(problem["detail"].as_str().unwrap().contains("upgraded"), "{problem}");
     assert_eq!(server.metric("weft_foreign_records_total").await, 0.0, "it is no dead letter");
+    assert_eq!(server.metric("weft_projector_halted").await, 1.0, "somebody is told");
     server.stop().await;
 
     let output = weft().args(["rebuild", "--data"]).arg(server.data()).args(log.arguments()).output().unwrap();
