@@ -369,6 +369,7 @@ fn edge(handles: Handles) -> Edge {
         store: store.clone(),
         memory: memory.readers.clone(),
     };
+    let requests = memory.requests.clone();
     let probes = Probes { store: store.clone(), registry: registry.clone(), health: health.clone(), memory, metrics };
     let sockets = Sockets {
         store,
@@ -383,6 +384,7 @@ fn edge(handles: Handles) -> Edge {
         health: health.clone(),
         epoch,
         origins,
+        memory: requests,
     };
     Edge {
         auth,

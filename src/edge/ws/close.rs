@@ -32,7 +32,7 @@ pub const TOKEN_EXPIRED: u16 = 4003;
 pub const NO_CONNECT: u16 = 4004;
 /// Over the rate limit for too long, or a flood of frames that carry nothing.
 pub const RATE_LIMITED: u16 = 4005;
-/// The token cannot be checked now, since the store failed.
+/// The token cannot be checked now, since the store failed; or there is no memory for a message.
 pub const UNAVAILABLE: u16 = 4006;
 /// The token is not valid, or another user's.
 pub const UNAUTHENTICATED: u16 = 4500;

@@ -53,15 +53,35 @@ impl FloodGuard {
         self.flooded |= self.full_at - now > FULL;
     }
 
+    /// The size of the message that is being read, as far as its frames have told it; 0 between two messages.
+    pub fn message_bytes(&self) -> u64 {
+        self.parser.message_bytes()
+    }
+
     /// Whether there were too many. Stays true.
     pub fn flooded(&self) -> bool {
         self.flooded
     }
 }
 
+#[derive(Debug, Default)]
+struct FrameParser {
+    at: Place,
+    message: MessageSize,
+}
+
+/// The message that is being read, in one frame or several, with control frames between them (RFC 6455, section 5.4).
+#[derive(Debug, Default)]
+struct MessageSize {
+    /// Of its frames so far.
+    bytes: u64,
+    /// Its last frame has begun.
+    last: bool,
+}
+
 /// Where in a frame the stream is (RFC 6455, section 5.2).
 #[derive(Debug)]
-enum FrameParser {
+enum Place {
     /// After a frame's length, with so many bytes of masking key and payload to come. With 0 the next frame begins.
     Rest(u64),
     /// After a frame's first byte.
@@ -70,18 +90,23 @@ enum FrameParser {
     Length { first: u8, masked: bool, missing: u8, length: u64 },
 }
 
-impl Default for FrameParser {
-    fn default() -> FrameParser {
-        FrameParser::Rest(0)
+impl Default for Place {
+    fn default() -> Place {
+        Place::Rest(0)
     }
 }
 
 impl FrameParser {
+    fn message_bytes(&self) -> u64 {
+        let read = self.message.last && matches!(self.at, Place::Rest(0));
+        if read { 0 } else { self.message.bytes }
+    }
+
     /// How many idle frames have the end of their length in these bytes.
     fn idle_in(&mut self, mut bytes: &[u8]) -> u32 {
         let mut idle = 0;
         while let Some((&byte, rest)) = bytes.split_first() {
-            if let FrameParser::Rest(rest @ 1..) = self {
+            if let Place::Rest(rest @ 1..) = &mut self.at {
                 // What does not fit a usize is more than was read.
                 let here = usize::try_from(*rest).map_or(bytes.len(), |rest| rest.min(bytes.len()));
                 *rest -= here as u64;
@@ -96,25 +121,28 @@ impl FrameParser {
 
     /// Parses one byte of a header. True if the frame's length is known by this byte, and the frame is idle.
     fn header(&mut self, byte: u8) -> bool {
-        let (first, masked, length) = match *self {
-            FrameParser::Rest(_) => {
-                *self = FrameParser::Begun { first: byte };
+        let (first, masked, length) = match self.at {
+            Place::Rest(_) => {
+                if self.message.last {
+                    self.message = MessageSize::default();
+                }
+                self.at = Place::Begun { first: byte };
                 return false;
             }
-            FrameParser::Begun { first } => {
+            Place::Begun { first } => {
                 let masked = byte & MASKED != 0;
                 let missing = match byte & !MASKED {
                     126 => 2,
                     127 => 8,
                     length => return self.after_length(first, masked, length.into()),
                 };
-                *self = FrameParser::Length { first, masked, missing, length: 0 };
+                self.at = Place::Length { first, masked, missing, length: 0 };
                 return false;
             }
-            FrameParser::Length { first, masked, missing, length } => {
+            Place::Length { first, masked, missing, length } => {
                 let length = length << 8 | u64::from(byte);
                 if missing > 1 {
-                    *self = FrameParser::Length { first, masked, missing: missing - 1, length };
+                    self.at = Place::Length { first, masked, missing: missing - 1, length };
                     return false;
                 }
                 (first, masked, length)
@@ -125,8 +153,12 @@ impl FrameParser {
 
     fn after_length(&mut self, first: u8, masked: bool, length: u64) -> bool {
         // The library refuses lengths that would overflow, and reads nothing after them.
-        *self = FrameParser::Rest(length.saturating_add(if masked { MASKING_KEY } else { 0 }));
+        self.at = Place::Rest(length.saturating_add(if masked { MASKING_KEY } else { 0 }));
         let opcode = first & OPCODE;
+        if opcode < FIRST_CONTROL {
+            let begun = if opcode == CONTINUATION { self.message.bytes } else { 0 };
+            self.message = MessageSize { bytes: begun.saturating_add(length), last: first & FIN != 0 };
+        }
         let fragment = first & FIN == 0 || opcode == CONTINUATION;
         opcode >= FIRST_CONTROL || length == 0 || (fragment && length < SMALL_FRAGMENT)
     }
@@ -199,7 +231,7 @@ mod tests {
             let stream: Vec<u8> = frames.iter().flat_map(Frame::bytes).collect();
             let mut parser = FrameParser::default();
             prop_assert_eq!(parser.idle_in(&stream), idle, "at once");
-            prop_assert!(matches!(parser, FrameParser::Rest(0)));
+            prop_assert!(matches!(parser.at, Place::Rest(0)));
 
             let mut singly = FrameParser::default();
             prop_assert_eq!(stream.iter().map(|byte| singly.idle_in(&[*byte])).sum::<u32>(), idle, "byte by byte");
@@ -242,10 +274,31 @@ mod tests {
     }
 
     #[test]
+    fn a_message_is_as_large_as_its_frames_have_told_until_the_last_has_ended() {
+        let frame = |first, length| Frame { first, masked: true, wide: 0, length }.bytes();
+        let mut parser = FrameParser::default();
+        let mut size_after = |bytes: &[u8]| {
+            parser.idle_in(bytes);
+            parser.message_bytes()
+        };
+        let whole = frame(0x81, 70_000);
+        assert_eq!(size_after(&whole[..9]), 0, "the length is not known yet");
+        assert_eq!(size_after(&whole[9..20]), 70_000);
+        assert_eq!(size_after(&whole[20..]), 0);
+
+        assert_eq!(size_after(&frame(0x01, 600)), 600);
+        assert_eq!(size_after(&frame(0x89, 5)), 600, "a ping between fragments");
+        assert_eq!(size_after(&frame(0x00, 700)), 1_300);
+        let last = frame(0x80, 800);
+        assert_eq!(size_after(&last[..100]), 2_100);
+        assert_eq!(size_after(&[&last[100..], &whole[..1]].concat()), 0, "the next has begun, and has told nothing");
+    }
+
+    #[test]
     fn the_longest_length_there_can_be_is_no_overflow() {
         let mut parser = FrameParser::default();
         assert_eq!(parser.idle_in(&[0x81, 0xff, 255, 255, 255, 255, 255, 255, 255, 255, 1, 2, 3]), 0);
-        assert!(matches!(parser, FrameParser::Rest(rest) if rest == u64::MAX - 3));
+        assert!(matches!(parser.at, Place::Rest(rest) if rest == u64::MAX - 3));
     }
 
     #[test]
@@ -281,6 +334,6 @@ mod tests {
 
     #[test]
     fn it_costs_a_connection_only_tens_of_bytes() {
-        assert!(size_of::<Option<FloodGuard>>() <= 48, "{}", size_of::<Option<FloodGuard>>());
+        assert!(size_of::<Option<FloodGuard>>() <= 56, "{}", size_of::<Option<FloodGuard>>());
     }
 }

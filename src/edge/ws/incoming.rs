@@ -23,7 +23,7 @@ pub const MAX_IN_FLIGHT: usize = 8_192;
 /// Commands that may wait for those before them, and bytes of them. What is read on meanwhile is for those that need not
 /// wait; a frame that is read already may bring more.
 pub const MAX_WAITING: usize = 1_024;
-pub const MAX_WAITING_BYTES: usize = 64 << 10;
+pub const MAX_WAITING_BYTES: usize = 16 << 10;
 /// Commands refused for their rate for so long, without a pause, end the session.
 const REFUSED_FOR: Duration = Duration::from_secs(10);
 /// What counts as a pause.

@@ -5,7 +5,8 @@
 //! ([`outgoing`]) and the deadlines ([`heartbeat`]). [`commands`], [`subscribe`] and [`answers`] say what each command and
 //! each answer from elsewhere does; [`plan`] where a subscription begins. [`close`] lists how a session ends.
 //!
-//! Below are the bytes: [`socket`] is the TCP stream under the WebSocket, [`flood`] counts frames that carry nothing.
+//! Below are the bytes: [`socket`] is the TCP stream under the WebSocket, [`flood`] counts frames that carry nothing, and
+//! [`message_memory`] charges large messages before they are read.
 
 mod answers;
 mod close;
@@ -13,6 +14,7 @@ mod commands;
 mod flood;
 mod heartbeat;
 mod incoming;
+mod message_memory;
 #[cfg(test)]
 mod model;
 mod outgoing;
@@ -34,6 +36,7 @@ use crate::edge::health::Health;
 use crate::edge::origin::Origins;
 use crate::ingest::admit::Admission;
 use crate::ingest::submit::Submit;
+use crate::memory::Pool;
 use crate::projector::level::Level;
 use crate::store::Store;
 
@@ -52,4 +55,6 @@ pub struct Sockets {
     /// The log's identity.
     pub epoch: String,
     pub origins: Arc<Origins>,
+    /// Large messages are charged to it while they are read.
+    pub memory: Pool,
 }

@@ -77,6 +77,9 @@ impl Session {
 
     async fn begin_and_serve(&mut self) -> End {
         self.state.register();
+        if let Some(who) = &self.state.who {
+            self.ws.get_mut().belongs_to(&who.key);
+        }
         match self.state.begin(None) {
             Ok(()) => {
                 self.timer.as_mut().reset(self.state.due());
@@ -112,7 +115,7 @@ impl Session {
                 return Poll::Ready(Wake::End(end));
             }
             match self.turn.next(self.state.wants()) {
-                Step::Read => match self.ws.poll_next_unpin(cx) {
+                Step::Read => match self.poll_read(cx) {
                     Poll::Ready(Some(frame)) => {
                         self.turn.read_one();
                         return Poll::Ready(Wake::Frame(frame));
@@ -155,10 +158,22 @@ impl Session {
         }
     }
 
+    /// The next message. Those before it were dealt with: few commands wait, else nothing would be read.
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Message, WsError>>> {
+        self.ws.get_mut().dealt_with();
+        self.ws.poll_next_unpin(cx)
+    }
+
     /// What was read or written may be the end.
     fn must_end(&self) -> Option<End> {
         if self.ws.get_ref().flooded() {
             return Some(End::close(close::RATE_LIMITED, "a flood of frames that carry nothing"));
+        }
+        if self.ws.get_ref().short_of_memory() {
+            return Some(End::close(
+                close::UNAVAILABLE,
+                "no memory is left for a message of this size: send it again later",
+            ));
         }
         if self.state.outgoing.feed.overrun {
             return Some(End::close(close::SLOW_CONSUMER, "more threads were joined than can wait: resume"));
@@ -181,7 +196,7 @@ impl Session {
     fn on_message(&mut self, message: Message) -> Result<(), End> {
         self.state.heartbeat.heard(Instant::now());
         match message {
-            Message::Text(text) => self.state.on_text(&text),
+            Message::Text(text) => self.on_text(&text),
             Message::Binary(_) => Err(End::close(close::NOT_TEXT, "frames are JSON text")),
             Message::Close(_) => Err(End::Gone),
             Message::Ping(_) => {
@@ -190,6 +205,15 @@ impl Session {
             }
             Message::Pong(_) | Message::Frame(_) => Ok(()),
         }
+    }
+
+    fn on_text(&mut self, text: &str) -> Result<(), End> {
+        let was_known = self.state.who.is_some();
+        self.state.on_text(text)?;
+        if let Some(who) = self.state.who.as_ref().filter(|_| !was_known) {
+            self.ws.get_mut().belongs_to(&who.key);
+        }
+        Ok(())
     }
 
     fn on_timer(&mut self) -> Result<(), End> {

@@ -6,13 +6,15 @@ use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::flood::FloodGuard;
+use super::message_memory::MessageMemory;
+use crate::protocol::command::MAX_FRAME;
 
 /// How long a peer gets to take the close frame and to close its side.
 const LINGER: Duration = Duration::from_secs(2);
@@ -33,7 +35,15 @@ pub struct Socket {
     /// Bytes that the kernel has accepted for the peer.
     written: Arc<AtomicU64>,
     /// Once this is a WebSocket.
-    guard: Option<FloodGuard>,
+    guard: Option<Guard>,
+}
+
+/// What is watched of the WebSocket frames that come in.
+struct Guard {
+    flood: FloodGuard,
+    memory: MessageMemory,
+    /// There was no memory for a message.
+    short: bool,
 }
 
 impl Socket {
@@ -75,15 +85,36 @@ impl Socket {
 
     /// From here on the bytes are WebSocket frames, and those that carry nothing are counted. `read` is what was read of
     /// them already.
-    pub fn guard_frames(&mut self, read: &[u8]) {
-        let mut guard = FloodGuard::new(Instant::now());
-        guard.read(read);
-        self.guard = Some(guard);
+    pub fn guard_frames(&mut self, read: &[u8], memory: MessageMemory) {
+        let mut flood = FloodGuard::new(Instant::now());
+        flood.read(read);
+        self.guard = Some(Guard { flood, memory, short: false });
+    }
+
+    /// The user whose messages these are from here on.
+    pub fn belongs_to(&mut self, user: &Arc<str>) {
+        if let Some(guard) = &mut self.guard {
+            guard.memory.belongs_to(user);
+        }
+    }
+
+    /// Everything that was read has been dealt with.
+    pub fn dealt_with(&mut self) {
+        if let Some(guard) = &mut self.guard
+            && guard.flood.message_bytes() == 0
+        {
+            guard.memory.give_back();
+        }
+    }
+
+    /// Whether a message is too large for the memory that is left. Nothing more is read then.
+    pub fn short_of_memory(&self) -> bool {
+        self.guard.as_ref().is_some_and(|guard| guard.short)
     }
 
     /// Whether the peer has sent too many frames that carry nothing. Nothing more is read then.
     pub fn flooded(&self) -> bool {
-        self.guard.as_ref().is_some_and(FloodGuard::flooded)
+        self.guard.as_ref().is_some_and(|guard| guard.flood.flooded())
     }
 
     /// Ends the connection without a reset, which would drop the last frames from the peer's buffer: closes this side and
@@ -108,15 +139,21 @@ impl Socket {
 
 impl AsyncRead for Socket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.flooded() {
-            // Not an error, after which the WebSocket could send no close frame. The session is woken and asks `flooded`.
+        let Some(guard) = &mut self.guard else { return Pin::new(&mut self.stream).poll_read(cx, buf) };
+        if !guard.flood.flooded() && !guard.short {
+            // What is larger than the limit is refused by its header.
+            let message = usize::try_from(guard.flood.message_bytes()).unwrap_or(MAX_FRAME).min(MAX_FRAME);
+            guard.short = ready!(guard.memory.poll_charged(cx, message)).is_err();
+        }
+        if guard.flood.flooded() || guard.short {
+            // Not an error, after which the WebSocket could send no close frame. The session is woken and asks why.
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
         let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
         if let (Poll::Ready(Ok(())), Some(guard)) = (&read, &mut self.guard) {
-            guard.read(&buf.filled()[before..]);
+            guard.flood.read(&buf.filled()[before..]);
         }
         read
     }
@@ -162,9 +199,14 @@ mod tests {
     use tokio_tungstenite::tungstenite::protocol::Role;
 
     use super::*;
+    use crate::memory::Pool;
 
     const PING: [u8; 6] = [0x89, 0x80, 0, 0, 0, 0];
     const HELLO: [u8; 11] = [0x81, 0x85, 0, 0, 0, 0, b'h', b'e', b'l', b'l', b'o'];
+
+    fn memory() -> MessageMemory {
+        MessageMemory::new(Pool::new(1 << 20))
+    }
 
     /// Our end and the peer's.
     async fn pair() -> (Socket, TcpStream) {
@@ -185,7 +227,7 @@ mod tests {
     #[tokio::test]
     async fn once_flooded_it_brings_no_more_and_wakes_its_owner_each_time_it_is_asked() {
         let (mut socket, mut peer) = pair().await;
-        socket.guard_frames(&[]);
+        socket.guard_frames(&[], memory());
         // Twice what may come at once, so that the time between the reads does not matter.
         peer.write_all(&PING.repeat(2_000)).await.unwrap();
         peer.write_all(&HELLO).await.unwrap();
@@ -216,7 +258,7 @@ mod tests {
         let (mut socket, mut peer) = pair().await;
         // A message's header and half of its key came with the request: parsed from its first byte, the rest is no frame.
         let (before, after) = HELLO.split_at(4);
-        socket.guard_frames(&[&PING.repeat(999), before].concat());
+        socket.guard_frames(&[&PING.repeat(999), before].concat(), memory());
         assert!(!socket.flooded());
         peer.write_all(&[after, &PING].concat()).await.unwrap();
         let mut bytes = vec![0; after.len() + PING.len()];
@@ -231,7 +273,7 @@ mod tests {
     #[tokio::test]
     async fn a_flooded_websocket_can_still_say_goodbye() {
         let (mut socket, mut peer) = pair().await;
-        socket.guard_frames(&[]);
+        socket.guard_frames(&[], memory());
         let mut ws = WebSocketStream::from_raw_socket(socket, Role::Server, None).await;
         peer.write_all(&[&HELLO[..], &PING.repeat(2_000)].concat()).await.unwrap();
         assert_eq!(ws.next().await.unwrap().unwrap(), Message::text("hello"));

@@ -12,6 +12,7 @@ use warp::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use warp::hyper::upgrade::OnUpgrade;
 
 use super::Sockets;
+use super::message_memory::MessageMemory;
 use super::session::Session;
 use super::socket::Socket;
 use crate::auth::Principal;
@@ -61,7 +62,8 @@ fn accept(sockets: &Arc<Sockets>, mut request: AnonymousRequest) -> Result<Reply
     let (sockets, unsupported) = (sockets.clone(), protocols.unsupported());
     tokio::spawn(async move {
         let _permit = permit;
-        let Some(ws) = websocket(upgrade).await else { return };
+        let memory = MessageMemory::new(sockets.memory.clone());
+        let Some(ws) = websocket(upgrade, memory).await else { return };
         // Boxed: the futures around it then hold a pointer, not copies.
         let session = Box::new(Session::new(sockets, ws, who, traceparent.as_deref()));
         if unsupported { session.refuse_version().await } else { session.run().await }
@@ -153,7 +155,7 @@ fn switching_protocols(key: &str, protocols: &Subprotocols<'_>) -> Result<Reply,
 }
 
 /// The WebSocket on the connection's own TCP stream, once the 101 is written.
-async fn websocket(upgrade: OnUpgrade) -> Option<WebSocketStream<Socket>> {
+async fn websocket(upgrade: OnUpgrade, memory: MessageMemory) -> Option<WebSocketStream<Socket>> {
     let upgraded = upgrade.await.inspect_err(|error| tracing::debug!(%error, "an upgrade did not happen")).ok()?;
     let parts = upgraded
         .downcast::<TokioIo<Socket>>()
@@ -165,7 +167,7 @@ async fn websocket(upgrade: OnUpgrade) -> Option<WebSocketStream<Socket>> {
         .max_message_size(Some(MAX_FRAME))
         .max_frame_size(Some(MAX_FRAME));
     let mut socket = parts.io.into_inner();
-    socket.guard_frames(&parts.read_buf);
+    socket.guard_frames(&parts.read_buf, memory);
     Some(WebSocketStream::from_partially_read(socket, parts.read_buf.to_vec(), Role::Server, Some(config)).await)
 }
 

@@ -3,16 +3,18 @@
 
 use std::collections::BTreeSet;
 
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::Message;
 
 use crate::support::sse::EventStream;
 use crate::support::{
     LogKind, Server, Socket, TENANT, accepted, claims, eventually, publish, refused_with, token, token_of,
 };
 use weft::auth::jwt::{Claims, mint};
-use weft::memory::{MINIMUM, Plan};
+use weft::memory::{LARGEST, MINIMUM, Plan};
 
 const AGENT: &str = "publish subscribe agent";
 /// The largest `data` there is, about.
@@ -434,6 +436,61 @@ async fn readers_of_ag_ui_hold_no_texts_of_calls_and_messages_that_wait_for_a_ru
     }
     // Ten times 18 MiB of arguments.
     assert!(resident.grew() < 120 << 20, "{} MiB", resident.grew() >> 20);
+}
+
+/// The beginning of a text frame with so much in it: its header, and a tenth of what follows.
+fn begun_frame(text: &str) -> Vec<u8> {
+    let mut bytes = vec![0x81, 0xff];
+    bytes.extend((text.len() as u64).to_be_bytes());
+    // Masked with zeros, which change nothing.
+    bytes.extend([0; 4]);
+    bytes.extend(&text.as_bytes()[..text.len() / 10]);
+    bytes
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn frames_that_are_begun_and_not_ended_take_no_more_than_their_users_part_and_others_are_served() {
+    let server = small();
+    let large =
+        |id| json!({"type": "publish", "id": id, "thread": "t", "kind": "x.load", "data": {"text": "x".repeat(LARGE)}});
+    let frame = json!([large(1), large(2), large(3)]).to_string();
+    server.connect("ada").await.say("t", "one").await;
+    let mut begun = Vec::new();
+    for _ in 0..LARGEST / frame.len() + 10 {
+        let mut socket = server.connect("ada").await;
+        socket.ws.get_mut().write_all(&begun_frame(&frame)).await.unwrap();
+        begun.push(socket);
+    }
+    eventually("some wait", async || part(&server, "weft_memory_waiting", "requests").await > 0).await;
+    let used = part(&server, "weft_memory_used_bytes", "requests").await;
+    assert!(used <= LARGEST, "{used}");
+
+    // Another user's large frame is taken meanwhile.
+    let mut bob = server.connect("bob").await;
+    publish_all(&mut bob, vec![publish("u", "x.load", json!({"text": "x".repeat(LARGE)})); 3]).await;
+
+    eventually("who has waited too long is refused", async || {
+        part(&server, "weft_memory_waiting", "requests").await == 0
+    })
+    .await;
+    let (mut refused, mut answered) = (0, 0);
+    for mut socket in begun {
+        // A socket that the server has closed takes it as well.
+        drop(socket.ws.get_mut().write_all(&frame.as_bytes()[frame.len() / 10..]).await);
+        match socket.ws.next().await.unwrap() {
+            Ok(Message::Close(Some(close))) => {
+                assert_eq!(u16::from(close.code), 4006, "{close}");
+                refused += 1;
+            }
+            Ok(Message::Text(answer)) => {
+                accepted(&serde_json::from_str(&answer).unwrap());
+                answered += 1;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(refused > 0 && answered > 100, "{refused} {answered}");
+    eventually("all is given back", async || part(&server, "weft_memory_used_bytes", "requests").await == 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
