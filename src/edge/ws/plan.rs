@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::auth::Principal;
 use crate::delivery::subscriptions::{Following, MAX_SUBSCRIPTIONS, NewSubscription, Receipt, first_receipt};
+use crate::edge::cursor::first_cursor;
 use crate::protocol::command::After;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::frame::Seqs;
@@ -184,22 +185,6 @@ pub fn seq_of(after: Option<&After>) -> Option<u64> {
     }
 }
 
-/// The seq after which a subscription begins.
-pub fn first_cursor(head: u64, after: Option<u64>, last: Option<u64>, recovered: bool) -> Result<u64, Error> {
-    if !recovered {
-        // A cursor of another log says nothing about this one.
-        return Ok(head);
-    }
-    match after {
-        Some(after) if after > head => {
-            let why = format!("`after` ({after}) is beyond the thread's head ({head})");
-            Err(Error::new(Code::CursorInvalid, why))
-        }
-        Some(after) => Ok(after),
-        None => Ok(head.saturating_sub(last.unwrap_or(0))),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -227,20 +212,6 @@ mod tests {
         let cursors: Vec<u64> = plan.subscriptions.iter().map(|it| it.cursor).collect();
         assert_eq!(cursors, after.into_values().collect::<Vec<_>>());
         (cursors, receipts.into_iter().map(|it| it.thread).collect())
-    }
-
-    #[test]
-    fn a_cursor_is_the_client_s_or_counts_from_the_head() {
-        assert_eq!(first_cursor(10, Some(4), None, true), Ok(4));
-        assert_eq!(first_cursor(10, None, None, true), Ok(10));
-        assert_eq!(first_cursor(10, None, Some(3), true), Ok(7));
-        assert_eq!(first_cursor(10, None, Some(u64::MAX), true), Ok(0));
-        assert_eq!(first_cursor(10, Some(99), None, false), Ok(10), "another log's cursor");
-        let refused = first_cursor(4, Some(9), None, true).expect_err("beyond the head");
-        assert_eq!(
-            (refused.code, &*refused.message),
-            (Code::CursorInvalid, "`after` (9) is beyond the thread's head (4)")
-        );
     }
 
     #[test]

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use super::plan::{ALL, Beginning, PendingSubscribe, Plan, SubscribeAll, first_cursor, seq_of};
+use super::plan::{ALL, Beginning, PendingSubscribe, Plan, SubscribeAll, seq_of};
 use super::state::{SessionState, connected};
 use crate::auth::Principal;
 use crate::auth::scopes;
 use crate::delivery::outbox::{Answer, Outbox};
 use crate::delivery::subscriptions::{ConfirmPolicy, Following, NewSubscription, Receipt, first_receipt};
 use crate::edge::blocking;
+use crate::edge::cursor::{first_cursor, recovers};
 use crate::ingest::pending::OnVerdict;
 use crate::protocol::command::{After, Subscribe};
 use crate::protocol::error::{Code, Error};
@@ -34,7 +35,7 @@ impl SessionState {
     pub fn subscribe(&mut self, subscribe: Subscribe<'_>) -> Result<(), Error> {
         let who = connected(self.who.as_ref())?.clone();
         scopes::read(who.scopes)?;
-        let recovered = subscribe.epoch.as_ref().is_none_or(|epoch| **epoch == *self.sockets.epoch);
+        let recovered = recovers(subscribe.epoch.as_deref(), &self.sockets.epoch);
         if subscribe.thread == ALL {
             self.subscribe_all(&who, subscribe, recovered)
         } else {
@@ -64,7 +65,7 @@ impl SessionState {
             _ => None,
         };
         let after = seq_of(subscribe.after.as_ref()).or(stored);
-        let cursor = first_cursor(head, after, subscribe.last, recovered).map_err(|error| error.at("after"))?;
+        let cursor = first_cursor(head, after, subscribe.last, recovered)?;
 
         let receipts = match (name, &row) {
             (Some(name), None) => vec![first_receipt(who, &thread, name, cursor)],
