@@ -9,7 +9,7 @@ use weft::store::Store;
 
 use crate::log_contract::only_kafka::{delete_records, delete_topic};
 use crate::support::sse::EventStream;
-use crate::support::{LogKind, Server, Socket, TENANT, eventually, has, publish, refused, seqs, token, weft};
+use crate::support::{LogKind, Server, Socket, TENANT, accepted, eventually, has, publish, refused, seqs, token, weft};
 
 /// Copies a folder to where nothing is yet.
 fn copy(from: &Path, to: &Path) {
@@ -157,12 +157,27 @@ async fn after_an_older_copy_of_the_log_is_put_back_no_page_and_no_stream_goes_o
     let mut server = Server::start(LogKind::embedded());
     let (log, projections, backup) =
         (server.data().join("log"), server.data().join("projections"), server.data().join("backup"));
-    say(&server, 9).await;
+    say(&server, 7).await;
+    let mut scout = server.connect_as("ada", "publish agent").await;
+    scout.say("other", "so that there are two").await;
+    for run in ["r", "s"] {
+        let mut started = publish("t", "agent_started", json!({"agent": "scout"}));
+        started["run"] = json!(run);
+        accepted(&scout.ask(started).await);
+    }
+    drop(scout);
     server.stop().await;
     copy(&log, &backup);
     server.up();
     assert_eq!(say(&server, 6).await, 15);
     let before = thread(&server).await["epoch"].clone();
+    let next = async |path: &str| server.admin("GET", path).await.1["next"].as_str().unwrap().to_owned();
+    let lists = ["/v1/threads?all=true&limit=1", "/v1/threads/t/runs?limit=1", "/v1/runs?limit=1"];
+    let mut cursors = Vec::new();
+    for list in lists {
+        cursors.push(format!("{list}&cursor={}", next(list).await));
+        assert_eq!(server.admin("GET", &cursors[cursors.len() - 1]).await.0, 200);
+    }
     server.stop().await;
     std::fs::remove_dir_all(&log).unwrap();
     std::fs::remove_dir_all(&projections).unwrap();
@@ -170,6 +185,11 @@ async fn after_an_older_copy_of_the_log_is_put_back_no_page_and_no_stream_goes_o
     server.up();
     server.ready().await;
     assert_eq!(say(&server, 6).await, 15, "as many as before, and others");
+    for list in cursors {
+        let (status, problem) = server.admin("GET", &list).await;
+        assert_eq!(status, 400, "{list}");
+        refused(&problem, "cursor_invalid", "cursor");
+    }
     nobody_goes_on_unnoticed(&server, &before, 15).await;
 }
 
