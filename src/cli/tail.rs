@@ -15,7 +15,7 @@ pub struct Args {
     /// The thread, or "*" for all that I am a member of.
     pub thread: String,
     /// With "*": all threads of the tenant; the token needs scope analyst.
-    #[arg(long, conflicts_with = "after")]
+    #[arg(long)]
     pub all: bool,
     #[command(flatten)]
     pub server: Server,
@@ -30,6 +30,15 @@ pub struct Args {
     pub json: bool,
 }
 
+impl Args {
+    pub fn check(&self) -> Result<(), &'static str> {
+        match self.all && self.thread != ALL_THREADS {
+            true => Err("--all goes with the thread \"*\""),
+            false => Ok(()),
+        }
+    }
+}
+
 pub async fn run(args: Args) -> Result<(), Failure> {
     let start = match (args.after, args.last) {
         (Some(seq), _) => Start::After(seq),
@@ -40,8 +49,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     let out = Output::new();
     let (url, token) = (&args.server.url, &args.server.token);
     let mut events = match args.all {
-        true if args.thread == ALL_THREADS => Resuming::connect_to_tenant(url, token, start).await?,
-        true => return Err("--all goes with the thread \"*\"".into()),
+        true => Resuming::connect_to_tenant(url, token, start).await?,
         false => Resuming::connect(url, token, &args.thread, start).await?,
     };
     let mut connected = true;
