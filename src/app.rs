@@ -367,6 +367,7 @@ fn edge(handles: Handles) -> Edge {
         delivery: delivery.clone(),
         registry: registry.clone(),
         store: store.clone(),
+        epoch: epoch.clone(),
         memory: memory.readers.clone(),
     };
     let requests = memory.requests.clone();

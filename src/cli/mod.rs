@@ -44,7 +44,7 @@ enum CliCommand {
     Token(token::Args),
     /// List my threads
     Threads(threads::Args),
-    /// Follow a thread, or "*" for all of mine
+    /// Follow a thread, or "*" for all of mine or, with --all, of the tenant
     Tail(tail::Args),
     /// List dead letters: events and records that could not be handled; scope admin
     DeadLetters(dead_letters::Args),
@@ -72,8 +72,16 @@ impl Cli {
                 let why = format!("`weft {name}` is planned, and not there yet");
                 Err(Cli::command().error(ErrorKind::InvalidSubcommand, why))
             }
-            _ => Cli::from_arg_matches(&matches),
+            _ => Cli::from_arg_matches(&matches)?.checked(),
         }
+    }
+
+    /// Refuses what does not go together, and clap cannot know of.
+    fn checked(self) -> Result<Cli, clap::Error> {
+        if let CliCommand::Tail(args) = &self.command {
+            args.check().map_err(|why| Cli::command().error(ErrorKind::ArgumentConflict, why))?;
+        }
+        Ok(self)
     }
 
     pub async fn run(self) -> Result<(), Failure> {

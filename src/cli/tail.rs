@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::common::{Failure, Output, Server, Style, printable};
 use crate::client::{ClientEvent, ClientItem, Resuming, Start};
+use crate::protocol::ids::ALL_THREADS;
 use crate::protocol::kinds::{
     AGENT_COMPLETED, AGENT_STARTED, AGENT_TOKEN, MEMBER_ADDED, MEMBER_REMOVED, THREAD_CREATED, TOOL_COMPLETED,
     TOOL_EXECUTING,
@@ -13,6 +14,9 @@ use crate::protocol::kinds::{
 pub struct Args {
     /// The thread, or "*" for all that I am a member of.
     pub thread: String,
+    /// With "*": all threads of the tenant; the token needs scope analyst.
+    #[arg(long)]
+    pub all: bool,
     #[command(flatten)]
     pub server: Server,
     /// Begin after this seq; 0 is the start.
@@ -26,6 +30,15 @@ pub struct Args {
     pub json: bool,
 }
 
+impl Args {
+    pub fn check(&self) -> Result<(), &'static str> {
+        match self.all && self.thread != ALL_THREADS {
+            true => Err("--all goes with the thread \"*\""),
+            false => Ok(()),
+        }
+    }
+}
+
 pub async fn run(args: Args) -> Result<(), Failure> {
     let start = match (args.after, args.last) {
         (Some(seq), _) => Start::After(seq),
@@ -34,7 +47,11 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     };
 
     let out = Output::new();
-    let mut events = Resuming::connect(&args.server.url, &args.server.token, &args.thread, start).await?;
+    let (url, token) = (&args.server.url, &args.server.token);
+    let mut events = match args.all {
+        true => Resuming::connect_to_tenant(url, token, start).await?,
+        false => Resuming::connect(url, token, &args.thread, start).await?,
+    };
     let mut connected = true;
     loop {
         let item = tokio::select! {
@@ -67,7 +84,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
 }
 
 fn line(out: &Output, args: &Args, event: &ClientEvent) -> String {
-    let thread = if args.thread == "*" { format!("{} ", event.thread) } else { String::new() };
+    let thread = if args.thread == ALL_THREADS { format!("{} ", event.thread) } else { String::new() };
     let seq = event.seq.map_or_else(|| "~".to_owned(), |seq| format!("#{seq}"));
     // Hours, minutes and seconds of an RFC 3339 time; any other text is shown whole.
     let time = event.at.get(11..19).unwrap_or(&event.at);

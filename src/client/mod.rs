@@ -315,6 +315,9 @@ pub struct PublishDraft {
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct SubscribeDraft {
     pub thread: String,
+    /// With thread `"*"`: those of the whole tenant.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub all: bool,
     /// A seq; with thread `"*"` an object of thread to seq.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub after: Option<Value>,

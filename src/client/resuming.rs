@@ -12,6 +12,7 @@ use super::{
     Client, ClientError, ClientEvent, ClientFrame, Http, PublishAnswer, PublishDraft, SubscribeAnswer, SubscribeDraft,
 };
 use crate::clock;
+use crate::protocol::ids::ALL_THREADS;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -48,6 +49,8 @@ pub struct Resuming {
     token: String,
     /// A thread, or `"*"`.
     thread: String,
+    /// With `"*"`: the threads of the whole tenant.
+    all: bool,
     start: Start,
     client: Option<Client>,
     epoch: Option<String>,
@@ -64,10 +67,20 @@ impl Resuming {
     /// Connects for the first time. Failures are returned, since they are most likely a wrong address or token; but for one that
     /// the server calls temporary: that is tried again, a few times.
     pub async fn connect(url: &str, token: &str, thread: &str, start: Start) -> Result<Resuming, ClientError> {
+        Resuming::begin(url, token, (thread, false), start).await
+    }
+
+    /// The same for all threads of the tenant.
+    pub async fn connect_to_tenant(url: &str, token: &str, start: Start) -> Result<Resuming, ClientError> {
+        Resuming::begin(url, token, (ALL_THREADS, true), start).await
+    }
+
+    async fn begin(url: &str, token: &str, (thread, all): (&str, bool), start: Start) -> Result<Resuming, ClientError> {
         let mut resuming = Resuming {
             url: url.to_owned(),
             token: token.to_owned(),
             thread: thread.to_owned(),
+            all,
             start,
             client: None,
             epoch: None,
@@ -177,7 +190,7 @@ impl Resuming {
     /// Does not reset `failures`: a server that accepts connections and then closes them would get them without a pause.
     async fn open(&mut self) -> Result<(), ClientError> {
         let mut client = Client::connect(&self.url, &self.token).await?;
-        if self.thread == "*" {
+        if self.thread == ALL_THREADS {
             self.learn_threads().await?;
         }
         let subscribed = client.subscribe(&self.subscription()).await?;
@@ -204,9 +217,9 @@ impl Resuming {
     }
 
     fn subscription(&self) -> SubscribeDraft {
-        let mut subscription =
-            SubscribeDraft { thread: self.thread.clone(), epoch: self.epoch.clone(), ..SubscribeDraft::default() };
-        let all = self.thread == "*";
+        let (thread, epoch) = (self.thread.clone(), self.epoch.clone());
+        let mut subscription = SubscribeDraft { thread, all: self.all, epoch, ..SubscribeDraft::default() };
+        let all = self.thread == ALL_THREADS;
         match (self.seen.get(&self.thread), self.start) {
             _ if all => subscription.after = Some(json!(self.seen)),
             (Some(seen), _) => subscription.after = Some(json!(seen)),
@@ -222,7 +235,8 @@ impl Resuming {
     async fn learn_threads(&mut self) -> Result<(), ClientError> {
         let first_time = self.epoch.is_none();
         let mut http = Http::connect(&self.url, &self.token).await?;
-        for row in http.all_pages("/v1/threads?limit=1000", "threads").await? {
+        let list = format!("/v1/threads?limit=1000&all={}", self.all);
+        for row in http.all_pages(&list, "threads").await? {
             let (Some(thread), Some(head)) = (row["thread"].as_str(), row["head"].as_u64()) else {
                 return Err(ClientError::Malformed(format!("{row} in the list of threads")));
             };

@@ -26,7 +26,7 @@ use super::registry::Registry;
 use crate::ingest::pending::Pending;
 use crate::projector::{AccessChange, Commit, PublishCommit, RunNotice, ThreadUpdate, Update};
 use crate::protocol::frame::ServerFrame;
-use crate::protocol::ids::{SERVER_USER, log_key};
+use crate::protocol::ids::{self, SERVER_USER, log_key};
 use crate::protocol::json;
 use crate::protocol::kinds::AGENT_CANCEL_REQUESTED;
 use crate::{panics, telemetry};
@@ -60,7 +60,7 @@ impl Subscriber {
 struct Table {
     /// By `tenant/thread`.
     threads: HashMap<Arc<str>, Vec<Subscriber>>,
-    /// Sessions that follow all threads of their user, by `tenant/user`.
+    /// Sessions that follow all threads of their user, by `tenant/user`, or all of their tenant, by `tenant`.
     followers: HashMap<Arc<str>, Vec<Arc<Outbox>>>,
     /// By `tenant/thread`: the members with a subscription, and how many each has.
     present: HashMap<Arc<str>, BTreeMap<Arc<str>, u32>>,
@@ -136,17 +136,18 @@ impl Hub {
         }
     }
 
-    /// From now on the session is notified of threads that its user joins. `user` is `tenant/user`.
-    pub fn follow(&self, user: &Arc<str>, outbox: &Arc<Outbox>) {
-        self.lock().followers.entry(user.clone()).or_default().push(outbox.clone());
+    /// From now on the session is notified of threads that a user joins, if `whose` is `tenant/user`, or of those that are
+    /// made in a tenant, if it is `tenant`.
+    pub fn follow(&self, whose: &Arc<str>, outbox: &Arc<Outbox>) {
+        self.lock().followers.entry(whose.clone()).or_default().push(outbox.clone());
     }
 
-    pub fn unfollow(&self, user: &str, outbox: &Arc<Outbox>) {
+    pub fn unfollow(&self, whose: &str, outbox: &Arc<Outbox>) {
         let mut table = self.lock();
-        if let Some(sessions) = table.followers.get_mut(user) {
+        if let Some(sessions) = table.followers.get_mut(whose) {
             sessions.retain(|it| !Arc::ptr_eq(it, outbox));
             if sessions.is_empty() {
-                table.followers.remove(user);
+                table.followers.remove(whose);
             }
         }
     }
@@ -227,6 +228,9 @@ impl Hub {
     fn deliver_update(&self, table: &mut Table, ThreadUpdate { key, update }: &ThreadUpdate) {
         match update {
             Update::Event(event, change) => {
+                if event.seq == 1 {
+                    table.announce_made(key);
+                }
                 // Before the event itself: who was removed does not get it, who joined does.
                 if let Some(change) = change {
                     self.change_access(table, key, event.seq, change);
@@ -266,10 +270,7 @@ impl Hub {
         match change {
             AccessChange::Joined(users) => {
                 for user in users {
-                    let Some(sessions) = table.followers.get_mut(&*log_key(tenant, user)) else { continue };
-                    sessions.retain(|outbox| {
-                        outbox.push_notice(Item::Joined { thread: thread.to_owned(), before: seq - 1 })
-                    });
+                    table.announce(&log_key(tenant, user), thread, seq - 1);
                 }
             }
             AccessChange::Left(user) => {
@@ -299,6 +300,24 @@ impl Hub {
 }
 
 impl Table {
+    /// A thread was made: those who follow all threads of its tenant get it from its first event on. Those that exist by their
+    /// name are nobody's to follow that way.
+    fn announce_made(&mut self, key: &str) {
+        if let Some((tenant, thread)) = key.split_once('/')
+            && !ids::is_reserved(thread)
+        {
+            self.announce(tenant, thread, 0);
+        }
+    }
+
+    /// Notifies followers of a thread that is theirs from the event after `before` on, and forgets those whose outbox has no
+    /// room for that.
+    fn announce(&mut self, whose: &str, thread: &str, before: u64) {
+        if let Some(sessions) = self.followers.get_mut(whose) {
+            sessions.retain(|outbox| outbox.push_notice(Item::Joined { thread: thread.to_owned(), before }));
+        }
+    }
+
     /// Who is live in the thread and fits.
     fn live(&self, key: &str, fits: impl Fn(&Subscriber) -> bool) -> Vec<Subscriber> {
         self.threads.get(key).into_iter().flatten().filter(|it| fits(it)).cloned().collect()

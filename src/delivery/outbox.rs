@@ -61,7 +61,8 @@ pub enum Item {
     },
     /// More threads were joined than may wait.
     Overrun,
-    /// The user became a member of a thread with the event after `before`.
+    /// A thread is among those that the session follows, from the event after `before` on: the user became a member, or it
+    /// was made.
     Joined {
         thread: String,
         before: u64,

@@ -9,7 +9,7 @@ use crate::protocol::error::{Code, Error};
 /// What a page may send beside what every page may.
 const REQUEST_HEADERS: &str = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, traceparent";
 /// What a page may read beside what every page may.
-const ANSWER_HEADERS: &str = "Allow, Retry-After, Weft-Truncated, WWW-Authenticate";
+const ANSWER_HEADERS: &str = "Allow, Retry-After, Weft-Epoch, Weft-Truncated, WWW-Authenticate";
 /// Seconds for which a browser need not ask again.
 const MAX_AGE: &str = "600";
 

@@ -68,6 +68,9 @@ pub struct Subscribe<'a> {
     /// A thread, or `"*"`: all that the user is a member of, now and later.
     #[serde(borrow)]
     pub thread: Cow<'a, str>,
+    /// With `"*"`: all threads of the tenant, now and later, whoever their members are. Needs scope `analyst`.
+    #[serde(default)]
+    pub all: Option<bool>,
     #[serde(default)]
     pub after: Option<After>,
     /// Begin with the n newest events.
@@ -330,9 +333,12 @@ fn check_data_limits(data: &RawValue) -> Result<(), Error> {
 }
 
 fn check_subscribe(subscribe: Subscribe<'_>) -> Result<Subscribe<'_>, Error> {
-    let all = subscribe.thread == "*";
+    let all = subscribe.thread == ids::ALL_THREADS;
     if !all {
         ids::check_address(&subscribe.thread)?;
+        if subscribe.all.is_some() {
+            return Err(Error::field("all", "all goes with the thread \"*\""));
+        }
     }
     subscribe.name.as_deref().map_or(Ok(()), |name| ids::check_text("name", name))?;
     if let Some(kinds) = &subscribe.kinds {
@@ -391,6 +397,9 @@ mod tests {
             (r#"{"type":"subscribe","id":1,"thread":"*","after":1}"#, "after"),
             (r#"{"type":"subscribe","id":1,"thread":"t","after":{"t":1}}"#, "after"),
             (r#"{"type":"subscribe","id":1,"thread":"@you"}"#, "thread"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","all":true}"#, "all"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","all":false}"#, "all"),
+            (r#"{"type":"subscribe","id":1,"thread":"*","all":"yes"}"#, "all"),
             (r#"{"type":"subscribe","id":1,"thread":"t","kinds":[]}"#, "kinds"),
             (r#"{"type":"subscribe","id":1,"thread":"t","name":""}"#, "name"),
             (r#"{"type":"subscribe","id":1,"thread":"t","confirm":1}"#, "confirm"),

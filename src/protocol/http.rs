@@ -49,6 +49,19 @@ pub struct ThreadDetail {
     pub hash: String,
 }
 
+/// What a stream of events begins with, if its request names an epoch: as the frame `subscribed`.
+#[derive(Serialize, JsonSchema)]
+pub struct StreamStart<'a> {
+    pub thread: &'a str,
+    /// The log's epoch, which seqs of this stream are of.
+    pub epoch: &'a str,
+    pub head: u64,
+    /// Events after this seq are sent.
+    pub after: u64,
+    /// False if the epoch that was named is another one: the stream begins at the head, and does not continue what was before.
+    pub recovered: bool,
+}
+
 /// Who is in a thread now, on this node.
 #[derive(Serialize, JsonSchema)]
 pub struct Presence {

@@ -24,6 +24,8 @@ pub const SERVER_USER: &str = "weft";
 
 /// The thread that everyone in the tenant reads.
 pub const TENANT_THREAD: &str = "@tenant";
+/// What a `subscribe` to all threads names in the place of one. No thread is called so.
+pub const ALL_THREADS: &str = "*";
 /// The user's own inbox, as its user calls it.
 pub const MY_INBOX: &str = "@me";
 /// What the name of an inbox begins with, as everyone else calls it, and the log.

@@ -9,8 +9,8 @@ use super::event::{EventFrame, EventItem, LogEvent};
 use super::frame::ServerFrame;
 use super::http::{
     Alive, Conversation, DeadLetterItem, DeadLetterList, EventPage, MembershipReply, Presence, Problem, PublishBody,
-    PublishReply, Ready, ReceiptList, RevocationReply, RunDetail, RunList, SessionList, ThreadBody, ThreadDetail,
-    ThreadList, Ticket,
+    PublishReply, Ready, ReceiptList, RevocationReply, RunDetail, RunList, SessionList, StreamStart, ThreadBody,
+    ThreadDetail, ThreadList, Ticket,
 };
 use super::json;
 use super::kinds::DeltaData;
@@ -58,6 +58,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.ticket", of::<Ticket>()),
         ("http.thread-detail", of::<ThreadDetail>()),
         ("http.thread-list", of::<ThreadList>()),
+        ("http.stream-start", of::<StreamStart<'_>>()),
         ("http.presence", of::<Presence>()),
         ("http.receipts", of::<ReceiptList>()),
         ("http.session-list", of::<SessionList>()),

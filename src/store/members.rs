@@ -19,12 +19,12 @@ pub struct MemberRow {
     pub since: u64,
 }
 
-/// A thread as a subscription to it begins.
+/// A thread as a subscription to it begins: one of the user's, or of the whole tenant.
 #[derive(Debug, Clone)]
 pub struct JoinedThread {
     pub thread: String,
     pub head: u64,
-    /// The seq of the event that made the user a member.
+    /// The seq of the event from which on it is one of those that are followed: the one that made the user a member.
     pub since: u64,
     /// The receipt of the durable subscription that is asked for.
     pub receipt: Option<ReceiptRow>,
@@ -58,25 +58,50 @@ impl Store {
         user: &str,
         name: Option<&str>,
     ) -> Result<Vec<JoinedThread>, StoreError> {
-        let begins = match name {
-            Some(name) => self.begins(tenant, user, name)?,
-            None => BTreeMap::new(),
-        };
+        let begins = self.begins_of(tenant, user, name)?;
         let mut joined = Vec::new();
         for thread in self.threads_of(tenant, user) {
             let thread = thread?;
-            let receipt = match name {
-                Some(name) => {
-                    let begin = |seq: &u64| ReceiptRow { place: *seq, ..ReceiptRow::default() };
-                    let row = self.receipt(tenant, &thread, user, name)?;
-                    row.or_else(|| begins.get(&thread).map(begin))
-                }
-                None => None,
-            };
+            let receipt = self.receipt_of_all((tenant, user), &thread, name, &begins)?;
             let since = self.member(tenant, &thread, user)?.map_or(1, |member| member.since);
             joined.push(JoinedThread { head: self.head(tenant, &thread)?, since, receipt, thread });
         }
         Ok(joined)
+    }
+
+    /// The same for all threads of the tenant, but for those that exist by their name; at most `limit`.
+    pub fn tenant_threads(
+        &self,
+        tenant: &str,
+        user: &str,
+        name: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<JoinedThread>, StoreError> {
+        let begins = self.begins_of(tenant, user, name)?;
+        let found = self.threads_after(tenant, None, limit)?.into_iter().map(|(thread, row)| {
+            let receipt = self.receipt_of_all((tenant, user), &thread, name, &begins)?;
+            // All of a thread is the tenant's, whenever its members have come.
+            Ok(JoinedThread { head: row.head, since: 1, receipt, thread })
+        });
+        found.collect()
+    }
+
+    /// What a durable subscription to all threads began with, if it has a name.
+    fn begins_of(&self, tenant: &str, user: &str, name: Option<&str>) -> Result<BTreeMap<String, u64>, StoreError> {
+        name.map_or(Ok(BTreeMap::new()), |name| self.begins(tenant, user, name))
+    }
+
+    /// The receipt of a durable subscription to all threads in one of them, or where it began there.
+    fn receipt_of_all(
+        &self,
+        (tenant, user): (&str, &str),
+        thread: &str,
+        name: Option<&str>,
+        begins: &BTreeMap<String, u64>,
+    ) -> Result<Option<ReceiptRow>, StoreError> {
+        let Some(name) = name else { return Ok(None) };
+        let begin = |seq: &u64| ReceiptRow { place: *seq, ..ReceiptRow::default() };
+        Ok(self.receipt(tenant, thread, user, name)?.or_else(|| begins.get(thread).map(begin)))
     }
 
     /// Whether two users are members of one thread, if that can be said at once: the threads of both are known, or one of

@@ -77,9 +77,11 @@ pub enum OutFrame {
     Notice(Utf8Bytes),
 }
 
-/// What `"*"` asks for each of its threads.
+/// What `"*"` asks for: which threads, and for each of them the rest.
 #[derive(Clone)]
 pub struct Following {
+    /// All threads of the tenant, not the user's alone.
+    pub all: bool,
     pub kinds: Option<Kinds>,
     /// The durable subscription, if it is one.
     pub name: Option<Box<str>>,
@@ -95,7 +97,7 @@ pub struct Subscriptions {
     by_id: HashMap<SubId, Subscription>,
     by_thread: HashMap<String, SubId>,
     next_id: SubId,
-    /// With `"*"`: the user (`tenant/user`) whose threads are followed.
+    /// With `"*"`: whose threads are followed, a user's (`tenant/user`) or a tenant's (`tenant`).
     following: Option<(Arc<str>, Following)>,
     /// Who wants to read from the store, by the highest class of priority that waits there.
     queue: [VecDeque<SubId>; Priority::CLASSES],
@@ -276,23 +278,30 @@ impl Subscriptions {
         result
     }
 
-    // Following all threads of the user.
+    // Following all threads of the user, or of the tenant.
 
     /// Whether `"*"` is in force.
     pub fn follows(&self) -> bool {
         self.following.is_some()
     }
 
-    /// From now on the session gets the threads that its user joins.
+    /// From now on the session gets the threads that its user joins, or that are made in the tenant.
     pub fn follow(&mut self, who: &Principal, following: Following) {
-        self.sources.hub.follow(&who.key, &self.outbox);
-        self.following = Some((who.key.clone(), following));
+        let whose = if following.all { &who.tenant } else { &who.key };
+        self.sources.hub.follow(whose, &self.outbox);
+        self.following = Some((whose.clone(), following));
     }
 
     fn unfollow(&mut self) {
-        if let Some((user, _)) = self.following.take() {
-            self.sources.hub.unfollow(&user, &self.outbox);
+        if let Some((whose, _)) = self.following.take() {
+            self.sources.hub.unfollow(&whose, &self.outbox);
         }
+    }
+
+    /// Why `"*"` ends with these rights, if it does: it follows the tenant's threads, and the token does not allow that.
+    fn loses_all(&self, who: &Principal) -> Option<Error> {
+        let follows_tenant = self.following.as_ref().is_some_and(|(_, following)| following.all);
+        if follows_tenant { scopes::read_all(who.scopes).err() } else { None }
     }
 
     /// Ends the subscriptions that `"*"` brought, and leaves those made by name.
@@ -301,7 +310,7 @@ impl Subscriptions {
         self.end_all(|sub| !sub.named);
     }
 
-    /// The user became a member of a thread with the event after `before`: with `"*"` its subscription begins there.
+    /// A thread is among those that `"*"` follows, from the event after `before` on: its subscription begins there.
     pub fn joined(&mut self, who: &Principal, thread: String, before: u64) -> Result<(), (String, Error)> {
         let Some((_, following)) = &self.following else { return Ok(()) };
         if self.contains(&thread) {
@@ -329,7 +338,12 @@ impl Subscriptions {
         }
 
         let mut lost = Vec::new();
+        let loses_all = self.loses_all(who).is_some();
         for (id, sub) in &self.by_id {
+            // It ends with `"*"`, and not for itself.
+            if loses_all && !sub.named {
+                continue;
+            }
             let may_read = scopes::read(who.scopes).and_then(|()| self.sources.rights.may_read(who, &sub.thread));
             if let Err(error) = may_read {
                 lost.push((*id, error));
@@ -338,9 +352,14 @@ impl Subscriptions {
         lost
     }
 
-    /// Ends subscriptions, and gives their threads as the client calls them.
-    pub fn end_lost(&mut self, lost: Vec<(SubId, Error)>) -> Vec<(String, Error)> {
+    /// Ends what the user's new rights do not allow: subscriptions, which it gives with their threads as the client calls
+    /// them, and `"*"` as a whole if that was to all threads of the tenant.
+    pub fn end_lost(&mut self, who: &Principal, lost: Vec<(SubId, Error)>) -> Vec<(String, Error)> {
         let mut ended = Vec::new();
+        if let Some(error) = self.loses_all(who) {
+            self.unfollow_all();
+            ended.push((ids::ALL_THREADS.to_owned(), error));
+        }
         for (id, error) in lost {
             if let Some(thread) = self.end(id) {
                 ended.push((thread, error));

@@ -41,7 +41,7 @@ pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     let query = it.query(&["reason", "thread", "group", "cursor", "limit"])?;
     let (reason, thread) = (query.text("reason"), query.text("thread"));
     let filters = [reason.unwrap_or_default(), thread.unwrap_or_default()];
-    let page: Page<Reverse<DeadLetterCursor>> = Page::read(&query, &it.who, "dead-letters", &filters)?;
+    let page: Page<Reverse<DeadLetterCursor>> = Page::read(&query, &it.who, &api.epoch, "dead-letters", &filters)?;
     if query.text("group").is_some() {
         // There are no consumer groups yet, so there is none whose work could fail.
         return Ok(json(StatusCode::OK, &DeadLetterList { items: Vec::new(), next: None }));

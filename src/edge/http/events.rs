@@ -9,8 +9,9 @@ use super::Api;
 use super::meter::Meter;
 use super::page::{EVENT_BYTES, PAGE_BYTES};
 use super::reply::{Reply, charged, json, raw_json};
-use super::request::{Request, beyond_head};
+use super::request::Request;
 use crate::edge::blocking;
+use crate::edge::cursor::{beyond_head, check_epoch, name_epoch};
 use crate::ingest::admit::{Admitted, PublishRequest};
 use crate::protocol::command;
 use crate::protocol::error::Error;
@@ -35,17 +36,20 @@ struct EventQuery {
     limit: usize,
     kinds: Option<Vec<String>>,
     newest_first: bool,
+    /// Of the log that the client's cursors are from.
+    epoch: Option<String>,
 }
 
 impl EventQuery {
     fn read(it: &Request) -> Result<EventQuery, Error> {
-        let query = it.query(&["after", "before", "limit", "kinds", "order"])?;
+        let query = it.query(&["after", "before", "limit", "kinds", "order", "epoch"])?;
         Ok(EventQuery {
             newest_first: query.one_of("order", &["asc", "desc"])? == "desc",
             after: query.number("after")?.unwrap_or(0),
             before: query.number("before")?.unwrap_or(u64::MAX),
             limit: query.limit()?,
             kinds: query.text("kinds").map(|list| list.split(',').map(str::to_owned).collect()),
+            epoch: query.text("epoch").map(str::to_owned),
         })
     }
 
@@ -67,11 +71,14 @@ pub async fn page(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     blocking(move || {
         let thread = &*address.name;
         let body = api.rights.read(&it.who, thread, |head| {
+            check_epoch(wanted.epoch.as_deref(), &api.epoch)?;
             let mut page = PageBody::new(&wanted, &address);
             page.read(&api, &it.who.tenant, head, &mut meter)?;
             Ok(page.finish(head))
         })?;
-        Ok(charged(raw_json(StatusCode::OK, body), meter))
+        let mut reply = charged(raw_json(StatusCode::OK, body), meter);
+        name_epoch(reply.headers_mut(), &api.epoch);
+        Ok(reply)
     })
     .await
 }

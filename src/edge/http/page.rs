@@ -1,7 +1,8 @@
 //! One page of a list: where it begins, how long it is, and the cursor of the next one.
 //!
 //! A list is sorted by a key. A cursor is the key of the last entry that was sent, with a tag that binds it to the list, its
-//! user and its filters: a cursor of another list, or one that somebody made up, is refused.
+//! user, its filters and the log's epoch: a cursor of another list, from before the log was rolled back, or one that somebody
+//! made up, is refused.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -71,10 +72,17 @@ pub struct Page<K> {
 }
 
 impl<K: SortKey> Page<K> {
-    /// Reads `cursor` and `limit`. `list` is the list's name, `filters` what narrows it.
-    pub fn read(query: &Query<'_>, who: &Principal, list: &str, filters: &[&str]) -> Result<Page<K>, Error> {
+    /// Reads `cursor` and `limit`. `list` is the list's name, `filters` what narrows it; `epoch` is the log's that it is made
+    /// from, or empty if it is of this node alone.
+    pub fn read(
+        query: &Query<'_>,
+        who: &Principal,
+        epoch: &str,
+        list: &str,
+        filters: &[&str],
+    ) -> Result<Page<K>, Error> {
         let mut hasher = blake3::Hasher::new_derive_key("weft 2026-11 cursor of a list");
-        for part in [list, &*who.key].iter().chain(filters) {
+        for part in [list, &*who.key, epoch].iter().chain(filters) {
             hasher.update(&(part.len() as u64).to_be_bytes()).update(part.as_bytes());
         }
         let mut page = Page { list: *hasher.finalize().as_bytes(), after: None, limit: query.limit()? };
@@ -134,7 +142,10 @@ impl<K: SortKey> Page<K> {
     }
 
     fn open(&self, cursor: &str) -> Result<K, Error> {
-        let refused = || Error::new(Code::CursorInvalid, "the cursor is not of this list").at("cursor");
+        let refused = || {
+            Error::new(Code::CursorInvalid, "the cursor is not of this list, or from before the log was rolled back")
+                .at("cursor")
+        };
         let bytes = URL_SAFE_NO_PAD.decode(cursor).map_err(|_| refused())?;
         let (tag, key) = bytes.split_first_chunk::<TAG>().ok_or_else(refused)?;
         if self.tag(key) != *tag {
@@ -158,8 +169,12 @@ mod tests {
     use crate::memory::Pool;
 
     fn page<K: SortKey>(raw: &str, user: &str, list: &str, filters: &[&str]) -> Result<Page<K>, Error> {
+        page_of("epoch", raw, user, list, filters)
+    }
+
+    fn page_of<K: SortKey>(epoch: &str, raw: &str, user: &str, list: &str, filters: &[&str]) -> Result<Page<K>, Error> {
         let who = Principal::new("acme", user, Scopes::default(), 1);
-        Page::read(&request::query(raw, &["cursor", "limit"])?, &who, list, filters)
+        Page::read(&request::query(raw, &["cursor", "limit"])?, &who, epoch, list, filters)
     }
 
     fn numbers<K: SortKey>(of: impl Fn(u64) -> K) -> Vec<(K, u64)> {
@@ -210,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cursor_is_good_for_its_list_its_user_and_its_filters_alone() {
+    fn a_cursor_is_good_for_its_list_its_user_its_filters_and_its_epoch_alone() {
         let cursor = page::<u64>("", "ada", "l", &["f"]).expect("no cursor").seal(&7);
         let raw = format!("cursor={cursor}");
         assert_eq!(page::<u64>(&raw, "ada", "l", &["f"]).expect("its own").after, Some(7));
@@ -219,6 +234,8 @@ mod tests {
             let refused = page::<u64>(&raw, user, list, &filters).err().expect("another's");
             assert_eq!((refused.code, refused.field.as_deref()), (Code::CursorInvalid, Some("cursor")));
         }
+        let before = page_of::<u64>("epoch.2-x", &raw, "ada", "l", &["f"]).err().expect("of another epoch");
+        assert_eq!((before.code, before.field.as_deref()), (Code::CursorInvalid, Some("cursor")));
         for made_up in ["", "AAAA", "!", &format!("{cursor}AAAA"), &cursor[1..]] {
             assert!(page::<u64>(&format!("cursor={made_up}"), "ada", "l", &["f"]).is_err(), "{made_up}");
         }

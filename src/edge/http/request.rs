@@ -160,11 +160,6 @@ async fn read_body(mut stream: Body) -> Result<String, Error> {
     String::from_utf8(body).map_err(|_| Error::new(Code::BadRequest, "the body is not UTF-8"))
 }
 
-/// The answer to a seq that the thread has not come to.
-pub fn beyond_head(field: &'static str, sent: u64, head: u64) -> Error {
-    Error::new(Code::CursorInvalid, format!("`{field}` ({sent}) is beyond the thread's head ({head})")).at(field)
-}
-
 /// The token of `Authorization: Bearer …`.
 pub fn bearer_token(headers: &HeaderMap) -> Result<&str, Error> {
     let refuse = |why| Error::new(Code::Unauthenticated, why).at("Authorization");

@@ -29,7 +29,7 @@ pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     if let Some(user) = user {
         ids::check_name("user", user)?;
     }
-    let page: Page<u64> = Page::read(&query, &it.who, "sessions", &[user.unwrap_or("")])?;
+    let page: Page<u64> = Page::read(&query, &it.who, "", "sessions", &[user.unwrap_or("")])?;
 
     // One more than the page holds, so that it is known whether there is a next one.
     let mut meter = api.meter(&it.who, (page.limit + 1) * ITEM_BYTES * COPIES).await?;

@@ -56,11 +56,11 @@ pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     let query = it.query(&["all", "cursor", "limit"])?;
     if query.one_of("all", &["false", "true"])? == "true" {
         scopes::read_all(it.who.scopes).map_err(|error| error.at("all"))?;
-        let page = Page::read(&query, &it.who, "threads", &["all"])?;
+        let page = Page::read(&query, &it.who, &api.epoch, "threads", &["all"])?;
         drop(query);
         return list_all(api, it, page).await;
     }
-    let page: Page<ByActivity> = Page::read(&query, &it.who, "threads", &[])?;
+    let page: Page<ByActivity> = Page::read(&query, &it.who, &api.epoch, "threads", &[])?;
     drop(query);
     let mut meter = api.meter(&it.who, page.memory()).await?;
     blocking(move || {

@@ -10,6 +10,7 @@ use warp::sse::Event;
 
 use super::{AfterEvent, COPIES, EventFormat, RequestedStart, Streams};
 use crate::edge::blocking;
+use crate::edge::cursor::{check_epoch, name_epoch};
 use crate::edge::http::request::Request;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::ids;
@@ -19,11 +20,14 @@ use crate::views::agui::{Mapper, Next, ThreadEvent};
 
 /// `GET /v1/threads/{thread}/agui`
 pub async fn stream(streams: Arc<Streams>, it: Request) -> Result<Response, Error> {
-    let query = it.query(&["after", "run", "ticket"])?;
+    let query = it.query(&["after", "run", "epoch", "ticket"])?;
     let address = it.address()?;
     let run = query.text("run").map(str::to_owned);
-    let (head, requested) =
-        streams.rights.read(&it.who, &address.name, |head| Ok((head, RequestedStart::read(&it, &query, head)?)))?;
+    let (head, requested) = streams.rights.read(&it.who, &address.name, |head| {
+        // AG-UI has nothing to say before a run begins, so a client that must reload is refused.
+        check_epoch(query.text("epoch"), &streams.epoch)?;
+        Ok((head, RequestedStart::read(&it, &query, head, &streams.epoch)?))
+    })?;
     drop(query);
     if let Some(run) = &run {
         ids::check_text("run", run)?;
@@ -42,14 +46,16 @@ pub async fn stream(streams: Arc<Streams>, it: Request) -> Result<Response, Erro
     };
     let Some(StartPoint { after, cursor }) = start else {
         // A browser, which comes back by itself, does not come back after this.
-        return Ok(StatusCode::NO_CONTENT.into_response());
+        let mut reply = StatusCode::NO_CONTENT.into_response();
+        name_epoch(reply.headers_mut(), &streams.epoch);
+        return Ok(reply);
     };
 
     let silent_to = (cursor < after).then_some(after);
     let mapper = Mapper::new(&address.called, run, silent_to, requested.resumes);
     let (tenant, thread) = (it.who.tenant.clone(), address.name.clone());
     let format = AguiFormat { key, tenant, thread, store: streams.store.clone(), mapper };
-    streams.start(it.who, address, cursor, format)
+    streams.start(it.who, address, cursor, None, format)
 }
 
 /// Where a stream begins.

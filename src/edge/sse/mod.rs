@@ -18,7 +18,8 @@ use warp::Reply as _;
 use warp::reply::Response;
 use warp::sse::{self, Event};
 
-use super::http::request::{Query, Request, beyond_head};
+use super::cursor::{beyond_head, first_cursor, name_epoch, recovers};
+use super::http::request::{Query, Request};
 use crate::auth::{Authenticator, Principal, Rights, jwt};
 use crate::delivery::Delivery;
 use crate::delivery::feed::{Feed, Out};
@@ -28,7 +29,7 @@ use crate::delivery::subscriptions::NewSubscription;
 use crate::memory::{Charge, LARGEST, Pool, Refused};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::without_type;
-use crate::protocol::http::{Problem, Transport};
+use crate::protocol::http::{Problem, StreamStart, Transport};
 use crate::protocol::ids::ThreadAddress;
 use crate::protocol::json;
 use crate::store::Store;
@@ -55,6 +56,8 @@ pub struct Streams {
     pub delivery: Arc<Delivery>,
     pub registry: Arc<Registry>,
     pub store: Arc<Store>,
+    /// The log's, which seqs are of.
+    pub epoch: String,
     /// What streams hold is charged to it.
     pub memory: Pool,
 }
@@ -79,14 +82,20 @@ pub enum AfterEvent {
 
 /// `GET /v1/threads/{thread}/stream`
 pub async fn stream(streams: Arc<Streams>, it: Request) -> Result<Response, Error> {
-    let query = it.query(&["after", "ticket"])?;
+    let query = it.query(&["after", "epoch", "ticket"])?;
     let address = it.address()?;
-    let cursor = streams.rights.read(&it.who, &address.name, |head| {
-        let start = RequestedStart::read(&it, &query, head)?;
-        Ok(start.after.unwrap_or(head))
+    let (cursor, begin) = streams.rights.read(&it.who, &address.name, |head| {
+        let start = RequestedStart::read(&it, &query, head, &streams.epoch)?;
+        let cursor = first_cursor(head, start.after, None, start.recovered)?;
+        let begin = query.text("epoch").map(|_| {
+            let (thread, epoch) = (&*address.called, &*streams.epoch);
+            let begin = StreamStart { thread, epoch, head, after: cursor, recovered: start.recovered };
+            Event::default().event("subscribed").data(json::encode(&begin))
+        });
+        Ok((cursor, begin))
     })?;
     drop(query);
-    streams.start(it.who, address, cursor, PlainFormat)
+    streams.start(it.who, address, cursor, begin, PlainFormat)
 }
 
 /// Where a client wants a stream to begin.
@@ -95,10 +104,14 @@ pub struct RequestedStart {
     pub after: Option<u64>,
     /// The client comes back, and has seen all up to there.
     pub resumes: bool,
+    /// That is a seq of this log, as far as the client says.
+    pub recovered: bool,
 }
 
 impl RequestedStart {
-    pub fn read(it: &Request, query: &Query<'_>, head: u64) -> Result<RequestedStart, Error> {
+    /// `epoch` is the log's. Where the client's is another one, what it has seen is not looked at.
+    pub fn read(it: &Request, query: &Query<'_>, head: u64, epoch: &str) -> Result<RequestedStart, Error> {
+        let recovered = recovers(query.text("epoch"), epoch);
         // What a client that comes back has seen is newer than what it first asked for.
         let last = it.header("Last-Event-ID")?.filter(|id| !id.is_empty());
         let (field, after) = match last {
@@ -106,8 +119,8 @@ impl RequestedStart {
             None => ("after", query.number("after")?),
         };
         match after {
-            Some(after) if after > head => Err(beyond_head(field, after, head)),
-            _ => Ok(RequestedStart { after, resumes: last.is_some() }),
+            Some(after) if recovered && after > head => Err(beyond_head(field, after, head)),
+            _ => Ok(RequestedStart { after, resumes: last.is_some(), recovered }),
         }
     }
 }
@@ -118,12 +131,13 @@ fn last_event_id(id: &str) -> Result<u64, Error> {
 }
 
 impl Streams {
-    /// Answers with the events of a thread after `cursor`.
+    /// Answers with the events of a thread after `cursor`, and `begin` before them.
     fn start(
         &self,
         who: Principal,
         address: ThreadAddress,
         cursor: u64,
+        begin: Option<Event>,
         format: impl EventFormat,
     ) -> Result<Response, Error> {
         let feed = self.delivery.feed();
@@ -141,7 +155,7 @@ impl Streams {
             thread: address.name.clone(),
             who,
             format,
-            ready: VecDeque::new(),
+            ready: begin.into_iter().collect(),
             memory: self.memory.clone(),
             charge: None,
             large: None,
@@ -152,6 +166,7 @@ impl Streams {
 
         let mut reply = sse::reply(sse::keep_alive().interval(HEARTBEAT).stream(stream)).into_response();
         reply.headers_mut().insert("x-accel-buffering", warp::http::HeaderValue::from_static("no"));
+        name_epoch(reply.headers_mut(), &self.epoch);
         Ok(reply)
     }
 }

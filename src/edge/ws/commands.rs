@@ -248,7 +248,7 @@ impl SessionState {
             self.reach_level();
             return Ok(Progress::Waits);
         }
-        for (thread, error) in self.outgoing.feed.subs.end_lost(lost) {
+        for (thread, error) in self.outgoing.feed.subs.end_lost(&new, lost) {
             self.outgoing.ended(&thread, &error);
         }
         self.heartbeat.token(new.expires_at, Instant::now(), clock::now_s());
@@ -296,7 +296,7 @@ impl SessionState {
     fn unsubscribe(&mut self, unsubscribe: &Unsubscribe<'_>) -> Result<(), Error> {
         let user = &connected(self.who.as_ref())?.user;
         let subs = &mut self.outgoing.feed.subs;
-        if unsubscribe.thread == "*" && subs.follows() {
+        if unsubscribe.thread == ids::ALL_THREADS && subs.follows() {
             subs.unfollow_all();
         } else if !subs.remove(&ids::resolve(user, &unsubscribe.thread)) {
             return Err(Error::new(Code::NotFound, "the session is not subscribed to this thread").at("thread"));

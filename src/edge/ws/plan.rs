@@ -5,22 +5,23 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::auth::Principal;
 use crate::delivery::subscriptions::{Following, MAX_SUBSCRIPTIONS, NewSubscription, Receipt, first_receipt};
+use crate::edge::cursor::first_cursor;
 use crate::protocol::command::After;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::frame::Seqs;
-use crate::protocol::ids::ThreadAddress;
+use crate::protocol::ids::{self, ThreadAddress};
 use crate::protocol::records::ReceiptRecord;
 use crate::store::JoinedThread;
 
-/// Threads that an `after` object may name although the user is no member of them (any more).
+/// Threads that an `after` object may name although they are not there for the user (any more).
 const MAX_UNKNOWN: usize = 100;
 /// Bytes of threads and seqs in one record of what a durable subscription to all threads begins with. With 10,000
 /// subscriptions of 128 characters at most, [`crate::store::MAX_PARTS`] of these suffice.
 const PART_BYTES: usize = 512 << 10;
 /// What a seq and its punctuation add to a thread in such a record, at most.
 const SEQ_BYTES: usize = 24;
-/// Stands for all threads, also in the log: the receipt of a durable subscription to all of them.
-pub const ALL: &str = "*";
+/// Also in the log: the receipt of a durable subscription to all of them.
+pub const ALL: &str = ids::ALL_THREADS;
 
 /// A `subscribe` that waits.
 pub enum PendingSubscribe {
@@ -44,7 +45,7 @@ pub struct Plan {
     pub subscriptions: VecDeque<NewSubscription>,
     /// The threads that were looked up for it.
     pub listed: usize,
-    /// Threads that `after` names and that the user is no member of.
+    /// Threads that `after` names and that are not there for the user.
     pub unknown: Vec<String>,
     /// Written after all other receipts: it says that the durable subscription to all threads exists.
     pub marker: Option<ReceiptRecord>,
@@ -75,6 +76,13 @@ impl SubscribeAll {
     pub fn plan(&self, who: &Principal, threads: Vec<JoinedThread>) -> Result<(Plan, Vec<ReceiptRecord>), Error> {
         let name = self.following.name.as_deref();
         let listed = threads.len();
+        if self.following.all && listed > MAX_SUBSCRIPTIONS {
+            let why = format!(
+                "the tenant has more than {MAX_SUBSCRIPTIONS} threads, and a session as many subscriptions at most: read \
+                 GET /v1/threads?all=true, and pages of events or streams of single threads"
+            );
+            return Err(Error::new(Code::TooLarge, why).at("all"));
+        }
         let (mut heads, mut cursors) = (BTreeMap::new(), BTreeMap::new());
         let (mut subscriptions, mut receipts, mut begins) = (VecDeque::new(), Vec::new(), BTreeMap::new());
         for found in threads {
@@ -99,7 +107,7 @@ impl SubscribeAll {
         let unknown: Vec<String> = named.filter(|thread| !heads.contains_key(*thread)).cloned().collect();
         if unknown.len() > MAX_UNKNOWN {
             let why = format!(
-                "`after` names {} threads that you are not a member of; at most {MAX_UNKNOWN} may be",
+                "`after` names {} threads that are not among those you subscribe to; at most {MAX_UNKNOWN} may be",
                 unknown.len()
             );
             return Err(Error::new(Code::TooLarge, why).at("after"));
@@ -143,7 +151,7 @@ impl SubscribeAll {
     }
 
     fn subscription(&self, found: JoinedThread, cursor: u64) -> NewSubscription {
-        let Following { kinds, name, confirm } = self.following.clone();
+        let Following { all: _, kinds, name, confirm } = self.following.clone();
         let receipt = Receipt::wanted(name.as_deref(), found.receipt, cursor, confirm);
         NewSubscription { address: ThreadAddress::named(found.thread), cursor, named: false, kinds, receipt }
     }
@@ -184,22 +192,6 @@ pub fn seq_of(after: Option<&After>) -> Option<u64> {
     }
 }
 
-/// The seq after which a subscription begins.
-pub fn first_cursor(head: u64, after: Option<u64>, last: Option<u64>, recovered: bool) -> Result<u64, Error> {
-    if !recovered {
-        // A cursor of another log says nothing about this one.
-        return Ok(head);
-    }
-    match after {
-        Some(after) if after > head => {
-            let why = format!("`after` ({after}) is beyond the thread's head ({head})");
-            Err(Error::new(Code::CursorInvalid, why))
-        }
-        Some(after) => Ok(after),
-        None => Ok(head.saturating_sub(last.unwrap_or(0))),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,7 +208,7 @@ mod tests {
     }
 
     fn all(name: Option<&str>, fresh: bool) -> SubscribeAll {
-        let following = Following { kinds: None, name: name.map(Into::into), confirm: None };
+        let following = Following { all: false, kinds: None, name: name.map(Into::into), confirm: None };
         SubscribeAll { id: 1, after: None, last: None, recovered: true, following, fresh, is_level: true }
     }
 
@@ -227,20 +219,6 @@ mod tests {
         let cursors: Vec<u64> = plan.subscriptions.iter().map(|it| it.cursor).collect();
         assert_eq!(cursors, after.into_values().collect::<Vec<_>>());
         (cursors, receipts.into_iter().map(|it| it.thread).collect())
-    }
-
-    #[test]
-    fn a_cursor_is_the_client_s_or_counts_from_the_head() {
-        assert_eq!(first_cursor(10, Some(4), None, true), Ok(4));
-        assert_eq!(first_cursor(10, None, None, true), Ok(10));
-        assert_eq!(first_cursor(10, None, Some(3), true), Ok(7));
-        assert_eq!(first_cursor(10, None, Some(u64::MAX), true), Ok(0));
-        assert_eq!(first_cursor(10, Some(99), None, false), Ok(10), "another log's cursor");
-        let refused = first_cursor(4, Some(9), None, true).expect_err("beyond the head");
-        assert_eq!(
-            (refused.code, &*refused.message),
-            (Code::CursorInvalid, "`after` (9) is beyond the thread's head (4)")
-        );
     }
 
     #[test]

@@ -7,13 +7,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use super::plan::{ALL, Beginning, PendingSubscribe, Plan, SubscribeAll, first_cursor, seq_of};
+use super::plan::{ALL, Beginning, PendingSubscribe, Plan, SubscribeAll, seq_of};
 use super::state::{SessionState, connected};
 use crate::auth::Principal;
 use crate::auth::scopes;
 use crate::delivery::outbox::{Answer, Outbox};
-use crate::delivery::subscriptions::{ConfirmPolicy, Following, NewSubscription, Receipt, first_receipt};
+use crate::delivery::subscriptions::{
+    ConfirmPolicy, Following, MAX_SUBSCRIPTIONS, NewSubscription, Receipt, first_receipt,
+};
 use crate::edge::blocking;
+use crate::edge::cursor::{first_cursor, recovers};
 use crate::ingest::pending::OnVerdict;
 use crate::protocol::command::{After, Subscribe};
 use crate::protocol::error::{Code, Error};
@@ -34,7 +37,7 @@ impl SessionState {
     pub fn subscribe(&mut self, subscribe: Subscribe<'_>) -> Result<(), Error> {
         let who = connected(self.who.as_ref())?.clone();
         scopes::read(who.scopes)?;
-        let recovered = subscribe.epoch.as_ref().is_none_or(|epoch| **epoch == *self.sockets.epoch);
+        let recovered = recovers(subscribe.epoch.as_deref(), &self.sockets.epoch);
         if subscribe.thread == ALL {
             self.subscribe_all(&who, subscribe, recovered)
         } else {
@@ -64,7 +67,7 @@ impl SessionState {
             _ => None,
         };
         let after = seq_of(subscribe.after.as_ref()).or(stored);
-        let cursor = first_cursor(head, after, subscribe.last, recovered).map_err(|error| error.at("after"))?;
+        let cursor = first_cursor(head, after, subscribe.last, recovered)?;
 
         let receipts = match (name, &row) {
             (Some(name), None) => vec![first_receipt(who, &thread, name, cursor)],
@@ -101,10 +104,15 @@ impl SessionState {
         Err(Error::new(Code::TooLarge, why).at("name"))
     }
 
-    /// Follows the user first and lists the threads then: a thread joined in between is in the list, or announced, or both.
+    /// Follows the user or the tenant first and lists the threads then: a thread that is joined or made in between is in the
+    /// list, or announced, or both.
     fn subscribe_all(&mut self, who: &Principal, subscribe: Subscribe<'_>, recovered: bool) -> Result<(), Error> {
         if self.outgoing.feed.subs.follows() {
             return Err(Error::new(Code::Conflict, "the session is subscribed to \"*\" already").at("thread"));
+        }
+        let all = subscribe.all == Some(true);
+        if all {
+            scopes::read_all(who.scopes).map_err(|error| error.at("all"))?;
         }
         let confirm = confirm_policy(&subscribe);
         let name = subscribe.name.map(|name| Box::from(&*name));
@@ -115,7 +123,7 @@ impl SessionState {
         if let (Some(name), true) = (&name, fresh) {
             self.check_room_for(who, name)?;
         }
-        let following = Following { kinds: subscribe.kinds.map(Into::into), name: name.clone(), confirm };
+        let following = Following { all, kinds: subscribe.kinds.map(Into::into), name: name.clone(), confirm };
         self.outgoing.feed.subs.follow(who, following.clone());
 
         let after = match subscribe.after {
@@ -127,18 +135,25 @@ impl SessionState {
         Ok(())
     }
 
-    /// The threads of the user, for a `subscribe` that waits for them.
+    /// The threads of the user or the tenant, for a `subscribe` that waits for them.
     fn list_threads(&mut self, who: &Principal, all: SubscribeAll) {
         let (store, outbox, who) = (self.sockets.store.clone(), self.outgoing.feed.outbox.clone(), who.clone());
         let level = all.is_level.then(|| self.sockets.level.clone());
-        let name = all.following.name.clone();
+        let (name, of_tenant) = (all.following.name.clone(), all.following.all);
         self.wait_for(PendingSubscribe::Threads(all));
         tokio::spawn(async move {
             let reached = match level {
                 Some(level) => level.reach().await,
                 None => Ok(()),
             };
-            let list = move || Ok(store.joined_threads(&who.tenant, &who.user, name.as_deref())?);
+            let list = move || {
+                let (tenant, user, name) = (&*who.tenant, &*who.user, name.as_deref());
+                Ok(match of_tenant {
+                    // One more shows that there are too many.
+                    true => store.tenant_threads(tenant, user, name, MAX_SUBSCRIPTIONS + 1)?,
+                    false => store.joined_threads(tenant, user, name)?,
+                })
+            };
             let threads = match reached {
                 Ok(()) => blocking(list).await,
                 Err(error) => Err(error),

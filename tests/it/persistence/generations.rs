@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use weft::store::Store;
 
 use crate::log_contract::only_kafka::{delete_records, delete_topic};
-use crate::support::{LogKind, Server, Socket, TENANT, eventually, publish, seqs, weft};
+use crate::support::sse::EventStream;
+use crate::support::{LogKind, Server, Socket, TENANT, accepted, eventually, has, publish, refused, seqs, token, weft};
 
 /// Copies a folder to where nothing is yet.
 fn copy(from: &Path, to: &Path) {
@@ -33,6 +34,74 @@ async fn resume(server: &Server, after: u64, epoch: &Value) -> (Socket, Value) {
     let mut ada = server.connect("ada").await;
     let subscribed = ada.subscribe_with("t", json!({"after": after, "epoch": epoch})).await;
     (ada, subscribed)
+}
+
+/// A stream that a client opens which comes back.
+async fn stream(server: &Server, path: &str, query: &str, last: Option<u64>) -> Result<EventStream, (u16, Value)> {
+    let last = last.map(|seq| seq.to_string());
+    let headers: Vec<_> = last.iter().map(|last| ("Last-Event-ID", last.as_str())).collect();
+    EventStream::open(server, &format!("/v1/threads/t/{path}{query}"), &token("ada", ""), &headers).await
+}
+
+fn epoch_of(reply: &reqwest::Response) -> &str {
+    reply.headers()["weft-epoch"].to_str().unwrap()
+}
+
+/// Clients without a WebSocket that come back from another epoch do not go on over other events: neither those that stand
+/// within the thread of now nor those that stand beyond it.
+async fn nobody_goes_on_unnoticed(server: &Server, before: &Value, head: u64) {
+    let current = thread(server).await;
+    assert_eq!(current["head"], head);
+    let (before, now) = (before.as_str().unwrap(), current["epoch"].as_str().unwrap());
+    assert_ne!(before, now);
+    let mut ada = server.connect("ada").await;
+
+    for cursor in ["", "&after=0", "&after=1", "&after=999", "&before=2", "&before=2&order=desc"] {
+        let path = |epoch: &str| format!("/v1/threads/t/events?epoch={epoch}{cursor}");
+        let (status, problem) = server.http("GET", &path(before), "ada", None).await;
+        assert_eq!(status, 400, "{cursor}");
+        refused(&problem, "cursor_invalid", "epoch");
+        if !cursor.contains("999") {
+            assert_eq!(server.http("GET", &path(now), "ada", None).await.0, 200, "{cursor}");
+        }
+    }
+    for (query, last) in [("", None), ("&after=1", None), ("&after=999", None), ("", Some(1)), ("&after=1", Some(999))]
+    {
+        let runs = stream(server, "agui", &format!("?epoch={before}{query}"), last).await;
+        let (status, problem) = runs.err().unwrap_or_else(|| panic!("it goes on: {query} {last:?}"));
+        assert_eq!(status, 400);
+        refused(&problem, "cursor_invalid", "epoch");
+    }
+    for (query, last) in [("", None), ("&after=1", None), ("&after=999", None), ("", Some(1)), ("&after=1", Some(999))]
+    {
+        let mut back = stream(server, "stream", &format!("?epoch={before}{query}"), last).await.ok().unwrap();
+        assert_eq!(epoch_of(&back.reply), now);
+        let begin = back.next().await.unwrap();
+        assert_eq!((begin.event.as_deref(), &begin.id), (Some("subscribed"), &None), "{begin:?}");
+        let head = thread(server).await["head"].clone();
+        assert_eq!(
+            begin.json(),
+            json!({"thread": "t", "epoch": now, "head": head, "after": head, "recovered": false}),
+            "{query} {last:?}"
+        );
+        let next = ada.say("t", "live").await;
+        assert_eq!(back.seqs(1).await, [next], "nothing is replayed");
+    }
+
+    // Of this epoch, or without a word about it.
+    let head = thread(server).await["head"].as_u64().unwrap();
+    let mut back = stream(server, "stream", &format!("?epoch={now}&after=0"), Some(head - 1)).await.ok().unwrap();
+    has(&back.next().await.unwrap().json(), json!({"epoch": now, "after": head - 1, "recovered": true}));
+    assert_eq!(back.seqs(1).await, [head]);
+    let mut back = stream(server, "stream", "", Some(head - 1)).await.ok().unwrap();
+    assert_eq!((epoch_of(&back.reply).to_owned(), back.seqs(1).await), (now.to_owned(), vec![head]));
+    let beyond = stream(server, "stream", &format!("?epoch={now}"), Some(head + 1)).await.err().unwrap().1;
+    refused(&beyond, "cursor_invalid", "Last-Event-ID");
+    let runs = stream(server, "agui", &format!("?epoch={now}&after=1"), None).await.ok().unwrap();
+    assert_eq!(epoch_of(&runs.reply), now);
+    let url = format!("{}/v1/threads/t/events", server.url);
+    let page = reqwest::Client::new().get(url).bearer_auth(token("ada", "")).send().await.unwrap();
+    assert_eq!(epoch_of(&page), now);
 }
 
 /// `weft rebuild` with more arguments: how it ended, and what it said.
@@ -81,6 +150,47 @@ async fn after_an_older_copy_of_the_log_is_put_back_no_client_resumes_from_befor
         assert_eq!(seqs(&ada.events(2).await), [14, 15]);
         epochs.push(epoch);
     }
+}
+
+#[tokio::test]
+async fn after_an_older_copy_of_the_log_is_put_back_no_page_and_no_stream_goes_on_from_before() {
+    let mut server = Server::start(LogKind::embedded());
+    let (log, projections, backup) =
+        (server.data().join("log"), server.data().join("projections"), server.data().join("backup"));
+    say(&server, 7).await;
+    let mut scout = server.connect_as("ada", "publish agent").await;
+    scout.say("other", "so that there are two").await;
+    for run in ["r", "s"] {
+        let mut started = publish("t", "agent_started", json!({"agent": "scout"}));
+        started["run"] = json!(run);
+        accepted(&scout.ask(started).await);
+    }
+    drop(scout);
+    server.stop().await;
+    copy(&log, &backup);
+    server.up();
+    assert_eq!(say(&server, 6).await, 15);
+    let before = thread(&server).await["epoch"].clone();
+    let next = async |path: &str| server.admin("GET", path).await.1["next"].as_str().unwrap().to_owned();
+    let lists = ["/v1/threads?all=true&limit=1", "/v1/threads/t/runs?limit=1", "/v1/runs?limit=1"];
+    let mut cursors = Vec::new();
+    for list in lists {
+        cursors.push(format!("{list}&cursor={}", next(list).await));
+        assert_eq!(server.admin("GET", &cursors[cursors.len() - 1]).await.0, 200);
+    }
+    server.stop().await;
+    std::fs::remove_dir_all(&log).unwrap();
+    std::fs::remove_dir_all(&projections).unwrap();
+    copy(&backup, &log);
+    server.up();
+    server.ready().await;
+    assert_eq!(say(&server, 6).await, 15, "as many as before, and others");
+    for list in cursors {
+        let (status, problem) = server.admin("GET", &list).await;
+        assert_eq!(status, 400, "{list}");
+        refused(&problem, "cursor_invalid", "cursor");
+    }
+    nobody_goes_on_unnoticed(&server, &before, 15).await;
 }
 
 #[tokio::test]
@@ -316,6 +426,8 @@ async fn topics_that_were_deleted_and_made_again_are_another_log() {
     assert_eq!(say(&server, 1).await, 1);
     let (_, subscribed) = resume(&server, 1, &before["epoch"]).await;
     assert_eq!(subscribed["recovered"], false, "{subscribed}");
+    assert_eq!(say(&server, 3).await, 4, "as many as before");
+    nobody_goes_on_unnoticed(&server, &before["epoch"], 4).await;
 }
 
 /// Publishes in one array, and waits for no answer.

@@ -1,5 +1,6 @@
 //! Who gets what: membership, tenants, reserved threads, kinds, signals, priorities, and all of a user's threads.
 
+mod analyst;
 mod doors;
 mod isolation;
 mod kinds;

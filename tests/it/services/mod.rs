@@ -359,6 +359,32 @@ async fn the_command_mints_tokens_lists_threads_and_follows_them() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_analyst_tails_every_thread_of_the_tenant() {
+    let server = Server::start(LogKind::embedded());
+    let mut ada = server.connect("ada").await;
+    ada.say("old", "one").await;
+    let analyst = token("ana", "analyst");
+    let mut tail = weft()
+        .args(["tail", "*", "--all", "--after", "0", "--json", "--url", &server.url, "--token", &analyst])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(tail.stdout.take().unwrap()).lines();
+    let mut next = || serde_json::from_str::<Value>(&lines.next().unwrap().unwrap()).unwrap();
+    has(&next(), json!({"thread": "old", "seq": 1}));
+    ada.say("new", "two").await;
+    has(&next(), json!({"thread": "new", "seq": 1}));
+    tail.kill().unwrap();
+    tail.wait().unwrap();
+
+    let tail = |token: &str, thread: &str| run(&["tail", thread, "--all", "--url", &server.url, "--token", token]);
+    let (code, _, said) = tail(&analyst, "old");
+    assert!(code == 2 && said.contains("--all goes with the thread \"*\""), "{said}");
+    let (code, _, said) = tail(&token("ada", ""), "*");
+    assert!(code == 1 && said.contains("forbidden"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_demo_plays_against_a_running_server() {
     let server = Server::start(LogKind::embedded());
     let (code, said, errors) = run(&["demo", "--url", &server.url, "--jwt-secret", SECRET, "--tenant", TENANT]);

@@ -206,6 +206,8 @@ async fn a_question_ends_the_stream_of_its_run_which_goes_on_with_the_answer() {
         .await
         .unwrap();
     assert_eq!(over.status(), 204, "there is nothing to come back for");
+    let (_, thread) = server.http("GET", "/v1/threads/t", "ada", None).await;
+    assert_eq!(thread["epoch"], over.headers()["weft-epoch"].to_str().unwrap());
 }
 
 #[tokio::test]

@@ -98,6 +98,7 @@ impl EventStream {
         let path = self.reply.url().path();
         match (path.rsplit('/').next(), block.event.as_deref()) {
             (Some("stream"), None) => schemas::check_event(&block.json()),
+            (Some("stream"), Some("subscribed")) => schemas::check("http.stream-start", &block.json()),
             (Some("stream"), Some("error")) => schemas::check("http.problem", &block.json()),
             (Some("agui"), None) => schemas::check("agui.event", &block.json()),
             (_, event) => panic!("{path} has no event {event:?}: {block:?}"),

@@ -24,7 +24,7 @@ use crate::store::runs::RunKey;
 pub async fn of_thread(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     let query = it.query(&["cursor", "limit"])?;
     let address = it.address()?;
-    let page: Page<Reverse<u64>> = Page::read(&query, &it.who, "runs of a thread", &[&address.name])?;
+    let page: Page<Reverse<u64>> = Page::read(&query, &it.who, &api.epoch, "runs of a thread", &[&address.name])?;
     let mut meter = api.meter(&it.who, page.memory()).await?;
     blocking(move || {
         let (tenant, thread) = (&*it.who.tenant, &*address.name);
@@ -51,7 +51,7 @@ pub async fn of_thread(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
 pub async fn open(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     let query = it.query(&["state", "cursor", "limit"])?;
     let state = query.one_of("state", &["open", "waiting"])?;
-    let page: Page<Vec<u8>> = Page::read(&query, &it.who, "runs", &[state])?;
+    let page: Page<Vec<u8>> = Page::read(&query, &it.who, &api.epoch, "runs", &[state])?;
     let mut meter = api.meter(&it.who, page.memory()).await?;
     blocking(move || {
         let make = |_: &Vec<u8>, key: RunKey, _: &mut Meter| {
