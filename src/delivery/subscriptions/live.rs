@@ -133,9 +133,13 @@ impl Subscriptions {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
     use uuid::Uuid;
 
     use super::*;
+    use crate::delivery::outbox::{Item, Outbox};
 
     fn delta(from_char: u64, text: &str) -> Delta {
         delta_of(0, from_char, text)
@@ -185,5 +189,109 @@ mod tests {
         assert_eq!(continuation(after(1, 3), &delta_of(0, 9, "old")), Continuation::Delivered);
         assert_eq!(continuation(after(2, 0), &delta_of(1, 0, "old")), Continuation::Delivered);
         assert_eq!(continuation(None, &delta_of(2, 0, "new")), Continuation::From(0));
+    }
+
+    /// The characters of a message's text that begins anew for the n-th time: at every place another one than before.
+    fn chars_of(restarts: u32) -> impl Iterator<Item = char> {
+        ('a'..='z').cycle().skip(restarts as usize * 5 % 26)
+    }
+
+    /// What the store has of the message after some commits.
+    #[derive(Clone, Default)]
+    struct Stored {
+        restarts: u32,
+        text: String,
+    }
+
+    impl Stored {
+        fn end(&self) -> TextPosition {
+            TextPosition { restarts: self.restarts, chars: self.text.len() as u64 }
+        }
+    }
+
+    /// What a client makes of what it is sent.
+    struct Client {
+        text: String,
+        delivered: Option<TextPosition>,
+    }
+
+    impl Client {
+        /// The client drops its text with a restart, and is sent nothing else that its text does not end with.
+        fn get(&mut self, from_char: u64, text: &str, restart: bool, end: TextPosition) {
+            if restart {
+                self.text.clear();
+            }
+            assert_eq!(from_char, self.text.len() as u64, "no hole and nothing twice");
+            self.text.push_str(text);
+            self.delivered = Some(end);
+            let whole: String = chars_of(end.restarts).take(self.text.len()).collect();
+            assert_eq!(self.text, whole, "a text of its own");
+        }
+
+        fn read_store(&mut self, stored: &Stored) {
+            let known = self.delivered.filter(|known| known.restarts == stored.restarts);
+            let from_char = known.map_or(0, |known| known.chars);
+            let restart = known.is_none() && self.delivered.is_some();
+            self.get(from_char, &stored.text[from_char as usize..], restart, stored.end());
+        }
+
+        fn live(&mut self, delta: &Delta) {
+            let end = TextPosition { restarts: delta.restarts, chars: delta.to_char };
+            match continuation(self.delivered, delta) {
+                Continuation::From(from_char) => self.get(from_char, &delta.rest(from_char).text, false, end),
+                Continuation::Restart => self.get(0, &delta.text, true, end),
+                Continuation::Delivered => {}
+                other => panic!("{other:?}: {delta:?} after {:?}", self.delivered),
+            }
+        }
+    }
+
+    /// Sends what waits, as much of it.
+    fn pop(outbox: &Outbox, client: &mut Client, items: usize) {
+        for _ in 0..items {
+            let Some(Item::Delta { delta, .. }) = outbox.pop_item(true) else { return };
+            client.live(&delta);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(5_000))]
+
+        /// A client lags with what it had after `had` commits, attaches after `attached`, is sent what the store has after
+        /// `read`, and the rest live, from an outbox that it empties now and then.
+        #[test]
+        fn wherever_a_reader_lags_and_goes_on_it_ends_with_the_newest_text_and_never_has_two(
+            acts in prop::collection::vec((prop::bool::weighted(0.3), 0..4_usize, 0..3_usize), 1..25),
+            places in (0..26_usize, 0..26_usize, 0..26_usize),
+        ) {
+            let (mut deltas, mut states) = (Vec::new(), vec![Stored::default()]);
+            for (n, (restart, length, _)) in acts.iter().enumerate() {
+                let mut now = states[n].clone();
+                if *restart && n > 0 {
+                    now = Stored { restarts: now.restarts + 1, text: String::new() };
+                }
+                let from = now.text.len();
+                now.text.extend(chars_of(now.restarts).skip(from).take(*length));
+                deltas.push(delta_of(now.restarts, from as u64, &now.text[from..]));
+                states.push(now);
+            }
+            let mut places = [places.0, places.1, places.2].map(|place| 1 + place % acts.len());
+            places.sort_unstable();
+            let [had, attached, read] = places;
+
+            let mut client = Client { text: String::new(), delivered: None };
+            client.read_store(&states[had]);
+            let outbox = Outbox::default();
+            let push = |delta: &Delta| assert!(outbox.push_delta(1, &Arc::new(delta.clone())));
+            deltas[attached..read].iter().for_each(push);
+            client.read_store(&states[read]);
+            for (delta, (_, _, pops)) in deltas[read..].iter().zip(&acts[read..]) {
+                push(delta);
+                pop(&outbox, &mut client, *pops);
+            }
+            pop(&outbox, &mut client, usize::MAX);
+            let last = &states[acts.len()];
+            prop_assert_eq!((&client.text, client.delivered), (&last.text, Some(last.end())));
+        }
     }
 }
