@@ -17,7 +17,7 @@ use crate::store::messages::TextPosition;
 enum Continuation {
     /// It brings the text from this character on.
     From(u64),
-    /// The message was begun anew with it: what the client has is of a text before.
+    /// The message was begun anew with it: what the client has, if anything, is of a text before.
     Restart,
     /// The client has all of it, or a newer text: that was in the store as well.
     Delivered,
@@ -32,6 +32,8 @@ enum Continuation {
 fn continuation(delivered: Option<TextPosition>, delta: &Delta) -> Continuation {
     match delivered {
         None if delta.from_char > 0 => Continuation::Closed,
+        // If the message was closed by now, nothing is known any more of what the client has of it.
+        None if delta.restarts > 0 => Continuation::Restart,
         None => Continuation::From(0),
         Some(it) if delta.restarts < it.restarts => Continuation::Delivered,
         Some(it) if delta.restarts > it.restarts && delta.from_char == 0 => Continuation::Restart,
@@ -188,7 +190,8 @@ mod tests {
         assert_eq!(continuation(after(1, 3), &delta_of(0, 3, "old")), Continuation::Delivered);
         assert_eq!(continuation(after(1, 3), &delta_of(0, 9, "old")), Continuation::Delivered);
         assert_eq!(continuation(after(2, 0), &delta_of(1, 0, "old")), Continuation::Delivered);
-        assert_eq!(continuation(None, &delta_of(2, 0, "new")), Continuation::From(0));
+        assert_eq!(continuation(None, &delta_of(2, 0, "new")), Continuation::Restart, "it may have text all the same");
+        assert_eq!(continuation(None, &delta_of(2, 3, "er")), Continuation::Closed);
     }
 
     /// The characters of a message's text that begins anew for the n-th time: at every place another one than before.
@@ -213,6 +216,8 @@ mod tests {
     struct Client {
         text: String,
         delivered: Option<TextPosition>,
+        /// The message was closed when the store was read for it.
+        closed: bool,
     }
 
     impl Client {
@@ -229,6 +234,10 @@ mod tests {
         }
 
         fn read_store(&mut self, stored: &Stored) {
+            if self.closed {
+                self.delivered = None;
+                return;
+            }
             let known = self.delivered.filter(|known| known.restarts == stored.restarts);
             let from_char = known.map_or(0, |known| known.chars);
             let restart = known.is_none() && self.delivered.is_some();
@@ -241,6 +250,7 @@ mod tests {
                 Continuation::From(from_char) => self.get(from_char, &delta.rest(from_char).text, false, end),
                 Continuation::Restart => self.get(0, &delta.text, true, end),
                 Continuation::Delivered => {}
+                Continuation::Closed if self.closed => {}
                 other => panic!("{other:?}: {delta:?} after {:?}", self.delivered),
             }
         }
@@ -258,11 +268,13 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(5_000))]
 
         /// A client lags with what it had after `had` commits, attaches after `attached`, is sent what the store has after
-        /// `read`, and the rest live, from an outbox that it empties now and then.
+        /// `read`, and the rest live, from an outbox that it empties now and then. If the message is closed before that read,
+        /// it gets of the text what comes from the outbox, and all of it with the event that closed it.
         #[test]
         fn wherever_a_reader_lags_and_goes_on_it_ends_with_the_newest_text_and_never_has_two(
             acts in prop::collection::vec((prop::bool::weighted(0.3), 0..4_usize, 0..3_usize), 1..25),
             places in (0..26_usize, 0..26_usize, 0..26_usize),
+            closed: bool,
         ) {
             let (mut deltas, mut states) = (Vec::new(), vec![Stored::default()]);
             for (n, (restart, length, _)) in acts.iter().enumerate() {
@@ -279,8 +291,9 @@ mod tests {
             places.sort_unstable();
             let [had, attached, read] = places;
 
-            let mut client = Client { text: String::new(), delivered: None };
+            let mut client = Client { text: String::new(), delivered: None, closed: false };
             client.read_store(&states[had]);
+            client.closed = closed;
             let outbox = Outbox::default();
             let push = |delta: &Delta| assert!(outbox.push_delta(1, &Arc::new(delta.clone())));
             deltas[attached..read].iter().for_each(push);
@@ -291,7 +304,9 @@ mod tests {
             }
             pop(&outbox, &mut client, usize::MAX);
             let last = &states[acts.len()];
-            prop_assert_eq!((&client.text, client.delivered), (&last.text, Some(last.end())));
+            if !closed {
+                prop_assert_eq!((&client.text, client.delivered), (&last.text, Some(last.end())));
+            }
         }
     }
 }
