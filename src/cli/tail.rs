@@ -101,6 +101,8 @@ pub fn summary(event: &ClientEvent) -> String {
         TOOL_EXECUTING => text("tool").map(|tool| format!("{tool} {}", compact(&data["arguments"]))),
         TOOL_COMPLETED => Some(compact(data.get("result").unwrap_or(&data["error"]))),
         AGENT_STARTED => text("agent").map(|agent| format!("{agent}: {}", compact(&data["input"]))),
+        // The text before is dropped.
+        AGENT_TOKEN if data["restart"] == true => text("text").map(|text| format!("(begun anew) {text}")),
         AGENT_TOKEN => text("text"),
         THREAD_CREATED => Some(text("title").unwrap_or_default()),
         AGENT_COMPLETED => Some(compact(&data["output"])),

@@ -16,7 +16,7 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 use super::fair_queue::class_of_turn;
 use super::outbox::{Demand, Item, Outbox};
 use super::sources::Sources;
-use super::subscriptions::{OutFrame, Subscriptions};
+use super::subscriptions::{OutEvent, OutFrame, Subscriptions};
 use crate::auth::Principal;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::Priority;
@@ -24,12 +24,14 @@ use crate::telemetry;
 
 /// Something to send.
 pub enum Out {
-    /// A delta has no seq.
-    Event { seq: Option<u64>, frame: Utf8Bytes },
+    Event(OutEvent),
     /// Any other frame of the protocol.
     Notice(Utf8Bytes),
     /// A subscription has ended.
-    Ended { thread: String, error: Error },
+    Ended {
+        thread: String,
+        error: Error,
+    },
 }
 
 pub struct Feed {
@@ -104,7 +106,7 @@ impl Feed {
         self.subs.read_on(who, self.credit);
 
         let out = out?;
-        if matches!(out, Out::Event { .. }) {
+        if matches!(out, Out::Event(_)) {
             self.deliveries.increment(1);
             self.credit = self.credit.map(|credit| credit.saturating_sub(1));
         }
@@ -183,7 +185,7 @@ fn replay_goes_first(turn: u32, replay: Option<usize>, live: Option<usize>) -> b
 impl From<OutFrame> for Out {
     fn from(ready: OutFrame) -> Out {
         match ready {
-            OutFrame::Event { seq, frame } => Out::Event { seq, frame },
+            OutFrame::Event(event) => Out::Event(event),
             OutFrame::Notice(frame) => Out::Notice(frame),
         }
     }

@@ -4,7 +4,8 @@
 //! - Events and deltas are bounded in bytes ([`EVENT_BYTES`]). When the next one does not fit, the subscription gets
 //!   [`Item::Lagged`] in its place and nothing more, until it has caught up from the store.
 //! - Signals cannot be caught up: they are dropped long before, so that events have room.
-//! - A delta that waits grows by the next one of its message, unless an event of the thread came in between.
+//! - A delta that waits grows by the next one of its message, unless an event of the thread came in between. One that begins
+//!   the message anew waits by itself, after those of the text before: two texts are never joined.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,7 +20,7 @@ use crate::projector::Verdict;
 use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;
 use crate::protocol::event::Priority;
-use crate::store::messages::MessageKey;
+use crate::store::messages::{MessageKey, TextPosition};
 use crate::store::{JoinedThread, StoredEvent};
 
 /// Bytes of events that may wait for a socket.
@@ -105,7 +106,7 @@ pub struct OpenText {
     /// What tells the message from all others of its thread.
     pub name: Arc<str>,
     /// After its last character.
-    pub to_char: u64,
+    pub end: TextPosition,
     /// None if there is nothing to send.
     pub frame: Option<Utf8Bytes>,
 }
@@ -376,7 +377,59 @@ fn wake(mut inner: MutexGuard<'_, Inner>) {
 
 #[cfg(test)]
 mod tests {
+    use uuid::Uuid;
+
     use super::*;
+
+    fn delta(message: &str, restarts: u32, from_char: u64, text: &str) -> Arc<Delta> {
+        Arc::new(Delta {
+            name: Delta::name("r", message),
+            thread: "t".into(),
+            run: "r".into(),
+            message: message.into(),
+            event: Uuid::nil(),
+            from: "bot".into(),
+            at: "".into(),
+            priority: None,
+            head: 0,
+            restarts,
+            from_char,
+            to_char: from_char + text.len() as u64,
+            text: text.into(),
+        })
+    }
+
+    /// The deltas that wait: of each its message, how often that was begun anew, where it begins, and its text.
+    fn deltas(outbox: &Outbox) -> Vec<(String, u32, u64, String)> {
+        let next = || match outbox.pop_item(true)? {
+            Item::Delta { delta, .. } => {
+                Some((delta.message.to_string(), delta.restarts, delta.from_char, delta.text.clone()))
+            }
+            other => panic!("{other:?}"),
+        };
+        std::iter::from_fn(next).collect()
+    }
+
+    #[test]
+    fn a_delta_that_waits_grows_by_those_of_its_text_and_by_no_other() {
+        let outbox = Outbox::default();
+        for next in [
+            delta("m", 0, 0, ""),
+            delta("n", 0, 0, "an"),
+            // Its position is where the text before ends, which is another text all the same.
+            delta("m", 1, 0, "ab"),
+            delta("n", 0, 2, "other"),
+            delta("m", 1, 2, "cd"),
+            delta("m", 2, 0, "x"),
+            delta("m", 2, 1, "y"),
+        ] {
+            assert!(outbox.push_delta(1, &next));
+        }
+        let got = deltas(&outbox);
+        let got: Vec<_> = got.iter().map(|(m, restarts, from, text)| (&**m, *restarts, *from, &**text)).collect();
+        assert_eq!(got, [("m", 0, 0, ""), ("n", 0, 0, "another"), ("m", 1, 0, "abcd"), ("m", 2, 0, "xy")]);
+        assert_eq!(outbox.event_bytes(), 0);
+    }
 
     fn push(outbox: &Outbox, sub: SubId, seq: u64, priority: Option<Priority>) {
         let event = CommittedEvent { seq, kind: "x.y".into(), priority, frame: "{}".into(), closes: None, run: None };

@@ -3,7 +3,8 @@
 //!
 //! The first delta of a message is due at once, together with those that were read with it. What follows waits until
 //! [`GATHER`] has passed since the message's last record, or [`ENOUGH`] text has come, or the session publishes something
-//! else of the same run: what one session publishes keeps its order. Whoever published a delta stays attached to it as a
+//! else of the same run: what one session publishes keeps its order. A delta that begins its message anew continues none, so
+//! that it begins a record; those after it may join it. Whoever published a delta stays attached to it as a
 //! [`Waiter`], so that each one can be answered with the record's verdict.
 //!
 //! Pure but for metrics: time comes in, and what is to become a record goes out as [`PendingDelta`].
@@ -43,6 +44,8 @@ pub struct Waiter {
 pub struct PendingDelta {
     tenant: Arc<str>,
     delta: Delta,
+    /// It begins its message anew.
+    restart: bool,
     grant: Grant,
     waiters: Vec<Waiter>,
 }
@@ -69,12 +72,15 @@ impl PendingDelta {
             at: (*event.at).into(),
             priority: event.priority,
             head: 0,
+            // Known once the record is judged.
+            restarts: 0,
             from_char: data.from_char,
             to_char,
             text: data.text.into_owned(),
         };
 
-        PendingDelta { tenant, delta, grant, waiters: vec![Waiter { id, called: called.into(), to_char }] }
+        let waiters = vec![Waiter { id, called: called.into(), to_char }];
+        PendingDelta { tenant, delta, restart: data.restart, grant, waiters }
     }
 
     /// The message that the delta is a part of.
@@ -90,11 +96,12 @@ impl PendingDelta {
     /// Adds the record to a batch; `reply` gets its verdict.
     pub fn append(self, batch: &mut AppendBatch, traceparent: Option<&str>, reply: OnVerdict) {
         telemetry::deltas_appended().increment(1);
-        let PendingDelta { tenant, delta, grant, .. } = self;
+        let PendingDelta { tenant, delta, restart, grant, .. } = self;
         let data = json::encode_raw(&DeltaData {
             message: (&*delta.message).into(),
             from_char: delta.from_char,
             text: (&*delta.text).into(),
+            restart,
         });
         let event = LogEvent {
             tenant: (&*tenant).into(),
@@ -114,7 +121,7 @@ impl PendingDelta {
 
     /// Joins `next` if it continues exactly where this one ends; gives back any other.
     fn join(&mut self, next: PendingDelta) -> Option<PendingDelta> {
-        let continues = self.delta.is_before(&next.delta);
+        let continues = !next.restart && self.delta.is_before(&next.delta);
         if !continues || self.delta.priority != next.delta.priority || self.grant != next.grant {
             return Some(next);
         }
@@ -209,10 +216,19 @@ mod tests {
 
     /// A delta of a message; the id tells where it begins.
     fn delta(message: &str, from_char: u64, text: &str) -> PendingDelta {
-        let data = DeltaData { message: message.into(), from_char, text: text.into() };
+        pending(DeltaData { message: message.into(), from_char, text: text.into(), restart: false })
+    }
+
+    /// A delta that begins its message anew.
+    fn restart(message: &str, text: &str) -> PendingDelta {
+        pending(DeltaData { message: message.into(), from_char: 0, text: text.into(), restart: true })
+    }
+
+    fn pending(data: DeltaData<'_>) -> PendingDelta {
         let raw = json::encode_raw(&data);
         let event = LogEvent { run: Some("r".into()), ..new_event("acme", "scout", "t", AGENT_TOKEN, &raw) };
-        PendingDelta::new("acme".into(), &event, data, Grant::Scope, from_char as i64, "@called")
+        let id = data.from_char as i64;
+        PendingDelta::new("acme".into(), &event, data, Grant::Scope, id, "@called")
     }
 
     fn texts(ready: &[PendingDelta]) -> Vec<&str> {
@@ -275,6 +291,20 @@ mod tests {
         assert_eq!(texts(&coalescer.add(urgent, begin)), ["gap"], "of another priority");
         let member = PendingDelta { grant: Grant::Member, ..delta("m", 9, "?") };
         assert_eq!(texts(&coalescer.add(member, begin)), ["!"], "by another right");
+    }
+
+    #[test]
+    fn a_delta_that_begins_its_message_anew_begins_a_record_and_others_join_it() {
+        let (mut coalescer, begin) = (Coalescer::default(), Instant::now());
+        // Also after a text that ends at its first character.
+        coalescer.add(delta("m", 0, ""), begin);
+        assert_eq!(texts(&coalescer.add(restart("m", "Ne"), begin)), [""]);
+        assert!(coalescer.add(delta("m", 2, "w"), begin).is_empty());
+        let sent_before = coalescer.add(restart("m", ""), begin);
+        assert_eq!((texts(&sent_before), sent_before[0].restart), (vec!["New"], true), "what came before goes first");
+        coalescer.add(delta("m", 0, "Newer"), begin);
+        let ready = coalescer.on_due(begin);
+        assert_eq!((texts(&ready), ready[0].restart, ready[0].waiters.len()), (vec!["Newer"], true, 2));
     }
 
     #[test]

@@ -140,14 +140,15 @@ impl<'s> BatchState<'s> {
 
         let key = RunKey::new(&event.tenant, &event.thread, event.run.as_deref().unwrap_or_default());
         let run = self.runs.row(store, &key)?;
-        let Some(accepted) = self.messages.judge_delta(store, event, key.clone(), run, &thread.row, at)? else {
+        let Some(accepted) = self.messages.judge_delta(store, input, key.clone(), run, &thread.row)? else {
             return Ok(Published { seq: 0, event: event.event, duplicate: true });
         };
 
         thread.row.writing += u32::from(accepted.begins);
-        thread.row.writing_bytes += accepted.delta.text.len() as u64;
+        let dropped = accepted.drops.unwrap_or(0);
+        thread.row.writing_bytes = thread.row.writing_bytes.saturating_sub(dropped) + accepted.delta.text.len() as u64;
         thread.changed = true;
-        let (run, delta) = self.messages.apply_delta(accepted, &mut self.tx);
+        let (run, delta) = self.messages.apply_delta(accepted, &mut self.tx)?;
         self.runs.apply_delta(key, run, at, &mut self.tx);
         let update = ThreadUpdate { key: thread.key.clone(), update: Update::Delta(Arc::new(delta)) };
         self.tx.commit.events.push(update);

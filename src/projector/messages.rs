@@ -3,7 +3,8 @@
 //!
 //! A delta continues the message where its text ends by now: characters that are there already are skipped, a gap is
 //! `run_order`. The agent closes a message by an `agent_message` with its name in `data.message`, which may have a text of
-//! its own. Messages that are open when their run ends are closed before the run is, by events that the projector makes of
+//! its own. A delta with `restart` begins an open message anew: the text before it is dropped, and so are its characters from
+//! the limits. Messages that are open when their run ends are closed before the run is, by events that the projector makes of
 //! their texts; the ids of these events follow from the ending event.
 
 use std::borrow::Cow;
@@ -15,15 +16,15 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::runs::{Rejected, check_open};
-use super::transaction::Transaction;
-use super::{Published, Verdict};
+use super::transaction::{EventRecord, Transaction};
+use super::{Published, Verdict, rules};
 use crate::protocol::command::MAX_DATA;
 use crate::protocol::delta::Delta;
 use crate::protocol::error::{Code, Error};
-use crate::protocol::event::LogEvent;
+use crate::protocol::event::{Fields, LogEvent};
 use crate::protocol::json;
 use crate::protocol::kinds::{AGENT_MESSAGE, DeltaData, text_of};
-use crate::store::messages::{ClosedRow, MessageKey, MessageRow};
+use crate::store::messages::{ClosedRow, MessageKey, MessageRow, TextPosition};
 use crate::store::runs::{EventRef, RunKey, RunRow};
 use crate::store::{Store, StoreError, ThreadRow};
 
@@ -46,7 +47,9 @@ pub(super) struct Messages {
 struct CachedMessage {
     row: MessageRow,
     /// Deltas of this batch: where each begins, and its text.
-    new_deltas: Vec<(u64, String)>,
+    new_deltas: Vec<(TextPosition, String)>,
+    /// This batch has begun it anew: what the store has of its text is dropped.
+    restarted: bool,
 }
 
 /// A delta that is accepted, with the rows of its message and its run.
@@ -54,6 +57,8 @@ pub(super) struct AcceptedDelta {
     pub(super) delta: Delta,
     /// Whether it is the message's first.
     pub(super) begins: bool,
+    /// The bytes of the text that it drops, if it begins its message anew.
+    pub(super) drops: Option<u64>,
     key: MessageKey,
     /// As it is with the delta.
     row: MessageRow,
@@ -105,23 +110,26 @@ impl Messages {
     pub(super) fn judge_delta(
         &self,
         store: &Store,
-        event: &LogEvent<'_>,
+        input: &EventRecord<'_>,
         run_key: RunKey,
         run: Option<RunRow>,
         thread: &ThreadRow,
-        at: u64,
     ) -> Result<Option<AcceptedDelta>, Rejected> {
-        let data: DeltaData = json::decode_data(event.data)?;
+        let EventRecord { event, at, record, .. } = *input;
+        let data = delta_data(event, record.rules)?;
         let key = MessageKey { run: run_key, message: data.message.clone().into_owned() };
         let known = self.row(store, &key)?;
-        let chars = known.as_ref().map_or(0, |row| row.chars);
+        let is_open = known.as_ref().is_some_and(|row| row.closed.is_none());
+        // A message that was not begun yet begins with it like with any other delta.
+        let drops = known.as_ref().filter(|_| is_open && data.restart).map(|row| row.bytes);
+        let chars = if drops.is_some() { 0 } else { known.as_ref().map_or(0, |row| row.chars) };
         let to_char = data.to_char();
-        if known.is_some() && to_char <= chars {
+        if known.is_some() && drops.is_none() && to_char <= chars {
             return Ok(None);
         }
 
         let run = check_open(run)?;
-        if known.as_ref().is_some_and(|row| row.closed.is_some()) {
+        if known.is_some() && !is_open {
             return Err(refused("the message is closed: another message is expected", "data.message"));
         }
         if data.from_char > chars {
@@ -129,19 +137,24 @@ impl Messages {
             return Err(refused(why, "data.from_char"));
         }
         let text: String = data.text.chars().skip((chars - data.from_char) as usize).collect();
-        check_room(known.as_ref(), thread, text.len() as u64)?;
+        check_room(known.as_ref(), thread, drops, text.len() as u64)?;
 
         let begins = known.is_none();
         let mut row = known.unwrap_or_else(|| MessageRow {
             from: event.from.to_string(),
             event: [0; 16],
             begun: run.pieces,
+            restarts: 0,
             chars: 0,
             bytes: 0,
             begun_at: at,
             last_at: at,
             closed: None,
         });
+        if let Some(drops) = drops {
+            row.restarts = row.restarts.saturating_add(1);
+            row.bytes -= drops;
+        }
         row.chars = to_char;
         row.bytes += text.len() as u64;
         row.last_at = at;
@@ -157,34 +170,42 @@ impl Messages {
             at: (*event.at).into(),
             priority: event.priority,
             head: thread.head,
+            restarts: row.restarts,
             from_char: chars,
             to_char,
             text,
         };
-        Ok(Some(AcceptedDelta { delta, begins, key, row, run }))
+        Ok(Some(AcceptedDelta { delta, begins, drops, key, row, run }))
     }
 
     /// Writes an accepted delta; returns its run's row as it was before, and the delta for its readers.
-    pub(super) fn apply_delta(&mut self, accepted: AcceptedDelta, tx: &mut Transaction<'_>) -> (RunRow, Delta) {
-        let AcceptedDelta { delta, key, row, run, .. } = accepted;
-        tx.rows.put_delta(&key, &row, delta.from_char, &delta.text);
-        let new_delta = (delta.from_char, delta.text.clone());
-        match self.cached.get_mut(&key) {
-            Some(cached) => {
-                cached.row = row;
-                cached.new_deltas.push(new_delta);
-            }
-            None => {
-                self.cached.insert(key, CachedMessage { row, new_deltas: vec![new_delta] });
-            }
+    pub(super) fn apply_delta(
+        &mut self,
+        accepted: AcceptedDelta,
+        tx: &mut Transaction<'_>,
+    ) -> Result<(RunRow, Delta), StoreError> {
+        let AcceptedDelta { delta, drops, key, row, run, .. } = accepted;
+        let cached = self.cached.entry(key.clone()).or_insert_with(|| CachedMessage::new(row.clone()));
+        if drops.is_some() {
+            tx.rows.delete_text(&key, cached.new_deltas.drain(..).map(|(at, _)| at))?;
+            cached.restarted = true;
         }
-        (run, delta)
+
+        let at = TextPosition { restarts: delta.restarts, chars: delta.from_char };
+        tx.rows.put_delta(&key, &row, at, &delta.text);
+        cached.row = row;
+        cached.new_deltas.push((at, delta.text.clone()));
+        Ok((run, delta))
     }
 
     /// The whole text of an open message.
     fn text(&self, store: &Store, key: &MessageKey) -> Result<String, StoreError> {
-        let mut text = store.text_after(key, 0)?;
-        let new_deltas = self.cached.get(key).into_iter().flat_map(|cached| &cached.new_deltas);
+        let cached = self.cached.get(key);
+        let mut text = match cached {
+            Some(cached) if cached.restarted => String::new(),
+            _ => store.text_after(key, TextPosition::default())?.1,
+        };
+        let new_deltas = cached.into_iter().flat_map(|cached| &cached.new_deltas);
         text.extend(new_deltas.map(|(_, text)| text.as_str()));
         Ok(text)
     }
@@ -295,9 +316,15 @@ impl Messages {
         let closed = ClosedRow { mark: appended, event: *event.event.as_bytes(), content: event.content_digest() };
         let row = MessageRow { closed: Some(closed), ..closing.row.clone() };
         let new_deltas = self.cached.remove(&closing.key).map(|cached| cached.new_deltas).unwrap_or_default();
-        tx.rows.close_message(&closing.key, &row, new_deltas.iter().map(|(from_char, _)| *from_char))?;
-        self.cached.insert(closing.key.clone(), CachedMessage { row, new_deltas: Vec::new() });
+        tx.rows.close_message(&closing.key, &row, new_deltas.iter().map(|(at, _)| *at))?;
+        self.cached.insert(closing.key.clone(), CachedMessage::new(row));
         Ok(())
+    }
+}
+
+impl CachedMessage {
+    fn new(row: MessageRow) -> CachedMessage {
+        CachedMessage { row, new_deltas: Vec::new(), restarted: false }
     }
 }
 
@@ -339,12 +366,24 @@ impl ClosingMessage {
     }
 }
 
-fn check_room(row: Option<&MessageRow>, thread: &ThreadRow, more: u64) -> Result<(), Error> {
-    let why = if row.map_or(0, |row| row.bytes) + more > MAX_TEXT {
+/// `data` of a delta, by the rules of its record.
+fn delta_data<'a>(event: &'a LogEvent<'_>, rules: u16) -> Result<DeltaData<'a>, Error> {
+    let data: DeltaData = json::decode_data(event.data)?;
+    if rules < rules::MESSAGES_RESTART && Fields::parse(event.data).is_some_and(|it| it.raw("restart").is_some()) {
+        return Err(Error::field("data.restart", "unknown field data.restart"));
+    }
+    data.check_restart()?;
+    Ok(data)
+}
+
+/// Whether there is room for `more` bytes in the message and in its thread, without the bytes that are dropped for them.
+fn check_room(row: Option<&MessageRow>, thread: &ThreadRow, drops: Option<u64>, more: u64) -> Result<(), Error> {
+    let drops = drops.unwrap_or(0);
+    let why = if row.map_or(0, |row| row.bytes) - drops + more > MAX_TEXT {
         format!("a message has at most {MAX_TEXT} bytes")
     } else if row.is_none() && thread.writing >= MAX_OPEN {
         format!("at most {MAX_OPEN} messages of a thread are written at a time")
-    } else if thread.writing_bytes + more > MAX_OPEN_TEXT {
+    } else if thread.writing_bytes.saturating_sub(drops) + more > MAX_OPEN_TEXT {
         format!("the messages of a thread that are being written have at most {MAX_OPEN_TEXT} bytes together")
     } else {
         return Ok(());

@@ -4,5 +4,8 @@
 //!
 //! Version 1: the rules of before they had versions.
 
+/// Version 2: `agent_token` with `restart` begins its message anew. Before, `data` with that field was refused.
+pub(super) const MESSAGES_RESTART: u16 = 2;
+
 /// Version 2: an answer (`agent_resumed`) names its question, and an ending by the server names the event that it follows.
 pub(super) const ANSWERS_NAME_QUESTIONS: u16 = 2;

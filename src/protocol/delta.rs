@@ -2,6 +2,9 @@
 //!
 //! Deltas have no seq. Each names its message and the characters (Unicode scalar values) of it that it holds. So two of them
 //! that follow each other can be joined, and a reader that has a part of one can be sent the rest.
+//!
+//! A message may begin anew, and counts its characters from 0 again then. So each delta carries how often its message was
+//! begun anew before it: only deltas with the same count are of the same text.
 
 use std::sync::Arc;
 
@@ -27,6 +30,8 @@ pub struct Delta {
     pub priority: Option<Priority>,
     /// The thread's newest seq when it came.
     pub head: u64,
+    /// How often the message was begun anew before this text.
+    pub restarts: u32,
     pub from_char: u64,
     /// The characters of the message up to its end.
     pub to_char: u64,
@@ -39,10 +44,14 @@ impl Delta {
         format!("{}:{run}{message}", run.len()).into()
     }
 
-    /// The `event` frame, without a seq.
-    pub fn frame(&self) -> Utf8Bytes {
-        let data =
-            DeltaData { message: (&*self.message).into(), from_char: self.from_char, text: (&*self.text).into() };
+    /// The `event` frame, without a seq; with `restart`, its reader drops what it has of the message.
+    pub fn frame(&self, restart: bool) -> Utf8Bytes {
+        let data = DeltaData {
+            message: (&*self.message).into(),
+            from_char: self.from_char,
+            text: (&*self.text).into(),
+            restart,
+        };
         let data = json::encode_raw(&data);
         let frame = EventFrame {
             r#type: "event",
@@ -64,7 +73,7 @@ impl Delta {
 
     /// Whether `next` goes on where this one ends.
     pub fn is_before(&self, next: &Delta) -> bool {
-        self.to_char == next.from_char && self.name == next.name
+        self.to_char == next.from_char && self.restarts == next.restarts && self.name == next.name
     }
 
     /// Adds the next one to it.

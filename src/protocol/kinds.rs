@@ -46,6 +46,9 @@ pub struct DeltaData<'a> {
     pub from_char: u64,
     #[serde(borrow)]
     pub text: Cow<'a, str>,
+    /// The message begins anew with this delta, whose `from_char` is 0: its text so far is dropped.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub restart: bool,
 }
 
 impl<'a> DeltaData<'a> {
@@ -56,7 +59,18 @@ impl<'a> DeltaData<'a> {
         if delta.from_char > u64::from(u32::MAX) {
             return Err(Error::field("data.from_char", "data.from_char is out of range"));
         }
+        delta.check_restart()?;
         Ok(delta)
+    }
+
+    /// What begins a message anew begins at its first character.
+    pub fn check_restart(&self) -> Result<(), Error> {
+        if self.restart && self.from_char > 0 {
+            let why =
+                format!("data.from_char ({}) must be 0 with data.restart: the message begins anew", self.from_char);
+            return Err(Error::field("data.from_char", why));
+        }
+        Ok(())
     }
 
     /// The characters of the message up to the end of this delta.

@@ -86,7 +86,7 @@ const FAMILIES: &[(&str, Access)] = &[
     (MESSAGES, Access::RareLookup),
     // the same → empty, for those that are not closed
     (OPEN_MESSAGES, Access::Range),
-    // tenant 0 thread 0 length of run · run · length of message · message · from_char → TextRow, for those that are not closed
+    // tenant 0 thread 0 length of run · run · length of message · message · restarts (u32) · from_char (u32) → TextRow, for those that are not closed
     (MESSAGE_TEXTS, Access::Range),
     // tenant (empty if not known) 0 id → DeadLetterRow
     (DEAD_LETTERS, Access::RareLookup),

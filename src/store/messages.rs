@@ -23,6 +23,8 @@ pub struct MessageRow {
     pub event: [u8; 16],
     /// The deltas that its run had before.
     pub begun: u64,
+    /// How often it was begun anew. `chars` and `bytes` are those of the text since.
+    pub restarts: u32,
     /// The length of its text by now.
     pub chars: u64,
     pub bytes: u64,
@@ -30,6 +32,25 @@ pub struct MessageRow {
     pub begun_at: u64,
     pub last_at: u64,
     pub closed: Option<ClosedRow>,
+}
+
+/// A place in the text of a message. Each time that the message is begun anew, characters count from 0 again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TextPosition {
+    pub restarts: u32,
+    /// The characters before it.
+    pub chars: u64,
+}
+
+impl TextPosition {
+    /// As the key of a row has it. A character's number is far below 2^32: a message has at most 1 MiB of text.
+    fn row(self) -> u64 {
+        u64::from(self.restarts) << 32 | self.chars
+    }
+
+    fn of_row(row: u64) -> TextPosition {
+        TextPosition { restarts: (row >> 32) as u32, chars: row & u64::from(u32::MAX) }
+    }
 }
 
 /// What closed a message.
@@ -60,8 +81,8 @@ impl MessageKey {
         [&self.run.under()[..], &(self.message.len() as u16).to_be_bytes(), self.message.as_bytes()].concat()
     }
 
-    fn text(&self, from_char: u64) -> Vec<u8> {
-        [&self.texts()[..], &from_char.to_be_bytes()].concat()
+    fn text(&self, at: TextPosition) -> Vec<u8> {
+        [&self.texts()[..], &at.row().to_be_bytes()].concat()
     }
 }
 
@@ -107,25 +128,30 @@ impl Store {
         })
     }
 
-    /// The text of an open message from this character on.
-    pub fn text_after(&self, key: &MessageKey, from_char: u64) -> Result<String, StoreError> {
-        let mut text = String::new();
+    /// The text of an open message after this place, and where that text begins: there, or at its first character if the
+    /// message was begun anew since. Both are of one moment, whatever is committed meanwhile.
+    pub fn text_after(&self, key: &MessageKey, after: TextPosition) -> Result<(TextPosition, String), StoreError> {
+        let (mut begin, mut text) = (after, String::new());
         for row in self.under(MESSAGE_TEXTS, key.texts()) {
             let (at, value) = row?;
+            let at = TextPosition::of_row(keys::seq_of(&at).unwrap_or(0));
             let row: TextRow = self.decoded(MESSAGE_TEXTS, &value)?;
-            let known = from_char.saturating_sub(keys::seq_of(&at).unwrap_or(0));
+            if at.restarts != begin.restarts {
+                begin = TextPosition { restarts: at.restarts, chars: 0 };
+            }
+            let known = begin.chars.saturating_sub(at.chars);
             text.extend(row.text.chars().skip(known as usize));
         }
-        Ok(text)
+        Ok((begin, text))
     }
 }
 
 impl Batch<'_> {
-    /// A message has grown by the text from `from_char` on.
-    pub fn put_delta(&mut self, key: &MessageKey, row: &MessageRow, from_char: u64, text: &str) {
+    /// A message has grown by the text from there on.
+    pub fn put_delta(&mut self, key: &MessageKey, row: &MessageRow, at: TextPosition, text: &str) {
         self.put(MESSAGES, &key.bytes(), row);
-        self.put(MESSAGE_TEXTS, &key.text(from_char), &TextRow { text });
-        if from_char == 0 {
+        self.put(MESSAGE_TEXTS, &key.text(at), &TextRow { text });
+        if at.chars == 0 {
             self.put_empty(OPEN_MESSAGES, &key.bytes());
         }
     }
@@ -136,13 +162,21 @@ impl Batch<'_> {
         &mut self,
         key: &MessageKey,
         row: &MessageRow,
-        new_deltas: impl Iterator<Item = u64>,
+        new_deltas: impl Iterator<Item = TextPosition>,
     ) -> Result<(), StoreError> {
         self.put(MESSAGES, &key.bytes(), row);
         self.delete(OPEN_MESSAGES, &key.bytes());
+        self.delete_text(key, new_deltas)
+    }
 
+    /// The text of a message is dropped: what the store has, and the deltas that this batch has put.
+    pub fn delete_text(
+        &mut self,
+        key: &MessageKey,
+        new_deltas: impl Iterator<Item = TextPosition>,
+    ) -> Result<(), StoreError> {
         let prefix = key.texts();
-        let mut texts: Vec<Vec<u8>> = new_deltas.take(MANY_DELTAS).map(|from_char| key.text(from_char)).collect();
+        let mut texts: Vec<Vec<u8>> = new_deltas.take(MANY_DELTAS).map(|at| key.text(at)).collect();
         for row in self.store.under(MESSAGE_TEXTS, prefix.clone()).take(MANY_DELTAS) {
             let (from_char, _) = row?;
             texts.push([&prefix[..], &from_char].concat());

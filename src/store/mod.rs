@@ -45,7 +45,7 @@ use crate::disk;
 use crate::protocol::error::{Code, Error};
 
 /// The version of the rows below; a store of another version is rebuilt.
-const SCHEMA: u8 = 10;
+const SCHEMA: u8 = 11;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {

@@ -164,7 +164,7 @@ impl Subscriptions {
     fn accept_open_text(&mut self, id: SubId, texts: Vec<OpenText>, next: Option<MessageKey>) {
         let Some(sub) = self.by_id.get_mut(&id) else { return };
         let Some(progress) = &mut sub.open_text else { return };
-        progress.read.extend(texts.iter().map(|text| (text.name.clone(), text.to_char)));
+        progress.read.extend(texts.iter().map(|text| (text.name.clone(), text.end)));
         let more = next.is_some();
         progress.after = next;
         if !more {
@@ -172,9 +172,10 @@ impl Subscriptions {
             sub.delivered = sub.open_text.take().map(|progress| Box::new(progress.read));
         }
 
-        for frame in texts.into_iter().filter_map(|text| text.frame) {
+        for OpenText { end, frame, .. } in texts {
+            let Some(frame) = frame else { continue };
             let class = Priority::class(None);
-            self.push_replayed(id, Some(class), Replayed::OpenText { id, frame });
+            self.push_replayed(id, Some(class), Replayed::OpenText { id, restarts: end.restarts, frame });
         }
         if more {
             self.queue[HANDOVER_CLASS].push_front(id);

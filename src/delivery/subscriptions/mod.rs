@@ -69,12 +69,27 @@ pub const MAX_SUBSCRIPTIONS: usize = 10_000;
 
 /// A frame ready for the socket.
 pub enum OutFrame {
-    /// A delta has no seq.
-    Event {
-        seq: Option<u64>,
-        frame: Utf8Bytes,
-    },
+    Event(OutEvent),
     Notice(Utf8Bytes),
+}
+
+/// An event or a delta for the socket.
+pub struct OutEvent {
+    /// A delta has none.
+    pub seq: Option<u64>,
+    /// Of a delta, how often its message was begun anew before its text.
+    pub restarts: u32,
+    pub frame: Utf8Bytes,
+}
+
+impl OutFrame {
+    fn event(seq: u64, frame: Utf8Bytes) -> OutFrame {
+        OutFrame::Event(OutEvent { seq: Some(seq), restarts: 0, frame })
+    }
+
+    fn delta(restarts: u32, frame: Utf8Bytes) -> OutFrame {
+        OutFrame::Event(OutEvent { seq: None, restarts, frame })
+    }
 }
 
 /// What `"*"` asks for: which threads, and for each of them the rest.

@@ -20,7 +20,7 @@ use crate::delivery::sources::Sources;
 use crate::memory::{Charge, Refused};
 use crate::protocol::delta::Delta;
 use crate::protocol::error::{Code, Error};
-use crate::store::messages::{MessageKey, MessageRow};
+use crate::store::messages::{MessageKey, MessageRow, TextPosition};
 use crate::store::{EventRange, Store, StoreError, StoredEvent};
 use crate::{clock, panics};
 
@@ -165,7 +165,7 @@ fn open_text(
     for key in store.open_messages(&who.tenant, thread, after) {
         let key = key?;
         let name = Delta::name(&key.run.run, &key.message);
-        let from_char = delivered.get(&name).copied().unwrap_or(0);
+        let known = delivered.get(&name).copied();
         let Some(row) = open(store, &key)? else { continue };
 
         // The text, and the frame that is made of it.
@@ -178,14 +178,16 @@ fn open_text(
         if !fits && charge.grow_to(bytes).is_err() {
             return Ok(Outcome::Needs(bytes));
         }
-        let text = store.text_after(&key, from_char)?;
+        let (begin, text) = store.text_after(&key, known.unwrap_or_default())?;
         // Looked up after the text: if the message was closed meanwhile, the text may be incomplete, but the event that closed
         // it comes live and has all of it.
         let Some(row) = open(store, &key)? else { continue };
 
-        let to_char = from_char + text.chars().count() as u64;
-        let adds_nothing = text.is_empty() && from_char > 0;
-        let frame = (!adds_nothing).then(|| frame(thread, &key, &row, &name, from_char, to_char, text));
+        let end = TextPosition { chars: begin.chars + text.chars().count() as u64, ..begin };
+        // Also where the new text has no character yet, the client is to drop the one before.
+        let restart = known.is_some_and(|known| known.restarts < begin.restarts);
+        let adds_nothing = text.is_empty() && known.is_some() && !restart;
+        let frame = (!adds_nothing).then(|| delta(thread, &key, &row, &name, begin, end, text).frame(restart));
         let bytes = frame.as_ref().map_or(0, |frame| frame.len()) + EVENT_OVERHEAD;
         // Of text that JSON has to escape, the frame is longer than was charged for.
         if charge.grow_to(used + bytes).is_err() {
@@ -196,14 +198,14 @@ fn open_text(
             break;
         }
         used += bytes;
-        texts.push((name, to_char, frame));
+        texts.push((name, end, frame));
         last = Some(key);
     }
     charge.shrink_to(used);
     let charge = Arc::new(charge);
-    let texts = texts.into_iter().map(|(name, to_char, frame)| {
+    let texts = texts.into_iter().map(|(name, end, frame)| {
         let frame = frame.map(|frame| charged(frame, &charge));
-        OpenText { name, to_char, frame }
+        OpenText { name, end, frame }
     });
     Ok(Outcome::Chunk(Chunk::OpenText { texts: texts.collect(), next: last.filter(|_| more) }))
 }
@@ -226,16 +228,16 @@ fn open(store: &Store, key: &MessageKey) -> Result<Option<MessageRow>, StoreErro
     Ok(store.message(key)?.filter(|row| row.closed.is_none()))
 }
 
-fn frame(
+fn delta(
     thread: &str,
     key: &MessageKey,
     row: &MessageRow,
     name: &Arc<str>,
-    from_char: u64,
-    to_char: u64,
+    begin: TextPosition,
+    end: TextPosition,
     text: String,
-) -> Utf8Bytes {
-    let delta = Delta {
+) -> Delta {
+    Delta {
         name: name.clone(),
         thread: thread.into(),
         run: key.run.run.as_str().into(),
@@ -245,9 +247,9 @@ fn frame(
         at: clock::rfc3339(row.last_at).into(),
         priority: None,
         head: 0,
-        from_char,
-        to_char,
+        restarts: begin.restarts,
+        from_char: begin.chars,
+        to_char: end.chars,
         text,
-    };
-    delta.frame()
+    }
 }

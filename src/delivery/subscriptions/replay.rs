@@ -23,6 +23,8 @@ pub(super) enum Replayed {
     /// Text of a message that is being written, as far as the client does not have it. The frame holds its own charge.
     OpenText {
         id: SubId,
+        /// How often the message was begun anew before this text.
+        restarts: u32,
         frame: Utf8Bytes,
     },
     Notice {
@@ -88,11 +90,11 @@ impl Subscriptions {
         match replayed {
             Replayed::Event { id, seq, frame, .. } => {
                 let frame = self.prepare(id, seq, &frame)?;
-                Some(OutFrame::Event { seq: Some(seq), frame })
+                Some(OutFrame::event(seq, frame))
             }
-            Replayed::OpenText { id, frame } => {
+            Replayed::OpenText { id, restarts, frame } => {
                 let frame = self.by_id.get(&id)?.rename(frame);
-                Some(OutFrame::Event { seq: None, frame })
+                Some(OutFrame::delta(restarts, frame))
             }
             Replayed::Notice { id, frame } => self.by_id.contains_key(&id).then_some(OutFrame::Notice(frame)),
             Replayed::Position { id, seq } => {

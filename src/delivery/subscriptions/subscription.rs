@@ -12,7 +12,7 @@ use super::receipt::Receipt;
 use crate::protocol::event;
 use crate::protocol::frame::ServerFrame;
 use crate::protocol::ids::ThreadAddress;
-use crate::store::messages::MessageKey;
+use crate::store::messages::{MessageKey, TextPosition};
 
 /// Where a subscription is on its way from the store to the live feed; [`super`] describes the way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,8 +46,8 @@ pub struct NewSubscription {
     pub receipt: Option<Receipt>,
 }
 
-/// Of messages that are being written, how many characters the client has.
-pub(super) type DeliveredText = HashMap<Arc<str>, u64>;
+/// Of messages that are being written, how far the client has the text.
+pub(super) type DeliveredText = HashMap<Arc<str>, TextPosition>;
 
 /// How far the text of messages that are being written was read.
 #[derive(Default)]

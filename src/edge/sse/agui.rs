@@ -9,14 +9,16 @@ use warp::reply::Response;
 use warp::sse::Event;
 
 use super::{AfterEvent, COPIES, EventFormat, RequestedStart, Streams};
+use crate::delivery::subscriptions::OutEvent;
 use crate::edge::blocking;
 use crate::edge::cursor::{check_epoch, name_epoch};
 use crate::edge::http::request::Request;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::ids;
+use crate::store::messages::MessageKey;
 use crate::store::runs::{RunKey, RunRow};
 use crate::store::{Store, StoreError};
-use crate::views::agui::{Mapper, Next, ThreadEvent};
+use crate::views::agui::{Lookup, Mapper, Next, ThreadEvent};
 
 /// `GET /v1/threads/{thread}/agui`
 pub async fn stream(streams: Arc<Streams>, it: Request) -> Result<Response, Error> {
@@ -143,16 +145,32 @@ impl AguiFormat {
     }
 }
 
+/// What the store has of a thread. A store that fails says so to the next read of the stream; until then nobody speaks as a
+/// model.
+struct StoreLookup<'a> {
+    store: &'a Store,
+    tenant: &'a str,
+    thread: &'a str,
+}
+
+impl Lookup for StoreLookup<'_> {
+    fn event(&self, seq: u64) -> Option<ThreadEvent> {
+        let event = self.store.event(self.tenant, self.thread, seq).ok().flatten()?;
+        Some(ThreadEvent { frame: event.frame.to_string(), privileged: event.privileged })
+    }
+
+    fn restarts(&self, run: &str, message: &str) -> u32 {
+        let key = MessageKey { run: RunKey::new(self.tenant, self.thread, run), message: message.to_owned() };
+        self.store.message(&key).ok().flatten().map_or(0, |row| row.restarts)
+    }
+}
+
 impl EventFormat for AguiFormat {
-    fn event(&mut self, seq: Option<u64>, frame: &str, out: &mut VecDeque<Event>) -> AfterEvent {
+    fn event(&mut self, event: &OutEvent, out: &mut VecDeque<Event>) -> AfterEvent {
+        let OutEvent { seq, restarts, ref frame } = *event;
         let mut lines = Vec::new();
-        let (store, tenant, thread) = (&self.store, &self.tenant, &self.thread);
-        // A store that fails says so to the next read of the stream; until then nobody speaks as a model.
-        let lookup = |seq| {
-            let event = store.event(tenant, thread, seq).ok().flatten()?;
-            Some(ThreadEvent { frame: event.frame.to_string(), privileged: event.privileged })
-        };
-        let next = self.mapper.event(frame, &lookup, &mut lines);
+        let lookup = StoreLookup { store: &self.store, tenant: &self.tenant, thread: &self.thread };
+        let next = self.mapper.event(frame, restarts, &lookup, &mut lines);
         let count = lines.len();
         for (i, json) in lines.iter().enumerate() {
             let event = Event::default().data(super::line(json));

@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use futures_util::Stream;
 use tokio::time::{Instant, Sleep};
-use tokio_tungstenite::tungstenite::Utf8Bytes;
 use warp::Reply as _;
 use warp::reply::Response;
 use warp::sse::{self, Event};
@@ -25,7 +24,7 @@ use crate::delivery::Delivery;
 use crate::delivery::feed::{Feed, Out};
 use crate::delivery::outbox::{Answer, Demand};
 use crate::delivery::registry::{Registration, Registry};
-use crate::delivery::subscriptions::NewSubscription;
+use crate::delivery::subscriptions::{NewSubscription, OutEvent};
 use crate::memory::{Charge, LARGEST, Pool, Refused};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::without_type;
@@ -64,8 +63,8 @@ pub struct Streams {
 
 /// What the events of a thread become on their way out.
 pub trait EventFormat: Send + Sync + Unpin + 'static {
-    /// Appends what an event frame becomes to `out`.
-    fn event(&mut self, seq: Option<u64>, frame: &str, out: &mut VecDeque<Event>) -> AfterEvent;
+    /// Appends what an event becomes to `out`.
+    fn event(&mut self, event: &OutEvent, out: &mut VecDeque<Event>) -> AfterEvent;
     /// About how many bytes an event frame takes while what it becomes is sent.
     fn memory(&self, frame: &str) -> usize;
     /// The last event of a stream that an error ends.
@@ -180,12 +179,12 @@ pub fn line(json: &str) -> String {
 struct PlainFormat;
 
 impl EventFormat for PlainFormat {
-    fn event(&mut self, seq: Option<u64>, frame: &str, out: &mut VecDeque<Event>) -> AfterEvent {
-        let event = Event::default().data(line(&without_type(frame)));
+    fn event(&mut self, event: &OutEvent, out: &mut VecDeque<Event>) -> AfterEvent {
+        let line = Event::default().data(line(&without_type(&event.frame)));
         // Without an id of its own a client keeps the last one, and resumes after that.
-        out.push_back(match seq {
-            Some(seq) => event.id(seq.to_string()),
-            None => event,
+        out.push_back(match event.seq {
+            Some(seq) => line.id(seq.to_string()),
+            None => line,
         });
         AfterEvent::Continue
     }
@@ -202,8 +201,7 @@ impl EventFormat for PlainFormat {
 
 /// An event that takes much memory, and waits for that.
 struct Large {
-    seq: Option<u64>,
-    frame: Utf8Bytes,
+    event: OutEvent,
     charged: Pin<Box<dyn Future<Output = Result<Charge, Refused>> + Send + Sync>>,
 }
 
@@ -285,11 +283,11 @@ impl<F: EventFormat> ThreadStream<F> {
     fn poll_large(&mut self, cx: &mut Task<'_>) -> bool {
         let Some(large) = &mut self.large else { return false };
         let Poll::Ready(charged) = large.charged.as_mut().poll(cx) else { return false };
-        let Some(Large { seq, frame, .. }) = self.large.take() else { return false };
+        let Some(Large { event, .. }) = self.large.take() else { return false };
         match charged {
             Ok(charge) => {
                 self.charge = Some(charge);
-                self.send(seq, &frame);
+                self.send(&event);
             }
             Err(_) => {
                 let why = "the server has had no memory left for this stream: come back later";
@@ -311,7 +309,7 @@ impl<F: EventFormat> ThreadStream<F> {
             return false;
         }
         match self.feed.next(&self.who) {
-            Some(Out::Event { seq, frame }) => self.on_event(seq, frame),
+            Some(Out::Event(event)) => self.on_event(event),
             // A client that only listens does not need to know where the replay ends or that it lagged.
             Some(Out::Notice(_)) => {}
             Some(Out::Ended { error, .. }) => self.end(&error),
@@ -321,21 +319,21 @@ impl<F: EventFormat> ThreadStream<F> {
     }
 
     /// An event is sent, once there is memory for what it becomes.
-    fn on_event(&mut self, seq: Option<u64>, frame: Utf8Bytes) {
-        let bytes = self.format.memory(&frame).min(LARGEST);
+    fn on_event(&mut self, event: OutEvent) {
+        let bytes = self.format.memory(&event.frame).min(LARGEST);
         if bytes <= FREE {
-            return self.send(seq, &frame);
+            return self.send(&event);
         }
         let (memory, user) = (self.memory.clone(), self.who.key.clone());
         let charged = Box::pin(async move { memory.charge(&user, bytes, MEMORY_WITHIN).await });
-        self.large = Some(Large { seq, frame, charged });
+        self.large = Some(Large { event, charged });
     }
 
-    fn send(&mut self, seq: Option<u64>, frame: &str) {
-        let done = match self.format.event(seq, frame, &mut self.ready) {
+    fn send(&mut self, event: &OutEvent) {
+        let done = match self.format.event(event, &mut self.ready) {
             AfterEvent::Continue => Ok(()),
             // After this event, and not after what was read together with it.
-            AfterEvent::Rejoin => self.feed.subs.restart(&self.who, &self.thread, seq.unwrap_or(0)),
+            AfterEvent::Rejoin => self.feed.subs.restart(&self.who, &self.thread, event.seq.unwrap_or(0)),
             AfterEvent::End => {
                 self.ended = true;
                 Ok(())

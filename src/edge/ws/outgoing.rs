@@ -14,6 +14,7 @@ use super::turn::Written;
 use crate::auth::Principal;
 use crate::delivery::feed::{Feed, Out};
 use crate::delivery::outbox::Demand;
+use crate::delivery::subscriptions::OutEvent;
 use crate::protocol::error::Error;
 use crate::protocol::frame::{ServerFrame, error_frame};
 
@@ -98,7 +99,7 @@ impl Outgoing {
 
 fn next_of_feed(feed: &mut Feed, who: &Principal) -> Option<Message> {
     Some(match feed.next(who)? {
-        Out::Event { frame, .. } | Out::Notice(frame) => Message::Text(frame),
+        Out::Event(OutEvent { frame, .. }) | Out::Notice(frame) => Message::Text(frame),
         Out::Ended { thread, error } => Message::Text(ended_frame(&thread, &error).into()),
     })
 }

@@ -17,7 +17,7 @@ pub struct Emitter<'a> {
     pub lines: &'a mut Vec<String>,
     /// The time of Weft's event, in milliseconds.
     pub at: Option<u64>,
-    pub thread: Lookup<'a>,
+    pub thread: &'a dyn Lookup,
 }
 
 impl Emitter<'_> {
@@ -51,7 +51,7 @@ impl Emitter<'_> {
         if std::mem::replace(&mut call.sent, true) {
             return;
         }
-        let event = (self.thread)(call.seq);
+        let event = self.thread.event(call.seq);
         if let Some(frame) = event.as_ref().and_then(|event| StoredFrame::parse(&event.frame)) {
             self.call(run, &frame);
         }
@@ -112,7 +112,7 @@ pub fn object(data: &RawValue) -> Option<&RawValue> {
 }
 
 /// An id of something that has a name within its run: AG-UI's ids are those of all runs.
-pub fn id(run: &str, names: &[&str]) -> String {
+fn id(run: &str, names: &[&str]) -> String {
     const SEPARATORS: &AsciiSet = &CONTROLS.add(b'/').add(b'%');
     let mut id = utf8_percent_encode(run, SEPARATORS).to_string();
     for name in names {
@@ -120,4 +120,17 @@ pub fn id(run: &str, names: &[&str]) -> String {
         id.extend(utf8_percent_encode(name, SEPARATORS));
     }
     id
+}
+
+/// The id of a message that is written in deltas. Each time that it is begun anew it has another one.
+pub fn text_id(run: &str, message: &str, restarts: u32) -> String {
+    match restarts {
+        0 => id(run, &[message]),
+        _ => id(run, &[message, &restarts.to_string()]),
+    }
+}
+
+/// The id that such a message had before it was last begun anew.
+pub fn text_id_before(run: &str, message: &str, restarts: u32) -> Option<String> {
+    Some(text_id(run, message, restarts.checked_sub(1)?))
 }

@@ -4,7 +4,8 @@
 //! `agent_started` or `agent_resumed` to `agent_waiting` or the run's end. Of the runs that are active on the thread, the one
 //! whose period began first is emitted; when the period is over, the next one. For runs that are not emitted, open state is
 //! recorded: calls and thinking, but not the texts of messages that are being written. Those are asked for when they are
-//! needed ([`Next::Rejoin`]). So what is emitted at any seq follows from the thread alone, wherever a reader begins.
+//! needed ([`Next::Rejoin`]). A message that is begun anew goes on as another message, which replaces the one before: AG-UI
+//! cannot take back text. So what is emitted at any seq follows from the thread alone, wherever a reader begins.
 //!
 //! Kept are the names of open runs, how far the messages that were emitted have come, and which events are to be emitted once
 //! a run is: calls that execute, and messages from between two runs. All of it is bounded, and nothing of it is text: that is
@@ -28,8 +29,8 @@ use crate::protocol::kinds::{
     AGENT_CANCELLED, AGENT_COMPLETED, AGENT_FAILED, AGENT_MESSAGE, AGENT_RESUMED, AGENT_STARTED, AGENT_THINKING,
     AGENT_WAITING, DeltaData, SYSTEM_MESSAGE, TOOL_COMPLETED, TOOL_EXECUTING, USER_MESSAGE,
 };
-use emitter::{Emitter, id, object};
-use run::{Change, KeptMessage, KeptMessages, OpenCall, OpenRun, PartialMessage, TextMessage};
+use emitter::{Emitter, object, text_id, text_id_before};
+use run::{Change, KeptMessage, KeptMessages, OpenCall, OpenRun, PartialMessage, TextMessage, replacing};
 
 /// Open runs that are recorded; those beyond are left out.
 const RUNS: usize = 1_024;
@@ -60,8 +61,24 @@ pub struct ThreadEvent {
     pub privileged: bool,
 }
 
-/// Looks up an event of the thread by its seq.
-pub type Lookup<'a> = &'a dyn Fn(u64) -> Option<ThreadEvent>;
+/// What is looked up in the thread.
+pub trait Lookup {
+    /// An event by its seq.
+    fn event(&self, seq: u64) -> Option<ThreadEvent>;
+    /// How often a message was begun anew that is closed by now.
+    fn restarts(&self, run: &str, message: &str) -> u32;
+}
+
+/// Of a thread that is not known.
+impl Lookup for () {
+    fn event(&self, _seq: u64) -> Option<ThreadEvent> {
+        None
+    }
+
+    fn restarts(&self, _run: &str, _message: &str) -> u32 {
+        0
+    }
+}
 
 /// What AG-UI's client has of a thread.
 pub struct Mapper {
@@ -97,13 +114,13 @@ impl Mapper {
         }
     }
 
-    /// The AG-UI events of an event frame, each as JSON.
-    pub fn event(&mut self, frame: &str, thread: Lookup<'_>, lines: &mut Vec<String>) -> Next {
+    /// The AG-UI events of an event frame, each as JSON. `restarts` is how often a delta's message was begun anew before it.
+    pub fn event(&mut self, frame: &str, restarts: u32, thread: &dyn Lookup, lines: &mut Vec<String>) -> Next {
         let Some(it) = StoredFrame::parse(frame) else { return Next::Continue };
-        let privileged = |seq| thread(seq).is_some_and(|event| event.privileged);
+        let privileged = |seq| thread.event(seq).is_some_and(|event| event.privileged);
         let out = &mut Emitter { lines, at: clock::parse_rfc3339(&it.at), thread };
         let Some(seq) = it.seq else {
-            self.on_delta(&it, out);
+            self.on_delta(&it, restarts, out);
             return Next::Continue;
         };
         if let Some(to) = self.silent_to {
@@ -136,7 +153,7 @@ impl Mapper {
             return None;
         }
         let mut lines = Vec::new();
-        let mut out = Emitter { lines: &mut lines, at: None, thread: &|_| None };
+        let mut out = Emitter { lines: &mut lines, at: None, thread: &() };
         out.emit(&AguiEvent::RunError { message: &error.message, code: error.code.as_str() });
         lines.pop()
     }
@@ -227,7 +244,7 @@ impl Mapper {
             metadata: metadata.and_then(object),
         });
         for kept in self.kept.take() {
-            if let Some(message) = (out.thread)(kept.seq).and_then(|event| kept.message(&event.frame)) {
+            if let Some(message) = out.thread.event(kept.seq).and_then(|event| kept.message(&event.frame)) {
                 out.message(&message);
             }
         }
@@ -291,7 +308,7 @@ impl Mapper {
         let Some(run) = self.runs.get_mut(name) else { return };
         for (message, writing) in &mut run.writing {
             if std::mem::take(&mut writing.open) {
-                out.emit(&AguiEvent::TextMessageEnd { message_id: &id(name, &[message]) });
+                out.emit(&AguiEvent::TextMessageEnd { message_id: &text_id(name, message, writing.restarts) });
             }
         }
     }
@@ -380,16 +397,22 @@ impl Mapper {
         mut kept: KeptMessage,
         out: &mut Emitter<'_>,
     ) {
-        let id = id(run, &[name]);
+        let restarts = out.thread.restarts(run, name);
         let writing = self.runs.get_mut(run).and_then(|run| run.writing.remove(name));
-        let (sent, open) = writing.map_or((0, false), |writing| (writing.sent, writing.open));
+        let (emitted, sent, open) =
+            writing.map_or((restarts, 0, false), |writing| (writing.restarts, writing.sent, writing.open));
+        let id = text_id(run, name, emitted);
 
-        // A final text that differs from the deltas is a message of its own, which replaces the other.
-        let replaces = revised && sent > 0;
+        // A final text that differs from the deltas is a message of its own, which replaces the other. So it is where the
+        // message was begun anew and nothing of that was emitted.
+        let replaces = (revised && sent > 0) || emitted < restarts;
         if replaces && open {
             out.emit(&AguiEvent::TextMessageEnd { message_id: &id });
         }
-        kept.change = if replaces { Change::Replaces(id) } else { Change::Rest { id, skip: sent } };
+        kept.change = match replaces {
+            true => Change::Replaces(id),
+            false => Change::Rest { id, skip: sent, replaces: text_id_before(run, name, restarts) },
+        };
         message.apply(&kept.change);
         if replaces {
             return self.emit_or_keep(message, kept, out);
@@ -411,28 +434,38 @@ impl Mapper {
     }
 
     /// `agent_token`.
-    fn on_delta(&mut self, it: &StoredFrame<'_>, out: &mut Emitter<'_>) {
+    fn on_delta(&mut self, it: &StoredFrame<'_>, restarts: u32, out: &mut Emitter<'_>) {
         let Some(name) = it.run.as_deref().filter(|run| self.current.as_deref() == Some(run)) else { return };
         let Ok(delta) = serde_json::from_str::<DeltaData>(it.data.get()) else { return };
         let all: usize = self.runs.values().map(|run| run.writing.len()).sum();
         let Some(run) = self.runs.get_mut(name) else { return };
 
         let writing = run.writing.get(&*delta.message);
-        let (sent, open) = writing.map_or((0, false), |writing| (writing.sent, writing.open));
+        let same_text = writing.filter(|writing| writing.restarts == restarts);
+        let (sent, open) = same_text.map_or((0, false), |writing| (writing.sent, writing.open));
+        let is_old = writing.is_some_and(|writing| writing.restarts > restarts);
         let is_full = writing.is_none() && (run.writing.len() >= WRITING || all >= ALL_WRITING);
-        let is_known = writing.is_some() && delta.to_char() <= sent;
+        let is_known = same_text.is_some() && delta.to_char() <= sent;
         // A message of which a delta is missing is emitted when it is closed.
         let is_missing_text = delta.from_char > sent;
-        if is_full || is_known || is_missing_text {
+        if is_old || is_full || is_known || is_missing_text {
             return;
         }
 
-        let writing = PartialMessage { from: it.from.to_string(), sent: delta.to_char().max(sent), open: true };
-        run.writing.insert(delta.message.to_string(), writing);
+        let sent_now = delta.to_char().max(sent);
+        let writing = PartialMessage { from: it.from.to_string(), restarts, sent: sent_now, open: true };
+        let before = run.writing.insert(delta.message.to_string(), writing).filter(|it| it.restarts < restarts);
         self.end_thinking(name, out);
-        let message_id = &id(name, &[&delta.message]);
+        let text_before = before.as_ref().map(|before| text_id(name, &delta.message, before.restarts));
+        if let Some(message_id) = text_before.as_deref().filter(|_| before.is_some_and(|it| it.open)) {
+            out.emit(&AguiEvent::TextMessageEnd { message_id });
+        }
+        let message_id = &text_id(name, &delta.message, restarts);
         if !open {
-            out.emit(&AguiEvent::TextMessageStart { message_id, role: "assistant", name: &it.from, metadata: None });
+            let replaced = text_before.or_else(|| text_id_before(name, &delta.message, restarts));
+            let metadata = replaced.as_deref().map(replacing);
+            let metadata = metadata.as_deref();
+            out.emit(&AguiEvent::TextMessageStart { message_id, role: "assistant", name: &it.from, metadata });
         }
         let new: String = delta.text.chars().skip((sent - delta.from_char) as usize).collect();
         if !new.is_empty() {

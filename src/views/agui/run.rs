@@ -6,7 +6,7 @@ use serde_json::value::RawValue;
 
 use crate::clock;
 use crate::protocol::event::{Fields, StoredFrame};
-use crate::protocol::json::{encode_raw, raw_object};
+use crate::protocol::json::{encode_raw, raw_object, with_field};
 use crate::protocol::kinds::text_of;
 
 /// Calls of a run that can be emitted later, and the bytes of their arguments; those beyond are not.
@@ -81,6 +81,8 @@ fn digest(name: &str) -> [u8; 16] {
 /// A message that is written in deltas.
 pub struct PartialMessage {
     pub from: String,
+    /// How often the message was begun anew before the text that was emitted.
+    pub restarts: u32,
     /// Characters that were emitted.
     pub sent: u64,
     /// Begun and not ended.
@@ -117,10 +119,12 @@ impl TextMessage {
 /// What differs between an event and the message that it is emitted as.
 pub enum Change {
     None,
-    /// It ends a message that was written in deltas, of which so many characters were emitted.
+    /// It ends a message that was written in deltas, of which so many characters were emitted. Was it begun anew, it replaces
+    /// the message with the text before.
     Rest {
         id: String,
         skip: u64,
+        replaces: Option<String>,
     },
     /// It replaces that message.
     Replaces(String),
@@ -130,13 +134,24 @@ impl TextMessage {
     pub fn apply(&mut self, change: &Change) {
         match change {
             Change::None => {}
-            Change::Rest { id, skip } => {
+            Change::Rest { id, skip, replaces } => {
                 self.id.clone_from(id);
+                if let Some(replaces) = replaces {
+                    self.metadata = Some(match &self.metadata {
+                        Some(metadata) => with_field(metadata, "replaces", replaces),
+                        None => replacing(replaces),
+                    });
+                }
                 self.text = self.text.chars().skip(*skip as usize).collect();
             }
-            Change::Replaces(id) => self.metadata = Some(encode_raw(&BTreeMap::from([("replaces", id)]))),
+            Change::Replaces(id) => self.metadata = Some(replacing(id)),
         }
     }
+}
+
+/// `metadata` of a message that replaces another.
+pub fn replacing(id: &str) -> Box<RawValue> {
+    encode_raw(&BTreeMap::from([("replaces", id)]))
 }
 
 /// A message that is emitted with the next run: the event that it is.

@@ -83,12 +83,28 @@ fn frame(seq: Option<u64>, kind: &str, run: Option<&str>, data: Value) -> String
 struct Thread {
     frames: Vec<(Option<u64>, String)>,
     head: u64,
+    /// Of each frame, how often its message had been begun anew.
+    restarts: Vec<u32>,
+    /// Of each message, by its run and its name, how often it was.
+    restarted: BTreeMap<(String, String), u32>,
+}
+
+impl Lookup for Thread {
+    fn event(&self, seq: u64) -> Option<ThreadEvent> {
+        let (_, frame) = self.frames.iter().find(|(it, _)| *it == Some(seq))?;
+        Some(ThreadEvent { frame: frame.clone(), privileged: true })
+    }
+
+    fn restarts(&self, run: &str, message: &str) -> u32 {
+        self.restarted.get(&(run.to_owned(), message.to_owned())).copied().unwrap_or(0)
+    }
 }
 
 impl Thread {
     fn add(&mut self, kind: &str, run: Option<&str>, data: Value) {
         self.head += 1;
         self.frames.push((Some(self.head), frame(Some(self.head), kind, run, data)));
+        self.restarts.push(0);
     }
 
     fn of(&mut self, kind: &str, data: Value) {
@@ -98,6 +114,14 @@ impl Thread {
     fn delta(&mut self, run: &str, message: &str, from_char: usize, text: &str) {
         let data = json!({"message": message, "from_char": from_char, "text": text});
         self.frames.push((None, frame(None, AGENT_TOKEN, Some(run), data)));
+        self.restarts.push(self.restarts(run, message));
+    }
+
+    fn restart(&mut self, run: &str, message: &str, text: &str) {
+        *self.restarted.entry((run.to_owned(), message.to_owned())).or_default() += 1;
+        let data = json!({"message": message, "from_char": 0, "text": text, "restart": true});
+        self.frames.push((None, frame(None, AGENT_TOKEN, Some(run), data)));
+        self.restarts.push(self.restarts(run, message));
     }
 
     /// What a reader gets that wants the events after `after` and reads them from after `cursor` on. Who joins, and who
@@ -107,22 +131,18 @@ impl Thread {
         let mut mapper = Mapper::new("t", only.map(str::to_owned), silent_to, resumes);
         let (mut verifier, mut events) = (Verifier::default(), Vec::new());
         let mut lines = Vec::new();
-        let lookup = |seq| {
-            let found = self.frames.iter().find(|(it, _)| *it == Some(seq));
-            found.map(|(_, frame)| ThreadEvent { frame: frame.clone(), privileged: true })
-        };
         let live = self.index_after(after);
         for (_, frame) in self.frames[self.index_after(cursor)..live].iter().filter(|(seq, _)| seq.is_some()) {
-            assert_eq!(mapper.event(frame, &lookup, &mut lines), Next::Continue);
+            assert_eq!(mapper.event(frame, 0, self, &mut lines), Next::Continue);
         }
         let join = |frames, mapper: &mut Mapper, lines: &mut Vec<String>| {
-            for delta in self.texts(frames) {
-                assert_eq!(mapper.event(&delta, &lookup, lines), Next::Continue);
+            for (restarts, delta) in self.texts(frames) {
+                assert_eq!(mapper.event(&delta, restarts, self, lines), Next::Continue);
             }
         };
         join(live, &mut mapper, &mut lines);
         for i in live..self.frames.len() {
-            match mapper.event(&self.frames[i].1, &lookup, &mut lines) {
+            match mapper.event(&self.frames[i].1, self.restarts[i], self, &mut lines) {
                 Next::Continue | Next::Waiting { .. } => {}
                 Next::Ended => break,
                 Next::Rejoin => join(i + 1, &mut mapper, &mut lines),
@@ -137,20 +157,25 @@ impl Thread {
     }
 
     /// The messages that are being written after so many frames, each as one delta.
-    fn texts(&self, frames: usize) -> Vec<String> {
-        let mut open: BTreeMap<(String, String), String> = BTreeMap::new();
-        for (seq, frame) in &self.frames[..frames] {
+    fn texts(&self, frames: usize) -> Vec<(u32, String)> {
+        let mut open: BTreeMap<(String, String), (u32, String)> = BTreeMap::new();
+        for ((seq, frame), restarts) in self.frames[..frames].iter().zip(&self.restarts) {
             let frame: Value = serde_json::from_str(frame).expect("JSON");
             let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
             let key = (text(&frame["run"]), text(&frame["data"]["message"]));
             if seq.is_none() {
-                open.entry(key).or_default().push_str(&text(&frame["data"]["text"]));
+                let (of, so_far) = open.entry(key).or_default();
+                if of != restarts {
+                    (*of, *so_far) = (*restarts, String::new());
+                }
+                so_far.push_str(&text(&frame["data"]["text"]));
             } else if frame["kind"] == AGENT_MESSAGE {
                 open.remove(&key);
             }
         }
-        let delta = |((run, message), text): (&(String, String), &String)| {
-            frame(None, AGENT_TOKEN, Some(run), json!({"message": message, "from_char": 0, "text": text}))
+        let delta = |((run, message), (restarts, text)): (&(String, String), &(u32, String))| {
+            let data = json!({"message": message, "from_char": 0, "text": text});
+            (*restarts, frame(None, AGENT_TOKEN, Some(run), data))
         };
         open.iter().map(delta).collect()
     }
@@ -317,6 +342,61 @@ fn an_agents_own_last_word_is_a_message_that_replaces_the_other() {
 }
 
 #[test]
+fn a_message_that_is_begun_anew_goes_on_as_another_that_replaces_it() {
+    let mut t = Thread::default();
+    t.of("agent_started", json!({"agent": "scout"}));
+    t.delta("r", "m", 0, "The cat");
+    t.restart("r", "m", "The");
+    t.delta("r", "m", 3, " dog");
+    t.of("x.note", json!({}));
+    t.restart("r", "m", "");
+    t.delta("r", "m", 0, "A cow");
+    t.of("agent_message", json!({"message": "m", "content": "A cow"}));
+    let events = t.read(None, 0, 0, false);
+    let got = [
+        "RUN_STARTED r",
+        "TEXT_MESSAGE_START r/m scout",
+        "TEXT_MESSAGE_CONTENT r/m The cat",
+        "TEXT_MESSAGE_END r/m",
+        "TEXT_MESSAGE_START r/m/1 scout",
+        "TEXT_MESSAGE_CONTENT r/m/1 The",
+        "TEXT_MESSAGE_CONTENT r/m/1  dog",
+        "CUSTOM x.note",
+        "TEXT_MESSAGE_END r/m/1",
+        "TEXT_MESSAGE_START r/m/2 scout",
+        "TEXT_MESSAGE_CONTENT r/m/2 A cow",
+        "TEXT_MESSAGE_END r/m/2",
+    ];
+    assert_eq!(short(&events), got);
+    let replaced: Vec<_> = [1, 4, 9].map(|i| events[i]["metadata"]["replaces"].as_str()).into();
+    assert_eq!(replaced, [None, Some("r/m"), Some("r/m/1")]);
+
+    // Who comes in the middle gets it under the id that it has by then, and so does who comes after its end.
+    let middle = t.read(None, 0, 2, true);
+    let ids: Vec<_> = ["RUN_STARTED r", "TEXT_MESSAGE_START r/m/1 scout", "TEXT_MESSAGE_CONTENT r/m/1 The dog"].into();
+    assert_eq!(short(&middle)[..3], ids);
+    assert_eq!(middle[1]["metadata"], json!({"replaces": "r/m"}));
+    let mut mapper = Mapper::new("t", None, None, false);
+    let mut lines = Vec::new();
+    // What was written in between was not seen: the event that closes it has the text, under an id of its own.
+    for i in [0, 1, 7] {
+        assert_eq!(mapper.event(&t.frames[i].1, t.restarts[i], &t, &mut lines), Next::Continue);
+    }
+    let lines: Vec<Value> = lines.iter().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let end = ["TEXT_MESSAGE_END r/m", "TEXT_MESSAGE_START e3 scout", "TEXT_MESSAGE_CONTENT e3 A cow"];
+    assert_eq!(short(&lines)[3..6], end);
+    assert_eq!(lines[4]["metadata"], json!({"replaces": "r/m"}));
+    let mut lines = Vec::new();
+    let mut mapper = Mapper::new("t", None, None, false);
+    for i in [0, 7] {
+        assert_eq!(mapper.event(&t.frames[i].1, t.restarts[i], &t, &mut lines), Next::Continue);
+    }
+    let lines: Vec<Value> = lines.iter().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(short(&lines)[1..3], ["TEXT_MESSAGE_START r/m/2 scout", "TEXT_MESSAGE_CONTENT r/m/2 A cow"]);
+    assert_eq!(lines[1]["metadata"], json!({"replaces": "r/m/1"}));
+}
+
+#[test]
 fn of_runs_that_interleave_the_oldest_is_emitted_and_the_next_where_it_ends() {
     let mut t = Thread::default();
     t.add("agent_started", Some("a"), json!({"agent": "x"}));
@@ -407,6 +487,11 @@ fn thread(acts: &[(usize, usize, usize)]) -> Thread {
             AGENT_TOKEN => {
                 let chars = messages[run].entry(n).or_insert(Some(0));
                 let Some(chars) = chars else { continue };
+                if n == 3 && *chars > 0 {
+                    t.restart(name, "m3", "ü");
+                    *chars = 1;
+                    continue;
+                }
                 t.delta(name, &format!("m{n}"), *chars, &"ü".repeat(n));
                 *chars += n;
             }
@@ -464,7 +549,7 @@ proptest! {
             let frame: Value = serde_json::from_str(frame).expect("JSON");
             let (run, data) = (frame["run"].as_str().unwrap_or_default(), &frame["data"]);
             let (named, called) = (data["message"].as_str(), data["call"].as_str());
-            if let Some(got) = named.and_then(|named| folded.get(&format!("{run}/{named}"))) && frame["kind"] == AGENT_MESSAGE {
+            if let Some(got) = named.and_then(|named| folded.get(&text_id(run, named, t.restarts(run, named)))) && frame["kind"] == AGENT_MESSAGE {
                 prop_assert!(data["content"].as_str().is_some_and(|whole| whole.starts_with(got)), "{got} of {data}");
             }
             if let Some(got) = called.and_then(|call| folded.get(&format!("{run}/calls/{call}"))) && frame["kind"] == "tool_executing" {

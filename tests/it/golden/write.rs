@@ -189,6 +189,17 @@ async fn deltas(server: &Server) {
     writer.step("agent_message", json!({"message": "unknown"})).await;
     writer.step("agent_message", json!({"message": "unknown", "content": "a message of its own"})).await;
     writer.step("agent_token", delta("p", 0, "left open")).await;
+    for (message, from, text, restart) in [
+        ("q", 0, "a text of before", false),
+        ("q", 0, "new", true),
+        ("q", 9, "a hole by now", false),
+        ("q", 3, "er", false),
+        ("n", 0, "closed before", true),
+    ] {
+        let mut data = delta(message, from, text);
+        data["restart"] = json!(restart);
+        writer.step("agent_token", data).await;
+    }
     writer.step("agent_completed", json!({})).await;
     writer.step("agent_token", delta("o", 2, " no")).await;
     writer.step("agent_token", delta("o", 0, "oh")).await;

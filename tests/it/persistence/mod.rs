@@ -88,6 +88,8 @@ on_both_logs!(rebuilt_projections_equal_the_live_ones_row_by_row, |log| async mo
             step("agent_token", json!({"message": "m", "from_char": 2 * n, "text": "ab"})).await;
             step("agent_token", json!({"message": "n", "from_char": n, "text": "c"})).await;
         }
+        step("agent_token", json!({"message": "n", "from_char": 0, "text": "an", "restart": true})).await;
+        step("agent_token", json!({"message": "n", "from_char": 2, "text": "ew"})).await;
         step("agent_message", json!({"message": "m"})).await;
         if run == "ended" {
             step("agent_completed", json!({})).await;

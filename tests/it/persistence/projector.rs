@@ -340,6 +340,66 @@ fn a_message_of_many_deltas_leaves_no_text_behind_and_no_other_message_loses_any
 }
 
 #[test]
+fn what_a_message_begun_anew_drops_is_gone_and_leaves_room() {
+    const MB: usize = 1 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let log = EmbeddedLog::open(&folder.path().join("log"), 4).unwrap();
+    let of = |kind: &str, data: &Value| run_record(1_800_000_000_000, "t", "r", kind, data);
+    let delta = |message: &str, from: usize, text: &str| {
+        of("agent_token", &json!({"message": message, "from_char": from, "text": text}))
+    };
+    let restart = |message: &str, text: &str| {
+        of("agent_token", &json!({"message": message, "from_char": 0, "text": text, "restart": true}))
+    };
+    let (whole, half) = ("x".repeat(MB), "x".repeat(MB / 2));
+    let mut records = vec![of("agent_started", &json!({"agent": "scout"}))];
+    // Eight messages of a thread have all the room that there is.
+    records.extend((0..8).map(|n| delta(&format!("m{n}"), 0, &whole)));
+    let at = records.len();
+    let expected = [
+        (delta("m0", MB, "!"), Some("data.text")),
+        (delta("m8", 0, "!"), Some("data.text")),
+        // A text that is begun anew may be as long as one that is not, and no longer.
+        (restart("m0", &format!("{whole}!")), Some("data.text")),
+        (restart("m0", &whole), None),
+        (restart("m0", &half), None),
+        (delta("m8", 0, &half), None),
+        (delta("m8", MB / 2, "!"), Some("data.text")),
+        (restart("m0", ""), None),
+        (delta("m0", 0, "new"), None),
+        (delta("m0", 4, "of the text before"), Some("data.from_char")),
+        (of("agent_message", &json!({"message": "m0"})), None),
+        (restart("m0", "ne"), None),
+        (restart("m0", "newer"), Some("data.message")),
+        // By its log, a restart has no other place than the first character.
+        (
+            of("agent_token", &json!({"message": "m1", "from_char": 1, "text": "x", "restart": true})),
+            Some("data.from_char"),
+        ),
+        // To the first version of the rules the field is unknown.
+        (Record { rules: 1, ..restart("m1", "x") }, Some("data.restart")),
+    ];
+    let fields: Vec<_> = expected.iter().map(|(_, field)| field.map(str::to_owned)).collect();
+    records.extend(expected.into_iter().map(|(record, _)| record));
+    append(&log, records);
+
+    let all = entries(&log);
+    let (store, verdicts) = project(&log, &all, &folder.path().join("one-by-one"), &[(1, false)]);
+    let got: Vec<_> = verdicts[at..].iter().map(|it| it.as_ref().err().and_then(|it| it.field.clone())).collect();
+    assert_eq!(got.iter().map(|it| it.as_deref().map(str::to_owned)).collect::<Vec<_>>(), fields);
+    assert!(verdicts[at + 11].as_ref().unwrap().duplicate, "what a closed message has already is a duplicate");
+    let closed = store.event(TENANT, "t", 2).unwrap().unwrap();
+    assert!(closed.frame.contains(r#""content":"new""#), "{}", closed.frame);
+    let thread = store.thread(TENANT, "t").unwrap().unwrap();
+    assert_eq!((thread.writing, thread.writing_bytes), (8, (7 * MB + MB / 2) as u64));
+    assert_eq!(rows_of(&store, MESSAGE_TEXTS), 8, "one for each message that is not closed");
+    for (n, splits) in [&[(2_000, false)][..], &[(9, true), (4, false), (3, true)]].iter().enumerate() {
+        let (other, _) = project(&log, &all, &folder.path().join(format!("store-{n}")), splits);
+        weft::projector::rebuild::compare(&store, &other).unwrap();
+    }
+}
+
+#[test]
 fn messages_in_deltas_come_out_the_same_whatever_is_projected_together() {
     let folder = tempfile::tempdir().unwrap();
     let log = EmbeddedLog::open(&folder.path().join("log"), 4).unwrap();
@@ -352,6 +412,7 @@ fn messages_in_deltas_come_out_the_same_whatever_is_projected_together() {
             0 => ("agent_started", json!({"agent": "scout"})),
             1 => ("agent_message", json!({"message": message})),
             2 if random.is_multiple_of(5) => ("agent_failed", json!({"code": "broken", "message": "it broke"})),
+            3 => ("agent_token", json!({"message": message, "from_char": 0, "text": "ünew", "restart": true})),
             _ => ("agent_token", json!({"message": message, "from_char": random / 128 % 12, "text": "abcdéf"})),
         };
         run_record(1_800_000_000_000 + n, thread, &run, kind, &data)

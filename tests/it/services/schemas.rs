@@ -171,6 +171,7 @@ async fn everything_in_it(server: &Server) -> String {
         ("tool_executing", json!({"tool": "map", "call": "c", "arguments": {}})),
         ("tool_completed", json!({"call": "c", "error": "none"})),
         ("agent_token", json!({"message": "m", "from_char": 0, "text": "So"})),
+        ("agent_token", json!({"message": "m", "from_char": 0, "text": "No", "restart": true})),
         ("agent_waiting", json!({"reason": "approval", "prompt": "Pay?"})),
     ] {
         accepted(&act(kind, data).await);

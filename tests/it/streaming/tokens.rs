@@ -12,17 +12,17 @@ use crate::on_both_logs;
 use crate::support::sse::EventStream;
 use crate::support::{LogKind, Server, Socket, accepted, eventually, has, publish, refused, refused_with, seqs, token};
 
-fn delta(thread: &str, run: &str, message: &str, from_char: usize, text: &str) -> Value {
+pub fn delta(thread: &str, run: &str, message: &str, from_char: usize, text: &str) -> Value {
     step(thread, run, "agent_token", json!({"message": message, "from_char": from_char, "text": text}))
 }
 
-async fn start(agent: &mut Socket, thread: &str, run: &str) {
+pub async fn start(agent: &mut Socket, thread: &str, run: &str) {
     let answer = agent.ask(step(thread, run, "agent_started", json!({"agent": "scout"}))).await;
     accepted(&answer);
 }
 
 /// Publishes in one frame; gives the answers in the order of the commands.
-async fn play(agent: &mut Socket, commands: &[Value]) -> Vec<Value> {
+pub async fn play(agent: &mut Socket, commands: &[Value]) -> Vec<Value> {
     let numbered: Vec<Value> = (0..)
         .zip(commands)
         .map(|(n, command)| {
@@ -46,27 +46,33 @@ async fn play(agent: &mut Socket, commands: &[Value]) -> Vec<Value> {
     answers
 }
 
-/// What a reader makes of deltas: each goes on where the text ends, or nothing was lost to it before.
+/// What a reader makes of deltas: each goes on where the text ends, or begins it anew.
 #[derive(Default)]
-struct Fold {
-    texts: BTreeMap<String, String>,
+pub struct Fold {
+    pub texts: BTreeMap<String, String>,
     /// How many deltas came.
     deltas: usize,
+    /// How many of them began their message anew.
+    pub restarts: usize,
 }
 
 impl Fold {
-    fn take(&mut self, event: &Value) {
+    pub fn take(&mut self, event: &Value) {
         assert_eq!(event["kind"], "agent_token", "{event}");
         assert!(event.get("seq").is_none(), "a delta has no seq: {event}");
         let data = &event["data"];
         let text = self.texts.entry(data["message"].as_str().unwrap().to_owned()).or_default();
+        if data["restart"] == true {
+            text.clear();
+            self.restarts += 1;
+        }
         assert_eq!(data["from_char"], text.chars().count(), "no gap and no overlap: {event}");
         text.push_str(data["text"].as_str().unwrap());
         self.deltas += 1;
     }
 
     /// Reads up to the event that closes the message, or anything else with a seq, and gives that.
-    async fn read(&mut self, reader: &mut Socket) -> Value {
+    pub async fn read(&mut self, reader: &mut Socket) -> Value {
         loop {
             let event = reader.recv_type("event").await;
             if event["seq"].is_u64() {
@@ -77,7 +83,7 @@ impl Fold {
     }
 
     /// Reads until it has the text.
-    async fn read_up_to(&mut self, reader: &mut Socket, message: &str, text: &str) {
+    pub async fn read_up_to(&mut self, reader: &mut Socket, message: &str, text: &str) {
         while self.texts.get(message).is_none_or(|so_far| so_far != text) {
             self.take(&reader.recv_type("event").await);
         }
@@ -351,7 +357,7 @@ on_both_logs!(what_is_wrong_with_a_delta_is_named, |log| async move {
 });
 
 /// An agent whose run `r` has begun on `t`, and a reader who has seen that and wants no more.
-async fn reader_without_credit(log: LogKind) -> (Server, Socket, Socket) {
+pub async fn reader_without_credit(log: LogKind) -> (Server, Socket, Socket) {
     let server = Server::start_unlimited(log);
     let mut agent = server.connect_as("scout", AGENT).await;
     start(&mut agent, "t", "r").await;
@@ -547,12 +553,12 @@ on_both_logs!(who_subscribes_while_messages_are_closed_gets_no_delta_behind_the_
     assert!(joined > 1, "{joined}");
 });
 
-/// How a message is written: deltas that go back a little, or leave a hole.
+/// How a message is written: deltas that go back a little, leave a hole, or begin the message anew.
 #[derive(Debug, Clone)]
 struct Script {
     text: String,
-    /// For each delta: characters that it repeats (or, negative, leaves out), and its length.
-    deltas: Vec<(i64, usize)>,
+    /// For each delta: characters that it repeats (or, negative, leaves out), its length, and whether it begins anew.
+    deltas: Vec<(i64, usize, bool)>,
     /// Deltas sent together.
     together: usize,
     /// Closed by its own event, or by the end of the run.
@@ -564,7 +570,8 @@ fn scripts() -> impl Strategy<Value = Script> {
         prop_oneof![4 => prop::char::range('a', 'z'), 1 => prop::sample::select(vec!['é', '🌍', '"', '\\', '\n', '\u{301}'])],
         0..120,
     );
-    let deltas = prop::collection::vec((prop_oneof![3 => Just(0), 2 => 0..10i64, 1 => -3..0i64], 0..20usize), 1..30);
+    let back = prop_oneof![3 => Just(0), 2 => 0..10i64, 1 => -3..0i64];
+    let deltas = prop::collection::vec((back, 0..20usize, prop::bool::weighted(0.15)), 1..30);
     (text, deltas, 1..8usize, any::<bool>()).prop_map(|(text, deltas, together, closes)| Script {
         text: text.into_iter().collect(),
         deltas,
@@ -574,18 +581,29 @@ fn scripts() -> impl Strategy<Value = Script> {
 }
 
 async fn every_reader_folds_the_text(server: &Server, thread: &str, script: &Script) {
-    let chars: Vec<char> = script.text.chars().collect();
+    let mut chars: Vec<char> = script.text.chars().collect();
     let mut agent = server.connect_as("scout", AGENT).await;
     start(&mut agent, thread, "r").await;
     let mut live = server.connect("scout").await;
     live.subscribe(thread, None).await;
     live.recv_type("caught_up").await;
     let (mut written, mut commands, mut expected) = (0, Vec::new(), Vec::new());
-    for (back, length) in &script.deltas {
-        let from = (written as i64 - back).clamp(0, chars.len() as i64) as usize;
+    for (back, length, restart) in &script.deltas {
+        if *restart {
+            // Another text from here on, whose characters stand elsewhere.
+            written = 0;
+            chars.iter_mut().for_each(|c| *c = if c.is_ascii_lowercase() { c.to_ascii_uppercase() } else { 'z' });
+            let by = chars.len() / 3;
+            chars.rotate_left(by);
+        }
+        let from = if *restart { 0 } else { (written as i64 - back).clamp(0, chars.len() as i64) as usize };
         let to = (from + length).min(chars.len());
         let text: String = chars[from..to].iter().collect();
-        commands.push(delta(thread, "r", "m", from, &text));
+        let mut command = delta(thread, "r", "m", from, &text);
+        if *restart {
+            command["data"]["restart"] = json!(true);
+        }
+        commands.push(command);
         expected.push(from <= written);
         if from <= written {
             written = written.max(to);
