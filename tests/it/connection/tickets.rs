@@ -314,3 +314,36 @@ async fn a_use_counts_against_its_user_s_rate_and_one_that_is_refused_for_that_l
     assert!(refused > 0 || begin.elapsed() > Duration::from_secs(1), "it was empty before");
     assert_eq!(status(&server, &ticket).await, 401);
 }
+
+on_both_logs!(what_only_looks_like_a_ticket_s_record_is_a_dead_letter_and_reading_goes_on, |log| async move {
+    let mut server = Server::stopped(log.clone());
+    server.up();
+    server.stop().await;
+    let now = clock::now_ms();
+    let issued = || issued(now);
+    let (earlier_rules, other_key) = (issued(), issued());
+    let (good, good_record) = issued();
+    let ben = weft::protocol::tickets::log_key(&owner(TENANT, "ben"));
+    let records = vec![
+        Record { rules: 1, ..earlier_rules.1 },
+        Record { key: ben, ..other_key.1 },
+        Record { kind: "user_message".into(), ..issued().1 },
+        good_record,
+    ];
+    let writer = open(&log, server.data());
+    append_to(&*writer, records);
+    writer.close();
+    drop(writer);
+
+    server.up();
+    server.ready().await;
+    let (_, letters) = server.admin("GET", "/v1/dead-letters?reason=unreadable").await;
+    let errors: Vec<&str> = letters["items"].as_array().unwrap().iter().filter_map(|it| it["error"].as_str()).collect();
+    assert_eq!(errors.len(), 3, "{letters}");
+    for said in ["unknown field", "its user's tickets", "its kind is not"] {
+        assert!(errors.iter().any(|error| error.contains(said)), "{said}: {errors:?}");
+    }
+    for (ticket, wanted) in [(&earlier_rules.0, 401), (&other_key.0, 401), (&good, 101)] {
+        assert_eq!(status(&server, &ticket.text()).await, wanted);
+    }
+});
