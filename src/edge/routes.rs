@@ -95,7 +95,7 @@ const NO_ROUTE: &str = "none";
 const PREFLIGHT: &str = "preflight";
 
 #[rustfmt::skip]
-pub const ROUTES: &[Route] = &[
+pub static ROUTES: &[Route] = &[
     anyone(GET, "/v1/ws", "ws", |edge, it| reply(upgrade(edge.sockets.clone(), it))),
     user(POST, "/v1/tickets", "tickets", Needs::Token, |edge, it| answer(tickets::issue(edge.api.clone(), it))),
 
