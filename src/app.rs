@@ -27,6 +27,7 @@ use crate::ingest::admit::Admission;
 use crate::ingest::limits::Limits;
 use crate::ingest::pending::Pending;
 use crate::ingest::submit::Submit;
+use crate::ingest::tickets::Tickets;
 use crate::log::embedded::EmbeddedLog;
 use crate::log::kafka::{KafkaConfig, KafkaLog, Known};
 use crate::log::{Identity, IfUnnamed, Log, LogError, Reader};
@@ -199,9 +200,20 @@ impl App {
             stalled_after: config.run_stalled_after(),
         };
 
+        let auth = Arc::new(Authenticator::new(verifier, store.clone()));
+        let admission = Arc::new(Admission::new(rights.clone(), limits.clone()));
+        let tickets = Tickets {
+            store: store.clone(),
+            level: level.clone(),
+            submit: submit.clone(),
+            admission: admission.clone(),
+            auth: auth.clone(),
+        };
+
         let edge = edge(Handles {
-            auth: Arc::new(Authenticator::new(verifier, store.clone())),
-            admission: Arc::new(Admission::new(rights.clone(), limits.clone())),
+            auth,
+            tickets: Arc::new(tickets),
+            admission,
             delivery: Arc::new(Delivery::new(Sources {
                 store: store.clone(),
                 rights: rights.clone(),
@@ -319,6 +331,7 @@ struct Handles {
     rights: Rights,
     level: Arc<Level>,
     auth: Arc<Authenticator>,
+    tickets: Arc<Tickets>,
     admission: Arc<Admission>,
     submit: Arc<Submit>,
     hub: Arc<Hub>,
@@ -338,6 +351,7 @@ fn edge(handles: Handles) -> Edge {
         rights,
         level,
         auth,
+        tickets,
         admission,
         submit,
         hub,
@@ -353,7 +367,7 @@ fn edge(handles: Handles) -> Edge {
         store: store.clone(),
         rights: rights.clone(),
         level: level.clone(),
-        auth: auth.clone(),
+        tickets: tickets.clone(),
         admission: admission.clone(),
         submit: submit.clone(),
         hub: hub.clone(),
@@ -377,6 +391,7 @@ fn edge(handles: Handles) -> Edge {
         hub,
         submit,
         auth: auth.clone(),
+        tickets: tickets.clone(),
         rights,
         level: level.clone(),
         admission: admission.clone(),
@@ -389,6 +404,7 @@ fn edge(handles: Handles) -> Edge {
     };
     Edge {
         auth,
+        tickets,
         health,
         level,
         admission,

@@ -1,40 +1,25 @@
 //! From credentials to a user whose tokens have not been revoked.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::Principal;
 use super::jwt::Verifier;
-use super::tickets::Tickets;
 use crate::protocol::error::{Code, Error};
 use crate::store::Store;
 
 pub struct Authenticator {
     verifier: Verifier,
-    tickets: Tickets,
     store: Arc<Store>,
 }
 
 impl Authenticator {
     pub fn new(verifier: Verifier, store: Arc<Store>) -> Authenticator {
-        Authenticator { verifier, tickets: Tickets::default(), store }
+        Authenticator { verifier, store }
     }
 
     /// The user of a token.
     pub fn verify(&self, token: &str) -> Result<Principal, Error> {
         let who = self.verifier.verify(token)?;
-        self.check_revoked(&who)?;
-        Ok(who)
-    }
-
-    /// A ticket for the user, good once.
-    pub fn issue_ticket(&self, who: &Principal) -> Result<String, Error> {
-        self.tickets.issue(who, Instant::now())
-    }
-
-    /// The user of a ticket, which is used up by this.
-    pub fn redeem_ticket(&self, ticket: &str) -> Result<Principal, Error> {
-        let who = self.tickets.redeem(ticket, Instant::now())?;
         self.check_revoked(&who)?;
         Ok(who)
     }

@@ -1,13 +1,12 @@
 //! Who somebody is and what they may do.
 //!
-//! [`Authenticator`] turns a token or a ticket into a [`Principal`]; [`scopes`] says, without looking anything up, what its
+//! [`Authenticator`] turns a token into a [`Principal`]; [`scopes`] says, without looking anything up, what its
 //! scopes allow; [`Rights`] looks up what depends on membership.
 
 mod authenticator;
 pub mod jwt;
 mod rights;
 pub mod scopes;
-pub mod tickets;
 
 use std::sync::Arc;
 

@@ -1,5 +1,7 @@
 //! What a token allows, and who may do what. Pure: the facts come in, the answer goes out.
 
+use std::fmt;
+
 use crate::log::Grant;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::ids::TENANT_THREAD;
@@ -32,6 +34,23 @@ impl Scopes {
             }
         }
         scopes
+    }
+}
+
+/// As [`Scopes::parse`] reads it.
+impl fmt::Display for Scopes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Scopes { publish, subscribe, agent, broadcast, analyst, admin } = *self;
+        let named = [
+            (publish, "publish"),
+            (subscribe, "subscribe"),
+            (agent, "agent"),
+            (broadcast, "broadcast"),
+            (analyst, "analyst"),
+            (admin, "admin"),
+        ];
+        let names: Vec<&str> = named.into_iter().filter(|(has, _)| *has).map(|(_, name)| name).collect();
+        f.write_str(&names.join(" "))
     }
 }
 
@@ -157,6 +176,13 @@ mod tests {
 
     fn judged(scope: &str, class: KindClass, standing: Standing) -> Result<Grant, Code> {
         publish(Scopes::parse(Some(scope)), class, || Ok(standing)).map_err(|error| error.code)
+    }
+
+    #[test]
+    fn scopes_are_written_as_they_are_read() {
+        for scope in ["", "publish", "publish subscribe", "publish subscribe agent broadcast analyst admin", "agent"] {
+            assert_eq!(Scopes::parse(Some(scope)).to_string(), scope);
+        }
     }
 
     #[test]

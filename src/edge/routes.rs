@@ -15,7 +15,7 @@ use warp::{Filter, Rejection, Reply as _};
 
 use super::health::Health;
 use super::http::probes::Probes;
-use super::http::reply::{method_not_allowed, problem};
+use super::http::reply::{Reply, method_not_allowed, problem};
 use super::http::request::{AnonymousRequest, Request, bearer_token, refuse_head};
 use super::http::{Api, context, dead_letters, events, members, probes, readers, runs, sessions, threads, tickets};
 use super::listener;
@@ -26,6 +26,7 @@ use super::ws::Sockets;
 use super::ws::upgrade::upgrade;
 use crate::auth::{Authenticator, Principal, scopes};
 use crate::ingest::admit::Admission;
+use crate::ingest::tickets::Tickets;
 use crate::projector::level::Level;
 use crate::protocol::error::{Code, Error};
 use crate::{panics, telemetry};
@@ -94,8 +95,8 @@ const NO_ROUTE: &str = "none";
 const PREFLIGHT: &str = "preflight";
 
 #[rustfmt::skip]
-pub const ROUTES: &[Route] = &[
-    anyone(GET, "/v1/ws", "ws", |edge, it| ready(upgrade(&edge.sockets, it))),
+pub static ROUTES: &[Route] = &[
+    anyone(GET, "/v1/ws", "ws", |edge, it| reply(upgrade(edge.sockets.clone(), it))),
     user(POST, "/v1/tickets", "tickets", Needs::Token, |edge, it| answer(tickets::issue(edge.api.clone(), it))),
 
     user(GET, "/v1/threads", "threads", Needs::Read, |edge, it| answer(threads::list(edge.api.clone(), it))),
@@ -149,6 +150,11 @@ fn answer<R: warp::Reply>(handled: impl Future<Output = Result<R, Error>> + Send
     Box::pin(async { handled.await.map(warp::Reply::into_response) })
 }
 
+/// Whatever it is, it is the reply.
+fn reply(handled: impl Future<Output = Reply> + Send + 'static) -> Answer {
+    Box::pin(async { Ok(handled.await.into_response()) })
+}
+
 fn ready(reply: impl warp::Reply + 'static) -> Answer {
     Box::pin(std::future::ready(Ok(reply.into_response())))
 }
@@ -156,6 +162,7 @@ fn ready(reply: impl warp::Reply + 'static) -> Answer {
 /// What the routes work with.
 pub struct Edge {
     pub auth: Arc<Authenticator>,
+    pub tickets: Arc<Tickets>,
     pub health: Arc<Health>,
     pub level: Arc<Level>,
     pub admission: Arc<Admission>,
@@ -170,7 +177,7 @@ impl Edge {
         match route.handler {
             Handler::Anyone(handler) => handler(self, it).await,
             Handler::User(needs, handler) => {
-                let who = self.admit(&it, needs)?;
+                let who = self.admit(&it, needs).await?;
                 let it = it.of(who);
                 if route.method != GET {
                     // Those that change something look for it by themselves, and only before they do.
@@ -188,29 +195,28 @@ impl Edge {
         }
     }
 
-    /// The user of a request, counted against its rate, if its token allows what the route needs.
-    fn admit(&self, it: &AnonymousRequest, needs: Needs) -> Result<Principal, Error> {
-        let who = self.authenticate(it, needs)?;
-        self.health.check_caught_up()?;
-        self.admission.count(&who)?;
+    /// The user of a request, counted against its rate, if its token allows what the route needs. A token in the header goes
+    /// before a ticket, which is used up only if it is needed.
+    async fn admit(&self, it: &AnonymousRequest, needs: Needs) -> Result<Principal, Error> {
+        let takes_ticket = needs == Needs::Stream && !it.headers.contains_key(header::AUTHORIZATION);
+        let who = match it.ticket().filter(|_| takes_ticket) {
+            Some(ticket) => {
+                self.health.check_caught_up()?;
+                self.tickets.redeem(&ticket).await?
+            }
+            None => {
+                let who = self.auth.verify(bearer_token(&it.headers)?)?;
+                self.health.check_caught_up()?;
+                self.admission.count(&who)?;
+                who
+            }
+        };
         match needs {
             Needs::Nothing | Needs::Token => {}
             Needs::Read | Needs::Stream => scopes::read(who.scopes)?,
             Needs::Admin => scopes::administer(who.scopes)?,
         }
         Ok(who)
-    }
-
-    /// A token in the header goes before a ticket, which is used up only if it is needed.
-    fn authenticate(&self, it: &AnonymousRequest, needs: Needs) -> Result<Principal, Error> {
-        if needs == Needs::Stream
-            && !it.headers.contains_key(header::AUTHORIZATION)
-            && let Some(ticket) = it.ticket()
-        {
-            self.health.check_caught_up()?;
-            return self.auth.redeem_ticket(&ticket);
-        }
-        self.auth.verify(bearer_token(&it.headers)?)
     }
 }
 

@@ -72,9 +72,18 @@ impl Submit {
 
     /// One event, and its verdict.
     pub async fn publish(&self, draft: &Draft<'_>) -> Verdict {
+        self.verdict(|reply| self.prepare(draft, reply)).await
+    }
+
+    /// One record of the server's, and its verdict.
+    pub async fn write(&self, id: Uuid, record: Record) -> Verdict {
+        self.verdict(|reply| self.prepare_record(id, record, reply)).await
+    }
+
+    async fn verdict(&self, prepare: impl FnOnce(OnVerdict) -> Append) -> Verdict {
         let (sender, verdict) = tokio::sync::oneshot::channel();
         // The receiver is gone only when the caller is, and then nobody wants the verdict.
-        let append = self.prepare(draft, Box::new(move |verdict| drop(sender.send(verdict))));
+        let append = prepare(Box::new(move |verdict| drop(sender.send(verdict))));
         self.send(vec![append]);
         verdict.await.unwrap_or_else(|_| Err(unknown("the server is stopping")))
     }

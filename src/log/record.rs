@@ -2,7 +2,8 @@
 
 use bytes::Bytes;
 
-use crate::protocol::records::{DeadLetterRecord, ReceiptRecord};
+use crate::protocol::records::{DeadLetterRecord, ReceiptRecord, TicketIssuedRecord, TicketUsedRecord};
+use crate::protocol::tickets::{self, TicketOwner};
 use crate::protocol::{ids, json};
 
 /// The newest version of the rules, and the one that this server writes its records by.
@@ -16,7 +17,7 @@ pub const RULES: u16 = 2;
 /// What a record belongs to. Every topic has the same number of partitions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Topic {
-    /// All events of all threads.
+    /// All events of all threads, and what becomes of tickets.
     Events,
     /// Acks and settlements; on Kafka compacted, so that only the newest record of a key is sure to stay.
     Receipts,
@@ -54,7 +55,8 @@ impl Topic {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     pub topic: Topic,
-    /// `tenant/thread`; of a receipt, followed by its user and name, since compaction leaves each key its newest record.
+    /// `tenant/thread`; of a receipt, followed by its user and name, since compaction leaves each key its newest record; of
+    /// a ticket, that of all tickets of its user.
     /// Chooses the partition, so that a thread has one order.
     pub key: String,
     /// The record's kind (header `weft-kind`), for people who look at the log with other tools.
@@ -126,4 +128,23 @@ impl From<&DeadLetterRecord> for Record {
             value: json::encode_bytes(letter).into(),
         }
     }
+}
+
+impl From<&TicketIssuedRecord> for Record {
+    fn from(issued: &TicketIssuedRecord) -> Record {
+        let owner = tickets::owner(&issued.tenant, &issued.user);
+        of_ticket(&owner, issued.kind.clone(), json::encode_bytes(issued).into())
+    }
+}
+
+impl Record {
+    /// A try to get in with a ticket of this owner.
+    pub fn ticket_used(owner: &TicketOwner, used: &TicketUsedRecord) -> Record {
+        of_ticket(owner, used.kind.clone(), json::encode_bytes(used).into())
+    }
+}
+
+fn of_ticket(owner: &TicketOwner, kind: String, value: Bytes) -> Record {
+    let (topic, key) = (Topic::Events, tickets::log_key(owner));
+    Record { topic, key, kind, rules: RULES, grant: Grant::Server, traceparent: None, value }
 }

@@ -8,6 +8,7 @@ use super::messages::{ClosingMessage, MessageClosing, Messages};
 use super::receipts::Receipts;
 use super::runs::{Rejected, Runs, Written};
 use super::thread::{AcceptedEvent, Thread, ThreadChange, ThreadEffect, repeated};
+use super::tickets::Tickets;
 use super::transaction::{EventRecord, Transaction};
 use super::{Commit, Published, ThreadUpdate, Update, Verdict};
 use crate::log::Grant;
@@ -24,6 +25,7 @@ pub(super) struct BatchState<'s> {
     pub(super) receipts: Receipts,
     pub(super) dead_letters: DeadLetters,
     pub(super) keys: Keys,
+    pub(super) tickets: Tickets,
     runs: Runs,
     messages: Messages,
 }
@@ -35,6 +37,7 @@ impl<'s> BatchState<'s> {
             receipts: Receipts::default(),
             dead_letters: DeadLetters::default(),
             keys: Keys::default(),
+            tickets: Tickets::default(),
             runs: Runs::default(),
             messages: Messages::default(),
         }

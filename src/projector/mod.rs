@@ -11,7 +11,8 @@
 //!   records are tried again.
 //!
 //! [`opening`] says which store goes on, [`pump`] is the thread, [`rebuild`] makes the store anew. Of one record, [`judge`] says what becomes of an event, with
-//! [`thread`], [`keys`] (by [`log_time`]), [`runs`] and [`messages`] for the parts; [`receipts`] and [`dead_letters`] apply the other topics. [`checkpoints`]
+//! [`thread`], [`keys`] (by [`log_time`]), [`runs`] and [`messages`] for the parts; [`tickets`] judges who
+//! gets in with a ticket; [`receipts`] and [`dead_letters`] apply the other topics. [`checkpoints`]
 //! compares this node with others.
 
 mod checkpoints;
@@ -28,6 +29,7 @@ mod receipts;
 mod rules;
 mod runs;
 mod thread;
+mod tickets;
 mod transaction;
 
 use std::collections::HashMap;
@@ -43,11 +45,14 @@ use self::keys::PurgeCursors;
 pub use self::messages::MAX_MESSAGE_DATA;
 pub use self::pump::{Failing, PublishCommit, Pump, Status};
 use self::thread::Thread;
+pub use self::tickets::MAX_OPEN_TICKETS;
+use self::tickets::PurgedTickets;
 use self::transaction::EventRecord;
 use crate::log::{Checkpoint, Entry, Foreign, Log, Positions, Record, Topic};
 use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;
 use crate::protocol::event::{LogEvent, Priority};
+use crate::protocol::tickets::{TicketOwner, owner_of_key};
 use crate::protocol::{ids, json};
 use crate::store::{Progress, Store, StoreError};
 use crate::{clock, telemetry};
@@ -183,6 +188,7 @@ pub struct Projector {
     progress: Vec<Progress>,
     threads: HashMap<String, Thread>,
     purge_cursors: PurgeCursors,
+    purged_tickets: PurgedTickets,
     /// On a log that other nodes read as well.
     checkpoints: Option<Checkpoints>,
 }
@@ -199,6 +205,7 @@ impl Projector {
             progress,
             threads: HashMap::new(),
             purge_cursors: PurgeCursors::new(),
+            purged_tickets: PurgedTickets::new(),
         }
     }
 
@@ -238,6 +245,7 @@ impl Projector {
             self.progress = before;
             self.threads.clear();
             self.purge_cursors.clear();
+            self.purged_tickets.clear();
             if let Some(checkpoints) = &mut self.checkpoints {
                 checkpoints.roll_back();
             }
@@ -318,6 +326,10 @@ impl Projector {
             return compared.map_err(|disagreement| RecordError::Batch(disagreement.into()));
         }
         let at = match record.topic {
+            Topic::Events if record.rules >= rules::TICKETS_IN_THE_LOG => match owner_of_key(&record.key) {
+                Some(owner) => return self.apply_ticket(partition, owner, record, state),
+                None => return self.apply_event(partition, record, state),
+            },
             Topic::Events => return self.apply_event(partition, record, state),
             Topic::Receipts => state.receipts.apply(&mut state.tx, record)?,
             Topic::DeadLetters => state.dead_letters.apply(&mut state.tx, record)?,
@@ -333,6 +345,7 @@ impl Projector {
         let progress = &mut self.progress[partition as usize];
         log_time::advance(progress, at);
         state.keys.purge(&mut state.tx, partition, progress, &mut self.purge_cursors)?;
+        state.tickets.purge(&mut state.tx, partition, progress.log_time, &mut self.purged_tickets)?;
         // The event's own time counts for its own key, confirmed or not.
         let key_time = at.max(progress.log_time);
 
@@ -353,6 +366,33 @@ impl Projector {
             telemetry::project_refused(refused.code.as_str()).increment(1);
         }
         state.tx.commit.verdicts.push((event.event, verdict));
+        Ok(())
+    }
+
+    /// Gives a user a ticket, or lets the first in who uses it.
+    fn apply_ticket(
+        &mut self,
+        partition: u32,
+        owner: TicketOwner,
+        record: &Record,
+        state: &mut BatchState<'_>,
+    ) -> Result<(), RecordError> {
+        let ticket = tickets::read(owner, record)?;
+        let (id, hash) = (ticket.id, ticket.hash);
+
+        let progress = &mut self.progress[partition as usize];
+        log_time::advance(progress, ticket.at);
+        state.tickets.purge(&mut state.tx, partition, progress.log_time, &mut self.purged_tickets)?;
+
+        let verdict = state.tickets.judge(&mut state.tx, partition, ticket, progress.log_time)?;
+        match &verdict {
+            // Nodes that let in different users make different things of the log.
+            Ok(()) if self.checkpoints.is_some() => progress.hash = checkpoints::link(&progress.hash, &hash),
+            Ok(()) => {}
+            Err(refused) => telemetry::project_refused(refused.code.as_str()).increment(1),
+        }
+        let published = verdict.map(|()| Published { seq: 0, event: id, duplicate: false });
+        state.tx.commit.verdicts.push((id, published));
         Ok(())
     }
 }

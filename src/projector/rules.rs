@@ -9,3 +9,6 @@ pub(super) const MESSAGES_RESTART: u16 = 2;
 
 /// Version 2: an answer (`agent_resumed`) names its question, and an ending by the server names the event that it follows.
 pub(super) const ANSWERS_NAME_QUESTIONS: u16 = 2;
+
+/// Version 2 as well: tickets are in the log. Before that a record with such a key was foreign.
+pub(super) const TICKETS_IN_THE_LOG: u16 = 2;

@@ -106,6 +106,11 @@ impl Error {
         self
     }
 
+    /// The one answer for a ticket that is not good, whatever the reason.
+    pub fn no_ticket() -> Error {
+        Error::new(Code::Unauthenticated, "the ticket is used, expired or none of ours").at("ticket")
+    }
+
     /// The one answer for a thread that does not exist and for one that the caller may not see.
     pub fn no_thread() -> Error {
         Error::new(Code::NotFound, "there is no such thread, or you are not a member of it").at("thread")

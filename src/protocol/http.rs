@@ -100,7 +100,7 @@ pub struct ReceiptItem {
 /// The answer to `POST /v1/tickets`.
 #[derive(serde::Serialize, JsonSchema)]
 pub struct Ticket {
-    /// For `GET /v1/ws?ticket=`: good once.
+    /// For `GET /v1/ws?ticket=` and event streams: good once, on every node.
     pub ticket: String,
     /// RFC 3339, 30 s from now.
     pub expires_at: String,

@@ -35,6 +35,10 @@ pub const MEMBER_REMOVED: &str = "member_removed";
 /// In a user's inbox: its sessions were ended, and its tokens issued until then are refused.
 pub const SESSIONS_REVOKED: &str = "sessions_revoked";
 
+/// Records that are about a ticket and no events: nobody reads them in a thread.
+pub const TICKET_ISSUED: &str = "ticket_issued";
+pub const TICKET_USED: &str = "ticket_used";
+
 /// `data` of `agent_token`. Characters are Unicode scalar values.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -136,9 +140,8 @@ pub fn classify(kind: &str) -> Result<KindClass, Error> {
         AGENT_CANCELLED => agent(&[]),
         AGENT_RESUMED => member(&[]),
         AGENT_CANCEL_REQUESTED => member(&[]),
-        THREAD_CREATED | THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED | SESSIONS_REVOKED => {
-            Err(Error::field("kind", format!("{kind} is written by the server alone")))
-        }
+        THREAD_CREATED | THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED | SESSIONS_REVOKED | TICKET_ISSUED
+        | TICKET_USED => Err(Error::field("kind", format!("{kind} is written by the server alone"))),
         _ if kind.strip_prefix("x.").is_some_and(|name| !name.is_empty() && kind.len() <= 128) => Ok(KindClass::Custom),
         _ => {
             let why =

@@ -14,3 +14,4 @@ pub mod json;
 pub mod kinds;
 pub mod records;
 pub mod schemas;
+pub mod tickets;

@@ -1,5 +1,5 @@
-//! What the log holds beside events: receipts and dead letters, as their topics have them, and what a log on Kafka says of
-//! itself, in the topic of events.
+//! What the log holds beside events: receipts and dead letters, as their topics have them; and in the topic of events, what
+//! becomes of tickets, and what a log on Kafka says of itself.
 
 use std::collections::BTreeMap;
 
@@ -123,6 +123,45 @@ pub struct LogCheckpointRecord {
     /// Over what was accepted of them, in lowercase hex.
     pub hash: String,
     /// RFC 3339.
+    pub at: String,
+}
+
+/// A ticket was given to a user. Its key is that of the user's tickets ([`super::tickets`]); it gets no seq.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TicketIssuedRecord {
+    /// `ticket_issued`.
+    pub kind: String,
+    /// UUIDv7 of this record.
+    pub id: Uuid,
+    pub tenant: String,
+    pub user: String,
+    /// The ticket's hash, in lowercase hex.
+    pub hash: String,
+    /// Those of the token that it was asked for with, separated by spaces.
+    pub scopes: String,
+    /// When that token was issued, if it says so; milliseconds since the Unix epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iat_ms: Option<u64>,
+    /// When that token expires; seconds since the Unix epoch.
+    pub exp: u64,
+    /// RFC 3339.
+    pub at: String,
+    /// When the ticket expires. RFC 3339.
+    pub expires_at: String,
+}
+
+/// Somebody tries to get in with a ticket, with the key of its `ticket_issued`. The first one in the log has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TicketUsedRecord {
+    /// `ticket_used`.
+    pub kind: String,
+    /// UUIDv7 of this record: tells this try from others.
+    pub id: Uuid,
+    /// The ticket's hash, in lowercase hex.
+    pub hash: String,
+    /// RFC 3339. The ticket must not have expired by then.
     pub at: String,
 }
 

@@ -14,7 +14,10 @@ use super::http::{
 };
 use super::json;
 use super::kinds::DeltaData;
-use super::records::{DeadLetterRecord, LogCheckpointRecord, LogCreatedRecord, LogGenerationRecord, ReceiptRecord};
+use super::records::{
+    DeadLetterRecord, LogCheckpointRecord, LogCreatedRecord, LogGenerationRecord, ReceiptRecord, TicketIssuedRecord,
+    TicketUsedRecord,
+};
 
 /// Each schema's file name without its ending, and the schema.
 pub fn all() -> Vec<(&'static str, Schema)> {
@@ -78,6 +81,8 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("log.created", of::<LogCreatedRecord>()),
         ("log.generation", of::<LogGenerationRecord>()),
         ("log.checkpoint", of::<LogCheckpointRecord>()),
+        ("log.ticket-issued", of::<TicketIssuedRecord>()),
+        ("log.ticket-used", of::<TicketUsedRecord>()),
     ]
 }
 

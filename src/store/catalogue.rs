@@ -25,6 +25,8 @@ pub const RECEIPTS: &str = "receipts";
 pub const SUBSCRIPTION_NAMES: &str = "subscription_names";
 pub const SUBSCRIPTION_BEGINS: &str = "subscription_begins";
 pub const REVOCATIONS: &str = "revocations";
+pub const TICKETS: &str = "tickets";
+pub const TICKET_TIMES: &str = "ticket_times";
 pub const RUNS: &str = "runs";
 pub const RUN_CALLS: &str = "run_calls";
 pub const RUN_ANSWERS: &str = "run_answers";
@@ -63,6 +65,10 @@ const FAMILIES: &[(&str, Access)] = &[
     (SUBSCRIPTION_BEGINS, Access::Range),
     // tenant 0 user → RevocationRow
     (REVOCATIONS, Access::RareLookup),
+    // owner → TicketsRow; the user's tickets that are open
+    (TICKETS, Access::RareLookup),
+    // partition · when all of them have expired · owner → empty; the order in which they are purged
+    (TICKET_TIMES, Access::Range),
     // tenant 0 thread 0 run → RunRow
     (RUNS, Access::RareLookup),
     // tenant 0 thread 0 length of run · run · call → CallRow

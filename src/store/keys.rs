@@ -39,7 +39,7 @@ pub fn seq_of(key: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(*key.last_chunk()?))
 }
 
-/// The row of `key_times` for an idempotency key's row.
+/// The row of `key_times` for an idempotency key's row, and of `ticket_times` for the row of a user's tickets.
 pub fn key_time(partition: u32, at: u64, key: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(12 + key.len());
     out.extend_from_slice(&partition.to_be_bytes());
@@ -48,7 +48,7 @@ pub fn key_time(partition: u32, at: u64, key: &[u8]) -> Vec<u8> {
     out
 }
 
-/// The time and the idempotency key in a row of `key_times`.
+/// The time and the key of the other row in a row of `key_times` or `ticket_times`.
 pub fn split_key_time(row: &[u8]) -> Option<(u64, &[u8])> {
     let (_partition, rest) = row.split_first_chunk::<4>()?;
     let (at, key) = rest.split_first_chunk::<8>()?;

@@ -22,6 +22,7 @@ mod receipts;
 mod revocations;
 pub mod runs;
 mod threads;
+mod tickets;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -40,6 +41,7 @@ pub use self::origin::{Origin, Progress};
 pub use self::receipts::{MAX_PARTS, ReceiptRow};
 pub use self::revocations::RevocationRow;
 pub use self::threads::ThreadRow;
+pub use self::tickets::{OpenTicket, TicketsRow};
 use crate::codec::{self, CodecError};
 use crate::disk;
 use crate::protocol::error::{Code, Error};

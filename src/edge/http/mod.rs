@@ -21,11 +21,12 @@ use meter::Meter;
 use request::Request;
 use serde::Serialize;
 
-use crate::auth::{Authenticator, Principal, Rights};
+use crate::auth::{Principal, Rights};
 use crate::delivery::hub::Hub;
 use crate::delivery::registry::Registry;
 use crate::ingest::admit::{Admission, new_event};
 use crate::ingest::submit::{Draft, Submit};
+use crate::ingest::tickets::Tickets;
 use crate::log::Grant;
 use crate::memory::Budget;
 use crate::projector::Published;
@@ -50,7 +51,7 @@ pub struct Api {
     pub store: Arc<Store>,
     pub rights: Rights,
     pub level: Arc<Level>,
-    pub auth: Arc<Authenticator>,
+    pub tickets: Arc<Tickets>,
     pub admission: Arc<Admission>,
     pub submit: Arc<Submit>,
     pub hub: Arc<Hub>,

@@ -36,6 +36,7 @@ use crate::edge::health::Health;
 use crate::edge::origin::Origins;
 use crate::ingest::admit::Admission;
 use crate::ingest::submit::Submit;
+use crate::ingest::tickets::Tickets;
 use crate::memory::Pool;
 use crate::projector::level::Level;
 use crate::store::Store;
@@ -46,6 +47,7 @@ pub struct Sockets {
     pub hub: Arc<Hub>,
     pub submit: Arc<Submit>,
     pub auth: Arc<Authenticator>,
+    pub tickets: Arc<Tickets>,
     pub rights: Rights,
     pub level: Arc<Level>,
     pub admission: Arc<Admission>,

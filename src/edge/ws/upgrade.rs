@@ -33,8 +33,8 @@ const BEARER: &str = "weft.bearer.";
 const ACCEPT_GUID: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// Answers `GET /v1/ws`. The session keeps the connection's permit for as long as it lasts.
-pub fn upgrade(sockets: &Arc<Sockets>, request: AnonymousRequest) -> Reply {
-    match accept(sockets, request) {
+pub async fn upgrade(sockets: Arc<Sockets>, request: AnonymousRequest) -> Reply {
+    match accept(&sockets, request).await {
         Ok(reply) => reply,
         Err(error) => {
             if error.field.as_deref() != Some("Sec-WebSocket-Version") {
@@ -47,7 +47,7 @@ pub fn upgrade(sockets: &Arc<Sockets>, request: AnonymousRequest) -> Reply {
     }
 }
 
-fn accept(sockets: &Arc<Sockets>, mut request: AnonymousRequest) -> Result<Reply, Error> {
+async fn accept(sockets: &Arc<Sockets>, mut request: AnonymousRequest) -> Result<Reply, Error> {
     let (upgrade, permit) = (request.upgrade.take(), request.permit.take());
     let headers = &request.headers;
     let (upgrade, key) = handshake(headers, upgrade)?;
@@ -55,7 +55,7 @@ fn accept(sockets: &Arc<Sockets>, mut request: AnonymousRequest) -> Result<Reply
     let protocols = Subprotocols::offered(headers)?;
 
     sockets.health.check_caught_up()?;
-    let who = credentials(sockets, &request, &protocols)?;
+    let who = credentials(sockets, &request, &protocols).await?;
     let traceparent = header_text(headers, "traceparent")?.map(str::to_owned);
 
     let reply = switching_protocols(key, &protocols)?;
@@ -118,7 +118,7 @@ impl<'a> Subprotocols<'a> {
 
 /// The user that the request's credentials stand for, in this order: the `Authorization` header, a token among the
 /// subprotocols, a ticket. With none of them, a `connect` frame must follow.
-fn credentials(
+async fn credentials(
     sockets: &Sockets,
     request: &AnonymousRequest,
     protocols: &Subprotocols<'_>,
@@ -131,7 +131,7 @@ fn credentials(
         return sockets.auth.verify(token).map(Some);
     }
     match query.text("ticket") {
-        Some(ticket) => sockets.auth.redeem_ticket(ticket).map(Some),
+        Some(ticket) => sockets.tickets.redeem(ticket).await.map(Some),
         None => Ok(None),
     }
 }

@@ -12,6 +12,7 @@ mod refresh;
 mod requests;
 mod revocation;
 mod sessions;
+pub mod tickets;
 mod words;
 
 use std::io::{ErrorKind, Read, Write};

@@ -10,6 +10,7 @@ use weft::protocol::event::LogEvent;
 use weft::protocol::ids::log_key;
 
 use super::{Line, PARTITIONS, append, files, outcome, read_all};
+use crate::connection::tickets;
 use crate::support::{LogKind, Server, Socket, TENANT, eventually, publish, token, token_of};
 
 const AGENT: &str = "publish subscribe agent";
@@ -27,6 +28,7 @@ async fn the_golden_log_of_this_version_is_written() {
     messages(&server).await;
     members(&server).await;
     reserved(&server).await;
+    tickets(&server).await;
     runs(&server).await;
     deltas(&server).await;
     receipts(&server).await;
@@ -96,6 +98,13 @@ async fn reserved(server: &Server) {
     assert_eq!(status, 200);
     let (status, _) = server.admin("DELETE", "/v1/users/cid/sessions").await;
     assert_eq!(status, 200);
+}
+
+/// One is used twice, by two who know it before either has it; one is not used.
+async fn tickets(server: &Server) {
+    let (used, _) = (tickets::get(server, "ada").await, tickets::get(server, "ada").await);
+    let both = tokio::join!(tickets::enter(server, &used), tickets::enter(server, &used));
+    assert!(both.0.is_ok() != both.1.is_ok(), "one gets in");
 }
 
 /// An agent at work on one run.

@@ -6,7 +6,7 @@ mod clocks;
 mod generations;
 pub mod projector;
 mod random_log;
-mod rules;
+pub mod rules;
 
 use serde_json::{Value, json};
 use weft::log::Log;

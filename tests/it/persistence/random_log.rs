@@ -9,6 +9,8 @@ use weft::log::embedded::EmbeddedLog;
 use weft::log::{Entry, Grant, Record};
 use weft::projector::{KEY_LIFETIME, Verdict};
 use weft::protocol::event::{LogEvent, chain};
+use weft::protocol::records::{TicketIssuedRecord, TicketUsedRecord};
+use weft::protocol::tickets::{LIFETIME, Ticket, owner, owner_of_key};
 use weft::store::{EventRange, Store};
 
 use super::projector::{Split, append, entries, project, record};
@@ -28,6 +30,10 @@ enum What {
     Event { thread: usize, from: usize, scope: bool, act: Act },
     /// As many events with a key of its own each.
     Burst { thread: usize, events: u8 },
+    /// A user gets a ticket, or somebody uses it; a few of each user's have names.
+    Ticket { user: usize, ticket: u8, used: bool },
+    /// As many users get a ticket.
+    Tickets { users: u8 },
     /// Not a record at all, in this partition.
     Garbage { partition: u32 },
     /// A record that is no event, or another thread's.
@@ -47,6 +53,7 @@ enum Act {
 const THREADS: [&str; 4] = ["t", "a-b", "a.b", "long-winded:thread"];
 const USERS: [&str; 3] = ["ada", "ben", "cid"];
 const PARTITIONS: u32 = 3;
+const TICKET_LIFETIME: u64 = LIFETIME.as_millis() as u64;
 
 fn act() -> impl Strategy<Value = Act> {
     let user = 0..USERS.len();
@@ -66,7 +73,7 @@ fn step() -> impl Strategy<Value = Step> {
     const MINUTE: i64 = 60_000;
     const DAY: i64 = KEY_LIFETIME as i64;
     let jumps = [
-        vec![0, 0, 0, 1, 7, 400, 600, MINUTE, 59 * MINUTE, 60 * MINUTE],
+        vec![0, 0, 0, 1, 7, 400, 600, 29_999, 30_000, MINUTE, 59 * MINUTE, 60 * MINUTE],
         vec![-400, -90 * MINUTE, -2 * DAY, DAY - 500, DAY - 1, DAY, DAY, DAY + 500, DAY + MINUTE],
     ]
     .concat();
@@ -77,6 +84,9 @@ fn step() -> impl Strategy<Value = Step> {
         12 => (thread.clone(), from, proptest::bool::weighted(0.2), act())
             .prop_map(|(thread, from, scope, act)| What::Event { thread, from, scope, act }),
         1 => (proptest::sample::select(vec![0, 0, 1]), 1..200u8).prop_map(|(thread, events)| What::Burst { thread, events }),
+        6 => (0..USERS.len(), 0..3u8, proptest::bool::ANY)
+            .prop_map(|(user, ticket, used)| What::Ticket { user, ticket, used }),
+        1 => (1..=255u8).prop_map(|users| What::Tickets { users }),
         1 => (0..PARTITIONS).prop_map(|partition| What::Garbage { partition }),
         1 => (thread, proptest::sample::select(vec!["", "null", "{}", r#"{"tenant":"acme"}"#, "\0", "another thread's"]))
             .prop_map(|(thread, text)| What::Stray { thread, text }),
@@ -110,6 +120,30 @@ fn event_of(at: u64, thread: usize, from: usize, scope: bool, act: &Act) -> Reco
     record
 }
 
+/// A ticket of the user's with a name of our own, and the record that it is given or used.
+fn ticket_record(at: u64, user: &str, ticket: u8, used: bool) -> Record {
+    let owner = owner(TENANT, user);
+    let ticket = Ticket::new(&owner, [[ticket; 16], [0; 16]]);
+    let hash = blake3::Hash::from_bytes(ticket.hash()).to_hex().to_string();
+    let (id, at_text) = (clock::event_id(), clock::rfc3339(at));
+    if used {
+        let kind = "ticket_used".to_owned();
+        return Record::ticket_used(&owner, &TicketUsedRecord { kind, id, hash, at: at_text });
+    }
+    Record::from(&TicketIssuedRecord {
+        kind: "ticket_issued".into(),
+        id,
+        tenant: TENANT.into(),
+        user: user.into(),
+        hash,
+        scopes: "publish".into(),
+        iat_ms: Some(at),
+        exp: at / 1_000,
+        at: at_text,
+        expires_at: clock::rfc3339(at + TICKET_LIFETIME),
+    })
+}
+
 /// Writes a random log, and returns how many records that were.
 fn write(log: &EmbeddedLog, steps: &[Step]) -> usize {
     let mut records = 0;
@@ -124,6 +158,11 @@ fn write(log: &EmbeddedLog, steps: &[Step]) -> usize {
                     |n| record(now, THREADS[*thread], USERS[0], "x.said", &json!(n), Some(&format!("burst {n}")));
                 batch.extend((0..*events).map(said));
                 records += usize::from(*events) - 1;
+            }
+            What::Ticket { user, ticket, used } => batch.push(ticket_record(now, USERS[*user], *ticket, *used)),
+            What::Tickets { users } => {
+                batch.extend((0..*users).map(|n| ticket_record(now, &format!("user{n}"), 0, false)));
+                records += usize::from(*users) - 1;
             }
             What::Event { thread, from, scope, act } => batch.push(event_of(now, *thread, *from, *scope, act)),
             What::Garbage { partition } => {
@@ -145,25 +184,70 @@ fn write(log: &EmbeddedLog, steps: &[Step]) -> usize {
     records
 }
 
+/// Log time after a record with the time `at`.
+fn advance((log_time, last_at): &mut (u64, u64), at: u64) -> u64 {
+    const HOUR: u64 = 60 * 60 * 1_000;
+    *log_time = (*log_time).max(at.min(*last_at + HOUR));
+    *last_at = at;
+    *log_time
+}
+
+fn ticket_time(record: &Record) -> u64 {
+    let value: serde_json::Value = serde_json::from_slice(&record.value).unwrap();
+    clock::parse_rfc3339(value["at"].as_str().unwrap()).unwrap()
+}
+
+/// What is known of a ticket that was given: when it expires, and from which log time on its row may be gone.
+type GivenTickets = BTreeMap<String, (u64, u64)>;
+
+/// Checks the verdict on a record about a ticket.
+fn check_ticket(given: &mut GivenTickets, record: &Record, log_time: u64, verdict: &Verdict) {
+    let value: serde_json::Value = serde_json::from_slice(&record.value).unwrap();
+    let at = ticket_time(record);
+    let hash = format!("{} {}", record.key, value["hash"]);
+    if value["kind"] == "ticket_issued" {
+        assert!(verdict.is_ok(), "no user has so many: {verdict:?}");
+        // Those of the user that have expired go.
+        given.retain(|other, (expires, _)| !other.starts_with(&record.key) || *expires > at);
+        let (expires, purged) = (at + TICKET_LIFETIME, at.max(log_time) + TICKET_LIFETIME);
+        let known = given.entry(hash).or_insert((expires, purged));
+        if log_time >= known.1 {
+            // The first one may be gone, and this one is given in its place.
+            known.0 = known.0.max(expires);
+        }
+        return;
+    }
+    match (given.remove(&hash), verdict) {
+        (found, Ok(_)) => {
+            let (expires, _) = found.expect("nobody uses a ticket that was not given, or was used before");
+            assert!(at < expires, "{at} is beyond {expires}");
+        }
+        (Some((expires, purged)), Err(_)) => assert!(at >= expires || log_time >= purged, "it was good"),
+        (None, Err(_)) => {}
+    }
+}
+
 /// What must hold in any store made of these entries with these verdicts.
 fn check(entries: &[Entry], verdicts: &[Verdict], store: &Store) {
-    const HOUR: u64 = 60 * 60 * 1_000;
     // Of each partition its log time, and the time of its last record.
     let mut clocks = [(0, 0); PARTITIONS as usize];
     let mut chains: BTreeMap<&str, (u64, [u8; 32])> = BTreeMap::new();
     let mut taken: BTreeMap<(&str, String, String), (u64, u64)> = BTreeMap::new();
+    let mut given = GivenTickets::new();
     let mut verdicts = verdicts.iter();
     for entry in entries {
         let Ok(record) = &entry.record else { continue };
+        if owner_of_key(&record.key).is_some() {
+            let log_time = advance(&mut clocks[entry.at.partition as usize], ticket_time(record));
+            check_ticket(&mut given, record, log_time, verdicts.next().unwrap());
+            continue;
+        }
         let Ok(event) = serde_json::from_slice::<LogEvent>(&record.value) else { continue };
         if record.key != weft::protocol::ids::log_key(&event.tenant, &event.thread) {
             continue;
         }
         let at = clock::parse_rfc3339(&event.at).unwrap();
-        let (log_time, last_at) = &mut clocks[entry.at.partition as usize];
-        *log_time = (*log_time).max(at.min(*last_at + HOUR));
-        *last_at = at;
-        let time = at.max(*log_time);
+        let time = at.max(advance(&mut clocks[entry.at.partition as usize], at));
         let thread = THREADS.into_iter().find(|thread| *thread == event.thread).unwrap();
         let (head, hash) = chains.entry(thread).or_default();
         let Ok(published) = verdicts.next().unwrap() else { continue };

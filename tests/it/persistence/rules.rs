@@ -14,7 +14,7 @@ use crate::on_both_logs;
 use crate::support::{LogKind, Server, eventually, publish, refused_with, weft};
 
 /// The log of a server; the embedded one can be opened only while the server is down.
-pub(super) fn open(kind: &LogKind, data: &Path) -> Box<dyn Log> {
+pub fn open(kind: &LogKind, data: &Path) -> Box<dyn Log> {
     match kind {
         LogKind::Embedded => Box::new(EmbeddedLog::open(&data.join("log"), 16).unwrap()),
         LogKind::Kafka { brokers, prefix } => {
@@ -36,7 +36,7 @@ fn append_newer(log: &dyn Log) {
 }
 
 /// Appends records in their order, and returns once they are durable.
-pub(super) fn append_to(log: &dyn Log, records: Vec<Record>) {
+pub fn append_to(log: &dyn Log, records: Vec<Record>) {
     for record in records {
         let (sender, appended) = mpsc::sync_channel(1);
         log.append(vec![Append { record, done: Box::new(move |answer| sender.send(answer).unwrap()) }]);

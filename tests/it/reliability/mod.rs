@@ -25,6 +25,7 @@ use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
 use weft::delivery::outbox::EVENT_BYTES;
 
+use crate::connection::tickets;
 use crate::on_both_logs;
 use crate::support::kafka::{self, Broker, fresh_prefix};
 use crate::support::{
@@ -164,9 +165,24 @@ async fn kafkas_console_consumer_shows_each_event_as_readable_json_keyed_tenant_
     assert_eq!(ada.ask(note).await["seq"], 2);
     assert_eq!(server.http("PUT", "/v1/threads/lunch/members/ben", "ada", None).await.0, 201);
 
-    // The record that names the log is the fourth.
-    let mut events = consumed(&brokers, &format!("{prefix}events"), 4);
+    let ticket = tickets::get(&server, "ada").await;
+    assert!(tickets::enter(&server, &ticket).await.is_ok());
+
+    // Those of the ticket, and the record that names the log.
+    let mut events = consumed(&brokers, &format!("{prefix}events"), 3 + 2 + 1);
+    let of_ticket: Vec<_> = events.extract_if(.., |(.., key, _)| key.starts_with("ticket:")).collect();
     events.retain(|(_, headers, ..)| !headers.contains("weft-kind:log_created"));
+    let digest = weft::protocol::tickets::owner("acme", "ada");
+    let shown: Vec<Value> = of_ticket.iter().map(|(.., value)| serde_json::from_str(value).unwrap()).collect();
+    for ((partition, headers, key, _), (value, kind)) in
+        of_ticket.iter().zip(shown.iter().zip(["ticket_issued", "ticket_used"]))
+    {
+        assert_eq!((*partition, key.as_str()), (of_ticket[0].0, &*weft::protocol::tickets::log_key(&digest)));
+        assert!(headers.contains(&format!("weft-kind:{kind}")), "{headers}");
+        assert_eq!((&value["kind"], &value["hash"]), (&json!(kind), &shown[0]["hash"]));
+        crate::support::schemas::check(&format!("log.{}", kind.replace('_', "-")), value);
+    }
+    assert_eq!((shown.len(), &shown[0]["user"]), (2, &json!("ada")), "{shown:?}");
     let wanted = [
         ("user_message", json!({"content": "Grüße, 世界"})),
         ("x.note", json!({"n": [1, 2.5, null]})),
