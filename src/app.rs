@@ -24,7 +24,7 @@ use crate::edge::routes::{self, Door, Edge};
 use crate::edge::sse::Streams;
 use crate::edge::ws::Sockets;
 use crate::ingest::admit::Admission;
-use crate::ingest::limits::Limits;
+use crate::ingest::limits::RateLimits;
 use crate::ingest::pending::Pending;
 use crate::ingest::submit::Submit;
 use crate::ingest::tickets::Tickets;
@@ -124,7 +124,7 @@ fn refuse_lost_log(config: &Config) -> Result<(), LogError> {
 }
 
 /// What a server stands on.
-struct Opened {
+struct OpenedParts {
     log: Arc<dyn Log>,
     store: Arc<Store>,
     progress: Vec<Progress>,
@@ -133,7 +133,7 @@ struct Opened {
 }
 
 /// Opens the log and its projections.
-fn open(config: &Config) -> Result<Opened, StartError> {
+fn open(config: &Config) -> Result<OpenedParts, StartError> {
     let path = config.projections_dir();
     let Plan { cache, memtables, .. } = config.memory();
     let memory = StoreMemory { cache, memtables };
@@ -153,7 +153,7 @@ fn open(config: &Config) -> Result<Opened, StartError> {
     let (store, progress) = opening::resume(&path, store, log.as_ref())?;
     let positions: Vec<u64> = progress.iter().map(|progress| progress.next).collect();
     let reader = log.reader(&positions)?;
-    Ok(Opened { log, store: Arc::new(store), progress, reader })
+    Ok(OpenedParts { log, store: Arc::new(store), progress, reader })
 }
 
 impl App {
@@ -168,11 +168,11 @@ impl App {
 
         let opening = config.clone();
         let opened = tokio::task::spawn_blocking(move || open(&opening));
-        let Opened { log, store, progress, reader } = opened.await.map_err(|_| StartError::Interrupted)??;
+        let OpenedParts { log, store, progress, reader } = opened.await.map_err(|_| StartError::Interrupted)??;
 
         let pending = Arc::new(Pending::default());
         let registry = Arc::new(Registry::new(config.connection_limits()));
-        let limits = Arc::new(Limits::new(config.rates()));
+        let limits = Arc::new(RateLimits::new(config.rates()));
         let (hub, publish, delivering) = Hub::start(pending.clone(), registry.clone());
 
         let status = Arc::new(Status::default());

@@ -29,7 +29,7 @@ use crate::{clock, telemetry};
 const EVERY: Duration = Duration::from_secs(5);
 
 /// An event that is due.
-struct Due {
+struct Overdue {
     key: RunKey,
     kind: &'static str,
     /// The seq of what it ends or answers. If the run has gone on since, the event is refused.
@@ -73,8 +73,8 @@ impl Reaper {
         }
     }
 
-    async fn publish(&self, due: Vec<Due>) {
-        for Due { key, kind, parent, data, idempotency } in due {
+    async fn publish(&self, due: Vec<Overdue>) {
+        for Overdue { key, kind, parent, data, idempotency } in due {
             let data = encode_raw(&data);
             let event = LogEvent {
                 run: Some((&*key.run).into()),
@@ -156,7 +156,12 @@ impl Watches {
 }
 
 /// The events that are due, and by the way the gauges of open runs.
-fn find_overdue(store: &Store, watches: &mut Watches, stalled_after: Duration, now: Now) -> Result<Vec<Due>, Error> {
+fn find_overdue(
+    store: &Store,
+    watches: &mut Watches,
+    stalled_after: Duration,
+    now: Now,
+) -> Result<Vec<Overdue>, Error> {
     let mut open = Vec::new();
     for key in store.all_open_runs() {
         let key = key?;
@@ -175,13 +180,13 @@ fn find_overdue(store: &Store, watches: &mut Watches, stalled_after: Duration, n
 
 /// A run that waits for a person, or for runs that work for it, does not stall. A question has as long as there was between
 /// its own time and the end that it names; that its end has come by the wall clock as well is not enough.
-fn overdue(key: &RunKey, row: &RunRow, stood: Duration, wall: u64, stalled_after: Duration) -> Option<Due> {
+fn overdue(key: &RunKey, row: &RunRow, stood: Duration, wall: u64, stalled_after: Duration) -> Option<Overdue> {
     let run = &key.run;
     match &row.waiting {
         Some(wait) => {
             let until = wait.expires_at?;
             let time_to_answer = Duration::from_millis(until.saturating_sub(wait.since.at));
-            (wall >= until && stood >= time_to_answer).then(|| Due {
+            (wall >= until && stood >= time_to_answer).then(|| Overdue {
                 kind: AGENT_RESUMED,
                 parent: wait.since.seq,
                 data: json!({"answer": null, "expired": true}),
@@ -189,7 +194,7 @@ fn overdue(key: &RunKey, row: &RunRow, stood: Duration, wall: u64, stalled_after
                 key: key.clone(),
             })
         }
-        None if row.children == 0 && stood >= stalled_after => Some(Due {
+        None if row.children == 0 && stood >= stalled_after => Some(Overdue {
             kind: AGENT_FAILED,
             parent: row.last.seq,
             data: json!({

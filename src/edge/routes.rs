@@ -45,12 +45,12 @@ pub enum Needs {
     Admin,
 }
 
-type Answer = Pin<Box<dyn Future<Output = Result<Response, Error>> + Send>>;
+type ResponseFuture = Pin<Box<dyn Future<Output = Result<Response, Error>> + Send>>;
 
 #[derive(Clone, Copy)]
 enum Handler {
-    Anyone(fn(&Edge, AnonymousRequest) -> Answer),
-    User(Needs, fn(&Edge, Request) -> Answer),
+    Anyone(fn(&Edge, AnonymousRequest) -> ResponseFuture),
+    User(Needs, fn(&Edge, Request) -> ResponseFuture),
 }
 
 /// One method of one path.
@@ -131,7 +131,7 @@ const fn anyone(
     method: Method,
     path: &'static str,
     name: &'static str,
-    handler: fn(&Edge, AnonymousRequest) -> Answer,
+    handler: fn(&Edge, AnonymousRequest) -> ResponseFuture,
 ) -> Route {
     Route { method, path, name, handler: Handler::Anyone(handler) }
 }
@@ -141,21 +141,21 @@ const fn user(
     path: &'static str,
     name: &'static str,
     needs: Needs,
-    handler: fn(&Edge, Request) -> Answer,
+    handler: fn(&Edge, Request) -> ResponseFuture,
 ) -> Route {
     Route { method, path, name, handler: Handler::User(needs, handler) }
 }
 
-fn answer<R: warp::Reply>(handled: impl Future<Output = Result<R, Error>> + Send + 'static) -> Answer {
+fn answer<R: warp::Reply>(handled: impl Future<Output = Result<R, Error>> + Send + 'static) -> ResponseFuture {
     Box::pin(async { handled.await.map(warp::Reply::into_response) })
 }
 
 /// Whatever it is, it is the reply.
-fn reply(handled: impl Future<Output = Reply> + Send + 'static) -> Answer {
+fn reply(handled: impl Future<Output = Reply> + Send + 'static) -> ResponseFuture {
     Box::pin(async { Ok(handled.await.into_response()) })
 }
 
-fn ready(reply: impl warp::Reply + 'static) -> Answer {
+fn ready(reply: impl warp::Reply + 'static) -> ResponseFuture {
     Box::pin(std::future::ready(Ok(reply.into_response())))
 }
 
@@ -232,27 +232,27 @@ pub enum Door {
 }
 
 /// The routes of a door.
-struct Table {
+struct RoutingTable {
     door: Door,
     matcher: Matcher<&'static Route>,
 }
 
-impl Table {
+impl RoutingTable {
     /// `metrics_apart`: they are served by the operator's own address alone.
-    fn new(door: Door, metrics_apart: bool) -> Table {
+    fn new(door: Door, metrics_apart: bool) -> RoutingTable {
         let serves = |route: &&Route| match door {
             Door::Main => !metrics_apart || route.path != METRICS,
             Door::BeyondLimit => route.is_probe() && (!metrics_apart || route.path != METRICS),
             Door::Admin => route.is_probe(),
         };
         let routes = ROUTES.iter().filter(serves).map(|route| (route.method.clone(), route.path, route));
-        Table { door, matcher: Matcher::new(routes).expect("a test makes the same matchers") }
+        RoutingTable { door, matcher: Matcher::new(routes).expect("a test makes the same matchers") }
     }
 }
 
 /// The routes of a door as a service.
 pub fn service(edge: Arc<Edge>, door: Door, metrics_apart: bool) -> BoxedFilter<(Response,)> {
-    let table = Arc::new(Table::new(door, metrics_apart));
+    let table = Arc::new(RoutingTable::new(door, metrics_apart));
     let query = warp::query::raw().or_else(async |_| Ok::<_, Rejection>((String::new(),)));
     warp::method()
         .and(warp::path::full())
@@ -272,7 +272,7 @@ pub fn service(edge: Arc<Edge>, door: Door, metrics_apart: bool) -> BoxedFilter<
 
 async fn serve(
     edge: &Edge,
-    table: &Table,
+    table: &RoutingTable,
     method: &Method,
     path: &str,
     version: Version,
@@ -295,7 +295,7 @@ async fn serve(
 
 async fn find_and_handle(
     edge: &Edge,
-    table: &Table,
+    table: &RoutingTable,
     method: &Method,
     path: &str,
     request: AnonymousRequest,
@@ -343,7 +343,7 @@ mod tests {
 
     #[test]
     fn every_route_is_found_by_its_method_and_path_and_no_two_are_the_same() {
-        let Table { matcher, .. } = Table::new(Door::Main, false);
+        let RoutingTable { matcher, .. } = RoutingTable::new(Door::Main, false);
         for route in ROUTES {
             let path = route.path.replace(['{', '}'], "");
             let Found::One { value, params } = matcher.find(&route.method, &path) else { panic!("{path}") };
@@ -354,7 +354,7 @@ mod tests {
 
     #[test]
     fn probes_are_at_every_door_and_metrics_that_are_apart_only_at_the_operator_s() {
-        let has = |door, apart, path: &str| matches!(Table::new(door, apart).matcher.find(&GET, path), Found::One { value, .. } if value.path == path);
+        let has = |door, apart, path: &str| matches!(RoutingTable::new(door, apart).matcher.find(&GET, path), Found::One { value, .. } if value.path == path);
         for door in [Door::Main, Door::BeyondLimit, Door::Admin] {
             assert_eq!(["/healthz", "/readyz", METRICS].map(|path| has(door, false, path)), [true; 3], "{door:?}");
             assert!(has(door, true, "/readyz"), "{door:?}");

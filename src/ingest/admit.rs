@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::value::RawValue;
 
-use super::limits::Limits;
+use super::limits::RateLimits;
 use super::submit::Draft;
 use crate::auth::{Principal, Rights};
 use crate::protocol::error::Error;
@@ -35,11 +35,11 @@ pub struct Admitted<'a> {
 
 pub struct Admission {
     rights: Rights,
-    limits: Arc<Limits>,
+    limits: Arc<RateLimits>,
 }
 
 impl Admission {
-    pub fn new(rights: Rights, limits: Arc<Limits>) -> Admission {
+    pub fn new(rights: Rights, limits: Arc<RateLimits>) -> Admission {
         Admission { rights, limits }
     }
 

@@ -38,7 +38,7 @@ pub struct Rates {
 }
 
 /// The buckets of all users and tenants that were active lately. A limit that is off has no buckets and costs nothing.
-pub struct Limits<C: Clock = MonotonicClock> {
+pub struct RateLimits<C: Clock = MonotonicClock> {
     users: Option<Buckets<C>>,
     agents: Option<Buckets<C>>,
     tenants: Option<Buckets<C>>,
@@ -57,13 +57,13 @@ struct Buckets<C: Clock> {
     limit: String,
 }
 
-impl Limits {
-    pub fn new(rates: Rates) -> Limits {
-        Limits::with_clock(rates, &MonotonicClock)
+impl RateLimits {
+    pub fn new(rates: Rates) -> RateLimits {
+        RateLimits::with_clock(rates, &MonotonicClock)
     }
 
     /// Forgets users and tenants whose bucket is full again; runs for as long as the server does.
-    pub async fn upkeep(self: Arc<Limits>) {
+    pub async fn upkeep(self: Arc<RateLimits>) {
         let mut every = tokio::time::interval(FORGET_EVERY);
         loop {
             every.tick().await;
@@ -72,11 +72,11 @@ impl Limits {
     }
 }
 
-impl<C: Clock + Clone> Limits<C> {
-    fn with_clock(rates: Rates, clock: &C) -> Limits<C> {
+impl<C: Clock + Clone> RateLimits<C> {
+    fn with_clock(rates: Rates, clock: &C) -> RateLimits<C> {
         let Rates { user_commands, agent_commands, tenant_commands, tenant_bytes } = rates;
         let of = |rate: u64, least, what: &str| Buckets::new(rate, least, what, clock);
-        Limits {
+        RateLimits {
             users: of(user_commands.into(), 1, "the user's limit is {} commands a second"),
             agents: of(agent_commands.into(), 1, "the agent's limit is {} commands a second"),
             tenants: of(tenant_commands.into(), 1, "the tenant's limit is {} commands a second"),
@@ -85,7 +85,7 @@ impl<C: Clock + Clone> Limits<C> {
     }
 }
 
-impl<C: Clock> Limits<C> {
+impl<C: Clock> RateLimits<C> {
     /// Counts one command of the user's, and of its tenant's.
     pub fn command(&self, who: &Principal) -> Result<(), Error> {
         self.take_commands(who, |_| 1)
@@ -171,9 +171,9 @@ mod tests {
     use super::*;
     use crate::auth::Scopes;
 
-    fn limits(rates: Rates) -> (Limits<FakeRelativeClock>, FakeRelativeClock) {
+    fn limits(rates: Rates) -> (RateLimits<FakeRelativeClock>, FakeRelativeClock) {
         let clock = FakeRelativeClock::default();
-        (Limits::with_clock(rates, &clock), clock)
+        (RateLimits::with_clock(rates, &clock), clock)
     }
 
     fn user(tenant: &str, user: &str) -> Principal {
@@ -189,7 +189,7 @@ mod tests {
     }
 
     /// How many commands pass in a row, and the refusal of the next.
-    fn drain(limits: &Limits<FakeRelativeClock>, who: &Principal) -> (u32, Error) {
+    fn drain(limits: &RateLimits<FakeRelativeClock>, who: &Principal) -> (u32, Error) {
         let mut passed = 0;
         loop {
             match limits.command(who) {

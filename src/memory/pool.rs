@@ -70,7 +70,7 @@ struct State {
     used: usize,
     users: HashMap<Arc<str>, User>,
     tenants: HashMap<Box<str>, usize>,
-    waiting: VecDeque<Waiting>,
+    waiting: VecDeque<WaitingCharge>,
     next: u64,
     refused: u64,
 }
@@ -81,7 +81,7 @@ struct User {
     waiting: usize,
 }
 
-struct Waiting {
+struct WaitingCharge {
     number: u64,
     user: Arc<str>,
     bytes: usize,
@@ -107,8 +107,8 @@ impl Pool {
     /// Charges as soon as there is room, within this time.
     pub async fn charge(&self, user: &Arc<str>, bytes: usize, within: Duration) -> Result<Charge, Refused> {
         let (place, granted) = match self.0.charge_or_wait(user, bytes)? {
-            Outcome::Charged(charge) => return Ok(charge),
-            Outcome::Waits(place, granted) => (place, granted),
+            Asked::Charged(charge) => return Ok(charge),
+            Asked::Waits(place, granted) => (place, granted),
         };
         let charge = tokio::time::timeout(within, granted).await;
         // Granted in the last moment, it is in the channel, and goes back with that.
@@ -128,13 +128,13 @@ impl Pool {
     }
 }
 
-enum Outcome {
+enum Asked {
     Charged(Charge),
-    Waits(Place, oneshot::Receiver<Charge>),
+    Waits(PlaceInLine, oneshot::Receiver<Charge>),
 }
 
 /// A place among those who wait, left when this is dropped.
-struct Place {
+struct PlaceInLine {
     pool: Arc<Shared>,
     number: u64,
 }
@@ -150,7 +150,7 @@ impl Shared {
             return Err(Refused::TooLarge);
         }
         // A small one may pass large ones, which wait for room that it may use and they may not.
-        let is_first = |it: &Waiting| (bytes > SMALL || it.bytes <= SMALL) && self.fits_owner(state, it);
+        let is_first = |it: &WaitingCharge| (bytes > SMALL || it.bytes <= SMALL) && self.fits_owner(state, it);
         let overtakes = state.waiting.iter().take(LOOKED_AT).any(is_first);
         if overtakes || !self.fits_owner_of(state, user, bytes) || state.used + bytes > self.room_for(bytes) {
             return Err(Refused::Full);
@@ -158,10 +158,10 @@ impl Shared {
         Ok(self.take(state, user, bytes))
     }
 
-    fn charge_or_wait(self: &Arc<Shared>, user: &Arc<str>, bytes: usize) -> Result<Outcome, Refused> {
+    fn charge_or_wait(self: &Arc<Shared>, user: &Arc<str>, bytes: usize) -> Result<Asked, Refused> {
         let state = &mut *self.lock();
         match self.try_charge(state, user, bytes) {
-            Ok(charge) => return Ok(Outcome::Charged(charge)),
+            Ok(charge) => return Ok(Asked::Charged(charge)),
             Err(Refused::TooLarge) => {
                 state.refused += 1;
                 return Err(Refused::TooLarge);
@@ -178,8 +178,8 @@ impl Shared {
         let number = state.next;
         state.next += 1;
         state.users.entry(user.clone()).or_default().waiting += 1;
-        state.waiting.push_back(Waiting { number, user: user.clone(), bytes, granted });
-        Ok(Outcome::Waits(Place { pool: self.clone(), number }, receiver))
+        state.waiting.push_back(WaitingCharge { number, user: user.clone(), bytes, granted });
+        Ok(Asked::Waits(PlaceInLine { pool: self.clone(), number }, receiver))
     }
 
     /// How full the pool may be with a charge of this size.
@@ -187,7 +187,7 @@ impl Shared {
         if bytes <= SMALL { self.limit } else { self.limit - self.limit / 8 }
     }
 
-    fn fits_owner(&self, state: &State, waiting: &Waiting) -> bool {
+    fn fits_owner(&self, state: &State, waiting: &WaitingCharge) -> bool {
         self.fits_owner_of(state, &waiting.user, waiting.bytes)
     }
 
@@ -268,7 +268,7 @@ impl State {
         }
     }
 
-    fn remove(&mut self, at: usize) -> Option<Waiting> {
+    fn remove(&mut self, at: usize) -> Option<WaitingCharge> {
         let removed = self.waiting.remove(at)?;
         if let Some(user) = self.users.get_mut(&removed.user) {
             user.waiting -= 1;
@@ -331,7 +331,7 @@ impl Drop for Charge {
     }
 }
 
-impl Drop for Place {
+impl Drop for PlaceInLine {
     fn drop(&mut self) {
         let mut state = self.pool.lock();
         // Numbers only grow along the queue.

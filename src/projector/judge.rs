@@ -6,7 +6,7 @@ use super::dead_letters::DeadLetters;
 use super::keys::Keys;
 use super::messages::{ClosingMessage, MessageClosing, Messages};
 use super::receipts::Receipts;
-use super::runs::{Rejected, Runs, Written};
+use super::runs::{HowWritten, Rejected, Runs};
 use super::thread::{AcceptedEvent, Thread, ThreadChange, ThreadEffect, repeated};
 use super::tickets::Tickets;
 use super::transaction::{EventRecord, Transaction};
@@ -97,7 +97,11 @@ impl<'s> BatchState<'s> {
                 None => None,
             }
         } else if event.run.is_some() {
-            self.runs.judge(store, event, Written { by_server: record.grant == Grant::Server, rules: record.rules })?
+            self.runs.judge(
+                store,
+                event,
+                HowWritten { by_server: record.grant == Grant::Server, rules: record.rules },
+            )?
         } else {
             None
         };

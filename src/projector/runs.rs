@@ -33,7 +33,7 @@ pub(super) struct Runs {
 
 /// How the record of an event was written.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Written {
+pub(super) struct HowWritten {
     pub(super) by_server: bool,
     /// The version of the rules by which it is judged.
     pub(super) rules: u16,
@@ -151,7 +151,7 @@ impl Runs {
         &self,
         store: &Store,
         event: &LogEvent<'_>,
-        written: Written,
+        written: HowWritten,
     ) -> Result<Option<Transition>, Rejected> {
         let Some(run) = event.run.as_deref().filter(|_| changes_run(&event.kind)) else { return Ok(None) };
         let key = RunKey::new(&event.tenant, &event.thread, run);
@@ -391,7 +391,7 @@ fn changes_run(kind: &str) -> bool {
 }
 
 /// How an event changes an open run, calls aside.
-fn judge_open(row: &RunRow, event: &LogEvent<'_>, written: Written) -> Result<Effect, Error> {
+fn judge_open(row: &RunRow, event: &LogEvent<'_>, written: HowWritten) -> Result<Effect, Error> {
     let end = |ending| match row.children {
         0 => Ok(Effect::End(ending)),
         n => Err(expected(format!("{n} runs work for this one: their ends are expected first"))),

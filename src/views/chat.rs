@@ -19,7 +19,7 @@ use crate::protocol::kinds::{
 
 /// What still fits.
 #[derive(Debug, Clone, Copy)]
-pub struct Room {
+pub struct ContextBudget {
     pub messages: usize,
     pub chars: usize,
     pub bytes: usize,
@@ -33,7 +33,7 @@ pub struct CallResult {
 
 /// A conversation that grows from its end.
 pub struct Chat {
-    room: Room,
+    room: ContextBudget,
     /// What there was room for at the beginning.
     bytes: usize,
     /// Newest first.
@@ -47,7 +47,7 @@ enum ChatTurn {
 }
 
 impl Chat {
-    pub fn new(room: Room) -> Chat {
+    pub fn new(room: ContextBudget) -> Chat {
         Chat { room, bytes: room.bytes, turns: Vec::new() }
     }
 
@@ -165,11 +165,11 @@ fn chars(content: &RawValue) -> usize {
     }
 }
 
-impl Room {
+impl ContextBudget {
     /// What is left after a turn, if it fits.
-    fn without(self, turn: &ChatTurn) -> Option<Room> {
+    fn without(self, turn: &ChatTurn) -> Option<ContextBudget> {
         let needed = turn.size();
-        Some(Room {
+        Some(ContextBudget {
             messages: self.messages.checked_sub(needed.messages)?,
             chars: self.chars.checked_sub(needed.chars)?,
             bytes: self.bytes.checked_sub(needed.bytes)?,
@@ -178,7 +178,7 @@ impl Room {
 }
 
 impl ChatTurn {
-    fn size(&self) -> Room {
+    fn size(&self) -> ContextBudget {
         match self {
             ChatTurn::Said(message) => {
                 let (content, name) = match message {
@@ -188,9 +188,9 @@ impl ChatTurn {
                     ChatMessage::Tool { .. } => (None, ""),
                 };
                 let bytes = content.map_or(0, |content| content.get().len()) + name.len();
-                Room { messages: 1, chars: content.map_or(0, chars), bytes }
+                ContextBudget { messages: 1, chars: content.map_or(0, chars), bytes }
             }
-            ChatTurn::Called { call, function: Function { name, arguments }, result, .. } => Room {
+            ChatTurn::Called { call, function: Function { name, arguments }, result, .. } => ContextBudget {
                 messages: 2,
                 chars: arguments.chars().count() + result.chars().count(),
                 bytes: call.len() * 2 + name.len() + arguments.len() + result.len(),
@@ -207,7 +207,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: Room = Room { messages: 100, chars: 1_000, bytes: 10_000 };
+    const ALL: ContextBudget = ContextBudget { messages: 100, chars: 1_000, bytes: 10_000 };
 
     fn frame(seq: u64, kind: &str, data: Value) -> String {
         json!({"type": "event", "seq": seq, "kind": kind, "event": "e", "from": "ada", "at": "now", "data": data, "run": "r"})
@@ -215,7 +215,7 @@ mod tests {
     }
 
     /// The conversation of a thread's events, whose seqs count from 1, and whether all fitted.
-    fn chat(events: &[(&str, Value)], room: Room) -> (Value, bool) {
+    fn chat(events: &[(&str, Value)], room: ContextBudget) -> (Value, bool) {
         let mut chat = Chat::new(room);
         let events: Vec<_> = (1..).zip(events).collect();
         let fitted = events.iter().rev().all(|(seq, (kind, data))| {
@@ -293,9 +293,9 @@ mod tests {
             (messages.as_array().map_or(0, Vec::len), fitted)
         };
         assert_eq!(kept(ALL), (3, true));
-        assert_eq!(kept(Room { messages: 2, ..ALL }), (1, false));
-        assert_eq!(kept(Room { chars: 5 + 5, ..ALL }), (3, true));
-        assert_eq!(kept(Room { chars: 5 + 4, ..ALL }), (1, false));
-        assert_eq!(kept(Room { chars: 4, ..ALL }), (0, false));
+        assert_eq!(kept(ContextBudget { messages: 2, ..ALL }), (1, false));
+        assert_eq!(kept(ContextBudget { chars: 5 + 5, ..ALL }), (3, true));
+        assert_eq!(kept(ContextBudget { chars: 5 + 4, ..ALL }), (1, false));
+        assert_eq!(kept(ContextBudget { chars: 4, ..ALL }), (0, false));
     }
 }

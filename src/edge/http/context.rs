@@ -14,7 +14,7 @@ use crate::protocol::error::Error;
 use crate::protocol::http::Conversation;
 use crate::store::runs::RunKey;
 use crate::store::{EventRange, StoreError};
-use crate::views::chat::{CallResult, Chat, Room};
+use crate::views::chat::{CallResult, Chat, ContextBudget};
 
 const MESSAGES: usize = 100;
 const MAX_MESSAGES: usize = 1_000;
@@ -35,7 +35,7 @@ const TRUNCATED: &str = "weft-truncated";
 pub async fn read(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     let address = it.address()?;
     let query = it.query(&["max_chars", "max_messages"])?;
-    let room = Room {
+    let room = ContextBudget {
         messages: query.up_to("max_messages", MAX_MESSAGES, MESSAGES)?,
         chars: query.up_to("max_chars", MAX_CHARS, MAX_CHARS)?,
         bytes: MAX_BYTES,
@@ -59,7 +59,7 @@ fn newest(
     tenant: &str,
     thread: &str,
     head: u64,
-    room: Room,
+    room: ContextBudget,
     meter: &mut Meter,
 ) -> Result<(Conversation, bool), Error> {
     meter.add(CHUNK_BYTES)?;

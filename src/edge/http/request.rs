@@ -26,7 +26,7 @@ use crate::protocol::ids::ThreadAddress;
 const BODY_WITHIN: Duration = Duration::from_secs(20);
 
 /// A body as it arrives.
-type Body = Pin<Box<dyn Stream<Item = Result<Bytes, warp::Error>> + Send + Sync>>;
+type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes, warp::Error>> + Send + Sync>>;
 
 /// A request as its handler gets it: of a user, or, on routes that ask for no token, of anyone.
 pub struct Request<Who = Principal> {
@@ -38,7 +38,7 @@ pub struct Request<Who = Principal> {
     /// As it stands in the URL.
     query: String,
     params: Params,
-    body: Body,
+    body: ByteStream,
 }
 
 /// A request without a user: none was authenticated.
@@ -148,7 +148,7 @@ impl<Who> Request<Who> {
     }
 }
 
-async fn read_body(mut stream: Body) -> Result<String, Error> {
+async fn read_body(mut stream: ByteStream) -> Result<String, Error> {
     let mut body = Vec::new();
     while let Some(chunk) = stream.next().await {
         let chunk = chunk.map_err(|_| Error::new(Code::BadRequest, "the body was cut off"))?;

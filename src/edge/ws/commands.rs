@@ -19,7 +19,7 @@ use crate::{clock, telemetry};
 
 /// What became of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Progress {
+enum CommandState {
     /// It has taken effect, or was refused.
     Done,
     /// It has to wait until those before it have taken effect.
@@ -68,7 +68,7 @@ impl SessionState {
 
         self.incoming.level_times.heard(Instant::now());
         for &command in commands.as_slice() {
-            if self.within_rate(command)? && self.on_command(command, true)? == Progress::Waits {
+            if self.within_rate(command)? && self.on_command(command, true)? == CommandState::Waits {
                 self.incoming.queue.push(command.to_owned(), command.get().len());
             }
         }
@@ -78,7 +78,7 @@ impl SessionState {
     /// Carries out commands that waited, as far as they need not wait any longer.
     pub fn on_backlog(&mut self) -> Result<(), End> {
         while let Some((command, bytes)) = self.incoming.queue.pop() {
-            if self.on_command(&command, false)? == Progress::Waits {
+            if self.on_command(&command, false)? == CommandState::Waits {
                 self.incoming.queue.put_back(command, bytes);
                 break;
             }
@@ -99,21 +99,21 @@ impl SessionState {
     }
 
     /// Carries out a command, unless it has to wait; `is_new` if it has just come, and is not the first of those that wait.
-    fn on_command(&mut self, raw: &RawValue, is_new: bool) -> Result<Progress, End> {
+    fn on_command(&mut self, raw: &RawValue, is_new: bool) -> Result<CommandState, End> {
         let command = match command::parse(raw.get()) {
             Ok(command) => command,
             Err(BadCommand { id, error }) => {
                 self.refuse(id, &error);
-                return Ok(Progress::Done);
+                return Ok(CommandState::Done);
             }
         };
         if self.must_wait(waits_for(&command), is_new) {
-            return Ok(Progress::Waits);
+            return Ok(CommandState::Waits);
         }
         // Once for each try: two lists that are too long to be kept together would be looked up for ever.
         let looked_up = !is_new && std::mem::take(&mut self.incoming.looked_up);
         if !looked_up && self.looks_up(&command) {
-            return Ok(Progress::Waits);
+            return Ok(CommandState::Waits);
         }
         let is_level = match if is_new { LevelWait::None } else { std::mem::take(&mut self.incoming.level) } {
             LevelWait::None | LevelWait::Waiting => self.incoming.level_times.cover_all(),
@@ -121,7 +121,7 @@ impl SessionState {
             LevelWait::Over(Err(error)) => {
                 telemetry::commands(command.name(), error.code.as_str()).increment(1);
                 self.outgoing.refuse(command::id_of(raw.get()), &error);
-                return Ok(Progress::Done);
+                return Ok(CommandState::Done);
             }
         };
 
@@ -129,10 +129,10 @@ impl SessionState {
         let (id, result) = match command {
             Command::Publish(publish) => match self.admit(&publish) {
                 // Its verdict is its answer.
-                Ok(()) => return Ok(Progress::Done),
+                Ok(()) => return Ok(CommandState::Done),
                 Err(error) => (Some(publish.id), Err(error)),
             },
-            Command::Connect(connect) => return self.connect(&connect).map(|()| Progress::Done),
+            Command::Connect(connect) => return self.connect(&connect).map(|()| CommandState::Done),
             Command::Refresh(refresh) => return self.refresh(&refresh, is_level),
             Command::Subscribe(subscribe) => (Some(subscribe.id), self.subscribe(subscribe)),
             Command::Unsubscribe(unsubscribe) => (Some(unsubscribe.id), self.unsubscribe(&unsubscribe)),
@@ -150,14 +150,14 @@ impl SessionState {
             && self.sockets.level.may_be_missing(error)
         {
             self.reach_level();
-            return Ok(Progress::Waits);
+            return Ok(CommandState::Waits);
         }
         let outcome = result.as_ref().map_or_else(|error| error.code.as_str(), |()| "ok");
         telemetry::commands(name, outcome).increment(1);
         if let Err(error) = result {
             self.outgoing.refuse(id, &error);
         }
-        Ok(Progress::Done)
+        Ok(CommandState::Done)
     }
 
     fn must_wait(&mut self, waits_for: WaitsFor, is_new: bool) -> bool {
@@ -229,12 +229,12 @@ impl SessionState {
     }
 
     /// `is_level` if this node was level with the log after the command came.
-    fn refresh(&mut self, refresh: &Refresh<'_>, is_level: bool) -> Result<Progress, End> {
+    fn refresh(&mut self, refresh: &Refresh<'_>, is_level: bool) -> Result<CommandState, End> {
         let old = match connected(self.who.as_ref()) {
             Ok(old) => old,
             Err(error) => {
                 self.refuse(Some(refresh.id), &error);
-                return Ok(Progress::Done);
+                return Ok(CommandState::Done);
             }
         };
         let new = self.sockets.auth.verify(&refresh.token).map_err(|error| End::refused_token(&error))?;
@@ -246,7 +246,7 @@ impl SessionState {
         let lost = self.outgoing.feed.subs.regrant(&new);
         if !is_level && lost.iter().any(|(_, error)| self.sockets.level.may_be_missing(error)) {
             self.reach_level();
-            return Ok(Progress::Waits);
+            return Ok(CommandState::Waits);
         }
         for (thread, error) in self.outgoing.feed.subs.end_lost(&new, lost) {
             self.outgoing.ended(&thread, &error);
@@ -256,7 +256,7 @@ impl SessionState {
         self.who = Some(new);
         telemetry::commands("refresh", "ok").increment(1);
         self.outgoing.answer(&ServerFrame::Refreshed { id: refresh.id, expires_at: &expires_at });
-        Ok(Progress::Done)
+        Ok(CommandState::Done)
     }
 
     /// A publish that is admitted is answered by the verdict on its record.

@@ -66,7 +66,7 @@ impl FloodGuard {
 
 #[derive(Debug, Default)]
 struct FrameParser {
-    at: Place,
+    at: FramePosition,
     message: MessageSize,
 }
 
@@ -81,7 +81,7 @@ struct MessageSize {
 
 /// Where in a frame the stream is (RFC 6455, section 5.2).
 #[derive(Debug)]
-enum Place {
+enum FramePosition {
     /// After a frame's length, with so many bytes of masking key and payload to come. With 0 the next frame begins.
     Rest(u64),
     /// After a frame's first byte.
@@ -90,15 +90,15 @@ enum Place {
     Length { first: u8, masked: bool, missing: u8, length: u64 },
 }
 
-impl Default for Place {
-    fn default() -> Place {
-        Place::Rest(0)
+impl Default for FramePosition {
+    fn default() -> FramePosition {
+        FramePosition::Rest(0)
     }
 }
 
 impl FrameParser {
     fn message_bytes(&self) -> u64 {
-        let read = self.message.last && matches!(self.at, Place::Rest(0));
+        let read = self.message.last && matches!(self.at, FramePosition::Rest(0));
         if read { 0 } else { self.message.bytes }
     }
 
@@ -106,7 +106,7 @@ impl FrameParser {
     fn idle_in(&mut self, mut bytes: &[u8]) -> u32 {
         let mut idle = 0;
         while let Some((&byte, rest)) = bytes.split_first() {
-            if let Place::Rest(rest @ 1..) = &mut self.at {
+            if let FramePosition::Rest(rest @ 1..) = &mut self.at {
                 // What does not fit a usize is more than was read.
                 let here = usize::try_from(*rest).map_or(bytes.len(), |rest| rest.min(bytes.len()));
                 *rest -= here as u64;
@@ -122,27 +122,27 @@ impl FrameParser {
     /// Parses one byte of a header. True if the frame's length is known by this byte, and the frame is idle.
     fn header(&mut self, byte: u8) -> bool {
         let (first, masked, length) = match self.at {
-            Place::Rest(_) => {
+            FramePosition::Rest(_) => {
                 if self.message.last {
                     self.message = MessageSize::default();
                 }
-                self.at = Place::Begun { first: byte };
+                self.at = FramePosition::Begun { first: byte };
                 return false;
             }
-            Place::Begun { first } => {
+            FramePosition::Begun { first } => {
                 let masked = byte & MASKED != 0;
                 let missing = match byte & !MASKED {
                     126 => 2,
                     127 => 8,
                     length => return self.after_length(first, masked, length.into()),
                 };
-                self.at = Place::Length { first, masked, missing, length: 0 };
+                self.at = FramePosition::Length { first, masked, missing, length: 0 };
                 return false;
             }
-            Place::Length { first, masked, missing, length } => {
+            FramePosition::Length { first, masked, missing, length } => {
                 let length = length << 8 | u64::from(byte);
                 if missing > 1 {
-                    self.at = Place::Length { first, masked, missing: missing - 1, length };
+                    self.at = FramePosition::Length { first, masked, missing: missing - 1, length };
                     return false;
                 }
                 (first, masked, length)
@@ -153,7 +153,7 @@ impl FrameParser {
 
     fn after_length(&mut self, first: u8, masked: bool, length: u64) -> bool {
         // The library refuses lengths that would overflow, and reads nothing after them.
-        self.at = Place::Rest(length.saturating_add(if masked { MASKING_KEY } else { 0 }));
+        self.at = FramePosition::Rest(length.saturating_add(if masked { MASKING_KEY } else { 0 }));
         let opcode = first & OPCODE;
         if opcode < FIRST_CONTROL {
             let begun = if opcode == CONTINUATION { self.message.bytes } else { 0 };
@@ -231,7 +231,7 @@ mod tests {
             let stream: Vec<u8> = frames.iter().flat_map(Frame::bytes).collect();
             let mut parser = FrameParser::default();
             prop_assert_eq!(parser.idle_in(&stream), idle, "at once");
-            prop_assert!(matches!(parser.at, Place::Rest(0)));
+            prop_assert!(matches!(parser.at, FramePosition::Rest(0)));
 
             let mut singly = FrameParser::default();
             prop_assert_eq!(stream.iter().map(|byte| singly.idle_in(&[*byte])).sum::<u32>(), idle, "byte by byte");
@@ -298,7 +298,7 @@ mod tests {
     fn the_longest_length_there_can_be_is_no_overflow() {
         let mut parser = FrameParser::default();
         assert_eq!(parser.idle_in(&[0x81, 0xff, 255, 255, 255, 255, 255, 255, 255, 255, 1, 2, 3]), 0);
-        assert!(matches!(parser.at, Place::Rest(rest) if rest == u64::MAX - 3));
+        assert!(matches!(parser.at, FramePosition::Rest(rest) if rest == u64::MAX - 3));
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub struct Facts {
 
 /// What is to be sent now.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Due {
+pub struct DueNow {
     /// `expiring`, with the token's end in seconds since the Unix epoch.
     pub expiring: Option<u64>,
     pub ping: bool,
@@ -123,12 +123,12 @@ impl Heartbeat {
     }
 
     /// Looks at all deadlines.
-    pub fn on_timer(&mut self, facts: &Facts) -> Result<Due, End> {
+    pub fn on_timer(&mut self, facts: &Facts) -> Result<DueNow, End> {
         let expiring = self.check_token(facts)?;
         self.check_stall(facts)?;
         let ping = self.check_silence(facts)?;
         self.due = self.next_due(facts.now, facts.wall);
-        Ok(Due { expiring, ping })
+        Ok(DueNow { expiring, ping })
     }
 
     fn check_token(&mut self, facts: &Facts) -> Result<Option<u64>, End> {
@@ -244,29 +244,29 @@ mod tests {
         }
 
         /// Looks after some time.
-        fn after(&mut self, pause: Duration) -> Result<Due, u16> {
+        fn after(&mut self, pause: Duration) -> Result<DueNow, u16> {
             self.now += pause;
             let facts = Facts { now: self.now, wall: self.wall(), reading: self.reading, peer: self.peer };
             self.beat.on_timer(&facts).map_err(|end| end.code())
         }
 
         /// Looks when it is due, and gives how long that took.
-        fn when_due(&mut self) -> (Duration, Result<Due, u16>) {
+        fn when_due(&mut self) -> (Duration, Result<DueNow, u16>) {
             let pause = self.beat.due() - self.now;
             (pause, self.after(pause))
         }
     }
 
-    fn nothing() -> Result<Due, u16> {
-        Ok(Due::default())
+    fn nothing() -> Result<DueNow, u16> {
+        Ok(DueNow::default())
     }
 
-    fn ping() -> Result<Due, u16> {
-        Ok(Due { ping: true, ..Due::default() })
+    fn ping() -> Result<DueNow, u16> {
+        Ok(DueNow { ping: true, ..DueNow::default() })
     }
 
-    fn expiring(seconds: u64) -> Result<Due, u16> {
-        Ok(Due { expiring: Some(WALL + seconds), ..Due::default() })
+    fn expiring(seconds: u64) -> Result<DueNow, u16> {
+        Ok(DueNow { expiring: Some(WALL + seconds), ..DueNow::default() })
     }
 
     #[test]
@@ -403,7 +403,7 @@ mod tests {
             let (pause, seen) = session.when_due();
             waited += pause;
             match seen {
-                Ok(due) => assert_eq!(due, Due::default(), "announced once"),
+                Ok(due) => assert_eq!(due, DueNow::default(), "announced once"),
                 Err(code) => break code,
             }
         };

@@ -28,13 +28,13 @@ pub enum PendingSubscribe {
     /// For the list of the user's threads.
     Threads(SubscribeAll),
     /// For the receipts of a new durable subscription to be stored.
-    Receipts(Box<Plan>),
+    Receipts(Box<SubscriptionPlan>),
     /// For others' turns on this worker: its subscriptions begin a few at a time.
     Turns(Box<Beginning>),
 }
 
 /// A `subscribe` that is ready to begin.
-pub struct Plan {
+pub struct SubscriptionPlan {
     /// The command's id.
     pub id: i64,
     /// The thread as the client calls it; [`ALL`] for all.
@@ -53,7 +53,7 @@ pub struct Plan {
 
 /// A `subscribe` whose subscriptions are being begun.
 pub struct Beginning {
-    pub plan: Plan,
+    pub plan: SubscriptionPlan,
     /// Threads whose subscription did not begin.
     pub failed: Vec<(String, Error)>,
 }
@@ -73,7 +73,11 @@ pub struct SubscribeAll {
 
 impl SubscribeAll {
     /// Where each thread's subscription begins, and the receipts to store before.
-    pub fn plan(&self, who: &Principal, threads: Vec<JoinedThread>) -> Result<(Plan, Vec<ReceiptRecord>), Error> {
+    pub fn plan(
+        &self,
+        who: &Principal,
+        threads: Vec<JoinedThread>,
+    ) -> Result<(SubscriptionPlan, Vec<ReceiptRecord>), Error> {
         let name = self.following.name.as_deref();
         let listed = threads.len();
         if self.following.all && listed > MAX_SUBSCRIPTIONS {
@@ -122,7 +126,7 @@ impl SubscribeAll {
             }
             None => None,
         };
-        let plan = Plan {
+        let plan = SubscriptionPlan {
             id: self.id,
             called: ALL.to_owned(),
             listed,

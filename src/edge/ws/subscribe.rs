@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use super::plan::{ALL, Beginning, PendingSubscribe, Plan, SubscribeAll, seq_of};
+use super::plan::{ALL, Beginning, PendingSubscribe, SubscribeAll, SubscriptionPlan, seq_of};
 use super::state::{SessionState, connected};
 use crate::auth::Principal;
 use crate::auth::scopes;
@@ -81,7 +81,7 @@ impl SessionState {
             kinds: subscribe.kinds.map(Into::into),
             receipt: Receipt::wanted(name, row, cursor, policy),
         };
-        let plan = Plan {
+        let plan = SubscriptionPlan {
             id: subscribe.id,
             called: subscribe.thread.into_owned(),
             head: Seqs::One(head),
@@ -183,7 +183,7 @@ impl SessionState {
     }
 
     /// Whether the client's cursors are ahead of what this node has projected: it names a thread or a seq that is not here.
-    fn may_lack_threads<T>(&self, planned: &Result<(Plan, T), Error>) -> bool {
+    fn may_lack_threads<T>(&self, planned: &Result<(SubscriptionPlan, T), Error>) -> bool {
         match planned {
             Ok((plan, _)) => !plan.unknown.is_empty() && self.sockets.level.may_be_missing(&Error::no_thread()),
             Err(error) => self.sockets.level.may_be_missing(error),
@@ -211,7 +211,7 @@ impl SessionState {
     }
 
     /// A command that reads and writes for many threads counts as many commands.
-    fn count(&self, who: &Principal, plan: &Plan, receipts: &[ReceiptRecord]) -> Result<(), Error> {
+    fn count(&self, who: &Principal, plan: &SubscriptionPlan, receipts: &[ReceiptRecord]) -> Result<(), Error> {
         let listed = plan.listed / LISTED_AS_ONE;
         self.sockets.admission.count_more(who, listed + receipts.len())
     }
@@ -237,7 +237,7 @@ impl SessionState {
     fn store_receipts(
         &mut self,
         who: &Principal,
-        mut plan: Plan,
+        mut plan: SubscriptionPlan,
         mut receipts: Vec<ReceiptRecord>,
     ) -> Result<(), Error> {
         if receipts.is_empty() {
@@ -257,7 +257,7 @@ impl SessionState {
         Ok(())
     }
 
-    fn begin_subscription(&mut self, who: &Principal, plan: Plan) -> Result<(), Error> {
+    fn begin_subscription(&mut self, who: &Principal, plan: SubscriptionPlan) -> Result<(), Error> {
         self.begin_some(who, Box::new(Beginning { plan, failed: Vec::new() }))
     }
 
@@ -303,7 +303,7 @@ impl SessionState {
     }
 
     fn answer_begun(&mut self, Beginning { plan, failed }: Beginning) {
-        let Plan { id, called, head, after, recovered, unknown, .. } = plan;
+        let SubscriptionPlan { id, called, head, after, recovered, unknown, .. } = plan;
         let epoch = &self.sockets.epoch;
         self.outgoing.answer(&ServerFrame::Subscribed { id, thread: &called, epoch, head, after, recovered });
         for thread in unknown {

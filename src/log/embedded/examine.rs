@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rocksdb::{DB, IteratorMode, ReadOptions};
 
-use super::files::{self, FilesError, Found};
+use super::files::{self, FilesError, LogFolder};
 use super::format::{Holes, descriptors, options, parse_key, records};
 use super::{identity, opening};
 use crate::log::LogError;
@@ -31,8 +31,8 @@ pub fn examine(dir: &Path, progress: impl FnMut(u64)) -> Result<Option<Examined>
     let _lock = opening::lock_existing(dir)?;
     let mut examined = Examined::default();
     match files::check(dir) {
-        Ok(Found::Nothing) => return Ok(None),
-        Ok(Found::Log(whole)) => examined.rest = whole.rest,
+        Ok(LogFolder::Nothing) => return Ok(None),
+        Ok(LogFolder::Log(whole)) => examined.rest = whole.rest,
         Err(FilesError::Damaged(what)) => examined.problems.push(what),
         Err(FilesError::Io(what)) => return Err(LogError::Unavailable(what)),
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use rocksdb::DB;
 
-use super::files::{self, FilesError, Found, Whole};
+use super::files::{self, FilesError, LogFolder, Whole};
 use super::format::{HOLES, Holes, descriptors, parse_key, records, sized_options};
 use crate::disk;
 use crate::log::{LogError, Position};
@@ -60,8 +60,8 @@ fn try_lock(dir: &Path, file: File) -> Result<File, LogError> {
 /// Opens the log in `dir`; makes one only where there is nothing.
 pub(super) fn open(dir: &Path, memory: LogPlan) -> Result<Database, LogError> {
     let whole = match files::check(dir) {
-        Ok(Found::Nothing) => Whole::default(),
-        Ok(Found::Log(whole)) => whole,
+        Ok(LogFolder::Nothing) => Whole::default(),
+        Ok(LogFolder::Log(whole)) => whole,
         Err(FilesError::Damaged(what)) => return Err(damaged(dir, &what)),
         Err(FilesError::Io(what)) => return Err(LogError::Unavailable(what)),
     };

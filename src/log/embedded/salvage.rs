@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 
 use rocksdb::{DB, IteratorMode, WriteBatch};
 
-use super::files::batch::{Batch, Op, read_op};
-use super::files::blocks::{self, Broken, Part};
-use super::files::manifest::{Manifest, Table};
+use super::files::batch::{Op, WriteAheadBatch, read_op};
+use super::files::blocks::{self, Broken, FilePart};
+use super::files::manifest::{LiveTable, Manifest};
 use super::files::{self, FilesError, file_name, tables};
 use super::format::{
     HOLES, Holes, RECORDS, Stored, decode, descriptors, key_of, options, parse_key, partition_of, records, synced,
@@ -128,7 +128,7 @@ impl<'a, P: FnMut(u64)> Salvage<'a, P> {
     /// Copies the rows of all tables.
     fn tables(&mut self, manifest: &Manifest) -> Result<(), LogError> {
         for (number, family) in &manifest.families {
-            let mut tables: Vec<&Table> = family.tables.values().collect();
+            let mut tables: Vec<&LiveTable> = family.tables.values().collect();
             // Of rows at one offset the newest counts, which is copied last.
             tables.sort_by_key(|table| (table.largest_sequence, table.number));
             for table in tables {
@@ -161,7 +161,7 @@ impl<'a, P: FnMut(u64)> Salvage<'a, P> {
     }
 
     /// Copies the rows of the one table in `work`, around what cannot be read of it.
-    fn copy_table(&mut self, name: &str, table: &Table) -> Result<(), LogError> {
+    fn copy_table(&mut self, name: &str, table: &LiveTable) -> Result<(), LogError> {
         let (Some(first), Some(last)) = (parse_key(&table.smallest), parse_key(&table.largest)) else {
             self.damage.push(format!("{name}: its keys are not those of records"));
             return Ok(());
@@ -242,8 +242,8 @@ impl<'a, P: FnMut(u64)> Salvage<'a, P> {
             let scan = blocks::scan(&bytes, number);
             for (n, part) in scan.parts.iter().enumerate() {
                 match part {
-                    Part::Record { bytes, .. } => self.batch(family, bytes)?,
-                    Part::Broken(broken) => {
+                    FilePart::Record { bytes, .. } => self.batch(family, bytes)?,
+                    FilePart::Broken(broken) => {
                         self.damage.push(format!("{name} at byte {}: {}", broken.bad_at, broken.why));
                         let next = scan.parts.get(n + 1).and_then(|part| first_offset(family, part));
                         self.broken(family, each, broken, next)?;
@@ -255,7 +255,7 @@ impl<'a, P: FnMut(u64)> Salvage<'a, P> {
     }
 
     fn batch(&mut self, family: u32, bytes: &[u8]) -> Result<(), LogError> {
-        let Some(batch) = Batch::read(bytes) else { return Ok(()) };
+        let Some(batch) = WriteAheadBatch::read(bytes) else { return Ok(()) };
         for op in batch.ops {
             match op {
                 Op::Put { family: found, key, value } if found == family => {
@@ -348,9 +348,9 @@ fn next_readable(db: &DB, from: u64, last: u64) -> Option<u64> {
     None
 }
 
-fn first_offset(family: u32, part: &Part<'_>) -> Option<u64> {
-    let Part::Record { bytes, .. } = part else { return None };
-    Batch::read(bytes)?.ops.iter().find_map(|op| match op {
+fn first_offset(family: u32, part: &FilePart<'_>) -> Option<u64> {
+    let FilePart::Record { bytes, .. } = part else { return None };
+    WriteAheadBatch::read(bytes)?.ops.iter().find_map(|op| match op {
         Op::Put { family: found, key, .. } if *found == family => Some(parse_key(key)?.offset),
         _ => None,
     })

@@ -261,7 +261,7 @@ pub(super) fn hear(client: &QueryClient) {
 
 /// Where offsets are asked for: the oldest record of a partition, or after its newest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Edge {
+pub(super) enum OffsetEdge {
     Start,
     End,
 }
@@ -270,12 +270,12 @@ pub(super) enum Edge {
 pub(super) fn offsets<'a>(
     connection: &Connection,
     client: &QueryClient,
-    edge: Edge,
+    edge: OffsetEdge,
     partitions: impl IntoIterator<Item = (&'a str, u32)>,
 ) -> Result<Vec<u64>, LogError> {
     let mut wanted = TopicPartitionList::new();
     // To Kafka the edges are two times, before and after all others.
-    let edge = if edge == Edge::Start { Offset::Beginning } else { Offset::End };
+    let edge = if edge == OffsetEdge::Start { Offset::Beginning } else { Offset::End };
     for (topic, partition) in partitions {
         let added = wanted.add_partition_offset(topic, partition as i32, edge);
         added.map_err(|error| connection.unavailable(&error))?;

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::client::{Connection, Edge, QueryClient, offsets};
+use super::client::{Connection, OffsetEdge, QueryClient, offsets};
 use super::topics::Topics;
 use crate::log::{Bounds, LogError, Position, Positions};
 
@@ -49,20 +49,20 @@ impl Cluster {
 
     /// Where each partition begins.
     pub(super) fn starts(&self) -> Result<Positions, LogError> {
-        self.offsets(Edge::Start, self.all())
+        self.offsets(OffsetEdge::Start, self.all())
     }
 
     pub(super) fn ends(&self) -> Result<Positions, LogError> {
-        self.offsets(Edge::End, self.all())
+        self.offsets(OffsetEdge::End, self.all())
     }
 
     pub(super) fn end(&self, partition: u32) -> Result<u64, LogError> {
-        let ends = self.offsets(Edge::End, partition..partition + 1)?;
+        let ends = self.offsets(OffsetEdge::End, partition..partition + 1)?;
         ends.first().copied().ok_or_else(|| LogError::Unavailable("Kafka gave no answer".to_owned()))
     }
 
     /// Of partitions counted over all topics.
-    fn offsets(&self, edge: Edge, partitions: Range<u32>) -> Result<Vec<u64>, LogError> {
+    fn offsets(&self, edge: OffsetEdge, partitions: Range<u32>) -> Result<Vec<u64>, LogError> {
         let wanted = partitions.map(|partition| {
             let (topic, within) = self.topics.topic_of(partition);
             (self.topics.name(topic), within)

@@ -20,7 +20,7 @@ pub(super) const REPLICAS: u32 = 3;
 pub(super) const IN_SYNC: u32 = 2;
 
 /// What was found of one topic.
-pub(super) struct Facts {
+pub(super) struct TopicFacts {
     pub(super) topic: Topic,
     pub(super) name: String,
     /// Empty when the brokers do not say.
@@ -61,7 +61,7 @@ pub(super) fn check(
     let facts = Topic::ALL.map(|topic| {
         let name = topics.name(topic).to_owned();
         let settings = settings.remove(&name).unwrap_or_default();
-        Facts { topic, name, settings, replicas: replicas[topic as usize] }
+        TopicFacts { topic, name, settings, replicas: replicas[topic as usize] }
     });
     let mut findings = judge(&facts, &connection.config.brokers);
     findings.warnings.extend(connection.warnings());
@@ -69,7 +69,7 @@ pub(super) fn check(
 }
 
 /// Pure: the facts come in, the findings go out. `brokers` are named in what mends a problem.
-pub(super) fn judge(facts: &[Facts], brokers: &str) -> Findings {
+pub(super) fn judge(facts: &[TopicFacts], brokers: &str) -> Findings {
     let mut findings = Findings::default();
     // Topics with the same warning share its line.
     let mut warnings: Vec<(String, Vec<&str>)> = Vec::new();
@@ -88,7 +88,7 @@ pub(super) fn judge(facts: &[Facts], brokers: &str) -> Findings {
 }
 
 /// What deletes events or dead letters. Of receipts the newest of each key is enough.
-fn problems(it: &Facts, brokers: &str) -> Vec<String> {
+fn problems(it: &TopicFacts, brokers: &str) -> Vec<String> {
     if it.topic == Topic::Receipts || it.settings.is_empty() {
         return Vec::new();
     }
@@ -110,7 +110,7 @@ fn problems(it: &Facts, brokers: &str) -> Vec<String> {
     problems
 }
 
-impl Facts {
+impl TopicFacts {
     fn setting(&self, name: &str) -> &str {
         self.settings.get(name).map_or("", String::as_str)
     }
@@ -163,7 +163,7 @@ mod tests {
     use super::*;
 
     /// A topic as Weft makes it on three brokers, but for `changed`.
-    fn facts(topic: Topic, replicas: u32, changed: &[(&str, &str)]) -> Facts {
+    fn facts(topic: Topic, replicas: u32, changed: &[(&str, &str)]) -> TopicFacts {
         let policy = if topic == Topic::Receipts { "compact" } else { "delete" };
         let usual = [
             ("cleanup.policy", policy),
@@ -173,7 +173,7 @@ mod tests {
             ("unclean.leader.election.enable", "false"),
         ];
         let settings = usual.iter().chain(changed).map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        Facts { topic, name: format!("weft.{}", topic.as_str()), settings: settings.collect(), replicas }
+        TopicFacts { topic, name: format!("weft.{}", topic.as_str()), settings: settings.collect(), replicas }
     }
 
     fn all(replicas: u32, changed: &[(&str, &str)]) -> Findings {
@@ -237,7 +237,7 @@ mod tests {
 
     #[test]
     fn settings_that_the_brokers_do_not_say_are_a_warning() {
-        let silent = Topic::ALL.map(|topic| Facts { settings: HashMap::new(), ..facts(topic, 3, &[]) });
+        let silent = Topic::ALL.map(|topic| TopicFacts { settings: HashMap::new(), ..facts(topic, 3, &[]) });
         let findings = judge(&silent, "k:1");
         assert!(findings.problems.is_empty() && findings.warnings.len() == 1, "{findings:?}");
         assert!(findings.warnings[0].contains("do not say"), "{findings:?}");

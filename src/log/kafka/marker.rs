@@ -15,9 +15,9 @@ use rdkafka::producer::BaseProducer;
 use rdkafka::{Offset, TopicPartitionList};
 use serde::Serialize;
 
-use super::client::{ASK, Callbacks, Connection, Edge, QueryClient, TICK, offsets};
+use super::client::{ASK, Callbacks, Connection, OffsetEdge, QueryClient, TICK, offsets};
 use super::headers;
-use super::producer::{ANSWER_WITHIN, Pending, Producing, send};
+use super::producer::{ANSWER_WITHIN, PendingAppends, Producing, send};
 use crate::clock;
 use crate::log::checkpoint::LOG_KEY;
 use crate::log::{Bounds, Cause, Done, Grant, Identity, LogError, RULES, Record, Topic};
@@ -87,21 +87,21 @@ impl Markers<'_> {
 
     fn first_marker(&self) -> Result<Option<Marker>, LogError> {
         let mut first = None;
-        self.scan(self.edge(Edge::Start)?, |marker| {
+        self.scan(self.edge(OffsetEdge::Start)?, |marker| {
             first = Some(marker);
             false
         })?;
         Ok(first)
     }
 
-    fn edge(&self, edge: Edge) -> Result<u64, LogError> {
+    fn edge(&self, edge: OffsetEdge) -> Result<u64, LogError> {
         let found = offsets(self.connection, self.client, edge, [(self.topic, 0)])?;
         found.first().copied().ok_or_else(|| LogError::Unavailable("Kafka gave no answer".to_owned()))
     }
 
     /// The identity as of the partition's end, if the partition gives one.
     pub(super) fn current(&self, known: Option<&Known>) -> Result<Option<Identity>, LogError> {
-        let bounds = Bounds { start: self.edge(Edge::Start)?, end: self.edge(Edge::End)? };
+        let bounds = Bounds { start: self.edge(OffsetEdge::Start)?, end: self.edge(OffsetEdge::End)? };
         let known = known.filter(|known| (bounds.start..=bounds.end).contains(&known.offset));
         let mut current: Option<Identity> = None;
         self.scan(bounds.start, |Marker { identity, .. }| {
@@ -206,7 +206,7 @@ fn record(kind: &str, value: &impl Serialize) -> Record {
 /// Writes a marker into partition 0 of the topic; returns once it is durable.
 pub(super) fn write(
     producer: &BaseProducer<Producing>,
-    pending: &Pending,
+    pending: &PendingAppends,
     topic: &str,
     record: &Record,
 ) -> Result<(), LogError> {

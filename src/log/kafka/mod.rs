@@ -36,7 +36,7 @@ use self::cluster::Cluster;
 use self::keeping::Findings;
 pub use self::marker::Known;
 use self::marker::Markers;
-use self::producer::{ANSWER_WITHIN, Pending, Producing, new_producer, send};
+use self::producer::{ANSWER_WITHIN, PendingAppends, Producing, new_producer, send};
 use self::reading::KafkaReader;
 pub use self::settings::ClientSettings;
 use self::setup::{check_partitions, ensure_topics};
@@ -57,7 +57,7 @@ struct Shared {
     cluster: Arc<Cluster>,
     /// None after the end.
     producer: RwLock<Option<Arc<BaseProducer<Producing>>>>,
-    pending: Arc<Pending>,
+    pending: Arc<PendingAppends>,
     /// How the brokers are, as the monitor found them.
     state: ArcSwap<State>,
     /// What was found when the topics were last looked at as a whole.
@@ -103,7 +103,7 @@ impl KafkaLog {
         let named = markers.partitions()?;
         check_partitions(&connection, &topics, &client, shapes, named)?;
 
-        let pending = Arc::new(Pending::default());
+        let pending = Arc::new(PendingAppends::default());
         let producer = new_producer(&connection, &pending).map_err(|error| connection.unavailable(&error))?;
         let cluster = Cluster::new(connection, topics, client);
         let begin = cluster.starts()?;

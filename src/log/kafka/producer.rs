@@ -24,7 +24,7 @@ pub(super) const ANSWER_WITHIN: Duration = Duration::from_millis(4500);
 /// The records without an answer yet. Ids only grow, so they are a queue with an offset; a slot is empty once its record
 /// is answered.
 #[derive(Default)]
-pub(super) struct Pending {
+pub(super) struct PendingAppends {
     queue: Mutex<PendingQueue>,
     delivered: AtomicU64,
 }
@@ -33,27 +33,27 @@ pub(super) struct Pending {
 struct PendingQueue {
     /// The id of the first slot.
     first: u64,
-    slots: VecDeque<Option<Waiting>>,
+    slots: VecDeque<Option<PendingAppend>>,
 }
 
-pub(super) struct Waiting {
+pub(super) struct PendingAppend {
     topic: Topic,
     since: Instant,
     pub(super) done: Done,
 }
 
-impl Pending {
+impl PendingAppends {
     /// Returns the first one's id; the others follow it.
     pub(super) fn add(&self, waiting: impl Iterator<Item = (Topic, Done)>) -> u64 {
         let since = Instant::now();
         let mut queue = self.queue();
         let id = queue.first + queue.slots.len() as u64;
-        queue.slots.extend(waiting.map(|(topic, done)| Some(Waiting { topic, since, done })));
+        queue.slots.extend(waiting.map(|(topic, done)| Some(PendingAppend { topic, since, done })));
         id
     }
 
     /// Whoever takes it answers it. None if it was answered already.
-    pub(super) fn take(&self, id: u64) -> Option<Waiting> {
+    pub(super) fn take(&self, id: u64) -> Option<PendingAppend> {
         let mut queue = self.queue();
         let slot = usize::try_from(id.checked_sub(queue.first)?).ok()?;
         let waiting = queue.slots.get_mut(slot)?.take();
@@ -65,7 +65,7 @@ impl Pending {
 
     /// Answers those that have waited for `age` or longer.
     pub(super) fn expire(&self, age: Duration) {
-        let old = |slot: &mut Option<Waiting>| slot.as_ref().is_none_or(|waiting| waiting.since.elapsed() >= age);
+        let old = |slot: &mut Option<PendingAppend>| slot.as_ref().is_none_or(|waiting| waiting.since.elapsed() >= age);
         let mut late = Vec::new();
         let mut queue = self.queue();
         while let Some(slot) = queue.slots.pop_front_if(old) {
@@ -95,7 +95,7 @@ impl Pending {
 
 /// What the producer calls back.
 pub(super) struct Producing {
-    pending: Arc<Pending>,
+    pending: Arc<PendingAppends>,
     /// How many partitions each topic has.
     each: u32,
     append_seconds: Histogram,
@@ -150,7 +150,7 @@ fn undelivered(error: &KafkaError) -> AppendError {
 
 pub(super) fn new_producer(
     connection: &Connection,
-    pending: &Arc<Pending>,
+    pending: &Arc<PendingAppends>,
 ) -> Result<BaseProducer<Producing>, KafkaError> {
     connection.producer().set("message.timeout.ms", ANSWER_WITHIN.as_millis().to_string()).create_with_context(
         Producing {

@@ -22,7 +22,7 @@ pub(super) struct KafkaReader {
     /// The log that the positions belong to, and its generation.
     identity: Arc<Identity>,
     at: Positions,
-    handles: Handles,
+    handles: TopicHandles,
     /// Why the consumer stopped where it was. It never continues by itself then, lest it continues elsewhere.
     lost: Option<KafkaError>,
     /// The epoch of a later generation. What follows it is not read.
@@ -107,7 +107,7 @@ impl Reader for KafkaReader {
 impl KafkaReader {
     pub(super) fn open(cluster: Arc<Cluster>, identity: Arc<Identity>, from: &[u64]) -> Result<KafkaReader, LogError> {
         let consumer = new_consumer(&cluster, from)?;
-        let (at, handles) = (from.to_vec(), Handles::default());
+        let (at, handles) = (from.to_vec(), TopicHandles::default());
         Ok(KafkaReader { cluster, consumer, identity, at, handles, lost: None, newer: None, ended_by: None })
     }
 
@@ -154,7 +154,7 @@ impl KafkaReader {
         }
         cluster.check(&self.at)?;
         self.consumer = new_consumer(cluster, &self.at)?;
-        self.handles = Handles::default();
+        self.handles = TopicHandles::default();
         self.lost = None;
         Ok(())
     }
@@ -183,9 +183,9 @@ fn decode(topics: &Topics, topic: Topic, partition: u32, message: &BorrowedMessa
 /// Where librdkafka keeps each topic of one consumer, as soon as a message came from it: comparing these is faster than
 /// comparing names. An assigned topic stays where it is.
 #[derive(Default)]
-struct Handles([usize; Topic::ALL.len()]);
+struct TopicHandles([usize; Topic::ALL.len()]);
 
-impl Handles {
+impl TopicHandles {
     fn topic(&mut self, topics: &Topics, message: &BorrowedMessage<'_>) -> Option<Topic> {
         let handle = message.topic_ptr().addr();
         if let Some(topic) = Topic::ALL.into_iter().find(|topic| self.0[*topic as usize] == handle) {

@@ -8,7 +8,7 @@ use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::metadata::MetadataTopic;
 
 use super::admin::{admin_client, admin_options, block_on};
-use super::client::{ASK, Callbacks, Connection, Edge, QueryClient, TICK, hear, offsets};
+use super::client::{ASK, Callbacks, Connection, OffsetEdge, QueryClient, TICK, hear, offsets};
 use super::keeping::{self, Findings, IN_SYNC, REPLICAS, Settings};
 use super::topics::Topics;
 use crate::log::{LogError, Topic};
@@ -101,8 +101,8 @@ pub(super) fn added_with_records(
         return Ok(None);
     }
     let added = || (configured..found).map(|partition| (name, partition));
-    let starts = offsets(connection, client, Edge::Start, added())?;
-    let ends = offsets(connection, client, Edge::End, added())?;
+    let starts = offsets(connection, client, OffsetEdge::Start, added())?;
+    let ends = offsets(connection, client, OffsetEdge::End, added())?;
     let counts = (configured..found).zip(starts.iter().zip(&ends).map(|(start, end)| end.saturating_sub(*start)));
     let used: Vec<String> =
         counts.filter(|(_, count)| *count > 0).map(|(partition, count)| format!("{partition} ({count})")).collect();

@@ -97,7 +97,7 @@ pub fn sized_item(api: &Api, key: &RunKey, row: &RunRow) -> Result<(RunItem, usi
 /// A run with all that it did, as much as a page holds.
 pub fn detail(api: &Api, key: &RunKey, meter: &mut Meter) -> Result<RunDetail, Error> {
     let row = api.store.run(key)?.ok_or_else(no_run)?;
-    let mut room = Room { bytes: PAGE_BYTES, meter };
+    let mut room = PageBudget { bytes: PAGE_BYTES, meter };
     let (steps, more_steps) = steps(api, key, &mut room)?;
     let (written, more_messages) = written(api, key, &mut room)?;
 
@@ -129,12 +129,12 @@ pub fn detail(api: &Api, key: &RunKey, meter: &mut Meter) -> Result<RunDetail, E
 }
 
 /// What the page may still hold.
-struct Room<'a> {
+struct PageBudget<'a> {
     bytes: usize,
     meter: &'a mut Meter,
 }
 
-impl Room<'_> {
+impl PageBudget<'_> {
     /// Counts what the page holds in addition; `false` if it does not fit.
     fn take(&mut self, bytes: usize) -> Result<bool, Error> {
         let Some(left) = self.bytes.checked_sub(bytes) else { return Ok(false) };
@@ -151,7 +151,7 @@ fn data_of(api: &Api, key: &RunKey, seq: u64) -> Result<Option<Box<RawValue>>, E
 }
 
 /// A run's event.
-struct Step {
+struct RunStep {
     seq: u64,
     row: StepRow,
     /// What a call failed with.
@@ -159,7 +159,7 @@ struct Step {
 }
 
 /// The run's steps from its beginning on, as many as there is room for; and whether there are more.
-fn steps(api: &Api, key: &RunKey, room: &mut Room<'_>) -> Result<(Vec<Step>, bool), Error> {
+fn steps(api: &Api, key: &RunKey, room: &mut PageBudget<'_>) -> Result<(Vec<RunStep>, bool), Error> {
     let mut steps = Vec::new();
     for step in api.store.run_events(key) {
         let (seq, row) = step?;
@@ -167,7 +167,7 @@ fn steps(api: &Api, key: &RunKey, room: &mut Room<'_>) -> Result<(Vec<Step>, boo
             true => data_of(api, key, seq)?.and_then(|data| Fields::parse(&data)?.raw("error").map(RawValue::to_owned)),
             false => None,
         };
-        let step = Step { seq, row, error };
+        let step = RunStep { seq, row, error };
         if steps.len() == MAX_STEPS || !room.take(step.bytes())? {
             return Ok((steps, true));
         }
@@ -176,7 +176,7 @@ fn steps(api: &Api, key: &RunKey, room: &mut Room<'_>) -> Result<(Vec<Step>, boo
     Ok((steps, false))
 }
 
-impl Step {
+impl RunStep {
     fn mark(&self) -> EventRef {
         EventRef { seq: self.seq, at: self.row.at }
     }
@@ -193,7 +193,7 @@ impl Step {
         matches!(&*self.row.kind, AGENT_RESUMED | AGENT_CANCEL_REQUESTED)
     }
 
-    fn item(&self, next: Option<&Step>) -> StepItem {
+    fn item(&self, next: Option<&RunStep>) -> StepItem {
         StepItem {
             seq: self.seq,
             kind: self.row.kind.clone(),
@@ -207,7 +207,7 @@ impl Step {
 }
 
 /// Messages that were written in deltas, by when they were begun, as many as there is room for; and whether there are more.
-fn written(api: &Api, key: &RunKey, room: &mut Room<'_>) -> Result<(Vec<(String, MessageRow)>, bool), Error> {
+fn written(api: &Api, key: &RunKey, room: &mut PageBudget<'_>) -> Result<(Vec<(String, MessageRow)>, bool), Error> {
     let mut first = BTreeMap::new();
     let mut more = false;
     for message in api.store.messages_of(key) {
@@ -245,7 +245,7 @@ fn writing_ms(row: &MessageRow) -> u64 {
     end.saturating_sub(row.begun_at)
 }
 
-fn timings(row: &RunRow, steps: &[Step], written: &[(String, MessageRow)]) -> Timings {
+fn timings(row: &RunRow, steps: &[RunStep], written: &[(String, MessageRow)]) -> Timings {
     let end = row.ended.map_or(row.heard_at(), |(mark, _)| mark.at);
     let mut begun: Vec<u64> = written.iter().map(|(_, row)| row.begun_at).collect();
     begun.sort_unstable();
@@ -276,7 +276,7 @@ fn timings(row: &RunRow, steps: &[Step], written: &[(String, MessageRow)]) -> Ti
     timings
 }
 
-fn tools(steps: &[Step]) -> Vec<ToolItem> {
+fn tools(steps: &[RunStep]) -> Vec<ToolItem> {
     let mut tools: Vec<ToolItem> = Vec::new();
     // Calls that have not completed: where they stand in `tools`, and since when they execute.
     let mut open: BTreeMap<&str, (usize, u64)> = BTreeMap::new();

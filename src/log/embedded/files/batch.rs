@@ -12,7 +12,7 @@ pub enum Op<'a> {
 
 /// A batch as it stands in a record of the write-ahead log.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Batch<'a> {
+pub struct WriteAheadBatch<'a> {
     /// The sequence number of its first operation.
     pub sequence: u64,
     pub count: u32,
@@ -21,9 +21,9 @@ pub struct Batch<'a> {
     pub is_whole: bool,
 }
 
-impl<'a> Batch<'a> {
+impl<'a> WriteAheadBatch<'a> {
     /// Reads a batch, as far as it can be read. `None` when it has no header.
-    pub fn read(bytes: &'a [u8]) -> Option<Batch<'a>> {
+    pub fn read(bytes: &'a [u8]) -> Option<WriteAheadBatch<'a>> {
         let (header, mut rest) = bytes.split_at_checked(12)?;
         let sequence = u64::from_le_bytes(header[..8].try_into().ok()?);
         let count = u32::from_le_bytes(header[8..].try_into().ok()?);
@@ -31,11 +31,11 @@ impl<'a> Batch<'a> {
         while !rest.is_empty() {
             match read_op(&mut rest) {
                 Some(op) => ops.push(op),
-                None => return Some(Batch { sequence, count, ops, is_whole: false }),
+                None => return Some(WriteAheadBatch { sequence, count, ops, is_whole: false }),
             }
         }
         let is_whole = ops.len() == count as usize;
-        Some(Batch { sequence, count, ops, is_whole })
+        Some(WriteAheadBatch { sequence, count, ops, is_whole })
     }
 
     /// The sequence number that the next batch has.
@@ -98,13 +98,13 @@ mod tests {
         made.put(b"epoch", b"e");
         made.put(vec![7; 200], vec![9; 40_000]);
         made.delete(b"gone");
-        let batch = Batch::read(made.data()).expect("a header");
+        let batch = WriteAheadBatch::read(made.data()).expect("a header");
         assert_eq!((batch.count, batch.is_whole), (3, true));
         assert_eq!(batch.ops[0], Op::Put { family: 0, key: b"epoch", value: b"e" });
         assert_eq!(batch.ops[1], Op::Put { family: 0, key: &[7; 200], value: &[9; 40_000] });
         assert_eq!(batch.ops[2], Op::Delete { family: 0, key: b"gone" });
-        let cut = Batch::read(&made.data()[..made.data().len() - 1]).expect("a header");
+        let cut = WriteAheadBatch::read(&made.data()[..made.data().len() - 1]).expect("a header");
         assert_eq!((cut.ops.len(), cut.is_whole), (2, false));
-        assert_eq!(Batch::read(&made.data()[..11]), None);
+        assert_eq!(WriteAheadBatch::read(&made.data()[..11]), None);
     }
 }

@@ -46,7 +46,7 @@ fn kind_of(type_byte: u8) -> Option<(Kind, bool)> {
 
 /// What stands in a file, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Part<'a> {
+pub enum FilePart<'a> {
     /// A whole record.
     Record { at: usize, bytes: Cow<'a, [u8]> },
     /// Bytes that make no whole record. As the last part of a file it is a torn end; anything after it shows damage.
@@ -75,7 +75,7 @@ impl fmt::Debug for Broken {
 /// What a file holds.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Scan<'a> {
-    pub parts: Vec<Part<'a>>,
+    pub parts: Vec<FilePart<'a>>,
     /// The end of the last fragment that is as it was written.
     pub valid_to: usize,
 }
@@ -85,22 +85,22 @@ impl Scan<'_> {
     pub fn damage(&self) -> Option<&Broken> {
         let (_, before) = self.parts.split_last()?;
         before.iter().find_map(|part| match part {
-            Part::Broken(broken) => Some(broken),
-            Part::Record { .. } => None,
+            FilePart::Broken(broken) => Some(broken),
+            FilePart::Record { .. } => None,
         })
     }
 
     /// The broken part that nothing follows.
     pub fn torn_end(&self) -> Option<&Broken> {
         match self.parts.last()? {
-            Part::Broken(broken) => Some(broken),
-            Part::Record { .. } => None,
+            FilePart::Broken(broken) => Some(broken),
+            FilePart::Record { .. } => None,
         }
     }
 
     /// How many records follow a place.
     pub fn records_after(&self, at: usize) -> usize {
-        self.parts.iter().filter(|part| matches!(part, Part::Record { at: found, .. } if *found > at)).count()
+        self.parts.iter().filter(|part| matches!(part, FilePart::Record { at: found, .. } if *found > at)).count()
     }
 }
 
@@ -121,7 +121,7 @@ enum Missing {
 }
 
 /// A record that was begun, or a stretch that is broken.
-struct Open {
+struct OpenRecord {
     at: usize,
     bytes: Vec<u8>,
     broken: Option<(usize, &'static str)>,
@@ -131,8 +131,8 @@ struct Scanner<'a> {
     file: &'a [u8],
     /// Of a file that is written again; a MANIFEST has none in its fragments.
     number: Option<u32>,
-    parts: Vec<Part<'a>>,
-    open: Option<Open>,
+    parts: Vec<FilePart<'a>>,
+    open: Option<OpenRecord>,
     valid_to: usize,
 }
 
@@ -246,14 +246,14 @@ impl<'a> Scanner<'a> {
             Kind::Meta => {}
             Kind::Full => {
                 self.close(at, "a record has no end");
-                self.parts.push(Part::Record { at, bytes: Cow::Borrowed(payload) });
+                self.parts.push(FilePart::Record { at, bytes: Cow::Borrowed(payload) });
             }
             Kind::First => {
                 self.close(at, "a record has no end");
-                self.open = Some(Open { at, bytes: payload.to_vec(), broken: None });
+                self.open = Some(OpenRecord { at, bytes: payload.to_vec(), broken: None });
             }
             Kind::Middle | Kind::Last => {
-                let orphan = || Open { at, bytes: Vec::new(), broken: Some((at, "a record has no begin")) };
+                let orphan = || OpenRecord { at, bytes: Vec::new(), broken: Some((at, "a record has no begin")) };
                 self.open.get_or_insert_with(orphan).bytes.extend_from_slice(payload);
                 if fragment.kind == Kind::Last {
                     self.finish(end);
@@ -271,17 +271,17 @@ impl<'a> Scanner<'a> {
             Some(next) if next != self.after(payload.end) => at..next,
             _ => payload,
         };
-        let open = self.open.get_or_insert_with(|| Open { at, bytes: Vec::new(), broken: None });
+        let open = self.open.get_or_insert_with(|| OpenRecord { at, bytes: Vec::new(), broken: None });
         open.bytes.extend_from_slice(&self.file[likely]);
         open.broken.get_or_insert((at, why));
     }
 
     /// The record that was begun has got its last fragment.
     fn finish(&mut self, end: usize) {
-        let Some(Open { at, bytes, broken }) = self.open.take() else { return };
+        let Some(OpenRecord { at, bytes, broken }) = self.open.take() else { return };
         self.parts.push(match broken {
-            None => Part::Record { at, bytes: Cow::Owned(bytes) },
-            Some((bad_at, why)) => Part::Broken(Broken { at, bad_at, end, why, bytes }),
+            None => FilePart::Record { at, bytes: Cow::Owned(bytes) },
+            Some((bad_at, why)) => FilePart::Broken(Broken { at, bad_at, end, why, bytes }),
         });
     }
 

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use super::batch::{prefixed, varint};
-use super::blocks::{self, Part};
+use super::blocks::{self, FilePart};
 
 const COMPARATOR: u64 = 1;
 const LOG_NUMBER: u64 = 2;
@@ -31,7 +31,7 @@ const NEW_FILE_END: u64 = 1;
 
 /// A table file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Table {
+pub struct LiveTable {
     pub number: u64,
     pub size: u64,
     /// First and last key, as its users know them.
@@ -47,7 +47,7 @@ pub struct Family {
     pub name: String,
     /// Its rows in older files of the write-ahead log are in tables as well.
     pub log_number: u64,
-    pub tables: BTreeMap<u64, Table>,
+    pub tables: BTreeMap<u64, LiveTable>,
 }
 
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -82,9 +82,9 @@ impl Manifest {
         let mut group: Vec<Edit> = Vec::new();
         for part in &scan.parts {
             let (at, bytes) = match part {
-                Part::Record { at, bytes } => (*at, bytes),
-                Part::Broken(_) if scan.damage().is_none() => break,
-                Part::Broken(broken) => {
+                FilePart::Record { at, bytes } => (*at, bytes),
+                FilePart::Broken(_) if scan.damage().is_none() => break,
+                FilePart::Broken(broken) => {
                     return (manifest, Some(format!("is damaged at byte {}: {}", broken.bad_at, broken.why)));
                 }
             };
@@ -135,7 +135,7 @@ impl Manifest {
         self.families.iter().find(|(_, family)| family.name == name).map(|(number, family)| (*number, family))
     }
 
-    pub fn tables(&self) -> impl Iterator<Item = &Table> {
+    pub fn tables(&self) -> impl Iterator<Item = &LiveTable> {
         self.families.values().flat_map(|family| family.tables.values())
     }
 }
@@ -152,7 +152,7 @@ struct Edit {
     next_file: Option<u64>,
     last_sequence: Option<u64>,
     deleted: Vec<u64>,
-    added: Vec<Table>,
+    added: Vec<LiveTable>,
     remaining_in_group: u64,
 }
 
@@ -203,7 +203,7 @@ impl Edit {
 }
 
 /// A new file: level, number, size, first and last key, first and last sequence number, further fields.
-fn read_table(rest: &mut &[u8]) -> Option<Table> {
+fn read_table(rest: &mut &[u8]) -> Option<LiveTable> {
     varint(rest)?;
     let (number, size) = (varint(rest)?, varint(rest)?);
     let (smallest, largest) = (user_key(prefixed(rest)?)?, user_key(prefixed(rest)?)?);
@@ -212,7 +212,7 @@ fn read_table(rest: &mut &[u8]) -> Option<Table> {
     while varint(rest)? != NEW_FILE_END {
         prefixed(rest)?;
     }
-    Some(Table { number, size, smallest, largest, largest_sequence, field: Vec::new() })
+    Some(LiveTable { number, size, smallest, largest, largest_sequence, field: Vec::new() })
 }
 
 /// RocksDB's keys end with a sequence number and a type.

@@ -22,14 +22,14 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use self::batch::{Batch, Op};
-use self::blocks::{Part, Scan};
+use self::batch::{Op, WriteAheadBatch};
+use self::blocks::{FilePart, Scan};
 use self::manifest::Manifest;
 use super::format::{RECORDS, parse_key};
 
 /// What is in a log's folder.
 #[derive(Debug)]
-pub(super) enum Found {
+pub(super) enum LogFolder {
     /// No log: one may be created.
     Nothing,
     Log(Whole),
@@ -58,11 +58,11 @@ fn damaged<T>(what: impl Into<String>) -> Result<T, FilesError> {
 }
 
 /// Looks at every file that an opening would read or drop. Changes nothing.
-pub(super) fn check(dir: &Path) -> Result<Found, FilesError> {
+pub(super) fn check(dir: &Path) -> Result<LogFolder, FilesError> {
     let logs = numbered(dir, "log")?;
     if !exists(&dir.join("CURRENT"))? {
         if is_empty(dir)? {
-            return Ok(Found::Nothing);
+            return Ok(LogFolder::Nothing);
         }
         let (tables, logs) = (numbered(dir, "sst")?.len(), logs.len());
         return damaged(format!("CURRENT is missing beside {tables} tables and {logs} files of the write-ahead log"));
@@ -75,12 +75,12 @@ pub(super) fn check(dir: &Path) -> Result<Found, FilesError> {
     if live.is_empty() && first > 0 {
         return damaged(format!("every file of the write-ahead log is missing, from {first:06}.log on"));
     }
-    let mut reading = Reading::new(&manifest);
+    let mut reading = WriteAheadScan::new(&manifest);
     for (number, path) in live {
         let bytes = fs::read(&path).map_err(|error| FilesError::Io(format!("{}: {error}", path.display())))?;
         reading.file(&file_name(&path), &blocks::scan(&bytes, number))?;
     }
-    Ok(Found::Log(Whole { end: reading.end, rest: reading.rest }))
+    Ok(LogFolder::Log(Whole { end: reading.end, rest: reading.rest }))
 }
 
 /// Whether there is no log, so that one may be created.
@@ -103,7 +103,7 @@ fn check_tables(dir: &Path, manifest: &Manifest) -> Result<(), FilesError> {
 }
 
 /// The write-ahead log, read file by file.
-struct Reading {
+struct WriteAheadScan {
     records: Option<u32>,
     /// The sequence number that the next batch must have; for the first one it is the newest that it may have.
     next_sequence: u64,
@@ -116,9 +116,9 @@ struct Reading {
     last_end: Option<(String, usize)>,
 }
 
-impl Reading {
-    fn new(manifest: &Manifest) -> Reading {
-        Reading {
+impl WriteAheadScan {
+    fn new(manifest: &Manifest) -> WriteAheadScan {
+        WriteAheadScan {
             records: manifest.family(RECORDS).map(|(number, _)| number),
             next_sequence: manifest.last_sequence + 1,
             is_first: true,
@@ -134,8 +134,8 @@ impl Reading {
             return damaged(format!("{name} is damaged at byte {at} ({why}); {after} whole batches follow"));
         }
         for part in &scan.parts {
-            let Part::Record { at, bytes } = part else { continue };
-            let Some(batch) = Batch::read(bytes).filter(|batch| batch.is_whole) else {
+            let FilePart::Record { at, bytes } = part else { continue };
+            let Some(batch) = WriteAheadBatch::read(bytes).filter(|batch| batch.is_whole) else {
                 return damaged(format!("{name} holds a batch at byte {at} that Weft did not write"));
             };
             self.batch(name, *at, &batch)?;
@@ -147,7 +147,7 @@ impl Reading {
         Ok(())
     }
 
-    fn batch(&mut self, name: &str, at: usize, batch: &Batch<'_>) -> Result<(), FilesError> {
+    fn batch(&mut self, name: &str, at: usize, batch: &WriteAheadBatch<'_>) -> Result<(), FilesError> {
         let fits = match self.is_first {
             true => batch.sequence <= self.next_sequence,
             false => batch.sequence == self.next_sequence,

@@ -7,7 +7,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use super::manifest::{Manifest, Table};
+use super::manifest::{LiveTable, Manifest};
 
 const LOG_NUMBER: u64 = 2;
 const NEXT_FILE: u64 = 3;
@@ -21,7 +21,7 @@ const MIDDLE: u8 = 3;
 const LAST: u8 = 4;
 
 /// Makes the folder. `family` is the number of the family that the table belongs to.
-pub fn isolate(source: &Path, manifest: &Manifest, family: u32, table: &Table, target: &Path) -> io::Result<()> {
+pub fn isolate(source: &Path, manifest: &Manifest, family: u32, table: &LiveTable, target: &Path) -> io::Result<()> {
     fs::create_dir_all(target)?;
     let name = format!("{:06}.sst", table.number);
     let (from, to) = (source.join(&name), target.join(&name));
@@ -33,7 +33,7 @@ pub fn isolate(source: &Path, manifest: &Manifest, family: u32, table: &Table, t
     fs::write(target.join("CURRENT"), "MANIFEST-000001\n")
 }
 
-fn manifest_of(manifest: &Manifest, family: u32, table: &Table) -> Vec<u8> {
+fn manifest_of(manifest: &Manifest, family: u32, table: &LiveTable) -> Vec<u8> {
     let mut edits = manifest.family_edits.clone();
     let mut state = Vec::new();
     for (tag, value) in [

@@ -8,7 +8,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use rocksdb::{DB, WriteBatch};
 
-use super::blocks::{Part, Scan, scan};
+use super::blocks::{FilePart, Scan, scan};
 use super::*;
 use crate::log::Position;
 use crate::log::embedded::format::{descriptors, key_of, options, records, synced};
@@ -69,8 +69,8 @@ fn records_of<'a>(scan: &'a Scan<'_>) -> Vec<(usize, &'a [u8])> {
     scan.parts
         .iter()
         .filter_map(|part| match part {
-            Part::Record { at, bytes } => Some((*at, &**bytes)),
-            Part::Broken(_) => None,
+            FilePart::Record { at, bytes } => Some((*at, &**bytes)),
+            FilePart::Broken(_) => None,
         })
         .collect()
 }
@@ -98,9 +98,10 @@ fn a_file_as_rocksdb_wrote_it_is_whole() {
     let scan = whole();
     assert_eq!((scan.damage(), scan.torn_end()), (None, None));
     let found = records_of(&scan);
-    let rows: Vec<usize> = found.iter().map(|(_, bytes)| Batch::read(bytes).expect("a batch").ops.len()).collect();
+    let rows: Vec<usize> =
+        found.iter().map(|(_, bytes)| WriteAheadBatch::read(bytes).expect("a batch").ops.len()).collect();
     assert_eq!(rows, BATCHES.iter().map(|(rows, _)| *rows).collect::<Vec<_>>());
-    assert!(found.iter().all(|(_, bytes)| Batch::read(bytes).is_some_and(|batch| batch.is_whole)));
+    assert!(found.iter().all(|(_, bytes)| WriteAheadBatch::read(bytes).is_some_and(|batch| batch.is_whole)));
     assert!(OLDER.bytes.len() > FILE.bytes.len() && OLDER.number != FILE.number, "one that was longer");
 }
 
@@ -182,14 +183,14 @@ proptest! {
         prop_assert!(scan.valid_to <= bytes.len());
         let (manifest, problem) = Manifest::decode(&bytes);
         prop_assert!(problem.is_some() || !manifest.families.is_empty());
-        Batch::read(&bytes);
+        WriteAheadBatch::read(&bytes);
     }
 }
 
 fn checked(dir: &Path) -> Result<Whole, String> {
     match check(dir) {
-        Ok(Found::Log(whole)) => Ok(whole),
-        Ok(Found::Nothing) => Err("nothing".to_owned()),
+        Ok(LogFolder::Log(whole)) => Ok(whole),
+        Ok(LogFolder::Nothing) => Err("nothing".to_owned()),
         Err(error) => Err(error.to_string()),
     }
 }
@@ -208,7 +209,7 @@ fn a_folder_tells_how_far_its_log_goes() {
     assert_eq!(checked(dir.path()).expect("it is whole").end, None);
     let manifest = Manifest::read(dir.path()).expect("it can be read");
     let (_, family) = manifest.family(RECORDS).expect("the records");
-    let tables: Vec<&manifest::Table> = family.tables.values().collect();
+    let tables: Vec<&manifest::LiveTable> = family.tables.values().collect();
     assert_eq!(tables.len(), 1);
     assert_eq!(parse_key(&tables[0].largest).map(|at| at.offset), Some(rows as u64 - 1));
 }
