@@ -15,6 +15,7 @@
 //! gets in with a ticket; [`receipts`] and [`dead_letters`] apply the other topics. [`checkpoints`]
 //! compares this node with others.
 
+mod cached_threads;
 mod checkpoints;
 mod dead_letters;
 mod judge;
@@ -32,12 +33,12 @@ mod thread;
 mod tickets;
 mod transaction;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
+use self::cached_threads::CachedThreads;
 use self::checkpoints::{Checkpoints, Crossed, Disagreement};
 use self::judge::BatchState;
 pub use self::keys::KEY_LIFETIME;
@@ -61,8 +62,6 @@ use crate::{clock, telemetry};
 /// than its rows. One record adds one event, but for the end of a run: that closes up to 8 MiB of text, each message read
 /// when it is its turn, so that memory holds the rows and the frames of one such record and no more.
 const COMMIT_BYTES: usize = 8 << 20;
-/// Threads whose state is kept in memory; beyond that it is read from the store again.
-const CACHED_THREADS: usize = 50_000;
 
 /// The projector's judgement of one record.
 pub type Verdict = Result<Published, Error>;
@@ -186,7 +185,7 @@ pub struct Projector {
     store: Arc<Store>,
     partitions: PartitionNames,
     progress: Vec<Progress>,
-    threads: HashMap<String, Thread>,
+    threads: CachedThreads,
     purge_cursors: PurgeCursors,
     purged_tickets: PurgedTickets,
     /// On a log that other nodes read as well.
@@ -203,7 +202,7 @@ impl Projector {
             checkpoints,
             partitions: PartitionNames::of(log),
             progress,
-            threads: HashMap::new(),
+            threads: CachedThreads::new(),
             purge_cursors: PurgeCursors::new(),
             purged_tickets: PurgedTickets::new(),
         }
@@ -278,18 +277,11 @@ impl Projector {
 
         let BatchState { tx, .. } = state;
         let mut rows = tx.rows;
-        for thread in self.threads.values_mut().filter(|thread| thread.changed) {
-            thread.changed = false;
-            if let Some((tenant, id)) = thread.key.split_once('/') {
-                rows.put_thread(tenant, id, &thread.row);
-            }
-        }
+        self.threads.write(&mut rows);
         rows.put_progress(before, &self.progress);
         store.commit(rows)?;
 
-        if self.threads.len() > CACHED_THREADS {
-            self.threads.clear();
-        }
+        self.threads.shrink();
         Ok((applied, tx.commit))
     }
 
@@ -349,19 +341,16 @@ impl Projector {
         // The event's own time counts for its own key, confirmed or not.
         let key_time = at.max(progress.log_time);
 
-        let thread = match self.threads.get_mut(&record.key) {
-            Some(thread) => thread,
-            None => {
-                let row = self.store.thread(&event.tenant, &event.thread)?;
-                self.threads.entry(record.key.clone()).or_insert_with(|| Thread::new(&record.key, row, at))
+        let read = || Ok(Thread::new(&record.key, self.store.thread(&event.tenant, &event.thread)?, at));
+        let verdict = self.threads.with(&record.key, read, |thread| {
+            let head = thread.row.head;
+            let input = EventRecord { partition, record, event: &event, at, key_time };
+            let verdict = state.judge(&input, thread)?;
+            if self.checkpoints.is_some() && thread.row.head > head {
+                progress.hash = checkpoints::link(&progress.hash, &thread.row.hash);
             }
-        };
-        let input = EventRecord { partition, record, event: &event, at, key_time };
-        let head = thread.row.head;
-        let verdict = state.judge(&input, thread)?;
-        if self.checkpoints.is_some() && thread.row.head > head {
-            progress.hash = checkpoints::link(&progress.hash, &thread.row.hash);
-        }
+            Ok(verdict)
+        })?;
         if let Err(refused) = &verdict {
             telemetry::project_refused(refused.code.as_str()).increment(1);
         }

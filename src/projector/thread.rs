@@ -89,6 +89,11 @@ impl Thread {
         Thread { key: key.into(), row, changed: false, revoked_until: 0, members: HashMap::new() }
     }
 
+    /// What it takes in memory: one, and one for each membership.
+    pub(super) fn size(&self) -> usize {
+        1 + self.members.len()
+    }
+
     /// Refuses a writer who is no member, if the record's right to be here is membership. Who may write to reserved threads,
     /// which have no members, was decided before the record was appended; a thread that is not there yet has none either.
     pub(super) fn check_writer(&mut self, store: &Store, input: &EventRecord<'_>) -> Result<(), Rejected> {
