@@ -16,6 +16,8 @@ use crate::memory::LogPlan;
 
 /// How long a question to the brokers may take.
 pub(super) const ASK: Duration = Duration::from_secs(5);
+/// How long a partition that is new, or whose leader changes, may take to have one that answers.
+const SETTLES_WITHIN: Duration = Duration::from_secs(20);
 /// How long one poll of a client blocks while it waits for something.
 pub(super) const TICK: Duration = Duration::from_millis(50);
 /// What librdkafka's log calls the end of a connection.
@@ -280,7 +282,7 @@ pub(super) fn offsets<'a>(
         let added = wanted.add_partition_offset(topic, partition as i32, edge);
         added.map_err(|error| connection.unavailable(&error))?;
     }
-    let until = Instant::now() + ASK;
+    let until = Instant::now() + SETTLES_WITHIN;
     loop {
         let error = match client.offsets_for_times(wanted.clone(), ASK).and_then(|found| found_offsets(&found)) {
             Ok(offsets) => return Ok(offsets),

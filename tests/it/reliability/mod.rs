@@ -448,6 +448,8 @@ async fn a_reader_that_stops_reading_while_a_million_events_pass_costs_no_more_t
             }
         }
     }
+    // The writer has answered no ping meanwhile.
+    let mut writer = server.connect("ada").await;
     assert_eq!(writer.say("t", "the next one").await, last + 1);
     assert_eq!(seqs(&reader.events(1).await), [last + 1], "and it is live again");
 }
