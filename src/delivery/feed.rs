@@ -4,7 +4,8 @@
 //! Two queues lead here: what the subscriptions have read from the store (replay), and the outbox (live). Of the two, the
 //! one in which the higher priority waits goes first. Two things hold back live events, but not replayed ones:
 //! - while a subscription is in its handover, since what it still reads is older than what waits for it in the outbox;
-//! - while the feed is paused, since a `subscribe` waits for its answer and what comes live belongs after that.
+//! - while the feed is paused, since a `subscribe` waits for its answer and what comes live belongs after that. While its
+//!   subscriptions are begun a few at a time, what they replay belongs after it as well: then nothing goes out.
 //!
 //! Without credit no events go out, from either queue; notices do.
 
@@ -34,11 +35,19 @@ pub enum Out {
     },
 }
 
+/// What is held back while a `subscribe` waits for its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pause {
+    None,
+    /// What comes live: nothing is taken from the outbox.
+    Live,
+    Everything,
+}
+
 pub struct Feed {
     pub subs: Subscriptions,
     pub outbox: Arc<Outbox>,
-    /// Nothing is taken from the outbox: a `subscribe` waits for its answer.
-    pub paused: bool,
+    pub pause: Pause,
     /// More threads were joined than the outbox holds: only a resume can tell which.
     pub overrun: bool,
     /// Events that may be sent; without flow control as many as the socket accepts.
@@ -53,7 +62,7 @@ impl Feed {
         Feed {
             subs: Subscriptions::new(sources, outbox.clone()),
             outbox,
-            paused: false,
+            pause: Pause::None,
             overrun: false,
             credit: None,
             turn: 0,
@@ -72,7 +81,7 @@ impl Feed {
 
     /// Whether live events are not held back.
     fn is_live_open(&self) -> bool {
-        !self.paused && !self.subs.in_handover()
+        self.pause == Pause::None && !self.subs.in_handover()
     }
 
     /// The user left the thread: gives the subscriptions that ended, with the reason.
@@ -88,7 +97,7 @@ impl Feed {
 
     /// What of the outbox can be sent now.
     pub fn wanted(&self) -> Demand {
-        if self.paused {
+        if self.pause != Pause::None {
             Demand::None
         } else if self.is_live_open() && self.has_credit() {
             Demand::All
@@ -114,6 +123,9 @@ impl Feed {
     }
 
     fn next_of_both(&mut self, who: &Principal) -> Option<Out> {
+        if self.pause == Pause::Everything {
+            return None;
+        }
         self.turn = self.turn.wrapping_add(1);
         if self.subs.has_replay(self.has_credit()) {
             let live = if self.is_live_open() { self.outbox.class() } else { None };
@@ -132,7 +144,7 @@ impl Feed {
     }
 
     fn next_live(&mut self, who: &Principal) -> Option<Out> {
-        while !self.paused {
+        while self.pause == Pause::None {
             let item = self.outbox.pop_item(self.is_live_open() && self.has_credit())?;
             if let Some(out) = self.on_item(who, item) {
                 return Some(out);

@@ -11,6 +11,7 @@ use super::plan::{ALL, Beginning, PendingSubscribe, SubscribeAll, SubscriptionPl
 use super::state::{SessionState, connected};
 use crate::auth::Principal;
 use crate::auth::scopes;
+use crate::delivery::feed::Pause;
 use crate::delivery::outbox::{Answer, Outbox};
 use crate::delivery::subscriptions::{
     ConfirmPolicy, Following, MAX_SUBSCRIPTIONS, NewSubscription, Receipt, first_receipt,
@@ -217,12 +218,13 @@ impl SessionState {
     }
 
     fn wait_for(&mut self, subscribing: PendingSubscribe) {
-        self.outgoing.feed.paused = true;
+        let is_beginning = matches!(subscribing, PendingSubscribe::Turns(_));
+        self.outgoing.feed.pause = if is_beginning { Pause::Everything } else { Pause::Live };
         self.incoming.subscribing = Some(subscribing);
     }
 
     fn stop_waiting(&mut self) -> Option<PendingSubscribe> {
-        self.outgoing.feed.paused = false;
+        self.outgoing.feed.pause = Pause::None;
         self.incoming.subscribing.take()
     }
 

@@ -9,9 +9,11 @@ mod removal;
 mod reserved;
 mod signals;
 
+use std::collections::BTreeSet;
+
 use serde_json::json;
 
-use crate::support::{LogKind, Server, Socket, has, publish, refused_with, seqs, token};
+use crate::support::{LogKind, Server, Socket, accepted, has, publish, refused_with, seqs, token};
 
 /// Takes frames up to a thread's `caught_up`, which must be the next but for those of other threads, and gives its seq.
 async fn caught_up(socket: &mut Socket, thread: &str) -> u64 {
@@ -100,6 +102,29 @@ async fn unsubscribing_from_all_leaves_what_was_subscribed_by_name() {
     ada.say("b", "not for this session").await;
     ada.say("a", "for this one").await;
     assert_eq!(socket.recv_type("event").await["data"]["content"], "for this one");
+}
+
+#[tokio::test]
+async fn what_a_star_subscription_to_many_threads_replays_comes_after_its_answer() {
+    const THREADS: usize = 1_500;
+    let server = Server::start_unlimited(LogKind::embedded());
+    let mut ada = server.connect("ada").await;
+    for begin in (0..THREADS).step_by(500) {
+        let first = |n| json!({"type": "publish", "id": n, "thread": format!("t{n}"), "kind": "x.a", "data": 1});
+        ada.send(&(begin..begin + 500).map(first).collect()).await;
+        for _ in 0..500 {
+            accepted(&ada.recv().await);
+        }
+    }
+    ada.send(&json!({"type": "subscribe", "id": 1, "thread": "*", "after": {}})).await;
+    let answer = ada.recv().await;
+    assert_eq!((&answer["type"], &answer["id"]), (&json!("subscribed"), &json!(1)), "{answer}");
+    let mut threads: BTreeSet<String> = BTreeSet::new();
+    for event in ada.events(THREADS).await {
+        assert_eq!(event["seq"], 1);
+        threads.insert(event["thread"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(threads.len(), THREADS);
 }
 
 #[tokio::test]
