@@ -16,6 +16,22 @@ fn copy(from: &Path, to: &Path) {
     assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
 }
 
+/// A copy of a stopped server's log.
+fn back_up(server: &Server) {
+    copy(&server.data().join("log"), &server.data().join("backup"));
+}
+
+/// Puts the copy in the log's place, as docs/OPERATIONS.md has it: without projections.
+async fn put_back(server: &mut Server) {
+    server.stop().await;
+    let (log, projections) = (server.data().join("log"), server.data().join("projections"));
+    std::fs::remove_dir_all(&log).unwrap();
+    std::fs::remove_dir_all(&projections).unwrap();
+    copy(&server.data().join("backup"), &log);
+    server.up();
+    server.ready().await;
+}
+
 async fn say(server: &Server, events: usize) -> u64 {
     let mut ada = server.connect("ada").await;
     let mut head = 0;
@@ -121,23 +137,16 @@ fn rows(server: &Server) -> Vec<weft::store::StoreRow> {
 #[tokio::test]
 async fn after_an_older_copy_of_the_log_is_put_back_no_client_resumes_from_before() {
     let mut server = Server::start(LogKind::embedded());
-    let (log, projections, backup) =
-        (server.data().join("log"), server.data().join("projections"), server.data().join("backup"));
     assert_eq!(say(&server, 9).await, 9);
     server.stop().await;
-    copy(&log, &backup);
+    back_up(&server);
     server.up();
     assert_eq!(say(&server, 6).await, 15);
     let mut epochs = vec![thread(&server).await["epoch"].clone()];
 
     // Twice, since the second time is no continuation of the first.
     for round in 1..=2 {
-        server.stop().await;
-        std::fs::remove_dir_all(&log).unwrap();
-        std::fs::remove_dir_all(&projections).unwrap();
-        copy(&backup, &log);
-        server.up();
-        server.ready().await;
+        put_back(&mut server).await;
         assert_eq!(say(&server, 6).await, 15, "as many as before, and others");
         for epoch in &epochs {
             let (_, subscribed) = resume(&server, 15, epoch).await;
@@ -155,8 +164,6 @@ async fn after_an_older_copy_of_the_log_is_put_back_no_client_resumes_from_befor
 #[tokio::test]
 async fn after_an_older_copy_of_the_log_is_put_back_no_page_and_no_stream_goes_on_from_before() {
     let mut server = Server::start(LogKind::embedded());
-    let (log, projections, backup) =
-        (server.data().join("log"), server.data().join("projections"), server.data().join("backup"));
     say(&server, 7).await;
     let mut scout = server.connect_as("ada", "publish agent").await;
     scout.say("other", "so that there are two").await;
@@ -167,7 +174,7 @@ async fn after_an_older_copy_of_the_log_is_put_back_no_page_and_no_stream_goes_o
     }
     drop(scout);
     server.stop().await;
-    copy(&log, &backup);
+    back_up(&server);
     server.up();
     assert_eq!(say(&server, 6).await, 15);
     let before = thread(&server).await["epoch"].clone();
@@ -178,12 +185,7 @@ async fn after_an_older_copy_of_the_log_is_put_back_no_page_and_no_stream_goes_o
         cursors.push(format!("{list}&cursor={}", next(list).await));
         assert_eq!(server.admin("GET", &cursors[cursors.len() - 1]).await.0, 200);
     }
-    server.stop().await;
-    std::fs::remove_dir_all(&log).unwrap();
-    std::fs::remove_dir_all(&projections).unwrap();
-    copy(&backup, &log);
-    server.up();
-    server.ready().await;
+    put_back(&mut server).await;
     assert_eq!(say(&server, 6).await, 15, "as many as before, and others");
     for list in cursors {
         let (status, problem) = server.admin("GET", &list).await;
@@ -216,7 +218,7 @@ async fn a_log_that_is_behind_its_projections_is_refused_and_they_are_kept_for_t
     let (log, backup, right) = (server.data().join("log"), server.data().join("backup"), server.data().join("right"));
     say(&server, 9).await;
     server.stop().await;
-    copy(&log, &backup);
+    back_up(&server);
     server.up();
     say(&server, 6).await;
     let before = thread(&server).await;
@@ -249,7 +251,7 @@ async fn on_a_person_s_word_projections_are_discarded_and_the_log_begins_a_gener
     let (log, backup) = (server.data().join("log"), server.data().join("backup"));
     say(&server, 9).await;
     server.stop().await;
-    copy(&log, &backup);
+    back_up(&server);
     server.up();
     say(&server, 6).await;
     let before = thread(&server).await;
