@@ -384,7 +384,7 @@ fn edge(handles: Handles) -> Edge {
         epoch: epoch.clone(),
         memory: memory.readers.clone(),
     };
-    let requests = memory.requests.clone();
+    let frames = memory.frames.clone();
     let probes = Probes { store: store.clone(), registry: registry.clone(), health: health.clone(), memory, metrics };
     let sockets = Sockets {
         store,
@@ -400,7 +400,7 @@ fn edge(handles: Handles) -> Edge {
         health: health.clone(),
         epoch,
         origins,
-        memory: requests,
+        memory: frames,
     };
     Edge {
         auth,

@@ -19,12 +19,16 @@ pub struct Budget {
     pub plan: Plan,
     /// What requests read and answer.
     pub requests: Pool,
+    /// Large WebSocket frames while they are read.
+    pub frames: Pool,
     /// What sessions and streams have read from the store for their clients.
     pub readers: Pool,
 }
 
 impl Budget {
     pub fn new(plan: Plan) -> Budget {
-        Budget { plan, requests: Pool::new(plan.requests), readers: Pool::new(plan.readers) }
+        // A frame is small beside what is read and answered, and many users send some at the same time.
+        let frames = Pool::shared(plan.frames, plan.frames / 8);
+        Budget { plan, requests: Pool::new(plan.requests), frames, readers: Pool::new(plan.readers) }
     }
 }

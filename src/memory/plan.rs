@@ -38,6 +38,8 @@ pub struct Plan {
     pub connections: usize,
     /// What requests read and answer.
     pub requests: usize,
+    /// Large WebSocket frames while they are read.
+    pub frames: usize,
     /// What sessions and streams have read from the store for their clients.
     pub readers: usize,
 }
@@ -95,9 +97,9 @@ impl Plan {
         let (cache, memtables) = (scaled(CACHE), scaled(MEMTABLES));
 
         let left = total - cache - memtables - log.total() - COMMITS.min(total / 2);
-        let (connections, requests) = (left / 4, left / 8 * 3);
-        let readers = left - connections - requests;
-        Plan { total, cache, memtables, log, commits: COMMITS, connections, requests, readers }
+        let (connections, requests, frames) = (left / 4, left / 16 * 5, left / 16);
+        let readers = left - connections - requests - frames;
+        Plan { total, cache, memtables, log, commits: COMMITS, connections, requests, frames, readers }
     }
 
     /// How many connections there is memory for.
@@ -106,7 +108,7 @@ impl Plan {
     }
 
     /// Every part by its name.
-    pub fn parts(&self) -> [(&'static str, usize); 7] {
+    pub fn parts(&self) -> [(&'static str, usize); 8] {
         [
             ("cache", self.cache),
             ("memtables", self.memtables),
@@ -114,6 +116,7 @@ impl Plan {
             ("commits", self.commits),
             ("connections", self.connections),
             ("requests", self.requests),
+            ("frames", self.frames),
             ("readers", self.readers),
         ]
     }

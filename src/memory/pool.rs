@@ -93,9 +93,13 @@ type Granted = Vec<(oneshot::Sender<Charge>, Charge)>;
 
 impl Pool {
     pub fn new(limit: usize) -> Pool {
+        Pool::shared(limit, (limit / 4).max(LARGEST))
+    }
+
+    /// One in which a user has another share than a quarter.
+    pub fn shared(limit: usize, of_user: usize) -> Pool {
         let of_tenant = limit - limit / 4;
-        let of_user = (limit / 4).max(LARGEST).min(of_tenant);
-        Pool(Arc::new(Shared { limit, of_user, of_tenant, state: Mutex::default() }))
+        Pool(Arc::new(Shared { limit, of_user: of_user.min(of_tenant), of_tenant, state: Mutex::default() }))
     }
 
     /// Charges if there is room now, and nobody waits who could have it. A no does not count as refused: the caller may wait.

@@ -83,7 +83,7 @@ impl<'s> BatchState<'s> {
 
         let mut closing = None;
         let run = if event.kind == AGENT_MESSAGE {
-            match self.messages.judge_closing(store, event, record.grant == Grant::Member)? {
+            match self.messages.judge_closing(store, event, thread, record.grant == Grant::Member)? {
                 MessageClosing::None => {}
                 MessageClosing::Closes(message) => closing = Some(message),
                 MessageClosing::AlreadyClosed(verdict) => return Ok(verdict?),
@@ -151,10 +151,8 @@ impl<'s> BatchState<'s> {
             return Ok(Published { seq: 0, event: event.event, duplicate: true });
         };
 
-        thread.row.writing += u32::from(accepted.begins);
-        let dropped = accepted.drops.unwrap_or(0);
-        thread.row.writing_bytes = thread.row.writing_bytes.saturating_sub(dropped) + accepted.delta.text.len() as u64;
-        thread.changed = true;
+        let (bytes, dropped) = (accepted.delta.text.len() as u64, accepted.drops.unwrap_or(0));
+        thread.message_grows(&accepted.key, accepted.begins, bytes, dropped);
         let (run, delta) = self.messages.apply_delta(accepted, &mut self.tx)?;
         self.runs.apply_delta(key, run, at, &mut self.tx);
         let update = ThreadUpdate { key: thread.key.clone(), update: Update::Delta(Arc::new(delta)) };
@@ -202,8 +200,7 @@ impl<'s> BatchState<'s> {
         appended: EventRef,
         thread: &mut Thread,
     ) -> Result<(), StoreError> {
-        thread.row.writing = thread.row.writing.saturating_sub(1);
-        thread.row.writing_bytes = thread.row.writing_bytes.saturating_sub(closing.bytes());
+        thread.message_closes(&closing.key, closing.bytes());
         self.messages.close(closing, event, appended, &mut self.tx)
     }
 }

@@ -16,6 +16,7 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::runs::{Rejected, check_open};
+use super::thread::Thread;
 use super::transaction::{EventRecord, Transaction};
 use super::{Published, Verdict, rules};
 use crate::protocol::command::MAX_DATA;
@@ -24,7 +25,7 @@ use crate::protocol::error::{Code, Error};
 use crate::protocol::event::{Fields, LogEvent};
 use crate::protocol::json;
 use crate::protocol::kinds::{AGENT_MESSAGE, DeltaData, text_of};
-use crate::store::messages::{ClosedRow, MessageKey, MessageRow, TextPosition};
+use crate::store::messages::{ClosedRow, MessageKey, MessageRow, TextPosition, WrittenText};
 use crate::store::runs::{EventRef, RunKey, RunRow};
 use crate::store::{Store, StoreError, ThreadRow};
 
@@ -59,7 +60,7 @@ pub(super) struct AcceptedDelta {
     pub(super) begins: bool,
     /// The bytes of the text that it drops, if it begins its message anew.
     pub(super) drops: Option<u64>,
-    key: MessageKey,
+    pub(super) key: MessageKey,
     /// As it is with the delta.
     row: MessageRow,
     /// As it was before.
@@ -187,7 +188,9 @@ impl Messages {
         let AcceptedDelta { delta, drops, key, row, run, .. } = accepted;
         let cached = self.cached.entry(key.clone()).or_insert_with(|| CachedMessage::new(row.clone()));
         if drops.is_some() {
-            tx.rows.delete_text(&key, cached.new_deltas.drain(..).map(|(at, _)| at))?;
+            let before = delta.restarts.saturating_sub(1);
+            tx.rows.delete_text(&key, &cached.written_text(before))?;
+            cached.new_deltas.clear();
             cached.restarted = true;
         }
 
@@ -216,13 +219,14 @@ impl Messages {
         &self,
         store: &Store,
         event: &LogEvent<'_>,
+        thread: &mut Thread,
         by_member: bool,
     ) -> Result<MessageClosing, Rejected> {
         // Without a `message` that is a string, the event is a message of its own.
         let Ok(ClosingData { message: Some(message), content }) = json::decode_data::<ClosingData>(event.data) else {
             return Ok(MessageClosing::None);
         };
-        let Some((key, row)) = self.find(store, event, &message)? else {
+        let Some((key, row)) = self.find(store, event, thread, &message)? else {
             return match content {
                 Some(_) => Ok(MessageClosing::None),
                 None => {
@@ -251,6 +255,7 @@ impl Messages {
         &self,
         store: &Store,
         event: &LogEvent<'_>,
+        thread: &mut Thread,
         message: &str,
     ) -> Result<Option<(MessageKey, MessageRow)>, StoreError> {
         if let Some(run) = event.run.as_deref() {
@@ -259,18 +264,27 @@ impl Messages {
             return Ok(self.row(store, &key)?.map(|row| (key, row)));
         }
 
-        let mut keys = store.open_messages(&event.tenant, &event.thread, None).collect::<Result<Vec<_>, _>>()?;
-        let on_thread = |key: &&MessageKey| key.run.tenant == *event.tenant && key.run.thread == *event.thread;
-        keys.extend(self.cached.keys().filter(on_thread).cloned());
-        keys.retain(|key| key.message == message);
-        keys.sort_by(|a, b| a.run.run.cmp(&b.run.run));
-        for key in keys {
+        for run in thread.runs_that_write(message, || self.open_on_thread(store, event))? {
+            let run = RunKey::new(&event.tenant, &event.thread, &run);
+            let key = MessageKey { run, message: message.to_owned() };
             let row = self.row(store, &key)?.filter(|row| row.closed.is_none() && row.from == event.from);
             if let Some(row) = row {
                 return Ok(Some((key, row)));
             }
         }
         Ok(None)
+    }
+
+    /// The open messages of the event's thread.
+    fn open_on_thread(&self, store: &Store, event: &LogEvent<'_>) -> Result<Vec<MessageKey>, StoreError> {
+        let is_closed = |key: &MessageKey| self.cached.get(key).is_some_and(|cached| cached.row.closed.is_some());
+        let mut open = Vec::new();
+        for key in store.open_messages(&event.tenant, &event.thread, None) {
+            open.extend(Some(key?).filter(|key| !is_closed(key)));
+        }
+        let on_thread = |key: &&MessageKey| key.run.tenant == *event.tenant && key.run.thread == *event.thread;
+        open.extend(self.cached.keys().filter(on_thread).filter(|key| !is_closed(key)).cloned());
+        Ok(open)
     }
 
     /// The open messages of a run, in the order in which they were begun.
@@ -315,8 +329,8 @@ impl Messages {
     ) -> Result<(), StoreError> {
         let closed = ClosedRow { mark: appended, event: *event.event.as_bytes(), content: event.content_digest() };
         let row = MessageRow { closed: Some(closed), ..closing.row.clone() };
-        let new_deltas = self.cached.remove(&closing.key).map(|cached| cached.new_deltas).unwrap_or_default();
-        tx.rows.close_message(&closing.key, &row, new_deltas.iter().map(|(at, _)| *at))?;
+        let cached = self.cached.remove(&closing.key).unwrap_or_else(|| CachedMessage::new(closing.row.clone()));
+        tx.rows.close_message(&closing.key, &row, &cached.written_text(row.restarts))?;
         self.cached.insert(closing.key.clone(), CachedMessage::new(row));
         Ok(())
     }
@@ -325,6 +339,14 @@ impl Messages {
 impl CachedMessage {
     fn new(row: MessageRow) -> CachedMessage {
         CachedMessage { row, new_deltas: Vec::new(), restarted: false }
+    }
+
+    /// Where its text stands; in the store it was begun anew so often.
+    fn written_text(&self, restarts: u32) -> WrittenText {
+        WrittenText {
+            in_store: (!self.restarted).then_some(restarts),
+            in_batch: self.new_deltas.iter().map(|(at, _)| *at).collect(),
+        }
     }
 }
 

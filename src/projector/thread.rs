@@ -1,7 +1,7 @@
 //! A thread while the projector works on it: who is a member, what an event changes, and how it is appended.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -19,6 +19,7 @@ use crate::protocol::kinds::{
     AGENT_CANCEL_REQUESTED, MEMBER_ADDED, MEMBER_REMOVED, SESSIONS_REVOKED, THREAD_CREATED, THREAD_UPDATED,
 };
 use crate::protocol::{ids, json};
+use crate::store::messages::MessageKey;
 use crate::store::runs::EventRef;
 use crate::store::{EventRow, KeyRow, MemberRow, RevocationRow, Store, StoreError, ThreadRow};
 
@@ -32,6 +33,9 @@ pub(super) struct Thread {
     revoked_until: u64,
     /// Memberships looked up or changed so far.
     members: HashMap<String, bool>,
+    /// The messages that are being written, by name and run, once somebody has asked for one by its name alone. To look for
+    /// it in the store each time would mean to pass over all that were closed before.
+    open_messages: Option<BTreeSet<(String, String)>>,
 }
 
 /// What becomes of an event as far as its thread decides.
@@ -86,12 +90,48 @@ pub(super) fn repeated(event: &LogEvent<'_>, taken: &KeyRow) -> Result<Published
 impl Thread {
     pub(super) fn new(key: &str, row: Option<ThreadRow>, at: u64) -> Thread {
         let row = row.unwrap_or(ThreadRow { created_at: at, last_at: at, ..ThreadRow::default() });
-        Thread { key: key.into(), row, changed: false, revoked_until: 0, members: HashMap::new() }
+        Thread { key: key.into(), row, changed: false, revoked_until: 0, members: HashMap::new(), open_messages: None }
     }
 
-    /// What it takes in memory: one, and one for each membership.
+    /// What it takes in memory: one, and one for each membership and each message.
     pub(super) fn size(&self) -> usize {
-        1 + self.members.len()
+        1 + self.members.len() + self.open_messages.as_ref().map_or(0, BTreeSet::len)
+    }
+
+    /// The runs in which a message of this name is being written, in their order. `read` gives all that are being written.
+    pub(super) fn runs_that_write(
+        &mut self,
+        message: &str,
+        read: impl FnOnce() -> Result<Vec<MessageKey>, StoreError>,
+    ) -> Result<Vec<String>, StoreError> {
+        if self.row.writing == 0 {
+            return Ok(Vec::new());
+        }
+        let open = match &mut self.open_messages {
+            Some(open) => open,
+            none => none.insert(read()?.into_iter().map(|key| (key.message, key.run.run)).collect()),
+        };
+        let from = (message.to_owned(), String::new());
+        let named = open.range(from..).take_while(|(name, _)| name == message);
+        Ok(named.map(|(_, run)| run.clone()).collect())
+    }
+
+    /// A message has grown by so many bytes, of which so many are in the place of others.
+    pub(super) fn message_grows(&mut self, key: &MessageKey, begins: bool, bytes: u64, dropped: u64) {
+        self.row.writing += u32::from(begins);
+        self.row.writing_bytes = self.row.writing_bytes.saturating_sub(dropped) + bytes;
+        self.changed = true;
+        if let Some(open) = self.open_messages.as_mut().filter(|_| begins) {
+            open.insert((key.message.clone(), key.run.run.clone()));
+        }
+    }
+
+    pub(super) fn message_closes(&mut self, key: &MessageKey, bytes: u64) {
+        self.row.writing = self.row.writing.saturating_sub(1);
+        self.row.writing_bytes = self.row.writing_bytes.saturating_sub(bytes);
+        if let Some(open) = &mut self.open_messages {
+            open.remove(&(key.message.clone(), key.run.run.clone()));
+        }
     }
 
     /// Refuses a writer who is no member, if the record's right to be here is membership. Who may write to reserved threads,

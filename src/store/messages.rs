@@ -5,7 +5,7 @@ use rocksdb::{Direction, IteratorMode, ReadOptions};
 
 use super::catalogue::{MESSAGE_TEXTS, MESSAGES, OPEN_MESSAGES};
 use super::runs::{EventRef, RunKey};
-use super::{Batch, Store, StoreError, keys};
+use super::{Batch, RawRow, Store, StoreError, keys};
 
 /// A message's key: its run, and its name there.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -65,6 +65,14 @@ pub struct ClosedRow {
 /// From this many deltas on, a message's text is deleted as one range. A range costs readers of the family more than a few
 /// single rows do, and many single rows would make the batch long.
 const MANY_DELTAS: usize = 256;
+
+/// Where the text of a message stands.
+pub struct WrittenText {
+    /// How often the message had been begun anew when the store got what it has of the text; `None` if nothing of that counts.
+    pub in_store: Option<u32>,
+    /// Where the deltas begin that the batch has put.
+    pub in_batch: Vec<TextPosition>,
+}
 
 #[derive(Debug, Encode, BorrowDecode)]
 struct TextRow<'a> {
@@ -131,8 +139,11 @@ impl Store {
     /// The text of an open message after this place, and where that text begins: there, or at its first character if the
     /// message was begun anew since. Both are of one moment, whatever is committed meanwhile.
     pub fn text_after(&self, key: &MessageKey, after: TextPosition) -> Result<(TextPosition, String), StoreError> {
+        // What it was before stands there no more, and it would take long to pass over what is deleted. Read before the text:
+        // that is of the same beginning, or of a later one.
+        let restarts = self.message(key)?.map_or(0, |row| row.restarts).max(after.restarts);
         let (mut begin, mut text) = (after, String::new());
-        for row in self.under(MESSAGE_TEXTS, key.texts()) {
+        for row in self.texts_from(key, restarts) {
             let (at, value) = row?;
             let at = TextPosition::of_row(keys::seq_of(&at).unwrap_or(0));
             let row: TextRow = self.decoded(MESSAGE_TEXTS, &value)?;
@@ -143,6 +154,12 @@ impl Store {
             text.extend(row.text.chars().skip(known as usize));
         }
         Ok((begin, text))
+    }
+
+    /// The rows of a message's text since it was begun anew for this time, with their whole keys.
+    fn texts_from(&self, key: &MessageKey, restarts: u32) -> impl Iterator<Item = Result<RawRow, StoreError>> {
+        let from = key.text(TextPosition { restarts, chars: 0 });
+        self.between(MESSAGE_TEXTS, &from, keys::after(key.texts()))
     }
 }
 
@@ -156,35 +173,25 @@ impl Batch<'_> {
         }
     }
 
-    /// A message is closed: its event has the text now. `new_deltas` are where deltas
-    /// begin that this batch has put.
-    pub fn close_message(
-        &mut self,
-        key: &MessageKey,
-        row: &MessageRow,
-        new_deltas: impl Iterator<Item = TextPosition>,
-    ) -> Result<(), StoreError> {
+    /// A message is closed: its event has the text now.
+    pub fn close_message(&mut self, key: &MessageKey, row: &MessageRow, text: &WrittenText) -> Result<(), StoreError> {
         self.put(MESSAGES, &key.bytes(), row);
         self.delete(OPEN_MESSAGES, &key.bytes());
-        self.delete_text(key, new_deltas)
+        self.delete_text(key, text)
     }
 
-    /// The text of a message is dropped: what the store has, and the deltas that this batch has put.
-    pub fn delete_text(
-        &mut self,
-        key: &MessageKey,
-        new_deltas: impl Iterator<Item = TextPosition>,
-    ) -> Result<(), StoreError> {
-        let prefix = key.texts();
-        let mut texts: Vec<Vec<u8>> = new_deltas.take(MANY_DELTAS).map(|at| key.text(at)).collect();
-        for row in self.store.under(MESSAGE_TEXTS, prefix.clone()).take(MANY_DELTAS) {
-            let (from_char, _) = row?;
-            texts.push([&prefix[..], &from_char].concat());
+    /// The text of a message is dropped.
+    pub fn delete_text(&mut self, key: &MessageKey, text: &WrittenText) -> Result<(), StoreError> {
+        let mut texts: Vec<Vec<u8>> = text.in_batch.iter().take(MANY_DELTAS).map(|at| key.text(*at)).collect();
+        if let Some(restarts) = text.in_store {
+            for row in self.store.texts_from(key, restarts).take(MANY_DELTAS) {
+                texts.push(row?.0.into_vec());
+            }
         }
         if texts.len() < MANY_DELTAS {
             texts.iter().for_each(|text| self.delete(MESSAGE_TEXTS, text));
         } else {
-            self.delete_range(MESSAGE_TEXTS, &prefix, &keys::after(prefix.clone()));
+            self.delete_range(MESSAGE_TEXTS, &key.texts(), &keys::after(key.texts()));
         }
         Ok(())
     }

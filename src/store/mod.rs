@@ -178,12 +178,12 @@ impl Store {
     }
 
     /// What stands in a family from one key on and before another, in order.
-    fn between(
-        &self,
+    fn between<'s>(
+        &'s self,
         family: &'static str,
         from: &[u8],
         to: Vec<u8>,
-    ) -> impl Iterator<Item = Result<RawRow, StoreError>> {
+    ) -> impl Iterator<Item = Result<RawRow, StoreError>> + use<'s> {
         let mut options = ReadOptions::default();
         options.set_iterate_upper_bound(to);
         let from = IteratorMode::From(from, Direction::Forward);

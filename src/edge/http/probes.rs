@@ -65,7 +65,8 @@ fn measure_memory(probes: &Probes) {
     for (part, bytes) in [("cache", store.cache), ("memtables", store.memtables), ("connections", connections)] {
         telemetry::memory_used(part).set(bytes as f64);
     }
-    for (part, pool) in [("requests", &probes.memory.requests), ("readers", &probes.memory.readers)] {
+    let memory = &probes.memory;
+    for (part, pool) in [("requests", &memory.requests), ("frames", &memory.frames), ("readers", &memory.readers)] {
         let usage = pool.usage();
         telemetry::memory_used(part).set(usage.used as f64);
         telemetry::memory_waiting(part).set(usage.waiting as f64);

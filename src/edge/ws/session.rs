@@ -28,6 +28,7 @@ use super::state::SessionState;
 use super::turn::{Step, Turn, Written};
 use crate::auth::Principal;
 use crate::delivery::subscriptions::Presence;
+use crate::memory::Refused;
 use crate::protocol::frame::ServerFrame;
 use crate::{clock, panics, telemetry};
 
@@ -114,7 +115,11 @@ impl Session {
             if let Some(end) = self.must_end() {
                 return Poll::Ready(Wake::End(end));
             }
-            match self.turn.next(self.state.wants()) {
+            let wants = self.state.wants();
+            if !wants.frames {
+                self.ws.get_mut().is_not_read();
+            }
+            match self.turn.next(wants) {
                 Step::Read => match self.poll_read(cx) {
                     Poll::Ready(Some(frame)) => {
                         self.turn.read_one();
@@ -169,11 +174,18 @@ impl Session {
         if self.ws.get_ref().flooded() {
             return Some(End::close(close::RATE_LIMITED, "a flood of frames that carry nothing"));
         }
-        if self.ws.get_ref().short_of_memory() {
-            return Some(End::close(
-                close::UNAVAILABLE,
-                "no memory is left for a message of this size: send it again later",
-            ));
+        match self.ws.get_ref().short_of_memory() {
+            Some(Refused::Full) => {
+                let why = "no memory is left for a frame of this size: send it again later";
+                return Some(End::close(close::UNAVAILABLE, why));
+            }
+            Some(Refused::TooLarge) => {
+                return Some(End::close(close::TOO_LARGE, "a frame before the user is known has at most 16 KiB"));
+            }
+            None => {}
+        }
+        if self.ws.get_ref().is_message_overdue() {
+            return Some(End::close(close::NO_HEARTBEAT, "a frame of over 16 KiB did not end within 20 s"));
         }
         if self.state.outgoing.feed.overrun {
             return Some(End::close(close::SLOW_CONSUMER, "more threads were joined than can wait: resume"));

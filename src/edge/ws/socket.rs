@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 
 use super::flood::FloodGuard;
 use super::message_memory::MessageMemory;
+use crate::memory::Refused;
 use crate::protocol::command::MAX_FRAME;
 
 /// How long a peer gets to take the close frame and to close its side.
@@ -42,8 +43,8 @@ pub struct Socket {
 struct Guard {
     flood: FloodGuard,
     memory: MessageMemory,
-    /// There was no memory for a message.
-    short: bool,
+    /// Why there is no memory for a message.
+    short: Option<Refused>,
 }
 
 impl Socket {
@@ -88,7 +89,7 @@ impl Socket {
     pub fn guard_frames(&mut self, read: &[u8], memory: MessageMemory) {
         let mut flood = FloodGuard::new(Instant::now());
         flood.read(read);
-        self.guard = Some(Guard { flood, memory, short: false });
+        self.guard = Some(Guard { flood, memory, short: None });
     }
 
     /// The user whose messages these are from here on.
@@ -107,9 +108,21 @@ impl Socket {
         }
     }
 
-    /// Whether a message is too large for the memory that is left. Nothing more is read then.
-    pub fn short_of_memory(&self) -> bool {
-        self.guard.as_ref().is_some_and(|guard| guard.short)
+    /// Nothing is read for now: a message that does not end is not its peer's fault.
+    pub fn is_not_read(&mut self) {
+        if let Some(guard) = &mut self.guard {
+            guard.memory.stop_clock();
+        }
+    }
+
+    /// Why a message is too large for the memory there is. Nothing more is read then.
+    pub fn short_of_memory(&self) -> Option<Refused> {
+        self.guard.as_ref().and_then(|guard| guard.short)
+    }
+
+    /// Whether a large message has begun and does not end.
+    pub fn is_message_overdue(&self) -> bool {
+        self.guard.as_ref().is_some_and(|guard| guard.memory.is_overdue(Instant::now()))
     }
 
     /// Whether the peer has sent too many frames that carry nothing. Nothing more is read then.
@@ -140,12 +153,12 @@ impl Socket {
 impl AsyncRead for Socket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let Some(guard) = &mut self.guard else { return Pin::new(&mut self.stream).poll_read(cx, buf) };
-        if !guard.flood.flooded() && !guard.short {
+        if !guard.flood.flooded() && guard.short.is_none() {
             // What is larger than the limit is refused by its header.
             let message = usize::try_from(guard.flood.message_bytes()).unwrap_or(MAX_FRAME).min(MAX_FRAME);
-            guard.short = ready!(guard.memory.poll_charged(cx, message)).is_err();
+            guard.short = ready!(guard.memory.poll_charged(cx, message)).err();
         }
-        if guard.flood.flooded() || guard.short {
+        if guard.flood.flooded() || guard.short.is_some() {
             // Not an error, after which the WebSocket could send no close frame. The session is woken and asks why.
             cx.waker().wake_by_ref();
             return Poll::Pending;
