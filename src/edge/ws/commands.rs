@@ -324,7 +324,7 @@ impl SessionState {
         self.sockets.rights.may_signal(who, &thread)?;
         let frame =
             ServerFrame::Signal { thread: &thread, kind: &signal.kind, from: &who.user, data: signal.data }.encode();
-        self.sockets.hub.signal(&log_key(&who.tenant, &thread), &self.outgoing.feed.outbox, &frame.into());
+        self.sockets.hub.signal(&log_key(&who.tenant, &thread), &self.outgoing.feed.outbox, frame.into());
         Ok(())
     }
 }
