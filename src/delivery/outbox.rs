@@ -436,7 +436,7 @@ mod tests {
             delta("m", 2, 0, "x"),
             delta("m", 2, 1, "y"),
         ] {
-            assert!(outbox.push_delta(1, &next));
+            assert_eq!(outbox.fill(|filling| filling.delta(1, &next)), Some(true));
         }
         let got = deltas(&outbox);
         let got: Vec<_> = got.iter().map(|(m, restarts, from, text)| (&**m, *restarts, *from, &**text)).collect();
