@@ -80,7 +80,7 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_pieces_appended_total", Type::Counter, "Records that these deltas became"),
     ("weft_signals_total", Type::Counter, "Signals delivered to sessions"),
     ("weft_streams", Type::Gauge, "Open Server-Sent Events streams"),
-    ("weft_rate_limited_total", Type::Counter, "Commands and requests over a rate limit"),
+    ("weft_rate_limited_total", Type::Counter, "Commands, signals and requests over a rate limit"),
     ("weft_lagged_total", Type::Counter, "Times a subscription lagged and went on from the store"),
     ("weft_replayed_events_total", Type::Counter, "Events read from the store for subscriptions"),
     ("weft_pending_publishes", Type::Gauge, "Publishes waiting for their answer"),

@@ -8,6 +8,7 @@ mod ack;
 mod agents;
 mod bare;
 mod crowd;
+mod crowded;
 mod fanout;
 mod idle;
 mod latency;
@@ -60,6 +61,8 @@ enum Bench {
     Latency(#[command(flatten)] With<latency::LatencyArgs>),
     /// The mean latency of many users compared with that of one, who publishes at the rate of each of them, or of all.
     Crowd(#[command(flatten)] With<crowd::CrowdArgs>),
+    /// What a thread with very many readers costs a user of another tenant, who publishes one at a time.
+    Crowded(#[command(flatten)] With<crowded::CrowdedArgs>),
     /// Deliveries a second to many readers of one thread.
     Fanout(#[command(flatten)] With<fanout::FanoutArgs>),
     /// The server's memory for a connection that is subscribed and silent.
@@ -140,6 +143,7 @@ async fn measure(bench: Bench, log: LogKind) -> Result<Report, Failure> {
         Bench::OneAtATime(with) => ack::run(&Target::new(&with.target)?, &with.args.into()).await?,
         Bench::Latency(with) => latency::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Crowd(with) => crowd::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::Crowded(with) => crowded::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Fanout(with) => fanout::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Idle(with) => idle::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Replay(with) => replay::run(&Target::new(&with.target)?, &with.args).await?,
@@ -172,6 +176,7 @@ async fn all(target: &Target, log: LogKind) -> Result<Report, Failure> {
         report.add("latency", latency::run(target, &args).await);
     }
     report.add("crowd", crowd::run(target, &crowd::CrowdArgs::default()).await);
+    report.add("crowded", crowded::run(target, &crowded::CrowdedArgs::default()).await);
     report.add("fanout", fanout::run(target, &fanout::FanoutArgs::default()).await);
     report.add("slow", slow::run(target, &slow::SlowArgs::default()).await);
     report.add("reconnect", reconnect::run(target, &reconnect::ReconnectArgs::default()).await);

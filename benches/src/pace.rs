@@ -34,6 +34,11 @@ impl Plan {
         Plan { start: Instant::now() + AHEAD, rate, speakers: speakers as u64, total }
     }
 
+    /// When what is due counts: the warm-up is over.
+    pub fn begin(&self) -> Instant {
+        self.due(self.rate * WARM_UP_SECONDS)
+    }
+
     pub fn due(&self, number: u64) -> Instant {
         self.start + Duration::from_nanos(number * 1_000_000_000 / self.rate)
     }

@@ -85,6 +85,8 @@ const LIMITS: &[(LogKind, &str, f64)] = &[
     (LogKind::Embedded, "published P99, 1000 users 1000/s", 5.0),
     (LogKind::Embedded, "delivered P99, 1000 users 1000/s", 5.0),
     (LogKind::Embedded, "fanout to 1000 readers", 400_000.0),
+    (LogKind::Embedded, "published P50, one at a time, beside 10000 readers 50/s", 5.0),
+    (LogKind::Embedded, "published P99, one at a time, beside 10000 readers 50/s", 30.0),
     (LogKind::Embedded, "replay to 1 reader", 500_000.0),
     (LogKind::Embedded, "reconnect, 5000 clients missed 100: all level after", 10.0),
     (LogKind::Embedded, "published: mean of 30 users / mean of one", 1.3),

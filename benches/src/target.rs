@@ -47,6 +47,13 @@ impl Target {
         Ok(Target { args: args.clone(), authority, run })
     }
 
+    /// The same server, for users of another tenant.
+    pub fn of_tenant(&self, name: &str) -> Target {
+        let mut other = self.clone();
+        other.args.tenant = format!("{}-{name}", self.args.tenant);
+        other
+    }
+
     /// The name of a user or a thread in this run.
     pub fn name(&self, what: &str, number: usize) -> String {
         format!("{what}-{}-{number}", self.run)
@@ -143,10 +150,16 @@ pub fn progress(what: &str) {
     }
 }
 
+/// Lets this process open `needed` files, or as many as are allowed; gives how many.
+pub fn open_files(needed: usize) -> Result<usize, Failure> {
+    let allowed = rlimit::increase_nofile_limit(needed as u64)?;
+    Ok(usize::try_from(allowed).unwrap_or(usize::MAX))
+}
+
 /// Lets this process open `needed` files.
 pub fn raise_open_files(needed: usize) -> Result<(), Failure> {
-    let allowed = rlimit::increase_nofile_limit(needed as u64)?;
-    if allowed < needed as u64 {
+    let allowed = open_files(needed)?;
+    if allowed < needed {
         return Err(format!("{needed} open files are needed, and {allowed} are allowed (ulimit -Hn)").into());
     }
     Ok(())

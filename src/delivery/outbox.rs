@@ -227,57 +227,18 @@ impl Outbox {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds an event for a subscription; `false` if the subscription is to be forgotten, since the outbox is full or its
-    /// session is gone.
-    pub fn push_event(&self, sub: SubId, event: &Arc<CommittedEvent>) -> bool {
+    /// Adds what the hub has for a subscription, all under one lock and with one wake; `None` if the session is gone.
+    pub fn fill<R>(&self, add: impl FnOnce(&mut Filling<'_>) -> R) -> Option<R> {
         let mut inner = self.lock();
         if inner.closed {
-            return false;
+            return None;
         }
-        let fits = inner.push_bounded(sub, event.priority, Item::Event { sub, event: event.clone() });
-        wake(inner);
-        fits
-    }
-
-    /// Adds a delta, or lets the one that it continues grow if that still waits; `false` as for an event.
-    pub fn push_delta(&self, sub: SubId, delta: &Arc<Delta>) -> bool {
-        let mut inner = self.lock();
-        if inner.closed {
-            return false;
-        }
-        let fits = if inner.has_room(delta.text.len() + DELTA_OVERHEAD)
-            && let Some(waiting) = inner.waiting_delta(sub, delta)
-        {
-            Arc::make_mut(waiting).join(delta);
-            inner.event_bytes += delta.text.len();
-            true
-        } else {
-            inner.push_bounded(sub, delta.priority, Item::Delta { sub, delta: delta.clone() })
-        };
-        wake(inner);
-        fits
-    }
-
-    /// Says, in order with the events, that a run of the user's on the thread has ended. There is at most one for each event.
-    pub fn push_run_ended(&self, sub: SubId) {
-        let mut inner = self.lock();
-        if !inner.closed {
-            inner.items.push(Some(sub), None, Item::RunEnded { sub });
+        let mut filling = Filling { inner: &mut inner, is_filled: false };
+        let added = add(&mut filling);
+        if filling.is_filled {
             wake(inner);
         }
-    }
-
-    /// Adds a signal, if there is room to spare; whether there was.
-    pub fn push_signal(&self, sub: SubId, frame: &Utf8Bytes) -> bool {
-        let mut inner = self.lock();
-        if inner.closed || inner.event_bytes + frame.len() > SIGNAL_BYTES {
-            return false;
-        }
-        let item = Item::Signal { sub, frame: frame.clone() };
-        inner.event_bytes += item.cost();
-        inner.items.push(Some(sub), None, item);
-        wake(inner);
-        true
+        Some(added)
     }
 
     /// Adds a notice of the whole session, in order with the events; `false` if no more are wanted, since the session is gone
@@ -366,6 +327,58 @@ impl Outbox {
     }
 }
 
+/// An outbox to which the hub adds something.
+pub struct Filling<'a> {
+    inner: &'a mut Inner,
+    is_filled: bool,
+}
+
+impl Filling<'_> {
+    /// Adds an event for a subscription; `false` if the subscription is to be forgotten, since the outbox is full.
+    pub fn event(&mut self, sub: SubId, event: &Arc<CommittedEvent>) -> bool {
+        self.is_filled = true;
+        self.inner.push_bounded(sub, event.priority, Item::Event { sub, event: event.clone() })
+    }
+
+    /// Adds a delta, or lets the one that it continues grow if that still waits; `false` as for an event.
+    pub fn delta(&mut self, sub: SubId, delta: &Arc<Delta>) -> bool {
+        self.is_filled = true;
+        let inner = &mut *self.inner;
+        if inner.has_room(delta.text.len() + DELTA_OVERHEAD)
+            && let Some(waiting) = inner.waiting_delta(sub, delta)
+        {
+            Arc::make_mut(waiting).join(delta);
+            inner.event_bytes += delta.text.len();
+            return true;
+        }
+        inner.push_bounded(sub, delta.priority, Item::Delta { sub, delta: delta.clone() })
+    }
+
+    /// Says, in order with the events, that a run of the user's on the thread has ended. There is at most one for each event.
+    pub fn run_ended(&mut self, sub: SubId) {
+        self.is_filled = true;
+        self.inner.items.push(Some(sub), None, Item::RunEnded { sub });
+    }
+
+    /// Says that the subscription does not get what comes next, and is forgotten.
+    pub fn lagged(&mut self, sub: SubId) {
+        self.is_filled = true;
+        self.inner.items.push(Some(sub), None, Item::Lagged { sub });
+    }
+
+    /// Adds a signal, if there is room to spare; whether there was.
+    pub fn signal(&mut self, sub: SubId, frame: &Utf8Bytes) -> bool {
+        if self.inner.event_bytes + frame.len() > SIGNAL_BYTES {
+            return false;
+        }
+        self.is_filled = true;
+        let item = Item::Signal { sub, frame: frame.clone() };
+        self.inner.event_bytes += item.cost();
+        self.inner.items.push(Some(sub), None, item);
+        true
+    }
+}
+
 /// Wakes the session if it waits; the lock is released first.
 fn wake(mut inner: MutexGuard<'_, Inner>) {
     let waker = inner.waker.take();
@@ -423,7 +436,7 @@ mod tests {
             delta("m", 2, 0, "x"),
             delta("m", 2, 1, "y"),
         ] {
-            assert!(outbox.push_delta(1, &next));
+            assert_eq!(outbox.fill(|filling| filling.delta(1, &next)), Some(true));
         }
         let got = deltas(&outbox);
         let got: Vec<_> = got.iter().map(|(m, restarts, from, text)| (&**m, *restarts, *from, &**text)).collect();
@@ -433,7 +446,7 @@ mod tests {
 
     fn push(outbox: &Outbox, sub: SubId, seq: u64, priority: Option<Priority>) {
         let event = CommittedEvent { seq, kind: "x.y".into(), priority, frame: "{}".into(), closes: None, run: None };
-        assert!(outbox.push_event(sub, &Arc::new(event)));
+        assert_eq!(outbox.fill(|it| it.event(sub, &Arc::new(event))), Some(true));
     }
 
     #[test]
@@ -457,9 +470,9 @@ mod tests {
             closes: None,
             run: None,
         });
-        assert!(outbox.push_event(1, &event));
-        assert!(!outbox.push_signal(1, &"{}".into()));
-        assert!(outbox.push_event(1, &event), "there is room for events");
+        assert_eq!(outbox.fill(|it| it.event(1, &event)), Some(true));
+        assert_eq!(outbox.fill(|it| it.signal(1, &"{}".into())), Some(false));
+        assert_eq!(outbox.fill(|it| it.event(1, &event)), Some(true), "there is room for events");
         assert!(matches!(outbox.pop_item(true), Some(Item::Event { .. })));
         assert!(matches!(outbox.pop_item(true), Some(Item::Event { .. })));
         assert!(outbox.pop_item(true).is_none());

@@ -52,7 +52,7 @@ impl Pending {
         self.shards[usize::from(id.as_bytes()[15]) % SHARDS].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn insert(&self, id: Uuid, reply: OnVerdict, publish: bool) {
+    pub fn insert(&self, id: Uuid, reply: OnVerdict, publish: bool) {
         self.shard(&id).insert(id, PendingRecord { since: Instant::now(), reply, publish });
     }
 

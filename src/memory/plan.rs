@@ -19,8 +19,9 @@ const LOG_CACHE: usize = 16 * MIB;
 const LOG_MEMTABLES: usize = 4;
 const FIXED: usize = CACHE + MEMTABLES + LOG_QUEUE + LOG_TAIL + LOG_MEMTABLES * LOG_MEMTABLE + LOG_CACHE;
 
-/// What commits of the projector may hold on their way to the readers: one that is made, one that waits to be queued,
-/// four in the queue and one being delivered, 4 MiB each, and what one record may add to the first.
+/// What commits of the projector may hold on their way to the readers: one that is made, one that waits to be queued, two in
+/// the queue and one being taken in, 4 MiB each, what one record may add to the first (16 MiB), and what waits to be handed
+/// out (8 MiB).
 const COMMITS: usize = 44 * MIB;
 /// What an open connection takes that does nothing.
 pub const CONNECTION: usize = 16 << 10;

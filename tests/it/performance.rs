@@ -140,6 +140,18 @@ on_both_logs!(the_crowd_bench_lets_one_user_and_many_publish_at_their_rates, |lo
     assert_eq!(counted.grew(EVENTS).await, published + 2.0 * (1.0 + 1.0 + 2.0), "and a thread for each pair");
 });
 
+on_both_logs!(the_crowded_bench_counts_one_user_beside_a_thread_with_readers, |log| async move {
+    let server = Server::start(log);
+    let counted = Counted::from_now(&server, &[DELIVERIES]).await;
+    let figures = bench(&server, "crowded --readers 50 --rate 20 --seconds 1").await;
+    for quantile in ["P50", "P99"] {
+        figure(&figures, &format!("published {quantile}, one at a time, alone"), "ms");
+        figure(&figures, &format!("published {quantile}, one at a time, beside 50 readers 20/s"), "ms");
+        figure(&figures, &format!("delivered {quantile} to 50 readers 20/s"), "ms");
+    }
+    assert_eq!(counted.grew(DELIVERIES).await, 50.0 * 20.0 * 2.0, "a second to warm up, and one that counts");
+});
+
 on_both_logs!(every_event_that_the_reconnect_bench_counts_was_replayed_to_its_client_once, |log| async move {
     let server = Server::start(log);
     let counted = Counted::from_now(&server, &[EVENTS, REPLAYED, CONNECTIONS]).await;

@@ -295,7 +295,10 @@ mod tests {
             client.read_store(&states[had]);
             client.closed = closed;
             let outbox = Outbox::default();
-            let push = |delta: &Delta| assert!(outbox.push_delta(1, &Arc::new(delta.clone())));
+            let push = |delta: &Delta| {
+                let delta = Arc::new(delta.clone());
+                assert_eq!(outbox.fill(|filling| filling.delta(1, &delta)), Some(true));
+            };
             deltas[attached..read].iter().for_each(push);
             client.read_store(&states[read]);
             for (delta, (_, _, pops)) in deltas[read..].iter().zip(&acts[read..]) {

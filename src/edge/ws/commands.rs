@@ -322,9 +322,10 @@ impl SessionState {
         let who = connected(self.who.as_ref())?;
         let thread = ids::resolve(&who.user, &signal.thread);
         self.sockets.rights.may_signal(who, &thread)?;
+        self.signal_rate.take(Instant::now()).inspect_err(|_| telemetry::rate_limited().increment(1))?;
         let frame =
             ServerFrame::Signal { thread: &thread, kind: &signal.kind, from: &who.user, data: signal.data }.encode();
-        self.sockets.hub.signal(&log_key(&who.tenant, &thread), &self.outgoing.feed.outbox, &frame.into());
+        self.sockets.hub.signal(&log_key(&who.tenant, &thread), &self.outgoing.feed.outbox, frame.into());
         Ok(())
     }
 }

@@ -3,7 +3,8 @@
 //! [`upgrade`] answers the request and starts a [`session`]: one task, whose loop reads, writes and sleeps in the order
 //! that [`turn`] decides. What it works on is its [`state`]: what is on its way in ([`incoming`]), what is on its way out
 //! ([`outgoing`]) and the deadlines ([`heartbeat`]). [`commands`], [`subscribe`] and [`answers`] say what each command and
-//! each answer from elsewhere does; [`plan`] where a subscription begins. [`close`] lists how a session ends.
+//! each answer from elsewhere does; [`plan`] where a subscription begins; [`signal_rate`] how many signals it may send.
+//! [`close`] lists how a session ends.
 //!
 //! Below are the bytes: [`socket`] is the TCP stream under the WebSocket, [`flood`] counts frames that carry nothing, and
 //! [`message_memory`] charges large messages before they are read.
@@ -20,6 +21,7 @@ mod model;
 mod outgoing;
 mod plan;
 mod session;
+mod signal_rate;
 pub mod socket;
 mod state;
 mod subscribe;

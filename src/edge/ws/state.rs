@@ -10,6 +10,7 @@ use super::close::End;
 use super::heartbeat::{Heartbeat, PING_AFTER};
 use super::incoming::{Incoming, MAX_IN_FLIGHT};
 use super::outgoing::Outgoing;
+use super::signal_rate::SignalRate;
 use super::turn::Wants;
 use crate::auth::Principal;
 use crate::delivery::outbox::EVENT_BYTES;
@@ -49,6 +50,7 @@ pub struct SessionState {
     pub incoming: Incoming,
     pub outgoing: Outgoing,
     pub heartbeat: Heartbeat,
+    pub signal_rate: SignalRate,
     /// Publishes that were answered without an error.
     pub published: Counter,
 }
@@ -63,6 +65,7 @@ impl SessionState {
             incoming: Incoming::new(sockets.submit.clone(), feed.outbox.clone(), traceparent),
             outgoing: Outgoing::new(feed),
             heartbeat: Heartbeat::new(Instant::now()),
+            signal_rate: SignalRate::new(Instant::now()),
             published: telemetry::commands("publish", "ok"),
             sockets,
         }

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::caught_up;
 use crate::support::sse::EventStream;
-use crate::support::{LogKind, Server, Socket, eventually, has, publish, refused, seqs, token};
+use crate::support::{LogKind, Server, Socket, eventually, has, publish, refused, refused_with, seqs, token};
 
 /// A socket that is live in a thread.
 async fn live(server: &Server, user: &str, thread: &str) -> Socket {
@@ -135,6 +135,34 @@ async fn a_reader_with_a_full_outbox_loses_signals_and_no_events() {
     assert_eq!(seqs(&reader.events(4).await), [3, 4, 5, 6]);
     send(&mut writer, "t", "typing", json!("kept")).await;
     assert_eq!(reader.recv().await["data"], "kept", "the outbox has room again, and nothing lagged");
+}
+
+#[tokio::test]
+async fn a_session_sends_so_many_signals_a_second_and_the_next_one_is_told_when_to_come() {
+    let server = Server::start(LogKind::embedded());
+    server.http("PUT", "/v1/threads/t", "ada", Some(json!({"members": ["ben"]}))).await;
+    let mut ben = live(&server, "ben", "t").await;
+    let mut ada = server.connect("ada").await;
+    let typing = json!({"type": "signal", "thread": "t", "kind": "typing"});
+    // In one frame, so that no time passes between them.
+    ada.send(&json!(vec![typing.clone(); 40])).await;
+    let refusal = ada.recv().await;
+    refused_with(&refusal, "rate_limited");
+    assert!(refusal["message"].as_str().is_some_and(|message| message.contains("20 signals")), "{refusal}");
+    let wait = refusal["retry_after_ms"].as_u64().expect("it says when the next one passes");
+    assert!((1..=50).contains(&wait), "{refusal}");
+    for _ in 0..20 {
+        assert_eq!(ben.recv().await["kind"], "typing");
+    }
+
+    // Another session has a bucket of its own, and publishes are not counted with signals.
+    let mut other = server.connect("ada").await;
+    other.send(&json!({"type": "signal", "thread": "t", "kind": "from another"})).await;
+    while ben.recv().await["kind"] != "from another" {}
+    assert_eq!(other.say("t", "an event").await, 2);
+    tokio::time::sleep(std::time::Duration::from_millis(wait)).await;
+    ada.send(&json!({"type": "signal", "thread": "t", "kind": "later"})).await;
+    while ben.recv().await["kind"] != "later" {}
 }
 
 /// Who is in a thread, as the server tells a user.
