@@ -27,8 +27,8 @@ const SIGNAL_BYTES: usize = 64 << 10;
 const OVERHEAD: usize = 128;
 /// Slots of readers that have left are kept up to this number.
 const MIN_SLOTS: usize = 64;
-/// Pieces for which a quiet thread keeps room.
-const KEPT_PIECES: usize = 4;
+/// With more slots than this there is an index of them. Most threads have few readers, and are looked through as fast.
+const MAX_UNINDEXED: usize = 16;
 
 /// Something for all readers of a thread.
 pub enum Piece {
@@ -120,7 +120,7 @@ pub struct Lane {
 
 impl Lane {
     pub fn is_empty(&self) -> bool {
-        self.readers.by_session.is_empty()
+        self.readers.count == 0
     }
 
     pub fn attach(&mut self, reader: Reader) {
@@ -128,13 +128,15 @@ impl Lane {
     }
 
     pub fn detach(&mut self, outbox: &Arc<Outbox>, sub: SubId) {
-        self.readers.remove(outbox, sub);
-        self.tidy();
+        if let Some(slot) = self.readers.find(outbox, sub) {
+            self.readers.remove_at(slot);
+            self.tidy();
+        }
     }
 
     pub fn reader_mut(&mut self, outbox: &Arc<Outbox>, sub: SubId) -> Option<&mut Reader> {
-        let slot = *self.readers.by_session.get(&session(outbox, sub))?;
-        self.readers.slots.get_mut(slot as usize)?.as_mut()
+        let slot = self.readers.find(outbox, sub)?;
+        self.readers.slots.get_mut(slot)?.as_mut()
     }
 
     /// Forgets the user's subscriptions, but for those that read by their scope.
@@ -231,14 +233,18 @@ impl Lane {
         }
         self.readers.compact();
         if self.waiting.is_empty() {
-            // A thread that is quiet again does not keep the memory of the burst that it once had.
-            self.batch.shrink_to(KEPT_PIECES);
-            self.waiting.shrink_to(KEPT_PIECES);
+            // Most threads are quiet most of the time, and keep no memory for what may come.
+            self.batch = Vec::new();
+            self.waiting = VecDeque::new();
         }
     }
 }
 
 impl Reader {
+    fn session(&self) -> Session {
+        session(&self.outbox, self.sub)
+    }
+
     /// Puts a piece into the reader's outbox; `false` if there was no room for it.
     fn take(&self, filling: &mut Filling<'_>, piece: &Piece, handed: &mut Handed) -> bool {
         match piece {
@@ -285,51 +291,74 @@ fn session(outbox: &Arc<Outbox>, sub: SubId) -> Session {
 struct Readers {
     slots: Vec<Option<Reader>>,
     free: Vec<u32>,
-    by_session: HashMap<Session, u32>,
+    count: usize,
+    /// The slot of each, if there are many.
+    index: Option<HashMap<Session, u32>>,
 }
 
 impl Readers {
+    fn find(&self, outbox: &Arc<Outbox>, sub: SubId) -> Option<usize> {
+        match &self.index {
+            Some(index) => index.get(&session(outbox, sub)).map(|slot| *slot as usize),
+            None => self.slots.iter().position(|it| it.as_ref().is_some_and(|it| it.session() == session(outbox, sub))),
+        }
+    }
+
     fn insert(&mut self, reader: Reader) {
-        let key = session(&reader.outbox, reader.sub);
         // It cannot be there already; if it ever were, it would get everything twice.
-        self.remove(&reader.outbox, reader.sub);
+        if let Some(slot) = self.find(&reader.outbox, reader.sub) {
+            self.remove_at(slot);
+        }
+        let key = reader.session();
         let slot = match self.free.pop() {
             Some(slot) => {
                 self.slots[slot as usize] = Some(reader);
                 slot
             }
             None => {
+                if self.slots.is_empty() {
+                    // Most threads have one or two.
+                    self.slots.reserve_exact(1);
+                }
                 self.slots.push(Some(reader));
                 self.slots.len() as u32 - 1
             }
         };
-        self.by_session.insert(key, slot);
+        self.count += 1;
+        match &mut self.index {
+            Some(index) => drop(index.insert(key, slot)),
+            None if self.slots.len() > MAX_UNINDEXED => self.make_index(),
+            None => {}
+        }
     }
 
-    fn remove(&mut self, outbox: &Arc<Outbox>, sub: SubId) {
-        if let Some(&slot) = self.by_session.get(&session(outbox, sub)) {
-            self.remove_at(slot as usize);
-        }
+    fn make_index(&mut self) {
+        let slots = (0..).zip(&self.slots);
+        let index = slots.filter_map(|(slot, reader)| Some((reader.as_ref()?.session(), slot)));
+        self.index = Some(index.collect());
     }
 
     fn remove_at(&mut self, slot: usize) {
         if let Some(reader) = self.slots[slot].take() {
-            self.by_session.remove(&session(&reader.outbox, reader.sub));
+            if let Some(index) = &mut self.index {
+                index.remove(&reader.session());
+            }
             self.free.push(slot as u32);
+            self.count -= 1;
         }
     }
 
     /// Gives up the slots of readers that have left, once they are more than half.
     fn compact(&mut self) {
-        if self.slots.len() <= MIN_SLOTS.max(2 * self.by_session.len()) {
+        if self.slots.len() <= MIN_SLOTS.max(2 * self.count) {
             return;
         }
         self.slots.retain(Option::is_some);
         self.slots.shrink_to_fit();
         self.free = Vec::new();
-        self.by_session.shrink_to_fit();
-        for (slot, reader) in (0..).zip(self.slots.iter().flatten()) {
-            self.by_session.insert(session(&reader.outbox, reader.sub), slot);
+        self.index = None;
+        if self.slots.len() > MAX_UNINDEXED {
+            self.make_index();
         }
     }
 }
