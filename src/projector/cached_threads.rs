@@ -40,7 +40,7 @@ impl CachedThreads {
 
         let (size_before, changed_before) = (thread.size(), thread.changed);
         let worked = work(thread);
-        self.size += thread.size() - size_before;
+        self.size = self.size - size_before + thread.size();
         if thread.changed && !changed_before {
             self.changed.push(thread.key.clone());
         }

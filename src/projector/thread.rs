@@ -345,3 +345,32 @@ impl MemberData<'_> {
         ids::check_name("user", &self.user).map(|()| self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::runs::RunKey;
+
+    #[test]
+    fn messages_are_found_by_their_name_and_the_store_is_asked_for_them_once() {
+        let mut thread = Thread::new("acme/t", None, 1);
+        let message =
+            |run: &str, message: &str| MessageKey { run: RunKey::new("acme", "t", run), message: message.to_owned() };
+        let never = || unreachable!("nothing is being written, or it was asked before");
+        assert_eq!(thread.runs_that_write("m", never).expect("nothing is read"), [""; 0]);
+
+        for key in [message("r", "m"), message("q", "m"), message("q", "mm")] {
+            thread.message_grows(&key, true, 1, 0);
+        }
+        let size = thread.size();
+        let read = || Ok(vec![message("r", "m"), message("q", "m"), message("q", "mm")]);
+        assert_eq!(thread.runs_that_write("m", read).expect("it is read"), ["q", "r"]);
+        assert_eq!(thread.size(), size + 3);
+
+        thread.message_closes(&message("q", "m"), 1);
+        thread.message_grows(&message("s", "m"), true, 1, 0);
+        thread.message_grows(&message("s", "m"), false, 1, 0);
+        assert_eq!(thread.runs_that_write("m", never).expect("nothing is read"), ["r", "s"]);
+        assert_eq!((thread.row.writing, thread.row.writing_bytes, thread.size()), (3, 4, size + 3));
+    }
+}
