@@ -18,13 +18,13 @@ pub const NOT_TEXT: u16 = 1003;
 pub const NO_CODE: u16 = 1005;
 /// A text frame that is not UTF-8.
 pub const NOT_UTF8: u16 = 1007;
-/// A frame larger than the limit.
+/// A frame larger than the limit, or a large one before the user is known.
 pub const TOO_LARGE: u16 = 1009;
 /// The server has a bug.
 pub const INTERNAL: u16 = 1011;
 /// The socket took nothing for too long, or more threads were joined than can wait for it.
 pub const SLOW_CONSUMER: u16 = 4001;
-/// No frame came after a ping.
+/// No frame came after a ping, or a large one did not end in time.
 pub const NO_HEARTBEAT: u16 = 4002;
 /// The token has expired and was not refreshed.
 pub const TOKEN_EXPIRED: u16 = 4003;

@@ -203,6 +203,8 @@ async fn a_ticket_lets_its_user_in_once() {
         Err(WsError::Http(reply)) => reply.status().as_u16(),
         Err(error) => panic!("{error}"),
     };
+    let (code, problem) = server.http("POST", "/v1/tickets", "ada", Some(json!({"for": "ben"}))).await;
+    assert_eq!(code, 400, "what is asked for would be passed over: {problem}");
     let (code, given) = server.http("POST", "/v1/tickets", "ada", None).await;
     assert_eq!(code, 201, "{given}");
     let ticket = given["ticket"].as_str().unwrap();
