@@ -230,13 +230,11 @@ impl Hub {
         let data = json::encode_raw(&json!({"online": online}));
         let frame = ServerFrame::Signal { thread, kind: PRESENCE, from: user, data: Some(&data) }.encode().into();
         self.put(shard, key, Piece::Signal { frame, except: Except::User(user.clone()) });
-        self.work.notify_one();
     }
 
     /// Sends a signal to everyone who is live in the thread, but for the session it comes from.
     pub fn signal(&self, key: &str, from: &Arc<Outbox>, frame: Utf8Bytes) {
         self.put(self.shard(key), key, Piece::Signal { frame, except: Except::Session(from.clone()) });
-        self.work.notify_one();
     }
 
     // A commit is taken in.
@@ -245,7 +243,6 @@ impl Hub {
         for update in commit.events {
             self.take_in_update(update);
         }
-        self.work.notify_one();
 
         // After the changes of rights, so that whoever removed somebody knows by the answer that it is done. Not after the
         // readers have their events: one tenant's publishers do not wait for the readers of another.
@@ -292,6 +289,8 @@ impl Hub {
         let is_new = !std::mem::replace(&mut lane.in_turn, true);
         if is_new && let Some((key, _)) = shard.lanes.get_key_value(key) {
             lock(&self.turns).push_back(key.clone());
+            // Where it has turns to take, it does not wait.
+            self.work.notify_one();
         }
         drop(shard);
         self.free(freed);

@@ -15,7 +15,7 @@ const FREE: usize = CONNECTION;
 /// How long a peer waits with its message for memory.
 const WITHIN: Duration = Duration::from_secs(5);
 /// How long a large message may take from its header to its end: the largest one at 13 KB/s.
-pub const ENDS_WITHIN: Duration = Duration::from_secs(20);
+const ENDS_WITHIN: Duration = Duration::from_secs(20);
 
 pub struct MessageMemory {
     pool: Pool,
@@ -72,8 +72,8 @@ impl MessageMemory {
     }
 
     /// Whether a large message has taken too long.
-    pub fn is_overdue(&self, now: Instant) -> bool {
-        self.begun.is_some_and(|begun| now.saturating_duration_since(begun) > ENDS_WITHIN)
+    pub fn is_overdue(&self, now: impl FnOnce() -> Instant) -> bool {
+        self.begun.is_some_and(|begun| now().saturating_duration_since(begun) > ENDS_WITHIN)
     }
 }
 
@@ -105,9 +105,9 @@ mod tests {
         assert_eq!(two.poll_charged(cx, 6 * MIB), Poll::Ready(Ok(())), "it grows with the next frame of the message");
         assert_eq!(two.poll_charged(cx, 14 * MIB), Poll::Ready(Err(Refused::TooLarge)));
         let later = Instant::now() + ENDS_WITHIN + Duration::from_secs(1);
-        assert!(two.is_overdue(later) && !two.is_overdue(Instant::now()));
+        assert!(two.is_overdue(|| later) && !two.is_overdue(Instant::now));
         one.give_back();
-        assert!(!one.is_overdue(later));
+        assert!(!one.is_overdue(|| later));
         drop((one, two));
         assert_eq!(pool.usage().used, 0);
     }

@@ -122,7 +122,7 @@ impl Socket {
 
     /// Whether a large message has begun and does not end.
     pub fn is_message_overdue(&self) -> bool {
-        self.guard.as_ref().is_some_and(|guard| guard.memory.is_overdue(Instant::now()))
+        self.guard.as_ref().is_some_and(|guard| guard.memory.is_overdue(Instant::now))
     }
 
     /// Whether the peer has sent too many frames that carry nothing. Nothing more is read then.
