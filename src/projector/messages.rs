@@ -201,12 +201,12 @@ impl Messages {
         Ok((run, delta))
     }
 
-    /// The whole text of an open message.
-    fn text(&self, store: &Store, key: &MessageKey) -> Result<String, StoreError> {
+    /// The whole text of an open message with this row.
+    fn text(&self, store: &Store, key: &MessageKey, row: &MessageRow) -> Result<String, StoreError> {
         let cached = self.cached.get(key);
         let mut text = match cached {
             Some(cached) if cached.restarted => String::new(),
-            _ => store.text_after(key, TextPosition::default())?.1,
+            _ => store.text_after(key, TextPosition::beginning(row.restarts))?.1,
         };
         let new_deltas = cached.into_iter().flat_map(|cached| &cached.new_deltas);
         text.extend(new_deltas.map(|(_, text)| text.as_str()));
@@ -241,7 +241,7 @@ impl Messages {
             return Ok(MessageClosing::AlreadyClosed(closed_before(closed, event)));
         }
 
-        let text = self.text(store, &key)?;
+        let text = self.text(store, &key, &row)?;
         let data = match content {
             Some(content) if text_of(content).as_deref() == Some(&text) => None,
             Some(_) => Some(json::with_field(event.data, "revised", &true)),
@@ -314,7 +314,7 @@ impl Messages {
         key: MessageKey,
         row: MessageRow,
     ) -> Result<(ClosingMessage, Box<RawValue>), StoreError> {
-        let text = self.text(store, &key)?;
+        let text = self.text(store, &key, &row)?;
         let data = json::encode_raw(&ClosedByEnd { content: &text, message: &key.message });
         Ok((ClosingMessage { key, row, data: None }, data))
     }

@@ -43,6 +43,11 @@ pub struct TextPosition {
 }
 
 impl TextPosition {
+    /// The beginning of the text that a message has since it was begun anew so often.
+    pub fn beginning(restarts: u32) -> TextPosition {
+        TextPosition { restarts, chars: 0 }
+    }
+
     /// As the key of a row has it. A character's number is far below 2^32: a message has at most 1 MiB of text.
     fn row(self) -> u64 {
         u64::from(self.restarts) << 32 | self.chars
@@ -137,18 +142,16 @@ impl Store {
     }
 
     /// The text of an open message after this place, and where that text begins: there, or at its first character if the
-    /// message was begun anew since. Both are of one moment, whatever is committed meanwhile.
+    /// message was begun anew since. Both are of one moment, whatever is committed meanwhile. A place in the message's newest
+    /// text, as its row has it, spares the store from passing over what was deleted of those before.
     pub fn text_after(&self, key: &MessageKey, after: TextPosition) -> Result<(TextPosition, String), StoreError> {
-        // What it was before stands there no more, and it would take long to pass over what is deleted. Read before the text:
-        // that is of the same beginning, or of a later one.
-        let restarts = self.message(key)?.map_or(0, |row| row.restarts).max(after.restarts);
         let (mut begin, mut text) = (after, String::new());
-        for row in self.texts_from(key, restarts) {
+        for row in self.texts_from(key, after.restarts) {
             let (at, value) = row?;
             let at = TextPosition::of_row(keys::seq_of(&at).unwrap_or(0));
             let row: TextRow = self.decoded(MESSAGE_TEXTS, &value)?;
             if at.restarts != begin.restarts {
-                begin = TextPosition { restarts: at.restarts, chars: 0 };
+                begin = TextPosition::beginning(at.restarts);
             }
             let known = begin.chars.saturating_sub(at.chars);
             text.extend(row.text.chars().skip(known as usize));
@@ -158,7 +161,7 @@ impl Store {
 
     /// The rows of a message's text since it was begun anew for this time, with their whole keys.
     fn texts_from(&self, key: &MessageKey, restarts: u32) -> impl Iterator<Item = Result<RawRow, StoreError>> {
-        let from = key.text(TextPosition { restarts, chars: 0 });
+        let from = key.text(TextPosition::beginning(restarts));
         self.between(MESSAGE_TEXTS, &from, keys::after(key.texts()))
     }
 }

@@ -178,7 +178,8 @@ fn open_text(
         if !fits && charge.grow_to(bytes).is_err() {
             return Ok(Outcome::Needs(bytes));
         }
-        let (begin, text) = store.text_after(&key, known.unwrap_or_default())?;
+        let from = known.filter(|known| known.restarts >= row.restarts);
+        let (begin, text) = store.text_after(&key, from.unwrap_or(TextPosition::beginning(row.restarts)))?;
         // Looked up after the text: if the message was closed meanwhile, the text may be incomplete, but the event that closed
         // it comes live and has all of it.
         let Some(row) = open(store, &key)? else { continue };
