@@ -12,7 +12,7 @@ mod pool;
 
 pub use machine::available;
 pub use plan::{CONNECTION, LogPlan, MINIMUM, Plan};
-pub use pool::{Charge, LARGEST, Pool, Refused, Usage};
+pub use pool::{Charge, LARGEST, Pool, Refused, Usage, charged};
 
 /// The budget of a running node.
 pub struct Budget {

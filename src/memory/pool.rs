@@ -15,6 +15,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::oneshot;
 
 /// A user may have charged so much, however small the pool; nothing asks for more at once.
@@ -56,6 +57,17 @@ pub struct Charge {
     /// `tenant/user`.
     user: Arc<str>,
     bytes: usize,
+}
+
+/// Bytes that hold what is charged for them: it is given back when the last of them has left, however slowly they are taken.
+pub fn charged(bytes: Bytes, charge: impl Send + 'static) -> Bytes {
+    struct Held<C>(Bytes, C);
+    impl<C> AsRef<[u8]> for Held<C> {
+        fn as_ref(&self) -> &[u8] {
+            &self.0
+        }
+    }
+    Bytes::from_owner(Held(bytes, charge))
 }
 
 struct Shared {

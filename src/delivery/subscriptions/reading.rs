@@ -8,7 +8,6 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
@@ -17,7 +16,7 @@ use super::subscription::DeliveredText;
 use crate::auth::Principal;
 use crate::delivery::outbox::{Answer, Chunk, OpenText, Outbox, ReadFor};
 use crate::delivery::sources::Sources;
-use crate::memory::{Charge, Refused};
+use crate::memory::{self, Charge, Refused};
 use crate::protocol::delta::Delta;
 use crate::protocol::error::{Code, Error};
 use crate::store::messages::{MessageKey, MessageRow, TextPosition};
@@ -211,15 +210,9 @@ fn open_text(
     Ok(Outcome::Chunk(Chunk::OpenText { texts: texts.collect(), next: last.filter(|_| more) }))
 }
 
-/// A frame whose bytes hold its charge: however slowly a socket takes them, it is given back when the last of them has left.
+/// A frame whose bytes hold its charge.
 fn charged(frame: Utf8Bytes, charge: &Arc<Charge>) -> Utf8Bytes {
-    struct Charged(Utf8Bytes, #[expect(dead_code, reason = "held for as long as the bytes are")] Arc<Charge>);
-    impl AsRef<[u8]> for Charged {
-        fn as_ref(&self) -> &[u8] {
-            self.0.as_ref()
-        }
-    }
-    let bytes = Bytes::from_owner(Charged(frame.clone(), charge.clone()));
+    let bytes = memory::charged(frame.clone().into(), charge.clone());
     // The bytes are those of a text.
     Utf8Bytes::try_from(bytes).unwrap_or(frame)
 }

@@ -5,31 +5,18 @@ use serde::Serialize;
 use warp::http::{HeaderValue, Method, Response, StatusCode, header};
 
 use super::meter::Meter;
-use crate::memory::Charge;
+use crate::memory;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::http::Problem;
 use crate::protocol::json;
 
 pub type Reply = Response<Bytes>;
 
-/// The bytes of a body, with what is charged for them: both last until the last of them has left.
-struct Charged {
-    body: Bytes,
-    #[expect(dead_code, reason = "held for as long as the body is")]
-    charge: Charge,
-}
-
-impl AsRef<[u8]> for Charged {
-    fn as_ref(&self) -> &[u8] {
-        &self.body
-    }
-}
-
 /// Holds what a request has charged for as long as its answer is in memory, and gives back at once what it does not need.
 pub fn charged(reply: Reply, meter: Meter) -> Reply {
     let mut charge = meter.into_charge();
     charge.shrink_to(reply.body().len());
-    reply.map(|body| Bytes::from_owner(Charged { body, charge }))
+    reply.map(|body| memory::charged(body, charge))
 }
 
 pub fn json<T: Serialize>(status: StatusCode, body: &T) -> Reply {

@@ -13,10 +13,11 @@ use crate::protocol::http::Ticket;
 /// `POST /v1/tickets`
 pub async fn issue(api: Arc<Api>, mut it: Request) -> Result<Reply, Error> {
     it.no_query()?;
-    let body = it.body().await?;
-    if !matches!(body.trim(), "" | "{}") {
+    let body = api.body(&mut it).await?;
+    if !matches!(body.text.trim(), "" | "{}") {
         return Err(Error::new(Code::BadRequest, "this request has no body"));
     }
+    drop(body);
     let (ticket, expires_at) = api.tickets.issue(&it.who).await?;
     Ok(json(StatusCode::CREATED, &Ticket { ticket, expires_at }))
 }
