@@ -390,26 +390,10 @@ fn wake(mut inner: MutexGuard<'_, Inner>) {
 
 #[cfg(test)]
 mod tests {
-    use uuid::Uuid;
-
     use super::*;
 
     fn delta(message: &str, restarts: u32, from_char: u64, text: &str) -> Arc<Delta> {
-        Arc::new(Delta {
-            name: Delta::name("r", message),
-            thread: "t".into(),
-            run: "r".into(),
-            message: message.into(),
-            event: Uuid::nil(),
-            from: "bot".into(),
-            at: "".into(),
-            priority: None,
-            head: 0,
-            restarts,
-            from_char,
-            to_char: from_char + text.len() as u64,
-            text: text.into(),
-        })
+        Arc::new(Delta::of_test(message, restarts, from_char, text))
     }
 
     /// The deltas that wait: of each its message, how often that was begun anew, where it begins, and its text.

@@ -44,6 +44,26 @@ impl Delta {
         format!("{}:{run}{message}", run.len()).into()
     }
 
+    /// One of the run `r` on the thread `t`; its text is ASCII.
+    #[cfg(test)]
+    pub fn of_test(message: &str, restarts: u32, from_char: u64, text: &str) -> Delta {
+        Delta {
+            name: Delta::name("r", message),
+            thread: "t".into(),
+            run: "r".into(),
+            message: message.into(),
+            event: Uuid::nil(),
+            from: "bot".into(),
+            at: "".into(),
+            priority: None,
+            head: 0,
+            restarts,
+            from_char,
+            to_char: from_char + text.len() as u64,
+            text: text.into(),
+        }
+    }
+
     /// The `event` frame, without a seq; with `restart`, its reader drops what it has of the message.
     pub fn frame(&self, restart: bool) -> Utf8Bytes {
         let data = DeltaData {

@@ -138,7 +138,6 @@ mod tests {
     use std::sync::Arc;
 
     use proptest::prelude::*;
-    use uuid::Uuid;
 
     use super::*;
     use crate::delivery::outbox::{Item, Outbox};
@@ -148,21 +147,7 @@ mod tests {
     }
 
     fn delta_of(restarts: u32, from_char: u64, text: &str) -> Delta {
-        Delta {
-            name: Delta::name("r", "m"),
-            thread: "t".into(),
-            run: "r".into(),
-            message: "m".into(),
-            event: Uuid::nil(),
-            from: "bot".into(),
-            at: "".into(),
-            priority: None,
-            head: 0,
-            restarts,
-            from_char,
-            to_char: from_char + text.len() as u64,
-            text: text.into(),
-        }
+        Delta::of_test("m", restarts, from_char, text)
     }
 
     #[test]
