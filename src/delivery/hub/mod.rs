@@ -10,6 +10,9 @@
 //! 2. What waits is handed out ([`lane`]): threads take turns, some readers each, and between turns the sessions
 //!    and everybody else get the processor. So a thread with many readers holds up nobody but itself.
 //!
+//! With little to do, the projector's thread itself does both, since to wake another would take longer than the work. With
+//! more, a task takes commits in and another hands out, while the projector goes on with the next commit.
+//!
 //! - Each outbox gets a thread's events in order.
 //! - A subscription whose outbox is full is forgotten: it catches up from the store and attaches anew. So are all readers of a
 //!   thread for which too much waits to be handed out.
@@ -47,6 +50,9 @@ use crate::{panics, telemetry};
 
 /// Commits that may wait to be taken in; then the projector waits.
 const QUEUE: usize = 2;
+/// A commit of no more events and verdicts than this is taken in by the projector's thread, if no other waits: some
+/// microseconds, about what it takes to wake the task.
+const SMALL_COMMIT: usize = 16;
 /// Bytes that may wait to be handed out, of all threads together; then no commit is taken in. A commit may exceed it.
 const WAITING_BYTES: usize = 8 << 20;
 /// Bytes that may wait in one thread, however many wait elsewhere: what an outbox holds.
@@ -104,17 +110,35 @@ impl Hub {
     ) -> (Arc<Hub>, PublishCommit, tokio::task::JoinHandle<()>) {
         let hub = Arc::new(Hub::new(registry));
         let (sender, mut commits) = mpsc::channel(QUEUE);
-        // Waits while the hub is lagging.
-        let publish: PublishCommit = Box::new(move |commit| sender.blocking_send(commit).is_ok());
+        // Commits that the task has yet to take in.
+        let untaken = Arc::new(AtomicUsize::new(0));
+
+        let (direct, left_to_task, verdicts_to) = (hub.clone(), untaken.clone(), pending.clone());
+        let publish: PublishCommit = Box::new(move |commit| {
+            let is_next = left_to_task.load(Ordering::Acquire) == 0;
+            if is_next && commit.is_small() && direct.has_room() {
+                direct.take_in(commit, &verdicts_to);
+                direct.hand_out(Effort::new(EFFORT.0, EFFORT.1));
+                direct.wake_fan_out();
+                return !sender.is_closed();
+            }
+            left_to_task.fetch_add(1, Ordering::Relaxed);
+            // Waits while the hub is lagging.
+            sender.blocking_send(commit).is_ok()
+        });
+
         let taker = hub.clone();
         tokio::spawn(panics::vital("the hub", async move {
             while let Some(commit) = commits.recv().await {
                 taker.until_room().await;
                 taker.take_in(commit, &pending);
+                untaken.fetch_sub(1, Ordering::Release);
+                taker.wake_fan_out();
             }
             taker.ended.store(true, Ordering::Release);
             taker.work.notify_one();
         }));
+
         let deliverer = hub.clone();
         let task = tokio::spawn(panics::vital("the fan-out", async move { deliverer.fan_out().await }));
         (hub, publish, task)
@@ -230,11 +254,13 @@ impl Hub {
         let data = json::encode_raw(&json!({"online": online}));
         let frame = ServerFrame::Signal { thread, kind: PRESENCE, from: user, data: Some(&data) }.encode().into();
         self.put(shard, key, Piece::Signal { frame, except: Except::User(user.clone()) });
+        self.wake_fan_out();
     }
 
     /// Sends a signal to everyone who is live in the thread, but for the session it comes from.
     pub fn signal(&self, key: &str, from: &Arc<Outbox>, frame: Utf8Bytes) {
         self.put(self.shard(key), key, Piece::Signal { frame, except: Except::Session(from.clone()) });
+        self.wake_fan_out();
     }
 
     // A commit is taken in.
@@ -289,8 +315,6 @@ impl Hub {
         let is_new = !std::mem::replace(&mut lane.in_turn, true);
         if is_new && let Some((key, _)) = shard.lanes.get_key_value(key) {
             lock(&self.turns).push_back(key.clone());
-            // Where it has turns to take, it does not wait.
-            self.work.notify_one();
         }
         drop(shard);
         self.free(freed);
@@ -304,9 +328,13 @@ impl Hub {
     }
 
     async fn until_room(&self) {
-        while self.waiting.load(Ordering::Relaxed) >= WAITING_BYTES {
+        while !self.has_room() {
             self.room.notified().await;
         }
+    }
+
+    fn has_room(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) < WAITING_BYTES
     }
 
     /// A thread was made: those who follow all threads of its tenant get it from its first event on. Those that exist by their
@@ -373,6 +401,13 @@ impl Hub {
         !lock(&self.turns).is_empty()
     }
 
+    /// Lets the task go on if there are turns to take. Where it takes turns already, it does not wait.
+    fn wake_fan_out(&self) {
+        if !lock(&self.turns).is_empty() {
+            self.work.notify_one();
+        }
+    }
+
     fn take_turn(&self, key: Arc<str>, effort: &mut Effort) {
         let mut handed = Handed::default();
         let mut shard = self.shard(&key);
@@ -388,6 +423,12 @@ impl Hub {
         self.free(freed);
         self.lagged.increment(handed.lagged);
         self.signals.increment(handed.signals);
+    }
+}
+
+impl Commit {
+    fn is_small(&self) -> bool {
+        self.events.len().max(self.verdicts.len()) <= SMALL_COMMIT
     }
 }
 

@@ -88,6 +88,41 @@ fn a_publish_is_answered_and_delivered_while_a_crowd_s_fan_out_is_under_way() {
     assert_eq!(hub.waiting.load(Ordering::Relaxed), 0);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn small_commits_and_large_ones_reach_a_reader_and_their_publishers_in_the_order_of_the_log() {
+    let (pending, key) = (Arc::new(Pending::default()), Arc::<str>::from("acme/t"));
+    let registry = Arc::new(Registry::new(ConnectionLimits { user: 10, agent: 10 }));
+    let (hub, mut publish, task) = Hub::start(pending.clone(), registry);
+    let reader = readers(&hub, &key, 1).remove(0);
+    // The projector's thread takes in those of 1; those of more go through the task.
+    let sizes = [1, 1, SMALL_COMMIT + 1, 1, 2 * SMALL_COMMIT, 1, 1];
+    let (answer, mut answers) = mpsc::unbounded_channel();
+
+    let projector = std::thread::spawn(move || {
+        let mut seq = 0;
+        for round in 0..50 {
+            for size in sizes {
+                let (events, verdicts) = (0..size)
+                    .map(|_| {
+                        seq += 1;
+                        let (id, answer, number) = (clock::random_id(), answer.clone(), seq);
+                        pending.insert(id, Box::new(move |_| answer.send(number).unwrap_or_default()), true);
+                        let verdict = (id, Ok(Published { seq, event: id, duplicate: false }));
+                        (update(&key, &event(seq, 10), None), verdict)
+                    })
+                    .unzip();
+                assert!(publish(Commit { events, verdicts, ..Commit::default() }), "round {round}");
+            }
+        }
+        seq
+    });
+    let last = tokio::task::spawn_blocking(move || projector.join()).await.unwrap().unwrap();
+    task.await.unwrap();
+    assert_eq!(seqs(&reader), ((1..=last).collect(), false));
+    let answered: Vec<u64> = std::iter::from_fn(|| answers.try_recv().ok()).collect();
+    assert_eq!(answered, (1..=last).collect::<Vec<_>>());
+}
+
 #[test]
 fn whoever_is_removed_gets_nothing_more_once_the_remover_is_answered() {
     let (hub, pending) = (hub(), Pending::default());
