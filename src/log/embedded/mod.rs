@@ -1,7 +1,8 @@
 //! The embedded log: a RocksDB of records in the order in which they were appended, synced before anybody is answered.
 //!
 //! Invariants:
-//! - one writer thread takes all that waits, writes it as one batch, syncs once (group commit) and then answers each;
+//! - one thread at a time takes all that waits, writes it as one batch, syncs once (group commit) and then answers each: a
+//!   reader that has nothing else to do, and so goes on with it, or else the writer thread;
 //! - `end` is published only after the sync, and readers stop there: nothing they return can be lost;
 //! - a batch whose write failed is deleted again before any other is written, so that what was answered as "will never
 //!   appear" cannot come back, and the log reads the same from memory and from disk;
@@ -44,6 +45,7 @@ use crate::memory::LogPlan;
 
 pub struct EmbeddedLog {
     shared: Arc<Shared>,
+    writer: Arc<Writer>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// Held while files are open.
     lock: Mutex<Option<File>>,
@@ -74,9 +76,13 @@ impl EmbeddedLog {
         let holes = opening::holes(&db)?;
 
         let shared = Arc::new(Shared::new(dir.to_owned(), db, identity, partitions, holes, end, memory));
-        let (writer, scrub) = (Writer::new(shared.clone(), end), Scrub::new(shared.clone()));
-        let threads = vec![start("log-writer", move || writer.run())?, start("log-scrub", move || scrub.run())?];
-        Ok(EmbeddedLog { shared, threads: Mutex::new(threads), lock: Mutex::new(Some(lock)) })
+        let (writer, scrub) = (Arc::new(Writer::new(shared.clone(), end)), Scrub::new(shared.clone()));
+        let run = {
+            let writer = writer.clone();
+            move || writer.run()
+        };
+        let threads = vec![start("log-writer", run)?, start("log-scrub", move || scrub.run())?];
+        Ok(EmbeddedLog { shared, writer, threads: Mutex::new(threads), lock: Mutex::new(Some(lock)) })
     }
 
     /// Whether there is no log in `dir`, so that opening it would create one.
@@ -148,10 +154,10 @@ impl Log for EmbeddedLog {
                 queue.waiting.push((append, now));
             }
         }
-        let wake = was_empty && !queue.waiting.is_empty();
-        drop(queue);
-        if wake {
-            self.shared.queued.notify_one();
+        if was_empty && !queue.waiting.is_empty() {
+            self.shared.wake_writer(queue);
+        } else {
+            drop(queue);
         }
 
         let why = if closed { AppendError::Unavailable("the log is closed".into()) } else { AppendError::QueueFull };
@@ -171,7 +177,7 @@ impl Log for EmbeddedLog {
                 return Err(LogError::OutOfRange { at, bounds: Bounds { start: 0, end } });
             }
         }
-        Ok(Box::new(EmbeddedReader::new(self.shared.clone(), from.to_vec())))
+        Ok(Box::new(EmbeddedReader::new(self.writer.clone(), from.to_vec())))
     }
 
     fn bounds(&self) -> Result<Vec<Bounds>, LogError> {

@@ -1,4 +1,5 @@
-//! Readers: from memory while they are at the tail, and from disk while they are catching up.
+//! Readers: from memory while they are at the tail, and from disk while they are catching up. One that has read everything
+//! writes what waits to be appended itself, and has it at once: to wake the writer thread and be woken by it takes longer.
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -7,10 +8,12 @@ use rocksdb::ReadOptions;
 
 use super::format::{Stored, decode, records};
 use super::shared::{Shared, lock};
+use super::writer::Writer;
 use crate::log::{Entry, LogError, Position, Positions, READ_BYTES, RULES, Reader, Topic};
 
 pub(super) struct EmbeddedReader {
     shared: Arc<Shared>,
+    writer: Arc<Writer>,
     positions: Positions,
     /// The tail's batch to read next and how much of it was read, once the reader is at the tail.
     cursor: Option<(u64, usize)>,
@@ -45,19 +48,42 @@ impl Reader for EmbeddedReader {
 }
 
 impl EmbeddedReader {
-    pub(super) fn new(shared: Arc<Shared>, positions: Positions) -> EmbeddedReader {
-        EmbeddedReader { shared, positions, cursor: None }
+    pub(super) fn new(writer: Arc<Writer>, positions: Positions) -> EmbeddedReader {
+        EmbeddedReader { shared: writer.shared().clone(), writer, positions, cursor: None }
     }
 
     /// Where to read on and where the log ends, as soon as these differ; `None` at the deadline.
     fn range(&self, deadline: Instant) -> Option<(u64, u64)> {
         let from = self.positions.iter().copied().min().unwrap_or(0);
-        let mut tail = lock(&self.shared.tail);
-        while tail.end <= from {
-            let left = deadline.checked_duration_since(Instant::now())?;
-            tail = self.shared.grown.wait_timeout(tail, left).unwrap_or_else(PoisonError::into_inner).0;
+        let grown = || Some(lock(&self.shared.tail).end).filter(|end| *end > from);
+        if let Some(end) = grown() {
+            return Some((from, end));
         }
-        Some((from, tail.end))
+
+        let mut queue = lock(&self.shared.queue);
+        loop {
+            if let Some(end) = grown() {
+                // It may have been this reader that was to write what waits, and that has something else to do now.
+                if !queue.waiting.is_empty() {
+                    self.shared.wake_writer(queue);
+                }
+                return Some((from, end));
+            }
+            if !queue.waiting.is_empty() && queue.retry_at.is_none() {
+                drop(queue);
+                let wrote = self.writer.try_write();
+                queue = lock(&self.shared.queue);
+                if wrote {
+                    continue;
+                }
+            }
+
+            let left = deadline.checked_duration_since(Instant::now())?;
+            queue.idle_readers += 1;
+            let waited = self.shared.readers.wait_timeout(queue, left);
+            queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+            queue.idle_readers -= 1;
+        }
     }
 
     /// What the tail holds from `from` on; `None` when the tail begins after it.

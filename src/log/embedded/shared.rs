@@ -25,11 +25,12 @@ pub(super) struct Shared {
     pub(super) holes: Holes,
     pub(super) memory: LogPlan,
     pub(super) queue: Mutex<Queue>,
-    /// Signalled when the queue is no longer empty, or closed.
+    /// Signalled for the writer thread: something waits and no reader is idle, or the queue is closed, or writing failed.
     pub(super) queued: Condvar,
+    /// Signalled for idle readers: something waits, or the tail has grown.
+    pub(super) readers: Condvar,
+    /// Locked after the queue by whoever locks both.
     pub(super) tail: Mutex<Tail>,
-    /// Signalled when the tail has grown.
-    pub(super) grown: Condvar,
     state: Mutex<State>,
     /// Signalled when the log is closed.
     closing: Condvar,
@@ -49,6 +50,10 @@ pub(super) struct Queue {
     pub(super) waiting: Vec<(Append, Instant)>,
     pub(super) bytes: usize,
     pub(super) closed: bool,
+    /// Readers that wait for the tail to grow, and write what waits themselves. Not while writing fails: it may take long.
+    pub(super) idle_readers: usize,
+    /// When a log that fails is to be tried again.
+    pub(super) retry_at: Option<Instant>,
 }
 
 /// The newest durable records, oldest first, and where the log ends.
@@ -99,8 +104,8 @@ impl Shared {
             memory,
             queue: Mutex::default(),
             queued: Condvar::new(),
+            readers: Condvar::new(),
             tail: Mutex::new(Tail::new(end, memory.tail)),
-            grown: Condvar::new(),
             state: Mutex::default(),
             closing: Condvar::new(),
         }
@@ -109,6 +114,17 @@ impl Shared {
     /// Of all topics together.
     pub(super) fn partitions(&self) -> u32 {
         self.each * Topic::ALL.len() as u32
+    }
+
+    /// Wakes one thread to write what waits.
+    pub(super) fn wake_writer(&self, queue: MutexGuard<'_, Queue>) {
+        let by_reader = queue.idle_readers > 0 && queue.retry_at.is_none();
+        drop(queue);
+        if by_reader {
+            self.readers.notify_one();
+        } else {
+            self.queued.notify_one();
+        }
     }
 
     pub(super) fn database(&self) -> Result<Opened<'_>, LogError> {

@@ -1,4 +1,5 @@
-//! The writer thread: takes all that waits, writes it as one batch, syncs once, and answers each appender.
+//! The writer: takes all that waits, writes it as one batch, syncs once, and answers each appender. It works on a thread of
+//! its own, or on that of a reader that has nothing else to do, one at a time.
 //!
 //! After a failed write or sync RocksDB takes nothing more until it is opened again. So the writer first tries to delete what
 //! the failed batch may have left; where that fails as well, it closes the database and opens it again, with the same checks
@@ -6,7 +7,7 @@
 //! deleted. Meanwhile appends are refused, and `health` says why. A full disk is different: RocksDB goes on by itself once
 //! there is room, and stays readable until then.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use metrics::Histogram;
@@ -26,69 +27,94 @@ const ROOM: u64 = 64 << 20;
 /// Marks a record that `append_foreign` wants written without a frame: no tenant begins with a NUL.
 pub(super) const FOREIGN: char = '\0';
 
+/// What writes, on whichever thread: one at a time.
 pub(super) struct Writer {
     shared: Arc<Shared>,
+    state: Mutex<State>,
+    append_seconds: Histogram,
+    batch_records: Histogram,
+}
+
+struct State {
     end: u64,
     /// Keys of a batch whose write failed: to be deleted before anything else is written.
     leftover: Vec<[u8; 12]>,
     /// When the log failed last, and why. Nothing is written until it works again.
     failed: Option<(Instant, String)>,
-    append_seconds: Histogram,
-    batch_records: Histogram,
 }
 
 impl Writer {
     pub(super) fn new(shared: Arc<Shared>, end: u64) -> Writer {
         Writer {
             shared,
-            end,
-            leftover: Vec::new(),
-            failed: None,
+            state: Mutex::new(State { end, leftover: Vec::new(), failed: None }),
             append_seconds: telemetry::append_seconds(),
             batch_records: telemetry::append_batch_records(),
         }
     }
 
-    pub(super) fn run(mut self) {
-        let _vital = panics::abort_on_panic("the log's writer");
-        while let Some(batch) = self.next_batch() {
-            if self.failed.as_ref().is_some_and(|(since, _)| since.elapsed() >= RETRY) {
-                self.recover();
-            }
-            match &self.failed {
-                None if batch.is_empty() => {}
-                None => self.write(batch),
-                Some((_, why)) => refuse(batch, why),
-            }
-        }
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
-    /// All that waits; blocks until there is something, or until a log that fails is to be tried again. `None` once closed and
-    /// empty.
-    fn next_batch(&self) -> Option<Vec<(Append, Instant)>> {
+    /// The writer thread.
+    pub(super) fn run(&self) {
+        let _vital = panics::abort_on_panic("the log's writer");
+        while self.until_needed() {
+            self.write_waiting(&mut lock(&self.state));
+        }
+        // A reader may still write what it has taken.
+        drop(lock(&self.state));
+    }
+
+    /// Writes what waits, unless another thread does so; whether it did.
+    pub(super) fn try_write(&self) -> bool {
+        let mut state = match self.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(state)) => state.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
+        };
+        let _vital = panics::abort_on_panic("the log's writer");
+        self.write_waiting(&mut state);
+        true
+    }
+
+    /// Blocks until something waits, or until a log that fails is to be tried again. `false` once closed and empty.
+    fn until_needed(&self) -> bool {
         let mut queue = lock(&self.shared.queue);
-        loop {
-            if !queue.waiting.is_empty() {
-                queue.bytes = 0;
-                return Some(std::mem::take(&mut queue.waiting));
-            }
+        while queue.waiting.is_empty() {
             if queue.closed {
-                return None;
+                return false;
             }
-            let Some((since, _)) = &self.failed else {
+            let Some(retry_at) = queue.retry_at else {
                 queue = self.shared.queued.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
-            let Some(left) = RETRY.checked_sub(since.elapsed()) else {
-                return Some(Vec::new());
-            };
+            let Some(left) = retry_at.checked_duration_since(Instant::now()) else { break };
             queue = self.shared.queued.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Takes all that waits, and writes it; first tries again whether a log that failed works.
+    fn write_waiting(&self, state: &mut State) {
+        let batch = {
+            let mut queue = lock(&self.shared.queue);
+            queue.bytes = 0;
+            std::mem::take(&mut queue.waiting)
+        };
+        if state.failed.as_ref().is_some_and(|(since, _)| since.elapsed() >= RETRY) {
+            self.recover(state);
+        }
+        match &state.failed {
+            None if batch.is_empty() => {}
+            None => self.write(state, batch),
+            Some((_, why)) => refuse(batch, why),
         }
     }
 
-    fn write(&mut self, batch: Vec<(Append, Instant)>) {
-        let shared = self.shared.clone();
-        let Ok(db) = shared.database() else {
+    fn write(&self, state: &mut State, batch: Vec<(Append, Instant)>) {
+        let Ok(db) = self.shared.database() else {
             return refuse(batch, "it is not open");
         };
 
@@ -97,7 +123,7 @@ impl Writer {
         let mut answers = Vec::with_capacity(batch.len());
         let mut bytes = 0;
         for (Append { record, done }, since) in batch {
-            let (entry, row) = self.entry_and_row(record, self.end + entries.len() as u64);
+            let (entry, row) = self.entry_and_row(record, state.end + entries.len() as u64);
             bytes += row.len();
             rows.put_cf(&records(&db), key_of(entry.at), row);
             entries.push(entry);
@@ -107,8 +133,8 @@ impl Writer {
         let written = db.write_opt(rows, &synced());
         drop(db);
         match written {
-            Ok(()) => self.publish(entries, bytes, answers),
-            Err(error) => self.fail(entries, answers, &error),
+            Ok(()) => self.publish(state, entries, bytes, answers),
+            Err(error) => self.fail(state, entries, answers, &error),
         }
     }
 
@@ -129,17 +155,20 @@ impl Writer {
     }
 
     /// Durable: readers may have it, and each appender is answered.
-    fn publish(&mut self, entries: Vec<Entry>, bytes: usize, answers: Vec<(Done, Instant)>) {
-        let first = self.end;
+    fn publish(&self, state: &mut State, entries: Vec<Entry>, bytes: usize, answers: Vec<(Done, Instant)>) {
+        let first = state.end;
         let positions: Vec<Position> = entries.iter().map(|entry| entry.at).collect();
-        self.end += entries.len() as u64;
+        state.end += entries.len() as u64;
         self.batch_records.record(entries.len() as f64);
 
         let mut tail = lock(&self.shared.tail);
         tail.push(entries, bytes);
-        debug_assert_eq!(tail.end, self.end, "batch at {first}");
+        debug_assert_eq!(tail.end, state.end, "batch at {first}");
         drop(tail);
-        self.shared.grown.notify_all();
+        let readers_wait = lock(&self.shared.queue).idle_readers > 0;
+        if readers_wait {
+            self.shared.readers.notify_all();
+        }
 
         // The first of a batch has waited longest.
         if let Some((_, since)) = answers.first() {
@@ -150,17 +179,17 @@ impl Writer {
         }
     }
 
-    fn fail(&mut self, entries: Vec<Entry>, answers: Vec<(Done, Instant)>, error: &rocksdb::Error) {
+    fn fail(&self, state: &mut State, entries: Vec<Entry>, answers: Vec<(Done, Instant)>, error: &rocksdb::Error) {
         // A table that cannot be compacted stops writes as well.
         if error.kind() == rocksdb::ErrorKind::Corruption {
             self.shared.damaged(error.to_string());
         }
         let error = error.to_string();
         tracing::error!(error, records = entries.len(), "the log could not write a batch");
-        self.leftover = entries.iter().map(|entry| key_of(entry.at)).collect();
-        self.recover();
+        state.leftover = entries.iter().map(|entry| key_of(entry.at)).collect();
+        self.recover(state);
         // Once the leftover is certainly gone, the outcome is certain too.
-        let outcome = match self.failed {
+        let outcome = match state.failed {
             None => AppendError::Unavailable(error),
             Some(_) => AppendError::Unknown(error),
         };
@@ -170,18 +199,22 @@ impl Writer {
     }
 
     /// Makes a log that failed work again, if its disk does.
-    fn recover(&mut self) {
-        let mut result = self.clean_up();
+    fn recover(&self, state: &mut State) {
+        let mut result = self.clean_up(state);
         if let Err(error) = &result
             && !self.waits_for_room(error)
         {
-            result = self.reopen().and_then(|()| self.clean_up());
+            result = self.reopen(state).and_then(|()| self.clean_up(state));
         }
         if let Err(why) = result {
             let why = format!("the log cannot write ({why}); it is tried again every second");
             self.shared.set_failing(Some(why.clone()));
-            self.failed = Some((Instant::now(), why));
-        } else if self.failed.take().is_some() {
+            let now = Instant::now();
+            state.failed = Some((now, why));
+            lock(&self.shared.queue).retry_at = Some(now + RETRY);
+            self.shared.queued.notify_one();
+        } else if state.failed.take().is_some() {
+            lock(&self.shared.queue).retry_at = None;
             tracing::info!("the log takes records again");
             self.shared.set_failing(None);
         }
@@ -193,26 +226,26 @@ impl Writer {
     }
 
     /// Deletes what a failed write may have left.
-    fn clean_up(&mut self) -> Result<(), String> {
+    fn clean_up(&self, state: &mut State) -> Result<(), String> {
         let db = self.shared.database().map_err(|_| "it is not open".to_owned())?;
         let mut deletes = WriteBatch::default();
-        for key in &self.leftover {
+        for key in &state.leftover {
             deletes.delete_cf(&records(&db), key);
         }
         db.write_opt(deletes, &synced()).map_err(|error| error.to_string())?;
         drop(db);
-        self.leftover.clear();
+        state.leftover.clear();
         Ok(())
     }
 
     /// Closes the database and opens it again. What it holds is what was synced, and perhaps the leftover.
-    fn reopen(&mut self) -> Result<(), String> {
+    fn reopen(&self, state: &State) -> Result<(), String> {
         let mut slot = self.shared.db.write().unwrap_or_else(PoisonError::into_inner);
         drop(slot.take());
         let database = opening::open(&self.shared.dir, self.shared.memory).map_err(|error| error.to_string())?;
         let end = database.end();
-        if end < self.end {
-            let what = format!("opened again, it ends at {end}: the records up to {} are missing", self.end);
+        if end < state.end {
+            let what = format!("opened again, it ends at {end}: the records up to {} are missing", state.end);
             return Err(self.shared.damaged(what).to_string());
         }
         *slot = Some(database.db);
