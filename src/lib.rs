@@ -25,6 +25,7 @@ pub mod ingest;
 pub mod log;
 pub mod memory;
 pub mod panics;
+pub mod partitioning;
 pub mod projector;
 pub mod protocol;
 pub mod reaper;

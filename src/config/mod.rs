@@ -15,6 +15,7 @@ use crate::delivery::registry::ConnectionLimits;
 use crate::ingest::limits::Rates;
 use crate::log::kafka::ClientSettings;
 use crate::memory::{self, Plan};
+use crate::partitioning::MAX_PARTITIONS;
 
 /// The budget of memory where the system does not say how much it has.
 const DEFAULT_MEMORY: u64 = 1 << 30;
@@ -319,7 +320,7 @@ impl Config {
 
     /// What is wrong with a setting by itself: its key, and why.
     fn check_each(&self) -> Result<(), (&'static str, String)> {
-        if !(1..=10_000).contains(&self.partitions) {
+        if !(1..=MAX_PARTITIONS).contains(&self.partitions) {
             return Err(("partitions", format!("must be 1 to 10000, not {}", self.partitions)));
         }
         for (key, value) in [

@@ -34,6 +34,8 @@ pub use checkpoint::Checkpoint;
 pub use identity::{Cause, Continued, Identity, IfUnnamed};
 pub use record::{Grant, RULES, Record, Topic};
 
+use crate::partitioning::Partitioning;
+
 /// About how many bytes one [`Reader::next`] brings at most.
 pub const READ_BYTES: usize = 4 << 20;
 
@@ -162,6 +164,9 @@ pub trait Log: Send + Sync + 'static {
 
     /// How many partitions there are, of all topics together; fixed when the log is created.
     fn partitions(&self) -> u32;
+
+    /// How each topic's keys are spread over its partitions.
+    fn partitioning(&self) -> Partitioning;
 
     /// The topic of one of the log's partitions, and its number within that topic.
     fn topic_of(&self, partition: u32) -> (Topic, u32) {

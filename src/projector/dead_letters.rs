@@ -14,8 +14,8 @@ use crate::log::{Foreign, Record};
 use crate::protocol::error::Error;
 use crate::protocol::records::{DeadLetterRecord, RUN_ORDER, UNREADABLE};
 use crate::protocol::{ids, json};
-use crate::store::StoreError;
 use crate::store::dead_letters::{DeadLetterRow, SourceRow};
+use crate::store::{Partition, StoreError};
 
 /// How much of a foreign record is kept.
 const KEPT_BYTES: usize = 64 << 10;
@@ -35,7 +35,12 @@ pub(super) struct ForeignSource<'a> {
 
 impl DeadLetters {
     /// Applies a record of the topic `dead-letters`, and returns its time.
-    pub(super) fn apply(&mut self, tx: &mut Transaction<'_>, record: &Record) -> Result<u64, RecordError> {
+    pub(super) fn apply(
+        &mut self,
+        tx: &mut Transaction<'_>,
+        partition: Partition,
+        record: &Record,
+    ) -> Result<u64, RecordError> {
         let (letter, at) = read(record).map_err(|why| Foreign::new(why, record))?;
         let row = DeadLetterRow {
             reason: letter.reason,
@@ -49,7 +54,7 @@ impl DeadLetters {
             event: None,
             source: None,
         };
-        self.put(tx, &letter.tenant, *letter.letter.as_bytes(), row)?;
+        self.put(tx, partition, &letter.tenant, *letter.letter.as_bytes(), row)?;
 
         // Who wrote it waits only for its commit.
         let published = Published { seq: 0, event: letter.id, duplicate: false };
@@ -95,7 +100,7 @@ impl DeadLetters {
             }),
         };
 
-        self.put(tx, &tenant, *letter.as_bytes(), row)
+        self.put(tx, Partition::new(partition), &tenant, *letter.as_bytes(), row)
     }
 
     /// Keeps an event that broke the order of its run.
@@ -119,19 +124,20 @@ impl DeadLetters {
             event: std::str::from_utf8(&input.record.value).ok().map(str::to_owned),
             source: None,
         };
-        self.put(tx, &event.tenant, *letter.as_bytes(), row)
+        self.put(tx, Partition::new(input.partition), &event.tenant, *letter.as_bytes(), row)
     }
 
     fn put(
         &mut self,
         tx: &mut Transaction<'_>,
+        partition: Partition,
         tenant: &str,
         id: [u8; 16],
         row: DeadLetterRow,
     ) -> Result<(), StoreError> {
         let new_in_batch = self.ids.insert((tenant.to_owned(), id));
-        if new_in_batch && tx.store.dead_letter(tenant, &id)?.is_none() {
-            tx.rows.put_dead_letter(tenant, id, &row);
+        if new_in_batch && tx.store.dead_letter_in(partition, tenant, &id)?.is_none() {
+            tx.rows.put_dead_letter(partition, tenant, id, &row);
             tx.commit.dead_letters.push(row.reason);
         }
         Ok(())

@@ -17,7 +17,7 @@ use crate::protocol::event::LogEvent;
 use crate::protocol::json;
 use crate::protocol::kinds::{AGENT_MESSAGE, AGENT_TOKEN};
 use crate::store::runs::{EventRef, RunKey};
-use crate::store::{KeyRow, Store, StoreError, keys};
+use crate::store::{KeyRow, Partition, Store, StoreError, keys};
 
 /// What the batch has decided so far, which the store does not show before the commit.
 pub(super) struct BatchState<'s> {
@@ -66,7 +66,9 @@ impl<'s> BatchState<'s> {
         let store = self.tx.store;
         thread.check_writer(store, input)?;
 
-        let key = event.key.as_deref().map(|key| keys::joined(&[&event.tenant, &event.thread, &event.from, key]));
+        let partition = Partition::new(input.partition);
+        let key = event.key.as_deref();
+        let key = key.map(|key| keys::joined(partition, &[&event.tenant, &event.thread, &event.from, key]));
         if let Some(key) = &key
             && let Some(taken) = self.keys.find(store, key, input.key_time)?
         {

@@ -7,7 +7,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use super::transaction::Transaction;
-use crate::store::{KeyRow, Progress, Store, StoreError, keys};
+use crate::store::{KeyRow, Partition, Progress, Store, StoreError, keys};
 
 /// How long an idempotency key is kept, in milliseconds of log time.
 pub const KEY_LIFETIME: u64 = 24 * 60 * 60 * 1_000;
@@ -24,9 +24,9 @@ pub(super) struct Keys {
     times: BTreeSet<Vec<u8>>,
 }
 
-/// For each partition the last row of `key_times` that was purged, while more are due. [`Progress::purged_to`] says the
-/// same to the millisecond and is enough to go on from; this spares the store from passing over what it has just deleted.
-pub(super) type PurgeCursors = HashMap<u32, Vec<u8>>;
+/// The last row of `key_times` that was purged in a partition, while more are due. [`Progress::purged_to`] says the same to
+/// the millisecond and is enough to go on from; this spares the store from passing over what it has just deleted.
+pub(super) type LastPurged = Vec<u8>;
 
 impl Keys {
     /// What a key stands for at `time`, if it has not expired.
@@ -43,8 +43,9 @@ impl Keys {
     }
 
     pub(super) fn put(&mut self, tx: &mut Transaction<'_>, partition: u32, key: Vec<u8>, row: KeyRow) {
-        tx.rows.put_key(partition, &key, &row);
-        self.times.insert(keys::key_time(partition, row.at, &key));
+        let time = keys::time(Partition::new(partition), row.at, &key[Partition::BYTES..]);
+        tx.rows.put_key(&key, &row, &time);
+        self.times.insert(time);
         self.rows.insert(key, row);
     }
 
@@ -54,19 +55,19 @@ impl Keys {
         tx: &mut Transaction<'_>,
         partition: u32,
         progress: &mut Progress,
-        cursors: &mut PurgeCursors,
+        last_purged: &mut Option<LastPurged>,
     ) -> Result<(), StoreError> {
         let purge_to = progress.log_time.saturating_sub(KEY_LIFETIME) / PURGE_STEP * PURGE_STEP;
         if purge_to <= progress.purged_to {
             return Ok(());
         }
 
-        let from = match cursors.remove(&partition) {
+        let from = match last_purged.take() {
             // The first row after the one purged last.
             Some(last) => [&last[..], &[0]].concat(),
-            None => keys::key_time(partition, progress.purged_to, &[]),
+            None => keys::time(Partition::new(partition), progress.purged_to, &[]),
         };
-        let to = keys::key_time(partition, purge_to, &[]);
+        let to = keys::time(Partition::new(partition), purge_to, &[]);
         let mut expired = tx.store.key_times(&from, &to, PURGE_LIMIT)?;
         expired.extend(self.times.range(from..to).take(PURGE_LIMIT).cloned());
         expired.sort_unstable();
@@ -74,18 +75,19 @@ impl Keys {
 
         let mut last_at = purge_to;
         for time in &expired {
-            let Some((at, key)) = keys::split_key_time(time) else { continue };
+            let Some((at, rest)) = keys::split_time(time) else { continue };
             last_at = at;
+            let key = [&Partition::new(partition).bytes()[..], rest].concat();
             // If the key was taken again since, only its old time goes.
-            let is_current = self.row(tx.store, key)?.is_some_and(|row| row.at == at);
-            tx.rows.delete_key_time(time, is_current.then_some(key));
+            let is_current = self.row(tx.store, &key)?.is_some_and(|row| row.at == at);
+            tx.rows.delete_key_time(time, is_current.then_some(&key));
         }
 
         if expired.len() < PURGE_LIMIT {
             progress.purged_to = purge_to;
         } else {
             progress.purged_to = last_at;
-            cursors.extend(expired.pop().map(|last| (partition, last)));
+            *last_purged = expired.pop();
         }
         Ok(())
     }

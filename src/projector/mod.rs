@@ -42,7 +42,7 @@ use self::cached_threads::CachedThreads;
 use self::checkpoints::{Checkpoints, Crossed, Disagreement};
 use self::judge::BatchState;
 pub use self::keys::KEY_LIFETIME;
-use self::keys::PurgeCursors;
+use self::keys::LastPurged;
 pub use self::messages::MAX_MESSAGE_DATA;
 pub use self::pump::{Failing, PublishCommit, Pump, Status};
 use self::thread::Thread;
@@ -55,7 +55,7 @@ use crate::protocol::error::Error;
 use crate::protocol::event::{LogEvent, Priority};
 use crate::protocol::tickets::{TicketOwner, owner_of_key};
 use crate::protocol::{ids, json};
-use crate::store::{Progress, Store, StoreError};
+use crate::store::{Partition, Progress, Store, StoreError};
 use crate::{clock, telemetry};
 
 /// A batch is committed once its rows have this many bytes, whatever is left of its records. What it publishes is no larger
@@ -180,14 +180,33 @@ impl From<StoreError> for RecordError {
     }
 }
 
+/// What the projector keeps of one partition. Partitions share none of it.
+struct PartitionState {
+    progress: Progress,
+    /// The last row of `key_times` that was purged, while more are due.
+    keys_purged: Option<LastPurged>,
+    tickets_purged: Option<PurgedTickets>,
+    /// It is one of [`Projector::touched`].
+    touched: bool,
+}
+
+impl PartitionState {
+    fn new(progress: Progress) -> PartitionState {
+        PartitionState { progress, keys_purged: None, tickets_purged: None, touched: false }
+    }
+}
+
 /// Judges records and turns them into rows.
 pub struct Projector {
     store: Arc<Store>,
-    partitions: PartitionNames,
-    progress: Vec<Progress>,
+    names: PartitionNames,
+    /// The partitions of all topics.
+    partitions: Vec<PartitionState>,
+    /// Those that this batch has changed, each with its progress before.
+    touched: Vec<(u32, Progress)>,
+    /// For each partition the offset to read next, as the store has it.
+    committed: Positions,
     threads: CachedThreads,
-    purge_cursors: PurgeCursors,
-    purged_tickets: PurgedTickets,
     /// On a log that other nodes read as well.
     checkpoints: Option<Checkpoints>,
 }
@@ -200,27 +219,32 @@ impl Projector {
         Projector {
             store,
             checkpoints,
-            partitions: PartitionNames::of(log),
-            progress,
+            names: PartitionNames::of(log),
+            committed: progress.iter().map(|progress| progress.next).collect(),
+            partitions: progress.into_iter().map(PartitionState::new).collect(),
+            touched: Vec::new(),
             threads: CachedThreads::new(),
-            purge_cursors: PurgeCursors::new(),
-            purged_tickets: PurgedTickets::new(),
         }
+    }
+
+    /// The number of a partition within its topic.
+    fn within(&self, partition: u32) -> Partition {
+        Partition::new(self.names.get(partition).map_or(0, |(_, number)| number))
     }
 
     /// For each partition the offset to read next.
     pub fn positions(&self) -> Positions {
-        self.progress.iter().map(|progress| progress.next).collect()
+        self.committed.clone()
     }
 
     /// The newest time in the log so far, in milliseconds.
     pub fn log_time(&self) -> u64 {
-        self.progress.iter().map(log_time::newest).max().unwrap_or(0)
+        self.partitions.iter().map(|it| log_time::newest(&it.progress)).max().unwrap_or(0)
     }
 
     /// The newest time in the log that two records agree on, in milliseconds.
     pub fn confirmed_time(&self) -> u64 {
-        self.progress.iter().map(|progress| progress.log_time).max().unwrap_or(0)
+        self.partitions.iter().map(|it| it.progress.log_time).max().unwrap_or(0)
     }
 
     /// What it makes of the log from here on is compared with what other nodes do.
@@ -238,13 +262,17 @@ impl Projector {
     /// Judges and commits the first entries, as many as one commit may hold, and returns how many that were; `positions` is where
     /// the log goes on after all of them. After an error nothing has happened, and the call can be repeated.
     pub fn project(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), ProjectError> {
-        let before = self.progress.clone();
-        let result = self.project_batch(entries, positions, &before);
-        if result.is_err() {
-            self.progress = before;
+        let result = self.project_batch(entries, positions);
+        let is_undone = result.is_err();
+        for (partition, before) in self.touched.drain(..) {
+            let state = &mut self.partitions[partition as usize];
+            state.touched = false;
+            if is_undone {
+                *state = PartitionState::new(before);
+            }
+        }
+        if is_undone {
             self.threads.clear();
-            self.purge_cursors.clear();
-            self.purged_tickets.clear();
             if let Some(checkpoints) = &mut self.checkpoints {
                 checkpoints.roll_back();
             }
@@ -252,12 +280,7 @@ impl Projector {
         result
     }
 
-    fn project_batch(
-        &mut self,
-        entries: &[Entry],
-        positions: &[u64],
-        before: &[Progress],
-    ) -> Result<(usize, Commit), ProjectError> {
+    fn project_batch(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), ProjectError> {
         let store = self.store.clone();
         let mut state = BatchState::new(&store);
 
@@ -269,18 +292,26 @@ impl Projector {
                 break;
             }
         }
-        if applied == entries.len() {
-            for (progress, next) in self.progress.iter_mut().zip(positions) {
-                progress.next = progress.next.max(*next);
-            }
-        }
 
         let BatchState { tx, .. } = state;
         let mut rows = tx.rows;
         self.threads.write(&mut rows);
-        rows.put_progress(before, &self.progress);
+        for (partition, before) in &self.touched {
+            rows.put_progress(*partition, before, &self.partitions[*partition as usize].progress);
+        }
+        let is_last = applied == entries.len();
+        let next = self.partitions.iter().zip(positions).map(|(it, end)| match is_last {
+            true => it.progress.next.max(*end),
+            false => it.progress.next,
+        });
+        let next: Positions = next.collect();
+        rows.put_positions(&self.committed, &next);
         store.commit(rows)?;
 
+        for (state, next) in self.partitions.iter_mut().zip(&next) {
+            state.progress.next = *next;
+        }
+        self.committed = next;
         self.threads.shrink();
         Ok((applied, tx.commit))
     }
@@ -288,8 +319,13 @@ impl Projector {
     /// Applies one entry, whatever it is, and moves its partition's position past it.
     fn apply_entry(&mut self, entry: &Entry, state: &mut BatchState<'_>) -> Result<(), ProjectError> {
         let partition = entry.at.partition;
+        let of_partition = &mut self.partitions[partition as usize];
+        if !of_partition.touched {
+            of_partition.touched = true;
+            self.touched.push((partition, of_partition.progress));
+        }
         if let Some(checkpoints) = &mut self.checkpoints {
-            checkpoints.cross(partition, entry.at.offset, &self.progress[partition as usize].hash);
+            checkpoints.cross(partition, entry.at.offset, &of_partition.progress.hash);
         }
         match self.apply_record(entry, state) {
             Ok(()) => {}
@@ -297,14 +333,14 @@ impl Projector {
             Err(RecordError::Foreign(foreign)) => {
                 tracing::warn!(position = %entry.at, foreign.why, "a foreign record in the log is skipped");
                 telemetry::foreign_records().increment(1);
-                let newest = log_time::newest(&self.progress[partition as usize]);
-                if let Some((topic, number)) = self.partitions.get(partition) {
+                let newest = log_time::newest(&self.partitions[partition as usize].progress);
+                if let Some((topic, number)) = self.names.get(partition) {
                     let source = dead_letters::ForeignSource { topic, partition: number, offset: entry.at.offset };
                     state.dead_letters.put_foreign(&mut state.tx, &source, &foreign, newest)?;
                 }
             }
         }
-        self.progress[partition as usize].next = entry.at.offset + 1;
+        self.partitions[partition as usize].progress.next = entry.at.offset + 1;
         Ok(())
     }
 
@@ -324,9 +360,9 @@ impl Projector {
             },
             Topic::Events => return self.apply_event(partition, record, state),
             Topic::Receipts => state.receipts.apply(&mut state.tx, record)?,
-            Topic::DeadLetters => state.dead_letters.apply(&mut state.tx, record)?,
+            Topic::DeadLetters => state.dead_letters.apply(&mut state.tx, self.within(partition), record)?,
         };
-        log_time::advance(&mut self.progress[partition as usize], at);
+        log_time::advance(&mut self.partitions[partition as usize].progress, at);
         Ok(())
     }
 
@@ -334,10 +370,10 @@ impl Projector {
     fn apply_event(&mut self, partition: u32, record: &Record, state: &mut BatchState<'_>) -> Result<(), RecordError> {
         let (event, at) = read_event(record)?;
 
-        let progress = &mut self.progress[partition as usize];
+        let PartitionState { progress, keys_purged, tickets_purged, .. } = &mut self.partitions[partition as usize];
         log_time::advance(progress, at);
-        state.keys.purge(&mut state.tx, partition, progress, &mut self.purge_cursors)?;
-        state.tickets.purge(&mut state.tx, partition, progress.log_time, &mut self.purged_tickets)?;
+        state.keys.purge(&mut state.tx, partition, progress, keys_purged)?;
+        state.tickets.purge(&mut state.tx, partition, progress.log_time, tickets_purged)?;
         // The event's own time counts for its own key, confirmed or not.
         let key_time = at.max(progress.log_time);
 
@@ -369,9 +405,9 @@ impl Projector {
         let ticket = tickets::read(owner, record)?;
         let (id, hash) = (ticket.id, ticket.hash);
 
-        let progress = &mut self.progress[partition as usize];
+        let PartitionState { progress, tickets_purged, .. } = &mut self.partitions[partition as usize];
         log_time::advance(progress, ticket.at);
-        state.tickets.purge(&mut state.tx, partition, progress.log_time, &mut self.purged_tickets)?;
+        state.tickets.purge(&mut state.tx, partition, progress.log_time, tickets_purged)?;
 
         let verdict = state.tickets.judge(&mut state.tx, partition, ticket, progress.log_time)?;
         match &verdict {

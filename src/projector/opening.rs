@@ -71,11 +71,12 @@ pub struct Gone {
 /// Opens projections where they stand, or begins them. `store` is the one in `path`.
 pub fn resume(path: &Path, store: Store, log: &dyn Log) -> Result<(Store, Vec<Progress>), OpenError> {
     let Some(origin) = examine(path, &store, log)? else {
+        let mut store = store;
         // Projections that were damaged were this log's, as far as anybody knows: it was not put back.
         if store.set_aside().is_none() {
             begin_if_restored(log)?;
         }
-        let progress = begin(&store, log)?;
+        let progress = begin(&mut store, log)?;
         return Ok((store, progress));
     };
     if origin.is_readable() {
@@ -89,8 +90,8 @@ pub fn resume(path: &Path, store: Store, log: &dyn Log) -> Result<(Store, Vec<Pr
     let memory = store.memory();
     drop(store);
     Store::destroy(path)?;
-    let store = Store::open_with(path, memory)?;
-    let progress = begin(&store, log)?;
+    let mut store = Store::open_with(path, memory)?;
+    let progress = begin(&mut store, log)?;
     Ok((store, progress))
 }
 
@@ -163,7 +164,7 @@ pub(super) fn begin_if_restored(log: &dyn Log) -> Result<(), LogError> {
 }
 
 /// Makes an empty store the projections of a log, from its oldest record on.
-pub(super) fn begin(store: &Store, log: &dyn Log) -> Result<Vec<Progress>, OpenError> {
+pub(super) fn begin(store: &mut Store, log: &dyn Log) -> Result<Vec<Progress>, OpenError> {
     let starts: Vec<u64> = log.bounds()?.iter().map(|bounds| bounds.start).collect();
-    Ok(store.begin(&log.epoch(), &log.identity().starts, &starts)?)
+    Ok(store.begin(&log.epoch(), log.partitioning(), &log.identity().starts, &starts)?)
 }

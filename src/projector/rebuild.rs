@@ -130,8 +130,9 @@ pub fn check(log: &dyn Log, projections: &Path, progress: impl FnMut(u64)) -> Re
 
 /// Projects the whole log, up to its end of now, into a new store.
 fn project_all(log: &dyn Log, path: &Path, mut progress: impl FnMut(u64)) -> Result<(Arc<Store>, u64), RebuildError> {
-    let store = Arc::new(Store::open(path)?);
-    let begin = opening::begin(&store, log)?;
+    let mut store = Store::open(path)?;
+    let begin = opening::begin(&mut store, log)?;
+    let store = Arc::new(store);
     let bounds = log.bounds()?;
 
     let mut projector = Projector::new(store.clone(), log, begin);

@@ -11,7 +11,7 @@ use crate::clock;
 use crate::log::{Foreign, Record};
 use crate::protocol::ids;
 use crate::protocol::records::ReceiptRecord;
-use crate::store::{MAX_PARTS, ReceiptRow, keys};
+use crate::store::{MAX_PARTS, ReceiptRow};
 
 /// The receipts of this batch.
 #[derive(Default)]
@@ -25,7 +25,7 @@ impl Receipts {
         let (receipt, at) = read(record).map_err(|why| Foreign::new(why, record))?;
         let ReceiptRecord { id, tenant, thread, user, name, .. } = &receipt;
 
-        let key = keys::joined(&[tenant, thread, user, name]);
+        let key = tx.store.receipt_key(tenant, thread, user, name);
         let old = match self.rows.get(&key) {
             Some(row) => Some(row.clone()),
             None => tx.store.receipt(tenant, thread, user, name)?,

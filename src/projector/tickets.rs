@@ -18,7 +18,7 @@ use crate::protocol::kinds::{TICKET_ISSUED, TICKET_USED};
 use crate::protocol::records::{TicketIssuedRecord, TicketUsedRecord};
 use crate::protocol::tickets::{TicketOwner, owner};
 use crate::protocol::{ids, json};
-use crate::store::{OpenTicket, Store, StoreError, TicketsRow, keys};
+use crate::store::{OpenTicket, Partition, Store, StoreError, TicketsRow, keys};
 
 /// How many tickets a user may have that are neither used nor expired. Only users take them from themselves.
 pub const MAX_OPEN_TICKETS: usize = 100;
@@ -50,16 +50,13 @@ pub(super) struct Tickets {
     times: BTreeMap<Vec<u8>, bool>,
 }
 
-/// Up to which log time a partition's rows have been purged, and from which key of `ticket_times` the rest is. No row is put
+/// Up to which log time the rows of a partition have been purged, and from which key of `ticket_times` the rest is. No row is put
 /// before that, so this changes nothing; it spares the store from passing over what it has deleted.
 #[derive(Default)]
-pub(super) struct Purged {
+pub(super) struct PurgedTickets {
     to: u64,
     rest: Vec<u8>,
 }
-
-/// Of each partition that was purged.
-pub(super) type PurgedTickets = HashMap<u32, Purged>;
 
 impl Tickets {
     /// Applies a record at this log time of its partition.
@@ -90,7 +87,7 @@ impl Tickets {
                 let Some(ticket) = take(&mut row.open, &hash) else { return Ok(Err(Error::no_ticket())) };
                 let purge_at = row.purge_at;
                 if row.open.is_empty() {
-                    self.delete(tx, &owner, keys::key_time(partition, purge_at, &owner));
+                    self.delete(tx, &owner, keys::time(Partition::new(partition), purge_at, &owner));
                 } else {
                     self.put(tx, partition, &owner, row, Some(purge_at));
                 }
@@ -105,16 +102,16 @@ impl Tickets {
         tx: &mut Transaction<'_>,
         partition: u32,
         log_time: u64,
-        purged: &mut PurgedTickets,
+        purged: &mut Option<PurgedTickets>,
     ) -> Result<(), StoreError> {
         let to = log_time / PURGE_STEP * PURGE_STEP;
         let purged =
-            purged.entry(partition).or_insert_with(|| Purged { to: 0, rest: keys::key_time(partition, 0, &[]) });
+            purged.get_or_insert_with(|| PurgedTickets { to: 0, rest: keys::time(Partition::new(partition), 0, &[]) });
         if to <= purged.to {
             return Ok(());
         }
 
-        let end = keys::key_time(partition, to, &[]);
+        let end = keys::time(Partition::new(partition), to, &[]);
         let mut due = Vec::new();
         for time in tx.store.ticket_times(&purged.rest, &end) {
             let time = time?;
@@ -132,15 +129,15 @@ impl Tickets {
 
         let (full, last) = (due.len() == PURGE_LIMIT, due.last().cloned());
         for time in due {
-            let owner = keys::split_key_time(&time).and_then(|(_, owner)| TicketOwner::try_from(owner).ok());
+            let owner = keys::split_time(&time).and_then(|(_, owner)| TicketOwner::try_from(owner).ok());
             if let Some(owner) = owner {
                 self.delete(tx, &owner, time);
             }
         }
         *purged = match last.filter(|_| full) {
             // There may be more: the next record goes on after the last one.
-            Some(last) => Purged { to: purged.to, rest: [&last[..], &[0]].concat() },
-            None => Purged { to, rest: end },
+            Some(last) => PurgedTickets { to: purged.to, rest: [&last[..], &[0]].concat() },
+            None => PurgedTickets { to, rest: end },
         };
         Ok(())
     }
@@ -164,9 +161,9 @@ impl Tickets {
         tx.rows.put_tickets(owner, &row);
         if old != Some(row.purge_at) {
             if let Some(old) = old {
-                self.delete_time(tx, keys::key_time(partition, old, owner));
+                self.delete_time(tx, keys::time(Partition::new(partition), old, owner));
             }
-            let time = keys::key_time(partition, row.purge_at, owner);
+            let time = keys::time(Partition::new(partition), row.purge_at, owner);
             tx.rows.put_ticket_time(&time);
             self.times.insert(time, true);
         }
@@ -264,7 +261,7 @@ mod tests {
     /// A store, and what is judged one record after the other, each in a commit of its own.
     struct World {
         store: Store,
-        purged: PurgedTickets,
+        purged: Option<PurgedTickets>,
         _folder: tempfile::TempDir,
     }
 
@@ -272,10 +269,13 @@ mod tests {
         fn new() -> World {
             let folder = tempfile::tempdir().expect("a temporary folder");
             let store = Store::open(folder.path()).expect("it is empty");
-            World { store, purged: PurgedTickets::new(), _folder: folder }
+            World { store, purged: None, _folder: folder }
         }
 
-        fn commit<T>(&mut self, act: impl FnOnce(&mut Tickets, &mut Transaction<'_>, &mut PurgedTickets) -> T) -> T {
+        fn commit<T>(
+            &mut self,
+            act: impl FnOnce(&mut Tickets, &mut Transaction<'_>, &mut Option<PurgedTickets>) -> T,
+        ) -> T {
             let mut tx = Transaction { store: &self.store, rows: self.store.batch(), commit: Commit::default() };
             let done = act(&mut Tickets::default(), &mut tx, &mut self.purged);
             self.store.commit(tx.rows).expect("the store takes it");

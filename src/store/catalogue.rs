@@ -43,7 +43,10 @@ pub const DEAD_LETTERS: &str = "dead_letters";
 pub const DEAD_LETTER_TIMES: &str = "dead_letter_times";
 
 const FAMILIES: &[(&str, Access)] = &[
-    // "log" → LogRow; "positions" → the offset to read next in each partition; "progress" · partition → ProgressRow
+    // Each key but those of the first family begins with the partition (u16).
+    //
+    // "log" → LogRow; "partitioning" → PartitioningRow; "position" · partition (u32, over all topics) → the offset to read next;
+    // "passed" → one to which all partitions were read; "progress" · partition → ProgressRow
     (META, Access::RareLookup),
     // tenant 0 thread → ThreadRow
     (THREADS, Access::Lookup),
@@ -55,7 +58,7 @@ const FAMILIES: &[(&str, Access)] = &[
     (EVENTS, Access::Range),
     // tenant 0 thread 0 user 0 key → KeyRow
     (KEYS, Access::Lookup),
-    // partition · at · the row's key in `keys` → empty; the order in which keys are purged
+    // at · the rest of the row's key in `keys` → empty; the order in which keys are purged
     (KEY_TIMES, Access::Range),
     // tenant 0 thread 0 user 0 name → ReceiptRow
     (RECEIPTS, Access::RareLookup),
@@ -67,7 +70,7 @@ const FAMILIES: &[(&str, Access)] = &[
     (REVOCATIONS, Access::RareLookup),
     // owner → TicketsRow; the user's tickets that are open
     (TICKETS, Access::RareLookup),
-    // partition · when all of them have expired · owner → empty; the order in which they are purged
+    // when all of them have expired · owner → empty; the order in which they are purged
     (TICKET_TIMES, Access::Range),
     // tenant 0 thread 0 run → RunRow
     (RUNS, Access::RareLookup),

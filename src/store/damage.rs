@@ -9,7 +9,6 @@ use std::sync::Mutex;
 use rocksdb::{DB, ErrorKind};
 
 use super::catalogue::Buffers;
-use super::contacts::Contacts;
 use super::{Store, StoreError, StoreMemory, catalogue};
 use crate::codec::CodecError;
 use crate::{clock, telemetry};
@@ -76,9 +75,7 @@ impl Store {
         let options = catalogue::database(false, &buffers);
         let opened = DB::open_cf_descriptors_read_only(&options, path, catalogue::descriptors(&buffers), false);
         let store = match opened {
-            Ok(db) => {
-                Store { db, contacts: Contacts::default(), damage: Damage::default(), set_aside: None, buffers, memory }
-            }
+            Ok(db) => Store::of(db, buffers, memory),
             Err(error) if is_damage(&error) => {
                 examined.problems.push(error.to_string());
                 return Ok(Some(examined));

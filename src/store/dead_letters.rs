@@ -1,13 +1,12 @@
 //! Dead letters: events and records that could not be handled, each with the reason.
 
-use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
-use bincode::{Decode, Encode};
-use rocksdb::{IteratorMode, ReadOptions};
-
 use super::catalogue::{DEAD_LETTER_TIMES, DEAD_LETTERS};
+use super::keys::Partition;
+use super::merged::{Order, Span};
 use super::{Batch, Store, StoreError, keys};
+use bincode::{Decode, Encode};
 
 /// A dead letter. What does not apply to its reason is empty.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -62,9 +61,24 @@ impl DeadLetterFilter {
 const SCAN: usize = 10_000;
 
 impl Store {
-    /// A tenant's dead letter; those whose tenant is not known are under an empty one.
+    /// A tenant's dead letter; those whose tenant is not known are under an empty one. Looks in all partitions.
     pub fn dead_letter(&self, tenant: &str, id: &[u8; 16]) -> Result<Option<DeadLetterRow>, StoreError> {
-        self.get(DEAD_LETTERS, &key(tenant, id))
+        for partition in self.partitions() {
+            if let Some(row) = self.dead_letter_in(partition, tenant, id)? {
+                return Ok(Some(row));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The same of one partition: that of the record which it is, or is about.
+    pub fn dead_letter_in(
+        &self,
+        partition: Partition,
+        tenant: &str,
+        id: &[u8; 16],
+    ) -> Result<Option<DeadLetterRow>, StoreError> {
+        self.get(DEAD_LETTERS, &key(partition, tenant, id))
     }
 
     /// Visits dead letters of these tenants, newest first, from after a cursor on, each with whether its tenant is known,
@@ -76,59 +90,63 @@ impl Store {
         after: Option<DeadLetterCursor>,
         mut visit: impl FnMut(DeadLetterCursor, DeadLetterRow, bool) -> Result<ControlFlow<()>, E>,
     ) -> Result<Option<DeadLetterCursor>, E> {
-        let mut cursors: BTreeMap<DeadLetterCursor, &str> = BTreeMap::new();
-        for tenant in tenants {
-            let found = self.newest_cursors(tenant, after)?;
-            cursors.extend(found.into_iter().map(|cursor| (cursor, *tenant)));
-        }
+        let lists = tenants.iter().map(|tenant| {
+            let list = self.newest_cursors(tenant, after).map(move |row| row.map(|it| (it, *tenant)));
+            list.peekable()
+        });
+        let mut lists: Vec<_> = lists.collect();
 
-        let looked_at_all = cursors.len() < SCAN;
         let mut last = None;
-        let mut cursors = cursors.into_iter().rev().take(SCAN).peekable();
-        while let Some((cursor, tenant)) = cursors.next() {
+        for _ in 0..SCAN {
+            // What cannot be read comes first, so that it is reported.
+            let rank = |front: Option<&Result<_, _>>| match front {
+                Some(Ok(((_, cursor), _))) => (1, Some(*cursor)),
+                Some(Err(_)) => (2, None),
+                None => (0, None),
+            };
+            let newest = (0..lists.len()).max_by_key(|at| rank(lists[*at].peek()));
+            let Some(((partition, cursor), tenant)) = newest.and_then(|at| lists[at].next()).transpose()? else {
+                return Ok(None);
+            };
             last = Some(cursor);
-            if let Some(row) = self.dead_letter(tenant, &cursor.id)?.filter(|row| filter.accepts(row))
+            if let Some(row) = self.dead_letter_in(partition, tenant, &cursor.id)?.filter(|row| filter.accepts(row))
                 && visit(cursor, row, !tenant.is_empty())?.is_break()
             {
-                return Ok(last.filter(|_| cursors.peek().is_some() || !looked_at_all));
+                break;
             }
         }
-        Ok(last.filter(|_| !looked_at_all))
+        Ok(last.filter(|_| lists.iter_mut().any(|list| list.peek().is_some())))
     }
 
-    /// The newest dead letters of a tenant after a cursor, as many as a page looks at.
+    /// A tenant's dead letters after a cursor, newest first.
     fn newest_cursors(
         &self,
         tenant: &str,
         after: Option<DeadLetterCursor>,
-    ) -> Result<Vec<DeadLetterCursor>, StoreError> {
-        let prefix = keys::prefix(&[tenant]);
-        let mut options = ReadOptions::default();
-        options.set_iterate_lower_bound(prefix.clone());
-        options.set_iterate_upper_bound(match after {
-            Some(cursor) => time_key(tenant, cursor),
-            None => keys::after(prefix.clone()),
-        });
-        let rows = self.db.iterator_cf_opt(&self.family(DEAD_LETTER_TIMES), options, IteratorMode::End);
-        let cursors = rows.take(SCAN).map(|row| row.map(|(key, _)| cursor_of(&key[prefix.len()..])));
-        cursors.collect::<Result<_, _>>().map_err(|error| self.note(error.into()))
+    ) -> impl Iterator<Item = Result<(Partition, DeadLetterCursor), StoreError>> + use<'_> {
+        let to = after.map(time_bytes);
+        let span = Span { from: &[], to: to.as_ref().map(|to| &to[..]) };
+        let rows =
+            self.merged(DEAD_LETTER_TIMES, |partition| keys::prefix(partition, &[tenant]), span, Order::Descending);
+        rows.map(|row| row.map(|row| (row.partition, cursor_of(&row.rest))))
     }
 }
 
 impl Batch<'_> {
     /// Puts a dead letter into the list; the first one with an id stays.
-    pub fn put_dead_letter(&mut self, tenant: &str, id: [u8; 16], row: &DeadLetterRow) {
-        self.put(DEAD_LETTERS, &key(tenant, &id), row);
-        self.put_empty(DEAD_LETTER_TIMES, &time_key(tenant, DeadLetterCursor { at: row.at, id }));
+    pub fn put_dead_letter(&mut self, partition: Partition, tenant: &str, id: [u8; 16], row: &DeadLetterRow) {
+        self.put(DEAD_LETTERS, &key(partition, tenant, &id), row);
+        let time = [keys::prefix(partition, &[tenant]), time_bytes(DeadLetterCursor { at: row.at, id })].concat();
+        self.put_empty(DEAD_LETTER_TIMES, &time);
     }
 }
 
-fn key(tenant: &str, id: &[u8; 16]) -> Vec<u8> {
-    [&keys::prefix(&[tenant])[..], id].concat()
+fn key(partition: Partition, tenant: &str, id: &[u8; 16]) -> Vec<u8> {
+    [&keys::prefix(partition, &[tenant])[..], id].concat()
 }
 
-fn time_key(tenant: &str, cursor: DeadLetterCursor) -> Vec<u8> {
-    [&keys::prefix(&[tenant])[..], &cursor.at.to_be_bytes(), &cursor.id].concat()
+fn time_bytes(cursor: DeadLetterCursor) -> Vec<u8> {
+    [&cursor.at.to_be_bytes()[..], &cursor.id].concat()
 }
 
 fn cursor_of(rest: &[u8]) -> DeadLetterCursor {

@@ -96,11 +96,12 @@ impl Store {
             return Ok(());
         }
 
+        let partition = self.partition(tenant, thread);
         let mut options = ReadOptions::default();
-        options.set_iterate_lower_bound(keys::event(tenant, thread, from));
+        options.set_iterate_lower_bound(keys::event(partition, tenant, thread, from));
         options.set_iterate_upper_bound(match to.checked_add(1) {
-            Some(end) => keys::event(tenant, thread, end),
-            None => keys::after(keys::prefix(&[tenant, thread])),
+            Some(end) => keys::event(partition, tenant, thread, end),
+            None => keys::after(keys::prefix(partition, &[tenant, thread])),
         });
         options.set_readahead_size(if limit > READAHEAD_FROM { READAHEAD_BYTES } else { 0 });
         let mut rows = self.db.raw_iterator_cf_opt(&self.family(EVENTS), options);
@@ -138,6 +139,7 @@ impl Store {
 
 impl Batch<'_> {
     pub fn put_event(&mut self, tenant: &str, thread: &str, seq: u64, row: &EventRow<'_>) {
-        self.put(EVENTS, &keys::event(tenant, thread, seq), row);
+        let partition = self.store.partition(tenant, thread);
+        self.put(EVENTS, &keys::event(partition, tenant, thread, seq), row);
     }
 }

@@ -4,7 +4,7 @@ use bincode::{Decode, Encode};
 use rocksdb::{IteratorMode, ReadOptions};
 
 use super::catalogue::{KEY_TIMES, KEYS};
-use super::{Batch, Store, StoreError, keys};
+use super::{Batch, Store, StoreError};
 
 /// What an idempotency key stands for.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -34,9 +34,10 @@ impl Store {
 }
 
 impl Batch<'_> {
-    pub fn put_key(&mut self, partition: u32, key: &[u8], row: &KeyRow) {
+    /// Takes a key; `time` is its row of `key_times`.
+    pub fn put_key(&mut self, key: &[u8], row: &KeyRow, time: &[u8]) {
         self.put(KEYS, key, row);
-        self.put_empty(KEY_TIMES, &keys::key_time(partition, row.at, key));
+        self.put_empty(KEY_TIMES, time);
     }
 
     /// Deletes a row of `key_times`, and the row of its key if that is given.

@@ -7,6 +7,7 @@ use rocksdb::ReadOptions;
 
 use super::catalogue::{MEMBERS, MEMBERSHIPS};
 use super::contacts::MembershipChange;
+use super::merged::{Order, Span};
 use super::receipts::ReceiptRow;
 use super::{Batch, Store, StoreError, keys};
 
@@ -32,23 +33,29 @@ pub struct JoinedThread {
 
 impl Store {
     pub fn is_member(&self, tenant: &str, thread: &str, user: &str) -> Result<bool, StoreError> {
-        let found = self.db.get_pinned_cf(&self.family(MEMBERS), keys::joined(&[tenant, thread, user]));
+        let found = self.db.get_pinned_cf(&self.family(MEMBERS), self.member_key(tenant, thread, user));
         found.map(|row| row.is_some()).map_err(|error| self.note(error.into()))
+    }
+
+    fn member_key(&self, tenant: &str, thread: &str, user: &str) -> Vec<u8> {
+        keys::joined(self.partition(tenant, thread), &[tenant, thread, user])
     }
 
     /// The user's membership, with its beginning.
     pub fn member(&self, tenant: &str, thread: &str, user: &str) -> Result<Option<MemberRow>, StoreError> {
-        self.get(MEMBERS, &keys::joined(&[tenant, thread, user]))
+        self.get(MEMBERS, &self.member_key(tenant, thread, user))
     }
 
     /// The thread's members, in the order of their names.
     pub fn members(&self, tenant: &str, thread: &str) -> impl Iterator<Item = Result<String, StoreError>> {
-        self.names_under(MEMBERS, keys::prefix(&[tenant, thread]))
+        self.names_under(MEMBERS, keys::prefix(self.partition(tenant, thread), &[tenant, thread]))
     }
 
     /// The threads a user is a member of, in the order of their ids.
     pub fn threads_of(&self, tenant: &str, user: &str) -> impl Iterator<Item = Result<String, StoreError>> {
-        self.names_under(MEMBERSHIPS, keys::prefix(&[tenant, user]))
+        let prefix = |partition| keys::prefix(partition, &[tenant, user]);
+        let rows = self.merged(MEMBERSHIPS, prefix, Span::ALL, Order::Ascending);
+        rows.map(|row| Ok(String::from_utf8_lossy(&row?.rest).into_owned()))
     }
 
     /// The user's threads, as subscriptions to them begin; with the receipts of the durable subscription `name`.
@@ -107,7 +114,7 @@ impl Store {
     /// Whether two users are members of one thread, if that can be said at once: the threads of both are known, or one of
     /// them has few.
     pub fn share_a_thread(&self, tenant: &str, one: &str, other: &str) -> Result<Option<bool>, StoreError> {
-        let users = [one, other].map(|user| keys::joined(&[tenant, user]));
+        let users = [one, other].map(|user| contact(tenant, user));
         match self.contacts.share(&users[0], &users[1]) {
             Some(share) => Ok(Some(share)),
             None => self.walk(tenant, one, other, WALK),
@@ -117,7 +124,7 @@ impl Store {
     /// The same for any two users, and from then on at once. Reads the threads of both: for threads that may block.
     pub fn look_up_shared_thread(&self, tenant: &str, one: &str, other: &str) -> Result<bool, StoreError> {
         for user in [one, other] {
-            self.contacts.threads(&keys::joined(&[tenant, user]), || self.threads_of(tenant, user).collect())?;
+            self.contacts.threads(&contact(tenant, user), || self.threads_of(tenant, user).collect())?;
         }
         // Asked of the store only if both lists together are too long to be kept.
         match self.share_a_thread(tenant, one, other)? {
@@ -128,7 +135,19 @@ impl Store {
 
     /// Walks the lists of both users' threads, each no further than the other has threads, and at most `steps` in all.
     fn walk(&self, tenant: &str, one: &str, other: &str, steps: usize) -> Result<Option<bool>, StoreError> {
-        let prefixes = [keys::prefix(&[tenant, one]), keys::prefix(&[tenant, other])];
+        let mut left = steps;
+        for partition in self.partitions() {
+            let prefixes = [one, other].map(|user| keys::prefix(partition, &[tenant, user]));
+            match self.walk_partition(&prefixes, &mut left)? {
+                Some(false) => {}
+                found => return Ok(found),
+            }
+        }
+        Ok(Some(false))
+    }
+
+    /// Walks the lists of both users' threads of one partition, by the prefixes of their rows.
+    fn walk_partition(&self, prefixes: &[Vec<u8>; 2], left: &mut usize) -> Result<Option<bool>, StoreError> {
         let mut lists = prefixes.each_ref().map(|prefix| {
             let mut options = ReadOptions::default();
             options.set_iterate_upper_bound(keys::after(prefix.clone()));
@@ -136,7 +155,11 @@ impl Store {
         });
         let mut thread = Vec::new();
         // In turn, each list is moved to the other's thread or to the first one after it.
-        for turn in (0..2).cycle().take(steps) {
+        for turn in (0..2).cycle() {
+            if *left == 0 {
+                break;
+            }
+            *left -= 1;
             lists[turn].seek([&prefixes[turn][..], &thread].concat());
             let Some(key) = lists[turn].key() else {
                 lists.iter().try_for_each(|list| list.status()).map_err(|error| self.note(error.into()))?;
@@ -152,21 +175,28 @@ impl Store {
     }
 }
 
+/// What the threads of a user are kept by in memory.
+fn contact(tenant: &str, user: &str) -> Vec<u8> {
+    [tenant.as_bytes(), &[0], user.as_bytes()].concat()
+}
+
 impl Batch<'_> {
     pub fn put_member(&mut self, tenant: &str, thread: &str, user: &str, row: &MemberRow) {
-        self.put(MEMBERS, &keys::joined(&[tenant, thread, user]), row);
-        self.put_empty(MEMBERSHIPS, &keys::joined(&[tenant, user, thread]));
+        let partition = self.store.partition(tenant, thread);
+        self.put(MEMBERS, &keys::joined(partition, &[tenant, thread, user]), row);
+        self.put_empty(MEMBERSHIPS, &keys::joined(partition, &[tenant, user, thread]));
         self.membership(tenant, thread, user, true);
     }
 
     pub fn delete_member(&mut self, tenant: &str, thread: &str, user: &str) {
-        self.delete(MEMBERS, &keys::joined(&[tenant, thread, user]));
-        self.delete(MEMBERSHIPS, &keys::joined(&[tenant, user, thread]));
+        let partition = self.store.partition(tenant, thread);
+        self.delete(MEMBERS, &keys::joined(partition, &[tenant, thread, user]));
+        self.delete(MEMBERSHIPS, &keys::joined(partition, &[tenant, user, thread]));
         self.membership(tenant, thread, user, false);
     }
 
     fn membership(&mut self, tenant: &str, thread: &str, user: &str, is_member: bool) {
-        let user = keys::joined(&[tenant, user]);
+        let user = contact(tenant, user);
         self.memberships.push(MembershipChange { user, thread: thread.to_owned(), is_member });
     }
 }

@@ -6,6 +6,7 @@ use rocksdb::{Direction, IteratorMode, ReadOptions};
 use super::catalogue::{MESSAGE_TEXTS, MESSAGES, OPEN_MESSAGES};
 use super::runs::{EventRef, RunKey};
 use super::{Batch, RawRow, Store, StoreError, keys};
+use crate::partitioning::Partitioning;
 
 /// A message's key: its run, and its name there.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -85,33 +86,34 @@ struct TextRow<'a> {
 }
 
 impl MessageKey {
-    fn bytes(&self) -> Vec<u8> {
-        [&self.run.under()[..], self.message.as_bytes()].concat()
+    fn bytes(&self, partitioning: Partitioning) -> Vec<u8> {
+        [&self.run.under(partitioning)[..], self.message.as_bytes()].concat()
     }
 
     /// The prefix of the message's texts. Its name may hold a NUL, so its length stands before it.
-    fn texts(&self) -> Vec<u8> {
-        [&self.run.under()[..], &(self.message.len() as u16).to_be_bytes(), self.message.as_bytes()].concat()
+    fn texts(&self, partitioning: Partitioning) -> Vec<u8> {
+        [&self.run.under(partitioning)[..], &(self.message.len() as u16).to_be_bytes(), self.message.as_bytes()]
+            .concat()
     }
 
-    fn text(&self, at: TextPosition) -> Vec<u8> {
-        [&self.texts()[..], &at.row().to_be_bytes()].concat()
+    fn text(&self, partitioning: Partitioning, at: TextPosition) -> Vec<u8> {
+        [&self.texts(partitioning)[..], &at.row().to_be_bytes()].concat()
     }
 }
 
 impl Store {
     pub fn message(&self, key: &MessageKey) -> Result<Option<MessageRow>, StoreError> {
-        self.get(MESSAGES, &key.bytes())
+        self.get(MESSAGES, &key.bytes(self.partitioning))
     }
 
     /// A run's messages, in the order of their names.
     pub fn messages_of(&self, run: &RunKey) -> impl Iterator<Item = Result<(String, MessageRow), StoreError>> {
-        self.rows_under(MESSAGES, run.under())
+        self.rows_under(MESSAGES, run.under(self.partitioning))
     }
 
     /// Of a run, the names of those that are still being written.
     pub fn open_messages_of(&self, run: &RunKey) -> impl Iterator<Item = Result<String, StoreError>> {
-        self.names_under(OPEN_MESSAGES, run.under())
+        self.names_under(OPEN_MESSAGES, run.under(self.partitioning))
     }
 
     /// Messages of the thread that are still being written, from after one on.
@@ -122,11 +124,11 @@ impl Store {
         after: Option<&MessageKey>,
     ) -> impl Iterator<Item = Result<MessageKey, StoreError>> {
         let (tenant, thread) = (tenant.to_owned(), thread.to_owned());
-        let prefix = keys::prefix(&[&tenant, &thread]);
+        let prefix = keys::prefix(self.partition(&tenant, &thread), &[&tenant, &thread]);
         let mut options = ReadOptions::default();
         options.set_iterate_upper_bound(keys::after(prefix.clone()));
         // Nothing is between a key and the same one with a NUL.
-        let from = after.map_or(prefix.clone(), |after| [&after.bytes()[..], &[0]].concat());
+        let from = after.map_or(prefix.clone(), |after| [&after.bytes(self.partitioning)[..], &[0]].concat());
         let mode = IteratorMode::From(&from, Direction::Forward);
         let rows = self.db.iterator_cf_opt(&self.family(OPEN_MESSAGES), options, mode);
         rows.filter_map(move |row| {
@@ -161,31 +163,32 @@ impl Store {
 
     /// The rows of a message's text since it was begun anew for this time, with their whole keys.
     fn texts_from(&self, key: &MessageKey, restarts: u32) -> impl Iterator<Item = Result<RawRow, StoreError>> {
-        let from = key.text(TextPosition::beginning(restarts));
-        self.between(MESSAGE_TEXTS, &from, keys::after(key.texts()))
+        let from = key.text(self.partitioning, TextPosition::beginning(restarts));
+        self.between(MESSAGE_TEXTS, &from, keys::after(key.texts(self.partitioning)))
     }
 }
 
 impl Batch<'_> {
     /// A message has grown by the text from there on.
     pub fn put_delta(&mut self, key: &MessageKey, row: &MessageRow, at: TextPosition, text: &str) {
-        self.put(MESSAGES, &key.bytes(), row);
-        self.put(MESSAGE_TEXTS, &key.text(at), &TextRow { text });
+        self.put(MESSAGES, &key.bytes(self.store.partitioning), row);
+        self.put(MESSAGE_TEXTS, &key.text(self.store.partitioning, at), &TextRow { text });
         if at.chars == 0 {
-            self.put_empty(OPEN_MESSAGES, &key.bytes());
+            self.put_empty(OPEN_MESSAGES, &key.bytes(self.store.partitioning));
         }
     }
 
     /// A message is closed: its event has the text now.
     pub fn close_message(&mut self, key: &MessageKey, row: &MessageRow, text: &WrittenText) -> Result<(), StoreError> {
-        self.put(MESSAGES, &key.bytes(), row);
-        self.delete(OPEN_MESSAGES, &key.bytes());
+        self.put(MESSAGES, &key.bytes(self.store.partitioning), row);
+        self.delete(OPEN_MESSAGES, &key.bytes(self.store.partitioning));
         self.delete_text(key, text)
     }
 
     /// The text of a message is dropped.
     pub fn delete_text(&mut self, key: &MessageKey, text: &WrittenText) -> Result<(), StoreError> {
-        let mut texts: Vec<Vec<u8>> = text.in_batch.iter().take(MANY_DELTAS).map(|at| key.text(*at)).collect();
+        let mut texts: Vec<Vec<u8>> =
+            text.in_batch.iter().take(MANY_DELTAS).map(|at| key.text(self.store.partitioning, *at)).collect();
         if let Some(restarts) = text.in_store {
             for row in self.store.texts_from(key, restarts).take(MANY_DELTAS) {
                 texts.push(row?.0.into_vec());
@@ -194,7 +197,11 @@ impl Batch<'_> {
         if texts.len() < MANY_DELTAS {
             texts.iter().for_each(|text| self.delete(MESSAGE_TEXTS, text));
         } else {
-            self.delete_range(MESSAGE_TEXTS, &key.texts(), &keys::after(key.texts()));
+            self.delete_range(
+                MESSAGE_TEXTS,
+                &key.texts(self.store.partitioning),
+                &keys::after(key.texts(self.store.partitioning)),
+            );
         }
         Ok(())
     }

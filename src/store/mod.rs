@@ -4,7 +4,9 @@
 //! - one writer, the projector; everybody else reads;
 //! - rows and the position they were made from are written in one batch and flushed together (no write-ahead log, atomic
 //!   flush): after a crash the store is older, never torn;
-//! - each row is framed ([`crate::codec`]) and its family listed in [`catalogue`].
+//! - each row is framed ([`crate::codec`]) and its family listed in [`catalogue`];
+//! - each key begins with a partition of the log ([`keys`]), but for the few rows about the store itself ([`origin`]). What
+//!   spreads over partitions is read from all of them at once ([`merged`]).
 //!
 //! All calls block. A lookup takes microseconds; what walks a range belongs on a blocking thread.
 
@@ -16,6 +18,7 @@ mod events;
 mod idempotency;
 pub mod keys;
 mod members;
+mod merged;
 pub mod messages;
 mod origin;
 mod receipts;
@@ -36,6 +39,7 @@ use self::contacts::{Contacts, MembershipChange};
 use self::damage::Damage;
 pub use self::events::{EventRange, EventRow, StoredEvent};
 pub use self::idempotency::KeyRow;
+pub use self::keys::Partition;
 pub use self::members::{JoinedThread, MemberRow};
 pub use self::origin::{Origin, Progress};
 pub use self::receipts::{MAX_PARTS, ReceiptRow};
@@ -44,10 +48,16 @@ pub use self::threads::ThreadRow;
 pub use self::tickets::{OpenTicket, TicketsRow};
 use crate::codec::{self, CodecError};
 use crate::disk;
+use crate::partitioning::{KeyHash, Partitioning};
 use crate::protocol::error::{Code, Error};
+use crate::protocol::ids;
+use crate::protocol::tickets::{self as ticket, TicketOwner};
 
 /// The version of the rows below; a store of another version is rebuilt.
-const SCHEMA: u8 = 11;
+const SCHEMA: u8 = 12;
+
+/// Until a store is begun.
+const UNKNOWN_PARTITIONING: Partitioning = Partitioning::new(KeyHash::Crc32, 1);
 
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -75,6 +85,8 @@ impl From<StoreError> for Error {
 
 pub struct Store {
     db: DB,
+    /// Of the log that it was made from, once it is: before that there are no rows.
+    partitioning: Partitioning,
     contacts: Contacts,
     damage: Damage,
     /// What was wrong with those that this one replaces.
@@ -113,7 +125,34 @@ impl Store {
                 error.into()
             }
         })?;
-        Ok(Store { db, contacts: Contacts::default(), damage: Damage::default(), set_aside: None, buffers, memory })
+        let mut store = Store::of(db, buffers, memory);
+        store.read_partitioning()?;
+        Ok(store)
+    }
+
+    fn of(db: DB, buffers: Buffers, memory: StoreMemory) -> Store {
+        let (contacts, damage) = (Contacts::default(), Damage::default());
+        Store { db, partitioning: UNKNOWN_PARTITIONING, contacts, damage, set_aside: None, buffers, memory }
+    }
+
+    /// The partition in which a thread's rows are.
+    pub fn partition(&self, tenant: &str, thread: &str) -> Partition {
+        Partition::new(self.partitioning.of_thread(tenant, thread))
+    }
+
+    /// The partition of rows that belong to a user and to no thread: that of its inbox.
+    fn partition_of_user(&self, tenant: &str, user: &str) -> Partition {
+        self.partition(tenant, &ids::inbox(user))
+    }
+
+    /// The partition of the records about a user's tickets.
+    fn partition_of_tickets(&self, owner: &TicketOwner) -> Partition {
+        Partition::new(self.partitioning.of(ticket::log_key(owner).as_bytes()))
+    }
+
+    /// The partitions that keys begin with, in order.
+    fn partitions(&self) -> impl Iterator<Item = Partition> + use<> {
+        (0..self.partitioning.each()).map(Partition::new)
     }
 
     /// What the store may hold in memory.
@@ -234,13 +273,13 @@ impl Store {
     }
 
     /// Every row of every family, in order, to compare two stores; without the one that names the log's generation, since
-    /// rows of an earlier one may be good.
+    /// rows of an earlier one may be good, and without positions, which [`Store::progress`] compares.
     pub fn rows(&self) -> impl Iterator<Item = Result<StoreRow, StoreError>> + '_ {
         let rows = catalogue::names().flat_map(move |family| {
             let rows = self.db.iterator_cf(&self.family(family), IteratorMode::Start);
             rows.map(move |row| Ok(row.map(|(key, value)| (family, key, value))?))
         });
-        rows.filter(|row| !matches!(row, Ok((family, key, _)) if origin::names_log(family, key)))
+        rows.filter(|row| !matches!(row, Ok((family, key, _)) if origin::may_differ(family, key)))
     }
 }
 

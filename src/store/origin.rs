@@ -1,25 +1,38 @@
 //! What a store was made from, and how far: the rows of the family `default`.
 //!
 //! - `log`: the log's epoch, where the log's partitions began, and the version of all other rows;
-//! - `positions`: for each partition the offset to read next;
+//! - `partitioning`: how the log spreads keys over its partitions, and how many it has of all topics;
+//! - `position` and a partition: the offset to read next in it;
+//! - `passed`: an offset to which all partitions have been read, whatever their own rows say. Where offsets count over all
+//!   partitions, each commit brings all of them further, and this is the one row that says so;
 //! - `progress` and a partition: the rest of that partition's [`Progress`].
 //!
-//! The first two have a version of their own and read the same in every release, so that a store whose other rows are of
-//! another version can still be held against the log, and is not mistaken for one of another log.
+//! All but the last have a version of their own and read the same in every release, so that a store whose other rows are of
+//! another version can still be held against the log, and is not mistaken for one of another log. A commit writes the rows
+//! of those partitions that it has moved. Which of the two rows has a position depends on where commits end: two stores are
+//! the same if [`Store::progress`] is.
 
 use bincode::{Decode, Encode};
 
 use super::catalogue::META;
 use super::{Batch, SCHEMA, Store, StoreError};
 use crate::codec::{self, CodecError};
+use crate::partitioning::{KeyHash, Partitioning};
 
 const LOG: &[u8] = b"log";
-const POSITIONS: &[u8] = b"positions";
+const PARTITIONING: &[u8] = b"partitioning";
+const PASSED: &[u8] = b"passed";
+const POSITION: &[u8] = b"position";
 const PROGRESS: &[u8] = b"progress";
+/// Where the positions stood up to version 11, in one row.
+const POSITIONS: &[u8] = b"positions";
 /// Where all of it stood up to version 6.
 const IDENTITY: &[u8] = b"identity";
 
-/// The version of the rows `log` and `positions`.
+/// From this version on, each partition's position is in its own row.
+const POSITIONS_BY_PARTITION: u8 = 12;
+
+/// The version of all rows here but `progress`.
 const ORIGIN_SCHEMA: u8 = 1;
 
 /// How far a partition of the log has been projected.
@@ -69,6 +82,16 @@ struct LogRow {
     rows: u8,
 }
 
+#[derive(Encode, Decode)]
+struct PartitioningRow {
+    /// 0 for [`KeyHash::Crc32`], 1 for [`KeyHash::Murmur2`].
+    hash: u8,
+    /// Partitions of one topic.
+    each: u32,
+    /// Partitions of all topics.
+    all: u32,
+}
+
 #[derive(Default, PartialEq, Encode, Decode)]
 struct ProgressRow {
     log_time: u64,
@@ -91,8 +114,34 @@ impl Store {
             return self.origin_before_7();
         };
         let LogRow { epoch, starts, rows } = log;
-        let positions = self.get_as(ORIGIN_SCHEMA, META, POSITIONS)?.unwrap_or_default();
+        let positions = match rows < POSITIONS_BY_PARTITION {
+            true => self.get_as(ORIGIN_SCHEMA, META, POSITIONS)?.unwrap_or_default(),
+            false => self.positions()?,
+        };
         Ok(Some(Origin { epoch, starts, positions, rows }))
+    }
+
+    /// For each partition the offset to read next.
+    fn positions(&self) -> Result<Vec<u64>, StoreError> {
+        let row = self.get_as::<PartitioningRow>(ORIGIN_SCHEMA, META, PARTITIONING)?;
+        let passed = self.get_as::<u64>(ORIGIN_SCHEMA, META, PASSED)?.unwrap_or_default();
+        let positions = (0..row.map_or(0, |row| row.all)).map(|partition| {
+            let own = self.get_as::<u64>(ORIGIN_SCHEMA, META, &numbered(POSITION, partition))?;
+            Ok(own.unwrap_or_default().max(passed))
+        });
+        positions.collect()
+    }
+
+    /// Learns how its keys are spread, if it was begun by this version of Weft.
+    pub(super) fn read_partitioning(&mut self) -> Result<(), StoreError> {
+        // What another version has there is of no use to this one.
+        let row = self.db.get_pinned_cf(&self.family(META), PARTITIONING)?;
+        let row = row.and_then(|row| codec::decode::<PartitioningRow>(ORIGIN_SCHEMA, &row).ok());
+        if let Some(PartitioningRow { hash, each, .. }) = row {
+            let hash = if hash == 0 { KeyHash::Crc32 } else { KeyHash::Murmur2 };
+            self.partitioning = Partitioning::new(hash, each);
+        }
+        Ok(())
     }
 
     fn origin_before_7(&self) -> Result<Option<Origin>, StoreError> {
@@ -109,27 +158,38 @@ impl Store {
 
     /// How far each partition has been projected, if the store was begun.
     pub fn progress(&self) -> Result<Option<Vec<Progress>>, StoreError> {
-        let Some(positions) = self.get_as::<Vec<u64>>(ORIGIN_SCHEMA, META, POSITIONS)? else {
+        if self.get_as::<PartitioningRow>(ORIGIN_SCHEMA, META, PARTITIONING)?.is_none() {
             return Ok(None);
-        };
-        let progress = (0..).zip(positions).map(|(partition, next)| {
-            let row: ProgressRow = self.get(META, &progress_key(partition))?.unwrap_or_default();
+        }
+        let progress = (0..).zip(self.positions()?).map(|(partition, next)| {
+            let row: ProgressRow = self.get(META, &numbered(PROGRESS, partition))?.unwrap_or_default();
             let ProgressRow { log_time, last_at, purged_to, hash } = row;
             Ok(Progress { next, log_time, last_at, purged_to, hash })
         });
         progress.collect::<Result<_, StoreError>>().map(Some)
     }
 
-    /// Makes it the store of a log, read from these positions on; durable when this returns.
-    pub fn begin(&self, epoch: &str, starts: &[u64], positions: &[u64]) -> Result<Vec<Progress>, StoreError> {
-        let progress: Vec<Progress> =
-            positions.iter().map(|next| Progress { next: *next, ..Progress::default() }).collect();
+    /// Makes an empty store the one of a log, read from these positions on; durable when this returns.
+    pub fn begin(
+        &mut self,
+        epoch: &str,
+        partitioning: Partitioning,
+        starts: &[u64],
+        positions: &[u64],
+    ) -> Result<Vec<Progress>, StoreError> {
+        self.partitioning = partitioning;
+        let hash = match partitioning.hash() {
+            KeyHash::Crc32 => 0,
+            KeyHash::Murmur2 => 1,
+        };
+        let row = PartitioningRow { hash, each: partitioning.each(), all: positions.len() as u32 };
         let mut batch = self.batch();
         batch.put_log(epoch, starts);
-        batch.put_progress(&progress, &progress);
+        batch.put_as(ORIGIN_SCHEMA, META, PARTITIONING, &row);
+        batch.put_positions(&vec![0; positions.len()], positions);
         self.commit(batch)?;
         self.flush()?;
-        Ok(progress)
+        Ok(positions.iter().map(|next| Progress { next: *next, ..Progress::default() }).collect())
     }
 
     /// Its rows are good in this generation of the log as well; durable when this returns.
@@ -147,15 +207,25 @@ impl Batch<'_> {
         self.put_as(ORIGIN_SCHEMA, META, LOG, &row);
     }
 
-    /// How far the store has come, and what has changed since it had come to `before`.
-    pub fn put_progress(&mut self, before: &[Progress], progress: &[Progress]) {
-        let positions: Vec<u64> = progress.iter().map(|progress| progress.next).collect();
-        self.put_as(ORIGIN_SCHEMA, META, POSITIONS, &positions);
-        for (partition, (before, progress)) in (0..).zip(before.iter().zip(progress)) {
-            let row = ProgressRow::from(progress);
-            if row != before.into() {
-                self.put(META, &progress_key(partition), &row);
+    /// Where the store has come to in each partition, if it had come to `before`.
+    pub fn put_positions(&mut self, before: &[u64], positions: &[u64]) {
+        let least = |positions: &[u64]| positions.iter().copied().min().unwrap_or_default();
+        let passed = least(positions);
+        if passed > least(before) {
+            self.put_as(ORIGIN_SCHEMA, META, PASSED, &passed);
+        }
+        for (partition, (before, next)) in (0..).zip(before.iter().zip(positions)) {
+            if next > before && *next > passed {
+                self.put_as(ORIGIN_SCHEMA, META, &numbered(POSITION, partition), next);
             }
+        }
+    }
+
+    /// How far a partition has come beside its position, if that has changed.
+    pub fn put_progress(&mut self, partition: u32, before: &Progress, progress: &Progress) {
+        let row = ProgressRow::from(progress);
+        if row != before.into() {
+            self.put(META, &numbered(PROGRESS, partition), &row);
         }
     }
 }
@@ -165,11 +235,12 @@ fn decode_identity<const N: usize>(rows: u8, bytes: &[u8]) -> Result<(String, Ve
     Ok((epoch, progress.iter().map(|partition| partition[0]).collect()))
 }
 
-/// Whether this is the row that names the log and its generation.
-pub(super) fn names_log(family: &str, key: &[u8]) -> bool {
-    family == META && key == LOG
+/// Whether two stores of one log may differ in this row: it names the log's generation, or has a position.
+pub(super) fn may_differ(family: &str, key: &[u8]) -> bool {
+    family == META && (key == LOG || key == PASSED || key.starts_with(POSITION))
 }
 
-fn progress_key(partition: u32) -> Vec<u8> {
-    [PROGRESS, &partition.to_be_bytes()].concat()
+/// The key of a partition's row. They are numbered over all topics.
+fn numbered(name: &[u8], partition: u32) -> Vec<u8> {
+    [name, &partition.to_be_bytes()].concat()
 }

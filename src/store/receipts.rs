@@ -46,8 +46,9 @@ impl Store {
         if let Some(row) = self.receipt(tenant, thread, user, name)? {
             return Ok(Some(row));
         }
+        let partition = self.partition_of_user(tenant, user);
         for part in 0..MAX_PARTS {
-            if let Some(place) = self.begin_in_part(&keys::begins(tenant, user, name, part), thread)? {
+            if let Some(place) = self.begin_in_part(&keys::begins(partition, tenant, user, name, part), thread)? {
                 return Ok(Some(ReceiptRow { place, ..ReceiptRow::default() }));
             }
         }
@@ -71,7 +72,8 @@ impl Store {
     /// Where the durable subscription to all threads began, thread by thread.
     pub fn begins(&self, tenant: &str, user: &str, name: &str) -> Result<BTreeMap<String, u64>, StoreError> {
         let mut found = BTreeMap::new();
-        for row in self.under(SUBSCRIPTION_BEGINS, keys::prefix(&[tenant, user, name])) {
+        let partition = self.partition_of_user(tenant, user);
+        for row in self.under(SUBSCRIPTION_BEGINS, keys::prefix(partition, &[tenant, user, name])) {
             let row: BeginsRow = self.decoded(SUBSCRIPTION_BEGINS, &row?.1)?;
             found.extend(row.threads);
         }
@@ -80,16 +82,23 @@ impl Store {
 
     /// Whether the user has a durable subscription of this name, and whether there is room for one more than `most`.
     pub fn has_room_for_name(&self, tenant: &str, user: &str, name: &str, most: usize) -> Result<bool, StoreError> {
-        let known = self.db.get_pinned_cf(&self.family(SUBSCRIPTION_NAMES), keys::joined(&[tenant, user, name]))?;
-        if known.is_some() {
+        let partition = self.partition_of_user(tenant, user);
+        let known = keys::joined(partition, &[tenant, user, name]);
+        if self.db.get_pinned_cf(&self.family(SUBSCRIPTION_NAMES), known)?.is_some() {
             return Ok(true);
         }
         let mut names = 0;
-        for row in self.under(SUBSCRIPTION_NAMES, keys::prefix(&[tenant, user])).take(most) {
+        for row in self.under(SUBSCRIPTION_NAMES, keys::prefix(partition, &[tenant, user])).take(most) {
             row?;
             names += 1;
         }
         Ok(names < most)
+    }
+
+    /// Receipts are where their thread is, though their records are in partitions of their own topic: the thread's are read
+    /// together, and no two of these partitions write one row.
+    pub fn receipt_key(&self, tenant: &str, thread: &str, user: &str, name: &str) -> Vec<u8> {
+        keys::joined(self.partition(tenant, thread), &[tenant, thread, user, name])
     }
 
     pub fn receipt(
@@ -99,13 +108,14 @@ impl Store {
         user: &str,
         name: &str,
     ) -> Result<Option<ReceiptRow>, StoreError> {
-        self.get(RECEIPTS, &keys::joined(&[tenant, thread, user, name]))
+        self.get(RECEIPTS, &self.receipt_key(tenant, thread, user, name))
     }
 
     /// The newest seq that the user has acknowledged in the thread, under any name.
     pub fn acked(&self, tenant: &str, thread: &str, user: &str) -> Result<u64, StoreError> {
         let mut newest = 0;
-        for row in self.rows_under::<ReceiptRow>(RECEIPTS, keys::prefix(&[tenant, thread, user])) {
+        let prefix = keys::prefix(self.partition(tenant, thread), &[tenant, thread, user]);
+        for row in self.rows_under::<ReceiptRow>(RECEIPTS, prefix) {
             newest = newest.max(row?.1.acked);
         }
         Ok(newest)
@@ -117,7 +127,7 @@ impl Store {
         tenant: &str,
         thread: &str,
     ) -> impl Iterator<Item = Result<(String, String, ReceiptRow), StoreError>> {
-        self.rows_under(RECEIPTS, keys::prefix(&[tenant, thread])).map(|row| {
+        self.rows_under(RECEIPTS, keys::prefix(self.partition(tenant, thread), &[tenant, thread])).map(|row| {
             let (rest, row) = row?;
             let (user, name) = rest.split_once('\0').unwrap_or((&rest, ""));
             Ok((user.to_owned(), name.to_owned(), row))
@@ -126,14 +136,17 @@ impl Store {
 }
 
 impl Batch<'_> {
+    /// Receipts of several partitions may put one name: they put the same, and nobody deletes it.
     pub fn put_subscription_name(&mut self, tenant: &str, user: &str, name: &str) {
-        self.put_empty(SUBSCRIPTION_NAMES, &keys::joined(&[tenant, user, name]));
+        let partition = self.store.partition_of_user(tenant, user);
+        self.put_empty(SUBSCRIPTION_NAMES, &keys::joined(partition, &[tenant, user, name]));
     }
 
     /// Replaces what was there of this part.
     pub fn put_begins(&mut self, tenant: &str, user: &str, name: &str, part: u32, begins: &BTreeMap<String, u64>) {
-        let prefix = keys::begins(tenant, user, name, part);
-        self.delete_range(SUBSCRIPTION_BEGINS, &prefix, &keys::begins(tenant, user, name, part + 1));
+        let partition = self.store.partition_of_user(tenant, user);
+        let prefix = keys::begins(partition, tenant, user, name, part);
+        self.delete_range(SUBSCRIPTION_BEGINS, &prefix, &keys::begins(partition, tenant, user, name, part + 1));
         let threads: Vec<(String, u64)> = begins.iter().map(|(thread, seq)| (thread.clone(), *seq)).collect();
         for threads in threads.chunks(BEGINS_PER_ROW) {
             let key = [&prefix[..], threads[0].0.as_bytes()].concat();
@@ -142,6 +155,6 @@ impl Batch<'_> {
     }
 
     pub fn put_receipt(&mut self, tenant: &str, thread: &str, user: &str, name: &str, row: &ReceiptRow) {
-        self.put(RECEIPTS, &keys::joined(&[tenant, thread, user, name]), row);
+        self.put(RECEIPTS, &self.store.receipt_key(tenant, thread, user, name), row);
     }
 }

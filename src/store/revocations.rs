@@ -14,12 +14,12 @@ pub struct RevocationRow {
 
 impl Store {
     pub fn revocation(&self, tenant: &str, user: &str) -> Result<Option<RevocationRow>, StoreError> {
-        self.get(REVOCATIONS, &keys::joined(&[tenant, user]))
+        self.get(REVOCATIONS, &keys::joined(self.partition_of_user(tenant, user), &[tenant, user]))
     }
 }
 
 impl Batch<'_> {
     pub fn put_revocation(&mut self, tenant: &str, user: &str, row: &RevocationRow) {
-        self.put(REVOCATIONS, &keys::joined(&[tenant, user]), row);
+        self.put(REVOCATIONS, &keys::joined(self.store.partition_of_user(tenant, user), &[tenant, user]), row);
     }
 }

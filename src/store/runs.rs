@@ -1,12 +1,15 @@
 //! Runs: the state of each agent's work on a thread, its calls of tools, and its events.
 
 use bincode::{Decode, Encode};
-use rocksdb::{Direction, IteratorMode, ReadOptions};
+use rocksdb::{IteratorMode, ReadOptions};
 
 use super::catalogue::{
     OPEN_RUN_TIMES, OPEN_RUNS, RUN_ANSWERS, RUN_CALLS, RUN_EVENTS, RUN_STARTS, RUN_THREADS, RUNS, USER_RUNS,
 };
+use super::keys::Partition;
+use super::merged::{Order, Span};
 use super::{Batch, Store, StoreError, keys};
+use crate::partitioning::Partitioning;
 
 /// An event by its seq, with its time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
@@ -109,8 +112,12 @@ impl RunKey {
         RunKey { tenant: tenant.to_owned(), thread: thread.to_owned(), run: run.to_owned() }
     }
 
-    fn bytes(&self) -> Vec<u8> {
-        keys::joined(&[&self.tenant, &self.thread, &self.run])
+    fn partition(&self, partitioning: Partitioning) -> Partition {
+        Partition::new(partitioning.of_thread(&self.tenant, &self.thread))
+    }
+
+    fn bytes(&self, partitioning: Partitioning) -> Vec<u8> {
+        keys::joined(self.partition(partitioning), &[&self.tenant, &self.thread, &self.run])
     }
 
     /// Where an open run stands in a list of such: since when it is as it is, then which it is.
@@ -120,41 +127,41 @@ impl RunKey {
     }
 
     /// Its key in the list of all open runs, or of those that wait.
-    fn listed(&self, row: &RunRow, waiting: bool) -> Vec<u8> {
-        [time_prefix(&self.tenant, waiting), self.time(row)].concat()
+    fn listed(&self, partitioning: Partitioning, row: &RunRow, waiting: bool) -> Vec<u8> {
+        [time_prefix(self.partition(partitioning), &self.tenant, waiting), self.time(row)].concat()
     }
 
     /// The prefix of the rows that a run has many of.
-    pub(super) fn under(&self) -> Vec<u8> {
-        named(&[&self.tenant, &self.thread], &self.run)
+    pub(super) fn under(&self, partitioning: Partitioning) -> Vec<u8> {
+        named(self.partition(partitioning), &[&self.tenant, &self.thread], &self.run)
     }
 }
 
 /// The prefix of all keys with these parts and this run. Its name may hold a NUL, so its length stands before it.
-fn named(parts: &[&str], run: &str) -> Vec<u8> {
-    [&keys::prefix(parts)[..], &(run.len() as u16).to_be_bytes(), run.as_bytes()].concat()
+fn named(partition: Partition, parts: &[&str], run: &str) -> Vec<u8> {
+    [&keys::prefix(partition, parts)[..], &(run.len() as u16).to_be_bytes(), run.as_bytes()].concat()
 }
 
-fn user_key(key: &RunKey, row: &RunRow) -> Vec<u8> {
-    keys::joined(&[&key.tenant, &row.user, &key.thread, &key.run])
+fn user_key(partitioning: Partitioning, key: &RunKey, row: &RunRow) -> Vec<u8> {
+    keys::joined(key.partition(partitioning), &[&key.tenant, &row.user, &key.thread, &key.run])
 }
 
-fn answer_key(key: &RunKey, question: u64) -> Vec<u8> {
-    [&key.under()[..], &question.to_be_bytes()].concat()
+fn answer_key(partitioning: Partitioning, key: &RunKey, question: u64) -> Vec<u8> {
+    [&key.under(partitioning)[..], &question.to_be_bytes()].concat()
 }
 
 impl Store {
     pub fn run(&self, key: &RunKey) -> Result<Option<RunRow>, StoreError> {
-        self.get(RUNS, &key.bytes())
+        self.get(RUNS, &key.bytes(self.partitioning))
     }
 
     pub fn call(&self, key: &RunKey, call: &str) -> Result<Option<CallRow>, StoreError> {
-        self.get(RUN_CALLS, &[&key.under()[..], call.as_bytes()].concat())
+        self.get(RUN_CALLS, &[&key.under(self.partitioning)[..], call.as_bytes()].concat())
     }
 
     /// The answer to the question with this seq, if there was one.
     pub fn answer(&self, key: &RunKey, question: u64) -> Result<Option<AnswerRow>, StoreError> {
-        self.get(RUN_ANSWERS, &answer_key(key, question))
+        self.get(RUN_ANSWERS, &answer_key(self.partitioning, key, question))
     }
 
     /// A thread's runs that began with an event before `before`, newest first: that event's seq, and the run.
@@ -164,10 +171,10 @@ impl Store {
         thread: &str,
         before: u64,
     ) -> impl Iterator<Item = Result<(u64, RunKey), StoreError>> {
-        let prefix = keys::prefix(&[tenant, thread]);
+        let partition = self.partition(tenant, thread);
         let mut options = ReadOptions::default();
-        options.set_iterate_lower_bound(prefix);
-        options.set_iterate_upper_bound(keys::event(tenant, thread, before));
+        options.set_iterate_lower_bound(keys::prefix(partition, &[tenant, thread]));
+        options.set_iterate_upper_bound(keys::event(partition, tenant, thread, before));
         let rows = self.db.iterator_cf_opt(&self.family(RUN_STARTS), options, IteratorMode::End);
         rows.map(move |row| {
             let (key, run) = row?;
@@ -178,12 +185,15 @@ impl Store {
 
     /// The threads that have a run of this name.
     pub fn threads_of_run(&self, tenant: &str, run: &str) -> impl Iterator<Item = Result<String, StoreError>> {
-        self.names_under(RUN_THREADS, named(&[tenant], run))
+        let prefix = |partition| named(partition, &[tenant], run);
+        let rows = self.merged(RUN_THREADS, prefix, Span::ALL, Order::Ascending);
+        rows.map(|row| Ok(String::from_utf8_lossy(&row?.rest).into_owned()))
     }
 
     /// Whether the user has started a run on the thread that has not ended.
     pub fn has_open_run(&self, tenant: &str, thread: &str, user: &str) -> Result<bool, StoreError> {
-        self.under(USER_RUNS, keys::prefix(&[tenant, user, thread])).next().transpose().map(|row| row.is_some())
+        let prefix = keys::prefix(self.partition(tenant, thread), &[tenant, user, thread]);
+        self.under(USER_RUNS, prefix).next().transpose().map(|row| row.is_some())
     }
 
     /// The threads on which the user has started runs that have not ended, each once.
@@ -193,10 +203,11 @@ impl Store {
         user: &str,
     ) -> impl Iterator<Item = Result<String, StoreError>> + use<'_> {
         let mut last = None;
-        let names = self.names_under(USER_RUNS, keys::prefix(&[tenant, user]));
-        names.filter_map(move |name| {
-            let thread = match name {
-                Ok(name) => name.split_once('\0')?.0.to_owned(),
+        let prefix = |partition| keys::prefix(partition, &[tenant, user]);
+        let rows = self.merged(USER_RUNS, prefix, Span::ALL, Order::Ascending);
+        rows.filter_map(move |row| {
+            let thread = match row {
+                Ok(row) => String::from_utf8_lossy(&row.rest).split_once('\0')?.0.to_owned(),
                 Err(error) => return Some(Err(error)),
             };
             let is_new = last.as_ref() != Some(&thread);
@@ -208,18 +219,18 @@ impl Store {
     /// A thread's runs that have not ended.
     pub fn open_runs(&self, tenant: &str, thread: &str) -> impl Iterator<Item = Result<RunKey, StoreError>> + use<'_> {
         let (tenant, thread) = (tenant.to_owned(), thread.to_owned());
-        let runs = self.names_under(OPEN_RUNS, keys::prefix(&[&tenant, &thread]));
+        let runs = self.names_under(OPEN_RUNS, keys::prefix(self.partition(&tenant, &thread), &[&tenant, &thread]));
         runs.map(move |run| Ok(RunKey::new(&tenant, &thread, &run?)))
     }
 
     /// Runs that have not ended, of all tenants.
     pub fn all_open_runs(&self) -> impl Iterator<Item = Result<RunKey, StoreError>> {
-        self.names_under(OPEN_RUNS, Vec::new()).filter_map(|key| {
-            let key = match key {
-                Ok(key) => key,
+        self.under(OPEN_RUNS, Vec::new()).filter_map(|row| {
+            let key = match row {
+                Ok((key, _)) => key,
                 Err(error) => return Some(Err(error)),
             };
-            let mut parts = key.splitn(3, '\0');
+            let mut parts = std::str::from_utf8(key.get(Partition::BYTES..)?).ok()?.splitn(3, '\0');
             Some(Ok(RunKey::new(parts.next()?, parts.next()?, parts.next()?)))
         })
     }
@@ -232,19 +243,15 @@ impl Store {
         after: Option<&[u8]>,
     ) -> impl Iterator<Item = Result<(Vec<u8>, RunKey), StoreError>> {
         let tenant = tenant.to_owned();
-        let prefix = time_prefix(&tenant, waiting);
-        let mut options = ReadOptions::default();
-        options.set_iterate_upper_bound(keys::after(prefix.clone()));
+        let prefix = |partition| time_prefix(partition, &tenant, waiting);
         // The first key after it: nothing is between a key and the same one with a NUL.
-        let from = after.map_or(prefix.clone(), |after| [&prefix[..], after, &[0]].concat());
-        let mode = IteratorMode::From(&from, Direction::Forward);
-        let rows = self.db.iterator_cf_opt(&self.family(OPEN_RUN_TIMES), options, mode);
+        let from = after.map_or(Vec::new(), |after| [after, &[0]].concat());
+        let rows = self.merged(OPEN_RUN_TIMES, prefix, Span { from: &from, to: None }, Order::Ascending);
         rows.filter_map(move |row| {
-            let key = match row {
-                Ok((key, _)) => key,
-                Err(error) => return Some(Err(self.note(error.into()))),
+            let time = match row {
+                Ok(row) => row.rest,
+                Err(error) => return Some(Err(error)),
             };
-            let time = key[prefix.len()..].to_vec();
             let (thread, run) = std::str::from_utf8(time.get(8..)?).ok()?.split_once('\0')?;
             let run = RunKey::new(&tenant, thread, run);
             Some(Ok((time, run)))
@@ -253,7 +260,7 @@ impl Store {
 
     /// A run's events in their order.
     pub fn run_events(&self, key: &RunKey) -> impl Iterator<Item = Result<(u64, StepRow), StoreError>> {
-        self.under(RUN_EVENTS, key.under()).filter_map(move |row| {
+        self.under(RUN_EVENTS, key.under(self.partitioning)).filter_map(move |row| {
             let (rest, value) = match row {
                 Ok(row) => row,
                 Err(error) => return Some(Err(error)),
@@ -266,20 +273,21 @@ impl Store {
 }
 
 /// What the keys of a tenant's list of open runs begin with.
-fn time_prefix(tenant: &str, waiting: bool) -> Vec<u8> {
-    [&keys::prefix(&[tenant])[..], &[u8::from(waiting)]].concat()
+fn time_prefix(partition: Partition, tenant: &str, waiting: bool) -> Vec<u8> {
+    [&keys::prefix(partition, &[tenant])[..], &[u8::from(waiting)]].concat()
 }
 
 impl Batch<'_> {
     /// A run that began, with its first event.
     pub fn put_new_run(&mut self, key: &RunKey, row: &RunRow) {
+        let partition = key.partition(self.store.partitioning);
         self.put_run_row(key, row);
-        let name = [&named(&[&key.tenant], &key.run)[..], key.thread.as_bytes()].concat();
+        let name = [&named(partition, &[&key.tenant], &key.run)[..], key.thread.as_bytes()].concat();
         self.put_empty(RUN_THREADS, &name);
-        let start = keys::event(&key.tenant, &key.thread, row.started.seq);
+        let start = keys::event(partition, &key.tenant, &key.thread, row.started.seq);
         self.rows.put_cf(&self.store.family(RUN_STARTS), start, &key.run);
-        self.put_empty(OPEN_RUNS, &key.bytes());
-        self.put_empty(USER_RUNS, &user_key(key, row));
+        self.put_empty(OPEN_RUNS, &key.bytes(self.store.partitioning));
+        self.put_empty(USER_RUNS, &user_key(self.store.partitioning, key, row));
         self.list_open_run(key, row);
     }
 
@@ -287,14 +295,14 @@ impl Batch<'_> {
     pub fn put_run(&mut self, key: &RunKey, before: &RunRow, row: &RunRow) {
         self.put_run_row(key, row);
         if before.ended.is_none() && row.ended.is_some() {
-            self.delete(OPEN_RUNS, &key.bytes());
-            self.delete(USER_RUNS, &user_key(key, row));
+            self.delete(OPEN_RUNS, &key.bytes(self.store.partitioning));
+            self.delete(USER_RUNS, &user_key(self.store.partitioning, key, row));
         }
         let moved = (before.ended, &before.waiting) != (row.ended, &row.waiting);
         if moved {
             for waiting in [false, true] {
                 if waiting <= before.waiting.is_some() {
-                    self.delete(OPEN_RUN_TIMES, &key.listed(before, waiting));
+                    self.delete(OPEN_RUN_TIMES, &key.listed(self.store.partitioning, before, waiting));
                 }
             }
             self.list_open_run(key, row);
@@ -305,25 +313,25 @@ impl Batch<'_> {
     fn list_open_run(&mut self, key: &RunKey, row: &RunRow) {
         for waiting in [false, true] {
             if row.ended.is_none() && waiting <= row.waiting.is_some() {
-                self.put_empty(OPEN_RUN_TIMES, &key.listed(row, waiting));
+                self.put_empty(OPEN_RUN_TIMES, &key.listed(self.store.partitioning, row, waiting));
             }
         }
     }
 
     /// A run that changed without an event.
     pub fn put_run_row(&mut self, key: &RunKey, row: &RunRow) {
-        self.put(RUNS, &key.bytes(), row);
+        self.put(RUNS, &key.bytes(self.store.partitioning), row);
     }
 
     pub fn put_run_event(&mut self, key: &RunKey, seq: u64, row: &StepRow) {
-        self.put(RUN_EVENTS, &[&key.under()[..], &seq.to_be_bytes()].concat(), row);
+        self.put(RUN_EVENTS, &[&key.under(self.store.partitioning)[..], &seq.to_be_bytes()].concat(), row);
     }
 
     pub fn put_answer(&mut self, key: &RunKey, question: u64, row: &AnswerRow) {
-        self.put(RUN_ANSWERS, &answer_key(key, question), row);
+        self.put(RUN_ANSWERS, &answer_key(self.store.partitioning, key, question), row);
     }
 
     pub fn put_call(&mut self, key: &RunKey, call: &str, row: &CallRow) {
-        self.put(RUN_CALLS, &[&key.under()[..], call.as_bytes()].concat(), row);
+        self.put(RUN_CALLS, &[&key.under(self.store.partitioning)[..], call.as_bytes()].concat(), row);
     }
 }

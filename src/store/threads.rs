@@ -3,6 +3,7 @@
 use bincode::{Decode, Encode};
 
 use super::catalogue::THREADS;
+use super::merged::{Order, Span};
 use super::{Batch, Store, StoreError, keys};
 use crate::protocol::event::Priority;
 
@@ -32,7 +33,7 @@ impl ThreadRow {
 
 impl Store {
     pub fn thread(&self, tenant: &str, thread: &str) -> Result<Option<ThreadRow>, StoreError> {
-        self.get(THREADS, &keys::joined(&[tenant, thread]))
+        self.get(THREADS, &keys::joined(self.partition(tenant, thread), &[tenant, thread]))
     }
 
     /// The thread's newest seq, 0 if there is no such thread.
@@ -50,22 +51,20 @@ impl Store {
         after: Option<&str>,
         limit: usize,
     ) -> Result<Vec<(String, ThreadRow)>, StoreError> {
-        let prefix = keys::prefix(&[tenant]);
         // Reserved ids begin with `@`, between the digits and the letters that others begin with. A tenant may have very many.
-        let from = after.map_or(prefix.clone(), |after| [&prefix[..], after.as_bytes(), &[0]].concat());
-        let (before, behind) = ([&prefix[..], b"@"].concat(), [&prefix[..], b"A"].concat());
-        let end = keys::after(prefix.clone());
-        let ranges = [(from.clone(), before), (from.max(behind), end)];
+        let from = after.map_or(Vec::new(), |after| [after.as_bytes(), &[0]].concat());
+        let ranges = [(from.clone(), Some(&b"@"[..])), (from.max(b"A".to_vec()), None)];
 
         let mut threads = Vec::new();
         for (from, to) in ranges {
-            for row in self.between(THREADS, &from, to) {
+            let prefix = |partition| keys::prefix(partition, &[tenant]);
+            for row in self.merged(THREADS, prefix, Span { from: &from, to }, Order::Ascending) {
                 if threads.len() == limit {
                     return Ok(threads);
                 }
-                let (key, value) = row?;
-                let thread = String::from_utf8_lossy(&key[prefix.len()..]).into_owned();
-                threads.push((thread, self.decoded(THREADS, &value)?));
+                let row = row?;
+                let thread = String::from_utf8_lossy(&row.rest).into_owned();
+                threads.push((thread, self.decoded(THREADS, &row.value)?));
             }
         }
         Ok(threads)
@@ -74,6 +73,6 @@ impl Store {
 
 impl Batch<'_> {
     pub fn put_thread(&mut self, tenant: &str, thread: &str, row: &ThreadRow) {
-        self.put(THREADS, &keys::joined(&[tenant, thread]), row);
+        self.put(THREADS, &keys::joined(self.store.partition(tenant, thread), &[tenant, thread]), row);
     }
 }

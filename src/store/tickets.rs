@@ -4,7 +4,7 @@
 use bincode::{Decode, Encode};
 
 use super::catalogue::{TICKET_TIMES, TICKETS};
-use super::{Batch, Store, StoreError};
+use super::{Batch, Store, StoreError, keys};
 use crate::protocol::tickets::TicketOwner;
 
 /// A user's open tickets. One row, since it is looked up by its key alone: a row for each ticket would have to be counted,
@@ -34,7 +34,7 @@ pub struct OpenTicket {
 
 impl Store {
     pub fn tickets(&self, owner: &TicketOwner) -> Result<Option<TicketsRow>, StoreError> {
-        self.get(TICKETS, owner)
+        self.get(TICKETS, &keys::tickets(self.partition_of_tickets(owner), owner))
     }
 
     /// Rows of `ticket_times` in `from..to`, in order.
@@ -45,11 +45,11 @@ impl Store {
 
 impl Batch<'_> {
     pub fn put_tickets(&mut self, owner: &TicketOwner, row: &TicketsRow) {
-        self.put(TICKETS, owner, row);
+        self.put(TICKETS, &keys::tickets(self.store.partition_of_tickets(owner), owner), row);
     }
 
     pub fn delete_tickets(&mut self, owner: &TicketOwner) {
-        self.delete(TICKETS, owner);
+        self.delete(TICKETS, &keys::tickets(self.store.partition_of_tickets(owner), owner));
     }
 
     pub fn put_ticket_time(&mut self, time: &[u8]) {

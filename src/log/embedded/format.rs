@@ -15,6 +15,7 @@ use rocksdb::{BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescripto
 use crate::codec;
 use crate::log::{Foreign, Grant, Position, RULES, Record, Topic};
 use crate::memory::LogPlan;
+use crate::partitioning::{KeyHash, Partitioning};
 
 pub(super) const RECORDS: &str = "records";
 const ROW_SCHEMA: u8 = 2;
@@ -112,7 +113,11 @@ fn record(topic: Topic, row: Row<'_>, bytes: &[u8]) -> Result<Record, Foreign> {
 
 /// Where a record belongs, when each topic has `each` partitions.
 pub(super) fn partition_of(record: &Record, each: u32) -> u32 {
-    record.topic.partition(crc32fast::hash(record.key.as_bytes()) % each, each)
+    record.topic.partition(partitioning(each).of(record.key.as_bytes()), each)
+}
+
+pub(super) fn partitioning(each: u32) -> Partitioning {
+    Partitioning::new(KeyHash::Crc32, each)
 }
 
 pub(super) fn key_of(at: Position) -> [u8; 12] {

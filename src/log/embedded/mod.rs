@@ -42,6 +42,7 @@ use super::{
     Reader, Record,
 };
 use crate::memory::LogPlan;
+use crate::partitioning::Partitioning;
 
 pub struct EmbeddedLog {
     shared: Arc<Shared>,
@@ -132,6 +133,10 @@ impl Log for EmbeddedLog {
 
     fn partitions(&self) -> u32 {
         self.shared.partitions()
+    }
+
+    fn partitioning(&self) -> Partitioning {
+        format::partitioning(self.shared.each)
     }
 
     /// Its database is locked for this process.

@@ -46,6 +46,7 @@ use super::{
     Topic,
 };
 use crate::panics;
+use crate::partitioning::Partitioning;
 
 pub struct KafkaLog {
     shared: Arc<Shared>,
@@ -156,6 +157,10 @@ impl Log for KafkaLog {
 
     fn partitions(&self) -> u32 {
         self.shared.cluster.topics.partitions()
+    }
+
+    fn partitioning(&self) -> Partitioning {
+        self.shared.cluster.topics.partitioning
     }
 
     fn topic_name(&self, topic: Topic) -> String {

@@ -25,8 +25,8 @@ use weft::log::kafka::{ClientSettings, KafkaConfig, KafkaLog};
 use weft::log::{Append, Entry, Grant, Log, Record, Topic};
 use weft::memory::LogPlan;
 use weft::projector::{Projector, Verdict};
-use weft::store::Store;
-use weft::store::catalogue::META;
+use weft::store::catalogue::{KEY_TIMES, META, TICKET_TIMES};
+use weft::store::{Partition, Store};
 
 use crate::support::LogKind;
 
@@ -135,9 +135,10 @@ fn read_all(log: &dyn Log) -> Vec<(Vec<Entry>, Vec<u64>)> {
 
 /// Projects everything that a log holds into a new store.
 fn outcome(log: &dyn Log, store: &Path) -> Outcome {
-    let store = Arc::new(Store::open(store).unwrap());
+    let mut store = Store::open(store).unwrap();
     let starts: Vec<u64> = log.bounds().unwrap().iter().map(|it| it.start).collect();
-    let progress = store.begin(&log.epoch(), &starts, &starts).unwrap();
+    let progress = store.begin(&log.epoch(), log.partitioning(), &starts, &starts).unwrap();
+    let store = Arc::new(store);
     let mut projector = Projector::new(store.clone(), log, progress);
     let mut verdicts = BTreeMap::new();
     for (entries, positions) in read_all(log) {
@@ -165,7 +166,7 @@ fn in_words(verdict: &Verdict) -> String {
 fn threads(store: &Store) -> BTreeMap<String, ThreadOutcome> {
     let rows = store.rows().map(Result::unwrap).filter(|(family, _, _)| *family == "threads");
     rows.map(|(_, key, _)| {
-        let key = String::from_utf8(key.into_vec()).unwrap();
+        let key = String::from_utf8(key[Partition::BYTES..].to_vec()).unwrap();
         let (tenant, thread) = key.split_once('\0').unwrap();
         let row = store.thread(tenant, thread).unwrap().unwrap();
         let hash = row.hash.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -174,7 +175,8 @@ fn threads(store: &Store) -> BTreeMap<String, ThreadOutcome> {
     .collect()
 }
 
-/// Of each family but that of positions, which belong to one log alone.
+/// Of each family but that of positions, which belong to one log alone. Keys are taken as they were when the digests were
+/// made: most families' did not begin with their partition, and the times of keys and tickets did with a longer number.
 fn rows(store: &Store) -> BTreeMap<String, FamilyOutcome> {
     /// What stands before a row's payload says which version of the store wrote it.
     const FRAME: usize = 7;
@@ -183,6 +185,10 @@ fn rows(store: &Store) -> BTreeMap<String, FamilyOutcome> {
         let (rows, hasher) = families.entry(family.to_owned()).or_default();
         *rows += 1;
         let payload = value.get(FRAME..).unwrap_or_default();
+        let key = match family {
+            KEY_TIMES | TICKET_TIMES => [&[0; 2], &key[..]].concat(),
+            _ => key[Partition::BYTES..].to_vec(),
+        };
         for part in [&key[..], payload] {
             hasher.update(&(part.len() as u64).to_be_bytes()).update(part);
         }

@@ -71,10 +71,10 @@ fn published_bytes(commit: &Commit) -> usize {
 
 /// A store of the log, as far as it has come.
 pub fn open_store(log: &EmbeddedLog, folder: &Path) -> (Arc<Store>, Vec<Progress>) {
-    let store = Store::open(folder).unwrap();
+    let mut store = Store::open(folder).unwrap();
     let progress = match store.progress().unwrap() {
         Some(progress) => progress,
-        None => store.begin(&log.epoch(), &[], &vec![0; log.partitions() as usize]).unwrap(),
+        None => store.begin(&log.epoch(), log.partitioning(), &[], &vec![0; log.partitions() as usize]).unwrap(),
     };
     (Arc::new(store), progress)
 }
