@@ -163,3 +163,201 @@ impl Iterator for Merged<'_> {
         Some(Ok(MergedRow { partition: self.ranges[at].partition, rest, value }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ops::ControlFlow;
+
+    use super::super::dead_letters::{DeadLetterCursor, DeadLetterFilter, DeadLetterRow};
+    use super::super::runs::{EventRef, RunKey, RunRow};
+    use super::super::{MemberRow, ThreadRow};
+    use super::*;
+    use crate::partitioning::{KeyHash, Partitioning};
+
+    const PARTITIONS: u32 = 64;
+    /// Enough that partitions are read several times.
+    const ROWS: usize = 2_000;
+
+    /// A store with as many partitions; the folder holds what it keeps.
+    fn begun(partitions: u32) -> (Store, tempfile::TempDir) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let mut store = Store::open(folder.path()).expect("it opens");
+        let partitioning = Partitioning::new(KeyHash::Murmur2, partitions);
+        store.begin("e", partitioning, &[], &vec![0; 3 * partitions as usize]).expect("it begins");
+        (store, folder)
+    }
+
+    fn run(n: usize) -> (RunKey, RunRow) {
+        let row = RunRow {
+            agent: "scout".into(),
+            user: "ada".into(),
+            parent: None,
+            // Ten of them begin at the same time.
+            started: EventRef { seq: 1, at: (n as u64 * 7_919) % ROWS as u64 / 10 },
+            last: EventRef::default(),
+            ended: None,
+            executing: 0,
+            children: 0,
+            waiting: None,
+            resumed: None,
+            cancel: None,
+            pieces: 0,
+            written_at: 0,
+        };
+        (RunKey::new("acme", &format!("t{n}"), "r"), row)
+    }
+
+    fn all<T, E: std::fmt::Debug>(rows: impl Iterator<Item = Result<T, E>>) -> Vec<T> {
+        rows.map(|row| row.expect("it is read")).collect()
+    }
+
+    #[test]
+    fn open_runs_of_all_partitions_come_by_time_then_name_and_a_page_goes_on_where_the_last_ended() {
+        let (store, _folder) = begun(PARTITIONS);
+        let mut batch = store.batch();
+        let mut expected = Vec::new();
+        for n in 0..ROWS {
+            let (key, row) = run(n);
+            batch.put_new_run(&key, &row);
+            expected.push((row.started.at, key.thread.clone()));
+            let other = RunKey { tenant: if n % 2 == 0 { "acm".into() } else { "acme2".into() }, ..key };
+            batch.put_new_run(&other, &row);
+        }
+        store.commit(batch).expect("it commits");
+        expected.sort();
+
+        let listed = all(store.open_runs_by_time("acme", false, None));
+        let named = |(_, key): &(Vec<u8>, RunKey)| {
+            (run(key.thread[1..].parse().expect("a number")).1.started.at, key.thread.clone())
+        };
+        assert_eq!(listed.iter().map(named).collect::<Vec<_>>(), expected);
+
+        for limit in [1, 3, 100] {
+            let (mut paged, mut after) = (Vec::new(), None::<Vec<u8>>);
+            // With pages of one, some hundred show it.
+            while paged.len() < ROWS.min(limit * 300) {
+                let page = all(store.open_runs_by_time("acme", false, after.as_deref()).take(limit));
+                after = page.last().map(|(time, _)| time.clone());
+                assert!(!page.is_empty(), "there are more");
+                paged.extend(page);
+            }
+            assert!(listed.starts_with(&paged), "pages of {limit}");
+        }
+        let last = listed.last().map(|(time, _)| &time[..]);
+        assert_eq!(all(store.open_runs_by_time("acme", false, last)), []);
+        assert_eq!(all(store.open_runs_by_time("nobody", false, None)), []);
+        assert_eq!(all(store.open_runs_by_time("acme", true, None)), []);
+    }
+
+    #[test]
+    fn a_list_is_of_one_moment() {
+        let (store, _folder) = begun(PARTITIONS);
+        let join = |from: usize, to: usize| {
+            let mut batch = store.batch();
+            for n in from..to {
+                batch.put_member("acme", &format!("t{n:05}"), "ada", &MemberRow { since: 1 });
+            }
+            store.commit(batch).expect("it commits");
+        };
+        join(0, ROWS);
+        let mut listed = store.threads_of("acme", "ada");
+        let first = listed.next().expect("there is one").expect("it is read");
+        join(ROWS, 2 * ROWS);
+        let rest = all(listed);
+        let expected: Vec<String> = (0..ROWS).map(|n| format!("t{n:05}")).collect();
+        assert_eq!([&[first][..], &rest].concat(), expected);
+        assert_eq!(all(store.threads_of("acme", "ada")).len(), 2 * ROWS);
+        assert_eq!(all(store.threads_of("acme", "ad")), [""; 0]);
+    }
+
+    #[test]
+    fn threads_come_by_their_names_whatever_their_partition_and_those_that_exist_by_name_are_left_out() {
+        for partitions in [1, PARTITIONS] {
+            let (store, _folder) = begun(partitions);
+            let names: Vec<String> =
+                ["0", "9z", "@tenant", "@user:ada", "A", "Z", "a", "a.b", "z"].map(str::to_owned).into();
+            let mut batch = store.batch();
+            for (head, name) in (1..).zip(&names) {
+                batch.put_thread("acme", name, &ThreadRow { head, ..ThreadRow::default() });
+                batch.put_thread("acme-2", name, &ThreadRow::default());
+            }
+            store.commit(batch).expect("it commits");
+            let from = |after: Option<&str>, limit| {
+                let found = store.threads_after("acme", after, limit).expect("it is read");
+                found.into_iter().map(|(name, row)| format!("{name} {}", row.head)).collect::<Vec<_>>()
+            };
+            assert_eq!(from(None, 100), ["0 1", "9z 2", "A 5", "Z 6", "a 7", "a.b 8", "z 9"]);
+            assert_eq!(from(None, 3), ["0 1", "9z 2", "A 5"]);
+            assert_eq!(from(Some("9z"), 2), ["A 5", "Z 6"]);
+            assert_eq!(from(Some("a"), 2), ["a.b 8", "z 9"]);
+            assert_eq!(from(Some("z"), 2), [""; 0]);
+        }
+    }
+
+    #[test]
+    fn dead_letters_of_all_partitions_come_newest_first_also_those_of_one_time() {
+        let (store, _folder) = begun(PARTITIONS);
+        let mut batch = store.batch();
+        let mut expected = Vec::new();
+        for n in 0..600_u64 {
+            let (at, tenant) = (n * 7_919 % 600 / 20, if n % 3 == 0 { "" } else { "acme" });
+            let mut id = [0; 16];
+            id[..8].copy_from_slice(&(n * 104_729 % 600).to_be_bytes());
+            let row = DeadLetterRow {
+                reason: "unreadable".into(),
+                at,
+                thread: None,
+                attempts: 1,
+                error: String::new(),
+                user: None,
+                name: None,
+                seq: None,
+                event: None,
+                source: None,
+            };
+            batch.put_dead_letter(Partition::new(n as u32 * 31 % PARTITIONS), tenant, id, &row);
+            expected.push((DeadLetterCursor { at, id }, tenant == "acme"));
+        }
+        store.commit(batch).expect("it commits");
+        expected.sort();
+        expected.reverse();
+
+        let (mut found, mut after) = (Vec::new(), None);
+        loop {
+            let begin = found.len();
+            let filter = DeadLetterFilter::default();
+            after = store
+                .dead_letters(&["acme", ""], &filter, after, |cursor, row, known| {
+                    assert_eq!(row.at, cursor.at);
+                    found.push((cursor, known));
+                    let is_full = found.len() == begin + 7;
+                    Ok::<_, StoreError>(if is_full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+                })
+                .expect("it is read");
+            if after.is_none() {
+                break;
+            }
+        }
+        assert_eq!(found, expected);
+        let (some, _) = expected.iter().find(|(_, known)| *known).expect("there is one");
+        assert!(store.dead_letter("acme", &some.id).expect("it is read").is_some());
+        assert!(store.dead_letter("", &some.id).expect("it is read").is_none());
+    }
+
+    #[test]
+    fn whether_two_users_share_a_thread_is_found_in_whichever_partition_it_is() {
+        let (store, _folder) = begun(PARTITIONS);
+        let mut batch = store.batch();
+        for n in 0..200 {
+            batch.put_member("acme", &format!("a{n}"), "ada", &MemberRow { since: 1 });
+            batch.put_member("acme", &format!("b{n}"), "bob", &MemberRow { since: 1 });
+        }
+        for user in ["ada", "eve"] {
+            batch.put_member("acme", "together", user, &MemberRow { since: 1 });
+        }
+        store.commit(batch).expect("it commits");
+        let look = |one: &str, other: &str| store.look_up_shared_thread("acme", one, other).expect("it is read");
+        assert_eq!((look("ada", "eve"), look("eve", "ada")), (true, true));
+        assert_eq!((look("ada", "bob"), look("bob", "eve"), look("eve", "nobody")), (false, false, false));
+    }
+}
