@@ -32,6 +32,7 @@ use crate::log::embedded::EmbeddedLog;
 use crate::log::kafka::{KafkaConfig, KafkaLog, Known};
 use crate::log::{Identity, IfUnnamed, Log, LogError, Reader};
 use crate::memory::{Budget, Plan};
+use crate::partitioning::NEW_LOG_PARTITIONS;
 use crate::projector::level::Level;
 use crate::projector::opening::{self, OpenError};
 use crate::projector::{Projector, Pump, Status};
@@ -101,14 +102,19 @@ fn open_log_with(config: &Config, known: Option<&Known>, if_unnamed: IfUnnamed<'
         LogChoice::Kafka => {
             std::fs::create_dir_all(&config.data)
                 .map_err(|error| LogError::Unavailable(format!("{}: {error}", config.data.display())))?;
-            let kafka = KafkaConfig {
+            let mut kafka = KafkaConfig {
                 brokers: config.brokers.clone(),
-                partitions: config.partitions,
+                partitions: config.partitions.unwrap_or(NEW_LOG_PARTITIONS),
                 topic_prefix: config.topic_prefix.clone(),
                 group: format!("{}projector-{}", config.topic_prefix, config.node()),
                 settings: config.kafka_config.clone(),
                 memory: config.memory().log,
             };
+            if config.partitions.is_none()
+                && let Some(found) = KafkaLog::find_partitions(&kafka)?
+            {
+                kafka.partitions = found;
+            }
             Arc::new(KafkaLog::open_with(kafka, known, if_unnamed)?)
         }
     })

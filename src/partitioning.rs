@@ -7,6 +7,9 @@
 /// The most partitions that a topic may have.
 pub const MAX_PARTITIONS: u32 = 10_000;
 
+/// How many a new log has for each topic, unless somebody says otherwise.
+pub const NEW_LOG_PARTITIONS: u32 = 64;
+
 /// The longest key of a thread that is hashed without being made first: two names of 128 characters, and what an inbox's
 /// name begins with.
 const THREAD_KEY: usize = 272;

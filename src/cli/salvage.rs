@@ -8,6 +8,7 @@ use serde_json::json;
 use super::common::{Failure, Output};
 use crate::config::{Config, LogChoice, StorageArgs};
 use crate::log::embedded::salvage::{Salvaged, salvage};
+use crate::partitioning::NEW_LOG_PARTITIONS;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -37,8 +38,10 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     if !source.is_dir() {
         return Err(format!("there is no log in {}", source.display()).into());
     }
-    let salvaged =
-        tokio::task::spawn_blocking(move || salvage(&source, &target, config.partitions, progress)).await??;
+    let salvaged = tokio::task::spawn_blocking(move || {
+        salvage(&source, &target, config.partitions.unwrap_or(NEW_LOG_PARTITIONS), progress)
+    })
+    .await??;
     if terminal {
         eprintln!();
     }

@@ -52,7 +52,7 @@ pub struct StorageArgs {
     #[arg(long, env = "WEFT_BROKERS", value_name = "HOST:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub brokers: Option<String>,
-    /// Partitions of the log, fixed when it is created [default: 16]
+    /// Partitions of the log, fixed when it is created [default: what the log has; 64 for a new one]
     #[arg(long, env = "WEFT_PARTITIONS", value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub partitions: Option<u32>,
@@ -157,7 +157,9 @@ pub struct Config {
     pub data: PathBuf,
     pub log: LogChoice,
     pub brokers: String,
-    pub partitions: u32,
+    /// Without it, those of the log that is there.
+    #[serde(default)]
+    pub partitions: Option<u32>,
     pub topic_prefix: String,
     /// As `2GiB`; without it, half of what there is.
     #[serde(default)]
@@ -236,7 +238,7 @@ impl Default for Config {
             data: "./data".into(),
             log: LogChoice::Embedded,
             brokers: "127.0.0.1:9092".into(),
-            partitions: 16,
+            partitions: None,
             topic_prefix: "weft.".into(),
             kafka_config: ClientSettings::default(),
             node: None,
@@ -320,8 +322,10 @@ impl Config {
 
     /// What is wrong with a setting by itself: its key, and why.
     fn check_each(&self) -> Result<(), (&'static str, String)> {
-        if !(1..=MAX_PARTITIONS).contains(&self.partitions) {
-            return Err(("partitions", format!("must be 1 to 10000, not {}", self.partitions)));
+        if let Some(partitions) = self.partitions
+            && !(1..=MAX_PARTITIONS).contains(&partitions)
+        {
+            return Err(("partitions", format!("must be 1 to {MAX_PARTITIONS}, not {partitions}")));
         }
         for (key, value) in [
             ("max_connections", self.max_connections),
@@ -441,7 +445,7 @@ mod tests {
         std::fs::write(&file, "partitions = 4\nbrokers = \"file:1\"").expect("the file is written");
         let given = StorageArgs { brokers: Some("said:2".into()), ..StorageArgs::default() };
         let config = Config::load(Some(&file), &given).expect("good settings");
-        assert_eq!((config.partitions, &*config.brokers, config.max_connections), (4, "said:2", 100_000));
+        assert_eq!((config.partitions, &*config.brokers, config.max_connections), (Some(4), "said:2", 100_000));
     }
 
     #[test]

@@ -87,10 +87,7 @@ pub fn resume(path: &Path, store: Store, log: &dyn Log) -> Result<(Store, Vec<Pr
         return Ok((store, progress));
     }
     tracing::warn!(rows = origin.rows, "the projections are of an older version: making them anew");
-    let memory = store.memory();
-    drop(store);
-    Store::destroy(path)?;
-    let mut store = Store::open_with(path, memory)?;
+    let mut store = store.replace_outdated(origin.rows)?;
     let progress = begin(&mut store, log)?;
     Ok((store, progress))
 }

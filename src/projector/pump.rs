@@ -120,12 +120,13 @@ impl Pump {
         let mut ends = self.ends();
         self.status.newest.store(self.projector.log_time(), Ordering::Relaxed);
         let (mut stopped, mut asked) = (None, Instant::now());
+        let begin = self.reader.positions().clone();
         let mut pace = Pace::new(self.log.partitions());
         let (seconds, records, events) =
             (telemetry::project_seconds(), telemetry::project_batch_records(), telemetry::project_events());
 
         loop {
-            self.update_status(&mut ends, &mut asked);
+            self.update_status(&begin, &mut ends, &mut asked);
 
             let stopping = self.stop.load(Ordering::Acquire);
             // By now every publish that was waiting has its answer. Other nodes may go on writing, so the end of the log is
@@ -223,7 +224,7 @@ impl Pump {
     }
 
     /// Publishes the position, and whether the end that the log had at the start has been reached.
-    fn update_status(&mut self, ends: &mut Option<Positions>, asked: &mut Instant) {
+    fn update_status(&mut self, begin: &Positions, ends: &mut Option<Positions>, asked: &mut Instant) {
         let positions = self.reader.positions();
         self.status.positions.send_if_modified(|known| {
             let moved = known != positions;
@@ -241,13 +242,17 @@ impl Pump {
                 *ends = self.ends();
             }
             if let Ok(ends) = self.log.ends() {
-                let left = self.log.between(positions, &ends);
-                tracing::info!(left, "reading the log: so many records are left");
+                let (done, of) = (self.log.between(begin, positions), self.log.between(begin, &ends));
+                tracing::info!(done, of, "reading the log");
             }
         }
         if ends.as_ref().is_some_and(|ends| positions.iter().zip(ends).all(|(next, end)| next >= end)) {
             self.status.log_time_at_start.store(self.projector.confirmed_time(), Ordering::Relaxed);
             self.projector.go_live();
+            let records = self.log.between(begin, positions);
+            if records > 0 {
+                tracing::info!(records, "the log is read to where it ended at the start");
+            }
             self.status.caught_up.store(true, Ordering::Release);
         }
     }

@@ -493,7 +493,7 @@ pub struct ProjectorHealth {
     pub error: Option<String>,
     /// Whether it has seen all that was in the log at the start.
     pub caught_up: bool,
-    /// Until then: what was wrong with the projections that it makes anew.
+    /// Until then: why it makes the projections anew, if it does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rebuilding: Option<String>,
     /// `null` while the log does not say where it ends.

@@ -91,6 +91,8 @@ pub struct Store {
     damage: Damage,
     /// What was wrong with those that this one replaces.
     set_aside: Option<String>,
+    /// Of which version those were that this one replaces, in words.
+    outdated: Option<String>,
     buffers: Buffers,
     memory: StoreMemory,
 }
@@ -132,7 +134,31 @@ impl Store {
 
     fn of(db: DB, buffers: Buffers, memory: StoreMemory) -> Store {
         let (contacts, damage) = (Contacts::default(), Damage::default());
-        Store { db, partitioning: UNKNOWN_PARTITIONING, contacts, damage, set_aside: None, buffers, memory }
+        Store {
+            db,
+            partitioning: UNKNOWN_PARTITIONING,
+            contacts,
+            damage,
+            set_aside: None,
+            outdated: None,
+            buffers,
+            memory,
+        }
+    }
+
+    /// Why it is made anew, if it is: what was wrong with the one before.
+    pub fn replaces(&self) -> Option<&str> {
+        self.set_aside.as_deref().or(self.outdated.as_deref())
+    }
+
+    /// Deletes a store whose rows are of an older version, and begins an empty one in its place.
+    pub fn replace_outdated(self, rows: u8) -> Result<Store, StoreError> {
+        let (path, memory) = (self.db.path().to_owned(), self.memory);
+        drop(self);
+        Store::destroy(&path)?;
+        let why =
+            format!("the projections were of an older version (rows of version {rows}, and these are of {SCHEMA})");
+        Ok(Store { outdated: Some(why), ..Store::open_with(&path, memory)? })
     }
 
     /// The partition in which a thread's rows are.

@@ -43,7 +43,7 @@ pub async fn ready(probes: Arc<Probes>, request: AnonymousRequest) -> Result<Rep
     };
     let mut ready = probes.health.ready(purpose, lookup).await;
     if !ready.projector.caught_up {
-        ready.projector.rebuilding = probes.store.set_aside().map(str::to_owned);
+        ready.projector.rebuilding = probes.store.replaces().map(str::to_owned);
     }
     Ok(json(if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &ready))
 }

@@ -42,7 +42,7 @@ use super::{
     Reader, Record,
 };
 use crate::memory::LogPlan;
-use crate::partitioning::Partitioning;
+use crate::partitioning::{NEW_LOG_PARTITIONS, Partitioning};
 
 pub struct EmbeddedLog {
     shared: Arc<Shared>,
@@ -60,19 +60,24 @@ impl EmbeddedLog {
 
     /// The same; `if_unnamed` says what to do with a log that does not say which one it is.
     pub fn open_with(dir: &Path, partitions: u32, if_unnamed: IfUnnamed<'_>) -> Result<EmbeddedLog, LogError> {
-        EmbeddedLog::open_sized(dir, partitions, if_unnamed, LogPlan::default())
+        EmbeddedLog::open_sized(dir, Some(partitions), if_unnamed, LogPlan::default())
     }
 
-    /// The same, with so much memory.
+    /// The same, with so much memory. Without a number of partitions it has those that it was created with, and a new one
+    /// [`NEW_LOG_PARTITIONS`].
     pub fn open_sized(
         dir: &Path,
-        partitions: u32,
+        partitions: Option<u32>,
         if_unnamed: IfUnnamed<'_>,
         memory: LogPlan,
     ) -> Result<EmbeddedLog, LogError> {
         let lock = opening::lock_folder(dir)?;
         let Database { db, last } = opening::open(dir, memory)?;
         let end = last.map_or(0, |last| last.offset + 1);
+        let partitions = match partitions {
+            Some(partitions) => partitions,
+            None => identity::partitions(&db)?.unwrap_or(NEW_LOG_PARTITIONS),
+        };
         let identity = identity::open(&db, dir, partitions, last, if_unnamed)?;
         let holes = opening::holes(&db)?;
 

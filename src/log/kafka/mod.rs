@@ -39,7 +39,7 @@ use self::marker::Markers;
 use self::producer::{ANSWER_WITHIN, PendingAppends, Producing, new_producer, send};
 use self::reading::KafkaReader;
 pub use self::settings::ClientSettings;
-use self::setup::{check_partitions, ensure_topics};
+use self::setup::{check_partitions, ensure_topics, find_partitions};
 use self::topics::Topics;
 use super::{
     Append, AppendError, Bounds, Cause, Checkpoint, Identity, IfUnnamed, Log, LogError, Positions, Reader, Record,
@@ -122,6 +122,21 @@ impl KafkaLog {
         log.spawn("weft-kafka-producer", Shared::run_producer)?;
         log.spawn("weft-kafka-monitor", Shared::run_monitor)?;
         Ok(log)
+    }
+
+    /// How many partitions each topic of the log has, if there is such a log.
+    pub fn find_partitions(config: &KafkaConfig) -> Result<Option<u32>, LogError> {
+        let connection = Connection::new(config.clone());
+        let client: QueryClient = connection
+            .consumer()
+            .create_with_context(connection.callbacks())
+            .map_err(|error| connection.unavailable(&error))?;
+        let topics = Topics::new(&connection.config);
+        let topic = topics.name(Topic::Events);
+        let Some(found) = find_partitions(&connection, &client, topic)? else { return Ok(None) };
+        // Somebody may have added some since.
+        let named = Markers { connection: &connection, client: &client, topic }.partitions()?;
+        Ok(Some(named.unwrap_or(found)))
     }
 
     fn spawn(&self, name: &str, run: fn(&Shared)) -> Result<(), LogError> {

@@ -184,6 +184,22 @@ fn wait_for_topic(connection: &Connection, client: &QueryClient, name: &str) -> 
     }
 }
 
+/// How many partitions a topic has, if there is one. It may be that another node is making it at this moment.
+pub(super) fn find_partitions(
+    connection: &Connection,
+    client: &QueryClient,
+    topic: &str,
+) -> Result<Option<u32>, LogError> {
+    let metadata = client.fetch_metadata(Some(topic), ASK).map_err(|error| {
+        hear(client);
+        connection.unavailable(&error)
+    })?;
+    match metadata.topics().first().map(|found| found.error().map(RDKafkaErrorCode::from)) {
+        None | Some(Some(RDKafkaErrorCode::UnknownTopicOrPartition)) => Ok(None),
+        Some(_) => Ok(Some(wait_for_topic(connection, client, topic)?.partitions)),
+    }
+}
+
 /// None when the topic does not exist, or not everywhere yet.
 fn shape_of(connection: &Connection, client: &QueryClient, topic: &str) -> Result<Option<Shape>, LogError> {
     let metadata = client.fetch_metadata(Some(topic), ASK).map_err(|error| {

@@ -4,6 +4,7 @@
 
 mod clocks;
 mod generations;
+mod layout;
 pub mod projector;
 mod random_log;
 pub mod rules;
@@ -153,7 +154,7 @@ async fn a_thread_s_hash_covers_every_event_in_order() {
     let thread = server.http("GET", "/v1/threads/t", "ada", None).await.1;
     drop(ada);
     server.stop().await;
-    let log = weft::log::embedded::EmbeddedLog::open(&server.data().join("log"), 16).unwrap();
+    let log = weft::log::embedded::EmbeddedLog::open(&server.data().join("log"), 64).unwrap();
     let mut reader = log.reader(&vec![0; log.partitions() as usize]).unwrap();
     let mut hash = [0; 32];
     for (n, entry) in reader.next(100, std::time::Duration::ZERO).unwrap().iter().enumerate() {
@@ -183,7 +184,7 @@ async fn another_number_of_partitions_is_refused_with_both_numbers() {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1));
-    assert!(said.contains("16 partitions") && said.contains("5 are configured"), "{said}");
+    assert!(said.contains("64 partitions") && said.contains("5 are configured"), "{said}");
 }
 
 #[tokio::test]
@@ -192,7 +193,7 @@ async fn a_record_that_is_not_ours_is_counted_and_the_rest_is_served() {
     server.connect("ada").await.say("t", "before").await;
     server.stop().await;
     {
-        let log = weft::log::embedded::EmbeddedLog::open(&server.data().join("log"), 16).unwrap();
+        let log = weft::log::embedded::EmbeddedLog::open(&server.data().join("log"), 64).unwrap();
         log.append_foreign(3, b"what is this?").unwrap();
         weft::log::Log::close(&log);
     }

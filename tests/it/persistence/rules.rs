@@ -16,11 +16,11 @@ use crate::support::{LogKind, Server, eventually, publish, refused_with, weft};
 /// The log of a server; the embedded one can be opened only while the server is down.
 pub fn open(kind: &LogKind, data: &Path) -> Box<dyn Log> {
     match kind {
-        LogKind::Embedded => Box::new(EmbeddedLog::open(&data.join("log"), 16).unwrap()),
+        LogKind::Embedded => Box::new(EmbeddedLog::open(&data.join("log"), 64).unwrap()),
         LogKind::Kafka { brokers, prefix } => {
             let (brokers, topic_prefix, group) = (brokers.clone(), prefix.clone(), format!("{prefix}writer"));
             let (settings, memory) = (ClientSettings::default(), LogPlan::default());
-            let config = KafkaConfig { brokers, partitions: 16, topic_prefix, group, settings, memory };
+            let config = KafkaConfig { brokers, partitions: 64, topic_prefix, group, settings, memory };
             Box::new(KafkaLog::open(config).unwrap())
         }
     }

@@ -65,7 +65,7 @@ async fn with_letters() -> Server {
     drop(ada);
     server.stop().await;
     {
-        let log = EmbeddedLog::open(&server.data().join("log"), 16).unwrap();
+        let log = EmbeddedLog::open(&server.data().join("log"), 64).unwrap();
         for n in 0..7 {
             log.append_foreign(n, br#"{"tenant":"acme","what":"no event of ours"}"#).unwrap();
         }
@@ -223,7 +223,7 @@ async fn what_another_program_writes_into_the_topic_becomes_a_dead_letter_and_re
     assert_eq!(letters.len(), 4);
     for letter in &letters {
         has(letter, json!({"topic": topic, "attempts": 1}));
-        assert!(letter["partition"].as_u64().unwrap() < 16 && letter["offset"].is_u64(), "{letter}");
+        assert!(letter["partition"].as_u64().unwrap() < 64 && letter["offset"].is_u64(), "{letter}");
         assert!(letter["user"].is_null() && letter["event"].is_null() && letter["seq"].is_null(), "{letter}");
         assert!(!letter["error"].as_str().unwrap().is_empty() && letter["at"].is_string(), "{letter}");
     }

@@ -302,7 +302,7 @@ async fn a_long_thread_is_read_no_further_than_its_last_ten_thousand_events() {
 
 /// A record as an earlier version wrote it, when any member could use these kinds.
 fn append_as_member(data: &std::path::Path, kind: &str, content: &str) {
-    let log = EmbeddedLog::open(&data.join("log"), 16).unwrap();
+    let log = EmbeddedLog::open(&data.join("log"), 64).unwrap();
     let value = serde_json::value::to_raw_value(&json!({"content": content})).unwrap();
     let event = new_event(TENANT, "ada", "t", kind, &value);
     let record = Record {

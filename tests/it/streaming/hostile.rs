@@ -105,7 +105,7 @@ async fn what_an_older_log_holds_of_it_fails_no_page_and_no_stream() {
         assert_eq!(server.connect("ada").await.say("t", "hello").await, 1);
         server.stop().await;
         {
-            let log = EmbeddedLog::open(&server.data().join("log"), 16).unwrap();
+            let log = EmbeddedLog::open(&server.data().join("log"), 64).unwrap();
             append(&log, older_records(&value));
             weft::log::Log::close(&log);
         }
