@@ -10,10 +10,10 @@ export CARGO_TARGET_DIR ?= $(WEFT_CACHE)/target
 export PATH := $(PATH):$(HOME)/.cargo/bin:$(WEFT_CACHE)/tools/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint fmt bench kafka
+.PHONY: help setup run test lint fmt bench instructions kafka
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what building Weft needs and this machine lacks
 	@scripts/setup.sh
@@ -23,7 +23,8 @@ run: setup ## build, start on the embedded log in ./data, play the demo, stay up
 	@exec "$$CARGO_TARGET_DIR/release/weft" serve --dev --demo $(ARGS)
 
 # The integration tests are one binary (tests/it) and run last, so that the output ends with one summary, theirs. Unit
-# tests and documentation examples come first; a failure in them stops the run before it. They run weft-bench, too.
+# tests, documentation examples and the count of instructions come first; a failure in them stops the run before it. They
+# run weft-bench, too.
 test: ## run every test, on both logs (ONLY=name: the integration tests whose name contains it)
 	@scripts/setup.sh test
 ifndef ONLY
@@ -31,6 +32,10 @@ ifndef ONLY
 	cargo test --release --doc
 endif
 	cargo build --release --package weft-bench
+ifndef ONLY
+	cargo test --release --test it --no-run
+	scripts/instructions.sh
+endif
 	cargo test --release --test it -- $(ONLY)
 
 lint: ## formatting, clippy, licences and sources of dependencies, syntax of scripts, JSON and YAML
@@ -42,6 +47,11 @@ lint: ## formatting, clippy, licences and sources of dependencies, syntax of scr
 
 fmt: ## format the Rust sources
 	cargo fmt --all
+
+instructions: ## count what a message costs, against benches/instructions.txt (ARGS=--accept: make that the figure)
+	@scripts/setup.sh test
+	cargo build --release --workspace --bins
+	@scripts/instructions.sh $(ARGS)
 
 bench: ## measure on both logs, beside what the log and the store can do bare (ARGS=embedded: on that one alone)
 	@scripts/setup.sh test

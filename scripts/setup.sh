@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs what Weft needs and this machine lacks; prints nothing and ends at once when all of it is there.
 #   setup.sh        to build and run
-#   setup.sh test   also for the tests, the benchmark and `make kafka`: Java and Maven, which fetch and run Kafka, and
-#                   Node.js with the AG-UI client that the tests read streams with
+#   setup.sh test   also for the tests, the benchmark and `make kafka`: Java and Maven, which fetch and run Kafka,
+#                   Node.js with the AG-UI client that the tests read streams with, and valgrind, which counts instructions
 #   setup.sh lint   also for `make lint`: clippy, rustfmt, cargo-deny, Python's YAML reader
 # For Debian 12, as root or with sudo. Elsewhere it names what is missing and stops.
 set -euo pipefail
@@ -53,6 +53,7 @@ case $what in
     need nodejs node18
     need npm has npm
     need procps has ps
+    need valgrind has valgrind
     ;;
   lint) need python3-yaml yaml ;;
 esac

@@ -19,6 +19,7 @@ mod reconnect;
 mod replay;
 mod reply;
 mod report;
+mod rounds;
 mod slow;
 mod socket;
 mod target;
@@ -75,6 +76,8 @@ enum Bench {
     Slow(#[command(flatten)] With<slow::SlowArgs>),
     /// Many agents that write messages in deltas: how late readers have them, and how many records they become.
     Agents(#[command(flatten)] With<agents::AgentsArgs>),
+    /// The same work each time, in lock step, for whoever counts what a message costs the server.
+    Rounds(#[command(flatten)] With<rounds::RoundsArgs>),
     /// Events a second from the log into new projections; the server must not run.
     Rebuild(rebuild::RebuildArgs),
     /// What the log and the store can do bare, without a server.
@@ -150,6 +153,7 @@ async fn measure(bench: Bench, log: LogKind) -> Result<Report, Failure> {
         Bench::Reconnect(with) => reconnect::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Slow(with) => slow::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Agents(with) => agents::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::Rounds(with) => rounds::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Rebuild(args) => rebuild::run(&args, log)?,
         Bench::Bare(args) => bare::run(&args, log).await?,
         Bench::Report(_) => return Err("a report measures nothing".into()),

@@ -124,6 +124,16 @@ async fn every_event_that_the_replay_bench_counts_came_from_the_store_once() {
     assert_eq!(counted.grew(REPLAYED).await, 2.0 * events);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_round_of_the_rounds_bench_is_published_and_delivered_before_the_next() {
+    let server = Server::start(LogKind::embedded());
+    let counted = Counted::from_now(&server, &[EVENTS, DELIVERIES]).await;
+    let figures = bench(&server, "rounds --rounds 20 --batch 8 --readers 3").await;
+    figure(&figures, "20 rounds of 8 to 3 readers", "acks/s");
+    assert_eq!(counted.grew(EVENTS).await, 1.0 + 20.0 * 8.0, "the thread, and what was published");
+    assert_eq!(counted.grew(DELIVERIES).await, 20.0 * 8.0 * 3.0);
+}
+
 on_both_logs!(the_crowd_bench_lets_one_user_and_many_publish_at_their_rates, |log| async move {
     let server = Server::start(log);
     let counted = Counted::from_now(&server, &[EVENTS, COMMANDS]).await;
