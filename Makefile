@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(WEFT_CACHE)/target
 export PATH := $(PATH):$(HOME)/.cargo/bin:$(WEFT_CACHE)/tools/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint fmt bench instructions kafka
+.PHONY: help setup run test lint fmt bench bench-peers instructions kafka
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,11 @@ bench: ## measure on both logs, beside what the log and the store can do bare (A
 	@scripts/setup.sh test
 	cargo build --release --workspace --bins
 	scripts/bench.sh $(ARGS)
+
+bench-peers: ## measure Weft beside NATS, Redis, Socket.IO and Centrifugo, one table (ARGS=3: the median of three rounds)
+	@scripts/setup.sh peers
+	cargo build --release --workspace --bins
+	@scripts/bench-peers.sh $(ARGS)
 
 kafka: ## start a real Kafka broker (KRaft) in .kafka/ and print its address
 	@scripts/setup.sh test

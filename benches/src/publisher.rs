@@ -20,13 +20,26 @@ pub struct Frame {
 impl Frame {
     /// `data` has `payload` bytes, and the number as `n`.
     pub fn publish(thread: &str, payload: usize, key: bool) -> Frame {
+        let key = if key { r#""key":"k-1000000000","# } else { "" };
+        let data = Frame::data(payload);
+        Frame::text(&format!(
+            r#"{{"type":"publish","id":1000000000,"thread":"{thread}","kind":"user_message",{key}"data":{data}}}"#
+        ))
+    }
+
+    /// An object of `payload` bytes, with the number as `n`.
+    pub fn data(payload: usize) -> String {
         let head = r#"{"n":1000000000,"content":""#;
         let filling = "x".repeat(payload.saturating_sub(head.len() + 2));
-        let key = if key { r#""key":"k-1000000000","# } else { "" };
-        let text = format!(
-            r#"{{"type":"publish","id":1000000000,"thread":"{thread}","kind":"user_message",{key}"data":{head}{filling}"}}}}"#
-        );
-        let bytes = text_frame(text.as_bytes());
+        format!(r#"{head}{filling}"}}"#)
+    }
+
+    /// A text of a WebSocket.
+    pub fn text(text: &str) -> Frame {
+        Frame::of(text_frame(text.as_bytes()))
+    }
+
+    pub fn of(bytes: Vec<u8>) -> Frame {
         let numbers = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(PLACEHOLDER)).collect();
         Frame { bytes, numbers }
     }
@@ -52,7 +65,7 @@ pub fn number_of(id: u64) -> Result<u64, Failure> {
 
 /// The number that an event carries in its data.
 pub fn number_in(event: &[u8]) -> Option<u64> {
-    const MARK: &[u8] = br#""data":{"n":"#;
+    const MARK: &[u8] = br#"{"n":"#;
     let at = event.windows(MARK.len()).position(|window| window == MARK)? + MARK.len();
     let digits = event.get(at..at + PLACEHOLDER.len())?;
     std::str::from_utf8(digits).ok()?.parse::<u64>().ok()?.checked_sub(BASE)

@@ -25,10 +25,10 @@ const NARROW_BUFFER: u32 = 4_096;
 /// The size of a segment on the internet.
 const NARROW_SEGMENT: u32 = 1_460;
 
-const TEXT: u8 = 1;
-const CLOSE: u8 = 8;
-const PING: u8 = 9;
-const PONG: u8 = 10;
+pub const TEXT: u8 = 1;
+pub const CLOSE: u8 = 8;
+pub const PING: u8 = 9;
+pub const PONG: u8 = 10;
 
 /// One connection, past its `welcome`.
 pub struct Socket {
@@ -62,13 +62,7 @@ impl Socket {
 
     async fn open(mut stream: TcpStream, authority: &str, token: &str) -> Result<Socket, Failure> {
         stream.set_nodelay(true)?;
-        // The key is the example of the RFC: it guards against proxies, and there is none between a bench and its server.
-        let request = format!(
-            "GET /v1/ws HTTP/1.1\r\nHost: {authority}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
-             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\nAuthorization: Bearer {token}\r\n\r\n"
-        );
-        stream.write_all(request.as_bytes()).await?;
-        let rest = upgraded(&mut stream).await?;
+        let rest = upgrade(&mut stream, authority, "/v1/ws", &format!("Authorization: Bearer {token}\r\n")).await?;
         let (half, writer) = stream.into_split();
         let reader = Reader { half, scanner: Scanner { rest }, at_most: READ_BYTES, pongs: Vec::new() };
         let mut socket = Socket { reader, writer, out: Vec::new(), written: 0 };
@@ -182,7 +176,7 @@ impl Reader {
     }
 }
 
-fn closed(payload: &[u8]) -> Failure {
+pub fn closed(payload: &[u8]) -> Failure {
     match payload.split_at_checked(2) {
         Some((code, reason)) => {
             let code = u16::from_be_bytes([code[0], code[1]]);
@@ -200,6 +194,17 @@ async fn narrow(authority: &str) -> Result<TcpStream, Failure> {
     socket.set_recv_buffer_size(NARROW_BUFFER)?;
     SockRef::from(&socket).set_tcp_mss(NARROW_SEGMENT)?;
     Ok(socket.connect(address).await?)
+}
+
+/// Makes a connection a WebSocket; gives the bytes after the answer. `headers` end with a line break.
+pub async fn upgrade(stream: &mut TcpStream, authority: &str, path: &str, headers: &str) -> Result<Vec<u8>, Failure> {
+    // The key is the example of the RFC: it guards against proxies, and there is none between a bench and its server.
+    let request = format!(
+        "GET {path} HTTP/1.1\r\nHost: {authority}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n{headers}\r\n"
+    );
+    stream.write_all(request.as_bytes()).await?;
+    upgraded(stream).await
 }
 
 /// Reads the answer to the upgrade; gives the bytes after it.
@@ -223,7 +228,7 @@ pub fn text_frame(payload: &[u8]) -> Vec<u8> {
     frame(TEXT, payload)
 }
 
-fn frame(opcode: u8, payload: &[u8]) -> Vec<u8> {
+pub fn frame(opcode: u8, payload: &[u8]) -> Vec<u8> {
     let mut frame = Vec::with_capacity(payload.len() + 14);
     frame.push(0x80 | opcode);
     match payload.len() {
@@ -283,7 +288,7 @@ impl Scanner {
 }
 
 /// How many bytes the complete frames at the front of `bytes` have, and how many frames they are.
-fn scan(bytes: &[u8], each: &mut impl FnMut(u8, &[u8]) -> Result<(), Failure>) -> Result<(usize, usize), Failure> {
+pub fn scan(bytes: &[u8], each: &mut impl FnMut(u8, &[u8]) -> Result<(), Failure>) -> Result<(usize, usize), Failure> {
     let (mut at, mut count) = (0, 0);
     while let Some((opcode, header, length)) = header(&bytes[at..])? {
         let Some(payload) = bytes[at..].get(header..header + length) else {

@@ -59,6 +59,11 @@ impl Target {
         format!("{what}-{}-{number}", self.run)
     }
 
+    /// The server's host and port.
+    pub fn authority(&self) -> &str {
+        &self.authority
+    }
+
     pub fn token(&self, user: &str) -> Result<String, Failure> {
         mint(&self.args.jwt_secret, &self.args.tenant, user, "publish subscribe", 24 * 3600)
     }
