@@ -9,7 +9,7 @@ use metrics::{
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
-use crate::protocol::records::{RUN_ORDER, UNACKNOWLEDGED, UNREADABLE};
+use crate::protocol::dead_letters::REASONS;
 
 /// Buckets of durations, in seconds: 50 µs to 10 s.
 const SECONDS: &[f64] = &[
@@ -235,7 +235,7 @@ pub fn checkpoints(outcome: &'static str) -> Counter {
 }
 pub fn dead_letters(reason: &str) -> Counter {
     // The reasons of our own records; any other that a record names counts as "other".
-    let own = [UNREADABLE, UNACKNOWLEDGED, RUN_ORDER].into_iter().find(|own| *own == reason);
+    let own = REASONS.into_iter().find(|own| *own == reason);
     counter!("weft_dead_letters_total", "reason" => own.unwrap_or("other"))
 }
 pub fn redeliveries() -> Counter {

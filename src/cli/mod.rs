@@ -46,8 +46,8 @@ enum CliCommand {
     Threads(threads::Args),
     /// Follow a thread, or "*" for all of mine or, with --all, of the tenant
     Tail(tail::Args),
-    /// List dead letters: events and records that could not be handled; scope admin
-    DeadLetters(dead_letters::Args),
+    /// List, count, show, requeue or discard dead letters: what could not be handled; scope admin
+    DeadLetters(Box<dead_letters::Args>),
     /// List the runs of agents, or show one as a waterfall
     Runs(runs::Args),
     /// Rebuild the projections from the log, of a stopped server
@@ -78,9 +78,12 @@ impl Cli {
 
     /// Refuses what does not go together, and clap cannot know of.
     fn checked(self) -> Result<Cli, clap::Error> {
-        if let CliCommand::Tail(args) = &self.command {
-            args.check().map_err(|why| Cli::command().error(ErrorKind::ArgumentConflict, why))?;
-        }
+        let checked = match &self.command {
+            CliCommand::Tail(args) => args.check(),
+            CliCommand::DeadLetters(args) => args.check(),
+            _ => Ok(()),
+        };
+        checked.map_err(|why| Cli::command().error(ErrorKind::ArgumentConflict, why))?;
         Ok(self)
     }
 
@@ -91,7 +94,7 @@ impl Cli {
             CliCommand::Token(args) => token::run(&args),
             CliCommand::Threads(args) => threads::run(args).await,
             CliCommand::Tail(args) => tail::run(args).await,
-            CliCommand::DeadLetters(args) => dead_letters::run(args).await,
+            CliCommand::DeadLetters(args) => dead_letters::run(*args).await,
             CliCommand::Runs(args) => runs::run(args).await,
             CliCommand::Rebuild(args) => rebuild::run(args).await,
             CliCommand::Doctor(args) => doctor::run(args).await,

@@ -43,6 +43,14 @@ impl Http {
         json(&self.ask(Method::PUT, path, Some(body)).await?)
     }
 
+    pub async fn post(&mut self, path: &str, body: &Value) -> Result<Value, ClientError> {
+        json(&self.ask(Method::POST, path, Some(body)).await?)
+    }
+
+    pub async fn delete(&mut self, path: &str) -> Result<Value, ClientError> {
+        json(&self.ask(Method::DELETE, path, None).await?)
+    }
+
     /// All rows of a list that comes in pages, under the name of its field. `path` has a query already.
     pub async fn all_pages(&mut self, path: &str, field: &str) -> Result<Vec<Value>, ClientError> {
         let mut rows = Vec::new();

@@ -17,7 +17,9 @@ use super::health::Health;
 use super::http::probes::Probes;
 use super::http::reply::{Reply, method_not_allowed, problem};
 use super::http::request::{AnonymousRequest, Request, bearer_token, refuse_head};
-use super::http::{Api, context, dead_letters, events, members, probes, readers, runs, sessions, threads, tickets};
+use super::http::{
+    Api, context, dead_letters, events, letter_acts, members, probes, readers, runs, sessions, threads, tickets,
+};
 use super::listener;
 use super::matcher::{Found, Matcher};
 use super::origin::is_preflight;
@@ -118,7 +120,12 @@ pub static ROUTES: &[Route] = &[
     user(GET, "/v1/runs/{run}", "run", Needs::Read, |edge, it| answer(runs::find(edge.api.clone(), it))),
 
     user(GET, "/v1/dead-letters", "dead_letters", Needs::Admin, |edge, it| answer(dead_letters::list(edge.api.clone(), it))),
+    user(GET, "/v1/dead-letters/counts", "dead_letter_counts", Needs::Admin, |edge, it| answer(dead_letters::counts(edge.api.clone(), it))),
     user(GET, "/v1/dead-letters/{id}", "dead_letter", Needs::Admin, |edge, it| answer(dead_letters::read(edge.api.clone(), it))),
+    user(DELETE, "/v1/dead-letters/{id}", "discard", Needs::Admin, |edge, it| answer(letter_acts::discard(edge.api.clone(), it))),
+    user(POST, "/v1/dead-letters/{id}/requeue", "requeue", Needs::Admin, |edge, it| answer(letter_acts::requeue(edge.api.clone(), it))),
+    user(POST, "/v1/dead-letters/requeue", "requeue_all", Needs::Admin, |edge, it| answer(letter_acts::requeue_all(edge.api.clone(), it))),
+    user(POST, "/v1/dead-letters/discard", "discard_all", Needs::Admin, |edge, it| answer(letter_acts::discard_all(edge.api.clone(), it))),
     user(GET, "/v1/sessions", "sessions", Needs::Admin, |edge, it| answer(sessions::list(edge.api.clone(), it))),
     user(DELETE, "/v1/users/{user}/sessions", "revoke", Needs::Admin, |edge, it| answer(sessions::revoke(edge.api.clone(), it))),
 

@@ -2,7 +2,10 @@
 
 use bytes::Bytes;
 
-use crate::protocol::records::{DeadLetterRecord, ReceiptRecord, TicketIssuedRecord, TicketUsedRecord};
+use crate::protocol::dead_letters::{UNACKNOWLEDGED, UNREADABLE};
+use crate::protocol::records::{
+    DeadLetterRecord, LetterActRecord, ReceiptRecord, TicketIssuedRecord, TicketUsedRecord,
+};
 use crate::protocol::tickets::{self, TicketOwner};
 use crate::protocol::{ids, json};
 
@@ -12,7 +15,7 @@ use crate::protocol::{ids, json};
 /// log comes to the same whenever it is read, and by whichever later version of Weft. A rule that can change a verdict or
 /// a row never changes: it is succeeded by another one in a new version ([`crate::projector`]). A record of a newer version
 /// than this stops who reads it ([`super::LogError::NewerRules`]); one that was skipped would be missing in all that follows.
-pub const RULES: u16 = 2;
+pub const RULES: u16 = 3;
 
 /// What a record belongs to. Every topic has the same number of partitions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -126,6 +129,30 @@ impl From<&DeadLetterRecord> for Record {
             grant: Grant::Scope,
             traceparent: None,
             value: json::encode_bytes(letter).into(),
+        }
+    }
+}
+
+impl From<&LetterActRecord> for Record {
+    /// Where the letter is judged: one that the projector made of an event is in the event's partition, and what is done about
+    /// it as well, so that both have one order.
+    fn from(act: &LetterActRecord) -> Record {
+        let topic = match &*act.reason {
+            UNACKNOWLEDGED | UNREADABLE => Topic::DeadLetters,
+            _ => Topic::Events,
+        };
+        let key = match &act.thread {
+            Some(thread) => ids::log_key(&act.tenant, thread),
+            None => ids::log_key(&act.tenant, &act.letter.to_string()),
+        };
+        Record {
+            topic,
+            key,
+            kind: act.kind.clone(),
+            rules: RULES,
+            grant: Grant::Scope,
+            traceparent: None,
+            value: json::encode_bytes(act).into(),
         }
     }
 }

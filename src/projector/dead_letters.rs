@@ -1,29 +1,37 @@
 //! Dead letters: deliveries that were given up (records of their own topic), foreign records in the log, and events that
 //! broke the order of their run.
 //!
-//! A dead letter's id is made of what it is about. Written twice, the first one stays.
+//! A dead letter's id is made of what it is about. Written twice, the first one stays; what fails again after it was requeued
+//! is the same letter, with its history.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 use serde::Deserialize;
+use uuid::Uuid;
 
+use super::rules;
 use super::transaction::{EventRecord, Transaction};
 use super::{Published, RecordError};
 use crate::clock;
 use crate::log::{Foreign, Record};
+use crate::protocol::dead_letters::{Fingerprint, RUN_ORDER, UNREADABLE, letter_of, normalised};
 use crate::protocol::error::Error;
-use crate::protocol::records::{DeadLetterRecord, RUN_ORDER, UNREADABLE};
+use crate::protocol::records::DeadLetterRecord;
 use crate::protocol::{ids, json};
-use crate::store::dead_letters::{DeadLetterRow, SourceRow};
-use crate::store::{Partition, StoreError};
+use crate::store::StoreError;
+use crate::store::dead_letters::{CountRow, DeadLetterRow, LetterState, List, SourceRow, TryRow};
+use crate::store::keys;
 
 /// How much of a foreign record is kept.
 const KEPT_BYTES: usize = 64 << 10;
+/// How many of the newest attempts, and of the newest acts, are kept with a letter; the log has all.
+const KEPT: usize = 20;
 
-/// The dead letters of this batch, by tenant and id.
+/// The dead letters of this batch, by tenant and id, and how many there are of each list that is counted.
 #[derive(Default)]
 pub(super) struct DeadLetters {
-    ids: HashSet<(String, [u8; 16])>,
+    rows: HashMap<(String, [u8; 16]), DeadLetterRow>,
+    counts: HashMap<Vec<u8>, u64>,
 }
 
 /// Where a foreign record is in the log.
@@ -33,28 +41,47 @@ pub(super) struct ForeignSource<'a> {
     pub(super) offset: u64,
 }
 
+/// A letter that is open, and has nothing but what all have.
+pub(super) fn open_letter(reason: &str, kind: Option<&str>, at: u64, attempts: u32, error: String) -> DeadLetterRow {
+    DeadLetterRow {
+        at,
+        order: 0,
+        attempts,
+        fingerprint: Fingerprint::of(reason, kind, &error).0,
+        reason: reason.to_owned(),
+        kind: kind.map(str::to_owned),
+        error,
+        thread: None,
+        user: None,
+        name: None,
+        seq: None,
+        place: None,
+        event: None,
+        grant: None,
+        source: None,
+        state: LetterState::Open,
+        round: 0,
+        tries: Vec::new(),
+        acts: Vec::new(),
+    }
+}
+
 impl DeadLetters {
-    /// Applies a record of the topic `dead-letters`, and returns its time.
-    pub(super) fn apply(
-        &mut self,
-        tx: &mut Transaction<'_>,
-        partition: Partition,
-        record: &Record,
-    ) -> Result<u64, RecordError> {
+    /// Applies a dead letter of the topic `dead-letters`, and returns its time.
+    pub(super) fn apply(&mut self, tx: &mut Transaction<'_>, record: &Record) -> Result<u64, RecordError> {
         let (letter, at) = read(record).map_err(|why| Foreign::new(why, record))?;
+        let tries = read_tries(&letter).map_err(|why| Foreign::new(why, record))?;
         let row = DeadLetterRow {
-            reason: letter.reason,
-            at,
             thread: Some(letter.thread),
-            attempts: letter.attempts,
-            error: letter.error,
             user: Some(letter.user),
             name: letter.name,
             seq: Some(letter.seq),
-            event: None,
-            source: None,
+            order: letter.seq,
+            round: letter.round,
+            tries,
+            ..open_letter(&letter.reason, letter.kind.as_deref(), at, letter.attempts, letter.error)
         };
-        self.put(tx, partition, &letter.tenant, *letter.letter.as_bytes(), row)?;
+        self.fail(tx, &letter.tenant, *letter.letter.as_bytes(), row)?;
 
         // Who wrote it waits only for its commit.
         let published = Published { seq: 0, event: letter.id, duplicate: false };
@@ -71,26 +98,18 @@ impl DeadLetters {
         newest: u64,
     ) -> Result<(), StoreError> {
         let ForeignSource { topic, partition, offset } = *source;
-        let letter = DeadLetterRecord::letter_of(&[
-            UNREADABLE.as_bytes(),
-            topic.as_bytes(),
-            &partition.to_be_bytes(),
-            &offset.to_be_bytes(),
-        ]);
+        let facts = [UNREADABLE.as_bytes(), topic.as_bytes(), &partition.to_be_bytes(), &offset.to_be_bytes()];
+        let letter = letter_of(&facts);
 
         let (tenant, thread) = tenant_of_foreign(foreign);
         let value = foreign.value.as_deref().unwrap_or_default();
+        // The reason may quote the record, which only its own tenant may see.
+        let error = if tenant.is_empty() { "the record is not Weft's".into() } else { foreign.why.clone() };
+        let at = foreign.at.unwrap_or(newest);
         let row = DeadLetterRow {
-            reason: UNREADABLE.into(),
-            at: foreign.at.unwrap_or(newest),
             thread,
-            attempts: 1,
-            // The reason may quote the record, which only its own tenant may see.
-            error: if tenant.is_empty() { "the record is not Weft's".into() } else { foreign.why.clone() },
-            user: None,
-            name: None,
-            seq: None,
-            event: None,
+            order: offset,
+            tries: vec![TryRow { at, worker: None, reason: error.clone() }],
             source: Some(SourceRow {
                 topic: topic.to_owned(),
                 partition,
@@ -98,50 +117,136 @@ impl DeadLetters {
                 size: value.len() as u64,
                 bytes: value[..value.len().min(KEPT_BYTES)].to_vec(),
             }),
+            ..open_letter(UNREADABLE, None, at, 1, error)
         };
 
-        self.put(tx, Partition::new(partition), &tenant, *letter.as_bytes(), row)
+        self.fail(tx, &tenant, *letter.as_bytes(), row)
     }
 
-    /// Keeps an event that broke the order of its run.
+    /// Keeps an event that broke the order of its run, in a thread that has this head.
     pub(super) fn put_refused(
         &mut self,
         tx: &mut Transaction<'_>,
         input: &EventRecord<'_>,
+        head: u64,
         refused: &Error,
     ) -> Result<(), StoreError> {
         let event = input.event;
-        let letter = DeadLetterRecord::letter_of(&[RUN_ORDER.as_bytes(), event.event.as_bytes()]);
+        let letter = letter_of(&[RUN_ORDER.as_bytes(), event.event.as_bytes()]);
+        let error = refused.message.to_string();
+        let from = event.from.to_string();
         let row = DeadLetterRow {
-            reason: RUN_ORDER.into(),
-            at: input.at,
             thread: Some(event.thread.to_string()),
-            attempts: 1,
-            error: refused.message.to_string(),
-            user: Some(event.from.to_string()),
-            name: None,
-            seq: None,
+            user: Some(from.clone()),
+            place: Some(head),
+            order: order_of(event.event),
             event: std::str::from_utf8(&input.record.value).ok().map(str::to_owned),
-            source: None,
+            grant: Some(input.record.grant.as_str().to_owned()),
+            tries: vec![TryRow { at: input.at, worker: Some(from), reason: error.clone() }],
+            ..open_letter(RUN_ORDER, Some(&event.kind), input.at, 1, error)
         };
-        self.put(tx, Partition::new(input.partition), &event.tenant, *letter.as_bytes(), row)
+        self.fail(tx, &event.tenant, *letter.as_bytes(), row)
     }
 
-    fn put(
+    /// Something has failed: a new letter; or one that was requeued, and is open again. Otherwise it is known already.
+    fn fail(
         &mut self,
         tx: &mut Transaction<'_>,
-        partition: Partition,
         tenant: &str,
         id: [u8; 16],
         row: DeadLetterRow,
     ) -> Result<(), StoreError> {
-        let new_in_batch = self.ids.insert((tenant.to_owned(), id));
-        if new_in_batch && tx.store.dead_letter_in(partition, tenant, &id)?.is_none() {
-            tx.rows.put_dead_letter(partition, tenant, id, &row);
-            tx.commit.dead_letters.push(row.reason);
+        let row = match self.row(tx, tenant, &id)? {
+            None => row,
+            Some(was) if was.state == LetterState::Requeued && was.round == row.round && row.round > 0 => {
+                again(&was, row)
+            }
+            Some(_) => return Ok(()),
+        };
+        self.put(tx, tenant, id, row)
+    }
+
+    pub(super) fn row(
+        &self,
+        tx: &Transaction<'_>,
+        tenant: &str,
+        id: &[u8; 16],
+    ) -> Result<Option<DeadLetterRow>, StoreError> {
+        match self.rows.get(&(tenant.to_owned(), *id)) {
+            Some(row) => Ok(Some(row.clone())),
+            None => tx.store.dead_letter(tenant, id),
+        }
+    }
+
+    /// Writes a letter, and keeps lists and counts true to it.
+    pub(super) fn put(
+        &mut self,
+        tx: &mut Transaction<'_>,
+        tenant: &str,
+        id: [u8; 16],
+        row: DeadLetterRow,
+    ) -> Result<(), StoreError> {
+        let was = self.row(tx, tenant, &id)?;
+        tx.rows.put_dead_letter(tenant, id, was.as_ref(), &row);
+
+        let was_open = was.filter(|was| was.state == LetterState::Open);
+        if row.state == LetterState::Open {
+            self.count(tx, tenant, &row, true)?;
+            if was_open.is_none() {
+                tx.commit.dead_letters.push(row.reason.clone());
+            }
+        }
+        if let Some(was) = was_open {
+            self.count(tx, tenant, &was, false)?;
+        }
+        self.rows.insert((tenant.to_owned(), id), row);
+        Ok(())
+    }
+
+    /// One letter more that is open, or one less, in each list that is counted.
+    fn count(
+        &mut self,
+        tx: &mut Transaction<'_>,
+        tenant: &str,
+        row: &DeadLetterRow,
+        more: bool,
+    ) -> Result<(), StoreError> {
+        for list in [List::Reason(&row.reason), List::Fingerprint(Fingerprint(row.fingerprint))] {
+            let key = keys::dead_letter_count(tenant, &list.name());
+            let known = match self.counts.get(&key) {
+                Some(open) => *open,
+                None => tx.store.dead_letter_count(tenant, &list)?.map_or(0, |row| row.open),
+            };
+            let open = if more { known + 1 } else { known.saturating_sub(1) };
+            self.counts.insert(key, open);
+
+            let (kind, error) = match list {
+                List::Fingerprint(_) => (row.kind.clone(), normalised(&row.error)),
+                _ => (None, String::new()),
+            };
+            let count = CountRow { open, reason: row.reason.clone(), kind, error };
+            tx.rows.put_dead_letter_count(tenant, &list, &count);
         }
         Ok(())
     }
+}
+
+/// A letter that was requeued and has failed again: what failed now, with the history.
+pub(super) fn again(was: &DeadLetterRow, failed: DeadLetterRow) -> DeadLetterRow {
+    let mut tries: Vec<TryRow> = was.tries.iter().cloned().chain(failed.tries).collect();
+    keep_newest(&mut tries);
+    DeadLetterRow { attempts: was.attempts + failed.attempts, tries, acts: was.acts.clone(), ..failed }
+}
+
+/// What sorts events of one millisecond as one node made them: UUIDv7 counts in the bytes after its time.
+fn order_of(event: Uuid) -> u64 {
+    let mut order = [0; 8];
+    order.copy_from_slice(&event.as_bytes()[6..14]);
+    u64::from_be_bytes(order)
+}
+
+pub(super) fn keep_newest<T>(of: &mut Vec<T>) {
+    of.drain(..of.len().saturating_sub(KEPT));
 }
 
 /// The dead letter in a record, and its time in milliseconds; or why the record is foreign.
@@ -149,7 +254,20 @@ fn read(record: &Record) -> Result<(DeadLetterRecord, u64), String> {
     let letter: DeadLetterRecord = read_value(record)?;
     check_names(&letter.tenant, Some(&letter.thread), &letter.user)?;
     let at = clock::parse_rfc3339(&letter.at).ok_or("at is not RFC 3339")?;
+    let has_more = letter.kind.is_some() || letter.round > 0 || !letter.tries.is_empty();
+    if record.rules < rules::LETTERS_ARE_ACTED_ON && has_more {
+        return Err("kind, round and tries are of version 3 of the rules".into());
+    }
     Ok((letter, at))
+}
+
+fn read_tries(letter: &DeadLetterRecord) -> Result<Vec<TryRow>, String> {
+    let read = |tried: &crate::protocol::records::TryRecord| {
+        let at = clock::parse_rfc3339(&tried.at).ok_or("at of tries is not RFC 3339")?;
+        Ok(TryRow { at, worker: tried.worker.clone(), reason: tried.reason.clone() })
+    };
+    let newest = letter.tries.len().saturating_sub(KEPT);
+    letter.tries[newest..].iter().map(read).collect()
 }
 
 /// The value of a record that is no event.

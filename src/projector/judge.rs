@@ -54,7 +54,7 @@ impl<'s> BatchState<'s> {
             Err(Rejected::Store(error)) => Err(error),
             Err(Rejected::Refused(refused)) => {
                 if refused.code == Code::RunOrder {
-                    self.dead_letters.put_refused(&mut self.tx, input, &refused)?;
+                    self.dead_letters.put_refused(&mut self.tx, input, thread.row.head, &refused)?;
                 }
                 Ok(Err(refused))
             }

@@ -20,6 +20,7 @@ mod checkpoints;
 mod dead_letters;
 mod judge;
 mod keys;
+pub mod letter_acts;
 pub mod level;
 mod log_time;
 mod messages;
@@ -27,6 +28,7 @@ pub mod opening;
 mod pump;
 pub mod rebuild;
 mod receipts;
+pub mod rehearsal;
 mod rules;
 mod runs;
 mod thread;
@@ -43,6 +45,7 @@ use self::checkpoints::{Checkpoints, Crossed, Disagreement};
 use self::judge::BatchState;
 pub use self::keys::KEY_LIFETIME;
 use self::keys::LastPurged;
+use self::letter_acts::{Act, Turn, What};
 pub use self::messages::MAX_MESSAGE_DATA;
 pub use self::pump::{Failing, PublishCommit, Pump, Status};
 use self::thread::Thread;
@@ -53,8 +56,10 @@ use crate::log::{Checkpoint, Entry, Foreign, Log, Positions, Record, Topic};
 use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;
 use crate::protocol::event::{LogEvent, Priority};
+use crate::protocol::letters::Effect;
 use crate::protocol::tickets::{TicketOwner, owner_of_key};
 use crate::protocol::{ids, json};
+use crate::store::dead_letters::LetterState;
 use crate::store::{Partition, Progress, Store, StoreError};
 use crate::{clock, telemetry};
 
@@ -353,6 +358,9 @@ impl Projector {
             let compared = checkpoints.compare(partition, &theirs);
             return compared.map_err(|disagreement| RecordError::Batch(disagreement.into()));
         }
+        if letter_acts::is_act(record) {
+            return self.apply_act(partition, record, state);
+        }
         let at = match record.topic {
             Topic::Events if record.rules >= rules::TICKETS_IN_THE_LOG => match owner_of_key(&record.key) {
                 Some(owner) => return self.apply_ticket(partition, owner, record, state),
@@ -360,7 +368,7 @@ impl Projector {
             },
             Topic::Events => return self.apply_event(partition, record, state),
             Topic::Receipts => state.receipts.apply(&mut state.tx, record)?,
-            Topic::DeadLetters => state.dead_letters.apply(&mut state.tx, self.within(partition), record)?,
+            Topic::DeadLetters => state.dead_letters.apply(&mut state.tx, record)?,
         };
         log_time::advance(&mut self.partitions[partition as usize].progress, at);
         Ok(())
@@ -392,6 +400,62 @@ impl Projector {
         }
         state.tx.commit.verdicts.push((event.event, verdict));
         Ok(())
+    }
+
+    /// Does what somebody wants done about a dead letter, if nobody has before.
+    fn apply_act(&mut self, partition: u32, record: &Record, state: &mut BatchState<'_>) -> Result<(), RecordError> {
+        let act = letter_acts::read(record)?;
+        log_time::advance(&mut self.partitions[partition as usize].progress, act.at);
+
+        let verdict = match record.topic {
+            Topic::Events => self.act_on_event(partition, record, &act, state)?,
+            _ => state.act_on_delivery(&act)?,
+        };
+        if let Err(refused) = &verdict {
+            telemetry::project_refused(refused.code.as_str()).increment(1);
+        }
+        state.tx.commit.verdicts.push((act.record.id, verdict));
+        Ok(())
+    }
+
+    /// An act in the partition of events that its letter is from.
+    fn act_on_event(
+        &mut self,
+        partition: u32,
+        record: &Record,
+        act: &Act,
+        state: &mut BatchState<'_>,
+    ) -> Result<Verdict, RecordError> {
+        let PartitionState { progress, keys_purged, .. } = &mut self.partitions[partition as usize];
+        state.keys.purge(&mut state.tx, partition, progress, keys_purged)?;
+        let turn = Turn { partition, rules: record.rules, at: act.at, key_time: act.at.max(progress.log_time) };
+
+        let row = match state.letter_for(act)? {
+            Ok(row) => row,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        if self.checkpoints.is_some() {
+            // Nodes that do not take the same act make different things of the log.
+            progress.hash = checkpoints::link(&progress.hash, blake3::hash(&record.value).as_bytes());
+        }
+        if act.what == What::Discard {
+            state.close(act, row, LetterState::Discarded)?;
+            return Ok(act.done());
+        }
+        let (Some(thread), Ok(Effect::Append)) = (&act.record.thread, letter_acts::effect_of(&row)) else {
+            return Ok(Err(letter_acts::effect_of(&row).err().unwrap_or_else(Error::no_thread)));
+        };
+
+        let read = || Ok(Thread::new(&record.key, self.store.thread(&act.record.tenant, thread)?, act.at));
+        let verdict = self.threads.with(&record.key, read, |thread| {
+            let head = thread.row.head;
+            let verdict = state.requeue_event(act, row, turn, thread)?;
+            if self.checkpoints.is_some() && thread.row.head > head {
+                progress.hash = checkpoints::link(&progress.hash, &thread.row.hash);
+            }
+            Ok(verdict)
+        })?;
+        Ok(verdict)
     }
 
     /// Gives a user a ticket, or lets the first in who uses it.

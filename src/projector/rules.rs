@@ -12,3 +12,6 @@ pub(super) const ANSWERS_NAME_QUESTIONS: u16 = 2;
 
 /// Version 2 as well: tickets are in the log. Before that a record with such a key was foreign.
 pub(super) const TICKETS_IN_THE_LOG: u16 = 2;
+
+/// Version 3: letters are requeued and discarded by records, and a dead letter of a delivery says more about itself.
+pub(super) const LETTERS_ARE_ACTED_ON: u16 = 3;

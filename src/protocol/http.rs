@@ -123,55 +123,6 @@ pub struct PublishReply<'a> {
     pub to_char: Option<u64>,
 }
 
-/// A dead letter. What does not apply to its reason is absent.
-#[derive(Serialize, JsonSchema)]
-pub struct DeadLetterItem {
-    pub id: Uuid,
-    /// `unacknowledged`: sent with `confirm` and never acknowledged; `unreadable`: a foreign record in the log;
-    /// `run_order`: an event that its run did not allow.
-    pub reason: String,
-    /// RFC 3339.
-    pub at: String,
-    pub attempts: u32,
-    pub error: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub thread: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub user: Option<String>,
-    /// The durable subscription.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub seq: Option<u64>,
-    /// The event.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<serde_json::Value>")]
-    pub event: Option<Box<RawValue>>,
-    #[serde(flatten)]
-    pub source: Option<UnreadableSource>,
-}
-
-/// Where a record stands that cannot be read, and what it is.
-#[derive(Serialize, JsonSchema)]
-pub struct UnreadableSource {
-    pub topic: String,
-    pub partition: u32,
-    pub offset: u64,
-    /// The record's length.
-    pub size: u64,
-    /// Its first 64 KiB, in base64. Left out when nobody can tell whose it is: it might be another tenant's.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bytes: Option<String>,
-}
-
-/// A page of dead letters.
-#[derive(Serialize, JsonSchema)]
-pub struct DeadLetterList {
-    pub items: Vec<DeadLetterItem>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub next: Option<String>,
-}
-
 /// A page of sessions of this node, oldest first.
 #[derive(Serialize, JsonSchema)]
 pub struct SessionList {

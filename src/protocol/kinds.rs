@@ -39,6 +39,11 @@ pub const SESSIONS_REVOKED: &str = "sessions_revoked";
 pub const TICKET_ISSUED: &str = "ticket_issued";
 pub const TICKET_USED: &str = "ticket_used";
 
+/// Records of what somebody does about a dead letter, and no events either.
+pub const LETTER_REQUEUED: &str = "letter_requeued";
+pub const LETTER_DISCARDED: &str = "letter_discarded";
+pub const LETTER_SETTLED: &str = "letter_settled";
+
 /// `data` of `agent_token`. Characters are Unicode scalar values.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

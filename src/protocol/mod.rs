@@ -4,6 +4,7 @@
 pub mod agui;
 pub mod command;
 pub mod data;
+pub mod dead_letters;
 pub mod delta;
 pub mod error;
 pub mod event;
@@ -12,6 +13,7 @@ pub mod http;
 pub mod ids;
 pub mod json;
 pub mod kinds;
+pub mod letters;
 pub mod records;
 pub mod schemas;
 pub mod tickets;

@@ -6,15 +6,6 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// The reason of a foreign record.
-pub const UNREADABLE: &str = "unreadable";
-
-/// The reason of an event that a subscription with `confirm` was sent again and again.
-pub const UNACKNOWLEDGED: &str = "unacknowledged";
-
-/// The reason of an event that broke the order of its run.
-pub const RUN_ORDER: &str = "run_order";
-
 /// A receipt as the log has it, in the topic `receipts`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -72,6 +63,58 @@ pub struct DeadLetterRecord {
     pub error: String,
     /// RFC 3339.
     pub at: String,
+    /// The event's kind. From version 3 of the rules on, as is what follows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
+    /// How often it was requeued before it failed like this.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub round: u32,
+    /// The attempts that whoever gave it up knows of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tries: Vec<TryRecord>,
+}
+
+/// One attempt at what became a dead letter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TryRecord {
+    /// RFC 3339.
+    pub at: String,
+    /// Who tried: a user, a subscription, a worker.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<String>,
+    pub reason: String,
+}
+
+/// Somebody does something about a dead letter. It gets no seq. It is in the letter's own partition: with the key
+/// `tenant/thread`, or `tenant/letter` if the letter has no thread, in the topic `dead-letters` for letters that are
+/// `unacknowledged` or `unreadable`, and in the topic `events` for all others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LetterActRecord {
+    /// `letter_requeued`, `letter_discarded`, or `letter_settled`: what was requeued was delivered and acknowledged.
+    pub kind: String,
+    /// UUIDv7 of this record.
+    pub id: Uuid,
+    pub letter: Uuid,
+    /// The letter's.
+    pub reason: String,
+    pub tenant: String,
+    /// The letter's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thread: Option<String>,
+    /// How often the letter had been requeued: of two acts in one round the first counts.
+    pub round: u32,
+    /// The user who does it.
+    pub by: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+    /// RFC 3339.
+    pub at: String,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// The first record of a log on Kafka, which names it: in partition 0 of the topic `events`, with the key `weft`.
@@ -163,17 +206,4 @@ pub struct TicketUsedRecord {
     pub hash: String,
     /// RFC 3339. The ticket must not have expired by then.
     pub at: String,
-}
-
-impl DeadLetterRecord {
-    /// The id of a dead letter about these facts.
-    pub fn letter_of(facts: &[&[u8]]) -> Uuid {
-        let mut hasher = blake3::Hasher::new_derive_key("weft 2026-11 dead letter");
-        for fact in facts {
-            hasher.update(&(fact.len() as u64).to_be_bytes()).update(fact);
-        }
-        let mut id = [0; 16];
-        id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-        uuid::Builder::from_custom_bytes(id).into_uuid()
-    }
 }

@@ -8,15 +8,17 @@ use super::data;
 use super::event::{EventFrame, EventItem, LogEvent};
 use super::frame::ServerFrame;
 use super::http::{
-    Alive, Conversation, DeadLetterItem, DeadLetterList, EventPage, MembershipReply, Presence, Problem, PublishBody,
-    PublishReply, Ready, ReceiptList, RevocationReply, RunDetail, RunList, SessionList, StreamStart, ThreadBody,
-    ThreadDetail, ThreadList, Ticket,
+    Alive, Conversation, EventPage, MembershipReply, Presence, Problem, PublishBody, PublishReply, Ready, ReceiptList,
+    RevocationReply, RunDetail, RunList, SessionList, StreamStart, ThreadBody, ThreadDetail, ThreadList, Ticket,
 };
 use super::json;
 use super::kinds::DeltaData;
+use super::letters::{
+    ActBody, DeadLetterCounts, DeadLetterItem, DeadLetterList, LetterOutcome, LetterOutcomes, NoteBody,
+};
 use super::records::{
-    DeadLetterRecord, LogCheckpointRecord, LogCreatedRecord, LogGenerationRecord, ReceiptRecord, TicketIssuedRecord,
-    TicketUsedRecord,
+    DeadLetterRecord, LetterActRecord, LogCheckpointRecord, LogCreatedRecord, LogGenerationRecord, ReceiptRecord,
+    TicketIssuedRecord, TicketUsedRecord,
 };
 
 /// Each schema's file name without its ending, and the schema.
@@ -67,6 +69,11 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.session-list", of::<SessionList>()),
         ("http.dead-letter", of::<DeadLetterItem>()),
         ("http.dead-letter-list", of::<DeadLetterList>()),
+        ("http.dead-letter-act", of::<NoteBody>()),
+        ("http.dead-letter-acts", of::<ActBody>()),
+        ("http.dead-letter-outcome", of::<LetterOutcome>()),
+        ("http.dead-letter-outcomes", of::<LetterOutcomes>()),
+        ("http.dead-letter-counts", of::<DeadLetterCounts>()),
         ("http.context", of::<Conversation>()),
         ("http.membership", of::<MembershipReply>()),
         ("http.revocation", of::<RevocationReply>()),
@@ -78,6 +85,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("log.event", of::<LogEvent>()),
         ("log.receipt", of::<ReceiptRecord>()),
         ("log.dead-letter", of::<DeadLetterRecord>()),
+        ("log.letter-act", of::<LetterActRecord>()),
         ("log.created", of::<LogCreatedRecord>()),
         ("log.generation", of::<LogGenerationRecord>()),
         ("log.checkpoint", of::<LogCheckpointRecord>()),

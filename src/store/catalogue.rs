@@ -41,6 +41,7 @@ pub const OPEN_MESSAGES: &str = "open_messages";
 pub const MESSAGE_TEXTS: &str = "message_texts";
 pub const DEAD_LETTERS: &str = "dead_letters";
 pub const DEAD_LETTER_TIMES: &str = "dead_letter_times";
+pub const DEAD_LETTER_COUNTS: &str = "dead_letter_counts";
 
 const FAMILIES: &[(&str, Access)] = &[
     // Each key but those of the first family begins with the partition (u16).
@@ -99,8 +100,11 @@ const FAMILIES: &[(&str, Access)] = &[
     (MESSAGE_TEXTS, Access::Range),
     // tenant (empty if not known) 0 id → DeadLetterRow
     (DEAD_LETTERS, Access::RareLookup),
-    // tenant 0 at · id → empty; the list, oldest first
+    // tenant 0 list 0 at · order · id → empty; those that are open, oldest first: all (the list's name is empty), and of each reason
+    // (r), fingerprint (f), kind (k) and thread (t)
     (DEAD_LETTER_TIMES, Access::Range),
+    // tenant 0 list → CountRow; of reasons and fingerprints
+    (DEAD_LETTER_COUNTS, Access::RareLookup),
 ];
 
 /// How many blocks a write buffer is allocated in.

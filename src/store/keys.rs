@@ -2,7 +2,8 @@
 //! that order on disk is order in meaning, and the rows of each partition are ranges of their own.
 //!
 //! A row's partition is that of its thread, in which the thread's records are. What belongs to a user and to no thread is in
-//! the partition of the user's inbox, and what belongs to neither (tickets, dead letters) in that of its record.
+//! the partition of the user's inbox, and tickets in that of their record. Dead letters have none: what is done about one may be a record of
+//! another partition than the letter.
 
 use crate::partitioning::MAX_PARTITIONS;
 use crate::protocol::tickets::TicketOwner;
@@ -90,6 +91,26 @@ pub fn split_time(row: &[u8]) -> Option<(u64, &[u8])> {
     let (_partition, rest) = row.split_at_checked(Partition::BYTES)?;
     let (at, key) = rest.split_first_chunk::<8>()?;
     Some((u64::from_be_bytes(*at), key))
+}
+
+/// A dead letter's key.
+pub fn dead_letter(tenant: &str, id: &[u8; 16]) -> Vec<u8> {
+    [tenant.as_bytes(), &[0], id].concat()
+}
+
+/// The prefix of a list of dead letters.
+pub fn dead_letter_list(tenant: &str, list: &str) -> Vec<u8> {
+    [tenant.as_bytes(), &[0], list.as_bytes(), &[0]].concat()
+}
+
+/// A dead letter in a list: the list's prefix, and when and which; or with a time alone what comes before all of that time.
+pub fn dead_letter_time(list: &[u8], cursor: &[u8]) -> Vec<u8> {
+    [list, cursor].concat()
+}
+
+/// The row that counts a list of dead letters.
+pub fn dead_letter_count(tenant: &str, list: &str) -> Vec<u8> {
+    [tenant.as_bytes(), &[0], list.as_bytes()].concat()
 }
 
 /// The first key after all that begin with `prefix`; prefixes end in NUL or a number, never in all 0xff.

@@ -58,6 +58,8 @@ pub struct Confirm {
     sent: u64,
     /// How often the oldest event was sent.
     attempts: u32,
+    /// When it was sent, as far as this session did it and a client was there.
+    sent_at: Vec<Instant>,
     /// The newest of these attempts, until it is known whether the client was there: it was if it is heard after this, or
     /// takes more than these bytes.
     unproven: Option<Presence>,
@@ -96,6 +98,7 @@ impl Confirm {
         self.sent = self.sent.max(seq);
         if self.oldest() == Some(seq) {
             self.attempts += 1;
+            self.sent_at.push(now);
             self.unproven = Some(Presence { heard: now, taken: written });
             self.deadline = Some(now + self.policy.ack_within);
         }
@@ -113,6 +116,8 @@ impl Confirm {
             // If the next one was sent already, that was its first attempt, and its time begins now.
             let was_sent = self.oldest().is_some_and(|oldest| oldest <= self.sent_in_round);
             self.attempts = u32::from(was_sent);
+            self.sent_at.clear();
+            self.sent_at.extend(was_sent.then_some(now));
             self.unproven = None;
             self.deadline = was_sent.then_some(now + self.policy.ack_within);
         } else if before == 0 && seq > self.round_after && seq == self.acked {
@@ -138,6 +143,7 @@ impl Confirm {
             && client.taken <= sent.taken
         {
             self.attempts -= 1;
+            self.sent_at.pop();
         }
     }
 
@@ -153,6 +159,11 @@ impl Confirm {
     /// Whether this event, the oldest, has had its last attempt.
     pub fn is_exhausted(&self, seq: u64) -> bool {
         self.attempts >= self.policy.attempts && seq <= self.sent
+    }
+
+    /// When the oldest event was sent, as far as this session knows: the attempts of an earlier one are only counted.
+    pub fn sent_at(&self) -> &[Instant] {
+        &self.sent_at
     }
 
     pub fn oldest(&self) -> Option<u64> {
@@ -174,6 +185,7 @@ impl Confirm {
     /// has its own time in any case, even if that takes one attempt more than the policy has.
     pub fn give_up(&mut self, seq: u64) {
         self.attempts = u32::from(self.sent > seq).min(self.policy.attempts - 1);
+        self.sent_at.clear();
         self.restart(seq);
     }
 

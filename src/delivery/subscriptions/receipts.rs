@@ -3,7 +3,7 @@
 use tokio::time::{Duration, Instant};
 
 use super::Subscriptions;
-use super::confirm::Presence;
+use super::confirm::{Confirm, Presence};
 use super::receipt::Receipt;
 use super::replay::Replayed;
 use super::subscription::Stage;
@@ -13,8 +13,9 @@ use crate::delivery::fair_queue::SubId;
 use crate::delivery::outbox::Answer;
 use crate::ingest::pending::OnVerdict;
 use crate::log::Append;
+use crate::protocol::dead_letters::{UNACKNOWLEDGED, letter_of};
 use crate::protocol::error::{Code, Error};
-use crate::protocol::records::{DeadLetterRecord, UNACKNOWLEDGED};
+use crate::protocol::records::{DeadLetterRecord, TryRecord};
 
 /// When a record that the log did not accept is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -251,6 +252,10 @@ impl Subscriptions {
         receipt.dead_lettering = Some(seq);
 
         let attempts = receipt.confirm.as_ref().map_or(0, |confirm| confirm.progress().1);
+        let tries = receipt.confirm.as_ref().map(|confirm| tries(confirm, who)).unwrap_or_default();
+        // If the store fails, the letter is without it.
+        let event = self.sources.store.event(&who.tenant, &sub.thread, seq).ok().flatten();
+        let kind = event.map(|event| event.kind);
         let facts: [&[u8]; 5] = [
             UNACKNOWLEDGED.as_bytes(),
             sub.key.as_bytes(),
@@ -260,7 +265,7 @@ impl Subscriptions {
         ];
         let record = DeadLetterRecord {
             id: clock::event_id(),
-            letter: DeadLetterRecord::letter_of(&facts),
+            letter: letter_of(&facts),
             reason: UNACKNOWLEDGED.into(),
             tenant: who.tenant.to_string(),
             thread: sub.thread.clone(),
@@ -270,6 +275,9 @@ impl Subscriptions {
             attempts,
             error: format!("sent {attempts} times and not acknowledged"),
             at: clock::rfc3339(clock::now_ms()),
+            kind,
+            round: 0,
+            tries,
         };
 
         let (outbox, thread) = (self.outbox.clone(), Box::from(&*sub.thread));
@@ -302,4 +310,15 @@ impl Subscriptions {
             self.hold(id, Some(Instant::now() + RETRY_AFTER));
         }
     }
+}
+
+/// When the oldest event was sent, as far as this session knows.
+fn tries(confirm: &Confirm, who: &Principal) -> Vec<TryRecord> {
+    let (now, now_ms) = (Instant::now(), clock::now_ms());
+    let tried = |at: &Instant| TryRecord {
+        at: clock::rfc3339(now_ms.saturating_sub(now.saturating_duration_since(*at).as_millis() as u64)),
+        worker: Some(who.user.to_string()),
+        reason: "not acknowledged".into(),
+    };
+    confirm.sent_at().iter().map(tried).collect()
 }

@@ -1,6 +1,7 @@
-//! Dead letters: what could not be handled, newest first.
+//! Dead letters: what could not be handled, newest first; one of them with what is around it; and how many there are.
 
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -11,48 +12,87 @@ use uuid::Uuid;
 use warp::http::StatusCode;
 
 use super::Api;
+use super::meter::Meter;
 use super::page::{COPIES, EVENT_BYTES, PAGE_BYTES, Page, SortKey};
 use super::reply::{Reply, charged, json};
-use super::request::Request;
+use super::request::{Query, Request};
 use crate::auth::Principal;
 use crate::clock;
 use crate::edge::blocking;
+use crate::protocol::dead_letters::Fingerprint;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::without_type;
-use crate::protocol::http::{DeadLetterItem, DeadLetterList, UnreadableSource};
-use crate::store::dead_letters::{DeadLetterCursor, DeadLetterFilter, DeadLetterRow};
+use crate::protocol::letters::{
+    ActName, DeadLetterCounts, DeadLetterItem, DeadLetterList, FingerprintCount, LetterAct, LetterStateName, LetterTry,
+    Neighbours, ReasonCount, UnreadableSource,
+};
+use crate::store::EventRange;
+use crate::store::StoreError;
+use crate::store::dead_letters::{CountRow, DeadLetterCursor, DeadLetterFilter, DeadLetterRow, LetterState, Order};
 
 /// About the size of an entry without what it is about.
-const ITEM_BYTES: usize = 512;
+const ITEM_BYTES: usize = 1 << 10;
+/// Events on each side of a letter.
+const NEIGHBOURS: usize = 5;
+/// What they may have in bytes, on each side; the nearest is there in any case.
+const NEIGHBOURS_BYTES: usize = 256 << 10;
+/// What the counts may hold in memory: the fingerprints of two tenants.
+const COUNTS_BYTES: usize = 8 << 20;
 
 impl SortKey for DeadLetterCursor {
     fn to_bytes(&self) -> Vec<u8> {
-        [&self.at.to_be_bytes()[..], &self.id].concat()
+        DeadLetterCursor::to_bytes(self)
     }
 
     fn from_bytes(bytes: &[u8]) -> Option<DeadLetterCursor> {
-        let (at, id) = bytes.split_first_chunk::<8>()?;
-        Some(DeadLetterCursor { at: u64::from_be_bytes(*at), id: id.try_into().ok()? })
+        DeadLetterCursor::from_bytes(bytes)
     }
+}
+
+/// The parameters that narrow a list down, as its cursors are bound to them.
+const FILTERS: [&str; 6] = ["reason", "thread", "fingerprint", "kind", "since", "until"];
+
+fn read_filter(query: &Query<'_>) -> Result<DeadLetterFilter, Error> {
+    let text = |name| query.text(name).map(str::to_owned);
+    let time = |name| {
+        let read = |text: &str| {
+            clock::parse_rfc3339(text)
+                .ok_or_else(|| Error::field(name, format!("{name} must be RFC 3339, not {text:.60}")))
+        };
+        query.text(name).map(read).transpose()
+    };
+    Ok(DeadLetterFilter {
+        reason: text("reason"),
+        thread: text("thread"),
+        kind: text("kind"),
+        fingerprint: query.text("fingerprint").map(read_fingerprint).transpose()?,
+        since: time("since")?,
+        until: time("until")?,
+    })
+}
+
+pub(super) fn read_fingerprint(text: &str) -> Result<Fingerprint, Error> {
+    let refused = |()| Error::field("fingerprint", format!("fingerprint must be 16 hex digits, not {text:.60}"));
+    text.parse().map_err(refused)
 }
 
 /// `GET /v1/dead-letters`
 pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
-    let query = it.query(&["reason", "thread", "group", "cursor", "limit"])?;
-    let (reason, thread) = (query.text("reason"), query.text("thread"));
-    let filters = [reason.unwrap_or_default(), thread.unwrap_or_default()];
+    let query = it.query(&["reason", "thread", "fingerprint", "kind", "since", "until", "group", "cursor", "limit"])?;
+    let filter = read_filter(&query)?;
+    let filters = FILTERS.map(|name| query.text(name).unwrap_or_default());
     let page: Page<Reverse<DeadLetterCursor>> = Page::read(&query, &it.who, &api.epoch, "dead-letters", &filters)?;
     if query.text("group").is_some() {
         // There are no consumer groups yet, so there is none whose work could fail.
         return Ok(json(StatusCode::OK, &DeadLetterList { items: Vec::new(), next: None }));
     }
 
-    let filter = DeadLetterFilter { reason: reason.map(str::to_owned), thread: thread.map(str::to_owned) };
     let mut meter = api.meter(&it.who, page.memory()).await?;
     blocking(move || {
         let after = page.after.as_ref().map(|key| key.0);
         let (mut items, mut bytes) = (Vec::new(), 0);
-        let last = api.store.dead_letters(&[&it.who.tenant, ""], &filter, after, |key, row, known| {
+        let tenants = [&*it.who.tenant, ""];
+        let last = api.store.dead_letters(tenants, &filter, Order::NewestFirst, after, |key, row, known| {
             let item = item(&api, &it.who, key.id, row, known)?;
             let size = size(&item);
             meter.add(size * COPIES)?;
@@ -71,26 +111,62 @@ pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
 fn size(item: &DeadLetterItem) -> usize {
     let event = item.event.as_ref().map_or(0, |event| event.get().len());
     let bytes = item.source.as_ref().and_then(|source| source.bytes.as_ref()).map_or(0, String::len);
-    ITEM_BYTES + item.error.len() + event + bytes
+    let tries: usize = item.tries.iter().map(|tried| 128 + tried.reason.len()).sum();
+    let acts: usize = item.acts.iter().map(|act| 256 + act.note.as_ref().map_or(0, String::len)).sum();
+    ITEM_BYTES + item.error.len() + event + bytes + tries + acts
+}
+
+/// The id that a path names.
+pub(super) fn id_of(it: &Request) -> Result<Uuid, Error> {
+    it.segment("id")?.parse().map_err(|_| no_letter())
+}
+
+pub(super) fn no_letter() -> Error {
+    Error::new(Code::NotFound, "there is no such dead letter").at("id")
+}
+
+/// A letter that the user's tenant may see, and whether it is known to be the tenant's.
+pub(super) fn find(api: &Api, who: &Principal, id: Uuid) -> Result<(DeadLetterRow, bool), Error> {
+    let find = |tenant: &str| api.store.dead_letter(tenant, id.as_bytes());
+    match find(&who.tenant)? {
+        Some(row) => Ok((row, true)),
+        None => Ok((find("")?.ok_or_else(no_letter)?, false)),
+    }
 }
 
 /// `GET /v1/dead-letters/{id}`
 pub async fn read(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     it.no_query()?;
-    let none = || Error::new(Code::NotFound, "there is no such dead letter").at("id");
-    let id: Uuid = it.segment("id")?.parse().map_err(|_| none())?;
+    let id = id_of(&it)?;
     let mut meter = api.meter(&it.who, 3 * EVENT_BYTES).await?;
     blocking(move || {
-        let find = |tenant: &str| api.store.dead_letter(tenant, id.as_bytes());
-        let (row, known) = match find(&it.who.tenant)? {
-            Some(row) => (row, true),
-            None => (find("")?.ok_or_else(none)?, false),
-        };
-        let item = item(&api, &it.who, *id.as_bytes(), row, known)?;
+        let (row, known) = find(&api, &it.who, id)?;
+        let neighbours = neighbours(&api, &it.who, &row, &mut meter)?;
+        let item = DeadLetterItem { neighbours, ..item(&api, &it.who, *id.as_bytes(), row, known)? };
         meter.add(size(&item) * COPIES)?;
         Ok(charged(json(StatusCode::OK, &item), meter))
     })
     .await
+}
+
+/// The events around a letter, if it has a place in a thread.
+fn neighbours(api: &Api, who: &Principal, row: &DeadLetterRow, meter: &mut Meter) -> Result<Option<Neighbours>, Error> {
+    let Some(thread) = &row.thread else { return Ok(None) };
+    let (before, after) = match (row.seq, row.place) {
+        (Some(seq), _) => (seq.saturating_sub(1), seq.saturating_add(1)),
+        (None, Some(place)) => (place, place.saturating_add(1)),
+        (None, None) => return Ok(None),
+    };
+    let mut read = |from, to, newest_first| {
+        let range = EventRange { from, to, limit: NEIGHBOURS, bytes: NEIGHBOURS_BYTES, newest_first };
+        let events = api.store.events(&who.tenant, thread, range)?;
+        meter.add(events.iter().map(|event| event.frame.len()).sum::<usize>() * COPIES)?;
+        let raw = |event: crate::store::StoredEvent| RawValue::from_string(without_type(&event.frame)).ok();
+        Ok::<Vec<_>, Error>(events.into_iter().filter_map(raw).collect())
+    };
+    let mut nearest_first = read(1, before, true)?;
+    nearest_first.reverse();
+    Ok(Some(Neighbours { before: nearest_first, after: read(after, u64::MAX, false)? }))
 }
 
 /// `known`: whether it is known to be the tenant's.
@@ -101,6 +177,17 @@ fn item(api: &Api, who: &Principal, id: [u8; 16], row: DeadLetterRow, known: boo
     };
     // An event that was refused has no seq, and stands in the row.
     let event = stored.map(|event| without_type(&event.frame)).or(row.event);
+    let tried = |tried: crate::store::dead_letters::TryRow| LetterTry {
+        at: clock::rfc3339(tried.at),
+        worker: tried.worker,
+        reason: tried.reason,
+    };
+    let act = |act: crate::store::dead_letters::ActRow| LetterAct {
+        act: if act.discarded { ActName::Discarded } else { ActName::Requeued },
+        by: act.by,
+        at: clock::rfc3339(act.at),
+        note: act.note,
+    };
 
     Ok(DeadLetterItem {
         id: Uuid::from_bytes(id),
@@ -108,11 +195,21 @@ fn item(api: &Api, who: &Principal, id: [u8; 16], row: DeadLetterRow, known: boo
         at: clock::rfc3339(row.at),
         attempts: row.attempts,
         error: row.error,
+        fingerprint: Fingerprint(row.fingerprint).to_string(),
+        state: match row.state {
+            LetterState::Open => LetterStateName::Open,
+            LetterState::Requeued => LetterStateName::Requeued,
+            LetterState::Done => LetterStateName::Done,
+            LetterState::Discarded => LetterStateName::Discarded,
+        },
         thread: row.thread,
+        kind: row.kind,
         user: row.user,
         name: row.name,
         seq: row.seq,
         event: event.and_then(|text| RawValue::from_string(text).ok()),
+        tries: row.tries.into_iter().map(tried).collect(),
+        acts: row.acts.into_iter().map(act).collect(),
         source: row.source.map(|source| UnreadableSource {
             topic: source.topic,
             partition: source.partition,
@@ -120,5 +217,63 @@ fn item(api: &Api, who: &Principal, id: [u8; 16], row: DeadLetterRow, known: boo
             size: source.size,
             bytes: known.then(|| STANDARD.encode(&source.bytes)),
         }),
+        neighbours: None,
     })
+}
+
+/// `GET /v1/dead-letters/counts`
+pub async fn counts(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
+    let limit = it.query(&["limit"])?.limit()?;
+    let meter = api.meter(&it.who, COUNTS_BYTES).await?;
+    blocking(move || {
+        let tenants = [&*it.who.tenant, ""];
+        let mut counted: BTreeMap<String, u64> = BTreeMap::new();
+        for tenant in tenants {
+            for row in api.store.dead_letter_reasons(tenant)? {
+                *counted.entry(row.reason).or_default() += row.open;
+            }
+        }
+        let mut reasons: Vec<_> = counted.into_iter().map(|(reason, count)| ReasonCount { reason, count }).collect();
+        reasons.sort_by_key(|it| Reverse(it.count));
+        let total = reasons.iter().map(|it| it.count).sum();
+        let (fingerprints, truncated) = fingerprints(&api, tenants, limit)?;
+        let counts = DeadLetterCounts { total, reasons, fingerprints, truncated };
+        Ok(charged(json(StatusCode::OK, &counts), meter))
+    })
+    .await
+}
+
+/// The most frequent fingerprints, and whether there are more.
+fn fingerprints(api: &Api, tenants: [&str; 2], limit: usize) -> Result<(Vec<FingerprintCount>, bool), Error> {
+    let mut found: BTreeMap<Fingerprint, CountRow> = BTreeMap::new();
+    let mut truncated = false;
+    for tenant in tenants {
+        let (rows, all) = api.store.dead_letter_fingerprints(tenant)?;
+        truncated |= !all;
+        for (fingerprint, row) in rows {
+            found.entry(fingerprint).and_modify(|known| known.open += row.open).or_insert(row);
+        }
+    }
+    let mut found: Vec<_> = found.into_iter().collect();
+    found.sort_by_key(|(_, row)| Reverse(row.open));
+    truncated |= found.len() > limit;
+    found.truncate(limit);
+
+    let count = |(fingerprint, row): (Fingerprint, CountRow)| {
+        let filter = DeadLetterFilter { fingerprint: Some(fingerprint), ..DeadLetterFilter::default() };
+        let times = |order| {
+            let times = tenants.map(|tenant| api.store.dead_letter_time(tenant, &filter, order));
+            Ok::<_, StoreError>(times.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten())
+        };
+        Ok(FingerprintCount {
+            fingerprint: fingerprint.to_string(),
+            reason: row.reason,
+            kind: row.kind,
+            error: row.error,
+            count: row.open,
+            oldest: times(Order::OldestFirst)?.min().map(clock::rfc3339),
+            newest: times(Order::NewestFirst)?.max().map(clock::rfc3339),
+        })
+    };
+    Ok((found.into_iter().map(count).collect::<Result<_, Error>>()?, truncated))
 }

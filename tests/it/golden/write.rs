@@ -9,7 +9,7 @@ use weft::log::{Grant, RULES, Record, Topic};
 use weft::protocol::event::LogEvent;
 use weft::protocol::ids::log_key;
 
-use super::{Line, PARTITIONS, append, files, outcome, read_all};
+use super::{Line, NEWEST, PARTITIONS, append, files, outcome, read_all};
 use crate::connection::tickets;
 use crate::support::{LogKind, Server, Socket, TENANT, eventually, publish, token, token_of};
 
@@ -20,8 +20,8 @@ const STALLED: &str = "4s";
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "writes the files of a new version, once"]
 async fn the_golden_log_of_this_version_is_written() {
-    let (log_file, expected_file) = files(RULES);
-    assert!(!log_file.exists() && !expected_file.exists(), "version {RULES} has its files already");
+    let (log_file, expected_file) = files(NEWEST);
+    assert!(!log_file.exists() && !expected_file.exists(), "{NEWEST} has its files already");
 
     let more = ["--partitions", "1", "--run-stalled-after", STALLED, "--rate-user", "0", "--rate-agent", "0"];
     let mut server = Server::start_with(LogKind::embedded(), &more);
@@ -32,6 +32,7 @@ async fn the_golden_log_of_this_version_is_written() {
     runs(&server).await;
     deltas(&server).await;
     receipts(&server).await;
+    letters(&server).await;
     server_endings(&server).await;
     server.stop().await;
 
@@ -237,6 +238,38 @@ async fn receipts(server: &Server) {
 }
 
 /// What the server ends by itself.
+/// Refused events whose letters are requeued too early, in time and too late, and discarded; and a delivery that was given up.
+async fn letters(server: &Server) {
+    let root = token("root", "admin");
+    let mut scout = server.connect_as("scout", AGENT).await;
+    let in_run =
+        |kind: &str, data: Value| publish_with("letters", kind, data, json!({"run": "late", "key": data_key(kind)}));
+    for n in 1..=3 {
+        let thought = json!({"content": format!("thought {n}")});
+        scout.ask(publish_with("letters", "agent_thinking", thought, json!({"run": "late"}))).await;
+    }
+    let (_, page) = server.admin("GET", "/v1/dead-letters?thread=letters").await;
+    let mut ids: Vec<&str> = page["items"].as_array().unwrap().iter().map(|it| it["id"].as_str().unwrap()).collect();
+    ids.reverse();
+    let requeue = async |id: &str, note: &str| {
+        let path = format!("/v1/dead-letters/{id}/requeue");
+        server.http_with("POST", &path, &root, Some(json!({"note": note})), &[]).await.0
+    };
+    let discard = async |id: &str| server.admin("DELETE", &format!("/v1/dead-letters/{id}?note=of+no+use")).await.0;
+    assert_eq!(requeue(ids[0], "too early").await, 409);
+    scout.ask(in_run("agent_started", json!({"agent": "scout"}))).await;
+    assert_eq!((requeue(ids[0], "now").await, requeue(ids[0], "once more").await), (200, 409));
+    assert_eq!((requeue(ids[1], "").await, discard(ids[2]).await, discard(ids[2]).await), (200, 200, 409));
+    scout.ask(in_run("agent_completed", json!({}))).await;
+
+    let (_, page) = server.admin("GET", "/v1/dead-letters?reason=unacknowledged").await;
+    assert_eq!(discard(page["items"][0]["id"].as_str().unwrap()).await, 200);
+}
+
+fn data_key(kind: &str) -> String {
+    format!("letters-{kind}")
+}
+
 async fn server_endings(server: &Server) {
     let mut asker = Worker::begin(server, "asker", json!({})).await;
     let soon = clock::rfc3339(clock::now_ms() + 500);

@@ -7,17 +7,17 @@ use weft::auth::jwt::{Claims, mint};
 use weft::log::embedded::EmbeddedLog;
 
 use crate::log_contract::only_kafka::produce;
-use crate::support::{LogKind, SECRET, Server, claims, eventually, has, refused, refused_with, token, weft};
+use crate::support::{LogKind, SECRET, Server, claims, eventually, has, publish, refused, refused_with, token, weft};
 
-fn root_of(tenant: &str) -> String {
+pub(super) fn root_of(tenant: &str) -> String {
     mint(SECRET, &Claims { tenant: tenant.into(), ..claims("root", "admin") }).unwrap()
 }
 
-async fn get(server: &Server, token: &str, path: &str) -> (u16, Value) {
+pub(super) async fn get(server: &Server, token: &str, path: &str) -> (u16, Value) {
     server.http_with("GET", &format!("/v1/dead-letters{path}"), token, None, &[]).await
 }
 
-async fn list(server: &Server, token: &str, query: &str) -> Vec<Value> {
+pub(super) async fn list(server: &Server, token: &str, query: &str) -> Vec<Value> {
     let (status, page) = get(server, token, query).await;
     assert_eq!((status, page.get("next")), (200, None), "{page}");
     page["items"].as_array().unwrap().clone()
@@ -25,6 +25,11 @@ async fn list(server: &Server, token: &str, query: &str) -> Vec<Value> {
 
 fn errors(items: &[Value]) -> Vec<&str> {
     items.iter().map(|item| item["error"].as_str().unwrap()).collect()
+}
+
+fn without_neighbours(mut letter: Value) -> Value {
+    letter.as_object_mut().unwrap().remove("neighbours");
+    letter
 }
 
 /// A server whose log holds, beside two events, records that nobody can read: seven of acme's, one of umbrella's, and one
@@ -119,7 +124,8 @@ async fn an_admin_lists_the_own_tenants_dead_letters_newest_first_by_reason_and_
 
     for letter in &all {
         let path = format!("/{}", letter["id"].as_str().unwrap());
-        assert_eq!(get(&server, &acme, &path).await, (200, letter.clone()));
+        let (status, alone) = get(&server, &acme, &path).await;
+        assert_eq!((status, without_neighbours(alone)), (200, letter.clone()));
         let (status, problem) = get(&server, &root_of("umbrella"), &path).await;
         if letter == nobodys {
             assert_eq!((status, &problem), (200, letter));
@@ -188,8 +194,97 @@ async fn dead_letters_go_page_by_page_each_once_also_with_a_filter_and_after_a_r
     assert_eq!(server.connect("ada").await.say("t", "reading goes on").await, 2);
 }
 
+#[tokio::test]
+async fn letters_that_are_alike_have_one_fingerprint_and_are_counted_by_it_and_by_their_reason() {
+    let mut server = with_letters().await;
+    let acme = root_of("acme");
+    let mut scout = server.connect_as("scout", "publish subscribe agent").await;
+    for run in ["r1", "r22"] {
+        let thinking = publish("t", "agent_thinking", json!({"content": "hm"}));
+        refused_with(&scout.ask(with(thinking, json!({"run": run}))).await, "run_order");
+    }
+    let done = with(publish("t", "agent_completed", json!({})), json!({"run": "r"}));
+    refused_with(&scout.ask(done).await, "run_order");
+
+    let thinking = list(&server, &acme, "?kind=agent_thinking").await;
+    assert_eq!(thinking.len(), 2, "{thinking:?}");
+    let fingerprint = thinking[0]["fingerprint"].as_str().unwrap();
+    assert_eq!(thinking[1]["fingerprint"], fingerprint);
+    for letter in &thinking {
+        has(letter, json!({"reason": "run_order", "state": "open", "kind": "agent_thinking", "attempts": 1}));
+        has(&letter["tries"][0], json!({"at": letter["at"], "worker": "scout", "reason": letter["error"]}));
+    }
+    assert_eq!(list(&server, &acme, &format!("?fingerprint={fingerprint}")).await, thinking);
+    let (newer, older) = (thinking[0]["at"].as_str().unwrap(), thinking[1]["at"].as_str().unwrap());
+    if newer != older {
+        assert_eq!(list(&server, &acme, &format!("?kind=agent_thinking&since={newer}")).await, thinking[..1]);
+        assert_eq!(list(&server, &acme, &format!("?kind=agent_thinking&until={newer}")).await, thinking[1..]);
+    }
+    for (query, field) in [("?since=yesterday", "since"), ("?until=1", "until"), ("?fingerprint=xyz", "fingerprint")] {
+        refused(&get(&server, &acme, query).await.1, "bad_request", field);
+    }
+
+    let (status, counts) = get(&server, &acme, "/counts").await;
+    assert_eq!((status, &counts["total"]), (200, &json!(13)), "{counts}");
+    let of = |reason: &str| counts["reasons"].as_array().unwrap().iter().find(|it| it["reason"] == reason).unwrap();
+    assert_eq!((&of("unreadable")["count"], &of("run_order")["count"]), (&json!(8), &json!(3)), "{counts}");
+    let alike = counts["fingerprints"].as_array().unwrap().iter().find(|it| it["fingerprint"] == fingerprint).unwrap();
+    has(alike, json!({"reason": "run_order", "kind": "agent_thinking", "count": 2, "oldest": older, "newest": newer}));
+    // What nobody can tell whose it is counts with those that the tenant sees.
+    assert_eq!(get(&server, &root_of("umbrella"), "/counts").await.1["total"], 2);
+    let (_, first) = get(&server, &acme, "/counts?limit=1").await;
+    assert_eq!((first["fingerprints"].as_array().unwrap().len(), &first["truncated"]), (1, &json!(true)), "{first}");
+
+    rebuilt(&mut server).await;
+    assert_eq!(get(&server, &acme, "/counts").await.1, counts, "the same after a rebuild");
+}
+
+#[tokio::test]
+async fn a_letter_is_shown_with_the_events_around_it_and_with_each_attempt() {
+    let server = Server::start(LogKind::embedded());
+    let mut ada = server.connect("ada").await;
+    let mut scout = server.connect_as("scout", "publish subscribe agent").await;
+    for n in 1..=7 {
+        assert_eq!(ada.say("t", &format!("m{n}")).await, n);
+    }
+    let thinking = publish("t", "agent_thinking", json!({"content": "hm"}));
+    refused_with(&scout.ask(with(thinking, json!({"run": "r"}))).await, "run_order");
+    for n in 8..=9 {
+        assert_eq!(ada.say("t", &format!("m{n}")).await, n);
+    }
+    let mut slow = server.connect("ada").await;
+    slow.subscribe_with("t", json!({"after": 7, "confirm": true, "ack_within_ms": 1_000, "attempts": 2})).await;
+    let acme = root_of("acme");
+    eventually("it is given up", async || list(&server, &acme, "?reason=unacknowledged").await.len() == 1).await;
+
+    let seqs = |events: &Value| -> Vec<u64> {
+        events.as_array().unwrap().iter().map(|event| event["seq"].as_u64().unwrap()).collect()
+    };
+    for (reason, before, after) in
+        [("run_order", [3, 4, 5, 6, 7], vec![8, 9]), ("unacknowledged", [3, 4, 5, 6, 7], vec![9])]
+    {
+        let letter = &list(&server, &acme, &format!("?reason={reason}")).await[0];
+        assert!(letter.get("neighbours").is_none(), "{letter}");
+        let (_, alone) = get(&server, &acme, &format!("/{}", letter["id"].as_str().unwrap())).await;
+        let neighbours = &alone["neighbours"];
+        assert_eq!((seqs(&neighbours["before"]), seqs(&neighbours["after"])), (before.to_vec(), after), "{reason}");
+    }
+    let given_up = &list(&server, &acme, "?reason=unacknowledged").await[0];
+    has(given_up, json!({"attempts": 2, "kind": "user_message", "seq": 8}));
+    let tries = given_up["tries"].as_array().unwrap();
+    assert_eq!(tries.len(), 2, "{given_up}");
+    let at: Vec<u64> = tries.iter().map(|it| weft::clock::parse_rfc3339(it["at"].as_str().unwrap()).unwrap()).collect();
+    assert!(at[1] >= at[0] + 1_000, "each at its own time: {given_up}");
+    assert!(tries.iter().all(|it| it["worker"] == "ada"), "{given_up}");
+}
+
+pub(super) fn with(mut command: Value, more: Value) -> Value {
+    command.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    command
+}
+
 /// Checks the projections against the log, deletes them, and has them made anew.
-async fn rebuilt(server: &mut Server) {
+pub(super) async fn rebuilt(server: &mut Server) {
     server.stop().await;
     let check =
         weft().args(["rebuild", "--check", "--data"]).arg(server.data()).args(server.log().arguments()).output();

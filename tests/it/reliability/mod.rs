@@ -1,5 +1,5 @@
 //! What goes wrong around a server: a second node, a broker that stops, readers that stop, kills in the middle of a publish.
-//! [`durable`], [`confirm`], [`dead_letters`] and [`flow`] are about readers that come back, fail, or take their time,
+//! [`durable`], [`confirm`], [`dead_letters`], [`letter_acts`] and [`flow`] are about readers that come back, fail, or take their time,
 //! [`brokers`] about Kafka as it is run in production, [`level`] about two nodes and what one of them has answered, [`memory`]
 //! about those that ask for much, [`panics`] about what is not to happen at all.
 
@@ -8,6 +8,7 @@ mod confirm;
 mod dead_letters;
 mod durable;
 mod flow;
+mod letter_acts;
 mod level;
 mod memory;
 mod panics;

@@ -62,7 +62,15 @@ pub(super) fn makes_threads(route: &Route) -> bool {
     )
 }
 
+/// Routes that do something about all dead letters that match.
+pub(super) fn is_for_all_letters(route: &Route) -> bool {
+    matches!(route.path, "/v1/dead-letters/requeue" | "/v1/dead-letters/discard")
+}
+
 fn body_of(route: &Route) -> Option<Value> {
+    if is_for_all_letters(route) {
+        return Some(json!({"filter": {}}));
+    }
     match (route.method.as_str(), makes_threads(route)) {
         ("PUT", true) => Some(json!({"title": "mine"})),
         ("POST", true) => Some(json!({"kind": "user_message", "data": {"content": "hi"}})),
@@ -88,7 +96,9 @@ async fn who_has_no_right_is_refused_on_every_route_or_finds_nothing_there() {
                 // Of the caller's own tenant.
                 (Needs::Token, "/v1/tickets") => (201, None),
                 (Needs::Read, "/v1/threads" | "/v1/runs") => (200, None),
-                (Needs::Admin, "/v1/sessions" | "/v1/dead-letters" | "/v1/users/{user}/sessions") => (200, None),
+                (Needs::Admin, "/v1/sessions" | "/v1/users/{user}/sessions") => (200, None),
+                (Needs::Admin, "/v1/dead-letters" | "/v1/dead-letters/counts") => (200, None),
+                (Needs::Admin, "/v1/dead-letters/requeue" | "/v1/dead-letters/discard") => (200, None),
                 (_, path) if path.contains('{') => (404, Some("not_found")),
                 _ => panic!("say what this route may answer: {what}"),
             };

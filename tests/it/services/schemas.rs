@@ -207,6 +207,10 @@ async fn every_route_answers_what_its_schema_says() {
         let body = match (method, route.path) {
             ("PUT", "/v1/threads/{thread}") => Some(json!({"title": "Everything", "members": ["cid"]})),
             ("POST", "/v1/threads/{thread}/events") => Some(json!({"kind": "x.a", "data": 1, "parent": 1})),
+            ("POST", "/v1/dead-letters/{id}/requeue") => Some(json!({"rehearse": true, "note": "to see"})),
+            ("POST", "/v1/dead-letters/requeue" | "/v1/dead-letters/discard") => {
+                Some(json!({"filter": {"reason": "run_order"}, "rehearse": true}))
+            }
             _ => None,
         };
         // Checked against the schema of the route's body; there is none for a problem here.

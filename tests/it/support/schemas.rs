@@ -102,6 +102,8 @@ pub fn check_request(method: &str, path: &str, body: &Value) {
     match (method, &parts[..]) {
         ("PUT", ["v1", "threads", _]) => check("http.thread", body),
         ("POST", ["v1", "threads", _, "events"]) => check("http.publish", body),
+        ("POST", ["v1", "dead-letters", "requeue" | "discard"]) => check("http.dead-letter-acts", body),
+        ("POST", ["v1", "dead-letters", _, "requeue"]) => check("http.dead-letter-act", body),
         _ => panic!("no schema for the body of {method} {path}: {body}"),
     }
 }
@@ -118,6 +120,11 @@ pub fn check_body(method: &str, path: &str, status: u16, body: &Value) {
         ("GET", ["v1", "sessions"]) => "http.session-list",
         ("DELETE", ["v1", "users", _, "sessions"]) => "http.revocation",
         ("GET", ["v1", "dead-letters"]) => "http.dead-letter-list",
+        ("GET", ["v1", "dead-letters", "counts"]) => "http.dead-letter-counts",
+        ("POST", ["v1", "dead-letters", "requeue" | "discard"]) => "http.dead-letter-outcomes",
+        ("POST", ["v1", "dead-letters", _, "requeue"]) | ("DELETE", ["v1", "dead-letters", _]) => {
+            "http.dead-letter-outcome"
+        }
         ("GET", ["v1", "dead-letters", _]) => "http.dead-letter",
         ("GET", ["v1", "runs"] | ["v1", "threads", _, "runs"]) => "http.run-list",
         ("GET", ["v1", "runs", _] | ["v1", "threads", _, "runs", _]) => "http.run",

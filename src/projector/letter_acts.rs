@@ -1,0 +1,291 @@
+//! What people do about dead letters: each act is a record in the letter's own partition, and the first one since the letter
+//! failed counts.
+//!
+//! A letter that the projector made of a refused event is in that event's partition. To requeue it is one record there: it is
+//! the act, and with it the event's turn comes again, so nothing can happen between the two, and the event appears once
+//! however often and on however many nodes it is asked for. A letter that a session wrote is in the topic of dead letters, and
+//! what is done about it as well.
+//!
+//! An `unreadable` letter may be from another partition than its acts. It can only be discarded, so the acts alone decide: one
+//! that comes before its letter waits for it in the letter's row, and the row is the same in the end.
+
+use uuid::Uuid;
+
+use super::dead_letters::{again, keep_newest, open_letter, read_value};
+use super::judge::BatchState;
+use super::rules;
+use super::thread::Thread;
+use super::transaction::EventRecord;
+use super::{Published, Verdict};
+use crate::clock;
+use crate::log::{Foreign, Grant, Record, Topic};
+use crate::protocol::dead_letters::{ATTEMPTS, Fingerprint, OVERFLOW, REJECTED, UNACKNOWLEDGED, UNREADABLE};
+use crate::protocol::error::{Code, Error};
+use crate::protocol::event::LogEvent;
+use crate::protocol::kinds::{LETTER_DISCARDED, LETTER_REQUEUED, LETTER_SETTLED};
+use crate::protocol::letters::Effect;
+use crate::protocol::records::LetterActRecord;
+use crate::protocol::{ids, json};
+use crate::store::StoreError;
+use crate::store::dead_letters::{ActRow, DeadLetterRow, LetterState, TryRow};
+
+/// What somebody does about a letter.
+pub(super) struct Act {
+    pub(super) what: What,
+    pub(super) record: LetterActRecord,
+    /// Its time, in milliseconds.
+    pub(super) at: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum What {
+    Requeue,
+    Discard,
+    Settle,
+}
+
+/// By what a requeued event is judged.
+#[derive(Clone, Copy)]
+pub(super) struct Turn {
+    pub(super) partition: u32,
+    pub(super) rules: u16,
+    pub(super) at: u64,
+    pub(super) key_time: u64,
+}
+
+/// Whether a record is an act.
+pub(super) fn is_act(record: &Record) -> bool {
+    record.rules >= rules::LETTERS_ARE_ACTED_ON && what(&record.kind).is_some()
+}
+
+fn what(kind: &str) -> Option<What> {
+    match kind {
+        LETTER_REQUEUED => Some(What::Requeue),
+        LETTER_DISCARDED => Some(What::Discard),
+        LETTER_SETTLED => Some(What::Settle),
+        _ => None,
+    }
+}
+
+/// The act in a record; or why the record is foreign.
+pub(super) fn read(record: &Record) -> Result<Act, Foreign> {
+    let read = || {
+        let act: LetterActRecord = read_value(record)?;
+        let names = ids::check_name("tenant", &act.tenant).and(ids::check_name("by", &act.by));
+        let names = names.and(act.thread.as_deref().map_or(Ok(()), ids::check_thread));
+        names.map_err(|error| error.to_string())?;
+        let at = clock::parse_rfc3339(&act.at).ok_or("at is not RFC 3339")?;
+        let what = what(&act.kind).filter(|_| act.kind == record.kind).ok_or("its kind is not the header's")?;
+        let place = Record::from(&act);
+        if (place.topic, &place.key) != (record.topic, &record.key) {
+            return Err("it is not in its letter's partition".to_owned());
+        }
+        Ok(Act { what, record: act, at })
+    };
+    read().map_err(|why| Foreign::new(why, record))
+}
+
+/// What a requeue does with a letter; or why it cannot be requeued.
+pub fn effect_of(row: &DeadLetterRow) -> Result<Effect, Error> {
+    match &*row.reason {
+        UNREADABLE => {
+            let why =
+                "the record cannot be read, so there is nothing to try again: whoever wrote it has to write it right";
+            Err(Error::new(Code::Conflict, why).at("id"))
+        }
+        UNACKNOWLEDGED => Err(Error::new(Code::Conflict, "to deliver an event again is planned").at("id")),
+        ATTEMPTS | REJECTED | OVERFLOW => {
+            Err(Error::new(Code::Conflict, "there are no work queues yet whose work it could be").at("id"))
+        }
+        _ if row.event.is_some() => Ok(Effect::Append),
+        _ => Err(Error::new(Code::Conflict, "its event is not kept").at("id")),
+    }
+}
+
+/// Whether nothing has been done about the letter since it failed so often.
+pub fn check_open(row: &DeadLetterRow, round: u32) -> Result<(), Error> {
+    if row.state == LetterState::Open && row.round == round {
+        return Ok(());
+    }
+    let why = match row.acts.last() {
+        Some(act) => {
+            let done = if act.discarded { "discarded" } else { "requeued" };
+            format!("it was {done} by {} at {}", act.by, clock::rfc3339(act.at))
+        }
+        None => "it is not as it was".to_owned(),
+    };
+    Err(Error::new(Code::Conflict, why).at("id"))
+}
+
+impl Act {
+    fn row(&self) -> ActRow {
+        ActRow {
+            discarded: self.what == What::Discard,
+            by: self.record.by.clone(),
+            at: self.at,
+            note: self.record.note.clone(),
+        }
+    }
+
+    pub(super) fn done(&self) -> Verdict {
+        Ok(Published { seq: 0, event: self.record.id, duplicate: false })
+    }
+
+    /// Whether its letter may be in a partition that is read later.
+    fn is_early(&self) -> bool {
+        self.record.reason == UNREADABLE && self.what == What::Discard
+    }
+
+    /// What stands for a letter that has not come yet.
+    fn early_row(&self) -> DeadLetterRow {
+        let row = open_letter(UNREADABLE, None, self.at, 0, String::new());
+        DeadLetterRow { thread: self.record.thread.clone(), ..row }
+    }
+}
+
+impl BatchState<'_> {
+    /// The letter that an act is about, if the act is the first since the letter failed.
+    pub(super) fn letter_for(&self, act: &Act) -> Result<Result<DeadLetterRow, Error>, StoreError> {
+        let LetterActRecord { tenant, letter, thread, round, reason, .. } = &act.record;
+        let none = || Error::new(Code::NotFound, "there is no such dead letter").at("id");
+        let Some(row) = self.dead_letters.row(&self.tx, tenant, letter.as_bytes())? else { return Ok(Err(none())) };
+        if row.thread != *thread || row.reason != *reason {
+            return Ok(Err(none()));
+        }
+        let checked = match act.what {
+            What::Settle if row.state == LetterState::Requeued && row.round == *round => Ok(()),
+            What::Settle => Err(Error::new(Code::Conflict, "it is not waited for").at("id")),
+            What::Requeue | What::Discard => check_open(&row, *round),
+        };
+        Ok(checked.map(|()| row))
+    }
+
+    /// An act in the topic of dead letters.
+    pub(super) fn act_on_delivery(&mut self, act: &Act) -> Result<Verdict, StoreError> {
+        let row = match self.letter_for(act)? {
+            Ok(row) => row,
+            Err(refused) if refused.code == Code::NotFound && act.is_early() => act.early_row(),
+            Err(refused) => return Ok(Err(refused)),
+        };
+        let state = match act.what {
+            What::Discard => LetterState::Discarded,
+            What::Settle => LetterState::Done,
+            What::Requeue => match effect_of(&row) {
+                Ok(_) => LetterState::Requeued,
+                Err(refused) => return Ok(Err(refused)),
+            },
+        };
+        self.close(act, row, state)?;
+        Ok(act.done())
+    }
+
+    /// The letter is in no list any more, for now or for good.
+    pub(super) fn close(&mut self, act: &Act, mut row: DeadLetterRow, state: LetterState) -> Result<(), StoreError> {
+        row.state = state;
+        if act.what != What::Settle {
+            row.acts.push(act.row());
+            keep_newest(&mut row.acts);
+        }
+        if act.what == What::Requeue {
+            row.round += 1;
+        }
+        self.put_letter(act, row)
+    }
+
+    fn put_letter(&mut self, act: &Act, row: DeadLetterRow) -> Result<(), StoreError> {
+        self.dead_letters.put(&mut self.tx, &act.record.tenant, *act.record.letter.as_bytes(), row)
+    }
+
+    /// The turn of a refused event comes again. It is appended, and the letter done with; or it is refused again, and the
+    /// letter stays open with one attempt more.
+    pub(super) fn requeue_event(
+        &mut self,
+        act: &Act,
+        row: DeadLetterRow,
+        turn: Turn,
+        thread: &mut Thread,
+    ) -> Result<Verdict, StoreError> {
+        let head = thread.row.head;
+        let verdict = self.judge_again(&row, turn, thread)?;
+        match &verdict {
+            Ok(published) => {
+                let seq = Some(published.seq).filter(|seq| *seq > 0);
+                self.close(act, DeadLetterRow { seq, ..row }, LetterState::Done)?;
+            }
+            Err(refused) => {
+                let error = refused.message.to_string();
+                let tried = TryRow { at: act.at, worker: row.user.clone(), reason: error.clone() };
+                let failed = DeadLetterRow {
+                    at: act.at,
+                    attempts: 1,
+                    fingerprint: Fingerprint::of(&row.reason, row.kind.as_deref(), &error).0,
+                    error,
+                    place: Some(head),
+                    round: row.round + 1,
+                    tries: vec![tried],
+                    ..row.clone()
+                };
+                let mut failed = again(&row, failed);
+                failed.acts.push(act.row());
+                keep_newest(&mut failed.acts);
+                self.put_letter(act, failed)?;
+            }
+        }
+        Ok(verdict)
+    }
+
+    /// What becomes of a letter's event now.
+    pub(super) fn judge_again(
+        &mut self,
+        row: &DeadLetterRow,
+        turn: Turn,
+        thread: &mut Thread,
+    ) -> Result<Verdict, StoreError> {
+        let Turn { partition, rules, at, key_time } = turn;
+        let text = row.event.clone().unwrap_or_default();
+        let event: LogEvent<'_> = match json::decode(&text) {
+            Ok(event) => event,
+            Err(error) => return Ok(Err(error)),
+        };
+        let grant = row.grant.as_deref().and_then(|grant| Grant::parse(grant.as_bytes())).unwrap_or(Grant::Member);
+        let record = Record {
+            topic: Topic::Events,
+            key: ids::log_key(&event.tenant, &event.thread),
+            kind: event.kind.to_string(),
+            rules,
+            grant,
+            traceparent: None,
+            value: text.clone().into_bytes().into(),
+        };
+        self.judge(&EventRecord { partition, record: &record, event: &event, at, key_time }, thread)
+    }
+}
+
+/// The key of the thread that a letter's event goes to.
+pub(super) fn thread_key(tenant: &str, row: &DeadLetterRow) -> Option<String> {
+    row.thread.as_ref().map(|thread| ids::log_key(tenant, thread))
+}
+
+/// An act's record by a user, now.
+pub fn record(
+    kind: &str,
+    id: Uuid,
+    letter: Uuid,
+    row: &DeadLetterRow,
+    who: (&str, &str),
+    note: Option<&str>,
+) -> LetterActRecord {
+    let (tenant, by) = who;
+    LetterActRecord {
+        kind: kind.to_owned(),
+        id,
+        letter,
+        reason: row.reason.clone(),
+        tenant: tenant.to_owned(),
+        thread: row.thread.clone(),
+        round: row.round,
+        by: by.to_owned(),
+        note: note.map(str::to_owned),
+        at: clock::rfc3339(clock::now_ms()),
+    }
+}
