@@ -2,7 +2,10 @@
 //!
 //! - What works for one client (a session, a stream, a request, one read of the store) is caught by [`catch`] and
 //!   [`catch_task`]. That client gets `internal`, and everybody else is served on.
-//! - What everybody depends on (the log's threads, the projector, the hub, the accept loop) ends the process by
+//! - What the projector makes of one record is caught by [`caught`]: that record becomes a dead letter, and all others are
+//!   projected ([`crate::projector`]).
+//! - What else everybody depends on (the log's threads, the rest of the projector, the hub, the
+//!   accept loop) ends the process by
 //!   [`abort_on_panic`]: without it the server would seem to live, and what it was changing may be half changed. Nothing is
 //!   lost by that: what was answered is in the log, and a start reads it.
 //!
@@ -47,7 +50,15 @@ pub fn catch<T>(work: impl FnOnce() -> T) -> Result<T, Error> {
     catch_unwind(AssertUnwindSafe(work)).map_err(|_| internal())
 }
 
-/// The same for what waits in between.
+/// Runs what may panic; the panic's message if it does. What the work was changing may be half changed.
+pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|payload| {
+        let text = payload.downcast_ref::<&str>().map(ToString::to_string);
+        text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
+    })
+}
+
+/// The same as [`catch`] for what waits in between.
 pub async fn catch_task<T>(work: impl Future<Output = T>) -> Result<T, Error> {
     AssertUnwindSafe(work).catch_unwind().await.map_err(|_| internal())
 }
@@ -88,6 +99,19 @@ mod tests {
     fn a_panic_becomes_an_error_and_what_does_not_panic_is_passed_on() {
         assert_eq!(catch(|| -> u8 { panic!("a bug") }).map_err(|error| error.code), Err(Code::Internal));
         assert_eq!(catch(|| 5).ok(), Some(5));
+    }
+
+    #[test]
+    fn a_panic_s_message_is_kept() {
+        let text = |n: u8| {
+            caught(|| {
+                if n > 0 {
+                    panic!("bug {n}")
+                }
+            })
+        };
+        assert_eq!((text(0), text(1)), (Ok(()), Err("bug 1".to_owned())));
+        assert_eq!(caught(|| panic!("a bug")), Err::<(), _>("a bug".to_owned()));
     }
 
     #[tokio::test]

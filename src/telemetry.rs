@@ -70,6 +70,11 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_log_problem", Type::Gauge, "1 while the log cannot be relied on to take and keep records"),
     ("weft_log_warnings", Type::Gauge, "What of the log somebody should see to"),
     ("weft_foreign_records_total", Type::Counter, "Foreign records in the log: such as Weft did not write"),
+    (
+        "weft_poisoned_records_total",
+        Type::Counter,
+        "Records that the projector panicked at: each is a bug, and a dead letter",
+    ),
     ("weft_checkpoints_total", Type::Counter, "Checkpoints of partitions, by what became of them"),
     ("weft_dead_letters_total", Type::Counter, "Dead letters read from the log, by reason"),
     ("weft_deliveries_total", Type::Counter, "Event frames written to sockets"),
@@ -229,6 +234,9 @@ pub fn log_warnings() -> Gauge {
 }
 pub fn foreign_records() -> Counter {
     counter!("weft_foreign_records_total")
+}
+pub fn poisoned_records() -> Counter {
+    counter!("weft_poisoned_records_total")
 }
 pub fn checkpoints(outcome: &'static str) -> Counter {
     counter!("weft_checkpoints_total", "outcome" => outcome)

@@ -7,8 +7,8 @@
 //! - nothing is decided from another partition, since partitions have no common order;
 //! - where a batch ends changes no verdict and no row: [`judge::BatchState`] shows what the batch has decided so far;
 //! - rows and the position they come from are committed together, and updates are published only after the commit;
-//! - foreign records are skipped and reported as dead letters, and reading continues; when the store fails, the same
-//!   records are tried again.
+//! - foreign records are skipped and reported as dead letters, and reading continues, and so are those that the projector
+//!   panics at ([`poison`]); when the store fails, the same records are tried again.
 //!
 //! [`opening`] says which store goes on, [`pump`] is the thread, [`rebuild`] makes the store anew. Of one record, [`judge`] says what becomes of an event, with
 //! [`thread`], [`keys`] (by [`log_time`]), [`runs`] and [`messages`] for the parts; [`tickets`] judges who
@@ -25,6 +25,7 @@ pub mod level;
 mod log_time;
 mod messages;
 pub mod opening;
+mod poison;
 mod pump;
 pub mod rebuild;
 mod receipts;
@@ -47,6 +48,7 @@ pub use self::keys::KEY_LIFETIME;
 use self::keys::LastPurged;
 use self::letter_acts::{Act, Turn, What};
 pub use self::messages::MAX_MESSAGE_DATA;
+use self::poison::Panicked;
 pub use self::pump::{Failing, PublishCommit, Pump, Status};
 use self::thread::Thread;
 pub use self::tickets::MAX_OPEN_TICKETS;
@@ -60,8 +62,8 @@ use crate::protocol::letters::Effect;
 use crate::protocol::tickets::{TicketOwner, owner_of_key};
 use crate::protocol::{ids, json};
 use crate::store::dead_letters::LetterState;
-use crate::store::{Partition, Progress, Store, StoreError};
-use crate::{clock, telemetry};
+use crate::store::{Progress, Store, StoreError};
+use crate::{clock, panics, telemetry};
 
 /// A batch is committed once its rows have this many bytes, whatever is left of its records. What it publishes is no larger
 /// than its rows. One record adds one event, but for the end of a run: that closes up to 8 MiB of text, each message read
@@ -167,6 +169,18 @@ pub enum ProjectError {
     Disagrees(#[from] Disagreement),
 }
 
+/// Why a batch was not committed, which may not be the last word.
+enum BatchError {
+    Panicked(Panicked),
+    Project(ProjectError),
+}
+
+impl From<ProjectError> for BatchError {
+    fn from(error: ProjectError) -> BatchError {
+        BatchError::Project(error)
+    }
+}
+
 /// Why a record was not applied.
 enum RecordError {
     Foreign(Foreign),
@@ -232,11 +246,6 @@ impl Projector {
         }
     }
 
-    /// The number of a partition within its topic.
-    fn within(&self, partition: u32) -> Partition {
-        Partition::new(self.names.get(partition).map_or(0, |(_, number)| number))
-    }
-
     /// For each partition the offset to read next.
     pub fn positions(&self) -> Positions {
         self.committed.clone()
@@ -267,8 +276,24 @@ impl Projector {
     /// Judges and commits the first entries, as many as one commit may hold, and returns how many that were; `positions` is where
     /// the log goes on after all of them. After an error nothing has happened, and the call can be repeated.
     pub fn project(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), ProjectError> {
-        let result = self.project_batch(entries, positions);
-        let is_undone = result.is_err();
+        let (mut first, mut poison) = (entries.len(), None);
+        loop {
+            let result = self.project_batch(&entries[..first], entries.len(), positions, poison.as_ref());
+            self.end_batch(result.is_err());
+            let panicked = match result {
+                Ok(done) => return Ok(done),
+                Err(BatchError::Panicked(panicked)) => panicked,
+                Err(BatchError::Project(error)) => return Err(error),
+            };
+            // Those before it by themselves; then it alone, and only if it panics again it is poison.
+            let was_alone = first == 1 && panicked.index == 0;
+            first = panicked.index.max(1);
+            poison = was_alone.then_some(panicked);
+        }
+    }
+
+    /// Of a batch that is not committed, forgets what was made of its records.
+    fn end_batch(&mut self, is_undone: bool) {
         for (partition, before) in self.touched.drain(..) {
             let state = &mut self.partitions[partition as usize];
             state.touched = false;
@@ -282,16 +307,28 @@ impl Projector {
                 checkpoints.roll_back();
             }
         }
-        result
     }
 
-    fn project_batch(&mut self, entries: &[Entry], positions: &[u64]) -> Result<(usize, Commit), ProjectError> {
+    /// `all`: how many there are up to `positions`. `poison`: what the only entry is known to come to.
+    fn project_batch(
+        &mut self,
+        entries: &[Entry],
+        all: usize,
+        positions: &[u64],
+        poison: Option<&Panicked>,
+    ) -> Result<(usize, Commit), BatchError> {
         let store = self.store.clone();
         let mut state = BatchState::new(&store);
 
         let mut applied = 0;
         for entry in entries {
-            self.apply_entry(entry, &mut state)?;
+            match poison {
+                Some(panicked) => self.bury(entry, &panicked.why, &mut state)?,
+                None => {
+                    let result = panics::caught(|| self.apply_entry(entry, &mut state));
+                    result.map_err(|why| BatchError::Panicked(Panicked { index: applied, why }))??;
+                }
+            }
             applied += 1;
             if state.tx.rows.bytes() >= COMMIT_BYTES {
                 break;
@@ -304,14 +341,14 @@ impl Projector {
         for (partition, before) in &self.touched {
             rows.put_progress(*partition, before, &self.partitions[*partition as usize].progress);
         }
-        let is_last = applied == entries.len();
+        let is_last = applied == all;
         let next = self.partitions.iter().zip(positions).map(|(it, end)| match is_last {
             true => it.progress.next.max(*end),
             false => it.progress.next,
         });
         let next: Positions = next.collect();
         rows.put_positions(&self.committed, &next);
-        store.commit(rows)?;
+        store.commit(rows).map_err(ProjectError::from)?;
 
         for (state, next) in self.partitions.iter_mut().zip(&next) {
             state.progress.next = *next;
@@ -321,16 +358,49 @@ impl Projector {
         Ok((applied, tx.commit))
     }
 
+    /// From now on the batch changes this partition.
+    fn touch(&mut self, partition: u32) {
+        let state = &mut self.partitions[partition as usize];
+        if !state.touched {
+            state.touched = true;
+            self.touched.push((partition, state.progress));
+        }
+    }
+
+    /// Makes a dead letter of a record that the projector panics at.
+    fn bury(&mut self, entry: &Entry, why: &str, state: &mut BatchState<'_>) -> Result<(), ProjectError> {
+        tracing::error!(position = %entry.at, why, "the projector fails at a record, which becomes a dead letter");
+        telemetry::poisoned_records().increment(1);
+        self.touch(entry.at.partition);
+        let progress = &mut self.partitions[entry.at.partition as usize].progress;
+        if let Some(checkpoints) = &mut self.checkpoints {
+            checkpoints.cross(entry.at.partition, entry.at.offset, &progress.hash);
+            let what = blake3::hash(&[&b"poison"[..], &entry.at.offset.to_be_bytes()].concat());
+            progress.hash = checkpoints::link(&progress.hash, what.as_bytes());
+        }
+        self.put_unreadable(entry, &poison::unreadable(entry, why), state)?;
+        if let Some((id, error)) = poison::verdict(entry) {
+            state.tx.commit.verdicts.push((id, Err(error)));
+        }
+        self.partitions[entry.at.partition as usize].progress.next = entry.at.offset + 1;
+        Ok(())
+    }
+
+    fn put_unreadable(&self, entry: &Entry, foreign: &Foreign, state: &mut BatchState<'_>) -> Result<(), StoreError> {
+        let newest = log_time::newest(&self.partitions[entry.at.partition as usize].progress);
+        if let Some((topic, number)) = self.names.get(entry.at.partition) {
+            let source = dead_letters::ForeignSource { topic, partition: number, offset: entry.at.offset };
+            state.dead_letters.put_foreign(&mut state.tx, &source, foreign, newest)?;
+        }
+        Ok(())
+    }
+
     /// Applies one entry, whatever it is, and moves its partition's position past it.
     fn apply_entry(&mut self, entry: &Entry, state: &mut BatchState<'_>) -> Result<(), ProjectError> {
         let partition = entry.at.partition;
-        let of_partition = &mut self.partitions[partition as usize];
-        if !of_partition.touched {
-            of_partition.touched = true;
-            self.touched.push((partition, of_partition.progress));
-        }
+        self.touch(partition);
         if let Some(checkpoints) = &mut self.checkpoints {
-            checkpoints.cross(partition, entry.at.offset, &of_partition.progress.hash);
+            checkpoints.cross(partition, entry.at.offset, &self.partitions[partition as usize].progress.hash);
         }
         match self.apply_record(entry, state) {
             Ok(()) => {}
@@ -338,11 +408,7 @@ impl Projector {
             Err(RecordError::Foreign(foreign)) => {
                 tracing::warn!(position = %entry.at, foreign.why, "a foreign record in the log is skipped");
                 telemetry::foreign_records().increment(1);
-                let newest = log_time::newest(&self.partitions[partition as usize].progress);
-                if let Some((topic, number)) = self.names.get(partition) {
-                    let source = dead_letters::ForeignSource { topic, partition: number, offset: entry.at.offset };
-                    state.dead_letters.put_foreign(&mut state.tx, &source, &foreign, newest)?;
-                }
+                self.put_unreadable(entry, &foreign, state)?;
             }
         }
         self.partitions[partition as usize].progress.next = entry.at.offset + 1;

@@ -38,7 +38,7 @@ impl<'s> Rehearsal<'s> {
         let Some(thread) = self.threads.get_mut(&key) else {
             return Ok(Err(Error::new(Code::Internal, "it was just put there")));
         };
-        // Which partition it is in matters to rows alone, and none is written.
-        self.state.judge_again(row, Turn { partition: 0, rules: RULES, at, key_time: at }, thread)
+        let partition = self.store.partition(tenant, name).number();
+        self.state.judge_again(row, Turn { partition, rules: RULES, at, key_time: at }, thread)
     }
 }

@@ -21,6 +21,11 @@ impl Partition {
         Partition(within as u16)
     }
 
+    /// Its number in its topic.
+    pub fn number(self) -> u32 {
+        self.0.into()
+    }
+
     /// As keys have it.
     pub fn bytes(self) -> [u8; Partition::BYTES] {
         self.0.to_be_bytes()

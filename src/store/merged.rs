@@ -166,9 +166,7 @@ impl Iterator for Merged<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::ops::ControlFlow;
 
-    use super::super::dead_letters::{DeadLetterCursor, DeadLetterFilter, DeadLetterRow};
     use super::super::runs::{EventRef, RunKey, RunRow};
     use super::super::{MemberRow, ThreadRow};
     use super::*;
@@ -292,56 +290,6 @@ mod tests {
             assert_eq!(from(Some("a"), 2), ["a.b 8", "z 9"]);
             assert_eq!(from(Some("z"), 2), [""; 0]);
         }
-    }
-
-    #[test]
-    fn dead_letters_of_all_partitions_come_newest_first_also_those_of_one_time() {
-        let (store, _folder) = begun(PARTITIONS);
-        let mut batch = store.batch();
-        let mut expected = Vec::new();
-        for n in 0..600_u64 {
-            let (at, tenant) = (n * 7_919 % 600 / 20, if n % 3 == 0 { "" } else { "acme" });
-            let mut id = [0; 16];
-            id[..8].copy_from_slice(&(n * 104_729 % 600).to_be_bytes());
-            let row = DeadLetterRow {
-                reason: "unreadable".into(),
-                at,
-                thread: None,
-                attempts: 1,
-                error: String::new(),
-                user: None,
-                name: None,
-                seq: None,
-                event: None,
-                source: None,
-            };
-            batch.put_dead_letter(Partition::new(n as u32 * 31 % PARTITIONS), tenant, id, &row);
-            expected.push((DeadLetterCursor { at, id }, tenant == "acme"));
-        }
-        store.commit(batch).expect("it commits");
-        expected.sort();
-        expected.reverse();
-
-        let (mut found, mut after) = (Vec::new(), None);
-        loop {
-            let begin = found.len();
-            let filter = DeadLetterFilter::default();
-            after = store
-                .dead_letters(&["acme", ""], &filter, after, |cursor, row, known| {
-                    assert_eq!(row.at, cursor.at);
-                    found.push((cursor, known));
-                    let is_full = found.len() == begin + 7;
-                    Ok::<_, StoreError>(if is_full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
-                })
-                .expect("it is read");
-            if after.is_none() {
-                break;
-            }
-        }
-        assert_eq!(found, expected);
-        let (some, _) = expected.iter().find(|(_, known)| *known).expect("there is one");
-        assert!(store.dead_letter("acme", &some.id).expect("it is read").is_some());
-        assert!(store.dead_letter("", &some.id).expect("it is read").is_none());
     }
 
     #[test]

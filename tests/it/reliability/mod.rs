@@ -1,7 +1,8 @@
 //! What goes wrong around a server: a second node, a broker that stops, readers that stop, kills in the middle of a publish.
 //! [`durable`], [`confirm`], [`dead_letters`], [`letter_acts`] and [`flow`] are about readers that come back, fail, or take their time,
 //! [`brokers`] about Kafka as it is run in production, [`level`] about two nodes and what one of them has answered, [`memory`]
-//! about those that ask for much, [`panics`] about what is not to happen at all.
+//! about those that ask for much, [`panics`] and [`poison`] about
+//! what is not to happen at all.
 
 mod brokers;
 mod confirm;
@@ -12,6 +13,7 @@ mod letter_acts;
 mod level;
 mod memory;
 mod panics;
+mod poison;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
