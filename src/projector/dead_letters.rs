@@ -158,8 +158,10 @@ impl DeadLetters {
     ) -> Result<(), StoreError> {
         let row = match self.row(tx, tenant, &id)? {
             None => row,
-            Some(was) if was.state == LetterState::Requeued && was.round == row.round && row.round > 0 => {
-                again(&was, row)
+            Some(was) if was.state == LetterState::Requeued && was.round == row.round => again(&was, row),
+            // It was discarded by a record that was read before it.
+            Some(was) if was.source.is_none() && row.source.is_some() => {
+                DeadLetterRow { state: was.state, acts: was.acts, ..row }
             }
             Some(_) => return Ok(()),
         };

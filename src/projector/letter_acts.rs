@@ -289,3 +289,89 @@ pub fn record(
         at: clock::rfc3339(clock::now_ms()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::dead_letters::ForeignSource;
+    use super::super::rebuild::compare;
+    use super::*;
+    use crate::protocol::dead_letters::letter_of;
+    use crate::store::Store;
+
+    const AT: u64 = 1_700_000_000_000;
+
+    enum Step {
+        /// The unreadable record is read.
+        Letter,
+        /// Somebody discards it.
+        Discard(&'static str),
+    }
+
+    fn letter() -> Uuid {
+        letter_of(&[UNREADABLE.as_bytes(), b"events", &3u32.to_be_bytes(), &7u64.to_be_bytes()])
+    }
+
+    fn discard(by: &str) -> Act {
+        let record = LetterActRecord {
+            kind: LETTER_DISCARDED.to_owned(),
+            id: clock::random_id(),
+            letter: letter(),
+            reason: UNREADABLE.to_owned(),
+            tenant: "acme".to_owned(),
+            thread: Some("t".to_owned()),
+            round: 0,
+            by: by.to_owned(),
+            note: None,
+            at: clock::rfc3339(AT),
+        };
+        Act { what: What::Discard, record, at: AT }
+    }
+
+    /// The store after these steps, each in a commit of its own or all in one, and whether each act was the first.
+    fn after(steps: &[Step], in_one: bool) -> (tempfile::TempDir, Store, Vec<bool>) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(folder.path()).expect("it opens");
+        let mut first = Vec::new();
+        let size = if in_one { steps.len() } else { 1 };
+        for batch in steps.chunks(size) {
+            let mut state = BatchState::new(&store);
+            for step in batch {
+                match step {
+                    Step::Letter => {
+                        let source = ForeignSource { topic: "events", partition: 3, offset: 7 };
+                        let (key, value) = (Some("acme/t".into()), Some("garbage".into()));
+                        let foreign = Foreign { why: "it is no event".into(), key, value, at: Some(AT - 5) };
+                        state.dead_letters.put_foreign(&mut state.tx, &source, &foreign, AT).expect("the store works");
+                    }
+                    Step::Discard(by) => {
+                        first.push(state.act_on_delivery(&discard(by)).expect("the store works").is_ok());
+                    }
+                }
+            }
+            store.commit(state.tx.rows).expect("it commits");
+        }
+        (folder, store, first)
+    }
+
+    #[test]
+    fn an_act_on_an_unreadable_record_that_is_read_before_it_comes_to_the_same() {
+        use Step::{Discard, Letter};
+        let (_folder, usual, first) = after(&[Letter, Discard("root"), Discard("vice")], false);
+        assert_eq!(first, [true, false]);
+        let row = usual.dead_letter("acme", letter().as_bytes()).expect("it is read").expect("it is there");
+        assert_eq!((row.state, row.acts.len(), &*row.acts[0].by), (LetterState::Discarded, 1, "root"));
+        assert_eq!(row.error, "it is no event");
+
+        for steps in [
+            [Letter, Discard("root"), Discard("vice")],
+            [Discard("root"), Letter, Discard("vice")],
+            [Discard("root"), Discard("vice"), Letter],
+        ] {
+            for in_one in [false, true] {
+                let (_folder, store, first) = after(&steps, in_one);
+                assert_eq!(first, [true, false]);
+                compare(&usual, &store).expect("the same, row by row");
+            }
+        }
+    }
+}

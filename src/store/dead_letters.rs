@@ -385,7 +385,7 @@ mod tests {
             event: None,
             grant: None,
             source: None,
-            state: if n % 5 == 0 { LetterState::Discarded } else { LetterState::Open },
+            state: if n.is_multiple_of(5) { LetterState::Discarded } else { LetterState::Open },
             round: 0,
             tries: Vec::new(),
             acts: Vec::new(),
