@@ -10,6 +10,7 @@ mod bare;
 mod crowd;
 mod crowded;
 mod fanout;
+mod grow;
 mod idle;
 mod latency;
 mod pace;
@@ -83,6 +84,8 @@ enum Bench {
     Rebuild(rebuild::RebuildArgs),
     /// What the log and the store can do bare, without a server.
     Bare(bare::BareArgs),
+    /// What a publish, a subscribe, a page and a start cost servers that hold more and more; starts them itself.
+    Grow(grow::GrowArgs),
     /// Everything that asks a server.
     All(TargetArgs),
     /// Another server, or Weft, under the load that all of them get.
@@ -122,6 +125,11 @@ async fn run(args: BenchArgs) -> Result<(), Failure> {
     if let Bench::Report(files) = bench {
         return report::combine(&files);
     }
+    if let Bench::Grow(args) = bench {
+        let rows = on_one_thread(move || async move { grow::run(&args).await }).await?;
+        let report = || Report { log: LogKind::Embedded, figures: grow::figures(&rows), failures: Vec::new() };
+        return Output::new().line(if json { report().json()? } else { grow::table(&rows) }).map(drop);
+    }
     let report = on_one_thread(move || measure(bench, log)).await?;
     Output::new().line(if json { report.json()? } else { report.table(&[]) })?;
     match report.failures.as_slice() {
@@ -160,7 +168,7 @@ async fn measure(bench: Bench, log: LogKind) -> Result<Report, Failure> {
         Bench::Rebuild(args) => rebuild::run(&args, log)?,
         Bench::Bare(args) => bare::run(&args, log).await?,
         Bench::Peers(args) => peers::run(&args).await?,
-        Bench::Report(_) => return Err("a report measures nothing".into()),
+        Bench::Grow(_) | Bench::Report(_) => return Err("this one asks no server that is given".into()),
     };
     Ok(Report { log, figures, failures: Vec::new() })
 }

@@ -32,6 +32,12 @@ pub struct TargetArgs {
     pub tenant: String,
 }
 
+impl TargetArgs {
+    pub fn of(url: &str, secret: &str) -> TargetArgs {
+        TargetArgs { url: url.to_owned(), jwt_secret: secret.to_owned(), tenant: "bench".to_owned() }
+    }
+}
+
 #[derive(Clone)]
 pub struct Target {
     args: TargetArgs,
@@ -115,7 +121,7 @@ impl Target {
         Ok(())
     }
 
-    async fn http(&self, user: &str) -> Result<Http, Failure> {
+    pub async fn http(&self, user: &str) -> Result<Http, Failure> {
         Ok(Http::connect(&self.args.url, &self.token(user)?).await?)
     }
 

@@ -239,3 +239,35 @@ async fn a_bench_that_cannot_do_its_work_fails_and_says_why() {
     assert!(output.stdout.is_empty(), "no figure of what was not done");
     assert!(String::from_utf8_lossy(&output.stderr).contains("401"), "{}", String::from_utf8_lossy(&output.stderr));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_grow_bench_shows_each_cost_at_each_size_and_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("grow");
+    let run = async |more: &'static [&'static str]| {
+        let mut command = weft_bench();
+        command.args(["grow", "--threads", "1,30", "--partitions", "4", "--connections", "0,3", "--events", "2,200"]);
+        command.args(["--operations", "2000", "--data"]).arg(&data).args(more);
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(!data.exists(), "its data is removed");
+        String::from_utf8(output.stdout).unwrap()
+    };
+
+    let report: Value = serde_json::from_str(&run(&["--json"]).await).unwrap();
+    let figures = report["figures"].as_array().unwrap();
+    for size in ["1 threads", "30 threads", "4 partitions", "0 idle connections", "3 idle connections", "200 events"] {
+        figure(figures, &format!("publish, {size}"), "µs");
+        let clock = figure(figures, &format!("start, on the clock, {size}"), "ms");
+        assert!(clock >= 1.0, "{size}: {clock}");
+        for cost in ["subscribe", "page"] {
+            let name = format!("{cost}, {size}");
+            assert!(figures.iter().any(|figure| figure["name"] == *name && figure["unit"] == "µs"), "{name}");
+        }
+    }
+    assert_eq!(figure(figures, "publish, 1 threads / fewest", "times"), 1.0);
+
+    let table = run(&["--weft", env!("CARGO_BIN_EXE_weft")]).await;
+    assert!(table.contains("publish, µs") && table.contains("30 threads"), "{table}");
+    assert_eq!(table.lines().count(), 8, "{table}");
+}
