@@ -6,8 +6,8 @@
 //! What it does stays in the log, so it does not trust the wall clock, which may jump or be wrong: it goes by the time that
 //! it has seen pass ([`Watches`]).
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -22,10 +22,10 @@ use crate::protocol::ids::SERVER_USER;
 use crate::protocol::json::encode_raw;
 use crate::protocol::kinds::{AGENT_FAILED, AGENT_RESUMED};
 use crate::store::Store;
-use crate::store::runs::{RunKey, RunRow};
+use crate::store::runs::{RunKey, RunOutline};
 use crate::{clock, telemetry};
 
-/// How often runs are looked at; more often where they count as stalled sooner.
+/// How often it is looked which runs are due; more often where they count as stalled sooner.
 const EVERY: Duration = Duration::from_secs(5);
 
 /// An event that is due.
@@ -50,24 +50,25 @@ impl Reaper {
     /// Runs for as long as the server does.
     pub async fn run(self) {
         let mut every = tokio::time::interval(EVERY.min(self.stalled_after / 2).max(Duration::from_millis(100)));
-        let mut watches = Watches::default();
+        let watches = Arc::new(Mutex::new(Watches::new(self.stalled_after)));
+        let mut begun = false;
         loop {
             every.tick().await;
             let Some(log_time) = self.projector.log_time_at_start() else { continue };
-            let (store, stalled_after) = (self.store.clone(), self.stalled_after);
+            let (store, watches) = (self.store.clone(), watches.clone());
             let look = move || {
-                let now = Now { elapsed: Instant::now(), wall: clock::now_ms(), log_time };
-                let due = find_overdue(&store, &mut watches, stalled_after, now);
-                (due, watches)
+                if !begun {
+                    begin(&store, &watches, log_time)?;
+                }
+                find_overdue(&store, &watches, Now { elapsed: Instant::now(), wall: clock::now_ms() })
             };
-            let Ok((due, seen)) = tokio::task::spawn_blocking(look).await else {
-                // It panicked, which is reported; or the runtime is shutting down, and this task with it.
-                watches = Watches { begun: true, ..Watches::default() };
-                continue;
-            };
-            watches = seen;
+            // Without an answer it panicked, which is reported; or the runtime is shutting down, and this task with it.
+            let Ok(due) = tokio::task::spawn_blocking(look).await else { continue };
             match due {
-                Ok(due) => self.publish(due).await,
+                Ok(due) => {
+                    begun = true;
+                    self.publish(due).await;
+                }
                 Err(error) => tracing::warn!(%error, "open runs cannot be read"),
             }
         }
@@ -100,8 +101,6 @@ struct Now {
     elapsed: Instant,
     /// Milliseconds.
     wall: u64,
-    /// What the log's time was when this node had read it, in milliseconds.
-    log_time: u64,
 }
 
 /// What keeps a run where it is, and what it would be ended for.
@@ -113,107 +112,229 @@ enum Stands {
     Asks { question: u64 },
 }
 
+impl Stands {
+    fn of(run: &RunOutline) -> Stands {
+        match &run.waiting {
+            Some(wait) => Stands::Asks { question: wait.since.seq },
+            None => Stands::Silent { last: run.last, pieces: run.pieces },
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Watch {
-    stands: Stands,
+    run: RunOutline,
     since: Instant,
     /// How long it had been so by then, as far as the log shows.
     before: Duration,
+    /// Where it stands in [`Watches::times`].
+    listed: Option<Instant>,
+}
+
+impl Watch {
+    /// When something is to happen, if the run stays as it is. A run that waits for a person, or for runs that work for it,
+    /// does not stall. A question has as long as there was between its own time and the end that it names.
+    fn due(&self, stalled_after: Duration) -> Option<Instant> {
+        let may_stand = match &self.run.waiting {
+            Some(wait) => Duration::from_millis(wait.expires_at?.saturating_sub(wait.since.at)),
+            None if self.run.children == 0 => stalled_after,
+            None => return None,
+        };
+        // An end that no clock of this machine reaches never comes.
+        self.since.checked_add(may_stand.saturating_sub(self.before))
+    }
+
+    /// Whether the end that a question names has come by the wall clock as well. By itself that is not enough.
+    fn has_expired(&self, wall: u64) -> bool {
+        self.run.waiting.and_then(|wait| wait.expires_at).is_none_or(|until| wall >= until)
+    }
 }
 
 /// How long this node has seen each open run stand where it is. What was there when the node had read its log has stood for
 /// as long as log time has gone on beyond it: that is what the clocks of those say who wrote records after it. From then on it
 /// is the node's own clock of elapsed time. So a jump of the wall clock counts for nothing, and what happened while no node
 /// ran does not count either.
-#[derive(Debug, Default)]
+///
+/// Each commit says which runs it has changed, so nothing is read to know it; and the runs are listed by when they are due,
+/// so that a look costs as much as there is to do. An event of a run makes it due later: that costs the commit one look-up,
+/// and the list is put right when the run would have been due before.
+#[derive(Debug)]
 struct Watches {
-    runs: HashMap<RunKey, Watch>,
-    /// The runs that were there at the start have been seen.
-    begun: bool,
+    stalled_after: Duration,
+    runs: HashMap<Arc<RunKey>, Watch>,
+    /// When runs are to be looked at: not after they are due.
+    times: BTreeSet<(Instant, Arc<RunKey>)>,
+    /// Those that wait for a person.
+    waiting: usize,
 }
 
 impl Watches {
-    /// Takes over the runs that are open now, and forgets all others.
-    fn look(&mut self, open: &[(RunKey, RunRow)], now: Now) {
-        let mut runs = HashMap::with_capacity(open.len());
-        for (key, row) in open {
-            let (stands, at) = match &row.waiting {
-                Some(wait) => (Stands::Asks { question: wait.since.seq }, wait.since.at),
-                None => (Stands::Silent { last: row.last.seq, pieces: row.pieces }, row.heard_at()),
-            };
-            let known = self.runs.remove(key).filter(|watch| watch.stands == stands);
-            let before = if self.begun { 0 } else { now.log_time.saturating_sub(at) };
-            let new = || Watch { stands, since: now.elapsed, before: Duration::from_millis(before) };
-            runs.insert(key.clone(), known.unwrap_or_else(new));
-        }
-        *self = Watches { runs, begun: true };
+    fn new(stalled_after: Duration) -> Watches {
+        Watches { stalled_after, runs: HashMap::new(), times: BTreeSet::new(), waiting: 0 }
     }
 
-    /// For how long the run has stood where it is.
-    fn stood(&self, key: &RunKey, now: Now) -> Duration {
-        self.runs.get(key).map_or(Duration::ZERO, |it| it.before + now.elapsed.saturating_duration_since(it.since))
+    /// A run that was open when the node had read its log up to this time, unless it is known already.
+    fn found(&mut self, key: RunKey, run: RunOutline, log_time: u64, now: Instant) {
+        if run.ended || self.runs.contains_key(&key) {
+            return;
+        }
+        let stands_since = run.waiting.map_or(run.heard_at, |wait| wait.since.at);
+        self.add(key, run, now, Duration::from_millis(log_time.saturating_sub(stands_since)));
     }
+
+    /// A run that a commit has changed.
+    fn changed(&mut self, key: RunKey, run: RunOutline, now: Instant) {
+        let Some(watch) = self.runs.get_mut(&key) else {
+            if !run.ended {
+                self.add(key, run, now, Duration::ZERO);
+            }
+            return;
+        };
+        self.waiting -= usize::from(watch.run.waiting.is_some());
+        if run.ended {
+            if let Some((key, Watch { listed: Some(at), .. })) = self.runs.remove_entry(&key) {
+                self.times.remove(&(at, key));
+            }
+            return;
+        }
+        self.waiting += usize::from(run.waiting.is_some());
+        if Stands::of(&watch.run) != Stands::of(&run) {
+            (watch.since, watch.before) = (now, Duration::ZERO);
+        }
+        watch.run = run;
+        self.list(&key);
+    }
+
+    fn add(&mut self, key: RunKey, run: RunOutline, since: Instant, before: Duration) {
+        self.waiting += usize::from(run.waiting.is_some());
+        let key = Arc::new(key);
+        self.runs.insert(key.clone(), Watch { run, since, before, listed: None });
+        self.list(&key);
+    }
+
+    /// Lists the run for when it is due, unless it is looked at before that.
+    fn list(&mut self, key: &RunKey) {
+        let Some((key, watch)) = self.runs.get_key_value(key) else { return };
+        let (Some(due), listed) = (watch.due(self.stalled_after), watch.listed) else { return };
+        if listed.is_some_and(|at| at <= due) {
+            return;
+        }
+        let key = key.clone();
+        if let Some(at) = listed {
+            self.times.remove(&(at, key.clone()));
+        }
+        self.list_at(key, due);
+    }
+
+    fn list_at(&mut self, key: Arc<RunKey>, at: Instant) {
+        if let Some(watch) = self.runs.get_mut(&key) {
+            watch.listed = Some(at);
+            self.times.insert((at, key));
+        }
+    }
+
+    /// The runs that are due, with what is known of them. They stay listed, in case what is done about them fails.
+    fn due(&mut self, now: Now) -> Vec<(Arc<RunKey>, RunOutline)> {
+        let mut looked_at = Vec::new();
+        while let Some((at, _)) = self.times.first()
+            && *at <= now.elapsed
+        {
+            looked_at.extend(self.times.pop_first().map(|(_, key)| key));
+        }
+
+        let mut overdue = Vec::new();
+        for key in looked_at {
+            let Some(watch) = self.runs.get_mut(&key) else { continue };
+            watch.listed = None;
+            match watch.due(self.stalled_after) {
+                Some(due) if due <= now.elapsed => {
+                    if watch.has_expired(now.wall) {
+                        overdue.push((key.clone(), watch.run));
+                    }
+                    self.list_at(key, now.elapsed);
+                }
+                Some(due) => self.list_at(key, due),
+                // Listed again when it changes.
+                None => {}
+            }
+        }
+        overdue
+    }
+}
+
+fn lock(watches: &Mutex<Watches>) -> MutexGuard<'_, Watches> {
+    watches.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Hears of changes from now on, and reads once which runs are open.
+fn begin(store: &Store, watches: &Arc<Mutex<Watches>>, log_time: u64) -> Result<(), Error> {
+    let heard = watches.clone();
+    store.listen_to_runs(move |changes| {
+        let (mut watches, now) = (lock(&heard), Instant::now());
+        for (key, run) in changes {
+            watches.changed(key, run, now);
+        }
+    });
+    for key in store.all_open_runs() {
+        let key = key?;
+        // Under the lock: what a commit changes after the row was read is heard of after that.
+        let mut watches = lock(watches);
+        if let Some(row) = store.run(&key)? {
+            watches.found(key, row.outline(), log_time, Instant::now());
+        }
+    }
+    Ok(())
 }
 
 /// The events that are due, and by the way the gauges of open runs.
-fn find_overdue(
-    store: &Store,
-    watches: &mut Watches,
-    stalled_after: Duration,
-    now: Now,
-) -> Result<Vec<Overdue>, Error> {
-    let mut open = Vec::new();
-    for key in store.all_open_runs() {
-        let key = key?;
-        open.extend(store.run(&key)?.filter(|row| row.ended.is_none()).map(|row| (key, row)));
-    }
-    let waiting = open.iter().filter(|(_, row)| row.waiting.is_some()).count();
-    telemetry::runs("open").set(open.len() as f64);
-    telemetry::runs("waiting").set(waiting as f64);
+fn find_overdue(store: &Store, watches: &Mutex<Watches>, now: Now) -> Result<Vec<Overdue>, Error> {
+    let due = {
+        let mut watches = lock(watches);
+        telemetry::runs("open").set(watches.runs.len() as f64);
+        telemetry::runs("waiting").set(watches.waiting as f64);
+        watches.due(now)
+    };
 
-    watches.look(&open, now);
-    Ok(open
-        .iter()
-        .filter_map(|(key, row)| overdue(key, row, watches.stood(key, now), now.wall, stalled_after))
-        .collect())
+    let mut overdue = Vec::with_capacity(due.len());
+    for (key, known) in due {
+        // A commit that is being heard of has changed it: then it is not due any more.
+        if store.run(&key)?.is_some_and(|row| row.outline() == known) {
+            overdue.push(event_for(&key, &known));
+        }
+    }
+    Ok(overdue)
 }
 
-/// A run that waits for a person, or for runs that work for it, does not stall. A question has as long as there was between
-/// its own time and the end that it names; that its end has come by the wall clock as well is not enough.
-fn overdue(key: &RunKey, row: &RunRow, stood: Duration, wall: u64, stalled_after: Duration) -> Option<Overdue> {
+/// What ends a run that has stalled, or answers a question whose time is up.
+fn event_for(key: &RunKey, known: &RunOutline) -> Overdue {
     let run = &key.run;
-    match &row.waiting {
-        Some(wait) => {
-            let until = wait.expires_at?;
-            let time_to_answer = Duration::from_millis(until.saturating_sub(wait.since.at));
-            (wall >= until && stood >= time_to_answer).then(|| Overdue {
-                kind: AGENT_RESUMED,
-                parent: wait.since.seq,
-                data: json!({"answer": null, "expired": true}),
-                idempotency: format!("expired-{}-{run:.90}", wait.since.seq),
-                key: key.clone(),
-            })
-        }
-        None if row.children == 0 && stood >= stalled_after => Some(Overdue {
+    match &known.waiting {
+        Some(wait) => Overdue {
+            kind: AGENT_RESUMED,
+            parent: wait.since.seq,
+            data: json!({"answer": null, "expired": true}),
+            idempotency: format!("expired-{}-{run:.90}", wait.since.seq),
+            key: key.clone(),
+        },
+        None => Overdue {
             kind: AGENT_FAILED,
-            parent: row.last.seq,
+            parent: known.last,
             data: json!({
                 "code": "stalled",
                 "message": "the run had no event for too long",
-                "after": row.last.seq,
-                "pieces": row.pieces,
+                "after": known.last,
+                "pieces": known.pieces,
             }),
-            idempotency: format!("stalled-{}-{}-{run:.80}", row.last.seq, row.pieces),
+            idempotency: format!("stalled-{}-{}-{run:.80}", known.last, known.pieces),
             key: key.clone(),
-        }),
-        None => None,
+        },
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::runs::{EventRef, WaitRow};
+    use crate::store::runs::{Ending, EventRef, RunRow, WaitRow};
 
     const MINUTE: u64 = 60_000;
     const T0: u64 = 500_000_000 * MINUTE;
@@ -241,12 +362,15 @@ mod tests {
     /// Looks at a run again and again, each time after so many minutes of elapsed time, with such a wall clock; gives whether
     /// it was due each time.
     fn due(log_time: u64, looks: &[(u64, u64, (RunKey, RunRow))]) -> Vec<bool> {
-        let (mut watches, begin) = (Watches::default(), Instant::now());
+        let (mut watches, begin) = (Watches::new(STALLED_AFTER), Instant::now());
         let mut due = Vec::new();
         for (minutes, wall, (key, row)) in looks {
-            let now = Now { elapsed: begin + Duration::from_millis(minutes * MINUTE), wall: *wall, log_time };
-            watches.look(&[(key.clone(), row.clone())], now);
-            due.push(overdue(key, row, watches.stood(key, now), now.wall, STALLED_AFTER).is_some());
+            let now = Now { elapsed: begin + Duration::from_millis(minutes * MINUTE), wall: *wall };
+            match due.is_empty() {
+                true => watches.found(key.clone(), row.outline(), log_time, now.elapsed),
+                false => watches.changed(key.clone(), row.outline(), now.elapsed),
+            }
+            due.push(!watches.due(now).is_empty());
         }
         due
     }
@@ -295,5 +419,47 @@ mod tests {
         };
         let looks = [(0, T0, asks(2)), (20, T0 + 20 * MINUTE, asks(3)), (30, T0 + 30 * MINUTE, asks(4))];
         assert_eq!(due(0, &looks), [false, false, true]);
+    }
+    #[test]
+    fn a_look_goes_through_the_runs_that_are_due_and_through_no_others() {
+        let (mut watches, begin) = (Watches::new(STALLED_AFTER), Instant::now());
+        let at = |minutes: u64| begin + Duration::from_millis(minutes * MINUTE);
+        let row = run(1, T0, None).1;
+        let key = |n: u64| RunKey::new("acme", "t", &format!("r{n}"));
+        for n in 0..1_000 {
+            watches.changed(key(n), row.outline(), at(n / 100));
+        }
+        let look = |watches: &mut Watches, minutes| watches.due(Now { elapsed: at(minutes), wall: T0 }).len();
+        assert_eq!(look(&mut watches, 9), 0);
+        // All but one of the first hundred have gone on, some have ended, and one waits for others.
+        for n in 1..98 {
+            watches.changed(key(n), RunRow { last: EventRef { seq: 2, at: T0 }, ..row.clone() }.outline(), at(9));
+        }
+        let ended = RunRow { ended: Some((EventRef { seq: 2, at: T0 }, Ending::Completed)), ..row.clone() };
+        watches.changed(key(98), ended.outline(), at(9));
+        watches.changed(key(99), RunRow { children: 1, ..row.clone() }.outline(), at(9));
+
+        let listed = watches.times.iter().filter(|(due, _)| *due <= at(10)).count();
+        assert_eq!(listed, 99, "those that were due then, and none of the other 900");
+        assert_eq!(look(&mut watches, 10), 1);
+        assert_eq!(look(&mut watches, 10), 1, "until something is done about it");
+        watches.changed(key(0), ended.outline(), at(10));
+        assert_eq!(look(&mut watches, 10), 0);
+        // A run whose helper has ended is silent since its own last event.
+        watches.changed(key(99), row.outline(), at(10));
+        assert_eq!(look(&mut watches, 10), 1);
+        assert_eq!((watches.runs.len(), watches.waiting), (998, 0));
+    }
+
+    #[test]
+    fn what_a_commit_changes_while_open_runs_are_read_counts() {
+        let (mut watches, begin) = (Watches::new(STALLED_AFTER), Instant::now());
+        let (key, row) = run(1, T0, None);
+        watches.changed(key.clone(), row.outline(), begin);
+        watches.found(key.clone(), row.outline(), T0 + 60 * MINUTE, begin);
+        assert!(watches.due(Now { elapsed: begin, wall: T0 }).is_empty(), "it was heard of just now");
+        let asks = run(2, T0, Some((2, T0 + 30 * MINUTE))).1;
+        watches.changed(key, asks.outline(), begin);
+        assert_eq!((watches.runs.len(), watches.waiting), (1, 1));
     }
 }

@@ -20,7 +20,7 @@ use crate::projector::Verdict;
 use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;
 use crate::protocol::event::Priority;
-use crate::store::messages::{MessageKey, TextPosition};
+use crate::store::messages::TextPosition;
 use crate::store::{JoinedThread, StoredEvent};
 
 /// Bytes of events that may wait for a socket.
@@ -96,8 +96,8 @@ pub enum Chunk {
     /// Of messages that are being written, the text that the client does not have yet.
     OpenText {
         texts: Vec<OpenText>,
-        /// The last of them, if there are more.
-        next: Option<MessageKey>,
+        /// The number of the message to go on with, if there are more.
+        next: Option<u64>,
     },
 }
 

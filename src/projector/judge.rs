@@ -127,7 +127,9 @@ impl<'s> BatchState<'s> {
             self.close_message(&closing, event, appended, thread)?;
         }
         if let Some(run) = run {
-            self.runs.apply(run, event, appended, &mut self.tx);
+            // The thread has changed with the event that was appended.
+            thread.row.open_runs = thread.row.open_runs.saturating_add_signed(run.opens());
+            self.runs.apply(run, event, appended, &mut self.tx)?;
         }
         if let Some(key) = key {
             let row = KeyRow {
@@ -168,7 +170,7 @@ impl<'s> BatchState<'s> {
             return Ok(());
         }
         let store = self.tx.store;
-        for (key, row) in self.messages.open_in_run(store, run)? {
+        for (key, row) in self.messages.open_in_run(store, input.event, run, thread)? {
             let (closing, data) = self.messages.close_by_end(store, key, row)?;
             let event = closing.event(input.event, &data);
             let value = json::encode_bytes(&event);
@@ -188,7 +190,7 @@ impl<'s> BatchState<'s> {
 
             self.close_message(&closing, &event, appended, thread)?;
             if let Some(run) = self.runs.judge_message(store, run.clone())? {
-                self.runs.apply(run, &event, appended, &mut self.tx);
+                self.runs.apply(run, &event, appended, &mut self.tx)?;
             }
         }
         Ok(())
@@ -202,7 +204,8 @@ impl<'s> BatchState<'s> {
         appended: EventRef,
         thread: &mut Thread,
     ) -> Result<(), StoreError> {
-        thread.message_closes(&closing.key, closing.bytes());
+        let store = self.tx.store;
+        thread.message_closes(closing.number(), closing.bytes(), || self.messages.open_on_thread(store, event))?;
         self.messages.close(closing, event, appended, &mut self.tx)
     }
 }

@@ -8,7 +8,7 @@
 //! their texts; the ids of these events follow from the ending event.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -16,7 +16,7 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::runs::{Rejected, check_open};
-use super::thread::Thread;
+use super::thread::{OpenMessages, Thread};
 use super::transaction::{EventRecord, Transaction};
 use super::{Published, Verdict, rules};
 use crate::protocol::command::MAX_DATA;
@@ -144,6 +144,7 @@ impl Messages {
         let mut row = known.unwrap_or_else(|| MessageRow {
             from: event.from.to_string(),
             event: [0; 16],
+            number: thread.messages,
             begun: run.pieces,
             restarts: 0,
             chars: 0,
@@ -185,7 +186,7 @@ impl Messages {
         accepted: AcceptedDelta,
         tx: &mut Transaction<'_>,
     ) -> Result<(RunRow, Delta), StoreError> {
-        let AcceptedDelta { delta, drops, key, row, run, .. } = accepted;
+        let AcceptedDelta { delta, begins, drops, key, row, run } = accepted;
         let cached = self.cached.entry(key.clone()).or_insert_with(|| CachedMessage::new(row.clone()));
         if drops.is_some() {
             let before = delta.restarts.saturating_sub(1);
@@ -196,6 +197,9 @@ impl Messages {
 
         let at = TextPosition { restarts: delta.restarts, chars: delta.from_char };
         tx.rows.put_delta(&key, &row, at, &delta.text);
+        if begins {
+            tx.rows.open_message(&key, &row);
+        }
         cached.row = row;
         cached.new_deltas.push((at, delta.text.clone()));
         Ok((run, delta))
@@ -264,46 +268,49 @@ impl Messages {
             return Ok(self.row(store, &key)?.map(|row| (key, row)));
         }
 
-        for run in thread.runs_that_write(message, || self.open_on_thread(store, event))? {
-            let run = RunKey::new(&event.tenant, &event.thread, &run);
-            let key = MessageKey { run, message: message.to_owned() };
-            let row = self.row(store, &key)?.filter(|row| row.closed.is_none() && row.from == event.from);
+        let open = thread.open_messages(|| self.open_on_thread(store, event))?;
+        let mut named: Vec<&MessageKey> = open.values().filter(|key| key.message == message).collect();
+        named.sort_by(|a, b| a.run.run.cmp(&b.run.run));
+        for key in named {
+            let row = self.row(store, key)?.filter(|row| row.closed.is_none() && row.from == event.from);
             if let Some(row) = row {
-                return Ok(Some((key, row)));
+                return Ok(Some((key.clone(), row)));
             }
         }
         Ok(None)
     }
 
     /// The open messages of the event's thread.
-    fn open_on_thread(&self, store: &Store, event: &LogEvent<'_>) -> Result<Vec<MessageKey>, StoreError> {
-        let is_closed = |key: &MessageKey| self.cached.get(key).is_some_and(|cached| cached.row.closed.is_some());
-        let mut open = Vec::new();
-        for key in store.open_messages(&event.tenant, &event.thread, None) {
-            open.extend(Some(key?).filter(|key| !is_closed(key)));
+    pub(super) fn open_on_thread(&self, store: &Store, event: &LogEvent<'_>) -> Result<OpenMessages, StoreError> {
+        let mut open = OpenMessages::new();
+        for message in store.open_messages(&event.tenant, &event.thread, 0)? {
+            let (number, key) = message?;
+            open.insert(number, key);
         }
-        let on_thread = |key: &&MessageKey| key.run.tenant == *event.tenant && key.run.thread == *event.thread;
-        open.extend(self.cached.keys().filter(on_thread).filter(|key| !is_closed(key)).cloned());
+        let on_thread = |key: &MessageKey| key.run.tenant == *event.tenant && key.run.thread == *event.thread;
+        for (key, CachedMessage { row, .. }) in self.cached.iter().filter(|(key, _)| on_thread(key)) {
+            match row.closed {
+                None => open.insert(row.number, key.clone()),
+                Some(_) => open.remove(&row.number),
+            };
+        }
         Ok(open)
     }
 
-    /// The open messages of a run, in the order in which they were begun.
-    pub(super) fn open_in_run(&self, store: &Store, run: &RunKey) -> Result<Vec<(MessageKey, MessageRow)>, StoreError> {
-        let mut rows: BTreeMap<String, MessageRow> = BTreeMap::new();
-        for message in store.open_messages_of(run) {
-            let key = MessageKey { run: run.clone(), message: message? };
-            if let Some(row) = store.message(&key)? {
-                rows.insert(key.message, row);
-            }
+    /// The open messages of the run that the event ends, in the order in which they were begun.
+    pub(super) fn open_in_run(
+        &self,
+        store: &Store,
+        event: &LogEvent<'_>,
+        run: &RunKey,
+        thread: &mut Thread,
+    ) -> Result<Vec<(MessageKey, MessageRow)>, StoreError> {
+        let all = thread.open_messages(|| self.open_on_thread(store, event))?;
+        let mut open = Vec::new();
+        for key in all.values().filter(|key| key.run == *run) {
+            let row = self.row(store, key)?.filter(|row| row.closed.is_none());
+            open.extend(row.map(|row| (key.clone(), row)));
         }
-        for (key, cached) in self.cached.iter().filter(|(key, _)| key.run == *run) {
-            rows.insert(key.message.clone(), cached.row.clone());
-        }
-
-        let key = |message| MessageKey { run: run.clone(), message };
-        let open = rows.into_iter().filter(|(_, row)| row.closed.is_none());
-        let mut open: Vec<(MessageKey, MessageRow)> = open.map(|(message, row)| (key(message), row)).collect();
-        open.sort_by_key(|(_, row)| row.begun);
         Ok(open)
     }
 
@@ -375,6 +382,11 @@ impl ClosingMessage {
             parent: None,
             priority: None,
         }
+    }
+
+    /// Its number in its thread.
+    pub(super) fn number(&self) -> u64 {
+        self.row.number
     }
 
     /// The bytes of its text.

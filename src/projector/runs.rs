@@ -29,6 +29,8 @@ pub(super) struct Runs {
     calls: HashMap<(RunKey, String), CallRow>,
     /// By the question's seq.
     answers: HashMap<(RunKey, u64), AnswerRow>,
+    /// How many runs that have not ended a user has started on a thread, by tenant, thread and user.
+    open_by_user: HashMap<(String, String, String), u32>,
 }
 
 /// How the record of an event was written.
@@ -75,6 +77,15 @@ impl Transition {
             Effect::End(_) => Some(RunNotice::Ended { user: user() }),
             Effect::RequestCancel => Some(RunNotice::ToCancel { user: user(), run: self.key.run.as_str().into() }),
             _ => None,
+        }
+    }
+
+    /// How many more runs of the thread are open with it.
+    pub(super) fn opens(&self) -> i32 {
+        match self.effect {
+            Effect::Start => 1,
+            Effect::End(_) => -1,
+            _ => 0,
         }
     }
 
@@ -305,7 +316,7 @@ impl Runs {
         event: &LogEvent<'_>,
         appended: EventRef,
         tx: &mut Transaction<'_>,
-    ) {
+    ) -> Result<(), StoreError> {
         let Transition { key, row: before, mut call, parent, effect } = transition;
         let mut row = RunRow { last: appended, ..before.clone() };
         match &effect {
@@ -356,7 +367,24 @@ impl Runs {
             Effect::Start => tx.rows.put_new_run(&key, &row),
             _ => tx.rows.put_run(&key, &before, &row),
         }
+        if matches!(effect, Effect::Start | Effect::End(_)) {
+            self.count_open(&key, &row, tx)?;
+        }
         self.rows.insert(key, row);
+        Ok(())
+    }
+
+    /// Counts a run that has begun or ended among those of who started it.
+    fn count_open(&mut self, key: &RunKey, row: &RunRow, tx: &mut Transaction<'_>) -> Result<(), StoreError> {
+        let user = (key.tenant.clone(), key.thread.clone(), row.user.clone());
+        let before = match self.open_by_user.get(&user) {
+            Some(count) => *count,
+            None => tx.store.open_runs_by(key, &row.user)?,
+        };
+        let count = if row.ended.is_none() { before + 1 } else { before.saturating_sub(1) };
+        tx.rows.put_open_runs_by(key, &row.user, count);
+        self.open_by_user.insert(user, count);
+        Ok(())
     }
 }
 

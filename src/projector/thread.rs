@@ -1,7 +1,7 @@
 //! A thread while the projector works on it: who is a member, what an event changes, and how it is appended.
 
 use std::borrow::Cow;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -33,10 +33,12 @@ pub(super) struct Thread {
     revoked_until: u64,
     /// Memberships looked up or changed so far.
     members: HashMap<String, bool>,
-    /// The messages that are being written, by name and run, once somebody has asked for one by its name alone. To look for
-    /// it in the store each time would mean to pass over all that were closed before.
-    open_messages: Option<BTreeSet<(String, String)>>,
+    /// The messages that are being written, by their numbers, once somebody has asked for one by another part of its key.
+    open_messages: Option<OpenMessages>,
 }
+
+/// Messages that are being written, by their numbers in the thread.
+pub(super) type OpenMessages = BTreeMap<u64, MessageKey>;
 
 /// What becomes of an event as far as its thread decides.
 pub(super) enum ThreadChange {
@@ -95,43 +97,55 @@ impl Thread {
 
     /// What it takes in memory: one, and one for each membership and each message.
     pub(super) fn size(&self) -> usize {
-        1 + self.members.len() + self.open_messages.as_ref().map_or(0, BTreeSet::len)
+        1 + self.members.len() + self.open_messages.as_ref().map_or(0, BTreeMap::len)
     }
 
-    /// The runs in which a message of this name is being written, in their order. `read` gives all that are being written.
-    pub(super) fn runs_that_write(
+    /// The messages that are being written, in the order in which they were begun. `read` gives them.
+    pub(super) fn open_messages(
         &mut self,
-        message: &str,
-        read: impl FnOnce() -> Result<Vec<MessageKey>, StoreError>,
-    ) -> Result<Vec<String>, StoreError> {
-        if self.row.writing == 0 {
-            return Ok(Vec::new());
-        }
-        let open = match &mut self.open_messages {
+        read: impl FnOnce() -> Result<OpenMessages, StoreError>,
+    ) -> Result<&OpenMessages, StoreError> {
+        Ok(match &mut self.open_messages {
             Some(open) => open,
-            none => none.insert(read()?.into_iter().map(|key| (key.message, key.run.run)).collect()),
-        };
-        let from = (message.to_owned(), String::new());
-        let named = open.range(from..).take_while(|(name, _)| name == message);
-        Ok(named.map(|(_, run)| run.clone()).collect())
+            none if self.row.writing == 0 => none.insert(OpenMessages::new()),
+            none => none.insert(read()?),
+        })
     }
 
     /// A message has grown by so many bytes, of which so many are in the place of others.
     pub(super) fn message_grows(&mut self, key: &MessageKey, begins: bool, bytes: u64, dropped: u64) {
-        self.row.writing += u32::from(begins);
         self.row.writing_bytes = self.row.writing_bytes.saturating_sub(dropped) + bytes;
         self.changed = true;
-        if let Some(open) = self.open_messages.as_mut().filter(|_| begins) {
-            open.insert((key.message.clone(), key.run.run.clone()));
+        if begins {
+            if let Some(open) = &mut self.open_messages {
+                open.insert(self.row.messages, key.clone());
+            }
+            self.row.writing += 1;
+            self.row.messages += 1;
         }
     }
 
-    pub(super) fn message_closes(&mut self, key: &MessageKey, bytes: u64) {
+    /// The message with this number is closed, and had so many bytes. `read` gives the messages that were being written.
+    pub(super) fn message_closes(
+        &mut self,
+        number: u64,
+        bytes: u64,
+        read: impl FnOnce() -> Result<OpenMessages, StoreError>,
+    ) -> Result<(), StoreError> {
+        if number == self.row.oldest_open {
+            // Who comes next is looked for once: from then on the list is kept.
+            let next = self.row.messages;
+            self.row.oldest_open = match self.row.writing {
+                0 | 1 => next,
+                _ => self.open_messages(read)?.range(number + 1..).next().map_or(next, |(number, _)| *number),
+            };
+        }
+        if let Some(open) = &mut self.open_messages {
+            open.remove(&number);
+        }
         self.row.writing = self.row.writing.saturating_sub(1);
         self.row.writing_bytes = self.row.writing_bytes.saturating_sub(bytes);
-        if let Some(open) = &mut self.open_messages {
-            open.remove(&(key.message.clone(), key.run.run.clone()));
-        }
+        Ok(())
     }
 
     /// Refuses a writer who is no member, if the record's right to be here is membership. Who may write to reserved threads,
@@ -351,26 +365,54 @@ mod tests {
     use super::*;
     use crate::store::runs::RunKey;
 
-    #[test]
-    fn messages_are_found_by_their_name_and_the_store_is_asked_for_them_once() {
-        let mut thread = Thread::new("acme/t", None, 1);
-        let message =
-            |run: &str, message: &str| MessageKey { run: RunKey::new("acme", "t", run), message: message.to_owned() };
-        let never = || unreachable!("nothing is being written, or it was asked before");
-        assert_eq!(thread.runs_that_write("m", never).expect("nothing is read"), [""; 0]);
+    fn message(run: &str, message: &str) -> MessageKey {
+        MessageKey { run: RunKey::new("acme", "t", run), message: message.to_owned() }
+    }
 
-        for key in [message("r", "m"), message("q", "m"), message("q", "mm")] {
-            thread.message_grows(&key, true, 1, 0);
+    fn never() -> Result<OpenMessages, StoreError> {
+        unreachable!("nothing is being written, or it was asked before")
+    }
+
+    /// The numbers of what is being written.
+    fn open(thread: &mut Thread) -> Vec<u64> {
+        thread.open_messages(never).expect("nothing is read").keys().copied().collect()
+    }
+
+    #[test]
+    fn messages_that_are_being_written_are_known_and_the_store_is_asked_for_them_once() {
+        let mut thread = Thread::new("acme/t", None, 1);
+        let keys = [message("r", "m"), message("q", "m"), message("q", "mm")];
+        for key in &keys {
+            thread.message_grows(key, true, 1, 0);
         }
         let size = thread.size();
-        let read = || Ok(vec![message("r", "m"), message("q", "m"), message("q", "mm")]);
-        assert_eq!(thread.runs_that_write("m", read).expect("it is read"), ["q", "r"]);
+        let read = || Ok((0..).zip(keys.clone()).collect());
+        assert_eq!(thread.open_messages(read).expect("it is read").len(), 3);
         assert_eq!(thread.size(), size + 3);
 
-        thread.message_closes(&message("q", "m"), 1);
+        thread.message_closes(1, 1, never).expect("nothing is read");
         thread.message_grows(&message("s", "m"), true, 1, 0);
         thread.message_grows(&message("s", "m"), false, 1, 0);
-        assert_eq!(thread.runs_that_write("m", never).expect("nothing is read"), ["r", "s"]);
+        assert_eq!(open(&mut thread), [0, 2, 3]);
         assert_eq!((thread.row.writing, thread.row.writing_bytes, thread.size()), (3, 4, size + 3));
+        assert_eq!(open(&mut Thread::new("acme/t", None, 1)), [0; 0]);
+    }
+
+    #[test]
+    fn a_thread_knows_its_oldest_message_that_is_being_written() {
+        let mut thread = Thread::new("acme/t", None, 1);
+        let keys = [message("r", "a"), message("r", "b"), message("r", "c")];
+        for key in &keys {
+            thread.message_grows(key, true, 1, 0);
+        }
+        thread.message_closes(1, 1, never).expect("it is not the oldest");
+        assert_eq!((thread.row.oldest_open, thread.row.messages), (0, 3));
+        let read = || Ok([(0, keys[0].clone()), (2, keys[2].clone())].into());
+        thread.message_closes(0, 1, read).expect("it is read");
+        assert_eq!(thread.row.oldest_open, 2);
+        thread.message_closes(2, 1, never).expect("nothing is left");
+        assert_eq!((thread.row.oldest_open, thread.row.writing), (3, 0), "that of the next one");
+        thread.message_grows(&message("r", "d"), true, 1, 0);
+        assert_eq!((thread.row.oldest_open, thread.row.messages), (3, 4));
     }
 }

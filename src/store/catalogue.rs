@@ -37,6 +37,7 @@ pub const OPEN_RUNS: &str = "open_runs";
 pub const OPEN_RUN_TIMES: &str = "open_run_times";
 pub const USER_RUNS: &str = "user_runs";
 pub const MESSAGES: &str = "messages";
+pub const RUN_MESSAGES: &str = "run_messages";
 pub const OPEN_MESSAGES: &str = "open_messages";
 pub const MESSAGE_TEXTS: &str = "message_texts";
 pub const DEAD_LETTERS: &str = "dead_letters";
@@ -90,11 +91,13 @@ const FAMILIES: &[(&str, Access)] = &[
     // tenant 0 state · at · thread 0 run → empty, for those that have not ended and for those of them that wait; the lists of
     // open runs, oldest first
     (OPEN_RUN_TIMES, Access::Range),
-    // tenant 0 user 0 thread 0 run → empty, for those that the user has started and that have not ended
-    (USER_RUNS, Access::Range),
+    // tenant 0 user 0 thread → OpenRunsRow: how many runs the user has started there that have not ended, if any
+    (USER_RUNS, Access::RareLookup),
     // tenant 0 thread 0 length of run · run · message → MessageRow
     (MESSAGES, Access::RareLookup),
-    // the same → empty, for those that are not closed
+    // tenant 0 thread 0 length of run · run · deltas of the run before it · message → empty; a run's messages, oldest first
+    (RUN_MESSAGES, Access::Range),
+    // tenant 0 thread 0 number of the message in its thread → OpenMessageRow, for those that are not closed
     (OPEN_MESSAGES, Access::Range),
     // tenant 0 thread 0 length of run · run · length of message · message · restarts (u32) · from_char (u32) → TextRow, for those that are not closed
     (MESSAGE_TEXTS, Access::Range),

@@ -50,6 +50,11 @@ pub fn joined(partition: Partition, parts: &[&str]) -> Vec<u8> {
     key
 }
 
+/// A thread or a user of a tenant, as tables in memory have them.
+pub fn in_tenant(tenant: &str, name: &str) -> Vec<u8> {
+    [tenant.as_bytes(), &[0], name.as_bytes()].concat()
+}
+
 /// The prefix of all keys that begin with these parts.
 pub fn prefix(partition: Partition, parts: &[&str]) -> Vec<u8> {
     let mut key = joined(partition, parts);
@@ -71,7 +76,12 @@ pub fn begins(partition: Partition, tenant: &str, user: &str, name: &str, part: 
     key
 }
 
-/// The seq at the end of an event's key.
+/// The key of one of a thread's messages that are being written, by its number.
+pub fn open_message(partition: Partition, tenant: &str, thread: &str, number: u64) -> Vec<u8> {
+    event(partition, tenant, thread, number)
+}
+
+/// The seq at the end of an event's key, or the number at the end of an open message's.
 pub fn seq_of(key: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(*key.last_chunk()?))
 }

@@ -114,7 +114,7 @@ impl Store {
     /// Whether two users are members of one thread, if that can be said at once: the threads of both are known, or one of
     /// them has few.
     pub fn share_a_thread(&self, tenant: &str, one: &str, other: &str) -> Result<Option<bool>, StoreError> {
-        let users = [one, other].map(|user| contact(tenant, user));
+        let users = [one, other].map(|user| keys::in_tenant(tenant, user));
         match self.contacts.share(&users[0], &users[1]) {
             Some(share) => Ok(Some(share)),
             None => self.walk(tenant, one, other, WALK),
@@ -124,7 +124,7 @@ impl Store {
     /// The same for any two users, and from then on at once. Reads the threads of both: for threads that may block.
     pub fn look_up_shared_thread(&self, tenant: &str, one: &str, other: &str) -> Result<bool, StoreError> {
         for user in [one, other] {
-            self.contacts.threads(&contact(tenant, user), || self.threads_of(tenant, user).collect())?;
+            self.contacts.threads(&keys::in_tenant(tenant, user), || self.threads_of(tenant, user).collect())?;
         }
         // Asked of the store only if both lists together are too long to be kept.
         match self.share_a_thread(tenant, one, other)? {
@@ -175,11 +175,6 @@ impl Store {
     }
 }
 
-/// What the threads of a user are kept by in memory.
-fn contact(tenant: &str, user: &str) -> Vec<u8> {
-    [tenant.as_bytes(), &[0], user.as_bytes()].concat()
-}
-
 impl Batch<'_> {
     pub fn put_member(&mut self, tenant: &str, thread: &str, user: &str, row: &MemberRow) {
         let partition = self.store.partition(tenant, thread);
@@ -196,7 +191,7 @@ impl Batch<'_> {
     }
 
     fn membership(&mut self, tenant: &str, thread: &str, user: &str, is_member: bool) {
-        let user = contact(tenant, user);
+        let user = keys::in_tenant(tenant, user);
         self.memberships.push(MembershipChange { user, thread: thread.to_owned(), is_member });
     }
 }

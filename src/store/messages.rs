@@ -1,9 +1,8 @@
 //! Messages that agents write in deltas: how far each has come, and the text of those that are still being written.
 
 use bincode::{BorrowDecode, Decode, Encode};
-use rocksdb::{Direction, IteratorMode, ReadOptions};
 
-use super::catalogue::{MESSAGE_TEXTS, MESSAGES, OPEN_MESSAGES};
+use super::catalogue::{MESSAGE_TEXTS, MESSAGES, OPEN_MESSAGES, RUN_MESSAGES};
 use super::runs::{EventRef, RunKey};
 use super::{Batch, RawRow, Store, StoreError, keys};
 use crate::partitioning::Partitioning;
@@ -22,6 +21,8 @@ pub struct MessageRow {
     pub from: String,
     /// The newest delta.
     pub event: [u8; 16],
+    /// Its number in its thread.
+    pub number: u64,
     /// The deltas that its run had before.
     pub begun: u64,
     /// How often it was begun anew. `chars` and `bytes` are those of the text since.
@@ -80,6 +81,13 @@ pub struct WrittenText {
     pub in_batch: Vec<TextPosition>,
 }
 
+/// Which message has a number.
+#[derive(Debug, Encode, Decode)]
+struct OpenMessageRow {
+    run: String,
+    message: String,
+}
+
 #[derive(Debug, Encode, BorrowDecode)]
 struct TextRow<'a> {
     text: &'a str,
@@ -88,6 +96,14 @@ struct TextRow<'a> {
 impl MessageKey {
     fn bytes(&self, partitioning: Partitioning) -> Vec<u8> {
         [&self.run.under(partitioning)[..], self.message.as_bytes()].concat()
+    }
+
+    fn listed(&self, partitioning: Partitioning, begun: u64) -> Vec<u8> {
+        [&self.run.under(partitioning)[..], &begun.to_be_bytes(), self.message.as_bytes()].concat()
+    }
+
+    fn open(&self, partitioning: Partitioning, row: &MessageRow) -> Vec<u8> {
+        keys::open_message(self.run.partition(partitioning), &self.run.tenant, &self.run.thread, row.number)
     }
 
     /// The prefix of the message's texts. Its name may hold a NUL, so its length stands before it.
@@ -106,41 +122,47 @@ impl Store {
         self.get(MESSAGES, &key.bytes(self.partitioning))
     }
 
-    /// A run's messages, in the order of their names.
+    /// A run's messages in the order in which they were begun.
     pub fn messages_of(&self, run: &RunKey) -> impl Iterator<Item = Result<(String, MessageRow), StoreError>> {
-        self.rows_under(MESSAGES, run.under(self.partitioning))
+        let (run, mut listed) = (run.clone(), self.under(RUN_MESSAGES, run.under(self.partitioning)));
+        std::iter::from_fn(move || {
+            loop {
+                let rest = match listed.next()? {
+                    Ok((rest, _)) => rest,
+                    Err(error) => return Some(Err(error)),
+                };
+                let Some(name) = rest.get(size_of::<u64>()..) else { continue };
+                let key = MessageKey { run: run.clone(), message: String::from_utf8_lossy(name).into_owned() };
+                match self.message(&key) {
+                    Ok(Some(row)) => return Some(Ok((key.message, row))),
+                    Ok(None) => {}
+                    Err(error) => return Some(Err(error)),
+                }
+            }
+        })
     }
 
-    /// Of a run, the names of those that are still being written.
-    pub fn open_messages_of(&self, run: &RunKey) -> impl Iterator<Item = Result<String, StoreError>> {
-        self.names_under(OPEN_MESSAGES, run.under(self.partitioning))
-    }
-
-    /// Messages of the thread that are still being written, from after one on.
+    /// Messages of the thread that are still being written, with their numbers, from this number on.
     pub fn open_messages(
         &self,
         tenant: &str,
         thread: &str,
-        after: Option<&MessageKey>,
-    ) -> impl Iterator<Item = Result<MessageKey, StoreError>> {
+        from: u64,
+    ) -> Result<impl Iterator<Item = Result<(u64, MessageKey), StoreError>>, StoreError> {
+        // Below the oldest there is nothing but what the store remembers of deleted rows; a reader need not pass over that.
+        let row = self.thread(tenant, thread)?.filter(|row| row.writing > 0);
         let (tenant, thread) = (tenant.to_owned(), thread.to_owned());
-        let prefix = keys::prefix(self.partition(&tenant, &thread), &[&tenant, &thread]);
-        let mut options = ReadOptions::default();
-        options.set_iterate_upper_bound(keys::after(prefix.clone()));
-        // Nothing is between a key and the same one with a NUL.
-        let from = after.map_or(prefix.clone(), |after| [&after.bytes(self.partitioning)[..], &[0]].concat());
-        let mode = IteratorMode::From(&from, Direction::Forward);
-        let rows = self.db.iterator_cf_opt(&self.family(OPEN_MESSAGES), options, mode);
-        rows.filter_map(move |row| {
-            let key = match row {
-                Ok((key, _)) => key,
-                Err(error) => return Some(Err(self.note(error.into()))),
-            };
-            let (length, rest) = key.get(prefix.len()..)?.split_first_chunk::<2>()?;
-            let (run, message) = rest.split_at_checked(usize::from(u16::from_be_bytes(*length)))?;
-            let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
-            Some(Ok(MessageKey { run: RunKey::new(&tenant, &thread, &text(run)), message: text(message) }))
-        })
+        let rows = row.map(|row| {
+            let partition = self.partition(&tenant, &thread);
+            let begin = keys::open_message(partition, &tenant, &thread, from.max(row.oldest_open));
+            self.between(OPEN_MESSAGES, &begin, keys::after(keys::prefix(partition, &[&tenant, &thread])))
+        });
+        Ok(rows.into_iter().flatten().map(move |row| {
+            let (key, value) = row?;
+            let OpenMessageRow { run, message } = self.decoded(OPEN_MESSAGES, &value)?;
+            let key_of = MessageKey { run: RunKey::new(&tenant, &thread, &run), message };
+            Ok((keys::seq_of(&key).unwrap_or(0), key_of))
+        }))
     }
 
     /// The text of an open message after this place, and where that text begins: there, or at its first character if the
@@ -173,15 +195,19 @@ impl Batch<'_> {
     pub fn put_delta(&mut self, key: &MessageKey, row: &MessageRow, at: TextPosition, text: &str) {
         self.put(MESSAGES, &key.bytes(self.store.partitioning), row);
         self.put(MESSAGE_TEXTS, &key.text(self.store.partitioning, at), &TextRow { text });
-        if at.chars == 0 {
-            self.put_empty(OPEN_MESSAGES, &key.bytes(self.store.partitioning));
-        }
+    }
+
+    /// The message's first delta was put.
+    pub fn open_message(&mut self, key: &MessageKey, row: &MessageRow) {
+        self.put_empty(RUN_MESSAGES, &key.listed(self.store.partitioning, row.begun));
+        let open = OpenMessageRow { run: key.run.run.clone(), message: key.message.clone() };
+        self.put(OPEN_MESSAGES, &key.open(self.store.partitioning, row), &open);
     }
 
     /// A message is closed: its event has the text now.
     pub fn close_message(&mut self, key: &MessageKey, row: &MessageRow, text: &WrittenText) -> Result<(), StoreError> {
         self.put(MESSAGES, &key.bytes(self.store.partitioning), row);
-        self.delete(OPEN_MESSAGES, &key.bytes(self.store.partitioning));
+        self.delete(OPEN_MESSAGES, &key.open(self.store.partitioning, row));
         self.delete_text(key, text)
     }
 

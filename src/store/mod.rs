@@ -10,6 +10,7 @@
 //!
 //! All calls block. A lookup takes microseconds; what walks a range belongs on a blocking thread.
 
+pub mod activity;
 pub mod catalogue;
 mod contacts;
 pub mod damage;
@@ -24,15 +25,18 @@ mod origin;
 mod receipts;
 mod revocations;
 pub mod runs;
+#[cfg(test)]
+mod tests;
 mod threads;
 mod tickets;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bincode::{BorrowDecode, Encode};
 use rocksdb::{BoundColumnFamily, DB, Direction, IteratorMode, ReadOptions, WriteBatch, WriteOptions};
 
+use self::activity::{Activity, ThreadActivity};
 use self::catalogue::Buffers;
 pub use self::catalogue::StoreMemory;
 use self::contacts::{Contacts, MembershipChange};
@@ -44,6 +48,7 @@ pub use self::members::{JoinedThread, MemberRow};
 pub use self::origin::{Origin, Progress};
 pub use self::receipts::{MAX_PARTS, ReceiptRow};
 pub use self::revocations::RevocationRow;
+use self::runs::{RunKey, RunListener, RunOutline};
 pub use self::threads::ThreadRow;
 pub use self::tickets::{OpenTicket, TicketsRow};
 use crate::codec::{self, CodecError};
@@ -88,6 +93,8 @@ pub struct Store {
     /// Of the log that it was made from, once it is: before that there are no rows.
     partitioning: Partitioning,
     contacts: Contacts,
+    activity: Activity,
+    run_listener: OnceLock<RunListener>,
     damage: Damage,
     /// What was wrong with those that this one replaces.
     set_aside: Option<String>,
@@ -102,6 +109,9 @@ pub struct Batch<'a> {
     store: &'a Store,
     rows: WriteBatch,
     memberships: Vec<MembershipChange>,
+    threads: Vec<ThreadActivity>,
+    /// Runs that it changes, if somebody listens.
+    runs: Vec<(RunKey, RunOutline)>,
 }
 
 impl Store {
@@ -133,12 +143,13 @@ impl Store {
     }
 
     fn of(db: DB, buffers: Buffers, memory: StoreMemory) -> Store {
-        let (contacts, damage) = (Contacts::default(), Damage::default());
         Store {
             db,
             partitioning: UNKNOWN_PARTITIONING,
-            contacts,
-            damage,
+            contacts: Contacts::default(),
+            activity: Activity::default(),
+            run_listener: OnceLock::new(),
+            damage: Damage::default(),
             set_aside: None,
             outdated: None,
             buffers,
@@ -279,7 +290,13 @@ impl Store {
     }
 
     pub fn batch(&self) -> Batch<'_> {
-        Batch { store: self, rows: WriteBatch::default(), memberships: Vec::new() }
+        Batch {
+            store: self,
+            rows: WriteBatch::default(),
+            memberships: Vec::new(),
+            threads: Vec::new(),
+            runs: Vec::new(),
+        }
     }
 
     /// Makes a batch visible. Durable with the next flush.
@@ -288,6 +305,12 @@ impl Store {
         options.disable_wal(true);
         self.db.write_opt(batch.rows, &options).map_err(|error| self.note(error.into()))?;
         self.contacts.apply(&batch.memberships);
+        self.activity.apply(&batch.memberships, &batch.threads);
+        if let Some(listener) = self.run_listener.get()
+            && !batch.runs.is_empty()
+        {
+            listener(batch.runs);
+        }
         Ok(())
     }
 

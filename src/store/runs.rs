@@ -59,10 +59,37 @@ impl RunRow {
     pub fn heard_at(&self) -> u64 {
         self.last.at.max(self.written_at)
     }
+
+    pub fn outline(&self) -> RunOutline {
+        RunOutline {
+            last: self.last.seq,
+            pieces: self.pieces,
+            heard_at: self.heard_at(),
+            children: self.children,
+            waiting: self.waiting,
+            ended: self.ended.is_some(),
+        }
+    }
 }
 
+/// What says how long a run may stay as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunOutline {
+    /// The seq of the newest event.
+    pub last: u64,
+    pub pieces: u64,
+    /// Milliseconds.
+    pub heard_at: u64,
+    pub children: u32,
+    pub waiting: Option<WaitRow>,
+    pub ended: bool,
+}
+
+/// Hears of each run that a commit has changed, after the commit and before its readers do.
+pub(super) type RunListener = Box<dyn Fn(Vec<(RunKey, RunOutline)>) + Send + Sync>;
+
 /// A person must answer.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub struct WaitRow {
     pub since: EventRef,
     /// Milliseconds.
@@ -100,7 +127,7 @@ pub struct AnswerRow {
 }
 
 /// A run's key: its thread and its name there.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RunKey {
     pub tenant: String,
     pub thread: String,
@@ -112,7 +139,7 @@ impl RunKey {
         RunKey { tenant: tenant.to_owned(), thread: thread.to_owned(), run: run.to_owned() }
     }
 
-    fn partition(&self, partitioning: Partitioning) -> Partition {
+    pub(super) fn partition(&self, partitioning: Partitioning) -> Partition {
         Partition::new(partitioning.of_thread(&self.tenant, &self.thread))
     }
 
@@ -142,8 +169,14 @@ fn named(partition: Partition, parts: &[&str], run: &str) -> Vec<u8> {
     [&keys::prefix(partition, parts)[..], &(run.len() as u16).to_be_bytes(), run.as_bytes()].concat()
 }
 
-fn user_key(partitioning: Partitioning, key: &RunKey, row: &RunRow) -> Vec<u8> {
-    keys::joined(key.partition(partitioning), &[&key.tenant, &row.user, &key.thread, &key.run])
+/// How many runs a user has started on a thread that have not ended; without a row there are none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+struct OpenRunsRow {
+    count: u32,
+}
+
+fn user_key(partitioning: Partitioning, key: &RunKey, user: &str) -> Vec<u8> {
+    keys::joined(key.partition(partitioning), &[&key.tenant, user, &key.thread])
 }
 
 fn answer_key(partitioning: Partitioning, key: &RunKey, question: u64) -> Vec<u8> {
@@ -192,8 +225,15 @@ impl Store {
 
     /// Whether the user has started a run on the thread that has not ended.
     pub fn has_open_run(&self, tenant: &str, thread: &str, user: &str) -> Result<bool, StoreError> {
-        let prefix = keys::prefix(self.partition(tenant, thread), &[tenant, user, thread]);
-        self.under(USER_RUNS, prefix).next().transpose().map(|row| row.is_some())
+        // A row for all of them: whatever has ended, this is one lookup.
+        let key = keys::joined(self.partition(tenant, thread), &[tenant, user, thread]);
+        let row = self.db.get_pinned_cf(&self.family(USER_RUNS), key);
+        row.map(|row| row.is_some()).map_err(|error| self.note(error.into()))
+    }
+
+    /// How many such runs there are, on the run's thread.
+    pub fn open_runs_by(&self, key: &RunKey, user: &str) -> Result<u32, StoreError> {
+        Ok(self.get(USER_RUNS, &user_key(self.partitioning, key, user))?.map_or(0, |row: OpenRunsRow| row.count))
     }
 
     /// The threads on which the user has started runs that have not ended, each once.
@@ -202,18 +242,9 @@ impl Store {
         tenant: &str,
         user: &str,
     ) -> impl Iterator<Item = Result<String, StoreError>> + use<'_> {
-        let mut last = None;
         let prefix = |partition| keys::prefix(partition, &[tenant, user]);
         let rows = self.merged(USER_RUNS, prefix, Span::ALL, Order::Ascending);
-        rows.filter_map(move |row| {
-            let thread = match row {
-                Ok(row) => String::from_utf8_lossy(&row.rest).split_once('\0')?.0.to_owned(),
-                Err(error) => return Some(Err(error)),
-            };
-            let is_new = last.as_ref() != Some(&thread);
-            last = Some(thread.clone());
-            is_new.then_some(Ok(thread))
-        })
+        rows.map(|row| Ok(String::from_utf8_lossy(&row?.rest).into_owned()))
     }
 
     /// A thread's runs that have not ended.
@@ -233,6 +264,12 @@ impl Store {
             let mut parts = std::str::from_utf8(key.get(Partition::BYTES..)?).ok()?.splitn(3, '\0');
             Some(Ok(RunKey::new(parts.next()?, parts.next()?, parts.next()?)))
         })
+    }
+
+    /// From now on `listener` hears of the runs that commits change. There is one, for as long as the store is open; another
+    /// is not taken.
+    pub fn listen_to_runs(&self, listener: impl Fn(Vec<(RunKey, RunOutline)>) + Send + Sync + 'static) {
+        drop(self.run_listener.set(Box::new(listener)));
     }
 
     /// A tenant's runs that have not ended, or of them those that wait, by [`RunKey::time`] and from after that on.
@@ -287,7 +324,6 @@ impl Batch<'_> {
         let start = keys::event(partition, &key.tenant, &key.thread, row.started.seq);
         self.rows.put_cf(&self.store.family(RUN_STARTS), start, &key.run);
         self.put_empty(OPEN_RUNS, &key.bytes(self.store.partitioning));
-        self.put_empty(USER_RUNS, &user_key(self.store.partitioning, key, row));
         self.list_open_run(key, row);
     }
 
@@ -296,7 +332,6 @@ impl Batch<'_> {
         self.put_run_row(key, row);
         if before.ended.is_none() && row.ended.is_some() {
             self.delete(OPEN_RUNS, &key.bytes(self.store.partitioning));
-            self.delete(USER_RUNS, &user_key(self.store.partitioning, key, row));
         }
         let moved = (before.ended, &before.waiting) != (row.ended, &row.waiting);
         if moved {
@@ -318,9 +353,20 @@ impl Batch<'_> {
         }
     }
 
+    /// So many runs of the user's on the run's thread have not ended.
+    pub fn put_open_runs_by(&mut self, key: &RunKey, user: &str, count: u32) {
+        match count {
+            0 => self.delete(USER_RUNS, &user_key(self.store.partitioning, key, user)),
+            _ => self.put(USER_RUNS, &user_key(self.store.partitioning, key, user), &OpenRunsRow { count }),
+        }
+    }
+
     /// A run that changed without an event.
     pub fn put_run_row(&mut self, key: &RunKey, row: &RunRow) {
         self.put(RUNS, &key.bytes(self.store.partitioning), row);
+        if self.store.run_listener.get().is_some() {
+            self.runs.push((key.clone(), row.outline()));
+        }
     }
 
     pub fn put_run_event(&mut self, key: &RunKey, seq: u64, row: &StepRow) {

@@ -2,6 +2,7 @@
 
 use bincode::{Decode, Encode};
 
+use super::activity::ThreadActivity;
 use super::catalogue::THREADS;
 use super::merged::{Order, Span};
 use super::{Batch, Store, StoreError, keys};
@@ -22,6 +23,13 @@ pub struct ThreadRow {
     /// Messages that are being written in deltas, and the bytes of their texts.
     pub writing: u32,
     pub writing_bytes: u64,
+    /// Messages that were ever begun in deltas: the number of the next one.
+    pub messages: u64,
+    /// The number of the oldest that is still being written, or of the next one: whoever looks for them need not pass over
+    /// those that were closed before.
+    pub oldest_open: u64,
+    /// Runs that have not ended.
+    pub open_runs: u32,
 }
 
 impl ThreadRow {
@@ -74,5 +82,7 @@ impl Store {
 impl Batch<'_> {
     pub fn put_thread(&mut self, tenant: &str, thread: &str, row: &ThreadRow) {
         self.put(THREADS, &keys::joined(self.store.partition(tenant, thread), &[tenant, thread]), row);
+        let key = keys::in_tenant(tenant, thread);
+        self.threads.push(ThreadActivity { key, last_at: row.last_at, open_runs: row.open_runs });
     }
 }

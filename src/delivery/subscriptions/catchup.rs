@@ -21,7 +21,6 @@ use crate::protocol::error::Error;
 use crate::protocol::event::Priority;
 use crate::protocol::frame::ServerFrame;
 use crate::protocol::kinds::AGENT_TOKEN;
-use crate::store::messages::MessageKey;
 use crate::store::{EventRange, StoredEvent};
 
 /// Events of one read from the store.
@@ -160,13 +159,13 @@ impl Subscriptions {
         }
     }
 
-    /// The text of some messages was read; `next` is the last of them if there are more.
-    fn accept_open_text(&mut self, id: SubId, texts: Vec<OpenText>, next: Option<MessageKey>) {
+    /// The text of some messages was read; `next` is where to go on if there are more.
+    fn accept_open_text(&mut self, id: SubId, texts: Vec<OpenText>, next: Option<u64>) {
         let Some(sub) = self.by_id.get_mut(&id) else { return };
         let Some(progress) = &mut sub.open_text else { return };
         progress.read.extend(texts.iter().map(|text| (text.name.clone(), text.end)));
         let more = next.is_some();
-        progress.after = next;
+        progress.next = next.unwrap_or(progress.next);
         if !more {
             // Of a message that is not among them any more, the event that closed it is on its way.
             sub.delivered = sub.open_text.take().map(|progress| Box::new(progress.read));
@@ -289,8 +288,8 @@ impl Subscription {
         if let Stage::Handover { to } = self.stage
             && self.cursor >= to
         {
-            let after = self.open_text.as_ref().and_then(|progress| progress.after.clone());
-            return Wanted::OpenText { after, delivered: self.delivered.as_deref().cloned().unwrap_or_default() };
+            let from = self.open_text.as_ref().map_or(0, |progress| progress.next);
+            return Wanted::OpenText { from, delivered: self.delivered.as_deref().cloned().unwrap_or_default() };
         }
 
         let limit = if self.filter.is_some() {

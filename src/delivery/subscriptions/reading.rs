@@ -39,9 +39,9 @@ const RETRY_MS: u64 = 5_000;
 /// What is read from the store.
 pub(super) enum Wanted {
     Events(EventRange),
-    /// The text of messages that are being written, of those after one, beyond what the client has.
+    /// The text of messages that are being written, from the one with this number on, beyond what the client has.
     OpenText {
-        after: Option<MessageKey>,
+        from: u64,
         delivered: DeliveredText,
     },
 }
@@ -87,7 +87,7 @@ impl Read {
         let (store, who, thread) = (&self.sources.store, &self.who, &*self.thread);
         let wanted = |head| match &self.wanted {
             Wanted::Events(range) => events(store, who, thread, *range, head, charge),
-            Wanted::OpenText { after, delivered } => open_text(store, who, thread, after.as_ref(), delivered, charge),
+            Wanted::OpenText { from, delivered } => open_text(store, who, thread, *from, delivered, charge),
         };
         match panics::catch(|| self.sources.rights.read(who, thread, wanted)).flatten() {
             Ok(Outcome::Chunk(chunk)) => self.answer(Ok(chunk)),
@@ -156,13 +156,13 @@ fn open_text(
     store: &Store,
     who: &Principal,
     thread: &str,
-    after: Option<&MessageKey>,
+    from: u64,
     delivered: &DeliveredText,
     mut charge: Charge,
 ) -> Result<Outcome, Error> {
-    let (mut texts, mut used, mut last, mut more) = (Vec::new(), 0, None, false);
-    for key in store.open_messages(&who.tenant, thread, after) {
-        let key = key?;
+    let (mut texts, mut used, mut next, mut more) = (Vec::new(), 0, from, false);
+    for message in store.open_messages(&who.tenant, thread, from)? {
+        let (number, key) = message?;
         let name = Delta::name(&key.run.run, &key.message);
         let known = delivered.get(&name).copied();
         let Some(row) = open(store, &key)? else { continue };
@@ -177,8 +177,8 @@ fn open_text(
         if !fits && charge.grow_to(bytes).is_err() {
             return Ok(Outcome::Needs(bytes));
         }
-        let from = known.filter(|known| known.restarts >= row.restarts);
-        let (begin, text) = store.text_after(&key, from.unwrap_or(TextPosition::beginning(row.restarts)))?;
+        let has = known.filter(|known| known.restarts >= row.restarts);
+        let (begin, text) = store.text_after(&key, has.unwrap_or(TextPosition::beginning(row.restarts)))?;
         // Looked up after the text: if the message was closed meanwhile, the text may be incomplete, but the event that closed
         // it comes live and has all of it.
         let Some(row) = open(store, &key)? else { continue };
@@ -199,7 +199,7 @@ fn open_text(
         }
         used += bytes;
         texts.push((name, end, frame));
-        last = Some(key);
+        next = number + 1;
     }
     charge.shrink_to(used);
     let charge = Arc::new(charge);
@@ -207,7 +207,7 @@ fn open_text(
         let frame = frame.map(|frame| charged(frame, &charge));
         OpenText { name, end, frame }
     });
-    Ok(Outcome::Chunk(Chunk::OpenText { texts: texts.collect(), next: last.filter(|_| more) }))
+    Ok(Outcome::Chunk(Chunk::OpenText { texts: texts.collect(), next: more.then_some(next) }))
 }
 
 /// A frame whose bytes hold its charge.

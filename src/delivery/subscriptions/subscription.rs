@@ -12,7 +12,7 @@ use super::receipt::Receipt;
 use crate::protocol::event;
 use crate::protocol::frame::ServerFrame;
 use crate::protocol::ids::ThreadAddress;
-use crate::store::messages::{MessageKey, TextPosition};
+use crate::store::messages::TextPosition;
 
 /// Where a subscription is on its way from the store to the live feed; [`super`] describes the way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,8 +52,8 @@ pub(super) type DeliveredText = HashMap<Arc<str>, TextPosition>;
 /// How far the text of messages that are being written was read.
 #[derive(Default)]
 pub(super) struct OpenTextProgress {
-    /// The last message that was.
-    pub after: Option<MessageKey>,
+    /// The number of the message to go on with.
+    pub next: u64,
     /// What the client has of those that were.
     pub read: DeliveredText,
 }

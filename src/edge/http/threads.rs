@@ -26,6 +26,7 @@ use crate::protocol::ids::ThreadAddress;
 use crate::protocol::json;
 use crate::protocol::kinds::{MEMBER_ADDED, THREAD_CREATED, THREAD_UPDATED};
 use crate::store::ThreadRow;
+use crate::store::activity::Cell;
 
 /// About the size of an entry of the list without its members and its newest event.
 const ITEM_BYTES: usize = 1 << 10;
@@ -65,22 +66,31 @@ pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     let mut meter = api.meter(&it.who, page.memory()).await?;
     blocking(move || {
         let who = &it.who;
-        let rows = api.store.threads_of(&who.tenant, &who.user).filter_map(|thread| {
-            let found = thread.and_then(|thread| Ok((api.store.thread(&who.tenant, &thread)?, thread)));
-            match found {
-                Ok((row, thread)) => row.map(|row| Ok(((Reverse(row.last_at), thread), row))),
-                Err(error) => Some(Err(error)),
-            }
-        });
-        let rows = page.select(rows)?;
+        let threads = api.store.active_threads(&who.tenant, &who.user)?;
+        let rows = page_by_activity(&threads, page.after.as_ref(), page.limit + 1);
 
-        let make = |(_, thread): &ByActivity, row, meter: &mut Meter| {
+        let make = |(_, thread): &ByActivity, (), meter: &mut Meter| {
+            let Some(row) = api.store.thread(&who.tenant, thread)? else { return Ok(None) };
             if_readable(api.rights.read(who, thread, |_| item(&api, who, thread, row, meter)))
         };
-        let (threads, next) = page.fill(rows.into_iter().map(Ok), &mut meter, make)?;
+        let (threads, next) = page.fill(rows.into_iter().map(|key| Ok((key, ()))), &mut meter, make)?;
         Ok(charged(json(StatusCode::OK, &ThreadList { threads, next }), meter))
     })
     .await
+}
+
+/// The first threads after `after`, newest activity first. Looks at all of the user's, in memory alone.
+fn page_by_activity(threads: &[Arc<Cell>], after: Option<&ByActivity>, count: usize) -> Vec<ByActivity> {
+    // The time of each is read once: commits move it meanwhile.
+    let keys = threads.iter().map(|cell| (Reverse(cell.last_at()), cell.thread()));
+    let after = after.map(|(at, thread)| (*at, &**thread));
+    let mut keys: Vec<(Reverse<u64>, &str)> = keys.filter(|key| after.is_none_or(|after| *key > after)).collect();
+    if keys.len() > count {
+        keys.select_nth_unstable(count);
+        keys.truncate(count);
+    }
+    keys.sort_unstable();
+    keys.into_iter().map(|(at, thread)| (at, thread.to_owned())).collect()
 }
 
 /// All threads of the tenant, by their ids: in the order in which they stand, so that a page costs what it holds.

@@ -208,25 +208,15 @@ impl RunStep {
 
 /// Messages that were written in deltas, by when they were begun, as many as there is room for; and whether there are more.
 fn written(api: &Api, key: &RunKey, room: &mut PageBudget<'_>) -> Result<(Vec<(String, MessageRow)>, bool), Error> {
-    let mut first = BTreeMap::new();
-    let mut more = false;
+    let mut written = Vec::new();
     for message in api.store.messages_of(key) {
         let (message, row) = message?;
-        first.insert((row.begun, message), row);
-        if first.len() > MAX_STEPS {
-            first.pop_last();
-            more = true;
-        }
-    }
-
-    let mut written = Vec::with_capacity(first.len());
-    for ((_, message), row) in first {
-        if !room.take(STEP_BYTES + message.len() + row.from.len())? {
+        if written.len() == MAX_STEPS || !room.take(STEP_BYTES + message.len() + row.from.len())? {
             return Ok((written, true));
         }
         written.push((message, row));
     }
-    Ok((written, more))
+    Ok((written, false))
 }
 
 fn message((message, row): (String, MessageRow)) -> MessageItem {

@@ -18,6 +18,7 @@ use crate::protocol::error::{Code, Error};
 use crate::protocol::http::RunList;
 use crate::protocol::ids;
 use crate::store::StoreError;
+use crate::store::activity::Cell;
 use crate::store::runs::RunKey;
 
 /// `GET /v1/threads/{thread}/runs`: newest first.
@@ -64,7 +65,8 @@ pub async fn open(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
             let runs = api.store.open_runs_by_time(&it.who.tenant, waiting, page.after.as_deref());
             page.fill(runs.map(|run| Ok(run?)), &mut meter, make)?
         } else {
-            let runs = page.select(runs_of_member(&api, &it.who, waiting))?;
+            let threads = api.store.active_threads(&it.who.tenant, &it.who.user)?;
+            let runs = page.select(runs_of_member(&api, &it.who, &threads, waiting))?;
             page.fill(runs.into_iter().map(Ok), &mut meter, make)?
         };
         Ok(charged(json(StatusCode::OK, &RunList { runs, next }), meter))
@@ -73,10 +75,11 @@ pub async fn open(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
 }
 
 /// The open runs, or of them those that wait, of the threads whose member the user is, of its inbox, and of those in which it
-/// works; in no order.
+/// works; in no order. Of threads without an open run nothing is read.
 fn runs_of_member<'a>(
     api: &'a Api,
     who: &'a Principal,
+    threads: &'a [Arc<Cell>],
     waiting: bool,
 ) -> impl Iterator<Item = Result<(Vec<u8>, RunKey), StoreError>> + 'a {
     let inbox = ids::inbox(&who.user);
@@ -90,7 +93,8 @@ fn runs_of_member<'a>(
         }
     };
     let works = works.into_iter().flatten().filter(is_new);
-    let threads = api.store.threads_of(&who.tenant, &who.user).chain([Ok(inbox)]).chain(works);
+    let busy = threads.iter().filter(|cell| cell.open_runs() > 0).map(|cell| Ok(cell.thread().to_owned()));
+    let threads = busy.chain([Ok(inbox)]).chain(works);
     let keys = threads.flat_map(move |thread| -> Box<dyn Iterator<Item = Result<RunKey, StoreError>> + 'a> {
         match thread {
             Ok(thread) => Box::new(api.store.open_runs(&who.tenant, &thread)),

@@ -1,0 +1,197 @@
+//! What readers of the store pass over: as much as they are after, however much there is beside it. Counted, not timed.
+
+use rocksdb::perf::{PerfContext, PerfMetric, PerfStatsLevel, set_perf_stats};
+
+use super::messages::{ClosedRow, MessageKey, MessageRow, TextPosition, WrittenText};
+use super::runs::{Ending, EventRef, RunKey, RunRow};
+use super::{MemberRow, Store, ThreadRow};
+
+/// What `work` reads: rows looked up, rows that iterators come to, and what they pass over of deleted ones.
+fn reads<T>(work: impl FnOnce() -> T) -> (u64, T) {
+    set_perf_stats(PerfStatsLevel::EnableCount);
+    let mut counts = PerfContext::default();
+    counts.reset();
+    let done = work();
+    let counted = [
+        PerfMetric::GetFromMemtableCount,
+        PerfMetric::SeekOnMemtableCount,
+        PerfMetric::NextOnMemtableCount,
+        PerfMetric::PrevOnMemtableCount,
+    ];
+    let sum = counted.into_iter().map(|metric| counts.metric(metric)).sum();
+    set_perf_stats(PerfStatsLevel::Disable);
+    (sum, done)
+}
+
+fn store() -> (tempfile::TempDir, Store) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let store = Store::open(folder.path()).expect("it opens");
+    (folder, store)
+}
+
+fn active_at(last_at: u64) -> ThreadRow {
+    ThreadRow { head: 1, last_at, ..ThreadRow::default() }
+}
+
+fn key(run: &str) -> RunKey {
+    RunKey::new("acme", "t", run)
+}
+
+fn run(seq: u64) -> RunRow {
+    let mark = EventRef { seq, at: seq };
+    RunRow {
+        agent: "scout".into(),
+        user: "bot".into(),
+        parent: None,
+        started: mark,
+        last: mark,
+        ended: None,
+        executing: 0,
+        children: 0,
+        waiting: None,
+        resumed: None,
+        cancel: None,
+        pieces: 0,
+        written_at: 0,
+    }
+}
+
+fn message(number: u64) -> (MessageKey, MessageRow) {
+    // Their names are in another order than they were begun.
+    let key = MessageKey { run: key("r"), message: format!("m{:04}", 9_999 - number) };
+    let row = MessageRow {
+        from: "bot".into(),
+        event: [0; 16],
+        number,
+        begun: number,
+        restarts: 0,
+        chars: 1,
+        bytes: 1,
+        begun_at: number,
+        last_at: number,
+        closed: None,
+    };
+    (key, row)
+}
+
+#[test]
+fn a_page_of_a_user_s_threads_reads_no_rows_to_find_the_newest_among_thousands() {
+    let (_folder, store) = store();
+    let mut rows = store.batch();
+    for n in 0..2_000 {
+        let thread = format!("t{n:04}");
+        rows.put_member("acme", &thread, "ada", &MemberRow { since: 1 });
+        rows.put_thread("acme", &thread, &active_at(1 + n));
+    }
+    store.commit(rows).expect("it commits");
+    let newest = || {
+        let threads = store.active_threads("acme", "ada").expect("it is read");
+        let newest = threads.iter().max_by_key(|cell| cell.last_at()).expect("there are some");
+        (threads.len(), newest.thread().to_owned())
+    };
+    let (first, found) = reads(newest);
+    assert!(first >= 4_000, "{first}: a membership and a row for each of them, once");
+    assert_eq!(found, (2_000, "t1999".to_owned()));
+    assert_eq!(reads(newest), (0, (2_000, "t1999".to_owned())));
+
+    let mut rows = store.batch();
+    rows.put_thread("acme", "t0007", &active_at(5_000));
+    rows.delete_member("acme", "t1999", "ada");
+    rows.put_member("acme", "another", "ada", &MemberRow { since: 1 });
+    rows.put_thread("acme", "another", &active_at(6_000));
+    store.commit(rows).expect("it commits");
+    assert_eq!(reads(newest), (0, (2_000, "another".to_owned())));
+    let mut rows = store.batch();
+    rows.put_thread("acme", "t0007", &active_at(7_000));
+    rows.put_thread("other", "t0008", &active_at(8_000));
+    store.commit(rows).expect("it commits");
+    assert_eq!(reads(newest), (0, (2_000, "t0007".to_owned())));
+}
+
+#[test]
+fn a_page_of_runs_reads_those_that_it_shows() {
+    let (_folder, store) = store();
+    let mut rows = store.batch();
+    for n in 1..=2_000 {
+        rows.put_new_run(&key(&format!("r{n}")), &run(n));
+    }
+    store.commit(rows).expect("it commits");
+    let page = || store.runs_of("acme", "t", 1_500).take(10).map(|run| run.expect("it is read").0).collect::<Vec<_>>();
+    let (count, seqs) = reads(page);
+    assert_eq!(seqs, (1_490..1_500).rev().collect::<Vec<u64>>());
+    assert!(count <= 25, "{count}");
+}
+
+#[test]
+fn the_page_of_a_run_reads_the_messages_that_it_shows_in_the_order_in_which_they_were_begun() {
+    let (_folder, store) = store();
+    let mut rows = store.batch();
+    for n in 0..2_000 {
+        let (key, row) = message(n);
+        rows.put_delta(&key, &row, TextPosition::default(), "a");
+        rows.open_message(&key, &row);
+    }
+    store.commit(rows).expect("it commits");
+    let page = || {
+        let run = key("r");
+        let messages = store.messages_of(&run).take(10);
+        messages.map(|message| message.expect("it is read").1.number).collect::<Vec<_>>()
+    };
+    let (count, numbers) = reads(page);
+    assert_eq!(numbers, (0..10).collect::<Vec<u64>>());
+    assert!(count <= 35, "{count}: an entry of the list and a row for each, and one to begin with");
+}
+
+#[test]
+fn who_joins_a_thread_passes_over_no_message_that_was_closed() {
+    let (_folder, store) = store();
+    let mut rows = store.batch();
+    for n in 0..2_000 {
+        let (key, row) = message(n);
+        rows.put_delta(&key, &row, TextPosition::default(), "a");
+        rows.open_message(&key, &row);
+    }
+    store.commit(rows).expect("it commits");
+    let mut rows = store.batch();
+    for n in 0..1_990 {
+        let (key, row) = message(n);
+        let closed = ClosedRow { mark: EventRef { seq: n, at: n }, event: [0; 16], content: [0; 32] };
+        let text = WrittenText { in_store: Some(0), in_batch: Vec::new() };
+        rows.close_message(&key, &MessageRow { closed: Some(closed), ..row }, &text).expect("it is read");
+    }
+    rows.put_thread("acme", "t", &ThreadRow { writing: 10, messages: 2_000, oldest_open: 1_990, ..active_at(1) });
+    store.commit(rows).expect("it commits");
+
+    let open = || {
+        let open = store.open_messages("acme", "t", 0).expect("it is read");
+        open.map(|message| message.expect("it is read").0).collect::<Vec<_>>()
+    };
+    let (count, numbers) = reads(open);
+    assert_eq!(numbers, (1_990..2_000).collect::<Vec<u64>>());
+    assert!(count <= 20, "{count}");
+    let from = store.open_messages("acme", "t", 1_995).expect("it is read");
+    assert_eq!(from.map(|message| message.expect("it is read").0).next(), Some(1_995));
+}
+
+#[test]
+fn whether_an_agent_works_in_a_thread_is_one_lookup_however_many_of_its_runs_have_ended() {
+    let (_folder, store) = store();
+    for n in 1..=1_000 {
+        let mut rows = store.batch();
+        let (key, row) = (key(&format!("r{n}")), run(n));
+        rows.put_new_run(&key, &row);
+        rows.put_open_runs_by(&key, "bot", 1);
+        store.commit(rows).expect("it commits");
+        let mut rows = store.batch();
+        rows.put_run(&key, &row, &RunRow { ended: Some((row.last, Ending::Completed)), ..row.clone() });
+        rows.put_open_runs_by(&key, "bot", 0);
+        store.commit(rows).expect("it commits");
+    }
+    let works = || store.has_open_run("acme", "t", "bot").expect("it is read");
+    assert_eq!(reads(works), (1, false));
+    let mut rows = store.batch();
+    rows.put_open_runs_by(&key("r"), "bot", 2);
+    store.commit(rows).expect("it commits");
+    assert_eq!(reads(works), (1, true));
+    assert_eq!(store.open_runs_by(&key("r"), "bot").expect("it is read"), 2);
+}
