@@ -7,7 +7,7 @@ use rocksdb::ReadOptions;
 
 use super::catalogue::{MEMBERS, MEMBERSHIPS};
 use super::contacts::MembershipChange;
-use super::merged::{Order, Span};
+use super::merged::Span;
 use super::receipts::ReceiptRow;
 use super::{Batch, Store, StoreError, keys};
 
@@ -54,7 +54,7 @@ impl Store {
     /// The threads a user is a member of, in the order of their ids.
     pub fn threads_of(&self, tenant: &str, user: &str) -> impl Iterator<Item = Result<String, StoreError>> {
         let prefix = |partition| keys::prefix(partition, &[tenant, user]);
-        let rows = self.merged(MEMBERSHIPS, prefix, Span::ALL, Order::Ascending);
+        let rows = self.merged(MEMBERSHIPS, prefix, Span::ALL);
         rows.map(|row| Ok(String::from_utf8_lossy(&row?.rest).into_owned()))
     }
 

@@ -7,7 +7,7 @@ use super::catalogue::{
     OPEN_RUN_TIMES, OPEN_RUNS, RUN_ANSWERS, RUN_CALLS, RUN_EVENTS, RUN_STARTS, RUN_THREADS, RUNS, USER_RUNS,
 };
 use super::keys::Partition;
-use super::merged::{Order, Span};
+use super::merged::Span;
 use super::{Batch, Store, StoreError, keys};
 use crate::partitioning::Partitioning;
 
@@ -219,7 +219,7 @@ impl Store {
     /// The threads that have a run of this name.
     pub fn threads_of_run(&self, tenant: &str, run: &str) -> impl Iterator<Item = Result<String, StoreError>> {
         let prefix = |partition| named(partition, &[tenant], run);
-        let rows = self.merged(RUN_THREADS, prefix, Span::ALL, Order::Ascending);
+        let rows = self.merged(RUN_THREADS, prefix, Span::ALL);
         rows.map(|row| Ok(String::from_utf8_lossy(&row?.rest).into_owned()))
     }
 
@@ -243,7 +243,7 @@ impl Store {
         user: &str,
     ) -> impl Iterator<Item = Result<String, StoreError>> + use<'_> {
         let prefix = |partition| keys::prefix(partition, &[tenant, user]);
-        let rows = self.merged(USER_RUNS, prefix, Span::ALL, Order::Ascending);
+        let rows = self.merged(USER_RUNS, prefix, Span::ALL);
         rows.map(|row| Ok(String::from_utf8_lossy(&row?.rest).into_owned()))
     }
 
@@ -283,7 +283,7 @@ impl Store {
         let prefix = |partition| time_prefix(partition, &tenant, waiting);
         // The first key after it: nothing is between a key and the same one with a NUL.
         let from = after.map_or(Vec::new(), |after| [after, &[0]].concat());
-        let rows = self.merged(OPEN_RUN_TIMES, prefix, Span { from: &from, to: None }, Order::Ascending);
+        let rows = self.merged(OPEN_RUN_TIMES, prefix, Span { from: &from, to: None });
         rows.filter_map(move |row| {
             let time = match row {
                 Ok(row) => row.rest,

@@ -4,7 +4,7 @@ use bincode::{Decode, Encode};
 
 use super::activity::ThreadActivity;
 use super::catalogue::THREADS;
-use super::merged::{Order, Span};
+use super::merged::Span;
 use super::{Batch, Store, StoreError, keys};
 use crate::protocol::event::Priority;
 
@@ -66,7 +66,7 @@ impl Store {
         let mut threads = Vec::new();
         for (from, to) in ranges {
             let prefix = |partition| keys::prefix(partition, &[tenant]);
-            for row in self.merged(THREADS, prefix, Span { from: &from, to }, Order::Ascending) {
+            for row in self.merged(THREADS, prefix, Span { from: &from, to }) {
                 if threads.len() == limit {
                     return Ok(threads);
                 }
