@@ -16,6 +16,9 @@ use crate::log::{LogError, Topic};
 /// How long a new topic may take until every broker knows of it; busy ones take their time.
 const APPEARS_WITHIN: Duration = Duration::from_secs(30);
 
+/// A new topic that has not appeared after this is created again.
+const CREATE_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
 /// A topic as the brokers have it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Shape {
@@ -39,18 +42,7 @@ pub(super) fn ensure_topics(
     topics: &Topics,
     client: &QueryClient,
 ) -> Result<([Shape; Topic::ALL.len()], Findings), LogError> {
-    let mut shapes = [None; Topic::ALL.len()];
-    for topic in Topic::ALL {
-        shapes[topic as usize] = shape_of(connection, client, topics.name(topic))?;
-    }
-    let missing: Vec<Topic> = Topic::ALL.into_iter().filter(|topic| shapes[*topic as usize].is_none()).collect();
-    if !missing.is_empty() {
-        create(connection, topics, &missing, client)?;
-    }
-    let mut found = [Shape::default(); Topic::ALL.len()];
-    for topic in Topic::ALL {
-        found[topic as usize] = wait_for_topic(connection, client, topics.name(topic))?;
-    }
+    let found = create_missing(connection, topics, client)?;
 
     let settings = keeping::ask(connection, topics).unwrap_or_else(|error| {
         tracing::debug!(%error, "the brokers do not say how the topics are set up");
@@ -61,6 +53,37 @@ pub(super) fn ensure_topics(
         Ok((found, findings))
     } else {
         Err(LogError::Unfit(findings.problems.join("; ")))
+    }
+}
+
+/// The shape of each topic, once all exist. One that somebody has just deleted may still be there, by its name or for the
+/// brokers that are asked, and is gone a moment later: so what is missing is looked up, and created, until nothing is.
+fn create_missing(
+    connection: &Connection,
+    topics: &Topics,
+    client: &QueryClient,
+) -> Result<[Shape; Topic::ALL.len()], LogError> {
+    let until = Instant::now() + APPEARS_WITHIN;
+    let mut create_at = Instant::now();
+    loop {
+        let mut shapes = [None; Topic::ALL.len()];
+        for topic in Topic::ALL {
+            shapes[topic as usize] = shape_of(connection, client, topics.name(topic))?;
+        }
+        let missing: Vec<Topic> = Topic::ALL.into_iter().filter(|topic| shapes[*topic as usize].is_none()).collect();
+        let Some(first) = missing.first() else {
+            return Ok(shapes.map(Option::unwrap_or_default));
+        };
+
+        let now = Instant::now();
+        if now >= until {
+            return Err(LogError::Unavailable(format!("topic {} did not appear", topics.name(*first))));
+        }
+        if now >= create_at {
+            create(connection, topics, &missing, client)?;
+            create_at = Instant::now() + CREATE_AGAIN_AFTER;
+        }
+        drop(client.poll(TICK));
     }
 }
 

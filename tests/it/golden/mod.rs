@@ -25,7 +25,7 @@ use weft::log::kafka::{ClientSettings, KafkaConfig, KafkaLog};
 use weft::log::{Append, Entry, Grant, Log, Record, Topic};
 use weft::memory::LogPlan;
 use weft::projector::{Projector, Verdict};
-use weft::store::catalogue::{KEY_TIMES, META, TICKET_TIMES};
+use weft::store::catalogue::{DEAD_LETTER_COUNTS, DEAD_LETTER_TIMES, DEAD_LETTERS, KEY_TIMES, META, TICKET_TIMES};
 use weft::store::{Partition, Store};
 
 use crate::support::LogKind;
@@ -190,6 +190,7 @@ fn rows(store: &Store) -> BTreeMap<String, FamilyOutcome> {
         let payload = value.get(FRAME..).unwrap_or_default();
         let key = match family {
             KEY_TIMES | TICKET_TIMES => [&[0; 2], &key[..]].concat(),
+            DEAD_LETTERS | DEAD_LETTER_TIMES | DEAD_LETTER_COUNTS => key.to_vec(),
             _ => key[Partition::BYTES..].to_vec(),
         };
         for part in [&key[..], payload] {
