@@ -11,7 +11,7 @@ use super::merged::Span;
 use super::receipts::ReceiptRow;
 use super::{Batch, Store, StoreError, keys};
 
-/// Steps in which two users' lists of threads are walked at once, on a worker of the runtime: some 50 µs.
+/// Steps in which two users' lists of threads are walked at once, on a worker of the runtime.
 const WALK: usize = 64;
 
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
