@@ -11,7 +11,7 @@ use weft::memory::LogPlan;
 
 use super::projector::record;
 use crate::on_both_logs;
-use crate::support::{LogKind, Server, eventually, publish, refused_with, weft};
+use crate::support::{KAFKA_PARTITIONS, LogKind, Server, eventually, publish, refused_with, weft};
 
 /// The log of a server; the embedded one can be opened only while the server is down.
 pub fn open(kind: &LogKind, data: &Path) -> Box<dyn Log> {
@@ -20,7 +20,7 @@ pub fn open(kind: &LogKind, data: &Path) -> Box<dyn Log> {
         LogKind::Kafka { brokers, prefix } => {
             let (brokers, topic_prefix, group) = (brokers.clone(), prefix.clone(), format!("{prefix}writer"));
             let (settings, memory) = (ClientSettings::default(), LogPlan::default());
-            let config = KafkaConfig { brokers, partitions: 64, topic_prefix, group, settings, memory };
+            let config = KafkaConfig { brokers, partitions: KAFKA_PARTITIONS, topic_prefix, group, settings, memory };
             Box::new(KafkaLog::open(config).unwrap())
         }
     }

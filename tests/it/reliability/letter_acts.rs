@@ -202,8 +202,8 @@ async fn what_cannot_be_read_can_be_discarded_by_its_own_tenant_and_not_requeued
     server.ready().await;
     server.stop().await;
     {
-        let log = EmbeddedLog::open(&server.data().join("log"), 16).unwrap();
-        for n in [0, 17, 33] {
+        let log = EmbeddedLog::open(&server.data().join("log"), 64).unwrap();
+        for n in [0, 65, 129] {
             log.append_foreign(n, format!(r#"{{"tenant":"acme","n":{n}}}"#).as_bytes()).unwrap();
         }
         log.append_foreign(3, b"nobody's").unwrap();

@@ -86,6 +86,9 @@ impl LogKind {
     }
 }
 
+/// Partitions of each topic that a server makes on a broker, if a test does not say otherwise.
+pub const KAFKA_PARTITIONS: u32 = 8;
+
 /// The binary under test.
 pub fn weft() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_weft"));
@@ -192,6 +195,10 @@ impl Server {
             .args(self.log.arguments())
             .args(&self.more)
             .envs(self.log_level.map(|level| ("WEFT_LOG_LEVEL", level)));
+        if matches!(self.log, LogKind::Kafka { .. }) {
+            // One broker has the topics of all tests.
+            command.env("WEFT_PARTITIONS", KAFKA_PARTITIONS.to_string());
+        }
         if !self.more.iter().any(|it| matches!(it.as_str(), "--jwt-key" | "--jwt-secret")) {
             command.args(["--jwt-secret", SECRET]);
         }
