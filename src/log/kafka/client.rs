@@ -20,6 +20,8 @@ pub(super) const ASK: Duration = Duration::from_secs(5);
 const SETTLES_WITHIN: Duration = Duration::from_secs(20);
 /// How long one poll of a client blocks while it waits for something.
 pub(super) const TICK: Duration = Duration::from_millis(50);
+/// What librdkafka calls a connection on which TLS is agreed upon.
+const TLS_HANDSHAKE: &str = "in state SSL_HANDSHAKE";
 /// What librdkafka's log calls the end of a connection.
 const LOST_CONNECTION: &str = "FAIL";
 /// For how long librdkafka is heard out after a question that failed.
@@ -188,6 +190,8 @@ impl Connection {
     }
 
     fn note(&self, kind: TroubleKind, text: &str) {
+        // One that ends the connection while TLS is agreed upon speaks no TLS, or not with this client.
+        let kind = if text.contains(TLS_HANDSHAKE) { kind.max(TroubleKind::Tls) } else { kind };
         let mut trouble = self.trouble();
         // An attempt that fails early, such as one that is cut off by the next, says less than one that got further.
         if trouble.as_ref().is_none_or(|before| before.kind <= kind) {
