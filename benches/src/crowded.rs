@@ -173,12 +173,9 @@ async fn take_answers(mut reader: Reader, total: u64) -> Result<(), Failure> {
     let mut answered = 0;
     while answered < total {
         reader
-            .read(|reply| match reply {
-                Reply::Published { .. } => {
-                    answered += 1;
-                    Ok(())
-                }
-                other => Err(format!("a publisher that subscribed to nothing got {other:?}").into()),
+            .read(|reply| {
+                answered += 1;
+                reply.published().map(drop)
             })
             .await?;
     }

@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use crate::reply::Reply;
 use crate::socket::{Socket, text_frame};
 use crate::target::Target;
 use weft::cli::common::Failure;
@@ -109,9 +108,7 @@ impl Publisher {
             let Publisher { socket, open, answered, first_seq, .. } = self;
             socket
                 .exchange(|reply| {
-                    let Reply::Published { id, seq } = reply else {
-                        return Err(format!("a publisher that subscribed to nothing got {reply:?}").into());
-                    };
+                    let (id, seq) = reply.published()?;
                     let number = number_of(id)?;
                     let first = *first_seq.get_or_insert(seq - number.min(seq));
                     if seq != first + number {

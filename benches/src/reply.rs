@@ -39,6 +39,14 @@ pub enum Reply<'a> {
 }
 
 impl Reply<'_> {
+    /// The id and the seq of a publish that was answered, for a publisher that subscribed to nothing and gets nothing else.
+    pub fn published(&self) -> Result<(u64, u64), Failure> {
+        match self {
+            Reply::Published { id, seq } => Ok((*id, *seq)),
+            other => Err(format!("a publisher that subscribed to nothing got {other:?}").into()),
+        }
+    }
+
     /// Fails on an error frame, on a duplicate, and on what is not a frame of Weft.
     pub fn read(frame: &[u8]) -> Result<Reply<'_>, Failure> {
         match published(frame).or_else(|| event(frame)).or_else(|| presence(frame)) {

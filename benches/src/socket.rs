@@ -34,7 +34,13 @@ pub const PONG: u8 = 10;
 pub struct Socket {
     pub reader: Reader,
     pub writer: OwnedWriteHalf,
-    out: Vec<u8>,
+    out: Outgoing,
+}
+
+/// What is queued for a connection.
+#[derive(Default)]
+pub struct Outgoing {
+    bytes: Vec<u8>,
     written: usize,
 }
 
@@ -65,34 +71,35 @@ impl Socket {
         let rest = upgrade(&mut stream, authority, "/v1/ws", &format!("Authorization: Bearer {token}\r\n")).await?;
         let (half, writer) = stream.into_split();
         let reader = Reader { half, scanner: Scanner { rest }, at_most: READ_BYTES, pongs: Vec::new() };
-        let mut socket = Socket { reader, writer, out: Vec::new(), written: 0 };
+        let mut socket = Socket { reader, writer, out: Outgoing::default() };
         socket.wait_for(|reply| matches!(reply, Reply::Welcome).then_some(())).await?;
         Ok(socket)
     }
 
     /// Queues a whole frame; [`Socket::exchange`] sends it.
     pub fn queue(&mut self, frame: &[u8]) {
-        self.out.extend_from_slice(frame);
+        self.out.queue(frame);
     }
 
     pub fn queue_text(&mut self, text: &str) {
-        self.out.extend_from_slice(&text_frame(text.as_bytes()));
+        self.out.queue(&text_frame(text.as_bytes()));
     }
 
     /// A pong without a ping, which shows that the client is alive.
     pub fn queue_pong(&mut self) {
-        self.out.extend_from_slice(&frame(PONG, &[]));
+        self.out.queue(&frame(PONG, &[]));
     }
 
     /// Sends what is queued, as far as the socket accepts it, until frames come in; calls `each` with each of them.
     /// Cancel-safe.
     pub async fn exchange(&mut self, mut each: impl FnMut(Reply) -> Result<(), Failure>) -> Result<(), Failure> {
         std::future::poll_fn(|cx| {
-            self.poll_write(cx)?;
+            self.out.poll_write(&mut self.writer, cx)?;
             self.reader.poll(cx, &mut each)
         })
         .await?;
-        self.out.append(&mut self.reader.pongs);
+        self.out.queue(&self.reader.pongs);
+        self.reader.pongs.clear();
         Ok(())
     }
 
@@ -118,15 +125,22 @@ impl Socket {
         let after = self.wait_for(caught_up).await?;
         Ok((self, after))
     }
+}
 
-    fn poll_write(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        while self.written < self.out.len() {
-            match Pin::new(&mut self.writer).poll_write(cx, &self.out[self.written..]) {
+impl Outgoing {
+    pub fn queue(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Writes as much as the other side accepts now.
+    pub fn poll_write(&mut self, to: &mut (impl AsyncWrite + Unpin), cx: &mut Context<'_>) -> io::Result<()> {
+        while self.written < self.bytes.len() {
+            match Pin::new(&mut *to).poll_write(cx, &self.bytes[self.written..]) {
                 Poll::Ready(count) => self.written += count?,
                 Poll::Pending => return Ok(()),
             }
         }
-        self.out.clear();
+        self.bytes.clear();
         self.written = 0;
         Ok(())
     }

@@ -1,34 +1,18 @@
 //! One connection to a server: bytes out, and in as what its dialect makes of them.
 
-use std::io;
 use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::dialect::Dialect;
-use crate::socket::text_frame;
+use super::frames::Dialect;
+use super::got::Got;
+use crate::socket::{Outgoing, text_frame};
 use weft::cli::common::Failure;
 
 const READ_BYTES: usize = 64 * 1024;
-
-/// What came in.
-#[derive(Debug)]
-pub enum Got<'a> {
-    /// A publish was answered.
-    Answer {
-        id: u64,
-        raw: &'a [u8],
-    },
-    /// A message, by the number in its data.
-    Message {
-        number: u64,
-        raw: &'a [u8],
-    },
-    Other(&'a [u8]),
-}
 
 pub struct Link {
     stream: TcpStream,
@@ -39,18 +23,17 @@ pub struct Link {
     pub welcome: Vec<u8>,
     /// The beginning of a frame whose end has not come yet.
     rest: Vec<u8>,
-    out: Vec<u8>,
-    written: usize,
+    out: Outgoing,
 }
 
 impl Link {
     pub fn new(stream: TcpStream, dialect: Dialect, inbox: String, rest: Vec<u8>) -> Link {
-        Link { stream, dialect, inbox, welcome: Vec::new(), rest, out: Vec::new(), written: 0 }
+        Link { stream, dialect, inbox, welcome: Vec::new(), rest, out: Outgoing::default() }
     }
 
     /// Queues bytes as they go over the wire.
     pub fn queue(&mut self, bytes: &[u8]) {
-        self.out.extend_from_slice(bytes);
+        self.out.queue(bytes);
     }
 
     /// Queues a message of the dialect.
@@ -73,7 +56,7 @@ impl Link {
             }
         }
         std::future::poll_fn(|cx| {
-            self.poll_write(cx)?;
+            self.out.poll_write(&mut self.stream, cx)?;
             self.poll_read(cx, &mut replies, &mut each)
         })
         .await?;
@@ -103,18 +86,6 @@ impl Link {
         let mut left = [0; 4096];
         // A server that resets the connection has noticed, too.
         while self.stream.read(&mut left).await.is_ok_and(|count| count > 0) {}
-        Ok(())
-    }
-
-    fn poll_write(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        while self.written < self.out.len() {
-            match Pin::new(&mut self.stream).poll_write(cx, &self.out[self.written..]) {
-                Poll::Ready(count) => self.written += count?,
-                Poll::Pending => return Ok(()),
-            }
-        }
-        self.out.clear();
-        self.written = 0;
         Ok(())
     }
 

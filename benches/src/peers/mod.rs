@@ -5,6 +5,8 @@
 //! against what is open, and each reader must get each message once and in order.
 
 mod dialect;
+mod frames;
+mod got;
 mod link;
 mod nats;
 
@@ -12,8 +14,10 @@ use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 
-use self::dialect::{Dialect, Resume};
-use self::link::{Got, Link};
+use self::dialect::Resume;
+use self::frames::Dialect;
+use self::got::Got;
+use self::link::Link;
 use crate::publisher::{Frame, number_of};
 use crate::report::Figure;
 use crate::target::{Target, TargetArgs, progress, raise_open_files};

@@ -1,8 +1,7 @@
 //! NATS's protocol: lines, and messages with their length. A publish to a subject of a stream is answered on the publisher's
 //! inbox once JetStream has stored it.
 
-use super::dialect::{leading_number, message_or_other, said};
-use super::link::{Got, Link};
+use super::got::{Got, leading_number, message_or_other, said};
 use weft::cli::common::Failure;
 
 const STREAM: &str = "BENCH";
@@ -10,24 +9,21 @@ const INBOX: &str = "_INBOX.";
 /// Where a consumer delivers to.
 const DELIVER: &str = "deliver.";
 
-pub(super) async fn greet(link: &mut Link) -> Result<Vec<u8>, Failure> {
-    let welcome = link.wait_for("INFO ").await?;
-    let inbox = format!("{INBOX}{}", link.inbox);
-    link.queue_text(&format!(
+/// How the answer begins that says that the stream is there.
+pub(super) const STREAM_MADE: &str = r#"{"type":"io.nats.jetstream.api.v1.stream_create_response""#;
+
+/// What a client says once the server has greeted it; `PONG` comes when that is taken.
+pub(super) fn connect(inbox: &str) -> String {
+    format!(
         "CONNECT {{\"verbose\":false,\"pedantic\":false,\"headers\":true,\"no_responders\":true,\"lang\":\"bench\",\
-         \"version\":\"1\",\"protocol\":1}}\r\nSUB {inbox}.* 1\r\nPING\r\n"
-    ));
-    link.wait_for("PONG").await?;
-    Ok(welcome)
+         \"version\":\"1\",\"protocol\":1}}\r\nSUB {INBOX}{inbox}.* 1\r\nPING\r\n"
+    )
 }
 
 /// Makes the stream that stores what is published: in files, and with all else as it is by default.
-pub(super) async fn make_stream(link: &mut Link) -> Result<(), Failure> {
+pub(super) fn make_stream(inbox: &str) -> String {
     let config = format!(r#"{{"name":"{STREAM}","subjects":["bench.*"],"storage":"file","num_replicas":1}}"#);
-    let reply = format!("{INBOX}{}.stream", link.inbox);
-    link.queue_text(&format!("PUB $JS.API.STREAM.CREATE.{STREAM} {reply} {}\r\n{config}\r\n", config.len()));
-    link.wait_for(r#"{"type":"io.nats.jetstream.api.v1.stream_create_response""#).await?;
-    Ok(())
+    format!("PUB $JS.API.STREAM.CREATE.{STREAM} {INBOX}{inbox}.stream {}\r\n{config}\r\n", config.len())
 }
 
 pub(super) fn publish(inbox: &str, thread: &str, data: &str) -> Vec<u8> {
