@@ -173,7 +173,7 @@ async fn counts(args: &Args, http: &mut Http) -> Result<(), Failure> {
 }
 
 async fn show(args: &Args, http: &mut Http, id: &str) -> Result<(), Failure> {
-    let letter = http.get(&format!("/v1/dead-letters/{}", segment(id))).await?;
+    let letter = http.get(&format!("/v1/dead-letters/{}", common::segment(id))).await?;
     let out = Output::new();
     if args.json {
         return out.line(letter).map(drop);
@@ -218,7 +218,7 @@ fn line_of(event: &Value) -> String {
 }
 
 async fn act_on_one(args: &Args, http: &mut Http, id: &str) -> Result<(), Failure> {
-    let path = format!("/v1/dead-letters/{}", segment(id));
+    let path = format!("/v1/dead-letters/{}", common::segment(id));
     let outcome = match args.action {
         Action::Requeue => {
             let body = json!({"note": args.note, "rehearse": args.rehearse});
@@ -287,9 +287,4 @@ fn print_outcomes(args: &Args, outcomes: &[Value]) -> Result<(), Failure> {
         return Err(format!("nothing became of {refused} of {} dead letters", outcomes.len()).into());
     }
     Ok(())
-}
-
-/// A part of a path.
-fn segment(text: &str) -> String {
-    percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string()
 }

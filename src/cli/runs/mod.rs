@@ -3,7 +3,6 @@
 mod waterfall;
 
 use comfy_table::Table;
-use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 
 use super::common::{self, Failure, Output, Server, cell, print_rows};
@@ -52,7 +51,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
 }
 
 fn runs_of(thread: &str) -> String {
-    format!("/v1/threads/{}/runs", utf8_percent_encode(thread, NON_ALPHANUMERIC))
+    format!("/v1/threads/{}/runs", common::segment(thread))
 }
 
 fn table(runs: &[Value]) -> Table {
@@ -93,7 +92,7 @@ fn end_ms(run: &Value) -> u64 {
 }
 
 async fn show(http: &mut Http, args: &Args, name: &str) -> Result<(), Failure> {
-    let name = utf8_percent_encode(name, NON_ALPHANUMERIC);
+    let name = common::segment(name);
     let run = match &args.thread {
         Some(thread) => http.get(&format!("{}/{name}", runs_of(thread))).await?,
         None => http.get(&format!("/v1/runs/{name}")).await?,

@@ -26,9 +26,10 @@ use crate::protocol::letters::{
     ActName, DeadLetterCounts, DeadLetterItem, DeadLetterList, FingerprintCount, LetterAct, LetterStateName, LetterTry,
     Neighbours, ReasonCount, UnreadableSource,
 };
-use crate::store::EventRange;
-use crate::store::StoreError;
-use crate::store::dead_letters::{CountRow, DeadLetterCursor, DeadLetterFilter, DeadLetterRow, LetterState, Order};
+use crate::store::dead_letters::{
+    ActRow, CountRow, DeadLetterCursor, DeadLetterFilter, DeadLetterRow, LetterState, Order, TryRow,
+};
+use crate::store::{EventRange, StoreError, StoredEvent};
 
 /// About the size of an entry without what it is about.
 const ITEM_BYTES: usize = 1 << 10;
@@ -161,7 +162,7 @@ fn neighbours(api: &Api, who: &Principal, row: &DeadLetterRow, meter: &mut Meter
         let range = EventRange { from, to, limit: NEIGHBOURS, bytes: NEIGHBOURS_BYTES, newest_first };
         let events = api.store.events(&who.tenant, thread, range)?;
         meter.add(events.iter().map(|event| event.frame.len()).sum::<usize>() * COPIES)?;
-        let raw = |event: crate::store::StoredEvent| RawValue::from_string(without_type(&event.frame)).ok();
+        let raw = |event: StoredEvent| RawValue::from_string(without_type(&event.frame)).ok();
         Ok::<Vec<_>, Error>(events.into_iter().filter_map(raw).collect())
     };
     let mut nearest_first = read(1, before, true)?;
@@ -177,12 +178,8 @@ fn item(api: &Api, who: &Principal, id: [u8; 16], row: DeadLetterRow, known: boo
     };
     // An event that was refused has no seq, and stands in the row.
     let event = stored.map(|event| without_type(&event.frame)).or(row.event);
-    let tried = |tried: crate::store::dead_letters::TryRow| LetterTry {
-        at: clock::rfc3339(tried.at),
-        worker: tried.worker,
-        reason: tried.reason,
-    };
-    let act = |act: crate::store::dead_letters::ActRow| LetterAct {
+    let tried = |tried: TryRow| LetterTry { at: clock::rfc3339(tried.at), worker: tried.worker, reason: tried.reason };
+    let act = |act: ActRow| LetterAct {
         act: if act.discarded { ActName::Discarded } else { ActName::Requeued },
         by: act.by,
         at: clock::rfc3339(act.at),
