@@ -148,11 +148,13 @@ impl Store {
 
     /// Walks the lists of both users' threads of one partition, by the prefixes of their rows.
     fn walk_partition(&self, prefixes: &[Vec<u8>; 2], left: &mut usize) -> Result<Option<bool>, StoreError> {
-        let mut lists = prefixes.each_ref().map(|prefix| {
+        let list_of = |prefix: &Vec<u8>| {
             let mut options = ReadOptions::default();
             options.set_iterate_upper_bound(keys::after(prefix.clone()));
             self.db.raw_iterator_cf_opt(&self.family(MEMBERSHIPS), options)
-        });
+        };
+        // Where the first user has no thread, as in most partitions, the other's list is not begun.
+        let mut lists = [None, None];
         let mut thread = Vec::new();
         // In turn, each list is moved to the other's thread or to the first one after it.
         for turn in (0..2).cycle() {
@@ -160,9 +162,10 @@ impl Store {
                 break;
             }
             *left -= 1;
-            lists[turn].seek([&prefixes[turn][..], &thread].concat());
-            let Some(key) = lists[turn].key() else {
-                lists.iter().try_for_each(|list| list.status()).map_err(|error| self.note(error.into()))?;
+            let list = lists[turn].get_or_insert_with(|| list_of(&prefixes[turn]));
+            list.seek([&prefixes[turn][..], &thread].concat());
+            let Some(key) = list.key() else {
+                list.status().map_err(|error| self.note(error.into()))?;
                 return Ok(Some(false));
             };
             let found = &key[prefixes[turn].len()..];
