@@ -342,19 +342,10 @@ mod tests {
 
     fn run(last: u64, at: u64, waiting: Option<(u64, u64)>) -> (RunKey, RunRow) {
         let row = RunRow {
-            agent: "scout".into(),
-            user: "scout".into(),
-            parent: None,
             started: EventRef { seq: 1, at: T0 },
             last: EventRef { seq: last, at },
-            ended: None,
-            executing: 0,
-            children: 0,
             waiting: waiting.map(|(seq, until)| WaitRow { since: EventRef { seq, at }, expires_at: Some(until) }),
-            resumed: None,
-            cancel: None,
-            pieces: 0,
-            written_at: 0,
+            ..RunRow::new("scout".into(), "scout".into())
         };
         (RunKey::new("acme", "t", "r"), row)
     }

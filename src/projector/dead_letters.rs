@@ -41,31 +41,6 @@ pub(super) struct ForeignSource<'a> {
     pub(super) offset: u64,
 }
 
-/// A letter that is open, and has nothing but what all have.
-pub(super) fn open_letter(reason: &str, kind: Option<&str>, at: u64, attempts: u32, error: String) -> DeadLetterRow {
-    DeadLetterRow {
-        at,
-        order: 0,
-        attempts,
-        fingerprint: Fingerprint::of(reason, kind, &error).0,
-        reason: reason.to_owned(),
-        kind: kind.map(str::to_owned),
-        error,
-        thread: None,
-        user: None,
-        name: None,
-        seq: None,
-        place: None,
-        event: None,
-        grant: None,
-        source: None,
-        state: LetterState::Open,
-        round: 0,
-        tries: Vec::new(),
-        acts: Vec::new(),
-    }
-}
-
 impl DeadLetters {
     /// Applies a dead letter of the topic `dead-letters`, and returns its time.
     pub(super) fn apply(&mut self, tx: &mut Transaction<'_>, record: &Record) -> Result<u64, RecordError> {
@@ -79,7 +54,7 @@ impl DeadLetters {
             order: letter.seq,
             round: letter.round,
             tries,
-            ..open_letter(&letter.reason, letter.kind.as_deref(), at, letter.attempts, letter.error)
+            ..DeadLetterRow::open(&letter.reason, letter.kind.as_deref(), at, letter.attempts, letter.error)
         };
         self.fail(tx, &letter.tenant, *letter.letter.as_bytes(), row)?;
 
@@ -117,7 +92,7 @@ impl DeadLetters {
                 size: value.len() as u64,
                 bytes: value[..value.len().min(KEPT_BYTES)].to_vec(),
             }),
-            ..open_letter(UNREADABLE, None, at, 1, error)
+            ..DeadLetterRow::open(UNREADABLE, None, at, 1, error)
         };
 
         self.fail(tx, &tenant, *letter.as_bytes(), row)
@@ -143,7 +118,7 @@ impl DeadLetters {
             event: std::str::from_utf8(&input.record.value).ok().map(str::to_owned),
             grant: Some(input.record.grant.as_str().to_owned()),
             tries: vec![TryRow { at: input.at, worker: Some(from), reason: error.clone() }],
-            ..open_letter(RUN_ORDER, Some(&event.kind), input.at, 1, error)
+            ..DeadLetterRow::open(RUN_ORDER, Some(&event.kind), input.at, 1, error)
         };
         self.fail(tx, &event.tenant, *letter.as_bytes(), row)
     }

@@ -11,7 +11,7 @@
 
 use uuid::Uuid;
 
-use super::dead_letters::{again, keep_newest, open_letter, read_value};
+use super::dead_letters::{again, keep_newest, read_value};
 use super::judge::BatchState;
 use super::rules;
 use super::thread::Thread;
@@ -138,7 +138,7 @@ impl Act {
 
     /// What stands for a letter that has not come yet.
     fn early_row(&self) -> DeadLetterRow {
-        let row = open_letter(UNREADABLE, None, self.at, 0, String::new());
+        let row = DeadLetterRow::open(UNREADABLE, None, self.at, 0, String::new());
         DeadLetterRow { thread: self.record.thread.clone(), ..row }
     }
 }

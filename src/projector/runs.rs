@@ -229,19 +229,8 @@ impl Runs {
         };
 
         let row = RunRow {
-            agent: started.agent.into_owned(),
-            user: event.from.to_string(),
             parent: parent.as_ref().map(|(key, _)| key.run.clone()),
-            started: EventRef::default(),
-            last: EventRef::default(),
-            ended: None,
-            executing: 0,
-            children: 0,
-            waiting: None,
-            resumed: None,
-            cancel: None,
-            pieces: 0,
-            written_at: 0,
+            ..RunRow::new(started.agent.into_owned(), event.from.to_string())
         };
         Ok(Transition { key, row, call: None, parent, effect: Effect::Start })
     }

@@ -49,6 +49,33 @@ pub struct DeadLetterRow {
     pub acts: Vec<ActRow>,
 }
 
+impl DeadLetterRow {
+    /// A letter that is open, and has nothing but what all have.
+    pub fn open(reason: &str, kind: Option<&str>, at: u64, attempts: u32, error: String) -> DeadLetterRow {
+        DeadLetterRow {
+            at,
+            order: 0,
+            attempts,
+            fingerprint: Fingerprint::of(reason, kind, &error).0,
+            reason: reason.to_owned(),
+            kind: kind.map(str::to_owned),
+            error,
+            thread: None,
+            user: None,
+            name: None,
+            seq: None,
+            place: None,
+            event: None,
+            grant: None,
+            source: None,
+            state: LetterState::Open,
+            round: 0,
+            tries: Vec::new(),
+            acts: Vec::new(),
+        }
+    }
+}
+
 /// Whether somebody still has to see to a letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
 pub enum LetterState {
@@ -368,27 +395,13 @@ mod tests {
     fn letter(n: u64) -> DeadLetterRow {
         let reason = ["run_order", "unacknowledged", "unreadable"][n as usize % 3];
         let kind = [None, Some("x.a"), Some("x.b")][n as usize % 7 % 3];
+        // Several of one time, and not in the order in which they come.
+        let at = 1_000 + n * 7 % 40;
         DeadLetterRow {
-            reason: reason.into(),
-            // Several of one time, and not in the order in which they come.
-            at: 1_000 + n * 7 % 40,
             order: n % 3,
             thread: Some(format!("t{}", n % 4)),
-            kind: kind.map(str::to_owned),
-            attempts: 1,
-            error: "e".into(),
-            fingerprint: Fingerprint::of(reason, kind, "e").0,
-            user: None,
-            name: None,
-            seq: None,
-            place: None,
-            event: None,
-            grant: None,
-            source: None,
             state: if n.is_multiple_of(5) { LetterState::Discarded } else { LetterState::Open },
-            round: 0,
-            tries: Vec::new(),
-            acts: Vec::new(),
+            ..DeadLetterRow::open(reason, kind, at, 1, "e".into())
         }
     }
 

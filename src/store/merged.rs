@@ -163,22 +163,9 @@ mod tests {
     }
 
     fn run(n: usize) -> (RunKey, RunRow) {
-        let row = RunRow {
-            agent: "scout".into(),
-            user: "ada".into(),
-            parent: None,
-            // Ten of them begin at the same time.
-            started: EventRef { seq: 1, at: (n as u64 * 7_919) % ROWS as u64 / 10 },
-            last: EventRef::default(),
-            ended: None,
-            executing: 0,
-            children: 0,
-            waiting: None,
-            resumed: None,
-            cancel: None,
-            pieces: 0,
-            written_at: 0,
-        };
+        // Ten of them begin at the same time.
+        let started = EventRef { seq: 1, at: (n as u64 * 7_919) % ROWS as u64 / 10 };
+        let row = RunRow { started, ..RunRow::new("scout".into(), "ada".into()) };
         (RunKey::new("acme", &format!("t{n}"), "r"), row)
     }
 

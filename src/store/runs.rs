@@ -55,6 +55,25 @@ pub struct RunRow {
 }
 
 impl RunRow {
+    /// A run of which nothing is known but who works in it and who started it.
+    pub fn new(agent: String, user: String) -> RunRow {
+        RunRow {
+            agent,
+            user,
+            parent: None,
+            started: EventRef::default(),
+            last: EventRef::default(),
+            ended: None,
+            executing: 0,
+            children: 0,
+            waiting: None,
+            resumed: None,
+            cancel: None,
+            pieces: 0,
+            written_at: 0,
+        }
+    }
+
     /// When the run was last heard of, in milliseconds.
     pub fn heard_at(&self) -> u64 {
         self.last.at.max(self.written_at)

@@ -39,21 +39,7 @@ fn key(run: &str) -> RunKey {
 
 fn run(seq: u64) -> RunRow {
     let mark = EventRef { seq, at: seq };
-    RunRow {
-        agent: "scout".into(),
-        user: "bot".into(),
-        parent: None,
-        started: mark,
-        last: mark,
-        ended: None,
-        executing: 0,
-        children: 0,
-        waiting: None,
-        resumed: None,
-        cancel: None,
-        pieces: 0,
-        written_at: 0,
-    }
+    RunRow { started: mark, last: mark, ..RunRow::new("scout".into(), "bot".into()) }
 }
 
 fn message(number: u64) -> (MessageKey, MessageRow) {
@@ -72,6 +58,17 @@ fn message(number: u64) -> (MessageKey, MessageRow) {
         closed: None,
     };
     (key, row)
+}
+
+/// Begins so many messages, in one run.
+fn write_messages(store: &Store, count: u64) {
+    let mut rows = store.batch();
+    for n in 0..count {
+        let (key, row) = message(n);
+        rows.put_delta(&key, &row, TextPosition::default(), "a");
+        rows.open_message(&key, &row);
+    }
+    store.commit(rows).expect("it commits");
 }
 
 #[test]
@@ -125,13 +122,7 @@ fn a_page_of_runs_reads_those_that_it_shows() {
 #[test]
 fn the_page_of_a_run_reads_the_messages_that_it_shows_in_the_order_in_which_they_were_begun() {
     let (_folder, store) = store();
-    let mut rows = store.batch();
-    for n in 0..2_000 {
-        let (key, row) = message(n);
-        rows.put_delta(&key, &row, TextPosition::default(), "a");
-        rows.open_message(&key, &row);
-    }
-    store.commit(rows).expect("it commits");
+    write_messages(&store, 2_000);
     let page = || {
         let run = key("r");
         let messages = store.messages_of(&run).take(10);
@@ -145,13 +136,7 @@ fn the_page_of_a_run_reads_the_messages_that_it_shows_in_the_order_in_which_they
 #[test]
 fn who_joins_a_thread_passes_over_no_message_that_was_closed() {
     let (_folder, store) = store();
-    let mut rows = store.batch();
-    for n in 0..2_000 {
-        let (key, row) = message(n);
-        rows.put_delta(&key, &row, TextPosition::default(), "a");
-        rows.open_message(&key, &row);
-    }
-    store.commit(rows).expect("it commits");
+    write_messages(&store, 2_000);
     let mut rows = store.batch();
     for n in 0..1_990 {
         let (key, row) = message(n);
