@@ -25,6 +25,8 @@ use super::{Store, StoreError, ThreadRow, keys};
 const USERS: usize = 1_024;
 /// Threads of all lists together.
 const ENTRIES: usize = 1 << 17;
+/// Cells that are taken or released before a commit has its turn at the table: some hundred microseconds.
+const AT_ONCE: usize = 1_024;
 /// No event has this time.
 const UNKNOWN: u64 = 0;
 
@@ -113,6 +115,8 @@ struct State {
     /// The cells of all lists, each with the number of lists that have it.
     cells: HashMap<ByKey, usize>,
     entries: usize,
+    /// Lists that are kept no longer, whose cells whoever reads next releases: a commit is not to wait for that.
+    gone: Vec<UserThreads>,
     /// Users whose threads are being read.
     reading: HashMap<Vec<u8>, Reading>,
     clock: u64,
@@ -164,19 +168,37 @@ impl Activity {
             }
             state.reading.entry(user.to_owned()).or_default().readers += 1;
         }
-        let read = read();
+        let cells = read().map(|mut threads| {
+            threads.sort_unstable();
+            self.cells(tenant, &threads)
+        });
 
-        let mut state = self.state();
-        let changes = state.finish_reading(user);
-        let mut threads = read?;
-        threads.sort_unstable();
-        let mut threads: Vec<_> = threads.iter().map(|thread| state.cell(tenant, thread)).collect();
-        for (thread, is_member) in changes {
-            state.change(&mut threads, tenant, &thread, is_member);
+        let (threads, gone) = {
+            let mut state = self.state();
+            let changes = state.finish_reading(user);
+            let mut threads = cells?;
+            for (thread, is_member) in changes {
+                state.change(&mut threads, tenant, &thread, is_member);
+            }
+            let threads = Arc::new(threads);
+            state.keep(user, threads.clone());
+            (threads, std::mem::take(&mut state.gone))
+        };
+        for cells in gone.iter().flat_map(|list| list.chunks(AT_ONCE)) {
+            let mut state = self.state();
+            cells.iter().for_each(|cell| state.release(cell));
         }
-        let threads = Arc::new(threads);
-        state.keep(user, threads.clone());
         Ok(threads)
+    }
+
+    /// The cells of threads, for one more list: some at a time, since commits wait for the table.
+    fn cells(&self, tenant: &str, threads: &[String]) -> Vec<Arc<Cell>> {
+        let mut cells = Vec::with_capacity(threads.len());
+        for threads in threads.chunks(AT_ONCE) {
+            let mut state = self.state();
+            cells.extend(threads.iter().map(|thread| state.cell(tenant, thread)));
+        }
+        cells
     }
 
     /// What was read of a thread, unless a commit has said more meanwhile.
@@ -190,7 +212,7 @@ impl Activity {
     /// What a commit has changed: memberships, and rows of threads by their keys.
     pub fn apply(&self, memberships: &[MembershipChange], threads: &[ThreadActivity]) {
         let mut state = self.state();
-        if state.kept.is_empty() && state.reading.is_empty() {
+        if state.cells.is_empty() && state.reading.is_empty() {
             return;
         }
         for MembershipChange { user, thread, is_member } in memberships {
@@ -258,7 +280,7 @@ impl State {
     fn keep(&mut self, user: &[u8], threads: UserThreads) {
         self.forget(user);
         if threads.len() > ENTRIES {
-            self.release_all(&threads);
+            self.gone.push(threads);
             return;
         }
         self.shrink(threads.len());
@@ -279,12 +301,8 @@ impl State {
     fn forget(&mut self, user: &[u8]) {
         if let Some(kept) = self.kept.remove(user) {
             self.entries -= kept.threads.len();
-            self.release_all(&kept.threads);
+            self.gone.push(kept.threads);
         }
-    }
-
-    fn release_all(&mut self, threads: &[Arc<Cell>]) {
-        threads.iter().for_each(|cell| self.release(cell));
     }
 
     /// A list has the cell no more. Whoever still reads that list keeps the cell, but hears of no more commits by it.
