@@ -212,7 +212,7 @@ impl Activity {
     /// What a commit has changed: memberships, and rows of threads by their keys.
     pub fn apply(&self, memberships: &[MembershipChange], threads: &[ThreadActivity]) {
         let mut state = self.state();
-        if state.cells.is_empty() && state.reading.is_empty() {
+        if state.kept.is_empty() && state.cells.is_empty() && state.reading.is_empty() {
             return;
         }
         for MembershipChange { user, thread, is_member } in memberships {
@@ -350,6 +350,28 @@ mod tests {
         activity.apply(&[], &active("old", 9));
         activity.fill(&threads[1], &ThreadRow { last_at: 3, ..ThreadRow::default() });
         assert_eq!(threads[1].last_at(), 9);
+    }
+
+    #[test]
+    fn a_list_without_threads_hears_of_the_first() {
+        let activity = Activity::default();
+        assert!(read(&activity, "ada", &[]).is_empty());
+        activity.apply(&changed("ada", "first", true), &active("first", 5));
+        let threads = read(&activity, "ada", &["read again"]);
+        assert_eq!((names(&threads), threads[0].last_at()), (vec!["first"], 5));
+    }
+
+    #[test]
+    fn a_list_that_gave_way_leaves_nothing_stale_behind() {
+        let activity = Activity::default();
+        let given_up = read(&activity, "ada", &["t"]);
+        activity.apply(&[], &active("t", 5));
+        // It gives way to another, and its cells are not released yet.
+        activity.state().forget(b"acme\0ada");
+        activity.apply(&[], &active("t", 6));
+        let again = read(&activity, "ada", &["t"]);
+        assert_eq!((given_up[0].last_at(), again[0].last_at()), (6, 6));
+        assert_eq!(activity.state().cells.len(), 1);
     }
 
     #[test]
