@@ -459,6 +459,25 @@ fn read_until_closed(mut stream: TcpStream) -> String {
     String::from_utf8_lossy(&reply).into_owned()
 }
 
+/// One response, over a connection that is kept.
+fn read_response(stream: &mut TcpStream) -> String {
+    let mut reply = Vec::new();
+    loop {
+        let text = String::from_utf8_lossy(&reply).to_ascii_lowercase();
+        if let Some((head, body)) = text.split_once("\r\n\r\n") {
+            let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+            if body.len() >= length.expect("it says how long it is").parse().unwrap() {
+                return String::from_utf8_lossy(&reply).into_owned();
+            }
+        }
+        let mut bytes = [0; 4_096];
+        match stream.read(&mut bytes).unwrap() {
+            0 => panic!("the server closes within a response: {text}"),
+            read => reply.extend_from_slice(&bytes[..read]),
+        }
+    }
+}
+
 /// Sends bytes as they are and gives all that comes back until the server closes.
 fn raw_http(server: &Server, bytes: &[u8]) -> String {
     let mut stream = tcp(server);
@@ -470,7 +489,6 @@ fn raw_http(server: &Server, bytes: &[u8]) -> String {
 fn drip(mut stream: TcpStream) {
     let begin = Instant::now();
     stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-    stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: ").unwrap();
     loop {
         assert!(begin.elapsed() < PATIENCE, "the server keeps the connection");
         // Until the server closes, reading is no more than the pause between two bytes.
@@ -496,23 +514,40 @@ async fn slow_and_oversized_headers_do_not_hold_a_connection() {
     let reply =
         raw_http(&server, format!("GET /healthz HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "y".repeat(20_000)).as_bytes());
     assert!(reply.starts_with("HTTP/1.1 431"), "{reply}");
-    // Who sends nothing, half a request, or a byte now and then holds a connection until the server has had enough.
+    // Three that are answered hold all connections, and no earlier one is left. Who sends nothing more, half a request, or a
+    // byte now and then keeps its own until the server has had enough.
     let healthz = b"GET /healthz HTTP/1.1\r\nconnection: close\r\nhost: x\r\n\r\n";
     let threads = b"GET /v1/threads HTTP/1.1\r\nconnection: close\r\nhost: x\r\n\r\n";
-    eventually("all connections are free", async || raw_http(&server, threads).starts_with("HTTP/1.1 401")).await;
-    let (silent, mut half, dripping) = (tcp(&server), tcp(&server), tcp(&server));
+    let (idle, mut half, mut dripping) = (admitted(&server).await, admitted(&server).await, admitted(&server).await);
     half.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n").unwrap();
+    dripping.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: ").unwrap();
     let dripping = std::thread::spawn(move || drip(dripping));
     assert!(raw_http(&server, threads).starts_with("HTTP/1.1 503"), "all {CONNECTIONS} connections are held");
     assert!(raw_http(&server, healthz).starts_with("HTTP/1.1 200"), "and probes are answered");
-    assert_eq!(read_until_closed(silent), "");
+    read_until_closed(idle);
     read_until_closed(half);
     dripping.join().unwrap();
     // Each for its headers, which is long before a connection ends over which nothing moves.
     let lines_with = |words: &str| server.errors().lines().filter(|line| line.contains(words)).count();
     eventually("the server says why", async || lines_with("read header from client timeout") >= CONNECTIONS).await;
-    assert_eq!(lines_with("a connection was stalled"), 0, "{}", server.errors());
     eventually("they are free again", async || raw_http(&server, threads).starts_with("HTTP/1.1 401")).await;
+    assert_eq!(read_until_closed(tcp(&server)), "", "who never sends anything is not kept either");
+    assert_eq!(lines_with("a connection was stalled"), 0, "{}", server.errors());
+}
+
+/// A connection that has its place within the limit: a request over it was answered, and it was kept.
+async fn admitted(server: &Server) -> TcpStream {
+    let mut connection = None;
+    eventually("there is a place", async || {
+        let mut stream = tcp(server);
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(b"GET /v1/threads HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+        let is_admitted = read_response(&mut stream).starts_with("HTTP/1.1 401");
+        connection = is_admitted.then_some(stream);
+        is_admitted
+    })
+    .await;
+    connection.unwrap()
 }
 
 #[tokio::test]
