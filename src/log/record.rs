@@ -7,6 +7,7 @@ use crate::protocol::records::{
     DeadLetterRecord, LetterActRecord, ReceiptRecord, TicketIssuedRecord, TicketUsedRecord,
 };
 use crate::protocol::tickets::{self, TicketOwner};
+use crate::protocol::work::{self, GroupRecord, WorkLeasedRecord, WorkSettledRecord};
 use crate::protocol::{ids, json};
 
 /// The newest version of the rules, and the one that this server writes its records by.
@@ -15,12 +16,12 @@ use crate::protocol::{ids, json};
 /// log comes to the same whenever it is read, and by whichever later version of Weft. A rule that can change a verdict or
 /// a row never changes: it is succeeded by another one in a new version ([`crate::projector`]). A record of a newer version
 /// than this stops who reads it ([`super::LogError::NewerRules`]); one that was skipped would be missing in all that follows.
-pub const RULES: u16 = 3;
+pub const RULES: u16 = 4;
 
 /// What a record belongs to. Every topic has the same number of partitions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Topic {
-    /// All events of all threads, and what becomes of tickets.
+    /// All events of all threads, and what becomes of tickets, groups and their work.
     Events,
     /// Acks and settlements; on Kafka compacted, so that only the newest record of a key is sure to stay.
     Receipts,
@@ -59,7 +60,7 @@ impl Topic {
 pub struct Record {
     pub topic: Topic,
     /// `tenant/thread`; of a receipt, followed by its user and name, since compaction leaves each key its newest record; of
-    /// a ticket, that of all tickets of its user.
+    /// a ticket, that of all tickets of its user; of a group, that of all groups of its tenant.
     /// Chooses the partition, so that a thread has one order.
     pub key: String,
     /// The record's kind (header `weft-kind`), for people who look at the log with other tools.
@@ -171,7 +172,31 @@ impl Record {
     }
 }
 
+impl From<&GroupRecord> for Record {
+    fn from(group: &GroupRecord) -> Record {
+        by_server(work::log_key(&group.tenant), group.kind.clone(), json::encode_bytes(group).into())
+    }
+}
+
+impl From<&WorkLeasedRecord> for Record {
+    fn from(leased: &WorkLeasedRecord) -> Record {
+        let key = ids::log_key(&leased.tenant, &leased.thread);
+        by_server(key, leased.kind.clone(), json::encode_bytes(leased).into())
+    }
+}
+
+impl From<&WorkSettledRecord> for Record {
+    fn from(settled: &WorkSettledRecord) -> Record {
+        let key = ids::log_key(&settled.tenant, &settled.thread);
+        by_server(key, settled.kind.clone(), json::encode_bytes(settled).into())
+    }
+}
+
 fn of_ticket(owner: &TicketOwner, kind: String, value: Bytes) -> Record {
-    let (topic, key) = (Topic::Events, tickets::log_key(owner));
-    Record { topic, key, kind, rules: RULES, grant: Grant::Server, traceparent: None, value }
+    by_server(tickets::log_key(owner), kind, value)
+}
+
+/// A record in the topic of events that is no event.
+fn by_server(key: String, kind: String, value: Bytes) -> Record {
+    Record { topic: Topic::Events, key, kind, rules: RULES, grant: Grant::Server, traceparent: None, value }
 }

@@ -1,5 +1,5 @@
-//! Dead letters: deliveries that were given up (records of their own topic), foreign records in the log, and events that
-//! broke the order of their run.
+//! Dead letters: deliveries that were given up (records of their own topic), foreign records in the log, events that broke the
+//! order of their run, and work that a group gave up.
 //!
 //! A dead letter's id is made of what it is about. Written twice, the first one stays; what fails again after it was requeued
 //! is the same letter, with its history.
@@ -18,9 +18,8 @@ use crate::protocol::dead_letters::{Fingerprint, RUN_ORDER, UNREADABLE, letter_o
 use crate::protocol::error::Error;
 use crate::protocol::records::DeadLetterRecord;
 use crate::protocol::{ids, json};
-use crate::store::StoreError;
 use crate::store::dead_letters::{CountRow, DeadLetterRow, LetterState, List, SourceRow, TryRow};
-use crate::store::keys;
+use crate::store::{StoreError, keys};
 
 /// How much of a foreign record is kept.
 const KEPT_BYTES: usize = 64 << 10;
@@ -39,6 +38,22 @@ pub(super) struct ForeignSource<'a> {
     pub(super) topic: &'a str,
     pub(super) partition: u32,
     pub(super) offset: u64,
+}
+
+/// An event that a group does not try any more.
+pub(super) struct GivenUp<'a> {
+    pub(super) tenant: &'a str,
+    pub(super) thread: &'a str,
+    pub(super) group: &'a str,
+    pub(super) group_id: &'a [u8; 16],
+    pub(super) seq: u64,
+    /// The event's.
+    pub(super) kind: String,
+    pub(super) reason: &'static str,
+    pub(super) attempts: u32,
+    pub(super) at: u64,
+    /// The newest attempts, the last one at the end.
+    pub(super) tries: Vec<TryRow>,
 }
 
 impl DeadLetters {
@@ -121,6 +136,24 @@ impl DeadLetters {
             ..DeadLetterRow::open(RUN_ORDER, Some(&event.kind), input.at, 1, error)
         };
         self.fail(tx, &event.tenant, *letter.as_bytes(), row)
+    }
+
+    /// Keeps an event that a group's workers could not handle.
+    pub(super) fn put_given_up(&mut self, tx: &mut Transaction<'_>, it: GivenUp<'_>) -> Result<(), StoreError> {
+        let seq = it.seq.to_be_bytes();
+        let facts = [b"work", it.tenant.as_bytes(), it.thread.as_bytes(), it.group_id, &seq[..]];
+        let last = it.tries.last();
+        let error = last.map_or_else(String::new, |last| last.reason.clone());
+        let row = DeadLetterRow {
+            thread: Some(it.thread.to_owned()),
+            user: last.and_then(|last| last.worker.clone()),
+            name: Some(it.group.to_owned()),
+            seq: Some(it.seq),
+            order: it.seq,
+            tries: it.tries,
+            ..DeadLetterRow::open(it.reason, Some(&it.kind), it.at, it.attempts, error)
+        };
+        self.fail(tx, it.tenant, *letter_of(&facts).as_bytes(), row)
     }
 
     /// Something has failed: a new letter; or one that was requeued, and is open again. Otherwise it is known already.

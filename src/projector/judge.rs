@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::dead_letters::DeadLetters;
+use super::groups::Groups;
 use super::keys::Keys;
 use super::messages::{ClosingMessage, MessageClosing, Messages};
 use super::receipts::Receipts;
@@ -10,6 +11,7 @@ use super::runs::{HowWritten, Rejected, Runs};
 use super::thread::{AcceptedEvent, Thread, ThreadChange, ThreadEffect, repeated};
 use super::tickets::Tickets;
 use super::transaction::{EventRecord, Transaction};
+use super::work::{WorkAct, Works};
 use super::{Commit, Published, ThreadUpdate, Update, Verdict};
 use crate::log::Grant;
 use crate::protocol::error::Code;
@@ -26,6 +28,8 @@ pub(super) struct BatchState<'s> {
     pub(super) dead_letters: DeadLetters,
     pub(super) keys: Keys,
     pub(super) tickets: Tickets,
+    pub(super) groups: Groups,
+    works: Works,
     runs: Runs,
     messages: Messages,
 }
@@ -38,6 +42,8 @@ impl<'s> BatchState<'s> {
             dead_letters: DeadLetters::default(),
             keys: Keys::default(),
             tickets: Tickets::default(),
+            groups: Groups::default(),
+            works: Works::default(),
             runs: Runs::default(),
             messages: Messages::default(),
         }
@@ -59,6 +65,11 @@ impl<'s> BatchState<'s> {
                 Ok(Err(refused))
             }
         }
+    }
+
+    /// Leases work in a thread with this head, or settles a lease.
+    pub(super) fn judge_work(&mut self, act: WorkAct, head: u64, log_time: u64) -> Result<Verdict, StoreError> {
+        self.works.judge(&mut self.tx, &mut self.dead_letters, act, head, log_time)
     }
 
     fn judge_event(&mut self, input: &EventRecord<'_>, thread: &mut Thread) -> Result<Published, Rejected> {

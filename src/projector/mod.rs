@@ -10,14 +10,15 @@
 //! - foreign records are skipped and reported as dead letters, and reading continues, and so are those that the projector
 //!   panics at ([`poison`]); when the store fails, the same records are tried again.
 //!
-//! [`opening`] says which store goes on, [`pump`] is the thread, [`rebuild`] makes the store anew. Of one record, [`judge`] says what becomes of an event, with
-//! [`thread`], [`keys`] (by [`log_time`]), [`runs`] and [`messages`] for the parts; [`tickets`] judges who
-//! gets in with a ticket; [`receipts`] and [`dead_letters`] apply the other topics. [`checkpoints`]
-//! compares this node with others.
+//! [`opening`] says which store goes on, [`pump`] is the thread, [`rebuild`] makes the store anew. Of one record, [`judge`]
+//! says what becomes of an event, with [`thread`], [`keys`] (by [`log_time`]), [`runs`] and [`messages`] for the parts;
+//! [`tickets`] judges who gets in with a ticket, [`work`] who works on what for a group, [`groups`] what a group is like;
+//! [`receipts`] and [`dead_letters`] apply the other topics. [`checkpoints`] compares this node with others.
 
 mod cached_threads;
 mod checkpoints;
 mod dead_letters;
+mod groups;
 mod judge;
 mod keys;
 pub mod letter_acts;
@@ -35,6 +36,7 @@ mod runs;
 mod thread;
 mod tickets;
 mod transaction;
+mod work;
 
 use std::sync::Arc;
 
@@ -60,6 +62,7 @@ use crate::protocol::error::Error;
 use crate::protocol::event::{LogEvent, Priority};
 use crate::protocol::letters::Effect;
 use crate::protocol::tickets::{TicketOwner, owner_of_key};
+use crate::protocol::work::tenant_of_key;
 use crate::protocol::{ids, json};
 use crate::store::dead_letters::LetterState;
 use crate::store::{Progress, Store, StoreError};
@@ -428,9 +431,15 @@ impl Projector {
             return self.apply_act(partition, record, state);
         }
         let at = match record.topic {
+            Topic::Events if record.rules >= rules::WORK_IN_THE_LOG && work::is_work(&record.kind) => {
+                return self.apply_work(partition, record, state);
+            }
             Topic::Events if record.rules >= rules::TICKETS_IN_THE_LOG => match owner_of_key(&record.key) {
                 Some(owner) => return self.apply_ticket(partition, owner, record, state),
-                None => return self.apply_event(partition, record, state),
+                None => match tenant_of_key(&record.key).filter(|_| record.rules >= rules::WORK_IN_THE_LOG) {
+                    Some(tenant) => return self.apply_group(partition, tenant, record, state),
+                    None => return self.apply_event(partition, record, state),
+                },
             },
             Topic::Events => return self.apply_event(partition, record, state),
             Topic::Receipts => state.receipts.apply(&mut state.tx, record)?,
@@ -540,16 +549,58 @@ impl Projector {
         state.tickets.purge(&mut state.tx, partition, progress.log_time, tickets_purged)?;
 
         let verdict = state.tickets.judge(&mut state.tx, partition, ticket, progress.log_time)?;
-        match &verdict {
-            // Nodes that let in different users make different things of the log.
-            Ok(()) if self.checkpoints.is_some() => progress.hash = checkpoints::link(&progress.hash, &hash),
-            Ok(()) => {}
-            Err(refused) => telemetry::project_refused(refused.code.as_str()).increment(1),
-        }
         let published = verdict.map(|()| Published { seq: 0, event: id, duplicate: false });
-        state.tx.commit.verdicts.push((id, published));
+        self.conclude(partition, id, &hash, published, state);
         Ok(())
     }
+
+    /// Makes, changes or deletes a group.
+    fn apply_group(
+        &mut self,
+        partition: u32,
+        tenant: &str,
+        record: &Record,
+        state: &mut BatchState<'_>,
+    ) -> Result<(), RecordError> {
+        let group = groups::read(tenant, record)?;
+        let id = group.id;
+        log_time::advance(&mut self.partitions[partition as usize].progress, group.at);
+        let verdict = state.groups.judge(&mut state.tx, group)?;
+        self.conclude(partition, id, &record_hash(id), verdict, state);
+        Ok(())
+    }
+
+    /// Leases work, or settles a lease.
+    fn apply_work(&mut self, partition: u32, record: &Record, state: &mut BatchState<'_>) -> Result<(), RecordError> {
+        let act = work::read(record)?;
+        let (id, at) = (act.id, act.at);
+        let progress = &mut self.partitions[partition as usize].progress;
+        log_time::advance(progress, at);
+        let log_time = progress.log_time;
+
+        let read = || Ok(Thread::new(&record.key, self.store.thread_by_key(&record.key)?, at));
+        let head = self.threads.with(&record.key, read, |thread| Ok(thread.row.head))?;
+        let verdict = state.judge_work(act, head, log_time)?;
+        self.conclude(partition, id, &record_hash(id), verdict, state);
+        Ok(())
+    }
+
+    /// The end of a record that is no event: its verdict, and what other nodes compare. Nodes that let in different users, or
+    /// give work to different workers, make different things of the log.
+    fn conclude(&mut self, partition: u32, id: Uuid, what: &[u8; 32], verdict: Verdict, state: &mut BatchState<'_>) {
+        let progress = &mut self.partitions[partition as usize].progress;
+        match &verdict {
+            Ok(_) if self.checkpoints.is_some() => progress.hash = checkpoints::link(&progress.hash, what),
+            Ok(_) => {}
+            Err(refused) => telemetry::project_refused(refused.code.as_str()).increment(1),
+        }
+        state.tx.commit.verdicts.push((id, verdict));
+    }
+}
+
+/// What stands for a record of this id in the hash that nodes compare.
+fn record_hash(id: Uuid) -> [u8; 32] {
+    blake3::derive_key("weft 2026-11 record that was accepted", id.as_bytes())
 }
 
 /// The event in a record, and its time in milliseconds; or why the record is foreign.

@@ -15,3 +15,6 @@ pub(super) const TICKETS_IN_THE_LOG: u16 = 2;
 
 /// Version 3: letters are requeued and discarded by records, and a dead letter of a delivery says more about itself.
 pub(super) const LETTERS_ARE_ACTED_ON: u16 = 3;
+
+/// Version 4: groups and their work are in the log. Before that a record of such a kind, or with such a key, was foreign.
+pub(super) const WORK_IN_THE_LOG: u16 = 4;

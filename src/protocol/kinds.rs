@@ -44,6 +44,14 @@ pub const LETTER_REQUEUED: &str = "letter_requeued";
 pub const LETTER_DISCARDED: &str = "letter_discarded";
 pub const LETTER_SETTLED: &str = "letter_settled";
 
+/// Records about groups and their work, which are no events either.
+pub const GROUP_SET: &str = "group_set";
+pub const GROUP_PAUSED: &str = "group_paused";
+pub const GROUP_RESUMED: &str = "group_resumed";
+pub const GROUP_DELETED: &str = "group_deleted";
+pub const WORK_LEASED: &str = "work_leased";
+pub const WORK_SETTLED: &str = "work_settled";
+
 /// `data` of `agent_token`. Characters are Unicode scalar values.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -146,7 +154,9 @@ pub fn classify(kind: &str) -> Result<KindClass, Error> {
         AGENT_RESUMED => member(&[]),
         AGENT_CANCEL_REQUESTED => member(&[]),
         THREAD_CREATED | THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED | SESSIONS_REVOKED | TICKET_ISSUED
-        | TICKET_USED => Err(Error::field("kind", format!("{kind} is written by the server alone"))),
+        | TICKET_USED | GROUP_SET | GROUP_PAUSED | GROUP_RESUMED | GROUP_DELETED | WORK_LEASED | WORK_SETTLED => {
+            Err(Error::field("kind", format!("{kind} is written by the server alone")))
+        }
         _ if kind.strip_prefix("x.").is_some_and(|name| !name.is_empty() && kind.len() <= 128) => Ok(KindClass::Custom),
         _ => {
             let why =
@@ -249,6 +259,14 @@ fn is_object(value: &RawValue) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nobody_publishes_what_the_server_alone_writes() {
+        for kind in [TICKET_ISSUED, GROUP_SET, GROUP_PAUSED, GROUP_RESUMED, GROUP_DELETED, WORK_LEASED, WORK_SETTLED] {
+            let refused = classify(kind).expect_err(kind);
+            assert!(refused.message.contains("written by the server alone"), "{refused}");
+        }
+    }
 
     #[test]
     fn messages_need_content_and_agent_events_their_fields() {

@@ -17,3 +17,4 @@ pub mod letters;
 pub mod records;
 pub mod schemas;
 pub mod tickets;
+pub mod work;

@@ -20,6 +20,7 @@ use super::records::{
     DeadLetterRecord, LetterActRecord, LogCheckpointRecord, LogCreatedRecord, LogGenerationRecord, ReceiptRecord,
     TicketIssuedRecord, TicketUsedRecord,
 };
+use super::work::{GroupRecord, WorkLeasedRecord, WorkSettledRecord};
 
 /// Each schema's file name without its ending, and the schema.
 pub fn all() -> Vec<(&'static str, Schema)> {
@@ -91,6 +92,9 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("log.checkpoint", of::<LogCheckpointRecord>()),
         ("log.ticket-issued", of::<TicketIssuedRecord>()),
         ("log.ticket-used", of::<TicketUsedRecord>()),
+        ("log.group", of::<GroupRecord>()),
+        ("log.work-leased", of::<WorkLeasedRecord>()),
+        ("log.work-settled", of::<WorkSettledRecord>()),
     ]
 }
 

@@ -27,6 +27,8 @@ pub const SUBSCRIPTION_BEGINS: &str = "subscription_begins";
 pub const REVOCATIONS: &str = "revocations";
 pub const TICKETS: &str = "tickets";
 pub const TICKET_TIMES: &str = "ticket_times";
+pub const GROUPS: &str = "groups";
+pub const WORK: &str = "work";
 pub const RUNS: &str = "runs";
 pub const RUN_CALLS: &str = "run_calls";
 pub const RUN_ANSWERS: &str = "run_answers";
@@ -74,6 +76,10 @@ const FAMILIES: &[(&str, Access)] = &[
     (TICKETS, Access::RareLookup),
     // when all of them have expired · owner → empty; the order in which they are purged
     (TICKET_TIMES, Access::Range),
+    // tenant 0 group → GroupRow
+    (GROUPS, Access::RareLookup),
+    // tenant 0 thread 0 group → WorkRow
+    (WORK, Access::RareLookup),
     // tenant 0 thread 0 run → RunRow
     (RUNS, Access::RareLookup),
     // tenant 0 thread 0 length of run · run · call → CallRow

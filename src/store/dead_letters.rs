@@ -31,6 +31,7 @@ pub struct DeadLetterRow {
     /// Of reason, kind and error: [`Fingerprint`].
     pub fingerprint: [u8; 8],
     pub user: Option<String>,
+    /// The durable subscription, or the group.
     pub name: Option<String>,
     pub seq: Option<u64>,
     /// The thread's head when the event was refused.

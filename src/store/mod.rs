@@ -29,6 +29,7 @@ pub mod runs;
 mod tests;
 mod threads;
 mod tickets;
+mod work;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -51,15 +52,17 @@ pub use self::revocations::RevocationRow;
 use self::runs::{RunKey, RunListener, RunOutline};
 pub use self::threads::ThreadRow;
 pub use self::tickets::{OpenTicket, TicketsRow};
+pub use self::work::{FailedRow, GroupRow, LeaseRow, WorkRow};
 use crate::codec::{self, CodecError};
 use crate::disk;
 use crate::partitioning::{KeyHash, Partitioning};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::ids;
 use crate::protocol::tickets::{self as ticket, TicketOwner};
+use crate::protocol::work::log_key as groups_key;
 
 /// The version of the rows below; a store of another version is rebuilt.
-const SCHEMA: u8 = 12;
+const SCHEMA: u8 = 13;
 
 /// Until a store is begun.
 const UNKNOWN_PARTITIONING: Partitioning = Partitioning::new(KeyHash::Crc32, 1);
@@ -185,6 +188,11 @@ impl Store {
     /// The partition of the records about a user's tickets.
     fn partition_of_tickets(&self, owner: &TicketOwner) -> Partition {
         Partition::new(self.partitioning.of(ticket::log_key(owner).as_bytes()))
+    }
+
+    /// The partition of the records about a tenant's groups.
+    fn partition_of_groups(&self, tenant: &str) -> Partition {
+        Partition::new(self.partitioning.of(groups_key(tenant).as_bytes()))
     }
 
     /// The partitions that keys begin with, in order.

@@ -44,6 +44,12 @@ impl Store {
         self.get(THREADS, &keys::joined(self.partition(tenant, thread), &[tenant, thread]))
     }
 
+    /// The thread that a record's key (`tenant/thread`) is about.
+    pub fn thread_by_key(&self, key: &str) -> Result<Option<ThreadRow>, StoreError> {
+        let Some((tenant, thread)) = key.split_once('/') else { return Ok(None) };
+        self.thread(tenant, thread)
+    }
+
     /// The thread's newest seq, 0 if there is no such thread.
     pub fn head(&self, tenant: &str, thread: &str) -> Result<u64, StoreError> {
         Ok(self.thread(tenant, thread)?.map_or(0, |row| row.head))

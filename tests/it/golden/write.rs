@@ -2,12 +2,14 @@
 //! log, and then by records that no server writes at the moment, with times that are days apart.
 
 use serde_json::{Value, json};
+use uuid::Uuid;
 use weft::clock;
 use weft::ingest::admit::new_event;
 use weft::log::embedded::EmbeddedLog;
 use weft::log::{Grant, RULES, Record, Topic};
 use weft::protocol::event::LogEvent;
 use weft::protocol::ids::log_key;
+use weft::protocol::work::{GroupRecord, GroupSettings, Settlement, WorkLeasedRecord, WorkSettledRecord};
 
 use super::{Line, NEWEST, PARTITIONS, append, files, outcome, read_all};
 use crate::connection::tickets;
@@ -328,5 +330,84 @@ fn by_hand() -> Vec<Record> {
         note(now + 60 * HOUR, 8, None),
         note(now + 60 * HOUR, 9, Some("day")),
         note(now - 5 * HOUR, 10, Some("future")),
+    ]
+    .into_iter()
+    .chain(work(now + 60 * HOUR))
+    .collect()
+}
+
+/// Groups, and who works on what: each outcome, and what is refused.
+fn work(now: u64) -> Vec<Record> {
+    let group = |kind: &str, settings: Option<GroupSettings>, if_absent| {
+        Record::from(&GroupRecord {
+            kind: kind.to_owned(),
+            id: clock::event_id(),
+            tenant: TENANT.to_owned(),
+            group: "workers".to_owned(),
+            settings,
+            if_absent,
+            by: "ada".to_owned(),
+            at: clock::rfc3339(now),
+        })
+    };
+    let lease = |lease: u8, group_id: u8, seq: u64, after: u64, attempt: u32| {
+        Record::from(&WorkLeasedRecord {
+            kind: "work_leased".to_owned(),
+            id: Uuid::from_bytes([lease; 16]),
+            tenant: TENANT.to_owned(),
+            thread: "talk".to_owned(),
+            group: "workers".to_owned(),
+            group_id: Uuid::from_bytes([group_id; 16]),
+            seq,
+            event_kind: "user_message".to_owned(),
+            after,
+            attempt,
+            attempts: 2,
+            holder: "wim".to_owned(),
+            at: clock::rfc3339(now),
+            until: clock::rfc3339(now + 30_000 * u64::from(lease)),
+        })
+    };
+    let settle = |lease: u8, outcome: Settlement, later: u64| {
+        Record::from(&WorkSettledRecord {
+            kind: "work_settled".to_owned(),
+            id: clock::event_id(),
+            tenant: TENANT.to_owned(),
+            thread: "talk".to_owned(),
+            group: "workers".to_owned(),
+            lease: Uuid::from_bytes([lease; 16]),
+            outcome,
+            reason: Some("why".to_owned()),
+            until: Some(clock::rfc3339(now + 60_000)),
+            by: "wim".to_owned(),
+            at: clock::rfc3339(now + later),
+        })
+    };
+    vec![
+        group("group_paused", None, false),
+        group("group_set", Some(GroupSettings::default()), true),
+        group("group_set", Some(GroupSettings { attempts: 2, ..GroupSettings::default() }), false),
+        group("group_set", Some(GroupSettings::default()), true),
+        group("group_paused", None, false),
+        group("group_resumed", None, false),
+        lease(1, 1, 1, 0, 1),
+        lease(2, 1, 1, 0, 1),
+        settle(2, Settlement::Done, 0),
+        settle(1, Settlement::Done, 0),
+        settle(1, Settlement::Done, 0),
+        lease(3, 1, 2, 1, 1),
+        settle(3, Settlement::Retry, 0),
+        lease(8, 1, 3, 1, 1),
+        lease(4, 1, 2, 1, 2),
+        settle(4, Settlement::Lost, 0),
+        lease(5, 1, 4, 2, 1),
+        settle(5, Settlement::Reject, 0),
+        lease(6, 1, 5, 4, 1),
+        settle(6, Settlement::Extend, 0),
+        settle(6, Settlement::Expired, 31_000),
+        settle(6, Settlement::Done, 61_000),
+        settle(6, Settlement::Expired, 61_000),
+        lease(7, 2, 2, 0, 1),
+        group("group_deleted", None, false),
     ]
 }

@@ -1,6 +1,6 @@
 //! What is kept: keys, chains, projections that come back from the log. Here on a server; [`generations`] takes the log
 //! away from under it, [`projector`] drives the projector itself, and [`random_log`] holds it against logs that nobody
-//! thought of.
+//! thought of; [`work`] does so for who works on what.
 
 mod clocks;
 mod generations;
@@ -8,6 +8,7 @@ mod layout;
 pub mod projector;
 mod random_log;
 pub mod rules;
+mod work;
 
 use serde_json::{Value, json};
 use weft::log::Log;
