@@ -141,8 +141,8 @@ struct OpenedParts {
 /// Opens the log and its projections.
 fn open(config: &Config) -> Result<OpenedParts, StartError> {
     let path = config.projections_dir();
-    let Plan { cache, memtables, .. } = config.memory();
-    let memory = StoreMemory { cache, memtables };
+    let Plan { cache, memtables, keys: key_filter, .. } = config.memory();
+    let memory = StoreMemory { cache, memtables, key_filter };
     let (log, store) = match config.log {
         // Whoever starts a second server on one --data is told so by the log.
         LogChoice::Embedded => (open_log(config)?, Store::open_or_set_aside(&path, memory)?),

@@ -11,13 +11,15 @@ const MIB: usize = 1 << 20;
 /// The sizes that serve best. More brings little; less costs reads from the disk, or more flushes.
 const CACHE: usize = 64 * MIB;
 const MEMTABLES: usize = 64 * MIB;
+/// What is known of idempotency keys: enough for 8 million.
+const KEY_FILTER: usize = 8 * MIB;
 const LOG_QUEUE: usize = 64 * MIB;
 const LOG_TAIL: usize = 16 * MIB;
 const LOG_MEMTABLE: usize = 32 * MIB;
 const LOG_CACHE: usize = 16 * MIB;
 /// Write buffers of the embedded log: one that is written to, and those that are on their way to the disk.
 const LOG_MEMTABLES: usize = 4;
-const FIXED: usize = CACHE + MEMTABLES + LOG_QUEUE + LOG_TAIL + LOG_MEMTABLES * LOG_MEMTABLE + LOG_CACHE;
+const FIXED: usize = CACHE + MEMTABLES + KEY_FILTER + LOG_QUEUE + LOG_TAIL + LOG_MEMTABLES * LOG_MEMTABLE + LOG_CACHE;
 
 /// What commits of the projector may hold on their way to the readers: one that is made, one that waits to be queued, two in
 /// the queue and one being taken in, 4 MiB each, what one record may add to the first (16 MiB), and what waits to be handed
@@ -34,6 +36,8 @@ pub struct Plan {
     pub cache: usize,
     /// Rows of the projections that are not flushed yet.
     pub memtables: usize,
+    /// The filter of the projections' idempotency keys.
+    pub keys: usize,
     pub log: LogPlan,
     pub commits: usize,
     pub connections: usize,
@@ -95,12 +99,12 @@ impl Plan {
             memtables: LOG_MEMTABLES,
             cache: scaled(LOG_CACHE),
         };
-        let (cache, memtables) = (scaled(CACHE), scaled(MEMTABLES));
+        let (cache, memtables, keys) = (scaled(CACHE), scaled(MEMTABLES), scaled(KEY_FILTER));
 
-        let left = total - cache - memtables - log.total() - COMMITS.min(total / 2);
+        let left = total - cache - memtables - keys - log.total() - COMMITS.min(total / 2);
         let (connections, requests, frames) = (left / 4, left / 16 * 5, left / 16);
         let readers = left - connections - requests - frames;
-        Plan { total, cache, memtables, log, commits: COMMITS, connections, requests, frames, readers }
+        Plan { total, cache, memtables, keys, log, commits: COMMITS, connections, requests, frames, readers }
     }
 
     /// How many connections there is memory for.
@@ -109,10 +113,11 @@ impl Plan {
     }
 
     /// Every part by its name.
-    pub fn parts(&self) -> [(&'static str, usize); 8] {
+    pub fn parts(&self) -> [(&'static str, usize); 9] {
         [
             ("cache", self.cache),
             ("memtables", self.memtables),
+            ("keys", self.keys),
             ("log", self.log.total()),
             ("commits", self.commits),
             ("connections", self.connections),
@@ -141,7 +146,7 @@ mod tests {
             let plan = Plan::of(total);
             let sum: usize = plan.parts().iter().map(|(_, bytes)| bytes).sum();
             assert_eq!(sum as u64, total);
-            let fixed = plan.cache + plan.memtables + plan.log.total() + plan.commits;
+            let fixed = plan.cache + plan.memtables + plan.keys + plan.log.total() + plan.commits;
             assert!(fixed as u64 <= total / 2, "{plan:?}");
             assert!(plan.log.memtable >= 4 * MIB && plan.log.queue >= 8 * MIB, "{plan:?}");
         }

@@ -4,7 +4,7 @@
 //! with each record, and that changes no verdict. Which ones are purged with a record depends on the records alone: the
 //! oldest, by the time they were taken and then by key, of those that the store and this batch have.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
 use super::transaction::Transaction;
 use crate::store::{KeyRow, Partition, Progress, Store, StoreError, keys};
@@ -20,8 +20,10 @@ const PURGE_LIMIT: usize = 64;
 #[derive(Default)]
 pub(super) struct Keys {
     rows: HashMap<Vec<u8>, KeyRow>,
-    /// Their rows of `key_times`.
-    times: BTreeSet<Vec<u8>>,
+    /// Their rows of `key_times`, as they came.
+    times: Vec<Vec<u8>>,
+    /// When the oldest of them was taken.
+    oldest: Option<u64>,
 }
 
 /// The last row of `key_times` that was purged in a partition, while more are due. [`Progress::purged_to`] says the same to
@@ -45,7 +47,8 @@ impl Keys {
     pub(super) fn put(&mut self, tx: &mut Transaction<'_>, partition: u32, key: Vec<u8>, row: KeyRow) {
         let time = keys::time(Partition::new(partition), row.at, &key[Partition::BYTES..]);
         tx.rows.put_key(&key, &row, &time);
-        self.times.insert(time);
+        self.times.push(time);
+        self.oldest = Some(self.oldest.map_or(row.at, |oldest| oldest.min(row.at)));
         self.rows.insert(key, row);
     }
 
@@ -69,7 +72,7 @@ impl Keys {
         };
         let to = keys::time(Partition::new(partition), purge_to, &[]);
         let mut expired = tx.store.key_times(&from, &to, PURGE_LIMIT)?;
-        expired.extend(self.times.range(from..to).take(PURGE_LIMIT).cloned());
+        expired.extend(self.times_between(&from, &to));
         expired.sort_unstable();
         expired.truncate(PURGE_LIMIT);
 
@@ -90,5 +93,15 @@ impl Keys {
             *last_purged = expired.pop();
         }
         Ok(())
+    }
+
+    /// The rows of `key_times` of this batch's keys in `from..to`, in no order. Nearly always there are none: a batch takes
+    /// keys at its own log time, and what is purged is a day older.
+    fn times_between(&self, from: &[u8], to: &[u8]) -> Vec<Vec<u8>> {
+        let until = keys::split_time(to).map_or(0, |(at, _)| at);
+        if self.oldest.is_none_or(|oldest| oldest >= until) {
+            return Vec::new();
+        }
+        self.times.iter().filter(|time| (from..to).contains(&time.as_slice())).cloned().collect()
     }
 }

@@ -131,11 +131,13 @@ pub struct StoreMemory {
     pub cache: usize,
     /// Rows that are not flushed yet.
     pub memtables: usize,
+    /// What is known of idempotency keys.
+    pub key_filter: usize,
 }
 
 impl Default for StoreMemory {
     fn default() -> StoreMemory {
-        StoreMemory { cache: 64 << 20, memtables: 64 << 20 }
+        StoreMemory { cache: 64 << 20, memtables: 64 << 20, key_filter: 8 << 20 }
     }
 }
 

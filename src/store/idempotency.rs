@@ -19,7 +19,10 @@ pub struct KeyRow {
 
 impl Store {
     pub fn key(&self, key: &[u8]) -> Result<Option<KeyRow>, StoreError> {
-        self.get(KEYS, key)
+        match self.may_be_taken(key)? {
+            true => self.get(KEYS, key),
+            false => Ok(None),
+        }
     }
 
     /// Rows of `key_times` in `from..to`, the first `limit`.
@@ -36,6 +39,7 @@ impl Store {
 impl Batch<'_> {
     /// Takes a key; `time` is its row of `key_times`.
     pub fn put_key(&mut self, key: &[u8], row: &KeyRow, time: &[u8]) {
+        self.keys.push(key.to_vec());
         self.put(KEYS, key, row);
         self.put_empty(KEY_TIMES, time);
     }

@@ -17,6 +17,7 @@ pub mod damage;
 pub mod dead_letters;
 mod events;
 mod idempotency;
+mod key_filter;
 pub mod keys;
 mod members;
 mod merged;
@@ -44,6 +45,7 @@ use self::contacts::{Contacts, MembershipChange};
 use self::damage::Damage;
 pub use self::events::{EventRange, EventRow, StoredEvent};
 pub use self::idempotency::KeyRow;
+use self::key_filter::KeyFilter;
 pub use self::keys::Partition;
 pub use self::members::{JoinedThread, MemberRow};
 pub use self::origin::{Origin, Progress};
@@ -97,6 +99,7 @@ pub struct Store {
     partitioning: Partitioning,
     contacts: Contacts,
     activity: Activity,
+    key_filter: KeyFilter,
     run_listener: OnceLock<RunListener>,
     damage: Damage,
     /// What was wrong with those that this one replaces.
@@ -113,6 +116,8 @@ pub struct Batch<'a> {
     rows: WriteBatch,
     memberships: Vec<MembershipChange>,
     threads: Vec<ThreadActivity>,
+    /// Idempotency keys that it takes.
+    keys: Vec<Vec<u8>>,
     /// Runs that it changes, if somebody listens.
     runs: Vec<(RunKey, RunOutline)>,
 }
@@ -151,6 +156,7 @@ impl Store {
             partitioning: UNKNOWN_PARTITIONING,
             contacts: Contacts::default(),
             activity: Activity::default(),
+            key_filter: KeyFilter::new(memory.key_filter),
             run_listener: OnceLock::new(),
             damage: Damage::default(),
             set_aside: None,
@@ -207,7 +213,8 @@ impl Store {
 
     /// What it holds.
     pub fn memory_used(&self) -> StoreMemory {
-        StoreMemory { cache: self.buffers.cache.get_usage(), memtables: self.buffers.memtables.get_usage() }
+        let (cache, memtables) = (self.buffers.cache.get_usage(), self.buffers.memtables.get_usage());
+        StoreMemory { cache, memtables, key_filter: self.memory.key_filter }
     }
 
     /// Deletes the store in `path`.
@@ -303,6 +310,7 @@ impl Store {
             rows: WriteBatch::default(),
             memberships: Vec::new(),
             threads: Vec::new(),
+            keys: Vec::new(),
             runs: Vec::new(),
         }
     }
@@ -311,7 +319,8 @@ impl Store {
     pub fn commit(&self, batch: Batch<'_>) -> Result<(), StoreError> {
         let mut options = WriteOptions::default();
         options.disable_wal(true);
-        self.db.write_opt(batch.rows, &options).map_err(|error| self.note(error.into()))?;
+        let written = self.key_filter.commit(&batch.keys, || self.db.write_opt(batch.rows, &options));
+        written.map_err(|error| self.note(error.into()))?;
         self.contacts.apply(&batch.memberships);
         self.activity.apply(&batch.memberships, &batch.threads);
         if let Some(listener) = self.run_listener.get()
