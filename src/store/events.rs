@@ -26,7 +26,7 @@ pub struct EventRow<'a> {
 #[derive(Debug, Clone)]
 pub struct StoredEvent {
     pub seq: u64,
-    pub kind: String,
+    pub kind: Utf8Bytes,
     /// The class of its priority.
     pub class: usize,
     /// See [`EventRow`].
@@ -36,12 +36,17 @@ pub struct StoredEvent {
 
 impl StoredEvent {
     pub fn new(seq: u64, row: &EventRow<'_>) -> StoredEvent {
+        StoredEvent { kind: row.kind.into(), frame: row.frame.into(), ..StoredEvent::without_text(seq, row) }
+    }
+
+    /// The same with an empty kind and frame.
+    pub fn without_text(seq: u64, row: &EventRow<'_>) -> StoredEvent {
         StoredEvent {
             seq,
-            kind: row.kind.to_owned(),
+            kind: Utf8Bytes::default(),
             class: usize::from(row.class).min(Priority::CLASSES - 1),
             privileged: row.privileged,
-            frame: row.frame.into(),
+            frame: Utf8Bytes::default(),
         }
     }
 }

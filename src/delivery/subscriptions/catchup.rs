@@ -1,15 +1,18 @@
 //! From the store to the live feed: reads in the background, accepts what they bring, and attaches once the head is near.
 //!
-//! A session has at most [`READS`] reads under way, each of at most [`CHUNK_BYTES`], one event or the text of one message,
-//! and starts none while so many bytes wait to be sent. The subscription with the highest priority waiting reads first, and
+//! A session has at most [`READS`] reads under way, each of a chunk, one event or the text of one message, and starts none
+//! while as many bytes as in a chunk wait to be sent. A chunk has [`CHUNK_BYTES`]; for a client that takes one after the other
+//! without a pause each has twice as many as the last, up to [`MAX_CHUNK_BYTES`]: a read costs two threads that are
+//! woken, however much it brings. The subscription with the highest priority waiting reads first, and
 //! those in their handover before all others; [`class_of_turn`] gives the lower classes their share.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::Subscriptions;
-use super::reading::{CHUNK_BYTES, Read, Wanted};
+use super::reading::{CHUNK_BYTES, MAX_CHUNK_BYTES, Read, Wanted};
 use super::replay::Replayed;
 use super::subscription::{Admission, Stage, Subscription};
 use crate::auth::Principal;
@@ -23,8 +26,10 @@ use crate::protocol::frame::ServerFrame;
 use crate::protocol::kinds::AGENT_TOKEN;
 use crate::store::{EventRange, StoredEvent};
 
-/// Events of one read from the store.
+/// Events of one read of [`CHUNK_BYTES`].
 const CHUNK_EVENTS: usize = 512;
+/// A client that takes a chunk in less gets a larger one.
+const KEEPS_UP: Duration = Duration::from_millis(20);
 /// Reads that a session may have under way.
 pub const READS: usize = 2;
 
@@ -243,11 +248,14 @@ impl Subscriptions {
 
     /// Starts reads while there is room for what they bring, and (with flow control) credit to send it.
     pub fn read_on(&mut self, who: &Principal, credit: Option<u64>) {
-        let allowed = credit.map_or(CHUNK_EVENTS, |credit| usize::try_from(credit).unwrap_or(usize::MAX));
-        while allowed > 0 && self.reads.iter().sum::<usize>() < READS && self.replay_bytes < CHUNK_BYTES {
+        let allowed = credit.map_or(usize::MAX, |credit| usize::try_from(credit).unwrap_or(usize::MAX));
+        while allowed > 0 && self.reads.iter().sum::<usize>() < READS && self.replay_bytes < self.chunk_bytes {
             let Some(reader) = self.next_reader() else { return };
             let Some(sub) = self.by_id.get_mut(&reader.sub) else { continue };
-            let (wanted, thread) = (sub.wanted(allowed), sub.thread.clone());
+            let now = Instant::now();
+            let keeps_up = self.read_at.replace(now).is_some_and(|last| now - last < KEEPS_UP);
+            self.chunk_bytes = if keeps_up { (self.chunk_bytes * 2).min(MAX_CHUNK_BYTES) } else { CHUNK_BYTES };
+            let (wanted, thread) = (sub.wanted(allowed, self.chunk_bytes), sub.thread.clone());
             self.reads[reader.class] += 1;
 
             let (sources, outbox, who) = (self.sources.clone(), self.outbox.clone(), who.clone());
@@ -283,8 +291,8 @@ impl Subscriptions {
 }
 
 impl Subscription {
-    /// What its next read is for, with so many events allowed by flow control.
-    fn wanted(&mut self, allowed: usize) -> Wanted {
+    /// What its next read is for, with so many events allowed by flow control, and so many bytes in a chunk.
+    fn wanted(&mut self, allowed: usize, bytes: usize) -> Wanted {
         if let Stage::Handover { to } = self.stage
             && self.cursor >= to
         {
@@ -292,13 +300,17 @@ impl Subscription {
             return Wanted::OpenText { from, delivered: self.delivered.as_deref().cloned().unwrap_or_default() };
         }
 
+        // In the handover all live events wait for what is read.
+        let is_catching_up = self.stage == Stage::CatchingUp;
+        let bytes = if is_catching_up { bytes } else { CHUNK_BYTES };
+        let events = CHUNK_EVENTS * (bytes / CHUNK_BYTES);
         let limit = if self.filter.is_some() {
             // Many of them may be left out, and those need neither room nor credit.
-            CHUNK_EVENTS
+            events
         } else {
-            let room = self.confirm().map_or(CHUNK_EVENTS, |confirm| confirm.room());
-            room.clamp(1, CHUNK_EVENTS).min(allowed)
+            let room = self.confirm().map_or(events, |confirm| confirm.room());
+            room.clamp(1, events).min(allowed)
         };
-        Wanted::Events(EventRange { from: self.cursor + 1, limit, bytes: CHUNK_BYTES, ..EventRange::all() })
+        Wanted::Events(EventRange { from: self.cursor + 1, limit, bytes, ..EventRange::all() })
     }
 }

@@ -45,7 +45,7 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 pub use self::catchup::READS;
 pub use self::confirm::{ConfirmPolicy, Presence, WINDOW};
 pub use self::filter::Kinds;
-pub use self::reading::CHUNK_BYTES;
+use self::reading::CHUNK_BYTES;
 pub use self::receipt::{Receipt, first_receipt};
 pub use self::subscription::NewSubscription;
 
@@ -124,6 +124,10 @@ pub struct Subscriptions {
     /// What was read from the store, ready to be sent.
     replay: FairQueue<Replayed>,
     replay_bytes: usize,
+    /// What a read brings at most, but for one event that is larger.
+    chunk_bytes: usize,
+    /// When the last read was started.
+    read_at: Option<Instant>,
     /// Subscriptions whose receipts have changed.
     changed: Vec<SubId>,
     /// Bytes that the socket was given before what is sent next.
@@ -152,6 +156,8 @@ impl Subscriptions {
             handovers: 0,
             replay: FairQueue::default(),
             replay_bytes: 0,
+            chunk_bytes: CHUNK_BYTES,
+            read_at: None,
             changed: Vec::new(),
             written: 0,
             out_of_credit: false,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio_tungstenite::tungstenite::Utf8Bytes;
+use tokio_tungstenite::tungstenite::{Bytes, Utf8Bytes};
 use uuid::Uuid;
 
 use super::subscription::DeliveredText;
@@ -20,11 +20,13 @@ use crate::memory::{self, Charge, Refused};
 use crate::protocol::delta::Delta;
 use crate::protocol::error::{Code, Error};
 use crate::store::messages::{MessageKey, MessageRow, TextPosition};
-use crate::store::{EventRange, Store, StoreError, StoredEvent};
+use crate::store::{EventRange, EventRow, Store, StoreError, StoredEvent};
 use crate::{clock, panics};
 
-/// Bytes of one read from the store; two such reads at most are in memory for a session.
+/// Bytes of one read from the store, as a rule.
 pub const CHUNK_BYTES: usize = 128 << 10;
+/// Bytes of one read for a client that takes them faster than they are read.
+pub const MAX_CHUNK_BYTES: usize = 512 << 10;
 /// What an event takes in memory beside its frame.
 const EVENT_OVERHEAD: usize = 128;
 /// What the frame of a delta has beside the text.
@@ -120,7 +122,9 @@ fn events(
     head: u64,
     mut charge: Charge,
 ) -> Result<Outcome, Error> {
-    let (mut events, mut used, mut needs) = (Vec::<StoredEvent>::new(), 0, None);
+    // More than the usual chunk only where there is room for it now.
+    charge.grow_to(range.bytes).ok();
+    let (mut events, mut used, mut needs) = (EventTexts::default(), 0, None);
     store.visit_events(&who.tenant, thread, range, |seq, row| {
         let bytes = row.frame.len() + EVENT_OVERHEAD;
         let fits = used + bytes <= range.bytes.min(charge.bytes());
@@ -132,7 +136,7 @@ fn events(
             return Ok(ControlFlow::Break(()));
         }
         used += bytes;
-        events.push(StoredEvent::new(seq, row));
+        events.push(seq, row);
         Ok(ControlFlow::Continue(()))
     })?;
 
@@ -144,10 +148,41 @@ fn events(
     }
     charge.shrink_to(used);
     let charge = Arc::new(charge);
+    let mut events = events.split();
     for event in events.iter_mut().filter(|event| event.frame.len() > LARGE) {
         event.frame = charged(std::mem::take(&mut event.frame), &charge);
     }
     Ok(Outcome::Chunk(Chunk::Events { events, charge }))
+}
+
+/// Events of a chunk, with their texts in one piece of memory.
+#[derive(Default)]
+struct EventTexts {
+    /// Kind and frame of one after the other.
+    text: String,
+    /// The events without their texts, and how long these are.
+    events: Vec<(StoredEvent, usize, usize)>,
+}
+
+impl EventTexts {
+    fn is_empty(&self) -> bool {
+        self.events.is_empty()
+    }
+
+    fn push(&mut self, seq: u64, row: &EventRow<'_>) {
+        self.text.push_str(row.kind);
+        self.text.push_str(row.frame);
+        let event = StoredEvent::without_text(seq, row);
+        self.events.push((event, row.kind.len(), row.frame.len()));
+    }
+
+    fn split(self) -> Vec<StoredEvent> {
+        let mut text = Bytes::from(self.text);
+        // What a string was made of is one, between the same bounds.
+        let mut take = |bytes: usize| Utf8Bytes::try_from(text.split_to(bytes)).unwrap_or_default();
+        let with_text = |(event, kind, frame)| StoredEvent { kind: take(kind), frame: take(frame), ..event };
+        self.events.into_iter().map(with_text).collect()
+    }
 }
 
 /// The text of messages that are being written in the thread, beyond what the client has: of one message at least, and of as

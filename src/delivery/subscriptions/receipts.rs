@@ -255,7 +255,7 @@ impl Subscriptions {
         let tries = receipt.confirm.as_ref().map(|confirm| tries(confirm, who)).unwrap_or_default();
         // If the store fails, the letter is without it.
         let event = self.sources.store.event(&who.tenant, &sub.thread, seq).ok().flatten();
-        let kind = event.map(|event| event.kind);
+        let kind = event.map(|event| event.kind.to_string());
         let facts: [&[u8]; 5] = [
             UNACKNOWLEDGED.as_bytes(),
             sub.key.as_bytes(),
