@@ -185,14 +185,14 @@ impl App {
         let stop_projecting = Arc::new(AtomicBool::new(false));
         let pump = Pump {
             projector: Projector::new(store.clone(), log.as_ref(), progress),
+            threads: config.memory().projectors,
             log: log.clone(),
             reader,
             status: status.clone(),
             stop: stop_projecting.clone(),
             publish,
         };
-
-        let projecting = std::thread::Builder::new().name("projector".into()).spawn(move || pump.run())?;
+        let projecting = pump.start()?;
 
         let memory = Arc::new(Budget::new(config.memory()));
         let rights = Rights::new(store.clone());

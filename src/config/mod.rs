@@ -20,6 +20,9 @@ use crate::partitioning::MAX_PARTITIONS;
 /// The budget of memory where the system does not say how much it has.
 const DEFAULT_MEMORY: u64 = 1 << 30;
 
+/// Threads that project, at most: by then the log's reader and the disk have enough to do.
+const MAX_PROJECTORS: usize = 8;
+
 /// Settings of librdkafka, from the environment; clap would split the flag as it splits the variable.
 const KAFKA_CONFIG: &str = "WEFT_KAFKA_CONFIG";
 /// The key under which they stand in the file.
@@ -187,6 +190,16 @@ pub struct Config {
     /// As `10m`, `90s`.
     pub run_stalled_after: String,
     pub dev: bool,
+    /// How many threads project, if it is not for the machine to say. Nobody can set it: it is for tests.
+    #[serde(skip)]
+    pub projectors: Option<usize>,
+}
+
+/// As many threads as the machine can spare for the projector: half of its cores, and one where it has two. One that has
+/// nothing to do costs nothing.
+fn projectors() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    (cores / 2).clamp(1, MAX_PROJECTORS)
 }
 
 /// Checks a duration's text, and leaves it as it is.
@@ -257,6 +270,7 @@ impl Default for Config {
             rate_tenant_commands: 0,
             run_stalled_after: "10m".into(),
             dev: false,
+            projectors: None,
         }
     }
 }
@@ -396,7 +410,7 @@ impl Config {
         // Checked when it was loaded.
         let given = self.memory.as_deref().and_then(|text| memory_bytes(text).ok());
         let half = || memory::available().map_or(DEFAULT_MEMORY, |bytes| bytes / 2).max(memory::MINIMUM);
-        Plan::of(given.unwrap_or_else(half))
+        Plan::for_projectors(given.unwrap_or_else(half), self.projectors.unwrap_or_else(projectors))
     }
 
     /// What this node is called: the same after every start, and another one on another host or with other data.

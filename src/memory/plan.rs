@@ -25,6 +25,11 @@ const FIXED: usize = CACHE + MEMTABLES + KEY_FILTER + LOG_QUEUE + LOG_TAIL + LOG
 /// the queue and one being taken in, 4 MiB each, what one record may add to the first (16 MiB), and what waits to be handed
 /// out (8 MiB).
 const COMMITS: usize = 44 * MIB;
+/// What one more thread of the projector adds to that: what one record may add to the commit that it makes. The records that
+/// all of them work on are bounded in sum.
+const COMMITS_MORE: usize = 16 * MIB;
+/// The budget has so much for each thread of the projector.
+const PER_PROJECTOR: u64 = 512 << 20;
 /// What an open connection takes that does nothing.
 pub const CONNECTION: usize = 16 << 10;
 
@@ -40,6 +45,8 @@ pub struct Plan {
     pub keys: usize,
     pub log: LogPlan,
     pub commits: usize,
+    /// Threads of the projector.
+    pub projectors: usize,
     pub connections: usize,
     /// What requests read and answer.
     pub requests: usize,
@@ -86,10 +93,19 @@ impl LogPlan {
 }
 
 impl Plan {
-    /// Divides a budget of at least [`MINIMUM`].
+    /// Divides a budget of at least [`MINIMUM`] where one thread projects.
     pub fn of(total: u64) -> Plan {
+        Plan::for_projectors(total, 1)
+    }
+
+    /// Divides a budget of at least [`MINIMUM`] where so many threads are to project, or fewer if it is small.
+    pub fn for_projectors(total: u64, wanted: usize) -> Plan {
+        let room_for = usize::try_from(total / PER_PROJECTOR).unwrap_or(usize::MAX);
+        let projectors = wanted.min(room_for).max(1);
+        let commits = COMMITS + (projectors - 1) * COMMITS_MORE;
+
         let total = usize::try_from(total).unwrap_or(usize::MAX);
-        let room = (total / 2).saturating_sub(COMMITS).min(FIXED);
+        let room = (total / 2).saturating_sub(commits).min(FIXED);
         // In 128 bits, as the product may be beyond 64.
         let scaled = |size: usize| (size as u128 * room as u128 / FIXED as u128) as usize;
         let log = LogPlan {
@@ -101,10 +117,10 @@ impl Plan {
         };
         let (cache, memtables, keys) = (scaled(CACHE), scaled(MEMTABLES), scaled(KEY_FILTER));
 
-        let left = total - cache - memtables - keys - log.total() - COMMITS.min(total / 2);
+        let left = total - cache - memtables - keys - log.total() - commits.min(total / 2);
         let (connections, requests, frames) = (left / 4, left / 16 * 5, left / 16);
         let readers = left - connections - requests - frames;
-        Plan { total, cache, memtables, keys, log, commits: COMMITS, connections, requests, frames, readers }
+        Plan { total, cache, memtables, keys, log, commits, projectors, connections, requests, frames, readers }
     }
 
     /// How many connections there is memory for.
@@ -142,14 +158,22 @@ mod tests {
 
     #[test]
     fn the_parts_are_the_whole_and_the_fixed_ones_no_more_than_half() {
-        for total in [MINIMUM, 300 << 20, 512 << 20, 1 << 30, 7_777_777_777, 1 << 40] {
-            let plan = Plan::of(total);
+        let budgets = [MINIMUM, 300 << 20, 512 << 20, 1 << 30, 7_777_777_777, 1 << 40];
+        for (total, projectors) in budgets.into_iter().flat_map(|total| [(total, 1), (total, 8)]) {
+            let plan = Plan::for_projectors(total, projectors);
             let sum: usize = plan.parts().iter().map(|(_, bytes)| bytes).sum();
             assert_eq!(sum as u64, total);
             let fixed = plan.cache + plan.memtables + plan.keys + plan.log.total() + plan.commits;
             assert!(fixed as u64 <= total / 2, "{plan:?}");
             assert!(plan.log.memtable >= 4 * MIB && plan.log.queue >= 8 * MIB, "{plan:?}");
         }
+    }
+
+    #[test]
+    fn a_small_budget_has_few_threads_that_project() {
+        let threads = |total, wanted| Plan::for_projectors(total, wanted).projectors;
+        assert_eq!((threads(MINIMUM, 8), threads(1 << 30, 8), threads(1 << 30, 1), threads(8 << 30, 8)), (1, 2, 1, 8));
+        assert_eq!(Plan::for_projectors(4 << 30, 4).commits, Plan::of(4 << 30).commits + 3 * 16 * MIB);
     }
 
     #[test]

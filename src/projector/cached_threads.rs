@@ -15,16 +15,19 @@ const KEPT: usize = 100_000;
 pub(super) struct CachedThreads {
     /// By the record's key, `tenant/thread`.
     threads: LruCache<String, Thread>,
-    /// What counts against [`KEPT`].
+    /// What counts against that.
     size: usize,
+    /// What of [`KEPT`] it may have.
+    kept: usize,
     /// Keys of those that the next commit writes, each once.
     changed: Vec<Arc<str>>,
 }
 
 impl CachedThreads {
-    pub(super) fn new() -> CachedThreads {
+    /// One of so many, which share what may be kept.
+    pub(super) fn new(of: usize) -> CachedThreads {
         // Between two commits nothing may go, since the store does not have what changed. So the bound is kept here.
-        CachedThreads { threads: LruCache::unbounded(), size: 0, changed: Vec::new() }
+        CachedThreads { threads: LruCache::unbounded(), size: 0, kept: KEPT / of.max(1), changed: Vec::new() }
     }
 
     /// What `work` makes of the thread. One that is not there is made by `read`.
@@ -60,7 +63,7 @@ impl CachedThreads {
 
     /// Forgets what is too much, once everything is in the store.
     pub(super) fn shrink(&mut self) {
-        while self.size > KEPT {
+        while self.size > self.kept {
             let Some((_, thread)) = self.threads.pop_lru() else { return };
             self.size -= thread.size();
         }
@@ -103,7 +106,7 @@ mod tests {
 
     #[test]
     fn what_was_used_least_recently_goes_and_only_after_the_commit() {
-        let mut threads = CachedThreads::new();
+        let mut threads = CachedThreads::new(1);
         for n in 0..KEPT + 10 {
             assert!(touch(&mut threads, n, None));
         }
@@ -119,7 +122,7 @@ mod tests {
     fn each_commit_writes_what_has_changed_since_the_last() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let store = Store::open(folder.path()).expect("it opens");
-        let mut threads = CachedThreads::new();
+        let mut threads = CachedThreads::new(1);
         let commit = |threads: &mut CachedThreads| {
             let mut rows = store.batch();
             let empty = rows.bytes();

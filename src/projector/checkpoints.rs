@@ -38,6 +38,7 @@ pub struct Disagreement {
     pub node: String,
 }
 
+#[derive(Clone)]
 struct Boundary {
     offset: u64,
     hash: [u8; 32],
@@ -46,7 +47,7 @@ struct Boundary {
 }
 
 /// One partition's boundaries.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Recent {
     /// The newest boundary before the partition's position.
     newest: u64,
@@ -62,6 +63,7 @@ pub struct Crossed {
 }
 
 /// The newest boundaries of all partitions of events.
+#[derive(Clone)]
 pub(super) struct Checkpoints {
     epoch: String,
     partitions: Vec<Recent>,

@@ -4,7 +4,9 @@
 //! A dead letter's id is made of what it is about. Written twice, the first one stays; what fails again after it was requeued
 //! is the same letter, with its history.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
 use uuid::Uuid;
@@ -27,10 +29,13 @@ const KEPT_BYTES: usize = 64 << 10;
 const KEPT: usize = 20;
 
 /// The dead letters of this batch, by tenant and id, and how many there are of each list that is counted.
-#[derive(Default)]
-pub(super) struct DeadLetters {
+pub(super) struct DeadLetters<'s> {
     rows: HashMap<(String, [u8; 16]), DeadLetterRow>,
     counts: HashMap<Vec<u8>, u64>,
+    /// Held from the first look at them on, where other projectors write some to the same store: lists and counts are of a
+    /// whole tenant, and what is done about a letter may be a record of another partition.
+    only: Option<&'s Mutex<()>>,
+    held: OnceCell<MutexGuard<'s, ()>>,
 }
 
 /// Where a foreign record is in the log.
@@ -56,7 +61,11 @@ pub(super) struct GivenUp<'a> {
     pub(super) tries: Vec<TryRow>,
 }
 
-impl DeadLetters {
+impl<'s> DeadLetters<'s> {
+    pub(super) fn new(only: Option<&'s Mutex<()>>) -> DeadLetters<'s> {
+        DeadLetters { rows: HashMap::new(), counts: HashMap::new(), only, held: OnceCell::new() }
+    }
+
     /// Applies a dead letter of the topic `dead-letters`, and returns its time.
     pub(super) fn apply(&mut self, tx: &mut Transaction<'_>, record: &Record) -> Result<u64, RecordError> {
         let (letter, at) = read(record).map_err(|why| Foreign::new(why, record))?;
@@ -182,6 +191,10 @@ impl DeadLetters {
         tenant: &str,
         id: &[u8; 16],
     ) -> Result<Option<DeadLetterRow>, StoreError> {
+        if let Some(only) = self.only {
+            // It guards no value that a panic could leave half changed.
+            self.held.get_or_init(|| only.lock().unwrap_or_else(PoisonError::into_inner));
+        }
         match self.rows.get(&(tenant.to_owned(), *id)) {
             Some(row) => Ok(Some(row.clone())),
             None => tx.store.dead_letter(tenant, id),

@@ -1,6 +1,6 @@
 //! What becomes of one event record: its verdict, its rows, and the updates that its readers get.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::dead_letters::DeadLetters;
 use super::groups::Groups;
@@ -25,7 +25,7 @@ use crate::store::{KeyRow, Partition, Store, StoreError, keys};
 pub(super) struct BatchState<'s> {
     pub(super) tx: Transaction<'s>,
     pub(super) receipts: Receipts,
-    pub(super) dead_letters: DeadLetters,
+    pub(super) dead_letters: DeadLetters<'s>,
     pub(super) keys: Keys,
     pub(super) tickets: Tickets,
     pub(super) groups: Groups,
@@ -35,11 +35,12 @@ pub(super) struct BatchState<'s> {
 }
 
 impl<'s> BatchState<'s> {
-    pub(super) fn new(store: &'s Store) -> BatchState<'s> {
+    /// `letters` is locked from when the batch comes to a dead letter until it is dropped, where others may write some.
+    pub(super) fn new(store: &'s Store, letters: Option<&'s Mutex<()>>) -> BatchState<'s> {
         BatchState {
             tx: Transaction { store, rows: store.batch(), commit: Commit::default() },
             receipts: Receipts::default(),
-            dead_letters: DeadLetters::default(),
+            dead_letters: DeadLetters::new(letters),
             keys: Keys::default(),
             tickets: Tickets::default(),
             groups: Groups::default(),

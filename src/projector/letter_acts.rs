@@ -334,7 +334,7 @@ mod tests {
         let mut first = Vec::new();
         let size = if in_one { steps.len() } else { 1 };
         for batch in steps.chunks(size) {
-            let mut state = BatchState::new(&store);
+            let mut state = BatchState::new(&store, None);
             for step in batch {
                 match step {
                     Step::Letter => {

@@ -10,14 +10,16 @@
 //! - foreign records are skipped and reported as dead letters, and reading continues, and so are those that the projector
 //!   panics at ([`poison`]); when the store fails, the same records are tried again.
 //!
-//! [`opening`] says which store goes on, [`pump`] is the thread, [`rebuild`] makes the store anew. Of one record, [`judge`]
-//! says what becomes of an event, with [`thread`], [`keys`] (by [`log_time`]), [`runs`] and [`messages`] for the parts;
-//! [`tickets`] judges who gets in with a ticket, [`work`] who works on what for a group, [`groups`] what a group is like;
-//! [`receipts`] and [`dead_letters`] apply the other topics. [`checkpoints`] compares this node with others.
+//! [`opening`] says which store goes on, [`pump`] is the thread that reads and [`projectors`] are those beside it, [`rebuild`]
+//! makes the store anew. Of one record, [`judge`] says what becomes of an event, with [`thread`], [`keys`] (by
+//! [`log_time`]), [`runs`] and [`messages`] for the parts; [`tickets`] judges who gets in with a ticket, [`work`] who works
+//! on what for a group, [`groups`] what a group is like; [`receipts`] and [`dead_letters`] apply the other topics.
+//! [`checkpoints`] compares this node with others.
 
 mod cached_threads;
 mod checkpoints;
 mod dead_letters;
+mod driver;
 mod groups;
 mod judge;
 mod keys;
@@ -27,12 +29,15 @@ mod log_time;
 mod messages;
 pub mod opening;
 mod poison;
+mod projectors;
 mod pump;
 pub mod rebuild;
 mod receipts;
 pub mod rehearsal;
 mod rules;
 mod runs;
+mod share;
+mod status;
 mod thread;
 mod tickets;
 mod transaction;
@@ -45,13 +50,16 @@ use uuid::Uuid;
 
 use self::cached_threads::CachedThreads;
 use self::checkpoints::{Checkpoints, Crossed, Disagreement};
+pub use self::driver::PublishCommit;
 use self::judge::BatchState;
 pub use self::keys::KEY_LIFETIME;
 use self::keys::LastPurged;
 use self::letter_acts::{Act, Turn, What};
 pub use self::messages::MAX_MESSAGE_DATA;
 use self::poison::Panicked;
-pub use self::pump::{Failing, PublishCommit, Pump, Status};
+pub use self::pump::Pump;
+use self::share::Share;
+pub use self::status::{Failing, Status};
 use self::thread::Thread;
 pub use self::tickets::MAX_OPEN_TICKETS;
 use self::tickets::PurgedTickets;
@@ -68,6 +76,8 @@ use crate::store::dead_letters::LetterState;
 use crate::store::{Progress, Store, StoreError};
 use crate::{clock, panics, telemetry};
 
+/// Records judged and committed at once: enough to spread the cost of a commit, few enough to stay quick.
+const BATCH: usize = 1_024;
 /// A batch is committed once its rows have this many bytes, whatever is left of its records. What it publishes is no larger
 /// than its rows. One record adds one event, but for the end of a run: that closes up to 8 MiB of text, each message read
 /// when it is its turn, so that memory holds the rows and the frames of one such record and no more.
@@ -140,6 +150,7 @@ pub enum AccessChange {
 }
 
 /// What the log calls its partitions.
+#[derive(Clone)]
 struct PartitionNames {
     /// For each partition its topic, and its number there.
     topics: Vec<(Topic, u32)>,
@@ -231,6 +242,8 @@ pub struct Projector {
     threads: CachedThreads,
     /// On a log that other nodes read as well.
     checkpoints: Option<Checkpoints>,
+    /// Where other projectors work on the same store.
+    share: Option<Share>,
 }
 
 impl Projector {
@@ -245,7 +258,22 @@ impl Projector {
             committed: progress.iter().map(|progress| progress.next).collect(),
             partitions: progress.into_iter().map(PartitionState::new).collect(),
             touched: Vec::new(),
-            threads: CachedThreads::new(),
+            threads: CachedThreads::new(1),
+            share: None,
+        }
+    }
+
+    /// One like this, for a part of the partitions.
+    fn with_share(&self, share: Share) -> Projector {
+        Projector {
+            store: self.store.clone(),
+            names: self.names.clone(),
+            partitions: self.partitions.iter().map(|it| PartitionState::new(it.progress)).collect(),
+            touched: Vec::new(),
+            committed: self.committed.clone(),
+            threads: CachedThreads::new(share.of),
+            checkpoints: self.checkpoints.clone(),
+            share: Some(share),
         }
     }
 
@@ -269,6 +297,22 @@ impl Projector {
         if let Some(checkpoints) = &mut self.checkpoints {
             checkpoints.go_live();
         }
+    }
+
+    /// Where there are several, each says for itself where its partitions are.
+    fn say_positions(&self, status: &Status) {
+        if let Some(share) = &self.share {
+            status.advance(&share.partitions, &self.committed);
+        }
+    }
+
+    /// All partitions are projected up to these positions, by whichever projector has each.
+    fn settle_at(&self, positions: &[u64]) -> Result<(), StoreError> {
+        let known = self.store.progress()?.unwrap_or_default();
+        let known: Positions = known.iter().map(|progress| progress.next).collect();
+        let mut rows = self.store.batch();
+        rows.put_positions(&known, positions);
+        self.store.commit(rows)
     }
 
     /// After a commit: the boundaries that it crossed, and the partitions in which another node had made the same.
@@ -321,7 +365,8 @@ impl Projector {
         poison: Option<&Panicked>,
     ) -> Result<(usize, Commit), BatchError> {
         let store = self.store.clone();
-        let mut state = BatchState::new(&store);
+        let letters = self.share.as_ref().map(|share| share.letters.clone());
+        let mut state = BatchState::new(&store, letters.as_deref());
 
         let mut applied = 0;
         for entry in entries {
@@ -338,6 +383,7 @@ impl Projector {
             }
         }
 
+        // The rest of the state is dropped after the commit: until then nobody else reads the dead letters that it changes.
         let BatchState { tx, .. } = state;
         let mut rows = tx.rows;
         self.threads.write(&mut rows);
@@ -350,7 +396,12 @@ impl Projector {
             false => it.progress.next,
         });
         let next: Positions = next.collect();
-        rows.put_positions(&self.committed, &next);
+        match &mut self.share {
+            None => rows.put_positions(&self.committed, &next),
+            Some(share) => {
+                share.put_positions(&mut rows, (&self.committed, &next), |it| self.partitions[it].touched);
+            }
+        }
         store.commit(rows).map_err(ProjectError::from)?;
 
         for (state, next) in self.partitions.iter_mut().zip(&next) {

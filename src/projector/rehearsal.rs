@@ -22,7 +22,7 @@ pub struct Rehearsal<'s> {
 
 impl<'s> Rehearsal<'s> {
     pub fn new(store: &'s Arc<Store>) -> Rehearsal<'s> {
-        Rehearsal { store, state: BatchState::new(store), threads: HashMap::new() }
+        Rehearsal { store, state: BatchState::new(store, None), threads: HashMap::new() }
     }
 
     /// What becomes of the letter's event.

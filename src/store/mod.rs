@@ -1,7 +1,8 @@
 //! The projections: what is derived from the log, in RocksDB. Disposable: deleted, they come back from the log.
 //!
 //! Invariants:
-//! - one writer, the projector; everybody else reads;
+//! - one writer of each row, the thread of the projector that has its partition; everybody else reads. Dead letters are
+//!   written under a lock of the projector's;
 //! - rows and the position they were made from are written in one batch and flushed together (no write-ahead log, atomic
 //!   flush): after a crash the store is older, never torn;
 //! - each row is framed ([`crate::codec`]) and its family listed in [`catalogue`];

@@ -212,13 +212,24 @@ impl Batch<'_> {
         let least = |positions: &[u64]| positions.iter().copied().min().unwrap_or_default();
         let passed = least(positions);
         if passed > least(before) {
-            self.put_as(ORIGIN_SCHEMA, META, PASSED, &passed);
+            self.put_passed(passed);
         }
         for (partition, (before, next)) in (0..).zip(before.iter().zip(positions)) {
             if next > before && *next > passed {
-                self.put_as(ORIGIN_SCHEMA, META, &numbered(POSITION, partition), next);
+                self.put_position(partition, *next);
             }
         }
+    }
+
+    /// Where the store has come to in one partition.
+    pub fn put_position(&mut self, partition: u32, next: u64) {
+        self.put_as(ORIGIN_SCHEMA, META, &numbered(POSITION, partition), &next);
+    }
+
+    /// Where it has come to in all of them, at least. It may be less than what another batch has written: so whoever writes it
+    /// writes the positions of partitions that it has read records of as well.
+    pub fn put_passed(&mut self, passed: u64) {
+        self.put_as(ORIGIN_SCHEMA, META, PASSED, &passed);
     }
 
     /// How far a partition has come beside its position, if that has changed.

@@ -5,12 +5,12 @@
 //! its seq. So nothing is lost in between, and the hub needs to know nothing of cursors.
 //!
 //! A commit goes two steps:
-//! 1. It is taken in, in the order of commits: rights change, each event is put to those of its thread that wait, and the
+//! 1. It is taken in, those of one thread of the projector in their order: rights change, each event is put to those of its thread that wait, and the
 //!    publishers get their verdicts. This takes as long as the commit is large, however many read.
 //! 2. What waits is handed out ([`lane`]): threads take turns, some readers each, and between turns the sessions
 //!    and everybody else get the processor. So a thread with many readers holds up nobody but itself.
 //!
-//! With little to do, the projector's thread itself does both, since to wake another would take longer than the work. With
+//! With little to do, the thread of the projector itself does both, since to wake another would take longer than the work. With
 //! more, a task takes commits in and another hands out, while the projector goes on with the next commit.
 //!
 //! - Each outbox gets a thread's events in order.
@@ -50,7 +50,7 @@ use crate::{panics, telemetry};
 
 /// Commits that may wait to be taken in; then the projector waits.
 const QUEUE: usize = 2;
-/// A commit of no more events and verdicts than this is taken in by the projector's thread, if no other waits: some
+/// A commit of no more events and verdicts than this is taken in by the thread that made it, if no other waits: some
 /// microseconds, about what it takes to wake the task.
 const SMALL_COMMIT: usize = 16;
 /// Bytes that may wait to be handed out, of all threads together; then no commit is taken in. A commit may exceed it.
@@ -115,6 +115,7 @@ impl Hub {
 
         let (direct, left_to_task, verdicts_to) = (hub.clone(), untaken.clone(), pending.clone());
         let publish: PublishCommit = Box::new(move |commit| {
+            // What this thread has left to the task before is among those, so the task has taken that in.
             let is_next = left_to_task.load(Ordering::Acquire) == 0;
             if is_next && commit.is_small() && direct.has_room() {
                 direct.take_in(commit, &verdicts_to);

@@ -88,39 +88,52 @@ fn a_publish_is_answered_and_delivered_while_a_crowd_s_fan_out_is_under_way() {
     assert_eq!(hub.waiting.load(Ordering::Relaxed), 0);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn small_commits_and_large_ones_reach_a_reader_and_their_publishers_in_the_order_of_the_log() {
-    let (pending, key) = (Arc::new(Pending::default()), Arc::<str>::from("acme/t"));
-    let registry = Arc::new(Registry::new(ConnectionLimits { user: 10, agent: 10 }));
-    let (hub, mut publish, task) = Hub::start(pending.clone(), registry);
-    let reader = readers(&hub, &key, 1).remove(0);
-    // The projector's thread takes in those of 1; those of more go through the task.
+/// Publishes commits of different sizes, as a thread of the projector does; gives the last seq.
+fn project(key: &Arc<str>, pending: &Pending, publish: &PublishCommit, answers: &Arc<Mutex<Vec<u64>>>) -> u64 {
+    // It takes in those of 1 itself; those of more go through the task.
     let sizes = [1, 1, SMALL_COMMIT + 1, 1, 2 * SMALL_COMMIT, 1, 1];
-    let answers: Arc<Mutex<Vec<u64>>> = Arc::default();
-
-    let answered = answers.clone();
-    let projector = std::thread::spawn(move || {
-        let mut seq = 0;
-        for round in 0..50 {
-            for size in sizes {
-                let (events, verdicts) = (0..size)
-                    .map(|_| {
-                        seq += 1;
-                        let (id, answered, number) = (clock::random_id(), answered.clone(), seq);
-                        pending.insert(id, Box::new(move |_| lock(&answered).push(number)), true);
-                        let verdict = (id, Ok(Published { seq, event: id, duplicate: false }));
-                        (update(&key, &event(seq, 10), None), verdict)
-                    })
-                    .unzip();
-                assert!(publish(Commit { events, verdicts, ..Commit::default() }), "round {round}");
-            }
+    let mut seq = 0;
+    for round in 0..50 {
+        for size in sizes {
+            let (events, verdicts) = (0..size)
+                .map(|_| {
+                    seq += 1;
+                    let (id, answered, number) = (clock::random_id(), answers.clone(), seq);
+                    pending.insert(id, Box::new(move |_| lock(&answered).push(number)), true);
+                    let verdict = (id, Ok(Published { seq, event: id, duplicate: false }));
+                    (update(key, &event(seq, 10), None), verdict)
+                })
+                .unzip();
+            assert!(publish(Commit { events, verdicts, ..Commit::default() }), "round {round}");
         }
-        seq
-    });
-    let last = tokio::task::spawn_blocking(move || projector.join()).await.unwrap().unwrap();
-    task.await.unwrap();
-    assert_eq!(seqs(&reader), ((1..=last).collect(), false));
-    assert_eq!(*lock(&answers), (1..=last).collect::<Vec<_>>());
+    }
+    seq
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commits_of_every_thread_of_the_projector_reach_readers_and_publishers_in_its_order_small_or_large() {
+    for threads in [1, 4] {
+        let pending = Arc::new(Pending::default());
+        let registry = Arc::new(Registry::new(ConnectionLimits { user: 10, agent: 10 }));
+        let (hub, publish, task) = Hub::start(pending.clone(), registry);
+        let publish = Arc::new(publish);
+        let projecting = (0..threads).map(|number| {
+            let key = Arc::<str>::from(format!("acme/t{number}"));
+            let (reader, answers) = (readers(&hub, &key, 1).remove(0), Arc::<Mutex<Vec<u64>>>::default());
+            let (pending, publish, answered) = (pending.clone(), publish.clone(), answers.clone());
+            let thread = std::thread::spawn(move || project(&key, &pending, &publish, &answered));
+            (thread, reader, answers)
+        });
+        let projecting: Vec<_> = projecting.collect();
+        drop(publish);
+        // It ends once nobody can publish any more, and all is handed out.
+        task.await.unwrap();
+        for (thread, reader, answers) in projecting {
+            let last = thread.join().unwrap();
+            assert_eq!(seqs(&reader), ((1..=last).collect(), false));
+            assert_eq!(*lock(&answers), (1..=last).collect::<Vec<_>>());
+        }
+    }
 }
 
 #[test]

@@ -120,11 +120,12 @@ mod child {
             projector: Projector::new(store, log.as_ref(), progress),
             reader: log.reader(&vec![0; log.partitions() as usize]).unwrap(),
             log,
+            threads: 1,
             status: Arc::new(Status::default()),
             stop: Arc::new(AtomicBool::new(false)),
             publish: Box::new(|_| panic!("of the test's own")),
         };
-        std::thread::spawn(move || pump.run());
+        pump.start().unwrap();
         end();
     }
 
