@@ -1,12 +1,15 @@
-//! How many deliveries a second the readers of one thread get.
+//! How many deliveries a second the readers of one thread get, and how long after its publish each comes.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use hdrhistogram::Histogram;
 use tokio::task::JoinSet;
 
 use crate::publisher::{Frame, Publisher};
 use crate::reply::Reply;
-use crate::report::Figure;
+use crate::report::{Figure, micros, millis};
 use crate::socket::Socket;
 use crate::target::{Target, progress, raise_open_files};
 use weft::cli::common::Failure;
@@ -48,12 +51,17 @@ pub async fn run(target: &Target, args: &FanoutArgs) -> Result<Vec<Figure>, Fail
     let mut publisher = Publisher::open(target, &owner, frame, args.window).await?;
 
     let begin = Instant::now();
+    let times = Rc::new(RefCell::new(Times { sent: Vec::new(), delivered: micros()? }));
     let mut readers = JoinSet::new();
     for (socket, after) in sockets {
-        readers.spawn_local(read(socket, after, args.events));
+        readers.spawn_local(read(socket, after, args.events, times.clone()));
     }
     let all = async {
-        publisher.run(|sent| sent < args.events, |_, _| ()).await?;
+        let more = |sent| {
+            times.borrow_mut().sent.push(Instant::now());
+            sent < args.events
+        };
+        publisher.run(more, |_, _| ()).await?;
         let mut lagged = 0;
         while let Some(done) = readers.join_next().await {
             lagged += done??;
@@ -61,21 +69,44 @@ pub async fn run(target: &Target, args: &FanoutArgs) -> Result<Vec<Figure>, Fail
         Ok::<_, Failure>(lagged)
     };
     let lagged = tokio::time::timeout(PATIENCE, all).await??;
+    let delivered = &times.borrow().delivered;
+    let at = |quantile| millis(delivered.value_at_quantile(quantile));
     let deliveries = args.events as f64 * args.readers as f64;
     Ok(vec![
         Figure::more(&name, deliveries / begin.elapsed().as_secs_f64(), "deliveries/s"),
+        Figure::less(&format!("{name} P50"), at(0.5), "ms"),
+        Figure::less(&format!("{name} P99"), at(0.99), "ms"),
+        Figure::less(&format!("{name}: P99 to P50"), at(0.99) / at(0.5), "times"),
         Figure::less(&format!("{name}: lagged"), lagged as f64, "times"),
     ])
 }
 
+struct Times {
+    /// When each event was published, in order.
+    sent: Vec<Instant>,
+    /// From then to each delivery, in microseconds.
+    delivered: Histogram<u64>,
+}
+
+impl Times {
+    fn record(&mut self, number: u64) -> Result<(), Failure> {
+        let sent = self.sent.get(number as usize).ok_or("an event came that was not published")?;
+        self.delivered.record(sent.elapsed().as_micros() as u64)?;
+        Ok(())
+    }
+}
+
 /// Reads `events` events after `after`, without a gap; gives how often the session lagged.
-async fn read(mut socket: Socket, after: u64, events: u64) -> Result<u64, Failure> {
+async fn read(mut socket: Socket, after: u64, events: u64, times: Rc<RefCell<Times>>) -> Result<u64, Failure> {
     let (mut last, mut lagged) = (after, 0);
     while last < after + events {
         socket
             .exchange(|reply| {
                 match reply {
-                    Reply::Event { seq, .. } if seq == last + 1 => last = seq,
+                    Reply::Event { seq, .. } if seq == last + 1 => {
+                        last = seq;
+                        times.borrow_mut().record(seq - after - 1)?;
+                    }
                     Reply::Lagged => lagged += 1,
                     // Once more after each `lagged`.
                     Reply::CaughtUp { .. } => {}

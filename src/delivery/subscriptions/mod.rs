@@ -45,7 +45,7 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 pub use self::catchup::READS;
 pub use self::confirm::{ConfirmPolicy, Presence, WINDOW};
 pub use self::filter::Kinds;
-use self::reading::CHUNK_BYTES;
+pub use self::reading::CHUNK_BYTES;
 pub use self::receipt::{Receipt, first_receipt};
 pub use self::subscription::NewSubscription;
 

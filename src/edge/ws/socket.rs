@@ -1,6 +1,10 @@
 //! The TCP stream under a WebSocket: it counts what the peer has taken, guards against floods of idle frames, and ends a
 //! connection without losing its last frames.
+//!
+//! The WebSocket library keeps a buffer to read into for each connection, also while nothing comes. So that one is small, and
+//! the kernel is asked for more than it holds: what does not fit is kept here until the library takes it.
 
+use std::cell::RefCell;
 use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd;
 use std::pin::Pin;
@@ -11,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::Bytes;
 
 use super::flood::FloodGuard;
 use super::message_memory::MessageMemory;
@@ -31,8 +36,18 @@ pub struct PeerProgress {
     pub on_the_way: u64,
 }
 
+/// What the kernel is asked for at once.
+const READ_AHEAD: usize = 16 << 10;
+
+thread_local! {
+    /// What a read brings lands here first: one for all connections of a thread.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_AHEAD].into());
+}
+
 pub struct Socket {
     stream: TcpStream,
+    /// What was read and not taken.
+    ahead: Bytes,
     /// Bytes that the kernel has accepted for the peer.
     written: Arc<AtomicU64>,
     /// Once this is a WebSocket.
@@ -49,7 +64,7 @@ struct Guard {
 
 impl Socket {
     pub fn new(stream: TcpStream) -> Socket {
-        Socket { stream, written: Arc::default(), guard: None }
+        Socket { stream, ahead: Bytes::new(), written: Arc::default(), guard: None }
     }
 
     /// What the peer has acknowledged, and what the kernel holds for it. What the kernel has accepted says little by
@@ -130,6 +145,31 @@ impl Socket {
         self.guard.as_ref().is_some_and(|guard| guard.flood.flooded())
     }
 
+    /// Reads more than there is room for, and keeps the rest.
+    fn poll_read_ahead(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.ahead.is_empty() {
+            if buf.remaining() >= READ_AHEAD {
+                return Pin::new(&mut self.stream).poll_read(cx, buf);
+            }
+            let (stream, room) = (Pin::new(&mut self.stream), buf.remaining());
+            let read = SCRATCH.with_borrow_mut(|scratch| {
+                let mut all = ReadBuf::new(scratch);
+                ready!(stream.poll_read(cx, &mut all))?;
+                let (now, later) = all.filled().split_at(room.min(all.filled().len()));
+                buf.put_slice(now);
+                Poll::Ready(io::Result::Ok(Bytes::copy_from_slice(later)))
+            });
+            self.ahead = ready!(read)?;
+        } else {
+            buf.put_slice(&self.ahead.split_to(buf.remaining().min(self.ahead.len())));
+            if self.ahead.is_empty() {
+                // What it was a part of goes with it.
+                self.ahead = Bytes::new();
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
     /// Ends the connection without a reset, which would drop the last frames from the peer's buffer: closes this side and
     /// reads on until the peer closes its own.
     pub async fn linger(mut self) {
@@ -164,7 +204,7 @@ impl AsyncRead for Socket {
             return Poll::Pending;
         }
         let before = buf.filled().len();
-        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let read = self.poll_read_ahead(cx, buf);
         if let (Poll::Ready(Ok(())), Some(guard)) = (&read, &mut self.guard) {
             guard.flood.read(&buf.filled()[before..]);
         }
@@ -255,6 +295,26 @@ mod tests {
             assert!(Pin::new(&mut socket).poll_read(&mut Context::from_waker(&waker), &mut buf).is_pending());
             assert_eq!((buf.filled().len(), wakes.0.load(Ordering::Relaxed)), (0, 1));
         }
+    }
+
+    #[tokio::test]
+    async fn what_is_read_ahead_comes_in_order_to_whoever_has_room_for_little() {
+        let (mut socket, mut peer) = pair().await;
+        socket.guard_frames(&[], memory());
+        let sent: Vec<u8> = HELLO.iter().copied().cycle().take(HELLO.len() * 9_000).collect();
+        let sending = tokio::spawn({
+            let sent = sent.clone();
+            async move { peer.write_all(&sent).await.map(|()| drop(peer)) }
+        });
+        let (mut got, mut small) = (Vec::new(), [0; 700]);
+        loop {
+            match socket.read(&mut small).await.unwrap() {
+                0 => break,
+                read => got.extend_from_slice(&small[..read]),
+            }
+        }
+        sending.await.unwrap().unwrap();
+        assert!(got == sent, "{} of {} bytes", got.len(), sent.len());
     }
 
     #[derive(Default)]

@@ -22,7 +22,7 @@ use crate::protocol::command::MAX_FRAME;
 use crate::protocol::error::{Code, Error};
 
 /// The initial sizes of a session's buffers; they grow with a frame and no further.
-const READ_BUFFER: usize = 4 << 10;
+const READ_BUFFER: usize = 2 << 10;
 pub const WRITE_BUFFER: usize = 8 << 10;
 
 /// The subprotocol; others that begin with [`VERSIONS`] are versions that are not supported.
