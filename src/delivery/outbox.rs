@@ -20,6 +20,7 @@ use crate::projector::Verdict;
 use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;
 use crate::protocol::event::Priority;
+use crate::store::deliveries::RequeuedDelivery;
 use crate::store::messages::TextPosition;
 use crate::store::{JoinedThread, StoredEvent};
 
@@ -99,6 +100,15 @@ pub enum Chunk {
         /// The number of the message to go on with, if there are more.
         next: Option<u64>,
     },
+    /// What a durable subscription is to be sent again because somebody requeued it, if there is anything.
+    Requeued(Option<ReadDelivery>),
+}
+
+/// An event that is delivered again.
+pub struct ReadDelivery {
+    pub delivery: RequeuedDelivery,
+    pub event: StoredEvent,
+    pub charge: Arc<Charge>,
 }
 
 /// The text of a message that is being written, as far as the client does not have it.
@@ -151,6 +161,10 @@ pub enum Answer {
     ReceiptStored { thread: Box<str>, stored: bool },
     /// Whether the log has the dead letter of an event that was not acknowledged.
     DeadLettered { thread: Box<str>, seq: u64, dead_lettered: bool },
+    /// Somebody has requeued a delivery to the user in this thread.
+    Requeued { thread: Box<str> },
+    /// Whether the log has what became of a delivery that was requeued.
+    RequeuedRecorded { thread: Box<str>, recorded: bool },
     /// The server is going down: come back after so many milliseconds.
     Drain { retry_after_ms: u64 },
     /// The user's sessions are ended.

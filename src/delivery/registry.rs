@@ -154,6 +154,14 @@ impl Registry {
         }
     }
 
+    /// A delivery to the user was requeued: each of its sessions looks whether it is the one to make it. `user` is
+    /// `tenant/user`.
+    pub fn notify_requeued(&self, user: &str, thread: &str) {
+        for outbox in self.outboxes_of(user) {
+            outbox.push_answer(Answer::Requeued { thread: thread.into() });
+        }
+    }
+
     /// Somebody wants a run cancelled that the user has started on the thread. `user` is `tenant/user`.
     pub fn notify_to_cancel(&self, user: &str, thread: &str, signal: &Utf8Bytes) {
         for outbox in self.outboxes_of(user) {

@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde::Deserialize;
 use uuid::Uuid;
 
+use super::deliveries::Deliveries;
 use super::rules;
 use super::transaction::{EventRecord, Transaction};
 use super::{Published, RecordError};
@@ -36,6 +37,7 @@ pub(super) struct DeadLetters<'s> {
     /// whole tenant, and what is done about a letter may be a record of another partition.
     only: Option<&'s Mutex<()>>,
     held: OnceCell<MutexGuard<'s, ()>>,
+    pub(super) deliveries: Deliveries,
 }
 
 /// Where a foreign record is in the log.
@@ -63,7 +65,8 @@ pub(super) struct GivenUp<'a> {
 
 impl<'s> DeadLetters<'s> {
     pub(super) fn new(only: Option<&'s Mutex<()>>) -> DeadLetters<'s> {
-        DeadLetters { rows: HashMap::new(), counts: HashMap::new(), only, held: OnceCell::new() }
+        let (rows, counts, deliveries) = (HashMap::new(), HashMap::new(), Deliveries::default());
+        DeadLetters { rows, counts, deliveries, only, held: OnceCell::new() }
     }
 
     /// Applies a dead letter of the topic `dead-letters`, and returns its time.
@@ -78,6 +81,7 @@ impl<'s> DeadLetters<'s> {
             order: letter.seq,
             round: letter.round,
             tries,
+            grant: letter.grant,
             ..DeadLetterRow::open(&letter.reason, letter.kind.as_deref(), at, letter.attempts, letter.error)
         };
         self.fail(tx, &letter.tenant, *letter.letter.as_bytes(), row)?;
@@ -211,6 +215,7 @@ impl<'s> DeadLetters<'s> {
     ) -> Result<(), StoreError> {
         let was = self.row(tx, tenant, &id)?;
         tx.rows.put_dead_letter(tenant, id, was.as_ref(), &row);
+        self.deliveries.follow(tx, tenant, id, (was.as_ref(), &row))?;
 
         let was_open = was.filter(|was| was.state == LetterState::Open);
         if row.state == LetterState::Open {
@@ -280,6 +285,9 @@ fn read(record: &Record) -> Result<(DeadLetterRecord, u64), String> {
     let has_more = letter.kind.is_some() || letter.round > 0 || !letter.tries.is_empty();
     if record.rules < rules::LETTERS_ARE_ACTED_ON && has_more {
         return Err("kind, round and tries are of version 3 of the rules".into());
+    }
+    if record.rules < rules::DELIVERIES_ARE_REQUEUED && letter.grant.is_some() {
+        return Err("grant is of version 4 of the rules".into());
     }
     Ok((letter, at))
 }

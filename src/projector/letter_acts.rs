@@ -12,17 +12,18 @@
 use uuid::Uuid;
 
 use super::dead_letters::{again, keep_newest, read_value};
+use super::deliveries::MAX_REQUEUED;
 use super::judge::BatchState;
 use super::rules;
 use super::thread::Thread;
 use super::transaction::EventRecord;
-use super::{Published, Verdict};
+use super::{Published, RequeuedNotice, Verdict};
 use crate::clock;
-use crate::log::{Foreign, Grant, Record, Topic};
+use crate::log::{Foreign, Grant, RULES, Record, Topic};
 use crate::protocol::dead_letters::{ATTEMPTS, Fingerprint, OVERFLOW, REJECTED, UNACKNOWLEDGED, UNREADABLE};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::LogEvent;
-use crate::protocol::kinds::{LETTER_DISCARDED, LETTER_REQUEUED, LETTER_SETTLED};
+use crate::protocol::kinds::{LETTER_DISCARDED, LETTER_REQUEUED, LETTER_SETTLED, LETTER_TRIED};
 use crate::protocol::letters::Effect;
 use crate::protocol::records::LetterActRecord;
 use crate::protocol::{ids, json};
@@ -33,6 +34,8 @@ use crate::store::dead_letters::{ActRow, DeadLetterRow, LetterState, TryRow};
 pub(super) struct Act {
     pub(super) what: What,
     pub(super) record: LetterActRecord,
+    /// The version of the rules that it is judged by.
+    rules: u16,
     /// Its time, in milliseconds.
     pub(super) at: u64,
 }
@@ -41,7 +44,10 @@ pub(super) struct Act {
 pub(super) enum What {
     Requeue,
     Discard,
+    /// What was requeued is done.
     Settle,
+    /// What was requeued was tried, and will be again.
+    Try,
 }
 
 /// By what a requeued event is judged.
@@ -55,7 +61,12 @@ pub(super) struct Turn {
 
 /// Whether a record is an act.
 pub(super) fn is_act(record: &Record) -> bool {
-    record.rules >= rules::LETTERS_ARE_ACTED_ON && what(&record.kind).is_some()
+    let since = match what(&record.kind) {
+        Some(What::Requeue | What::Discard | What::Settle) => rules::LETTERS_ARE_ACTED_ON,
+        Some(What::Try) => rules::DELIVERIES_ARE_REQUEUED,
+        None => return false,
+    };
+    record.rules >= since
 }
 
 fn what(kind: &str) -> Option<What> {
@@ -63,6 +74,7 @@ fn what(kind: &str) -> Option<What> {
         LETTER_REQUEUED => Some(What::Requeue),
         LETTER_DISCARDED => Some(What::Discard),
         LETTER_SETTLED => Some(What::Settle),
+        LETTER_TRIED => Some(What::Try),
         _ => None,
     }
 }
@@ -80,7 +92,10 @@ pub(super) fn read(record: &Record) -> Result<Act, Foreign> {
         if (place.topic, &place.key) != (record.topic, &record.key) {
             return Err("it is not in its letter's partition".to_owned());
         }
-        Ok(Act { what, record: act, at })
+        if act.attempt.is_some() != (what == What::Try) {
+            return Err("attempt is of letter_tried".to_owned());
+        }
+        Ok(Act { what, record: act, rules: record.rules, at })
     };
     read().map_err(|why| Foreign::new(why, record))
 }
@@ -93,7 +108,11 @@ pub fn effect_of(row: &DeadLetterRow) -> Result<Effect, Error> {
                 "the record cannot be read, so there is nothing to try again: whoever wrote it has to write it right";
             Err(Error::new(Code::Conflict, why).at("id"))
         }
-        UNACKNOWLEDGED => Err(Error::new(Code::Conflict, "to deliver an event again is planned").at("id")),
+        UNACKNOWLEDGED if row.name.is_some() => Ok(Effect::Deliver),
+        UNACKNOWLEDGED => {
+            let why = "the subscription had no name and ended with its session: nobody takes over what it was sent";
+            Err(Error::new(Code::Conflict, why).at("id"))
+        }
         ATTEMPTS | REJECTED | OVERFLOW => {
             Err(Error::new(Code::Conflict, "there are no work queues yet whose work it could be").at("id"))
         }
@@ -115,6 +134,12 @@ pub fn check_open(row: &DeadLetterRow, round: u32) -> Result<(), Error> {
         None => "it is not as it was".to_owned(),
     };
     Err(Error::new(Code::Conflict, why).at("id"))
+}
+
+/// Whether the letter may be discarded: as [`check_open`], and so may a delivery that was requeued and is not done.
+pub fn check_discardable(row: &DeadLetterRow, round: u32) -> Result<(), Error> {
+    let is_waited_for = row.reason == UNACKNOWLEDGED && row.state == LetterState::Requeued;
+    if is_waited_for && row.round == round { Ok(()) } else { check_open(row, round) }
 }
 
 impl Act {
@@ -153,8 +178,9 @@ impl BatchState<'_> {
             return Ok(Err(none()));
         }
         let checked = match act.what {
-            What::Settle if row.state == LetterState::Requeued && row.round == *round => Ok(()),
-            What::Settle => Err(Error::new(Code::Conflict, "it is not waited for").at("id")),
+            What::Settle | What::Try if row.state == LetterState::Requeued && row.round == *round => Ok(()),
+            What::Settle | What::Try => Err(Error::new(Code::Conflict, "it is not waited for").at("id")),
+            What::Discard if act.rules >= rules::DELIVERIES_ARE_REQUEUED => check_discardable(&row, *round),
             What::Requeue | What::Discard => check_open(&row, *round),
         };
         Ok(checked.map(|()| row))
@@ -167,22 +193,57 @@ impl BatchState<'_> {
             Err(refused) if refused.code == Code::NotFound && act.is_early() => act.early_row(),
             Err(refused) => return Ok(Err(refused)),
         };
-        let state = match act.what {
-            What::Discard => LetterState::Discarded,
-            What::Settle => LetterState::Done,
-            What::Requeue => match effect_of(&row) {
-                Ok(_) => LetterState::Requeued,
-                Err(refused) => return Ok(Err(refused)),
-            },
-        };
-        self.close(act, row, state)?;
+        match act.what {
+            What::Discard => self.close(act, row, LetterState::Discarded)?,
+            What::Settle => self.close(act, row, LetterState::Done)?,
+            What::Requeue => return self.requeue_delivery(act, row),
+            What::Try => return self.tried(act, row),
+        }
+        Ok(act.done())
+    }
+
+    /// The event is to be delivered again to the subscription that did not acknowledge it.
+    fn requeue_delivery(&mut self, act: &Act, row: DeadLetterRow) -> Result<Verdict, StoreError> {
+        let refused = |why: &str| Ok(Err(Error::new(Code::Conflict, why.to_owned()).at("id")));
+        let tenant = &act.record.tenant;
+        if let Err(refused) = effect_of(&row) {
+            return Ok(Err(refused));
+        }
+        if act.rules < rules::DELIVERIES_ARE_REQUEUED {
+            return refused("to deliver an event again is planned");
+        }
+        if !self.dead_letters.deliveries.has_room(&self.tx, tenant, &row)? {
+            return refused(&format!(
+                "the subscription has {MAX_REQUEUED} events of this thread to be sent again: as many as may be"
+            ));
+        }
+        let seq = row.seq.unwrap_or(0);
+        if let (Some(user), Some(thread)) = (&row.user, &row.thread) {
+            let user = ids::log_key(tenant, user);
+            self.tx.commit.requeued.push(RequeuedNotice { user, thread: thread.clone() });
+        }
+        self.close(act, row, LetterState::Requeued)?;
+        Ok(act.done().map(|published| Published { seq, ..published }))
+    }
+
+    /// An attempt more at what was requeued. Of several sessions under one name the first to say so counts.
+    fn tried(&mut self, act: &Act, mut row: DeadLetterRow) -> Result<Verdict, StoreError> {
+        let LetterActRecord { tenant, letter, by, note, attempt, .. } = &act.record;
+        let known = self.dead_letters.deliveries.attempts(&self.tx, tenant, (letter.as_bytes(), &row))?;
+        if *attempt != Some(known + 1) {
+            return Ok(Err(Error::new(Code::Conflict, "this attempt is counted already").at("id")));
+        }
+        row.attempts += 1;
+        row.tries.push(TryRow { at: act.at, worker: Some(by.clone()), reason: note.clone().unwrap_or_default() });
+        keep_newest(&mut row.tries);
+        self.put_letter(act, row)?;
         Ok(act.done())
     }
 
     /// The letter is in no list any more, for now or for good.
     pub(super) fn close(&mut self, act: &Act, mut row: DeadLetterRow, state: LetterState) -> Result<(), StoreError> {
         row.state = state;
-        if act.what != What::Settle {
+        if matches!(act.what, What::Requeue | What::Discard) {
             row.acts.push(act.row());
             keep_newest(&mut row.acts);
         }
@@ -286,8 +347,15 @@ pub fn record(
         round: row.round,
         by: by.to_owned(),
         note: note.map(str::to_owned),
+        attempt: None,
         at: clock::rfc3339(clock::now_ms()),
     }
+}
+
+/// A requeue of a delivery by a user, now, as it is judged.
+pub(super) fn requeue_of(tenant: &str, letter: Uuid, row: &DeadLetterRow) -> Act {
+    let record = record(LETTER_REQUEUED, clock::event_id(), letter, row, (tenant, ""), None);
+    Act { what: What::Requeue, record, rules: RULES, at: clock::now_ms() }
 }
 
 #[cfg(test)]
@@ -322,9 +390,10 @@ mod tests {
             round: 0,
             by: by.to_owned(),
             note: None,
+            attempt: None,
             at: clock::rfc3339(AT),
         };
-        Act { what: What::Discard, record, at: AT }
+        Act { what: What::Discard, record, rules: RULES, at: AT }
     }
 
     /// The store after these steps, each in a commit of its own or all in one, and whether each act was the first.
@@ -373,5 +442,86 @@ mod tests {
                 compare(&usual, &store).expect("the same, row by row");
             }
         }
+    }
+
+    /// A delivery that was given up, by its seq.
+    fn unacknowledged(state: &mut BatchState<'_>, seq: u64) -> Uuid {
+        let letter = letter_of(&[UNACKNOWLEDGED.as_bytes(), &seq.to_be_bytes()]);
+        let row = DeadLetterRow {
+            thread: Some("t".to_owned()),
+            user: Some("ada".to_owned()),
+            name: Some("mail".to_owned()),
+            seq: Some(seq),
+            ..DeadLetterRow::open(UNACKNOWLEDGED, None, AT, 5, "sent 5 times".to_owned())
+        };
+        state.dead_letters.put(&mut state.tx, "acme", *letter.as_bytes(), row).expect("the store works");
+        letter
+    }
+
+    fn act(what: What, letter: Uuid, round: u32, attempt: Option<u32>) -> Act {
+        let reason = UNACKNOWLEDGED.to_owned();
+        let record = LetterActRecord { letter, reason, round, attempt, ..discard("root").record };
+        Act { what, record, rules: RULES, at: AT }
+    }
+
+    /// The code of a refusal.
+    fn outcome(state: &mut BatchState<'_>, act: &Act) -> Option<Code> {
+        state.act_on_delivery(act).expect("the store works").err().map(|refused| refused.code)
+    }
+
+    #[test]
+    fn a_delivery_is_requeued_once_and_each_attempt_and_end_of_it_counts_once() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(folder.path()).expect("it opens");
+        let mut state = BatchState::new(&store, None);
+        let letter = unacknowledged(&mut state, 7);
+        let conflict = Some(Code::Conflict);
+
+        let early = Act { rules: rules::LETTERS_ARE_ACTED_ON, ..act(What::Requeue, letter, 0, None) };
+        assert_eq!(outcome(&mut state, &early), conflict, "as it was judged then");
+        assert_eq!(outcome(&mut state, &act(What::Requeue, letter, 0, None)), None);
+        assert_eq!(outcome(&mut state, &act(What::Requeue, letter, 0, None)), conflict);
+        assert_eq!(outcome(&mut state, &act(What::Requeue, letter, 1, None)), conflict, "it is waited for");
+        let early = Act { rules: rules::LETTERS_ARE_ACTED_ON, ..act(What::Discard, letter, 1, None) };
+        assert_eq!(outcome(&mut state, &early), conflict, "as it was judged then");
+
+        for (attempt, first) in [(2, conflict), (1, None), (1, conflict), (2, None)] {
+            assert_eq!(outcome(&mut state, &act(What::Try, letter, 1, Some(attempt))), first, "attempt {attempt}");
+        }
+        assert_eq!(outcome(&mut state, &act(What::Settle, letter, 0, None)), conflict, "that was another round");
+        store.commit(state.tx.rows).expect("it commits");
+        let list = store.requeued_deliveries("acme", "t", "ada", "mail").expect("it is read");
+        let list: Vec<_> = list.iter().map(|it| (it.seq, it.round, it.before, it.attempts)).collect();
+        assert_eq!(list, [(7, 1, 5, 2)]);
+
+        let mut state = BatchState::new(&store, None);
+        assert_eq!(outcome(&mut state, &act(What::Settle, letter, 1, None)), None);
+        for what in [What::Settle, What::Discard, What::Requeue] {
+            assert_eq!(outcome(&mut state, &act(what, letter, 1, None)), conflict);
+        }
+        store.commit(state.tx.rows).expect("it commits");
+        assert_eq!(store.requeued_deliveries("acme", "t", "ada", "mail").expect("it is read"), []);
+        let row = store.dead_letter("acme", letter.as_bytes()).expect("it is read").expect("it is there");
+        assert_eq!((row.state, row.attempts, row.tries.len(), row.acts.len()), (LetterState::Done, 7, 2, 1));
+    }
+
+    #[test]
+    fn what_one_subscription_is_to_be_sent_again_is_bounded_and_in_the_thread_s_order() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(folder.path()).expect("it opens");
+        let mut state = BatchState::new(&store, None);
+        let most = MAX_REQUEUED as u64;
+        for seq in (1..=most).rev() {
+            let letter = unacknowledged(&mut state, seq);
+            assert_eq!(outcome(&mut state, &act(What::Requeue, letter, 0, None)), None, "{seq}");
+        }
+        let one_more = unacknowledged(&mut state, most + 1);
+        assert_eq!(outcome(&mut state, &act(What::Requeue, one_more, 0, None)), Some(Code::Conflict));
+        let first = letter_of(&[UNACKNOWLEDGED.as_bytes(), &1u64.to_be_bytes()]);
+        assert_eq!(outcome(&mut state, &act(What::Discard, first, 1, None)), None);
+        assert_eq!(outcome(&mut state, &act(What::Requeue, one_more, 0, None)), None, "there is room again");
+        store.commit(state.tx.rows).expect("it commits");
+        let list = store.requeued_deliveries("acme", "t", "ada", "mail").expect("it is read");
+        assert!(list.iter().map(|it| it.seq).eq(2..=most + 1));
     }
 }

@@ -19,6 +19,7 @@
 mod cached_threads;
 mod checkpoints;
 mod dead_letters;
+mod deliveries;
 mod driver;
 mod groups;
 mod judge;
@@ -102,6 +103,15 @@ pub struct Commit {
     pub verdicts: Vec<(Uuid, Verdict)>,
     /// The reasons of new dead letters.
     pub dead_letters: Vec<String>,
+    pub requeued: Vec<RequeuedNotice>,
+}
+
+/// A durable subscription of a user's is to be sent an event of a thread again.
+#[derive(Debug)]
+pub struct RequeuedNotice {
+    /// `tenant/user`.
+    pub user: String,
+    pub thread: String,
 }
 
 /// What became visible in a thread.

@@ -3,9 +3,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 use super::Verdict;
 use super::judge::BatchState;
-use super::letter_acts::{Turn, thread_key};
+use super::letter_acts::{Turn, requeue_of, thread_key};
 use super::thread::Thread;
 use crate::clock;
 use crate::log::RULES;
@@ -40,5 +42,10 @@ impl<'s> Rehearsal<'s> {
         };
         let partition = self.store.partition(tenant, name).number();
         self.state.judge_again(row, Turn { partition, rules: RULES, at, key_time: at }, thread)
+    }
+
+    /// Whether the letter's event would be delivered again.
+    pub fn deliver(&mut self, tenant: &str, letter: Uuid, row: &DeadLetterRow) -> Result<Verdict, StoreError> {
+        self.state.act_on_delivery(&requeue_of(tenant, letter, row))
     }
 }

@@ -18,3 +18,6 @@ pub(super) const LETTERS_ARE_ACTED_ON: u16 = 3;
 
 /// Version 4: groups and their work are in the log. Before that a record of such a kind, or with such a key, was foreign.
 pub(super) const WORK_IN_THE_LOG: u16 = 4;
+
+/// Version 4: a delivery that was given up can be requeued. Before that to requeue one was refused.
+pub(super) const DELIVERIES_ARE_REQUEUED: u16 = 4;

@@ -43,6 +43,8 @@ pub const TICKET_USED: &str = "ticket_used";
 pub const LETTER_REQUEUED: &str = "letter_requeued";
 pub const LETTER_DISCARDED: &str = "letter_discarded";
 pub const LETTER_SETTLED: &str = "letter_settled";
+/// A delivery that was requeued was sent and not acknowledged in time, and will be sent again.
+pub const LETTER_TRIED: &str = "letter_tried";
 
 /// Records about groups and their work, which are no events either.
 pub const GROUP_SET: &str = "group_set";

@@ -227,7 +227,7 @@ pub struct LetterOutcome {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub thread: Option<String>,
     pub effect: Effect,
-    /// Of an event that was appended.
+    /// Of an event that was appended, or is delivered again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seq: Option<u64>,
     /// Why not.

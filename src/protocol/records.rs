@@ -72,6 +72,9 @@ pub struct DeadLetterRecord {
     /// The attempts that whoever gave it up knows of.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tries: Vec<TryRecord>,
+    /// By what right the subscription read the thread: `member` or `scope`. From version 4 of the rules on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grant: Option<String>,
 }
 
 /// One attempt at what became a dead letter.
@@ -92,7 +95,8 @@ pub struct TryRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LetterActRecord {
-    /// `letter_requeued`, `letter_discarded`, or `letter_settled`: what was requeued was delivered and acknowledged.
+    /// `letter_requeued`, `letter_discarded`; `letter_settled`: what was requeued was delivered and acknowledged; or, from
+    /// version 4 of the rules on, `letter_tried`: it was delivered and not acknowledged in time.
     pub kind: String,
     /// UUIDv7 of this record.
     pub id: Uuid,
@@ -109,6 +113,9 @@ pub struct LetterActRecord {
     pub by: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
+    /// Of `letter_tried`: the attempt's number since the letter was requeued. Of two records about one the first counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<u32>,
     /// RFC 3339.
     pub at: String,
 }

@@ -45,6 +45,7 @@ pub const MESSAGE_TEXTS: &str = "message_texts";
 pub const DEAD_LETTERS: &str = "dead_letters";
 pub const DEAD_LETTER_TIMES: &str = "dead_letter_times";
 pub const DEAD_LETTER_COUNTS: &str = "dead_letter_counts";
+pub const REQUEUED_DELIVERIES: &str = "requeued_deliveries";
 
 const FAMILIES: &[(&str, Access)] = &[
     // Each key but those of the first family begins with the partition (u16).
@@ -114,6 +115,8 @@ const FAMILIES: &[(&str, Access)] = &[
     (DEAD_LETTER_TIMES, Access::Range),
     // tenant 0 list → CountRow; of reasons and fingerprints
     (DEAD_LETTER_COUNTS, Access::RareLookup),
+    // tenant 0 thread 0 user 0 name → DeliveriesRow: what was requeued for the durable subscription, if anything
+    (REQUEUED_DELIVERIES, Access::RareLookup),
 ];
 
 /// How many blocks a write buffer is allocated in.

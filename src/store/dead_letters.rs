@@ -38,7 +38,7 @@ pub struct DeadLetterRow {
     pub place: Option<u64>,
     /// The event as its record has it, if it was refused and so has no seq.
     pub event: Option<String>,
-    /// By which right the refused event was written ([`crate::log::Grant`]).
+    /// By which right the refused event was written, or the subscription read ([`crate::log::Grant`]).
     pub grant: Option<String>,
     pub source: Option<SourceRow>,
     pub state: LetterState,

@@ -16,6 +16,7 @@ pub mod catalogue;
 mod contacts;
 pub mod damage;
 pub mod dead_letters;
+pub mod deliveries;
 mod events;
 mod idempotency;
 mod key_filter;

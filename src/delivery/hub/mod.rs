@@ -41,7 +41,7 @@ use super::fair_queue::SubId;
 use super::outbox::{Item, Outbox};
 use super::registry::Registry;
 use crate::ingest::pending::Pending;
-use crate::projector::{AccessChange, Commit, PublishCommit, RunNotice, ThreadUpdate, Update};
+use crate::projector::{AccessChange, Commit, PublishCommit, RequeuedNotice, RunNotice, ThreadUpdate, Update};
 use crate::protocol::frame::ServerFrame;
 use crate::protocol::ids::{self, SERVER_USER, log_key};
 use crate::protocol::json;
@@ -269,6 +269,9 @@ impl Hub {
     fn take_in(&self, commit: Commit, pending: &Pending) {
         for update in commit.events {
             self.take_in_update(update);
+        }
+        for RequeuedNotice { user, thread } in &commit.requeued {
+            self.registry.notify_requeued(user, thread);
         }
 
         // After the changes of rights, so that whoever removed somebody knows by the answer that it is done. Not after the

@@ -36,7 +36,7 @@ pub const READS: usize = 2;
 /// The class in which subscriptions in their handover wait to read: live events of the whole session wait for them.
 const HANDOVER_CLASS: usize = 0;
 /// The class in which a subscription waits to read if it is not known what waits for it.
-const DEFAULT_CLASS: usize = 1;
+pub(super) const DEFAULT_CLASS: usize = 1;
 
 /// What becomes of the other events of a chunk.
 #[derive(PartialEq, Eq)]
@@ -81,6 +81,10 @@ impl Subscriptions {
             Ok(Chunk::Events { events, charge }) => self.accept_events(who, reader.sub, events, &charge),
             Ok(Chunk::OpenText { texts, next }) => {
                 self.accept_open_text(reader.sub, texts, next);
+                Ok(())
+            }
+            Ok(Chunk::Requeued(found)) => {
+                self.accept_requeued(who, reader.sub, found);
                 Ok(())
             }
             Err(error) => Err(error),
@@ -250,17 +254,29 @@ impl Subscriptions {
     pub fn read_on(&mut self, who: &Principal, credit: Option<u64>) {
         let allowed = credit.map_or(usize::MAX, |credit| usize::try_from(credit).unwrap_or(usize::MAX));
         while allowed > 0 && self.reads.iter().sum::<usize>() < READS && self.replay_bytes < self.chunk_bytes {
+            if let Some(reader) = self.next_requeued() {
+                let wanted = self.by_id.get_mut(&reader.sub).and_then(Subscription::wanted_requeued);
+                if let Some(wanted) = wanted {
+                    self.start_read(who, reader, wanted);
+                }
+                continue;
+            }
             let Some(reader) = self.next_reader() else { return };
             let Some(sub) = self.by_id.get_mut(&reader.sub) else { continue };
             let now = Instant::now();
             let keeps_up = self.read_at.replace(now).is_some_and(|last| now - last < KEEPS_UP);
             self.chunk_bytes = if keeps_up { (self.chunk_bytes * 2).min(MAX_CHUNK_BYTES) } else { CHUNK_BYTES };
-            let (wanted, thread) = (sub.wanted(allowed, self.chunk_bytes), sub.thread.clone());
-            self.reads[reader.class] += 1;
-
-            let (sources, outbox, who) = (self.sources.clone(), self.outbox.clone(), who.clone());
-            Read { sources, outbox, who, thread, reader, wanted }.start();
+            let wanted = sub.wanted(allowed, self.chunk_bytes);
+            self.start_read(who, reader, wanted);
         }
+    }
+
+    fn start_read(&mut self, who: &Principal, reader: ReadFor, wanted: Wanted) {
+        let Some(sub) = self.by_id.get(&reader.sub) else { return };
+        let thread = sub.thread.clone();
+        self.reads[reader.class] += 1;
+        let (sources, outbox, who) = (self.sources.clone(), self.outbox.clone(), who.clone());
+        Read { sources, outbox, who, thread, reader, wanted }.start();
     }
 
     /// Who reads next. A subscription of the highest class that waits does not read while one of a higher class does, whose

@@ -21,6 +21,11 @@ pub const WINDOW: usize = 256;
 const BACKOFF: Duration = Duration::from_millis(500);
 const DOUBLINGS: u32 = 4;
 
+/// The longest pause after so many attempts.
+pub(super) fn longest_pause(attempts: u32) -> Duration {
+    BACKOFF * 2u32.pow((attempts.max(1) - 1).min(DOUBLINGS))
+}
+
 /// How long a client has, and how often an event is sent to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConfirmPolicy {
@@ -43,6 +48,13 @@ pub struct Presence {
     pub heard: Instant,
     /// Bytes that it has taken since the session began.
     pub taken: u64,
+}
+
+impl Presence {
+    /// Whether the client was there after something was sent: it is heard since, or has taken bytes of it.
+    pub(super) fn is_after(self, sent: Presence) -> bool {
+        self.heard > sent.heard || self.taken > sent.taken
+    }
 }
 
 #[derive(Debug, Default)]
@@ -139,8 +151,7 @@ impl Confirm {
     /// Takes the newest attempt back if the client was not there to take it.
     pub fn prove(&mut self, client: Presence) {
         if let Some(sent) = self.unproven.take()
-            && client.heard <= sent.heard
-            && client.taken <= sent.taken
+            && !client.is_after(sent)
         {
             self.attempts -= 1;
             self.sent_at.pop();
@@ -178,7 +189,7 @@ impl Confirm {
         self.unproven = None;
         self.deadline = None;
         self.repeated = (self.sent, self.attempts.max(1) + 1);
-        BACKOFF * 2u32.pow((self.attempts.max(1) - 1).min(DOUBLINGS))
+        longest_pause(self.attempts)
     }
 
     /// The event is done with: the next one is the oldest now, and if it was sent along, that was its first attempt. It
@@ -187,6 +198,10 @@ impl Confirm {
         self.attempts = u32::from(self.sent > seq).min(self.policy.attempts - 1);
         self.sent_at.clear();
         self.restart(seq);
+    }
+
+    pub(super) fn policy(&self) -> ConfirmPolicy {
+        self.policy
     }
 
     /// The newest seq sent, and how often the oldest event was, as a receipt records them.

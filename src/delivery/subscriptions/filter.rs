@@ -30,6 +30,10 @@ impl Filter {
         self.kinds.iter().any(|wanted| wanted == kind)
     }
 
+    pub fn kinds(&self) -> Kinds {
+        self.kinds.clone()
+    }
+
     /// A frame names this seq.
     pub fn named(&mut self, seq: u64) {
         self.known = self.known.max(seq);

@@ -23,7 +23,8 @@
 //!
 //! Files: [`subscription`] is one subscription, with [`filter`] (the kinds it leaves out), [`receipt`] (how far its client
 //! has come) and [`confirm`] (what is not acknowledged). What the session does with them: [`catchup`] reads from the store
-//! ([`reading`] is one such read), [`replay`] sends what was read, [`live`] sends what the hub brings, [`receipts`] stores what the client acknowledges.
+//! ([`reading`] is one such read), [`replay`] sends what was read, [`live`] sends what the hub brings, [`receipts`] stores what the client acknowledges,
+//! [`requeued`] delivers again what was given up and requeued ([`redelivery`]: how far that has come).
 
 mod catchup;
 mod confirm;
@@ -32,7 +33,9 @@ mod live;
 mod reading;
 mod receipt;
 mod receipts;
+mod redelivery;
 mod replay;
+mod requeued;
 mod subscription;
 
 use std::collections::{HashMap, VecDeque};
@@ -130,6 +133,8 @@ pub struct Subscriptions {
     read_at: Option<Instant>,
     /// Subscriptions whose receipts have changed.
     changed: Vec<SubId>,
+    /// Subscriptions that want to read what was requeued for them.
+    requeued: VecDeque<SubId>,
     /// Bytes that the socket was given before what is sent next.
     pub written: u64,
     /// No events may be sent now: the client has given no credit for more.
@@ -159,6 +164,7 @@ impl Subscriptions {
             chunk_bytes: CHUNK_BYTES,
             read_at: None,
             changed: Vec::new(),
+            requeued: VecDeque::new(),
             written: 0,
             out_of_credit: false,
             due: None,
@@ -220,6 +226,7 @@ impl Subscriptions {
         if present {
             self.sources.hub.arrive(&key, &who.user);
         }
+        self.look_for_requeued(who, id);
         Ok(())
     }
 
@@ -242,6 +249,7 @@ impl Subscriptions {
     /// Ends a subscription by its number and returns its thread, as the client calls it; `None` if it has ended already.
     fn end(&mut self, id: SubId) -> Option<String> {
         self.store_on_leaving(id);
+        self.requeued_on_leaving(id);
         self.detach(id);
         let sub = self.by_id.remove(&id)?;
         self.by_thread.remove(&sub.thread);
@@ -285,6 +293,7 @@ impl Subscriptions {
         if was_changed {
             self.changed.push(id);
         }
+        self.requeued_renumbered(id);
         Some(id)
     }
 
@@ -437,6 +446,7 @@ impl Subscriptions {
         for confirm in self.by_id.values_mut().filter_map(Subscription::confirm) {
             confirm.leave(client, by_server, now);
         }
+        self.by_id.values_mut().for_each(|sub| sub.leave_requeued(client, by_server, now));
         self.close();
     }
 

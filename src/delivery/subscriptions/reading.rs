@@ -12,9 +12,10 @@ use tokio::runtime::Handle;
 use tokio_tungstenite::tungstenite::{Bytes, Utf8Bytes};
 use uuid::Uuid;
 
+use super::filter::Kinds;
 use super::subscription::DeliveredText;
 use crate::auth::Principal;
-use crate::delivery::outbox::{Answer, Chunk, OpenText, Outbox, ReadFor};
+use crate::delivery::outbox::{Answer, Chunk, OpenText, Outbox, ReadDelivery, ReadFor};
 use crate::delivery::sources::Sources;
 use crate::memory::{self, Charge, Refused};
 use crate::protocol::delta::Delta;
@@ -45,6 +46,11 @@ pub(super) enum Wanted {
     OpenText {
         from: u64,
         delivered: DeliveredText,
+    },
+    /// What the durable subscription of this name is to be sent again, if it is of these kinds.
+    Requeued {
+        name: Box<str>,
+        kinds: Option<Kinds>,
     },
 }
 
@@ -90,6 +96,7 @@ impl Read {
         let wanted = |head| match &self.wanted {
             Wanted::Events(range) => events(store, who, thread, *range, head, charge),
             Wanted::OpenText { from, delivered } => open_text(store, who, thread, *from, delivered, charge),
+            Wanted::Requeued { name, kinds } => requeued(store, who, thread, (name, kinds.as_deref()), charge),
         };
         match panics::catch(|| self.sources.rights.read(who, thread, wanted)).flatten() {
             Ok(Outcome::Chunk(chunk)) => self.answer(Ok(chunk)),
@@ -183,6 +190,43 @@ impl EventTexts {
         let with_text = |(event, kind, frame)| StoredEvent { kind: take(kind), frame: take(frame), ..event };
         self.events.into_iter().map(with_text).collect()
     }
+}
+
+/// The first event that the durable subscription is to be sent again, of those that it wants.
+fn requeued(
+    store: &Store,
+    who: &Principal,
+    thread: &str,
+    (name, kinds): (&str, Option<&[String]>),
+    mut charge: Charge,
+) -> Result<Outcome, Error> {
+    for delivery in store.requeued_deliveries(&who.tenant, thread, &who.user, name)? {
+        let (mut found, mut needs) = (None, None);
+        let range = EventRange { from: delivery.seq, to: delivery.seq, limit: 1, ..EventRange::all() };
+        store.visit_events(&who.tenant, thread, range, |seq, row| {
+            let bytes = row.frame.len() + EVENT_OVERHEAD;
+            if kinds.is_some_and(|kinds| !kinds.iter().any(|kind| *kind == *row.kind)) {
+                return Ok::<_, StoreError>(ControlFlow::Continue(()));
+            }
+            if charge.grow_to(bytes).is_ok() {
+                found = Some(StoredEvent::new(seq, row));
+            } else {
+                needs = Some(bytes);
+            }
+            Ok(ControlFlow::Break(()))
+        })?;
+        if let Some(bytes) = needs {
+            return Ok(Outcome::Needs(bytes));
+        }
+        let Some(mut event) = found else { continue };
+        charge.shrink_to(event.frame.len() + EVENT_OVERHEAD);
+        let charge = Arc::new(charge);
+        if event.frame.len() > LARGE {
+            event.frame = charged(std::mem::take(&mut event.frame), &charge);
+        }
+        return Ok(Outcome::Chunk(Chunk::Requeued(Some(ReadDelivery { delivery, event, charge }))));
+    }
+    Ok(Outcome::Chunk(Chunk::Requeued(None)))
 }
 
 /// The text of messages that are being written in the thread, beyond what the client has: of one message at least, and of as

@@ -1,6 +1,7 @@
 //! How far the client has come with one subscription, and what of it the log does not have yet.
 
 use super::confirm::{Confirm, ConfirmPolicy};
+use super::redelivery::Requeued;
 use crate::auth::Principal;
 use crate::clock;
 use crate::protocol::records::ReceiptRecord;
@@ -22,6 +23,8 @@ pub struct Receipt {
     pub(super) is_being_stored: bool,
     /// The event whose dead letter is on its way to the log.
     pub(super) dead_lettering: Option<u64>,
+    /// What is delivered again because somebody requeued it.
+    pub(super) requeued: Option<Box<Requeued>>,
 }
 
 impl Receipt {
@@ -51,6 +54,7 @@ impl Receipt {
             is_changed: false,
             is_being_stored: false,
             dead_lettering: None,
+            requeued: None,
         }
     }
 

@@ -7,18 +7,19 @@ use super::confirm::{Confirm, Presence};
 use super::receipt::Receipt;
 use super::replay::Replayed;
 use super::subscription::Stage;
-use crate::auth::Principal;
+use crate::auth::{Principal, scopes};
 use crate::clock;
 use crate::delivery::fair_queue::SubId;
 use crate::delivery::outbox::Answer;
 use crate::ingest::pending::OnVerdict;
-use crate::log::Append;
+use crate::log::{Append, Grant};
 use crate::protocol::dead_letters::{UNACKNOWLEDGED, letter_of};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::records::{DeadLetterRecord, TryRecord};
+use crate::store::Store;
 
 /// When a record that the log did not accept is tried again.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
+pub(super) const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// [`Subscriptions::on_due`] is not wanted more often.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -49,6 +50,7 @@ impl Subscriptions {
             self.mark_changed(id);
         }
         self.settle(who, id, seq);
+        self.ack_requeued(id, seq);
         Ok(())
     }
 
@@ -69,7 +71,7 @@ impl Subscriptions {
         self.schedule(deadline);
     }
 
-    fn receipt_mut(&mut self, id: SubId) -> Option<&mut Receipt> {
+    pub(super) fn receipt_mut(&mut self, id: SubId) -> Option<&mut Receipt> {
         self.by_id.get_mut(&id)?.receipt.as_deref_mut()
     }
 
@@ -151,6 +153,7 @@ impl Subscriptions {
             self.check_position(id, now);
             self.retry_receipt(id);
             self.check_deadline(who, id, now, client);
+            self.check_requeued(who, id, now, client);
         }
         self.due = self.due.map(|due| due.max(now + LOOK_EVERY));
     }
@@ -256,6 +259,7 @@ impl Subscriptions {
         // If the store fails, the letter is without it.
         let event = self.sources.store.event(&who.tenant, &sub.thread, seq).ok().flatten();
         let kind = event.map(|event| event.kind.to_string());
+        let grant = reads_by(&self.sources.store, who, &sub.thread);
         let facts: [&[u8]; 5] = [
             UNACKNOWLEDGED.as_bytes(),
             sub.key.as_bytes(),
@@ -278,6 +282,7 @@ impl Subscriptions {
             kind,
             round: 0,
             tries,
+            grant,
         };
 
         let (outbox, thread) = (self.outbox.clone(), Box::from(&*sub.thread));
@@ -310,6 +315,18 @@ impl Subscriptions {
             self.hold(id, Some(Instant::now() + RETRY_AFTER));
         }
     }
+}
+
+/// By what right the user reads the thread, as a dead letter has it; None if it is neither of the usual ones.
+pub(super) fn reads_by(store: &Store, who: &Principal, thread: &str) -> Option<String> {
+    let grant = if scopes::reads_by_scope(who.scopes) {
+        Grant::Scope
+    } else if store.is_member(&who.tenant, thread, &who.user).ok()? {
+        Grant::Member
+    } else {
+        return None;
+    };
+    Some(grant.as_str().to_owned())
 }
 
 /// When the oldest event was sent, as far as this session knows.

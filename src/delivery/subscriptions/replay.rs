@@ -9,6 +9,7 @@ use super::subscription::Stage;
 use super::{OutFrame, Subscriptions};
 use crate::delivery::fair_queue::SubId;
 use crate::memory::Charge;
+use crate::store::deliveries::RequeuedDelivery;
 
 /// What a subscription has ready for the socket. Of one subscription the order is kept, so each step is reached once what
 /// was read before it has been sent.
@@ -26,6 +27,14 @@ pub(super) enum Replayed {
         /// How often the message was begun anew before this text.
         restarts: u32,
         frame: Utf8Bytes,
+    },
+    /// An event that was given up, and that somebody requeued.
+    Requeued {
+        id: SubId,
+        delivery: RequeuedDelivery,
+        frame: Utf8Bytes,
+        #[expect(dead_code, reason = "held until the event goes to the socket")]
+        charge: Arc<Charge>,
     },
     Notice {
         id: SubId,
@@ -45,13 +54,15 @@ pub(super) enum Replayed {
 impl Replayed {
     /// Whether it goes out even while the client has no credit for events.
     fn is_notice(&self) -> bool {
-        !matches!(self, Replayed::Event { .. } | Replayed::OpenText { .. })
+        !matches!(self, Replayed::Event { .. } | Replayed::Requeued { .. } | Replayed::OpenText { .. })
     }
 
     /// Bytes that it counts for among what is replayed.
     fn bytes(&self) -> usize {
         match self {
-            Replayed::Event { frame, .. } | Replayed::OpenText { frame, .. } => frame.len(),
+            Replayed::Event { frame, .. } | Replayed::Requeued { frame, .. } | Replayed::OpenText { frame, .. } => {
+                frame.len()
+            }
             Replayed::Notice { .. } | Replayed::Position { .. } | Replayed::CaughtUp(_) | Replayed::Live(_) => 0,
         }
     }
@@ -90,6 +101,11 @@ impl Subscriptions {
         match replayed {
             Replayed::Event { id, seq, frame, .. } => {
                 let frame = self.prepare(id, seq, &frame)?;
+                Some(OutFrame::event(seq, frame))
+            }
+            Replayed::Requeued { id, delivery, frame, .. } => {
+                let seq = delivery.seq;
+                let frame = self.prepare_requeued(id, delivery, frame)?;
                 Some(OutFrame::event(seq, frame))
             }
             Replayed::OpenText { id, restarts, frame } => {

@@ -18,7 +18,7 @@ use super::request::Request;
 use crate::auth::Principal;
 use crate::clock;
 use crate::edge::blocking;
-use crate::projector::letter_acts::{check_open, effect_of, record};
+use crate::projector::letter_acts::{check_discardable, check_open, effect_of, record};
 use crate::projector::rehearsal::Rehearsal;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::json;
@@ -123,13 +123,33 @@ impl Letter {
     }
 
     /// What is asked for can be done, as far as this node knows.
-    fn check(&self, what: What) -> Result<Effect, Error> {
-        check_open(&self.row, self.row.round)?;
+    fn check(&self, api: &Api, who: &Principal, what: What) -> Result<Effect, Error> {
+        match what {
+            What::Requeue => check_open(&self.row, self.row.round)?,
+            What::Discard => check_discardable(&self.row, self.row.round)?,
+        }
         if !self.known {
             let why = "nobody can tell whose record it is, so no tenant can do anything about it";
             return Err(Error::new(Code::Forbidden, why).at("id"));
         }
-        what.effect(&self.row)
+        let effect = what.effect(&self.row)?;
+        if effect == Effect::Deliver {
+            self.check_reader(api, who)?;
+        }
+        Ok(effect)
+    }
+
+    /// Who read the thread as its member must be one still, or the event would wait for nobody.
+    fn check_reader(&self, api: &Api, who: &Principal) -> Result<(), Error> {
+        let (Some(user), Some(thread), Some("member")) = (&self.row.user, &self.row.thread, self.row.grant.as_deref())
+        else {
+            return Ok(());
+        };
+        if api.store.is_member(&who.tenant, thread, user)? {
+            return Ok(());
+        }
+        let why = format!("{user} is no longer a member of the thread, so it cannot be delivered to that user");
+        Err(Error::new(Code::Conflict, why).at("id"))
     }
 }
 
@@ -158,7 +178,7 @@ async fn act_on_one(api: Arc<Api>, it: Request, what: What, wanted: NoteBody) ->
         let (api, who) = (api.clone(), it.who.clone());
         blocking(move || rehearse(&api, &who, &[letter], what)).await?.remove(0)
     } else {
-        letter.check(what)?;
+        letter.check(&api, &it.who, what)?;
         api.admission.count_bytes(&it.who, letter.bytes())?;
         act(&api, &it.who, &letter, what, wanted.note.as_deref()).await?
     };
@@ -184,7 +204,7 @@ async fn act(
     what: What,
     note: Option<&str>,
 ) -> Result<LetterOutcome, Error> {
-    let effect = letter.check(what)?;
+    let effect = letter.check(api, who, what)?;
     let act = record(what.kind(), clock::event_id(), letter.id, &letter.row, (&who.tenant, &who.user), note);
     let published = api.submit.write(act.id, (&act).into()).await?;
     Ok(letter.outcome(effect, published.seq))
@@ -193,14 +213,19 @@ async fn act(
 /// What would become of letters that are acted on in this order.
 fn rehearse(api: &Api, who: &Principal, letters: &[Letter], what: What) -> Result<Vec<LetterOutcome>, Error> {
     let mut rehearsal = Rehearsal::new(&api.store);
-    let outcome = |letter: &Letter| {
-        Ok(match letter.check(what) {
+    let outcome = |letter: &Letter| -> Result<LetterOutcome, Error> {
+        let effect = match letter.check(api, who, what) {
+            Ok(effect) => effect,
+            Err(refused) => return Ok(letter.refused(&refused)),
+        };
+        let verdict = match effect {
+            Effect::Append => rehearsal.append(&who.tenant, &letter.row)?,
+            Effect::Deliver => rehearsal.deliver(&who.tenant, letter.id, &letter.row)?,
+            _ => return Ok(letter.outcome(effect, 0)),
+        };
+        Ok(match verdict {
+            Ok(published) => letter.outcome(effect, published.seq),
             Err(refused) => letter.refused(&refused),
-            Ok(Effect::Append) => match rehearsal.append(&who.tenant, &letter.row)? {
-                Ok(published) => letter.outcome(Effect::Append, published.seq),
-                Err(refused) => letter.refused(&refused),
-            },
-            Ok(effect) => letter.outcome(effect, 0),
         })
     };
     letters.iter().map(outcome).collect()

@@ -58,6 +58,14 @@ impl SessionState {
                 let Some(who) = &self.who else { return Ok(()) };
                 self.outgoing.feed.subs.dead_lettered(who, &thread, seq, dead_lettered);
             }
+            Answer::Requeued { thread } => {
+                let Some(who) = &self.who else { return Ok(()) };
+                self.outgoing.feed.subs.requeued(who, &thread);
+            }
+            Answer::RequeuedRecorded { thread, recorded } => {
+                let Some(who) = &self.who else { return Ok(()) };
+                self.outgoing.feed.subs.requeued_recorded(who, &thread, recorded);
+            }
             Answer::Chunk { sub, read } => {
                 let Some(who) = &self.who else { return Ok(()) };
                 if let Err((thread, error)) = self.outgoing.feed.subs.chunk(who, sub, read) {

@@ -35,6 +35,7 @@ async fn the_golden_log_of_this_version_is_written() {
     deltas(&server).await;
     receipts(&server).await;
     letters(&server).await;
+    deliveries(&server).await;
     server_endings(&server).await;
     server.stop().await;
 
@@ -266,6 +267,61 @@ async fn letters(server: &Server) {
 
     let (_, page) = server.admin("GET", "/v1/dead-letters?reason=unacknowledged").await;
     assert_eq!(discard(page["items"][0]["id"].as_str().unwrap()).await, 200);
+}
+
+/// A delivery that is given up and requeued: it is tried in vain and given up again, then acknowledged at the second attempt;
+/// and one that is requeued and discarded.
+async fn deliveries(server: &Server) {
+    server.connect("ada").await.say("parcels", "one").await;
+    let reader = async |name: &str, attempts: u32| {
+        let mut reader = server.connect("ada").await;
+        let wanted = json!({"name": name, "confirm": true, "ack_within_ms": 1_000, "attempts": attempts});
+        reader.subscribe_with("parcels", wanted).await;
+        reader
+    };
+    let given_up = async |name: &str| {
+        let mut first = server.connect("ada").await;
+        let wanted = json!({"name": name, "after": 0, "confirm": true, "ack_within_ms": 1_000, "attempts": 1});
+        first.subscribe_with("parcels", wanted).await;
+        let mut id = String::new();
+        eventually("it is given up", async || {
+            let (_, page) = server.admin("GET", "/v1/dead-letters?thread=parcels").await;
+            id = page["items"][0]["id"].as_str().unwrap_or_default().to_owned();
+            !id.is_empty()
+        })
+        .await;
+        first.leave().await;
+        id
+    };
+    let requeue = async |id: &str| {
+        let path = format!("/v1/dead-letters/{id}/requeue");
+        server.http_with("POST", &path, &token("root", "admin"), Some(json!({})), &[]).await.0
+    };
+    let is = async |id: &str, field: &str, value: Value| {
+        let path = format!("/v1/dead-letters/{id}");
+        eventually("the letter is so", async || server.admin("GET", &path).await.1[field] == value).await;
+    };
+
+    let id = given_up("first").await;
+    assert_eq!((requeue(&id).await, requeue(&id).await), (200, 409));
+    let mut first = reader("first", 3).await;
+    first.events(1).await;
+    first.leave().await;
+    is(&id, "attempts", json!(2)).await;
+    // Fewer attempts are wanted than it has had.
+    let first = reader("first", 1).await;
+    is(&id, "state", json!("open")).await;
+    first.leave().await;
+    assert_eq!(requeue(&id).await, 200);
+    let mut first = reader("first", 3).await;
+    first.events(2).await;
+    first.ack("parcels", 1).await;
+    is(&id, "state", json!("done")).await;
+    first.leave().await;
+
+    let id = given_up("second").await;
+    assert_eq!(requeue(&id).await, 200);
+    assert_eq!(server.admin("DELETE", &format!("/v1/dead-letters/{id}")).await.0, 200);
 }
 
 fn data_key(kind: &str) -> String {

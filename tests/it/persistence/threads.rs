@@ -183,6 +183,7 @@ impl Writer {
             round: if unreadable { 0 } else { self.chance.below(2) as u32 },
             by: self.chance.of(&USERS).into(),
             note: None,
+            attempt: None,
             at: self.at(),
         })
     }
@@ -245,6 +246,7 @@ impl Writer {
             seq,
             attempts: 5,
             error: format!("not acknowledged {seq} times"),
+            grant: None,
             at: self.at(),
             kind: Some("x.said".into()),
             round: 0,

@@ -1,5 +1,5 @@
 //! What goes wrong around a server: a second node, a broker that stops, readers that stop, kills in the middle of a publish.
-//! [`durable`], [`confirm`], [`dead_letters`], [`letter_acts`] and [`flow`] are about readers that come back, fail, or take their time,
+//! [`durable`], [`confirm`], [`dead_letters`], [`letter_acts`], [`requeued`] and [`flow`] are about readers that come back, fail, or take their time,
 //! [`brokers`] about Kafka as it is run in production, [`level`] about two nodes and what one of them has answered, [`memory`]
 //! about those that ask for much, [`panics`] and [`poison`] about
 //! what is not to happen at all.
@@ -14,6 +14,7 @@ mod level;
 mod memory;
 mod panics;
 mod poison;
+mod requeued;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
