@@ -39,6 +39,9 @@ use crate::partitioning::Partitioning;
 /// About how many bytes one [`Reader::next`] brings at most.
 pub const READ_BYTES: usize = 4 << 20;
 
+/// Why a record is foreign that is in another partition than that of its key.
+pub const MISPLACED: &str = "it is not in its key's partition (murmur2)";
+
 /// Where a record stands. Stays inside the server: clients see seqs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Position {
@@ -75,19 +78,33 @@ pub struct Entry {
 }
 
 /// A record that is not Weft's: another writer's mistake, or damage. Its topic is that of its position.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Foreign {
     pub why: String,
     pub key: Option<Bytes>,
     pub value: Option<Bytes>,
     /// When the log took it, in milliseconds, if the log knows.
     pub at: Option<u64>,
+    /// It is among the events and lacks what Weft's own records have beside key and value: by later rules it may be one.
+    pub plain: Option<Box<Plain>>,
+}
+
+/// What a record says of itself that another program's producer wrote.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plain {
+    /// The version of the rules that it names, if any.
+    pub rules: Option<u16>,
+    pub grant: Grant,
+    pub traceparent: Option<String>,
+    /// It is not in its key's partition.
+    pub misplaced: bool,
 }
 
 impl Foreign {
     /// A record that has Weft's format and nonetheless is not Weft's.
     pub fn new(why: String, record: &Record) -> Foreign {
-        Foreign { why, key: Some(record.key.clone().into()), value: Some(record.value.clone()), at: None }
+        let (key, value) = (Some(record.key.clone().into()), Some(record.value.clone()));
+        Foreign { why, key, value, ..Foreign::default() }
     }
 }
 
@@ -161,6 +178,11 @@ pub trait Log: Send + Sync + 'static {
     /// Whether other nodes write to this log as well. Then a node without projections is a new one, and not a sign that
     /// the log was put back.
     fn is_shared(&self) -> bool;
+
+    /// The version of the rules that the log was made under; 1 where that is not known. Other programs' records may name none.
+    fn first_rules(&self) -> u16 {
+        1
+    }
 
     /// How many partitions there are, of all topics together; fixed when the log is created.
     fn partitions(&self) -> u32;

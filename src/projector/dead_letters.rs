@@ -17,7 +17,7 @@ use super::transaction::{EventRecord, Transaction};
 use super::{Published, RecordError};
 use crate::clock;
 use crate::log::{Foreign, Record};
-use crate::protocol::dead_letters::{Fingerprint, RUN_ORDER, UNREADABLE, letter_of, normalised};
+use crate::protocol::dead_letters::{Fingerprint, RUN_ORDER, SCHEMA, UNREADABLE, letter_of, normalised};
 use crate::protocol::error::Error;
 use crate::protocol::records::DeadLetterRecord;
 use crate::protocol::{ids, json};
@@ -63,6 +63,35 @@ pub(super) struct GivenUp<'a> {
     pub(super) tries: Vec<TryRow>,
 }
 
+/// An event of another program's that is not what it has to be.
+pub(super) struct Broken {
+    pub(super) tenant: String,
+    pub(super) thread: String,
+    pub(super) kind: Option<String>,
+    pub(super) from: Option<String>,
+    pub(super) error: String,
+}
+
+impl ForeignSource<'_> {
+    /// The id of the dead letter about the record that is there.
+    fn letter(&self, reason: &str) -> Uuid {
+        let (partition, offset) = (self.partition.to_be_bytes(), self.offset.to_be_bytes());
+        letter_of(&[reason.as_bytes(), self.topic.as_bytes(), &partition, &offset])
+    }
+
+    /// What is kept of it.
+    fn row(&self, foreign: &Foreign) -> SourceRow {
+        let value = foreign.value.as_deref().unwrap_or_default();
+        SourceRow {
+            topic: self.topic.to_owned(),
+            partition: self.partition,
+            offset: self.offset,
+            size: value.len() as u64,
+            bytes: value[..value.len().min(KEPT_BYTES)].to_vec(),
+        }
+    }
+}
+
 impl<'s> DeadLetters<'s> {
     pub(super) fn new(only: Option<&'s Mutex<()>>) -> DeadLetters<'s> {
         let (rows, counts, deliveries) = (HashMap::new(), HashMap::new(), Deliveries::default());
@@ -100,30 +129,41 @@ impl<'s> DeadLetters<'s> {
         foreign: &Foreign,
         newest: u64,
     ) -> Result<(), StoreError> {
-        let ForeignSource { topic, partition, offset } = *source;
-        let facts = [UNREADABLE.as_bytes(), topic.as_bytes(), &partition.to_be_bytes(), &offset.to_be_bytes()];
-        let letter = letter_of(&facts);
-
         let (tenant, thread) = tenant_of_foreign(foreign);
-        let value = foreign.value.as_deref().unwrap_or_default();
         // The reason may quote the record, which only its own tenant may see.
         let error = if tenant.is_empty() { "the record is not Weft's".into() } else { foreign.why.clone() };
         let at = foreign.at.unwrap_or(newest);
         let row = DeadLetterRow {
             thread,
-            order: offset,
+            order: source.offset,
             tries: vec![TryRow { at, worker: None, reason: error.clone() }],
-            source: Some(SourceRow {
-                topic: topic.to_owned(),
-                partition,
-                offset,
-                size: value.len() as u64,
-                bytes: value[..value.len().min(KEPT_BYTES)].to_vec(),
-            }),
+            source: Some(source.row(foreign)),
             ..DeadLetterRow::open(UNREADABLE, None, at, 1, error)
         };
 
-        self.fail(tx, &tenant, *letter.as_bytes(), row)
+        self.fail(tx, &tenant, *source.letter(UNREADABLE).as_bytes(), row)
+    }
+
+    /// Keeps an event of another program's that is not what it has to be.
+    pub(super) fn put_broken(
+        &mut self,
+        tx: &mut Transaction<'_>,
+        source: &ForeignSource<'_>,
+        foreign: &Foreign,
+        broken: Broken,
+        newest: u64,
+    ) -> Result<(), StoreError> {
+        let Broken { tenant, thread, kind, from, error } = broken;
+        let at = foreign.at.unwrap_or(newest);
+        let row = DeadLetterRow {
+            thread: Some(thread),
+            user: from.clone(),
+            order: source.offset,
+            tries: vec![TryRow { at, worker: from, reason: error.clone() }],
+            source: Some(source.row(foreign)),
+            ..DeadLetterRow::open(SCHEMA, kind.as_deref(), at, 1, error)
+        };
+        self.fail(tx, &tenant, *source.letter(SCHEMA).as_bytes(), row)
     }
 
     /// Keeps an event that broke the order of its run, in a thread that has this head.
@@ -345,7 +385,7 @@ mod tests {
         let of = |key: Option<&'static str>, value: &'static str| {
             let key = key.map(|key| key.as_bytes().into());
             let (tenant, thread) =
-                tenant_of_foreign(&Foreign { why: String::new(), key, value: Some(value.as_bytes().into()), at: None });
+                tenant_of_foreign(&Foreign { key, value: Some(value.as_bytes().into()), ..Foreign::default() });
             (tenant, thread.unwrap_or_default())
         };
         let names = |tenant: &str, thread: &str| (tenant.to_owned(), thread.to_owned());

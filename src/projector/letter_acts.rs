@@ -20,7 +20,7 @@ use super::transaction::EventRecord;
 use super::{Published, RequeuedNotice, Verdict};
 use crate::clock;
 use crate::log::{Foreign, Grant, RULES, Record, Topic};
-use crate::protocol::dead_letters::{ATTEMPTS, Fingerprint, OVERFLOW, REJECTED, UNACKNOWLEDGED, UNREADABLE};
+use crate::protocol::dead_letters::{ATTEMPTS, Fingerprint, OVERFLOW, REJECTED, SCHEMA, UNACKNOWLEDGED, UNREADABLE};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::LogEvent;
 use crate::protocol::kinds::{LETTER_DISCARDED, LETTER_REQUEUED, LETTER_SETTLED, LETTER_TRIED};
@@ -115,6 +115,10 @@ pub fn effect_of(row: &DeadLetterRow) -> Result<Effect, Error> {
         }
         ATTEMPTS | REJECTED | OVERFLOW => {
             Err(Error::new(Code::Conflict, "there are no work queues yet whose work it could be").at("id"))
+        }
+        SCHEMA => {
+            let why = "the event is not what its kind has to be, and never will be: whoever wrote it has to write another one";
+            Err(Error::new(Code::Conflict, why).at("id"))
         }
         _ if row.event.is_some() => Ok(Effect::Append),
         _ => Err(Error::new(Code::Conflict, "its event is not kept").at("id")),
@@ -409,7 +413,8 @@ mod tests {
                     Step::Letter => {
                         let source = ForeignSource { topic: "events", partition: 3, offset: 7 };
                         let (key, value) = (Some("acme/t".into()), Some("garbage".into()));
-                        let foreign = Foreign { why: "it is no event".into(), key, value, at: Some(AT - 5) };
+                        let foreign =
+                            Foreign { why: "it is no event".into(), key, value, at: Some(AT - 5), plain: None };
                         state.dead_letters.put_foreign(&mut state.tx, &source, &foreign, AT).expect("the store works");
                     }
                     Step::Discard(by) => {

@@ -13,8 +13,8 @@
 //! [`opening`] says which store goes on, [`pump`] is the thread that reads and [`projectors`] are those beside it, [`rebuild`]
 //! makes the store anew. Of one record, [`judge`] says what becomes of an event, with [`thread`], [`keys`] (by
 //! [`log_time`]), [`runs`] and [`messages`] for the parts; [`tickets`] judges who gets in with a ticket, [`work`] who works
-//! on what for a group, [`groups`] what a group is like; [`receipts`] and [`dead_letters`] apply the other topics.
-//! [`checkpoints`] compares this node with others.
+//! on what for a group, [`groups`] what a group is like; [`receipts`] and [`dead_letters`] apply the other topics,
+//! [`plain`] judges what other programs write. [`checkpoints`] compares this node with others.
 
 mod cached_threads;
 mod checkpoints;
@@ -29,6 +29,7 @@ pub mod level;
 mod log_time;
 mod messages;
 pub mod opening;
+mod plain;
 mod poison;
 mod projectors;
 mod pump;
@@ -64,18 +65,17 @@ pub use self::status::{Failing, Status};
 use self::thread::Thread;
 pub use self::tickets::MAX_OPEN_TICKETS;
 use self::tickets::PurgedTickets;
-use self::transaction::EventRecord;
+use self::transaction::{EventRecord, read_event};
 use crate::log::{Checkpoint, Entry, Foreign, Log, Positions, Record, Topic};
 use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;
-use crate::protocol::event::{LogEvent, Priority};
+use crate::protocol::event::Priority;
 use crate::protocol::letters::Effect;
 use crate::protocol::tickets::{TicketOwner, owner_of_key};
 use crate::protocol::work::tenant_of_key;
-use crate::protocol::{ids, json};
 use crate::store::dead_letters::LetterState;
 use crate::store::{Progress, Store, StoreError};
-use crate::{clock, panics, telemetry};
+use crate::{panics, telemetry};
 
 /// Records judged and committed at once: enough to spread the cost of a commit, few enough to stay quick.
 const BATCH: usize = 1_024;
@@ -254,6 +254,8 @@ pub struct Projector {
     checkpoints: Option<Checkpoints>,
     /// Where other projectors work on the same store.
     share: Option<Share>,
+    /// The version of the rules that the log was made under.
+    first_rules: u16,
 }
 
 impl Projector {
@@ -270,6 +272,7 @@ impl Projector {
             touched: Vec::new(),
             threads: CachedThreads::new(1),
             share: None,
+            first_rules: log.first_rules(),
         }
     }
 
@@ -284,7 +287,13 @@ impl Projector {
             threads: CachedThreads::new(share.of),
             checkpoints: self.checkpoints.clone(),
             share: Some(share),
+            first_rules: self.first_rules,
         }
+    }
+
+    /// The rules that a record which names none is judged by there.
+    fn rules_in(&self, partition: u32) -> u16 {
+        self.partitions[partition as usize].progress.rules.max(self.first_rules)
     }
 
     /// For each partition the offset to read next.
@@ -466,6 +475,12 @@ impl Projector {
         if let Some(checkpoints) = &mut self.checkpoints {
             checkpoints.cross(partition, entry.at.offset, &self.partitions[partition as usize].progress.hash);
         }
+        let named = match &entry.record {
+            Ok(record) => Some(record.rules),
+            Err(foreign) => foreign.plain.as_ref().and_then(|plain| plain.rules),
+        };
+        let rules = &mut self.partitions[partition as usize].progress.rules;
+        *rules = named.unwrap_or_default().max(*rules);
         match self.apply_record(entry, state) {
             Ok(()) => {}
             Err(RecordError::Batch(error)) => return Err(error),
@@ -481,7 +496,10 @@ impl Projector {
 
     fn apply_record(&mut self, entry: &Entry, state: &mut BatchState<'_>) -> Result<(), RecordError> {
         let partition = entry.at.partition;
-        let record = entry.record.as_ref().map_err(Clone::clone)?;
+        let record = match &entry.record {
+            Ok(record) => record,
+            Err(foreign) => return self.apply_plain(entry.at, foreign, state),
+        };
         if let Some(checkpoints) = &mut self.checkpoints
             && let Some(theirs) = Checkpoint::of(record)
         {
@@ -662,24 +680,4 @@ impl Projector {
 /// What stands for a record of this id in the hash that nodes compare.
 fn record_hash(id: Uuid) -> [u8; 32] {
     blake3::derive_key("weft 2026-11 record that was accepted", id.as_bytes())
-}
-
-/// The event in a record, and its time in milliseconds; or why the record is foreign.
-fn read_event(record: &Record) -> Result<(LogEvent<'_>, u64), Foreign> {
-    let foreign = |why: String| Foreign::new(why, record);
-    let event: LogEvent = json::decode_bytes(&record.value)
-        .map_err(|error| foreign(format!("the value is not an event: {}", error.message)))?;
-
-    let names = ids::check_name("tenant", &event.tenant)
-        .and(ids::check_name("from", &event.from))
-        .and(ids::check_thread(&event.thread));
-    names.map_err(|error| foreign(error.message.into_owned()))?;
-
-    let key = record.key.split_once('/');
-    if key != Some((&event.tenant, &event.thread)) {
-        return Err(foreign("the key is not tenant/thread of the value".into()));
-    }
-
-    let at = clock::parse_rfc3339(&event.at).ok_or_else(|| foreign("at is not RFC 3339".into()))?;
-    Ok((event, at))
 }

@@ -21,3 +21,7 @@ pub(super) const WORK_IN_THE_LOG: u16 = 4;
 
 /// Version 4: a delivery that was given up can be requeued. Before that to requeue one was refused.
 pub(super) const DELIVERIES_ARE_REQUEUED: u16 = 4;
+
+/// Version 4: an event that another program's producer wrote without Weft's headers is held to what a client is held to. Before
+/// that a record without them was foreign.
+pub(super) const PLAIN_EVENTS: u16 = 4;

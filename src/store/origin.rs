@@ -48,6 +48,8 @@ pub struct Progress {
     pub purged_to: u64,
     /// Over all that was accepted so far, where other nodes read the log as well; else zeros.
     pub hash: [u8; 32],
+    /// The newest version of the rules that a record named so far.
+    pub rules: u16,
 }
 
 /// Which log a store was made from.
@@ -98,12 +100,13 @@ struct ProgressRow {
     last_at: u64,
     purged_to: u64,
     hash: [u8; 32],
+    rules: u16,
 }
 
 impl From<&Progress> for ProgressRow {
     fn from(progress: &Progress) -> ProgressRow {
-        let Progress { next: _, log_time, last_at, purged_to, hash } = *progress;
-        ProgressRow { log_time, last_at, purged_to, hash }
+        let Progress { next: _, log_time, last_at, purged_to, hash, rules } = *progress;
+        ProgressRow { log_time, last_at, purged_to, hash, rules }
     }
 }
 
@@ -163,8 +166,8 @@ impl Store {
         }
         let progress = (0..).zip(self.positions()?).map(|(partition, next)| {
             let row: ProgressRow = self.get(META, &numbered(PROGRESS, partition))?.unwrap_or_default();
-            let ProgressRow { log_time, last_at, purged_to, hash } = row;
-            Ok(Progress { next, log_time, last_at, purged_to, hash })
+            let ProgressRow { log_time, last_at, purged_to, hash, rules } = row;
+            Ok(Progress { next, log_time, last_at, purged_to, hash, rules })
         });
         progress.collect::<Result<_, StoreError>>().map(Some)
     }

@@ -90,7 +90,7 @@ pub(super) fn decode(topic: Topic, bytes: &[u8]) -> Stored {
 }
 
 fn foreign(why: String, bytes: &[u8]) -> Foreign {
-    Foreign { why, key: None, value: Some(Bytes::copy_from_slice(bytes)), at: None }
+    Foreign { why, value: Some(Bytes::copy_from_slice(bytes)), ..Foreign::default() }
 }
 
 fn record(topic: Topic, row: Row<'_>, bytes: &[u8]) -> Result<Record, Foreign> {

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use rdkafka::bindings;
 use rdkafka::message::{BorrowedMessage, Header, Message, OwnedHeaders};
 
-use crate::log::{Foreign, Grant, RULES, Record, Topic};
+use crate::log::{Foreign, Grant, Plain, RULES, Record, Topic};
 
 const KIND: &CStr = c"weft-kind";
 const VERSION: &CStr = c"weft-version";
@@ -46,6 +46,7 @@ pub(super) fn decode(topic: Topic, message: &BorrowedMessage<'_>) -> Result<Reco
         key: message.key().map(Bytes::copy_from_slice),
         value: message.payload().map(Bytes::copy_from_slice),
         at: time_of(message),
+        plain: plain(topic, message).map(Box::new),
     };
     let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
 
@@ -64,6 +65,30 @@ pub(super) fn decode(topic: Topic, message: &BorrowedMessage<'_>) -> Result<Reco
     let traceparent = last(message, TRACEPARENT).and_then(text);
 
     Ok(Record { topic, key, kind, rules, grant, traceparent, value: Bytes::copy_from_slice(value) })
+}
+
+/// What the message says of itself if it may be another program's event: it lacks headers, and those that it has are right.
+fn plain(topic: Topic, message: &BorrowedMessage<'_>) -> Option<Plain> {
+    let version = last(message, VERSION);
+    let rules = match version {
+        Some(_) => {
+            Some(version_of(message).and_then(|it| u16::try_from(it).ok()).filter(|it| (1..=RULES).contains(it))?)
+        }
+        None => None,
+    };
+    let grant = match last(message, GRANT) {
+        Some(grant) => Grant::parse(grant).filter(|grant| *grant != Grant::Server)?,
+        None => Grant::Scope,
+    };
+    let lacks = [VERSION, GRANT, KIND].iter().any(|name| last(message, name).is_none());
+    let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
+    let traceparent = last(message, TRACEPARENT).and_then(text);
+    (lacks && topic == Topic::Events).then_some(Plain { rules, grant, traceparent, misplaced: false })
+}
+
+/// The version of the rules that the message names, if it is one that there is.
+pub(super) fn rules_of(message: &BorrowedMessage<'_>) -> Option<u16> {
+    version_of(message)?.try_into().ok()
 }
 
 /// The kind that the message's header names.

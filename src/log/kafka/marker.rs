@@ -40,7 +40,9 @@ pub(super) struct Marker {
     /// From there on.
     pub(super) identity: Identity,
     /// Of each topic; None in a log from before markers said it.
-    partitions: Option<u32>,
+    pub(super) partitions: Option<u32>,
+    /// The version of the rules that it was written under.
+    pub(super) rules: u16,
 }
 
 /// None if it is no marker.
@@ -49,14 +51,16 @@ pub(super) fn read(message: &BorrowedMessage<'_>) -> Option<Marker> {
         return None;
     }
     let (kind, value) = (headers::kind_of(message)?, message.payload()?);
+    let rules = headers::rules_of(message).unwrap_or(1);
     if kind == CREATED.as_bytes() {
         let created: LogCreatedRecord = serde_json::from_slice(value).ok()?;
-        return Some(Marker { identity: Identity::new(created.epoch), partitions: created.partitions });
+        return Some(Marker { identity: Identity::new(created.epoch), partitions: created.partitions, rules });
     }
     if kind == GENERATION.as_bytes() {
         let begun: LogGenerationRecord = serde_json::from_slice(value).ok()?;
         let identity = Identity::of_epoch(&begun.epoch);
-        let marker = Marker { partitions: begun.partitions, identity: Identity { starts: begun.starts, ..identity } };
+        let marker =
+            Marker { rules, partitions: begun.partitions, identity: Identity { starts: begun.starts, ..identity } };
         return (marker.identity.generation == begun.generation).then_some(marker);
     }
     None
@@ -85,7 +89,7 @@ impl Markers<'_> {
         Ok(self.first_marker()?.and_then(|marker| marker.partitions))
     }
 
-    fn first_marker(&self) -> Result<Option<Marker>, LogError> {
+    pub(super) fn first_marker(&self) -> Result<Option<Marker>, LogError> {
         let mut first = None;
         self.scan(self.edge(OffsetEdge::Start)?, |marker| {
             first = Some(marker);

@@ -52,6 +52,8 @@ pub struct KafkaLog {
     shared: Arc<Shared>,
     identity: ArcSwap<Identity>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// The version of the rules that the log was made under.
+    first_rules: u16,
 }
 
 struct Shared {
@@ -101,7 +103,8 @@ impl KafkaLog {
         let topics = Topics::new(&connection.config);
         let (shapes, findings) = ensure_topics(&connection, &topics, &client)?;
         let markers = Markers { connection: &connection, client: &client, topic: topics.name(Topic::Events) };
-        let named = markers.partitions()?;
+        let first = markers.first_marker()?;
+        let (named, first_rules) = (first.as_ref().and_then(|it| it.partitions), first.map(|it| it.rules));
         check_partitions(&connection, &topics, &client, shapes, named)?;
 
         let pending = Arc::new(PendingAppends::default());
@@ -118,7 +121,12 @@ impl KafkaLog {
             progress: Mutex::new(None),
         });
         let identity = shared.identify(known, if_unnamed)?;
-        let log = KafkaLog { shared, identity: ArcSwap::from_pointee(identity), threads: Mutex::new(Vec::new()) };
+        let first_rules = match first_rules {
+            Some(rules) => rules,
+            None => shared.first_rules()?,
+        };
+        let identity = ArcSwap::from_pointee(identity);
+        let log = KafkaLog { shared, identity, first_rules, threads: Mutex::new(Vec::new()) };
         log.spawn("weft-kafka-producer", Shared::run_producer)?;
         log.spawn("weft-kafka-monitor", Shared::run_monitor)?;
         Ok(log)
@@ -168,6 +176,10 @@ impl Log for KafkaLog {
 
     fn is_shared(&self) -> bool {
         true
+    }
+
+    fn first_rules(&self) -> u16 {
+        self.first_rules
     }
 
     fn partitions(&self) -> u32 {
@@ -256,6 +268,14 @@ impl Drop for KafkaLog {
 }
 
 impl Shared {
+    /// The version of the rules that a log was made under which had no marker before: another node may have made it.
+    fn first_rules(&self) -> Result<u16, LogError> {
+        let (cluster, client) = (&self.cluster, self.cluster.client()?);
+        let markers =
+            Markers { connection: &cluster.connection, client: &client, topic: cluster.topics.name(Topic::Events) };
+        Ok(markers.first_marker()?.map_or(1, |it| it.rules))
+    }
+
     /// Which log this is. One that never held anything is named.
     fn identify(&self, known: Option<&Known>, if_unnamed: IfUnnamed<'_>) -> Result<Identity, LogError> {
         let Cluster { connection, topics, .. } = &*self.cluster;

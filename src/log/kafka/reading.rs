@@ -13,7 +13,7 @@ use super::headers;
 use super::marker::{self, Markers};
 use super::topics::{Topics, position};
 use crate::log::{
-    Checkpoint, Entry, Foreign, Identity, LogError, Position, Positions, READ_BYTES, Reader, Record, Topic,
+    Checkpoint, Entry, Foreign, Identity, LogError, MISPLACED, Position, Positions, READ_BYTES, Reader, Record, Topic,
 };
 
 pub(super) struct KafkaReader {
@@ -172,11 +172,17 @@ impl KafkaReader {
 /// The record, if it is Weft's and in its key's partition: a thread in two partitions would have no order. What nodes write
 /// about a partition stands in that one.
 fn decode(topics: &Topics, topic: Topic, partition: u32, message: &BorrowedMessage<'_>) -> Result<Record, Foreign> {
-    let record = headers::decode(topic, message)?;
-    if topics.partition_for(topic, record.key.as_bytes()) == partition || Checkpoint::is(&record) {
+    let is_misplaced = |key: &[u8]| topics.partition_for(topic, key) != partition;
+    let record = headers::decode(topic, message).map_err(|mut foreign| {
+        if let Some(plain) = &mut foreign.plain {
+            plain.misplaced = foreign.key.as_deref().is_some_and(is_misplaced);
+        }
+        foreign
+    })?;
+    if !is_misplaced(record.key.as_bytes()) || Checkpoint::is(&record) {
         return Ok(record);
     }
-    let why = "it is not in its key's partition (murmur2)".to_owned();
+    let why = MISPLACED.to_owned();
     Err(Foreign { at: headers::time_of(message), ..Foreign::new(why, &record) })
 }
 

@@ -1,7 +1,7 @@
 //! What goes wrong around a server: a second node, a broker that stops, readers that stop, kills in the middle of a publish.
 //! [`durable`], [`confirm`], [`dead_letters`], [`letter_acts`], [`requeued`] and [`flow`] are about readers that come back, fail, or take their time,
 //! [`brokers`] about Kafka as it is run in production, [`level`] about two nodes and what one of them has answered, [`memory`]
-//! about those that ask for much, [`panics`] and [`poison`] about
+//! about those that ask for much, [`plain`] about other programs that write to the log, [`panics`] and [`poison`] about
 //! what is not to happen at all.
 
 mod brokers;
@@ -13,6 +13,7 @@ mod letter_acts;
 mod level;
 mod memory;
 mod panics;
+mod plain;
 mod poison;
 mod requeued;
 
