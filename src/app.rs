@@ -15,6 +15,7 @@ use crate::config::{Config, ConfigError, LogChoice};
 use crate::delivery::hub::Hub;
 use crate::delivery::registry::Registry;
 use crate::delivery::{Delivery, Sources};
+use crate::dispatch::Dispatcher;
 use crate::edge::health::Health;
 use crate::edge::http::Api;
 use crate::edge::http::probes::Probes;
@@ -77,6 +78,8 @@ pub struct App {
     administering: Option<JoinHandle<()>>,
     delivering: JoinHandle<()>,
     chores: Vec<JoinHandle<()>>,
+    dispatcher: Arc<Dispatcher>,
+    dispatching: std::thread::JoinHandle<()>,
     projecting: std::thread::JoinHandle<()>,
     stop_projecting: Arc<AtomicBool>,
 }
@@ -198,6 +201,7 @@ impl App {
         let rights = Rights::new(store.clone());
         let level = Arc::new(Level::new(log.clone(), status.clone()));
         let submit = Arc::new(Submit::new(log.clone(), pending.clone()));
+        let (dispatcher, dispatching) = Dispatcher::start(store.clone(), submit.clone(), level.clone())?;
         let health = Arc::new(Health::new(log.clone(), status.clone()));
         let reaper = Reaper {
             store: store.clone(),
@@ -233,6 +237,7 @@ impl App {
             level,
             submit,
             hub,
+            dispatcher: dispatcher.clone(),
             registry: registry.clone(),
             health: health.clone(),
             metrics: metrics.clone(),
@@ -265,6 +270,8 @@ impl App {
             administering,
             delivering,
             chores,
+            dispatcher,
+            dispatching,
             projecting,
             stop_projecting,
         })
@@ -299,6 +306,9 @@ impl App {
 
         // Requests under way have the same verdicts to wait for as sessions had, and nothing longer.
         drop(tokio::time::timeout(Duration::from_secs(1), self.accepting).await);
+        // What the workers that are gone held is given back to the log.
+        self.dispatcher.stop();
+        drop(tokio::task::spawn_blocking(|| self.dispatching.join()).await);
         self.stop_projecting.store(true, Ordering::Release);
 
         let (log, store, projecting) = (self.log, self.store, self.projecting);
@@ -341,6 +351,7 @@ struct Handles {
     admission: Arc<Admission>,
     submit: Arc<Submit>,
     hub: Arc<Hub>,
+    dispatcher: Arc<Dispatcher>,
     delivery: Arc<Delivery>,
     registry: Arc<Registry>,
     health: Arc<Health>,
@@ -361,6 +372,7 @@ fn edge(handles: Handles) -> Edge {
         admission,
         submit,
         hub,
+        dispatcher,
         delivery,
         registry,
         health,
@@ -377,6 +389,7 @@ fn edge(handles: Handles) -> Edge {
         admission: admission.clone(),
         submit: submit.clone(),
         hub: hub.clone(),
+        dispatcher: dispatcher.clone(),
         registry: registry.clone(),
         memory: memory.clone(),
         epoch: epoch.clone(),
@@ -395,6 +408,7 @@ fn edge(handles: Handles) -> Edge {
     let sockets = Sockets {
         store,
         hub,
+        dispatcher,
         submit,
         auth: auth.clone(),
         tickets: tickets.clone(),

@@ -20,6 +20,7 @@ pub mod codec;
 pub mod config;
 pub mod delivery;
 pub mod disk;
+pub mod dispatch;
 pub mod edge;
 pub mod ingest;
 pub mod log;

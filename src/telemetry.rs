@@ -10,6 +10,7 @@ use metrics::{
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::protocol::dead_letters::REASONS;
+use crate::protocol::work::Wait;
 
 /// Buckets of durations, in seconds: 50 µs to 10 s.
 const SECONDS: &[f64] = &[
@@ -93,6 +94,10 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_memory_used_bytes", Type::Gauge, "Memory that a part holds, by part"),
     ("weft_memory_waiting", Type::Gauge, "Requests and reads that wait for memory, by part"),
     ("weft_memory_refused_total", Type::Counter, "Requests and reads that got no memory, by part"),
+    ("weft_work_given_total", Type::Counter, "Events of groups that this node gave to workers"),
+    ("weft_work_wait_ms_total", Type::Counter, "Milliseconds that these had waited, by what for"),
+    ("weft_work_settled_total", Type::Counter, "Leases that ended, by outcome"),
+    ("weft_work_conflicts_total", Type::Counter, "Leases that another node was given first"),
     (
         "weft_level_waits_total",
         Type::Counter,
@@ -293,6 +298,27 @@ pub fn memory_waiting(part: &'static str) -> Gauge {
 }
 pub fn memory_refused(part: &'static str) -> Counter {
     counter!("weft_memory_refused_total", "part" => part)
+}
+/// An event was given to a worker, after this wait.
+pub fn work_given(wait: &Wait) {
+    counter!("weft_work_given_total").increment(1);
+    let Wait { busy_ms, no_worker_ms, fairness_ms, backoff_ms, paused_ms, log_ms } = *wait;
+    for (reason, ms) in [
+        ("busy", busy_ms),
+        ("no_worker", no_worker_ms),
+        ("fairness", fairness_ms),
+        ("backoff", backoff_ms),
+        ("paused", paused_ms),
+        ("log", log_ms),
+    ] {
+        counter!("weft_work_wait_ms_total", "reason" => reason).increment(ms);
+    }
+}
+pub fn work_settled(outcome: &'static str) -> Counter {
+    counter!("weft_work_settled_total", "outcome" => outcome)
+}
+pub fn work_conflicts() -> Counter {
+    counter!("weft_work_conflicts_total")
 }
 pub fn level_waits(outcome: &'static str) -> Counter {
     counter!("weft_level_waits_total", "outcome" => outcome)

@@ -6,8 +6,9 @@ use tokio::sync::Semaphore;
 
 use super::Principal;
 use super::scopes::{self, Standing};
+use crate::clock;
 use crate::log::Grant;
-use crate::protocol::error::Error;
+use crate::protocol::error::{Code, Error};
 use crate::protocol::ids::{self, TENANT_THREAD};
 use crate::protocol::kinds::KindClass;
 use crate::store::Store;
@@ -31,7 +32,12 @@ impl Rights {
         if ids::is_reserved(thread) {
             scopes::publish_reserved(who.scopes, class, thread, || self.may_write_to(who, thread))
         } else {
-            scopes::publish(who.scopes, class, || self.standing(who, thread))
+            let granted = scopes::publish(who.scopes, class, || self.standing(who, thread));
+            match granted {
+                // A stranger, but for the time of its work.
+                Err(error) if error.code == Code::NotFound && self.holds_lease(who, thread)? => Ok(Grant::Scope),
+                granted => granted,
+            }
         }
     }
 
@@ -111,9 +117,15 @@ impl Rights {
         if may { Ok(()) } else { Err(Error::no_thread()) }
     }
 
-    /// Whether the user is an agent that has an open run on the thread: agents read where they work.
+    /// Whether the user is an agent that has an open run on the thread, or a lease on its work: agents read where they work.
     pub fn works_in(&self, who: &Principal, thread: &str) -> Result<bool, Error> {
-        Ok(who.scopes.agent && self.store.has_open_run(&who.tenant, thread, &who.user)?)
+        let has_run = || self.store.has_open_run(&who.tenant, thread, &who.user);
+        Ok(who.scopes.agent && (has_run()? || self.holds_lease(who, thread)?))
+    }
+
+    /// Whether the user is an agent that has a lease on the thread's work.
+    fn holds_lease(&self, who: &Principal, thread: &str) -> Result<bool, Error> {
+        Ok(who.scopes.agent && self.store.has_lease(&who.tenant, thread, &who.user, clock::now_ms())?)
     }
 
     /// The newest seq of a thread that is there; those that exist by their name always are.

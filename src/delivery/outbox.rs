@@ -20,6 +20,7 @@ use crate::projector::Verdict;
 use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;
 use crate::protocol::event::Priority;
+use crate::protocol::work::{Outcome, Work};
 use crate::store::deliveries::RequeuedDelivery;
 use crate::store::messages::TextPosition;
 use crate::store::{JoinedThread, StoredEvent};
@@ -167,6 +168,12 @@ pub enum Answer {
     RequeuedRecorded { thread: Box<str>, recorded: bool },
     /// The server is going down: come back after so many milliseconds.
     Drain { retry_after_ms: u64 },
+    /// The group that a `consume` wants is there, or why it is not.
+    Consuming { id: i64, made: Result<(), Error> },
+    /// Work for the session.
+    Work(Box<Work>),
+    /// Whether a settlement counts.
+    Settled { id: Option<i64>, outcome: Outcome, verdict: Verdict },
     /// The user's sessions are ended.
     Revoked,
     /// What a subscription has read from the store.

@@ -50,14 +50,14 @@ impl Groups {
         let row = self.row(tx.store, &name)?;
         let changed = match (act, &row) {
             (Act::Set { if_absent: true, .. }, Some(_)) => row.clone(),
-            (Act::Set { settings, .. }, Some(row)) => Some(with_settings(row, &settings)),
+            (Act::Set { settings, .. }, Some(row)) => Some(with_settings(row, &settings, id)),
             (Act::Set { settings, .. }, None) => {
                 if self.count(tx.store, &name.0)? >= MAX_GROUPS {
                     let why = format!("the tenant has {MAX_GROUPS} groups, and no more are possible");
                     return Ok(Err(Error::new(Code::TooLarge, why).at("group")));
                 }
                 let from = if settings.from == StartFrom::Start { 0 } else { at };
-                Some(with_settings(&new_row(id, at, from), &settings))
+                Some(with_settings(&new_row(id, at, from), &settings, id))
             }
             (Act::Pause(_) | Act::Delete, None) => return Ok(Err(no_group())),
             (Act::Pause(paused), Some(row)) => Some(GroupRow { paused, ..row.clone() }),
@@ -69,6 +69,9 @@ impl Groups {
             Some(row) if !duplicate => tx.rows.put_group(&name.0, &name.1, row),
             Some(_) => {}
             None => tx.rows.delete_group(&name.0, &name.1),
+        }
+        if !duplicate {
+            tx.wanted.set(&name.0, &name.1, changed.as_ref());
         }
         self.rows.insert(name, changed);
         Ok(Ok(Published { seq: 0, event: id, duplicate }))
@@ -108,15 +111,17 @@ fn new_row(id: uuid::Uuid, at: u64, from: u64) -> GroupRow {
         backoff_min_ms: 0,
         backoff_max_ms: 0,
         paused: false,
+        revision: id.into_bytes(),
     }
 }
 
-/// The group with these settings. Where it began stays.
-fn with_settings(row: &GroupRow, settings: &GroupSettings) -> GroupRow {
+/// The group with these settings, by the record with this id. Where it began stays.
+fn with_settings(row: &GroupRow, settings: &GroupSettings, id: uuid::Uuid) -> GroupRow {
     let mut kinds = settings.kinds.clone();
     kinds.sort_unstable();
     kinds.dedup();
     GroupRow {
+        revision: if kinds == row.kinds { row.revision } else { id.into_bytes() },
         kinds,
         lease_ms: settings.lease_ms,
         attempts: settings.attempts,
@@ -159,8 +164,8 @@ fn read_act(tenant: &str, record: &Record) -> Result<GroupAct, String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::wanted::Wanted;
     use super::*;
-    use crate::projector::Commit;
 
     fn act(group: &str, act: Act) -> GroupAct {
         GroupAct { id: clock::event_id(), at: 1_000, tenant: "acme".into(), group: group.into(), act }
@@ -172,7 +177,7 @@ mod tests {
 
     /// Judges these in one batch; gives for each whether it changed something, or the code of its refusal.
     fn judge(store: &Store, acts: Vec<GroupAct>) -> Vec<Result<bool, Code>> {
-        let mut tx = Transaction { store, rows: store.batch(), commit: Commit::default() };
+        let mut tx = Transaction::new(store, Wanted::default());
         let mut groups = Groups::default();
         let judged = acts.into_iter().map(|act| {
             let verdict = groups.judge(&mut tx, act).expect("the store answers");

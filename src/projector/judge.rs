@@ -11,8 +11,9 @@ use super::runs::{HowWritten, Rejected, Runs};
 use super::thread::{AcceptedEvent, Thread, ThreadChange, ThreadEffect, repeated};
 use super::tickets::Tickets;
 use super::transaction::{EventRecord, Transaction};
+use super::wanted::Wanted;
 use super::work::{WorkAct, Works};
-use super::{Commit, Published, ThreadUpdate, Update, Verdict};
+use super::{Published, ThreadUpdate, Update, Verdict};
 use crate::log::Grant;
 use crate::protocol::error::Code;
 use crate::protocol::event::LogEvent;
@@ -37,8 +38,13 @@ pub(super) struct BatchState<'s> {
 impl<'s> BatchState<'s> {
     /// `letters` is locked from when the batch comes to a dead letter until it is dropped, where others may write some.
     pub(super) fn new(store: &'s Store, letters: Option<&'s Mutex<()>>) -> BatchState<'s> {
+        BatchState::with(store, letters, Wanted::default())
+    }
+
+    /// The same; what is `wanted` is put into the index of what waits.
+    pub(super) fn with(store: &'s Store, letters: Option<&'s Mutex<()>>, wanted: Wanted) -> BatchState<'s> {
         BatchState {
-            tx: Transaction { store, rows: store.batch(), commit: Commit::default() },
+            tx: Transaction::new(store, wanted),
             receipts: Receipts::default(),
             dead_letters: DeadLetters::new(letters),
             keys: Keys::default(),

@@ -43,6 +43,7 @@ mod status;
 mod thread;
 mod tickets;
 mod transaction;
+mod wanted;
 mod work;
 
 use std::sync::Arc;
@@ -66,6 +67,7 @@ use self::thread::Thread;
 pub use self::tickets::MAX_OPEN_TICKETS;
 use self::tickets::PurgedTickets;
 use self::transaction::{EventRecord, read_event};
+use self::wanted::SharedWanted;
 use crate::log::{Checkpoint, Entry, Foreign, Log, Positions, Record, Topic};
 use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;
@@ -126,6 +128,8 @@ pub enum Update {
     Event(Arc<CommittedEvent>, Option<AccessChange>),
     /// A delta of a message that is being written.
     Delta(Arc<Delta>),
+    /// A user's lease on work there is over, and with it a right to read the thread.
+    LeaseOver { user: Arc<str> },
 }
 
 /// What readers need of an event: one for all of them.
@@ -196,6 +200,8 @@ pub enum ProjectError {
 /// Why a batch was not committed, which may not be the last word.
 enum BatchError {
     Panicked(Panicked),
+    /// Another projector has come to know of a group meanwhile.
+    GroupsChanged,
     Project(ProjectError),
 }
 
@@ -250,6 +256,8 @@ pub struct Projector {
     /// For each partition the offset to read next, as the store has it.
     committed: Positions,
     threads: CachedThreads,
+    /// What groups want, as far as any projector of the store knows.
+    wanted: SharedWanted,
     /// On a log that other nodes read as well.
     checkpoints: Option<Checkpoints>,
     /// Where other projectors work on the same store.
@@ -271,6 +279,7 @@ impl Projector {
             partitions: progress.into_iter().map(PartitionState::new).collect(),
             touched: Vec::new(),
             threads: CachedThreads::new(1),
+            wanted: SharedWanted::default(),
             share: None,
             first_rules: log.first_rules(),
         }
@@ -285,6 +294,7 @@ impl Projector {
             touched: Vec::new(),
             committed: self.committed.clone(),
             threads: CachedThreads::new(share.of),
+            wanted: self.wanted.clone(),
             checkpoints: self.checkpoints.clone(),
             share: Some(share),
             first_rules: self.first_rules,
@@ -349,6 +359,7 @@ impl Projector {
             let panicked = match result {
                 Ok(done) => return Ok(done),
                 Err(BatchError::Panicked(panicked)) => panicked,
+                Err(BatchError::GroupsChanged) => continue,
                 Err(BatchError::Project(error)) => return Err(error),
             };
             // Those before it by themselves; then it alone, and only if it panics again it is poison.
@@ -385,7 +396,8 @@ impl Projector {
     ) -> Result<(usize, Commit), BatchError> {
         let store = self.store.clone();
         let letters = self.share.as_ref().map(|share| share.letters.clone());
-        let mut state = BatchState::new(&store, letters.as_deref());
+        let known = self.wanted.get(&store).map_err(ProjectError::from)?;
+        let mut state = BatchState::with(&store, letters.as_deref(), known);
 
         let mut applied = 0;
         for entry in entries {
@@ -404,7 +416,7 @@ impl Projector {
 
         // The rest of the state is dropped after the commit: until then nobody else reads the dead letters that it changes.
         let BatchState { tx, .. } = state;
-        let mut rows = tx.rows;
+        let (mut rows, wanted) = (tx.rows, tx.wanted);
         self.threads.write(&mut rows);
         for (partition, before) in &self.touched {
             rows.put_progress(*partition, before, &self.partitions[*partition as usize].progress);
@@ -421,7 +433,9 @@ impl Projector {
                 share.put_positions(&mut rows, (&self.committed, &next), |it| self.partitions[it].touched);
             }
         }
-        store.commit(rows).map_err(ProjectError::from)?;
+        if !self.wanted.commit(&store, rows, wanted).map_err(ProjectError::from)? {
+            return Err(BatchError::GroupsChanged);
+        }
 
         for (state, next) in self.partitions.iter_mut().zip(&next) {
             state.progress.next = *next;

@@ -264,6 +264,7 @@ impl Thread {
         let class = Priority::class(priority) as u8;
         let row = EventRow { kind: &event.kind, class, privileged, hash: self.row.hash, frame: &frame };
         tx.rows.put_event(&event.tenant, &event.thread, seq, &row);
+        tx.wanted.index(&mut tx.rows, event, seq, class);
         let access = self.apply(effect, event, EventRef { seq, at }, tx);
 
         let committed = CommittedEvent { seq, kind: (*event.kind).into(), priority, frame: frame.into(), closes, run };

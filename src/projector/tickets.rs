@@ -252,8 +252,8 @@ fn read_time(field: &str, time: &str) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::wanted::Wanted;
     use super::*;
-    use crate::projector::Commit;
 
     const NOW: u64 = 1_800_000_000_000;
     const LIFETIME: u64 = 30_000;
@@ -276,7 +276,7 @@ mod tests {
             &mut self,
             act: impl FnOnce(&mut Tickets, &mut Transaction<'_>, &mut Option<PurgedTickets>) -> T,
         ) -> T {
-            let mut tx = Transaction { store: &self.store, rows: self.store.batch(), commit: Commit::default() };
+            let mut tx = Transaction::new(&self.store, Wanted::default());
             let done = act(&mut Tickets::default(), &mut tx, &mut self.purged);
             self.store.commit(tx.rows).expect("the store takes it");
             done

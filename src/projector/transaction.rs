@@ -1,6 +1,7 @@
 //! What judging works on: the batch that becomes one commit, and the event that is judged.
 
 use super::Commit;
+use super::wanted::Wanted;
 use crate::clock;
 use crate::log::{Foreign, Record};
 use crate::protocol::event::LogEvent;
@@ -12,6 +13,13 @@ pub(super) struct Transaction<'s> {
     pub(super) store: &'s Store,
     pub(super) rows: Batch<'s>,
     pub(super) commit: Commit,
+    pub(super) wanted: Wanted,
+}
+
+impl<'s> Transaction<'s> {
+    pub(super) fn new(store: &'s Store, wanted: Wanted) -> Transaction<'s> {
+        Transaction { store, rows: store.batch(), commit: Commit::default(), wanted }
+    }
 }
 
 /// An event, with what decides about it.

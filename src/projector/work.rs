@@ -17,9 +17,9 @@ use std::collections::HashMap;
 
 use uuid::Uuid;
 
-use super::Published;
 use super::dead_letters::{DeadLetters, GivenUp};
 use super::transaction::Transaction;
+use super::{Published, ThreadUpdate, Update};
 use crate::clock;
 use crate::log::{Foreign, Record};
 use crate::protocol::dead_letters::{ATTEMPTS, REJECTED};
@@ -99,6 +99,8 @@ impl Works {
     ) -> Result<Result<Published, Error>, StoreError> {
         let WorkAct { id, at, place, act } = record;
         let mut row = self.row(tx.store, &place)?;
+        let was = row.cursor;
+        let holder = row.lease.as_ref().map(|lease| lease.holder.clone());
         let judged = match act {
             Act::Lease(new) => lease(&mut row, new, head, log_time).map(|seq| (seq, None)),
             Act::Settle(new) => settle(&mut row, new, log_time),
@@ -110,6 +112,13 @@ impl Works {
 
         let (tenant, thread, group) = &place;
         tx.rows.put_work(tenant, thread, group, &row);
+        if row.cursor > was {
+            tx.rows.delete_waiting(tenant, group, thread, row.cursor);
+        }
+        if let Some(holder) = holder.filter(|_| row.lease.is_none()) {
+            let key = ids::log_key(tenant, thread).into();
+            tx.commit.events.push(ThreadUpdate { key, update: Update::LeaseOver { user: holder.into() } });
+        }
         if let Some(Failed { reason, seq, kind, attempts, tries }) = failed {
             let given_up =
                 GivenUp { tenant, thread, group, group_id: &row.group_id, seq, kind, reason, attempts, at, tries };

@@ -12,7 +12,8 @@ use serde_json::value::RawValue;
 
 use super::error::{Code, Error};
 use super::event::Priority;
-use super::{ids, json};
+use super::work::Outcome;
+use super::{ids, json, work};
 
 /// The most commands one array frame may hold.
 pub const MAX_COMMANDS: usize = 1_000;
@@ -185,6 +186,49 @@ pub struct Ping {
     pub id: i64,
 }
 
+/// From now on the session takes work of a group.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Consume<'a> {
+    #[serde(rename = "type")]
+    #[schemars(with = "String", extend("const" = "consume"))]
+    _type: Tag,
+    pub id: i64,
+    /// A group that is not there is made with the defaults.
+    #[serde(borrow)]
+    pub group: Cow<'a, str>,
+    /// Of the group's kinds only these; a group that is made wants these.
+    #[serde(default)]
+    pub kinds: Option<Vec<String>>,
+    /// How much work the session may hold at once, at most 1,000; given again, it is this from then on, and 0 takes no more.
+    pub credit: u32,
+    /// How long its leases last, 1,000 to 3,600,000; as long as the group says unless given.
+    #[serde(default)]
+    pub lease_ms: Option<u64>,
+}
+
+/// What became of work that the session has a lease on.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Settle<'a> {
+    #[serde(rename = "type")]
+    #[schemars(with = "String", extend("const" = "settle"))]
+    _type: Tag,
+    /// With it, `settled` is the answer.
+    #[serde(default)]
+    pub id: Option<i64>,
+    /// As `work` names it.
+    #[serde(borrow)]
+    pub delivery: Cow<'a, str>,
+    pub outcome: Outcome,
+    /// Of `retry` and `reject`: why, at most 1,000 characters.
+    #[serde(borrow, default)]
+    pub reason: Option<Cow<'a, str>>,
+    /// Of `retry`: when to try again, at most 86,400,000; by the group's backoff unless given.
+    #[serde(default)]
+    pub delay_ms: Option<u64>,
+}
+
 /// One command, borrowed from its frame.
 #[derive(Debug)]
 pub enum Command<'a> {
@@ -197,6 +241,8 @@ pub enum Command<'a> {
     Ack(Ack<'a>),
     Credit(Credit),
     Signal(Signal<'a>),
+    Consume(Consume<'a>),
+    Settle(Settle<'a>),
 }
 
 impl Command<'_> {
@@ -212,6 +258,8 @@ impl Command<'_> {
             Command::Ack(_) => "ack",
             Command::Credit(_) => "credit",
             Command::Signal(_) => "signal",
+            Command::Consume(_) => "consume",
+            Command::Settle(_) => "settle",
         }
     }
 }
@@ -282,6 +330,8 @@ pub fn parse(text: &str) -> Result<Command<'_>, BadCommand> {
         "ack" => json::decode(text).and_then(check_ack).map(Command::Ack),
         "credit" => json::decode(text).and_then(check_credit).map(Command::Credit),
         "signal" => json::decode(text).and_then(check_signal).map(Command::Signal),
+        "consume" => json::decode(text).and_then(check_consume).map(Command::Consume),
+        "settle" => json::decode(text).map(Command::Settle),
         "connect" => json::decode(text).map(Command::Connect),
         "refresh" => json::decode(text).map(Command::Refresh),
         other => Err(Error::field("type", format!("there is no command {other:.40}"))),
@@ -304,6 +354,11 @@ fn check_signal(signal: Signal<'_>) -> Result<Signal<'_>, Error> {
     ids::check_text("kind", &signal.kind)?;
     signal.data.map_or(Ok(()), check_data_limits)?;
     Ok(signal)
+}
+
+fn check_consume(consume: Consume<'_>) -> Result<Consume<'_>, Error> {
+    work::check_group(&consume.group)?;
+    Ok(consume)
 }
 
 fn check_publish(publish: Publish<'_>) -> Result<Publish<'_>, Error> {

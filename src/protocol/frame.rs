@@ -7,7 +7,9 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::error::{Code, Error};
+use super::event::EventItem;
 use super::json;
+use super::work::Wait;
 
 /// A seq, or for `"*"` one for each thread.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
@@ -109,6 +111,30 @@ pub enum ServerFrame<'a> {
         /// For a delta: the characters of the message up to its end.
         #[serde(skip_serializing_if = "Option::is_none")]
         to_char: Option<u64>,
+    },
+    /// The session takes work of the group.
+    Consuming {
+        id: i64,
+        group: &'a str,
+    },
+    /// An event for the session to work on, while its lease lasts.
+    Work {
+        /// How to name it in `settle`.
+        delivery: &'a str,
+        group: &'a str,
+        /// 1, 2, 3 …
+        attempt: u32,
+        /// How long the lease lasts, from now on.
+        lease_ms: u64,
+        /// How long it waited.
+        waited_ms: u64,
+        wait: Wait,
+        /// As pages of HTTP have it.
+        #[schemars(with = "EventItem")]
+        event: &'a RawValue,
+    },
+    Settled {
+        id: i64,
     },
     Pong {
         id: i64,

@@ -3,7 +3,7 @@
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
 use super::agui::Timed;
-use super::command::{Ack, Connect, Credit, Ping, Publish, Refresh, Signal, Subscribe, Unsubscribe};
+use super::command::{Ack, Connect, Consume, Credit, Ping, Publish, Refresh, Settle, Signal, Subscribe, Unsubscribe};
 use super::data;
 use super::event::{EventFrame, EventItem, LogEvent};
 use super::frame::ServerFrame;
@@ -34,6 +34,8 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("command.signal", of::<Signal>()),
         ("command.ack", of::<Ack>()),
         ("command.credit", of::<Credit>()),
+        ("command.consume", of::<Consume>()),
+        ("command.settle", of::<Settle>()),
         ("command.ping", of::<Ping>()),
         ("data.user_message", of::<data::Message>()),
         ("data.system_message", of::<data::Message>()),

@@ -3,6 +3,11 @@
 //! A group's records are in the partition of its tenant's groups, whose key is [`log_key`]. Records about work are in the
 //! partition of the thread that has it, with the thread's key, and get no seq: what becomes of one depends on the thread alone.
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use base64::Engine;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -20,7 +25,7 @@ const MAX_REASON: usize = 1_000;
 const LEASE_MS: std::ops::RangeInclusive<u64> = 1_000..=3_600_000;
 pub const MAX_ATTEMPTS: u32 = 20;
 /// How long a retry may be put off: a day.
-const MAX_DELAY_MS: u64 = 86_400_000;
+pub const MAX_DELAY_MS: u64 = 86_400_000;
 
 /// What the keys of records about groups begin with. They have no `/`, so no event has such a key.
 const KEY: &str = "groups:";
@@ -111,7 +116,7 @@ impl GroupSettings {
     }
 }
 
-fn check_lease_ms(lease_ms: u64) -> Result<(), Error> {
+pub fn check_lease_ms(lease_ms: u64) -> Result<(), Error> {
     if LEASE_MS.contains(&lease_ms) {
         return Ok(());
     }
@@ -196,6 +201,68 @@ pub enum Settlement {
     Expired,
 }
 
+/// What a worker says of its work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    Done,
+    Retry,
+    Reject,
+    Extend,
+}
+
+/// A name and nothing else. Derived, it would be read from `{"done": null}` as well.
+impl<'de> Deserialize<'de> for Outcome {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Outcome, D::Error> {
+        match &*<Cow<'de, str>>::deserialize(deserializer)? {
+            "done" => Ok(Outcome::Done),
+            "retry" => Ok(Outcome::Retry),
+            "reject" => Ok(Outcome::Reject),
+            "extend" => Ok(Outcome::Extend),
+            other => Err(serde::de::Error::unknown_variant(other, &["done", "retry", "reject", "extend"])),
+        }
+    }
+}
+
+impl From<Outcome> for Settlement {
+    fn from(outcome: Outcome) -> Settlement {
+        match outcome {
+            Outcome::Done => Settlement::Done,
+            Outcome::Retry => Settlement::Retry,
+            Outcome::Reject => Settlement::Reject,
+            Outcome::Extend => Settlement::Extend,
+        }
+    }
+}
+
+/// An event that a worker has a lease on.
+#[derive(Debug, Clone)]
+pub struct Work {
+    pub lease: Uuid,
+    /// How the worker names it when it settles: a [`Delivery`].
+    pub delivery: String,
+    pub group: Arc<str>,
+    pub thread: Arc<str>,
+    pub seq: u64,
+    pub attempt: u32,
+    pub lease_ms: u64,
+    pub waited_ms: u64,
+    pub wait: Wait,
+}
+
+impl Settlement {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Settlement::Done => "done",
+            Settlement::Retry => "retry",
+            Settlement::Reject => "reject",
+            Settlement::Extend => "extend",
+            Settlement::Lost => "lost",
+            Settlement::Expired => "expired",
+        }
+    }
+}
+
 /// A worker, or the server for it, says what became of a lease.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -219,6 +286,69 @@ pub struct WorkSettledRecord {
     pub by: String,
     /// RFC 3339.
     pub at: String,
+}
+
+/// How the wait of an event was spent until a worker got it, in milliseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Wait {
+    /// An event before it in its thread was not done.
+    pub busy_ms: u64,
+    /// No worker had credit left.
+    pub no_worker_ms: u64,
+    /// Others' turns came before.
+    pub fairness_ms: u64,
+    /// It had failed, and was not to be tried again yet.
+    pub backoff_ms: u64,
+    /// The group was paused.
+    pub paused_ms: u64,
+    /// The event, and then its lease, were on their way through the log.
+    pub log_ms: u64,
+}
+
+impl Wait {
+    pub fn total(&self) -> u64 {
+        let Wait { busy_ms, no_worker_ms, fairness_ms, backoff_ms, paused_ms, log_ms } = *self;
+        busy_ms + no_worker_ms + fairness_ms + backoff_ms + paused_ms + log_ms
+    }
+}
+
+/// Which lease a worker settles: the text says by itself which one it is, so that every node and every connection can.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Delivery {
+    /// The id of the lease's record.
+    pub lease: Uuid,
+    /// How long it lasts each time it is extended.
+    pub lease_ms: u64,
+    pub group: String,
+    pub thread: String,
+}
+
+/// The most characters that such a text has: of the longest names, and more.
+const MAX_DELIVERY: usize = 1_024;
+
+impl Delivery {
+    pub fn text(&self) -> String {
+        let lease_ms = u32::try_from(self.lease_ms).unwrap_or(u32::MAX).to_be_bytes();
+        let names = [self.group.as_bytes(), &[0], self.thread.as_bytes()].concat();
+        BASE64_URL_SAFE_NO_PAD.encode([&self.lease.as_bytes()[..], &lease_ms, &names].concat())
+    }
+
+    pub fn parse(text: &str) -> Result<Delivery, Error> {
+        Delivery::read(text).ok_or_else(|| Error::field("delivery", "delivery is not one that a `work` named"))
+    }
+
+    fn read(text: &str) -> Option<Delivery> {
+        if text.len() > MAX_DELIVERY {
+            return None;
+        }
+        let bytes = BASE64_URL_SAFE_NO_PAD.decode(text).ok()?;
+        let (lease, rest) = bytes.split_first_chunk::<16>()?;
+        let (lease_ms, names) = rest.split_first_chunk::<4>()?;
+        let (group, thread) = std::str::from_utf8(names).ok()?.split_once('\0')?;
+        let lease_ms = u32::from_be_bytes(*lease_ms).into();
+        check_lease_ms(lease_ms).and(check_group(group)).and(ids::check_thread(thread)).ok()?;
+        Some(Delivery { lease: Uuid::from_bytes(*lease), lease_ms, group: group.into(), thread: thread.into() })
+    }
 }
 
 /// The one answer for a lease that is somebody else's, settled, over, or none.
@@ -254,6 +384,20 @@ mod tests {
             (r#"{"backoff":{"min_ms":2,"max_ms":1}}"#, "backoff"),
         ] {
             assert_eq!(field(settings), at, "{settings}");
+        }
+    }
+
+    #[test]
+    fn a_delivery_is_read_as_it_was_written_and_nothing_else_is() {
+        for thread in ["t", "@user:ada"] {
+            let (group, thread) = ("workers".to_owned(), thread.to_owned());
+            let delivery = Delivery { lease: Uuid::from_bytes([7; 16]), lease_ms: 30_000, group, thread };
+            let text = delivery.text();
+            assert_eq!(Delivery::parse(&text), Ok(delivery));
+            assert!(Delivery::parse(&text[1..]).is_err());
+        }
+        for none in ["", "x", "AAAA", "not base64!", &"A".repeat(5_000)] {
+            assert_eq!(Delivery::parse(none).map_err(|error| error.field), Err(Some("delivery".into())), "{none:.20}");
         }
     }
 

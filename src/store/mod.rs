@@ -56,7 +56,8 @@ pub use self::revocations::RevocationRow;
 use self::runs::{RunKey, RunListener, RunOutline};
 pub use self::threads::ThreadRow;
 pub use self::tickets::{OpenTicket, TicketsRow};
-pub use self::work::{FailedRow, GroupRow, LeaseRow, WorkRow};
+use self::work::WorkListener;
+pub use self::work::{FailedRow, GroupRow, LeaseRow, WaitingHead, WaitingRow, WaitingStart, WorkChange, WorkRow};
 use crate::codec::{self, CodecError};
 use crate::disk;
 use crate::partitioning::{KeyHash, Partitioning};
@@ -66,7 +67,7 @@ use crate::protocol::tickets::{self as ticket, TicketOwner};
 use crate::protocol::work::log_key as groups_key;
 
 /// The version of the rows below; a store of another version is rebuilt.
-const SCHEMA: u8 = 14;
+const SCHEMA: u8 = 15;
 
 /// Until a store is begun.
 const UNKNOWN_PARTITIONING: Partitioning = Partitioning::new(KeyHash::Crc32, 1);
@@ -103,6 +104,7 @@ pub struct Store {
     activity: Activity,
     key_filter: KeyFilter,
     run_listener: OnceLock<RunListener>,
+    work_listener: OnceLock<WorkListener>,
     damage: Damage,
     /// What was wrong with those that this one replaces.
     set_aside: Option<String>,
@@ -122,6 +124,8 @@ pub struct Batch<'a> {
     keys: Vec<Vec<u8>>,
     /// Runs that it changes, if somebody listens.
     runs: Vec<(RunKey, RunOutline)>,
+    /// What it changes of work, if somebody listens.
+    work: Vec<WorkChange>,
 }
 
 impl Store {
@@ -160,6 +164,7 @@ impl Store {
             activity: Activity::default(),
             key_filter: KeyFilter::new(memory.key_filter),
             run_listener: OnceLock::new(),
+            work_listener: OnceLock::new(),
             damage: Damage::default(),
             set_aside: None,
             outdated: None,
@@ -314,6 +319,7 @@ impl Store {
             threads: Vec::new(),
             keys: Vec::new(),
             runs: Vec::new(),
+            work: Vec::new(),
         }
     }
 
@@ -329,6 +335,11 @@ impl Store {
             && !batch.runs.is_empty()
         {
             listener(batch.runs);
+        }
+        if let Some(listener) = self.work_listener.get()
+            && !batch.work.is_empty()
+        {
+            listener(batch.work);
         }
         Ok(())
     }

@@ -14,7 +14,7 @@
 
 use bincode::{Decode, Encode};
 
-use super::catalogue::META;
+use super::catalogue::{META, WAITING};
 use super::{Batch, SCHEMA, Store, StoreError};
 use crate::codec::{self, CodecError};
 use crate::partitioning::{KeyHash, Partitioning};
@@ -249,9 +249,10 @@ fn decode_identity<const N: usize>(rows: u8, bytes: &[u8]) -> Result<(String, Ve
     Ok((epoch, progress.iter().map(|partition| partition[0]).collect()))
 }
 
-/// Whether two stores of one log may differ in this row: it names the log's generation, or has a position.
+/// Whether two stores of one log may differ in this row: it names the log's generation, or has a position, or depends on when
+/// the node came to know of a group.
 pub(super) fn may_differ(family: &str, key: &[u8]) -> bool {
-    family == META && (key == LOG || key == PASSED || key.starts_with(POSITION))
+    family == WAITING || family == META && (key == LOG || key == PASSED || key.starts_with(POSITION))
 }
 
 /// The key of a partition's row. They are numbered over all topics.

@@ -1,10 +1,11 @@
 //! Work queues: groups, and for each thread how far a group is with it.
 
 use bincode::{Decode, Encode};
+use rocksdb::ReadOptions;
 
-use super::catalogue::{GROUPS, WORK};
+use super::catalogue::{GROUPS, WAITING, WORK};
 use super::dead_letters::TryRow;
-use super::{Batch, Store, StoreError, keys};
+use super::{Batch, Partition, Store, StoreError, keys};
 
 /// A group and its settings.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -21,7 +22,57 @@ pub struct GroupRow {
     pub backoff_min_ms: u64,
     pub backoff_max_ms: u64,
     pub paused: bool,
+    /// The id of the record that last said which events are its work.
+    pub revision: [u8; 16],
 }
+
+impl GroupRow {
+    /// Whether an event of this kind and time is the group's work. The same for whoever asks, on every node.
+    pub fn wants(&self, kind: &str, at: u64) -> bool {
+        at >= self.from && self.kinds.iter().any(|wanted| wanted == kind)
+    }
+}
+
+/// An event that waits for a group, or that did: what is up to the thread's cursor is done.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct WaitingRow {
+    pub kind: String,
+    /// Who published it.
+    pub user: String,
+    /// Milliseconds.
+    pub at: u64,
+    /// The class of its priority.
+    pub class: u8,
+}
+
+/// The first event that waits in a thread.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WaitingHead {
+    pub thread: String,
+    pub seq: u64,
+    pub row: WaitingRow,
+}
+
+/// Where a walk over what waits goes on: after this thread of the partition, or at its beginning.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WaitingStart {
+    pub partition: u32,
+    pub thread: Option<String>,
+}
+
+/// What a commit changes of work.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WorkChange {
+    /// An event waits for a group.
+    Waiting { tenant: String, group: String, thread: String },
+    /// A lease was given or is over; a thread's cursor has moved.
+    Work { tenant: String, group: String, thread: String },
+    /// A group was made, changed or deleted.
+    Group { tenant: String, group: String },
+}
+
+/// Hears what commits change, once they are visible. It must not block.
+pub(super) type WorkListener = Box<dyn Fn(Vec<WorkChange>) + Send + Sync>;
 
 /// How far a group is with a thread.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
@@ -72,22 +123,190 @@ impl Store {
         self.rows_under(GROUPS, keys::prefix(self.partition_of_groups(tenant), &[tenant]))
     }
 
+    /// All groups of all tenants: tenant, name, row.
+    pub fn all_groups(&self) -> impl Iterator<Item = Result<(String, String, GroupRow), StoreError>> {
+        self.partitions().flat_map(|partition| self.under(GROUPS, partition.bytes().to_vec())).map(|row| {
+            let (key, value) = row?;
+            let key = String::from_utf8_lossy(&key).into_owned();
+            let (tenant, group) = key.split_once('\0').unwrap_or((&key, ""));
+            Ok((tenant.to_owned(), group.to_owned(), self.decoded(GROUPS, &value)?))
+        })
+    }
+
     /// How far a group is with a thread, if it has done anything there.
     pub fn work(&self, tenant: &str, thread: &str, group: &str) -> Result<Option<WorkRow>, StoreError> {
         self.get(WORK, &keys::joined(self.partition(tenant, thread), &[tenant, thread, group]))
     }
+
+    /// Whether a user has a lease on a thread's work that is not over at this time. Reads one row for each group that ever
+    /// worked there.
+    pub fn has_lease(&self, tenant: &str, thread: &str, user: &str, now: u64) -> Result<bool, StoreError> {
+        for row in self.rows_under::<WorkRow>(WORK, keys::prefix(self.partition(tenant, thread), &[tenant, thread])) {
+            if row?.1.lease.is_some_and(|lease| lease.holder == user && lease.until > now) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// From now on `listener` hears what commits change of work. There is one, for as long as the store is open; another is
+    /// not taken.
+    pub fn listen_to_work(&self, listener: impl Fn(Vec<WorkChange>) + Send + Sync + 'static) {
+        drop(self.work_listener.set(Box::new(listener)));
+    }
+
+    /// An event that waits, or waited.
+    pub fn waiting(&self, tenant: &str, group: &str, thread: &str, seq: u64) -> Result<Option<WaitingRow>, StoreError> {
+        self.get(WAITING, &waiting_key(self.partition(tenant, thread), tenant, group, thread, seq))
+    }
+
+    /// The first event after this seq that waits in a thread and for which `accepts` holds.
+    pub fn next_waiting(
+        &self,
+        tenant: &str,
+        group: &str,
+        thread: &str,
+        after: u64,
+        accepts: impl Fn(&WaitingRow) -> bool,
+    ) -> Result<Option<(u64, WaitingRow)>, StoreError> {
+        let partition = self.partition(tenant, thread);
+        let from = waiting_key(partition, tenant, group, thread, after.saturating_add(1));
+        let to = keys::after(keys::prefix(partition, &[tenant, group, thread]));
+        for row in self.between(WAITING, &from, to) {
+            let (key, value) = row?;
+            let row: WaitingRow = self.decoded(WAITING, &value)?;
+            if accepts(&row) {
+                return Ok(keys::seq_of(&key).map(|seq| (seq, row)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The threads in which something waits for a group, each with its first row, up to `limit` of them; and where the walk
+    /// goes on, if it is not at its end.
+    pub fn waiting_threads(
+        &self,
+        tenant: &str,
+        group: &str,
+        from: WaitingStart,
+        limit: usize,
+    ) -> Result<(Vec<WaitingHead>, Option<WaitingStart>), StoreError> {
+        let (mut found, mut start) = (Vec::new(), from);
+        loop {
+            let partition = Partition::new(start.partition);
+            let prefix = keys::prefix(partition, &[tenant, group]);
+            let mut options = ReadOptions::default();
+            options.set_iterate_upper_bound(keys::after(prefix.clone()));
+            let mut rows = self.db.raw_iterator_cf_opt(&self.family(WAITING), options);
+            match &start.thread {
+                Some(thread) => rows.seek(keys::after(keys::prefix(partition, &[tenant, group, thread]))),
+                None => rows.seek(&prefix),
+            }
+            while let Some((key, value)) = rows.item() {
+                let Some((thread, seq)) = split_waiting(&key[prefix.len()..]) else {
+                    rows.next();
+                    continue;
+                };
+                if found.len() == limit {
+                    return Ok((found, Some(start)));
+                }
+                let head = WaitingHead { thread, seq, row: self.decoded(WAITING, value)? };
+                rows.seek(keys::after(keys::prefix(partition, &[tenant, group, &head.thread])));
+                start.thread = Some(head.thread.clone());
+                found.push(head);
+            }
+            rows.status().map_err(|error| self.note(error.into()))?;
+            if start.partition + 1 >= self.partitioning.each() {
+                return Ok((found, None));
+            }
+            start = WaitingStart { partition: start.partition + 1, thread: None };
+        }
+    }
+
+    /// Everything that waits for a group, thread by thread in order of seq: thread, seq and row.
+    pub fn all_waiting(
+        &self,
+        tenant: &str,
+        group: &str,
+    ) -> impl Iterator<Item = Result<WaitingHead, StoreError>> + use<'_> {
+        let (tenant, group) = (tenant.to_owned(), group.to_owned());
+        let prefix = move |partition| keys::prefix(partition, &[&tenant, &group]);
+        self.partitions().flat_map(move |partition| self.under(WAITING, prefix(partition))).filter_map(|row| {
+            let (rest, value) = match row {
+                Ok(row) => row,
+                Err(error) => return Some(Err(error)),
+            };
+            let (thread, seq) = split_waiting(&rest)?;
+            Some(self.decoded(WAITING, &value).map(|row| WaitingHead { thread, seq, row }))
+        })
+    }
+
+    /// Up to which revision of the group's settings nothing is missing in what waits for it.
+    pub fn waiting_complete(&self, tenant: &str, group: &str) -> Result<Option<[u8; 16]>, StoreError> {
+        self.get(WAITING, &keys::joined(self.partition_of_groups(tenant), &[tenant, group]))
+    }
+}
+
+fn waiting_key(partition: Partition, tenant: &str, group: &str, thread: &str, seq: u64) -> Vec<u8> {
+    let mut key = keys::prefix(partition, &[tenant, group, thread]);
+    key.extend_from_slice(&seq.to_be_bytes());
+    key
+}
+
+/// Thread and seq at the end of a key.
+fn split_waiting(rest: &[u8]) -> Option<(String, u64)> {
+    let (name, seq) = rest.split_last_chunk::<8>()?;
+    let name = name.strip_suffix(&[0])?;
+    Some((String::from_utf8_lossy(name).into_owned(), u64::from_be_bytes(*seq)))
 }
 
 impl Batch<'_> {
     pub fn put_group(&mut self, tenant: &str, group: &str, row: &GroupRow) {
         self.put(GROUPS, &keys::joined(self.store.partition_of_groups(tenant), &[tenant, group]), row);
+        self.note_work(|| WorkChange::Group { tenant: tenant.to_owned(), group: group.to_owned() });
     }
 
+    /// Deletes a group, and what waits for it.
     pub fn delete_group(&mut self, tenant: &str, group: &str) {
         self.delete(GROUPS, &keys::joined(self.store.partition_of_groups(tenant), &[tenant, group]));
+        self.delete(WAITING, &keys::joined(self.store.partition_of_groups(tenant), &[tenant, group]));
+        for partition in self.store.partitions() {
+            let prefix = keys::prefix(partition, &[tenant, group]);
+            self.delete_range(WAITING, &prefix, &keys::after(prefix.clone()));
+        }
+        self.note_work(|| WorkChange::Group { tenant: tenant.to_owned(), group: group.to_owned() });
     }
 
     pub fn put_work(&mut self, tenant: &str, thread: &str, group: &str, row: &WorkRow) {
         self.put(WORK, &keys::joined(self.store.partition(tenant, thread), &[tenant, thread, group]), row);
+        self.note_work(|| WorkChange::Work { tenant: tenant.into(), group: group.into(), thread: thread.into() });
+    }
+
+    pub fn put_waiting(&mut self, tenant: &str, group: &str, thread: &str, seq: u64, row: &WaitingRow) {
+        self.put_found_waiting(tenant, group, thread, seq, row);
+        self.note_work(|| WorkChange::Waiting { tenant: tenant.into(), group: group.into(), thread: thread.into() });
+    }
+
+    /// An event from before the group was known.
+    pub fn put_found_waiting(&mut self, tenant: &str, group: &str, thread: &str, seq: u64, row: &WaitingRow) {
+        let partition = self.store.partition(tenant, thread);
+        self.put(WAITING, &waiting_key(partition, tenant, group, thread, seq), row);
+    }
+
+    pub fn delete_waiting(&mut self, tenant: &str, group: &str, thread: &str, seq: u64) {
+        let partition = self.store.partition(tenant, thread);
+        self.delete(WAITING, &waiting_key(partition, tenant, group, thread, seq));
+    }
+
+    /// What waits for the group is complete for this revision of its settings.
+    pub fn put_waiting_complete(&mut self, tenant: &str, group: &str, revision: [u8; 16]) {
+        let key = keys::joined(self.store.partition_of_groups(tenant), &[tenant, group]);
+        self.put(WAITING, &key, &revision);
+    }
+
+    fn note_work(&mut self, change: impl FnOnce() -> WorkChange) {
+        if self.store.work_listener.get().is_some() {
+            self.work.push(change());
+        }
     }
 }

@@ -13,7 +13,7 @@ const FLOORS: &[&[&str]] = &[
     &["log", "store"],
     &["auth", "projector"],
     &["ingest"],
-    &["delivery"],
+    &["delivery", "dispatch"],
     &["edge", "reaper", "config"],
     &["app"],
     &["cli"],

@@ -38,6 +38,10 @@ pub enum Piece {
         frame: Utf8Bytes,
         except: Except,
     },
+    /// A user's lease on the thread's work is over.
+    LeaseOver {
+        user: Arc<str>,
+    },
     /// Too much waited here, and was dropped: whoever comes to this reads it from the store.
     Cut,
 }
@@ -56,6 +60,7 @@ impl Piece {
             Piece::Event(event) => event.frame.len() + OVERHEAD,
             Piece::Delta(delta) => delta.text.len() + OVERHEAD,
             Piece::Signal { frame, .. } => frame.len() + OVERHEAD,
+            Piece::LeaseOver { .. } => OVERHEAD,
             Piece::Cut => 0,
         }
     }
@@ -259,6 +264,12 @@ impl Reader {
                     filling.run_ended(self.sub);
                 }
                 fits
+            }
+            Piece::LeaseOver { user } => {
+                if !self.by_scope && *user == self.user {
+                    filling.run_ended(self.sub);
+                }
+                true
             }
             Piece::Delta(delta) => !self.wants_deltas || filling.delta(self.sub, delta),
             Piece::Signal { frame, except } => {

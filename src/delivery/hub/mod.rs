@@ -284,6 +284,7 @@ impl Hub {
     fn take_in_update(&self, ThreadUpdate { key, update }: ThreadUpdate) {
         let (event, change) = match update {
             Update::Delta(delta) => return self.put(self.shard(&key), &key, Piece::Delta(delta)),
+            Update::LeaseOver { user } => return self.put(self.shard(&key), &key, Piece::LeaseOver { user }),
             Update::Event(event, change) => (event, change),
         };
         if event.seq == 1 {

@@ -25,6 +25,7 @@ use serde::Serialize;
 use crate::auth::{Principal, Rights};
 use crate::delivery::hub::Hub;
 use crate::delivery::registry::Registry;
+use crate::dispatch::Dispatcher;
 use crate::ingest::admit::{Admission, new_event};
 use crate::ingest::submit::{Draft, Submit};
 use crate::ingest::tickets::Tickets;
@@ -56,6 +57,7 @@ pub struct Api {
     pub admission: Arc<Admission>,
     pub submit: Arc<Submit>,
     pub hub: Arc<Hub>,
+    pub dispatcher: Arc<Dispatcher>,
     pub registry: Arc<Registry>,
     pub memory: Arc<Budget>,
     /// The log's identity.

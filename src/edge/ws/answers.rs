@@ -42,6 +42,9 @@ impl SessionState {
                 self.incoming.flush_deltas(|_| true);
             }
             Answer::Revoked => self.check_revoked()?,
+            Answer::Consuming { id, made } => self.on_group(id, made),
+            Answer::Work(work) => self.on_work(*work),
+            Answer::Settled { id, outcome, verdict } => self.on_settled(id, outcome, verdict),
             Answer::ReceiptStored { thread, stored } => self.outgoing.feed.subs.stored(&thread, stored),
             Answer::ToCancel { thread, signal } => {
                 if let Some(signal) = self.outgoing.feed.subs.signal_of(&thread, signal) {

@@ -32,6 +32,7 @@ fn waits_for(command: &Command<'_>) -> WaitsFor {
     match command {
         Command::Ping(_) | Command::Credit(_) => WaitsFor::Nothing,
         Command::Publish(_) | Command::Ack(_) | Command::Signal(_) => WaitsFor::Commands,
+        Command::Consume(_) | Command::Settle(_) => WaitsFor::Commands,
         Command::Connect(_) | Command::Refresh(_) | Command::Subscribe(_) | Command::Unsubscribe(_) => {
             WaitsFor::Answers
         }
@@ -143,6 +144,8 @@ impl SessionState {
             Command::Ack(ack) => (None, self.ack(&ack)),
             Command::Credit(credit) => (None, self.credit(credit.events)),
             Command::Signal(signal) => (None, self.signal(&signal)),
+            Command::Consume(consume) => (Some(consume.id), self.consume(&consume)),
+            Command::Settle(settle) => (settle.id, self.settle(&settle)),
         };
         if let Err(error) = &result
             && !is_level

@@ -25,8 +25,10 @@ mod signal_rate;
 pub mod socket;
 mod state;
 mod subscribe;
+mod taken;
 mod turn;
 pub mod upgrade;
+mod work;
 
 use std::sync::Arc;
 
@@ -34,6 +36,7 @@ use crate::auth::{Authenticator, Rights};
 use crate::delivery::Delivery;
 use crate::delivery::hub::Hub;
 use crate::delivery::registry::Registry;
+use crate::dispatch::Dispatcher;
 use crate::edge::health::Health;
 use crate::edge::origin::Origins;
 use crate::ingest::admit::Admission;
@@ -47,6 +50,7 @@ use crate::store::Store;
 pub struct Sockets {
     pub store: Arc<Store>,
     pub hub: Arc<Hub>,
+    pub dispatcher: Arc<Dispatcher>,
     pub submit: Arc<Submit>,
     pub auth: Arc<Authenticator>,
     pub tickets: Arc<Tickets>,

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures_util::Sink;
@@ -10,6 +11,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::Frame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 use tokio_tungstenite::tungstenite::{Bytes, Message, Utf8Bytes};
 
+use super::taken::Taken;
 use super::turn::Written;
 use crate::auth::Principal;
 use crate::delivery::feed::{Feed, Out};
@@ -17,18 +19,21 @@ use crate::delivery::outbox::Demand;
 use crate::delivery::subscriptions::OutEvent;
 use crate::protocol::error::Error;
 use crate::protocol::frame::{ServerFrame, error_frame};
+use crate::store::Store;
 
 /// Answers that may wait for the socket; beyond that no commands are read and no answers collected.
 pub const MAX_ANSWERS: usize = 1_024;
 
 pub struct Outgoing {
     pub feed: Feed,
+    pub work: Taken,
+    store: Arc<Store>,
     writer: FrameWriter,
 }
 
 impl Outgoing {
-    pub fn new(feed: Feed) -> Outgoing {
-        Outgoing { feed, writer: FrameWriter::default() }
+    pub fn new(feed: Feed, store: Arc<Store>) -> Outgoing {
+        Outgoing { feed, work: Taken::default(), store, writer: FrameWriter::default() }
     }
 
     pub fn answer(&mut self, frame: &ServerFrame<'_>) {
@@ -79,8 +84,13 @@ impl Outgoing {
     where
         S: Sink<Message, Error = WsError> + Unpin,
     {
-        let feed = &mut self.feed;
-        self.writer.poll_write(cx, ws, || next_of_feed(feed, who?))
+        let Outgoing { feed, work, store, writer } = self;
+        let next = || {
+            let who = who?;
+            let work = work.next(store, who).map(|frame| Message::Text(frame.into()));
+            work.or_else(|| next_of_feed(feed, who))
+        };
+        writer.poll_write(cx, ws, next)
     }
 
     /// Ready if the outbox has something to collect or, unless the socket is blocked, to write.

@@ -63,7 +63,7 @@ impl SessionState {
             who,
             registration: None,
             incoming: Incoming::new(sockets.submit.clone(), feed.outbox.clone(), traceparent),
-            outgoing: Outgoing::new(feed),
+            outgoing: Outgoing::new(feed, sockets.store.clone()),
             heartbeat: Heartbeat::new(Instant::now()),
             signal_rate: SignalRate::new(Instant::now()),
             published: telemetry::commands("publish", "ok"),

@@ -65,6 +65,7 @@ fn published_bytes(commit: &Commit) -> usize {
     let bytes = |update: &Update| match update {
         Update::Event(event, _) => event.frame.len(),
         Update::Delta(delta) => delta.text.len(),
+        Update::LeaseOver { .. } => 0,
     };
     commit.events.iter().map(|event| bytes(&event.update)).sum()
 }

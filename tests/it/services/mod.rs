@@ -1,6 +1,7 @@
 //! HTTP, health, metrics, schemas and the command line.
 
 mod schemas;
+mod work;
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};

@@ -121,6 +121,15 @@ async fn a_server_sends_every_frame_that_has_a_schema_as_that_says() {
     }
     reader.send(&json!({"type": "credit", "events": 100})).await;
     read_to(&mut reader, "lagged", &frames, &mut seen).await;
+
+    let mut worker = server.connect_as("wim", "agent").await;
+    worker.send(&json!({"type": "consume", "id": 1, "group": "g", "credit": 1})).await;
+    read_to(&mut worker, "consuming", &frames, &mut seen).await;
+    assert_eq!(writer.say("work", "do it").await, 1);
+    let work = worker.recv_type("work").await;
+    seen.insert(frames.check(&work));
+    worker.send(&json!({"type": "settle", "id": 2, "delivery": work["delivery"], "outcome": "done"})).await;
+    read_to(&mut worker, "settled", &frames, &mut seen).await;
     assert_eq!(seen, Frames::types());
 }
 

@@ -184,10 +184,13 @@ fn every_frame_of_the_protocol_has_a_schema() {
         "unsubscribed",
         "pong",
         "error",
+        "consuming",
+        "work",
+        "settled",
     ] {
         assert!(VALIDATORS.contains_key(&format!("frame.{frame_type}")), "{frame_type}");
     }
-    assert_eq!(VALIDATORS.keys().filter(|name| name.starts_with("frame.")).count(), 13);
+    assert_eq!(VALIDATORS.keys().filter(|name| name.starts_with("frame.")).count(), 16);
 }
 
 #[test]

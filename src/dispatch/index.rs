@@ -1,0 +1,108 @@
+//! The index of what waits for a group: complete, or completed here.
+//!
+//! The projector puts every event into it that a group wants which it knows of (`projector/wanted.rs`). A group is in another
+//! partition than the events that it wants, so what was projected before the group's record is missing, as is everything that
+//! it did not want before its kinds were changed. Each such record gives the group another revision, and the index says up to
+//! which revision it is complete: before anything is given out, a walk over the tenant's threads adds what is missing.
+//!
+//! Nothing falls between the two. An event is in a commit with or before the one that made the revision known, and then it is
+//! in the store when the walk begins; or it comes later, and then the projector knows. A row too many does no harm: what is
+//! up to a thread's cursor is passed over. The mark is written after the last row, and RocksDB flushes all families at one
+//! point, so that after a crash it is never there without them.
+
+use std::ops::ControlFlow;
+
+use crate::clock;
+use crate::protocol::event::StoredFrame;
+use crate::store::{EventRange, GroupRow, Store, StoreError, WaitingRow};
+
+/// Rows that are written together, and threads that are read at once.
+const CHUNK: usize = 1_000;
+/// Threads with nothing newer than so long before the group began are not read. Clocks of nodes may differ, but not so much.
+const MARGIN_MS: u64 = 86_400_000;
+/// Beyond so many it is not counted how much waits.
+const MAX_COUNTED: u64 = 1_000_000;
+
+/// How much waits for a group.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Depth {
+    /// Events that wait or are worked on; counted up to 1,000,000.
+    pub events: u64,
+    /// When the oldest of them was published; milliseconds.
+    pub oldest_at: Option<u64>,
+    /// How many of them are leased.
+    pub in_flight: u64,
+}
+
+/// Adds what is missing of this revision of the group. It takes as long as the tenant has threads: off the runtime's workers.
+pub fn complete(store: &Store, tenant: &str, group: &str, row: &GroupRow) -> Result<(), StoreError> {
+    if store.waiting_complete(tenant, group)? == Some(row.revision) {
+        return Ok(());
+    }
+    let mut after: Option<String> = None;
+    loop {
+        let threads = store.threads_after(tenant, after.as_deref(), CHUNK)?;
+        let Some((last, _)) = threads.last() else { break };
+        after = Some(last.clone());
+        for (thread, it) in &threads {
+            if it.last_at + MARGIN_MS >= row.from {
+                complete_thread(store, (tenant, group), thread, row)?;
+            }
+        }
+    }
+    let mut batch = store.batch();
+    batch.put_waiting_complete(tenant, group, row.revision);
+    store.commit(batch)
+}
+
+fn complete_thread(store: &Store, whose: (&str, &str), thread: &str, row: &GroupRow) -> Result<(), StoreError> {
+    let (tenant, group) = whose;
+    let work = store.work(tenant, thread, group)?.filter(|work| work.group_id == row.id);
+    let mut from = work.map_or(0, |work| work.cursor) + 1;
+    loop {
+        let (mut batch, mut read) = (store.batch(), 0);
+        let range = EventRange { from, limit: CHUNK, ..EventRange::all() };
+        store.visit_events(tenant, thread, range, |seq, event| {
+            (read, from) = (read + 1, seq + 1);
+            if row.kinds.iter().any(|kind| kind == event.kind)
+                && let Some(waits) = waiting_row(event.frame, event.class).filter(|it| row.wants(&it.kind, it.at))
+            {
+                batch.put_found_waiting(tenant, group, thread, seq, &waits);
+            }
+            Ok::<_, StoreError>(ControlFlow::Continue(()))
+        })?;
+        store.commit(batch)?;
+        if read < CHUNK {
+            return Ok(());
+        }
+    }
+}
+
+/// What the index has of an event.
+pub fn waiting_row(frame: &str, class: u8) -> Option<WaitingRow> {
+    let frame = StoredFrame::parse(frame)?;
+    let at = clock::parse_rfc3339(&frame.at)?;
+    Some(WaitingRow { kind: frame.kind.into_owned(), user: frame.from.into_owned(), at, class })
+}
+
+/// Counts what waits. It takes as long as there is much: off the runtime's workers.
+pub fn depth(store: &Store, tenant: &str, group: &str, row: &GroupRow) -> Result<Depth, StoreError> {
+    let (mut depth, mut thread, mut cursor) = (Depth::default(), None, 0);
+    for head in store.all_waiting(tenant, group) {
+        let head = head?;
+        if thread.as_ref() != Some(&head.thread) {
+            let work = store.work(tenant, &head.thread, group)?.filter(|work| work.group_id == row.id);
+            cursor = work.as_ref().map_or(0, |work| work.cursor);
+            depth.in_flight += u64::from(work.is_some_and(|work| work.lease.is_some()));
+            thread = Some(head.thread);
+        }
+        if head.seq > cursor && row.wants(&head.row.kind, head.row.at) {
+            depth.events += 1;
+            depth.oldest_at = Some(depth.oldest_at.map_or(head.row.at, |oldest| oldest.min(head.row.at)));
+        }
+        if depth.events >= MAX_COUNTED {
+            break;
+        }
+    }
+    Ok(depth)
+}
