@@ -469,3 +469,101 @@ fn waiting(why: Why, at: u64, now: u64, attempt: u32, was_here: bool) -> Waiting
     };
     Waiting::new(at, before)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: u64 = 1_800_000_000_000;
+    const ID: [u8; 16] = [1; 16];
+
+    fn group_row() -> GroupRow {
+        GroupRow {
+            id: ID,
+            created_at: NOW,
+            kinds: vec!["x.job".to_owned()],
+            from: 0,
+            lease_ms: 30_000,
+            attempts: 5,
+            backoff_min_ms: 0,
+            backoff_max_ms: 0,
+            paused: false,
+            revision: ID,
+        }
+    }
+
+    fn arrive(store: &Store, user: &str, thread: &str, kind: &str) {
+        let mut rows = store.batch();
+        let row = WaitingRow { kind: kind.to_owned(), user: user.to_owned(), at: NOW, class: 1 };
+        rows.put_waiting("acme", "g", thread, 1, &row);
+        store.commit(rows).expect("the store takes it");
+    }
+
+    /// Takes what comes next and settles it, as often as there is something; whose it was, in order.
+    fn work_off(group: &mut Group, store: &Store) -> Vec<String> {
+        let mut done = Vec::new();
+        loop {
+            while group.is_looking() {
+                group.look_further(store, NOW).expect("the store answers");
+                assert!(group.heads.len() <= group.max_heads, "{} are held", group.heads.len());
+            }
+            let Some((user, _, thread)) = group.ready.next(1).next() else { return done };
+            group.choose(&thread, Uuid::from_bytes([7; 16]), NOW);
+            let mut rows = store.batch();
+            rows.put_work("acme", &thread, "g", &WorkRow { group_id: ID, cursor: 1, ..WorkRow::default() });
+            rows.delete_waiting("acme", "g", &thread, 1);
+            store.commit(rows).expect("the store takes it");
+            group.look_at(store, &thread, Why::Moved, NOW).expect("the store answers");
+            done.push(user.to_string());
+        }
+    }
+
+    fn group_of(store: &Store, max_heads: usize) -> Group {
+        let mut rows = store.batch();
+        rows.put_group("acme", "g", &group_row());
+        store.commit(rows).expect("the store takes it");
+        let mut group = Group { max_heads, ..Group::new("acme".into(), "g".into()) };
+        group.reload(store).expect("the store answers");
+        group.index = Index::Complete;
+        group.find_all();
+        group
+    }
+
+    #[test]
+    fn what_there_is_no_room_for_is_found_later_and_everybodys_first_is_held() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(folder.path()).expect("it opens");
+        for n in 0..40 {
+            arrive(&store, "ada", &format!("a{n:02}"), "x.job");
+        }
+        for n in 0..3 {
+            arrive(&store, "ben", &format!("b{n}"), "x.job");
+        }
+        arrive(&store, "cid", "c", "x.job");
+        arrive(&store, "dan", "d", "x.none-of-its-kinds");
+
+        let done = work_off(&mut group_of(&store, 4), &store);
+        let of = |user: &str| done.iter().filter(|it| *it == user).count();
+        assert_eq!((done.len(), of("ada"), of("ben"), of("cid")), (44, 40, 3, 1));
+        let first = |user: &str| done.iter().position(|it| it == user);
+        assert!(first("ben") < Some(4) && first("cid") < Some(4), "{done:?}");
+    }
+
+    #[test]
+    fn what_comes_while_there_is_no_room_is_found_as_well() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(folder.path()).expect("it opens");
+        let mut group = group_of(&store, 2);
+        while group.is_looking() {
+            group.look_further(&store, NOW).expect("the store answers");
+        }
+        for n in 0..10 {
+            let thread = format!("t{}", (n * 7) % 10);
+            arrive(&store, ["ada", "ben"][n % 2], &thread, "x.job");
+            group.look_at(&store, &thread.as_str().into(), Why::Came, NOW).expect("the store answers");
+            assert!(group.heads.len() <= 2);
+        }
+        assert_eq!(work_off(&mut group, &store).len(), 10);
+        assert!(!group.is_looking(), "and then there is nothing more to look for");
+    }
+}

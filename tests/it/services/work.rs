@@ -238,23 +238,63 @@ async fn one_users_many_do_not_hold_up_anothers_first_and_priority_is_a_head_sta
     assert_eq!(order[2], "a0");
 }
 
-on_both_logs!(a_group_that_is_paused_gives_nothing_out_until_it_goes_on_and_says_so, |log| async move {
-    let record = |kind: &str| {
-        Record::from(&GroupRecord {
-            kind: kind.to_owned(),
-            id: clock::event_id(),
-            tenant: TENANT.to_owned(),
-            group: "g".to_owned(),
-            settings: (kind == "group_set").then(Default::default),
-            if_absent: false,
-            by: "root".to_owned(),
-            at: clock::rfc3339(clock::now_ms()),
-        })
-    };
+/// A record about the group `g`; its settings are of `group_set`.
+fn group(kind: &str, settings: Value) -> Record {
+    let settings = (kind == "group_set").then(|| serde_json::from_value(settings).unwrap());
+    Record::from(&GroupRecord {
+        kind: kind.to_owned(),
+        id: clock::event_id(),
+        tenant: TENANT.to_owned(),
+        group: "g".to_owned(),
+        settings,
+        if_absent: false,
+        by: "root".to_owned(),
+        at: clock::rfc3339(clock::now_ms()),
+    })
+}
+
+on_both_logs!(a_group_that_begins_at_the_start_or_wants_other_kinds_finds_what_was_there_before, |log| async move {
+    let mut server = Server::start(log.clone());
+    let mut ada = server.connect("ada").await;
+    for thread in ["t", "u"] {
+        ada.say(thread, "from before the group").await;
+        accepted(&ada.ask(publish(thread, "x.job", json!({}))).await);
+    }
+    drop(ada);
+    for (settings, expected) in [
+        (json!({"kinds": ["x.job"], "from": "start"}), [("t", 2), ("u", 2)]),
+        // Where it is, it goes on: what it did not want before is behind it, and what comes is not.
+        (json!({"kinds": ["user_message"]}), [("t", 3), ("u", 3)]),
+    ] {
+        server.stop().await;
+        let opened = open(&log, server.data());
+        append_to(&*opened, vec![group("group_set", settings)]);
+        opened.close();
+        server.up();
+        server.ready().await;
+        let mut wim = worker(&server, "wim", "g", json!({"credit": 2})).await;
+        if expected[0].1 == 3 {
+            let mut ada = server.connect("ada").await;
+            for thread in ["t", "u"] {
+                assert_eq!(ada.say(thread, "more").await, 3);
+            }
+        }
+        let mut got = BTreeSet::new();
+        for _ in expected {
+            let work = wim.recv_type("work").await;
+            got.insert(place(&work));
+            done(&mut wim, &work).await;
+        }
+        assert_eq!(got, expected.iter().map(|(thread, seq)| at(thread, *seq, 1)).collect());
+        wim.silent().await;
+    }
+});
+
+on_both_logs!(a_group_that_is_paused_gives_nothing_out_until_it_goes_on, |log| async move {
     let mut server = Server::start(log.clone());
     server.stop().await;
     let opened = open(&log, server.data());
-    append_to(&*opened, vec![record("group_set"), record("group_paused")]);
+    append_to(&*opened, vec![group("group_set", json!({})), group("group_paused", json!({}))]);
     opened.close();
     server.up();
 
@@ -270,7 +310,7 @@ on_both_logs!(a_group_that_is_paused_gives_nothing_out_until_it_goes_on_and_says
 
     server.stop().await;
     let opened = open(&log, server.data());
-    append_to(&*opened, vec![record("group_resumed")]);
+    append_to(&*opened, vec![group("group_resumed", json!({}))]);
     opened.close();
     server.up();
     let mut wim = worker(&server, "wim", "g", json!({"credit": 2})).await;
