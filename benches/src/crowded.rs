@@ -169,7 +169,8 @@ async fn read(
     Ok(())
 }
 
-async fn take_answers(mut reader: Reader, total: u64) -> Result<(), Failure> {
+/// Takes the answers to so many publishes.
+pub async fn take_answers(mut reader: Reader, total: u64) -> Result<(), Failure> {
     let mut answered = 0;
     while answered < total {
         reader

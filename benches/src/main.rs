@@ -16,6 +16,7 @@ mod latency;
 mod pace;
 mod peers;
 mod publisher;
+mod queue;
 mod rebuild;
 mod reconnect;
 mod replay;
@@ -76,6 +77,8 @@ enum Bench {
     Reconnect(#[command(flatten)] With<reconnect::ReconnectArgs>),
     /// What readers of 1 KB/s cost the other readers of their thread, and the server.
     Slow(#[command(flatten)] With<slow::SlowArgs>),
+    /// Work of a group: how much its workers settle a second, and how long an event waits for one.
+    Queue(#[command(flatten)] With<queue::QueueArgs>),
     /// Many agents that write messages in deltas: how late readers have them, and how many records they become.
     Agents(#[command(flatten)] With<agents::AgentsArgs>),
     /// The same work each time, in lock step, for whoever counts what a message costs the server.
@@ -163,6 +166,7 @@ async fn measure(bench: Bench, log: LogKind) -> Result<Report, Failure> {
         Bench::Replay(with) => replay::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Reconnect(with) => reconnect::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Slow(with) => slow::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::Queue(with) => queue::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Agents(with) => agents::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Rounds(with) => rounds::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Rebuild(args) => rebuild::run(&args, log)?,
@@ -197,6 +201,7 @@ async fn all(target: &Target, log: LogKind) -> Result<Report, Failure> {
     report.add("slow", slow::run(target, &slow::SlowArgs::default()).await);
     report.add("reconnect", reconnect::run(target, &reconnect::ReconnectArgs::default()).await);
     report.add("agents", agents::run(target, &agents::AgentsArgs::default()).await);
+    report.add("queue", queue::run(target, &queue::QueueArgs::default()).await);
     report.add("replay", replay::run(target, &replay::ReplayArgs::default()).await);
     Ok(report)
 }

@@ -36,6 +36,14 @@ pub enum Reply<'a> {
     /// A member of a thread has connected or disconnected.
     Presence,
     Pong,
+    /// To a `consume`.
+    Consuming,
+    /// An event to work on, as it is in the frame.
+    Work {
+        delivery: &'a str,
+        event: &'a [u8],
+    },
+    Settled,
 }
 
 impl Reply<'_> {
@@ -49,7 +57,7 @@ impl Reply<'_> {
 
     /// Fails on an error frame, on a duplicate, and on what is not a frame of Weft.
     pub fn read(frame: &[u8]) -> Result<Reply<'_>, Failure> {
-        match published(frame).or_else(|| event(frame)).or_else(|| presence(frame)) {
+        match published(frame).or_else(|| event(frame)).or_else(|| presence(frame)).or_else(|| work(frame)) {
             Some(reply) => Ok(reply),
             None => parsed(frame),
         }
@@ -90,6 +98,18 @@ fn presence(frame: &[u8]) -> Option<Reply<'_>> {
     rest.starts_with(br#","kind":"presence","#).then_some(Reply::Presence)
 }
 
+fn work(frame: &[u8]) -> Option<Reply<'_>> {
+    const EVENT: &[u8] = br#","event":"#;
+    if frame.starts_with(br#"{"type":"settled","#) {
+        return Some(Reply::Settled);
+    }
+    let rest = frame.strip_prefix(br#"{"type":"work","delivery":""#)?;
+    let quote = rest.iter().position(|byte| *byte == b'"')?;
+    let at = rest.windows(EVENT.len()).position(|window| window == EVENT)? + EVENT.len();
+    let event = rest[at..].strip_suffix(b"}")?;
+    Some(Reply::Work { delivery: std::str::from_utf8(&rest[..quote]).ok()?, event })
+}
+
 fn after_quote(bytes: &[u8]) -> Option<&[u8]> {
     let quote = bytes.iter().position(|byte| *byte == b'"')?;
     Some(&bytes[quote + 1..])
@@ -119,6 +139,7 @@ fn parsed(raw: &[u8]) -> Result<Reply<'_>, Failure> {
         Some("lagged") => Ok(Reply::Lagged),
         Some("signal") if frame["kind"] == "presence" => Ok(Reply::Presence),
         Some("pong") => Ok(Reply::Pong),
+        Some("consuming") => Ok(Reply::Consuming),
         _ => Err(format!("the server answered {frame}").into()),
     }
 }
