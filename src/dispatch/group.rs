@@ -305,7 +305,9 @@ impl Group {
         let Some(group) = &self.row else { return Ok(None) };
         let work = store.work(&self.tenant, thread, &self.name)?.filter(|work| work.group_id == group.id);
         let work = work.unwrap_or_default();
-        let begun = work.lease.as_ref().map(|lease| lease.seq).or(work.failed.as_ref().map(|failed| failed.seq));
+        let leased = work.lease.as_ref().map(|lease| lease.seq);
+        let failed = work.failed.as_ref().map(|failed| failed.seq);
+        let begun = leased.or(failed).or(work.requeued.first().copied());
         let next = match begun {
             Some(seq) => self.row_of(store, thread, seq)?.map(|row| (seq, row)),
             None => store

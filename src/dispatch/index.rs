@@ -14,7 +14,7 @@ use std::ops::ControlFlow;
 
 use crate::clock;
 use crate::protocol::event::StoredFrame;
-use crate::store::{EventRange, GroupRow, Store, StoreError, WaitingRow};
+use crate::store::{EventRange, GroupRow, Store, StoreError, WaitingRow, WorkRow};
 
 /// Rows that are written together, and threads that are read at once.
 const CHUNK: usize = 1_000;
@@ -87,16 +87,17 @@ pub fn waiting_row(frame: &str, class: u8) -> Option<WaitingRow> {
 
 /// Counts what waits. It takes as long as there is much: off the runtime's workers.
 pub fn depth(store: &Store, tenant: &str, group: &str, row: &GroupRow) -> Result<Depth, StoreError> {
-    let (mut depth, mut thread, mut cursor) = (Depth::default(), None, 0);
+    let (mut depth, mut thread, mut work) = (Depth::default(), None, WorkRow::default());
     for head in store.all_waiting(tenant, group) {
         let head = head?;
         if thread.as_ref() != Some(&head.thread) {
-            let work = store.work(tenant, &head.thread, group)?.filter(|work| work.group_id == row.id);
-            cursor = work.as_ref().map_or(0, |work| work.cursor);
-            depth.in_flight += u64::from(work.is_some_and(|work| work.lease.is_some()));
+            let found = store.work(tenant, &head.thread, group)?.filter(|work| work.group_id == row.id);
+            work = found.unwrap_or_default();
+            depth.in_flight += u64::from(work.lease.is_some());
             thread = Some(head.thread);
         }
-        if head.seq > cursor && row.wants(&head.row.kind, head.row.at) {
+        let waits = head.seq > work.cursor && row.wants(&head.row.kind, head.row.at);
+        if waits || work.requeued.contains(&head.seq) {
             depth.events += 1;
             depth.oldest_at = Some(depth.oldest_at.map_or(head.row.at, |oldest| oldest.min(head.row.at)));
         }

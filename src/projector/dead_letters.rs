@@ -49,10 +49,10 @@ pub(super) struct ForeignSource<'a> {
 
 /// An event that a group does not try any more.
 pub(super) struct GivenUp<'a> {
+    pub(super) letter: Uuid,
     pub(super) tenant: &'a str,
     pub(super) thread: &'a str,
     pub(super) group: &'a str,
-    pub(super) group_id: &'a [u8; 16],
     pub(super) seq: u64,
     /// The event's.
     pub(super) kind: String,
@@ -193,8 +193,9 @@ impl<'s> DeadLetters<'s> {
 
     /// Keeps an event that a group's workers could not handle.
     pub(super) fn put_given_up(&mut self, tx: &mut Transaction<'_>, it: GivenUp<'_>) -> Result<(), StoreError> {
-        let seq = it.seq.to_be_bytes();
-        let facts = [b"work", it.tenant.as_bytes(), it.thread.as_bytes(), it.group_id, &seq[..]];
+        let id = it.letter.as_bytes();
+        // If it was requeued, it is open again.
+        let round = self.row(tx, it.tenant, id)?.map_or(0, |was| was.round);
         let last = it.tries.last();
         let error = last.map_or_else(String::new, |last| last.reason.clone());
         let row = DeadLetterRow {
@@ -204,9 +205,20 @@ impl<'s> DeadLetters<'s> {
             seq: Some(it.seq),
             order: it.seq,
             tries: it.tries,
+            round,
             ..DeadLetterRow::open(it.reason, Some(&it.kind), it.at, it.attempts, error)
         };
-        self.fail(tx, it.tenant, *letter_of(&facts).as_bytes(), row)
+        self.fail(tx, it.tenant, *id, row)
+    }
+
+    /// Work that was requeued is done.
+    pub(super) fn put_worked(&mut self, tx: &mut Transaction<'_>, tenant: &str, id: Uuid) -> Result<(), StoreError> {
+        match self.row(tx, tenant, id.as_bytes())? {
+            Some(row) if row.state == LetterState::Requeued => {
+                self.put(tx, tenant, *id.as_bytes(), DeadLetterRow { state: LetterState::Done, ..row })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Something has failed: a new letter; or one that was requeued, and is open again. Otherwise it is known already.

@@ -30,7 +30,7 @@ pub(super) struct BatchState<'s> {
     pub(super) keys: Keys,
     pub(super) tickets: Tickets,
     pub(super) groups: Groups,
-    works: Works,
+    pub(super) works: Works,
     runs: Runs,
     messages: Messages,
 }

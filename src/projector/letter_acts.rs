@@ -22,13 +22,13 @@ use crate::clock;
 use crate::log::{Foreign, Grant, RULES, Record, Topic};
 use crate::protocol::dead_letters::{ATTEMPTS, Fingerprint, OVERFLOW, REJECTED, SCHEMA, UNACKNOWLEDGED, UNREADABLE};
 use crate::protocol::error::{Code, Error};
-use crate::protocol::event::LogEvent;
+use crate::protocol::event::{LogEvent, Priority};
 use crate::protocol::kinds::{LETTER_DISCARDED, LETTER_REQUEUED, LETTER_SETTLED, LETTER_TRIED};
 use crate::protocol::letters::Effect;
 use crate::protocol::records::LetterActRecord;
 use crate::protocol::{ids, json};
-use crate::store::StoreError;
 use crate::store::dead_letters::{ActRow, DeadLetterRow, LetterState, TryRow};
+use crate::store::{StoreError, WaitingRow};
 
 /// What somebody does about a letter.
 pub(super) struct Act {
@@ -113,9 +113,8 @@ pub fn effect_of(row: &DeadLetterRow) -> Result<Effect, Error> {
             let why = "the subscription had no name and ended with its session: nobody takes over what it was sent";
             Err(Error::new(Code::Conflict, why).at("id"))
         }
-        ATTEMPTS | REJECTED | OVERFLOW => {
-            Err(Error::new(Code::Conflict, "there are no work queues yet whose work it could be").at("id"))
-        }
+        ATTEMPTS | REJECTED => Ok(Effect::Work),
+        OVERFLOW => Err(Error::new(Code::Conflict, "there is no overflow of work yet").at("id")),
         SCHEMA => {
             let why = "the event is not what its kind has to be, and never will be: whoever wrote it has to write another one";
             Err(Error::new(Code::Conflict, why).at("id"))
@@ -225,6 +224,23 @@ impl BatchState<'_> {
         if let (Some(user), Some(thread)) = (&row.user, &row.thread) {
             let user = ids::log_key(tenant, user);
             self.tx.commit.requeued.push(RequeuedNotice { user, thread: thread.clone() });
+        }
+        self.close(act, row, LetterState::Requeued)?;
+        Ok(act.done().map(|published| Published { seq, ..published }))
+    }
+
+    /// The event is work of its group again.
+    pub(super) fn requeue_work(&mut self, act: &Act, row: DeadLetterRow) -> Result<Verdict, StoreError> {
+        let (Some(thread), Some(group), Some(seq)) = (&row.thread, &row.name, row.seq) else {
+            return Ok(Err(Error::new(Code::Conflict, "it is not known whose work it was").at("id")));
+        };
+        let LetterActRecord { tenant, letter, by, .. } = &act.record;
+        let class = Priority::class(None) as u8;
+        let kind = row.kind.clone().unwrap_or_default();
+        let waits = WaitingRow { kind, user: by.clone(), at: act.at, class };
+        let place = (tenant.clone(), thread.clone(), group.clone());
+        if let Err(refused) = self.works.requeue(&mut self.tx, *letter, place, (seq, &waits))? {
+            return Ok(Err(refused));
         }
         self.close(act, row, LetterState::Requeued)?;
         Ok(act.done().map(|published| Published { seq, ..published }))

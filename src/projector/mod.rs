@@ -610,6 +610,9 @@ impl Projector {
             state.close(act, row, LetterState::Discarded)?;
             return Ok(act.done());
         }
+        if record.rules >= rules::WORK_IN_THE_LOG && letter_acts::effect_of(&row) == Ok(Effect::Work) {
+            return Ok(state.requeue_work(act, row)?);
+        }
         let (Some(thread), Ok(Effect::Append)) = (&act.record.thread, letter_acts::effect_of(&row)) else {
             return Ok(Err(letter_acts::effect_of(&row).err().unwrap_or_else(Error::no_thread)));
         };

@@ -44,6 +44,11 @@ impl<'s> Rehearsal<'s> {
         self.state.judge_again(row, Turn { partition, rules: RULES, at, key_time: at }, thread)
     }
 
+    /// Whether the letter's event would be work of its group again.
+    pub fn work(&mut self, tenant: &str, letter: Uuid, row: &DeadLetterRow) -> Result<Verdict, StoreError> {
+        self.state.requeue_work(&requeue_of(tenant, letter, row), row.clone())
+    }
+
     /// Whether the letter's event would be delivered again.
     pub fn deliver(&mut self, tenant: &str, letter: Uuid, row: &DeadLetterRow) -> Result<Verdict, StoreError> {
         self.state.act_on_delivery(&requeue_of(tenant, letter, row))

@@ -18,11 +18,12 @@ use std::collections::HashMap;
 use uuid::Uuid;
 
 use super::dead_letters::{DeadLetters, GivenUp};
+use super::deliveries::MAX_REQUEUED;
 use super::transaction::Transaction;
 use super::{Published, ThreadUpdate, Update};
 use crate::clock;
 use crate::log::{Foreign, Record};
-use crate::protocol::dead_letters::{ATTEMPTS, REJECTED};
+use crate::protocol::dead_letters::{ATTEMPTS, REJECTED, letter_of};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::kinds::{WORK_LEASED, WORK_SETTLED};
 use crate::protocol::work::{
@@ -30,7 +31,7 @@ use crate::protocol::work::{
 };
 use crate::protocol::{ids, json};
 use crate::store::dead_letters::TryRow;
-use crate::store::{FailedRow, LeaseRow, Store, StoreError, WorkRow};
+use crate::store::{FailedRow, LeaseRow, Store, StoreError, WaitingRow, WorkRow};
 
 /// Where work is: tenant, thread, group.
 type Place = (String, String, String);
@@ -99,7 +100,7 @@ impl Works {
     ) -> Result<Result<Published, Error>, StoreError> {
         let WorkAct { id, at, place, act } = record;
         let mut row = self.row(tx.store, &place)?;
-        let was = row.cursor;
+        let before = (row.cursor, row.requeued.len());
         let holder = row.lease.as_ref().map(|lease| lease.holder.clone());
         let judged = match act {
             Act::Lease(new) => lease(&mut row, new, head, log_time).map(|seq| (seq, None)),
@@ -112,20 +113,51 @@ impl Works {
 
         let (tenant, thread, group) = &place;
         tx.rows.put_work(tenant, thread, group, &row);
-        if row.cursor > was {
-            tx.rows.delete_waiting(tenant, group, thread, row.cursor);
+        let is_requeued = row.requeued.len() < before.1;
+        if row.cursor > before.0 || is_requeued {
+            tx.rows.delete_waiting(tenant, group, thread, seq);
         }
         if let Some(holder) = holder.filter(|_| row.lease.is_none()) {
             let key = ids::log_key(tenant, thread).into();
             tx.commit.events.push(ThreadUpdate { key, update: Update::LeaseOver { user: holder.into() } });
         }
-        if let Some(Failed { reason, seq, kind, attempts, tries }) = failed {
-            let given_up =
-                GivenUp { tenant, thread, group, group_id: &row.group_id, seq, kind, reason, attempts, at, tries };
-            dead_letters.put_given_up(tx, given_up)?;
+        match failed {
+            Some(Failed { reason, seq, kind, attempts, tries }) => {
+                let letter = work_letter(&place, &row.group_id, seq);
+                let given_up = GivenUp { letter, tenant, thread, group, seq, kind, reason, attempts, at, tries };
+                dead_letters.put_given_up(tx, given_up)?;
+            }
+            None if is_requeued => dead_letters.put_worked(tx, tenant, work_letter(&place, &row.group_id, seq))?,
+            None => {}
         }
         self.rows.insert(place, row);
         Ok(Ok(Published { seq, event: id, duplicate: false }))
+    }
+
+    /// An event that became this letter is work of its group again: with attempts of its own, and before everything that was
+    /// not begun.
+    pub(super) fn requeue(
+        &mut self,
+        tx: &mut Transaction<'_>,
+        letter: Uuid,
+        place: Place,
+        (seq, waits): (u64, &WaitingRow),
+    ) -> Result<Result<(), Error>, StoreError> {
+        let conflict = |why: String| Ok(Err(Error::new(Code::Conflict, why).at("id")));
+        let mut row = self.row(tx.store, &place)?;
+        if work_letter(&place, &row.group_id, seq) != letter {
+            return conflict("the group was deleted and made again: it is no work of the new one".to_owned());
+        }
+        if row.requeued.len() >= MAX_REQUEUED {
+            return conflict(format!("the group has {MAX_REQUEUED} requeued events of this thread: as many as may be"));
+        }
+        let at = row.requeued.partition_point(|it| *it < seq);
+        row.requeued.insert(at, seq);
+        let (tenant, thread, group) = &place;
+        tx.rows.put_waiting(tenant, group, thread, seq, waits);
+        tx.rows.put_work(tenant, thread, group, &row);
+        self.rows.insert(place, row);
+        Ok(Ok(()))
     }
 
     fn row(&self, store: &Store, place: &Place) -> Result<WorkRow, StoreError> {
@@ -151,16 +183,17 @@ fn lease(row: &mut WorkRow, new: NewLease, head: u64, log_time: u64) -> Result<u
     if row.lease.is_some() {
         return conflict("the thread's work is leased");
     }
-    if after != row.cursor || lease.seq <= row.cursor || lease.seq > head {
+    if after != row.cursor || lease.seq > head {
         return conflict("the group is at another event of the thread");
     }
-    let tried = match &row.failed {
-        Some(failed) if failed.seq != lease.seq => {
-            return conflict("another event of the thread comes before this one");
-        }
-        Some(failed) => failed.attempts,
-        None => 0,
+    let (is_next, tried) = match (&row.failed, row.requeued.first()) {
+        (Some(failed), _) => (lease.seq == failed.seq, failed.attempts),
+        (None, Some(requeued)) => (lease.seq == *requeued, 0),
+        (None, None) => (lease.seq > row.cursor, 0),
     };
+    if !is_next {
+        return conflict("another event of the thread comes before this one");
+    }
     if lease.attempt != tried + 1 {
         return conflict("this attempt was made already");
     }
@@ -206,7 +239,7 @@ fn settle(row: &mut WorkRow, new: NewSettlement, log_time: u64) -> Result<(u64, 
 
     let before = row.failed.take();
     let Some(reason) = failure else {
-        row.cursor = seq;
+        pass(row, seq);
         return Ok((seq, None));
     };
     let mut tries = before.map_or(Vec::new(), |failed| failed.tries);
@@ -215,9 +248,23 @@ fn settle(row: &mut WorkRow, new: NewSettlement, log_time: u64) -> Result<(u64, 
         row.failed = Some(FailedRow { seq, attempts: attempt, not_before: until.unwrap_or(at), tries });
         return Ok((seq, None));
     }
-    row.cursor = seq;
+    pass(row, seq);
     let reason = if outcome == Settlement::Reject { REJECTED } else { ATTEMPTS };
     Ok((seq, Some(Failed { reason, seq, kind, attempts: attempt, tries })))
+}
+
+/// The group is done with an event.
+fn pass(row: &mut WorkRow, seq: u64) {
+    if seq > row.cursor {
+        row.cursor = seq;
+    } else {
+        row.requeued.retain(|requeued| *requeued != seq);
+    }
+}
+
+/// The id of the letter that an event becomes which the group gives up.
+fn work_letter((tenant, thread, _): &Place, group_id: &[u8; 16], seq: u64) -> Uuid {
+    letter_of(&[b"work", tenant.as_bytes(), thread.as_bytes(), group_id, &seq.to_be_bytes()])
 }
 
 /// What a record about work says; or why it is foreign.
@@ -370,6 +417,28 @@ mod tests {
             assert_eq!((seq, failed.reason, failed.seq, failed.attempts, failed.tries.len()), (3, ATTEMPTS, 3, 2, 2));
             assert_eq!((row.cursor, row.failed.is_none(), row.lease.is_none()), (3, true, true), "the thread goes on");
         }
+    }
+
+    #[test]
+    fn what_was_requeued_comes_before_what_was_not_begun_and_after_what_has_failed() {
+        let mut row =
+            WorkRow { cursor: 5, requeued: vec![2, 4], ..WorkRow { group_id: [1; 16], ..WorkRow::default() } };
+        for other in [new_lease(1, 6, 5, 1), new_lease(1, 4, 5, 1), new_lease(1, 3, 5, 1), new_lease(1, 2, 5, 2)] {
+            assert_eq!(lease(&mut row, other, HEAD, NOW).expect_err("seq 2, attempt 1").code, Code::Conflict);
+        }
+        assert_eq!(lease(&mut row, new_lease(1, 2, 5, 1), HEAD, NOW), Ok(2));
+        let retry = NewSettlement { until: Some(NOW), ..settled(1, Settlement::Retry) };
+        assert_eq!(settle(&mut row, retry, NOW), Ok((2, None)));
+        row.requeued.insert(0, 1);
+        assert_eq!(lease(&mut row, new_lease(2, 1, 5, 1), HEAD, NOW).expect_err("2 failed").code, Code::Conflict);
+        assert_eq!(lease(&mut row, new_lease(2, 2, 5, 2), HEAD, NOW), Ok(2));
+        assert!(settle(&mut row, settled(2, Settlement::Done), NOW).is_ok_and(|(_, failed)| failed.is_none()));
+        assert_eq!((row.cursor, &row.requeued[..]), (5, &[1, 4][..]), "the cursor stays");
+        for (id, seq) in [(3, 1), (4, 4), (5, 6)] {
+            assert_eq!(lease(&mut row, new_lease(id, seq, 5, 1), HEAD, NOW), Ok(seq));
+            assert!(settle(&mut row, settled(id, Settlement::Done), NOW).is_ok());
+        }
+        assert_eq!((row.cursor, row.requeued.len()), (6, 0));
     }
 
     #[test]

@@ -84,6 +84,8 @@ pub struct WorkRow {
     pub lease: Option<LeaseRow>,
     /// What was tried and is to be tried again; nothing else in the thread is, before that.
     pub failed: Option<FailedRow>,
+    /// Of what is up to the cursor, dead letters that were requeued, in order; they come before what is after it.
+    pub requeued: Vec<u64>,
 }
 
 /// Who works on an event, and until when.

@@ -136,6 +136,11 @@ impl Letter {
         if effect == Effect::Deliver {
             self.check_reader(api, who)?;
         }
+        if let (Effect::Work, Some(group)) = (effect, &self.row.name)
+            && api.store.group(&who.tenant, group)?.is_none()
+        {
+            return Err(Error::new(Code::Conflict, format!("there is no group {group} any more")).at("id"));
+        }
         Ok(effect)
     }
 
@@ -221,7 +226,8 @@ fn rehearse(api: &Api, who: &Principal, letters: &[Letter], what: What) -> Resul
         let verdict = match effect {
             Effect::Append => rehearsal.append(&who.tenant, &letter.row)?,
             Effect::Deliver => rehearsal.deliver(&who.tenant, letter.id, &letter.row)?,
-            _ => return Ok(letter.outcome(effect, 0)),
+            Effect::Work => rehearsal.work(&who.tenant, letter.id, &letter.row)?,
+            Effect::Discard | Effect::None => return Ok(letter.outcome(effect, 0)),
         };
         Ok(match verdict {
             Ok(published) => letter.outcome(effect, published.seq),

@@ -9,7 +9,7 @@ use weft::log::embedded::EmbeddedLog;
 use crate::log_contract::only_kafka::produce;
 use crate::support::{LogKind, SECRET, Server, claims, eventually, has, publish, refused, refused_with, token, weft};
 
-pub(super) fn root_of(tenant: &str) -> String {
+pub fn root_of(tenant: &str) -> String {
     mint(SECRET, &Claims { tenant: tenant.into(), ..claims("root", "admin") }).unwrap()
 }
 
@@ -17,7 +17,7 @@ pub(super) async fn get(server: &Server, token: &str, path: &str) -> (u16, Value
     server.http_with("GET", &format!("/v1/dead-letters{path}"), token, None, &[]).await
 }
 
-pub(super) async fn list(server: &Server, token: &str, query: &str) -> Vec<Value> {
+pub async fn list(server: &Server, token: &str, query: &str) -> Vec<Value> {
     let (status, page) = get(server, token, query).await;
     assert_eq!((status, page.get("next")), (200, None), "{page}");
     page["items"].as_array().unwrap().clone()
@@ -284,7 +284,7 @@ pub(super) fn with(mut command: Value, more: Value) -> Value {
 }
 
 /// Checks the projections against the log, deletes them, and has them made anew.
-pub(super) async fn rebuilt(server: &mut Server) {
+pub async fn rebuilt(server: &mut Server) {
     server.stop().await;
     let check =
         weft().args(["rebuild", "--check", "--data"]).arg(server.data()).args(server.log().arguments()).output();

@@ -10,7 +10,7 @@ use crate::support::{LogKind, Server, Socket, eventually, has, publish, refused,
 
 const AGENT: &str = "publish subscribe agent";
 
-pub(super) async fn post(server: &Server, token: &str, path: &str, body: Value) -> (u16, Value) {
+pub async fn post(server: &Server, token: &str, path: &str, body: Value) -> (u16, Value) {
     server.http_with("POST", &format!("/v1/dead-letters{path}"), token, Some(body), &[]).await
 }
 
@@ -34,7 +34,7 @@ async fn begin(scout: &mut Socket, thread: &str, run: &str) {
     assert_eq!(scout.ask(in_run(thread, run, "agent_started", json!({"agent": "scout"}))).await["type"], "published");
 }
 
-pub(super) fn id_of(letter: &Value) -> &str {
+pub fn id_of(letter: &Value) -> &str {
     letter["id"].as_str().unwrap()
 }
 

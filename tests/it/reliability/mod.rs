@@ -6,10 +6,10 @@
 
 mod brokers;
 mod confirm;
-mod dead_letters;
+pub mod dead_letters;
 mod durable;
 mod flow;
-mod letter_acts;
+pub mod letter_acts;
 mod level;
 mod memory;
 mod panics;

@@ -9,6 +9,8 @@ use weft::protocol::work::GroupRecord;
 
 use crate::on_both_logs;
 use crate::persistence::rules::{append_to, open};
+use crate::reliability::dead_letters::{list, rebuilt, root_of};
+use crate::reliability::letter_acts::{id_of, post};
 use crate::support::{LogKind, Server, Socket, TENANT, accepted, eventually, has, publish, refused, refused_with};
 
 const AGENT: &str = "publish subscribe agent";
@@ -86,6 +88,54 @@ on_both_logs!(what_failed_comes_again_before_anything_else_of_its_thread_and_hol
     let second = wim.recv_type("work").await;
     assert_eq!(place(&second), at("t", 2, 1));
     assert!(second["wait"]["busy_ms"].as_u64().unwrap() >= 250, "{second}");
+});
+
+on_both_logs!(work_that_was_given_up_is_work_again_once_requeued_until_it_is_done_or_fails_again, |log| async move {
+    let mut server = Server::start(log);
+    let (root, mut ada) = (root_of(TENANT), server.connect("ada").await);
+    let mut wim = worker(&server, "wim", "g", json!({})).await;
+    ada.say("t", "one").await;
+    let reject = json!({"outcome": "reject", "reason": "no such order"});
+    let work = wim.recv_type("work").await;
+    has(&settle(&mut wim, &work, reject.clone()).await, json!({"type": "settled"}));
+    ada.say("t", "two").await;
+    let second = wim.recv_type("work").await;
+    ada.say("t", "three").await;
+
+    let letter = list(&server, &root, "?reason=rejected").await.remove(0);
+    has(&letter, json!({"name": "g", "seq": 1, "error": "no such order", "attempts": 1}));
+    let path = format!("/{}/requeue", id_of(&letter));
+    let (status, rehearsed) = post(&server, &root, &path, json!({"rehearse": true})).await;
+    assert_eq!(status, 200, "{rehearsed}");
+    has(&rehearsed, json!({"effect": "work", "seq": 1, "thread": "t"}));
+    assert_eq!(post(&server, &root, &path, json!({"note": "it is there now"})).await, (200, rehearsed));
+    refused_with(&post(&server, &root, &path, json!({})).await.1, "conflict");
+    assert!(list(&server, &root, "").await.is_empty(), "nobody has to see to it");
+
+    // Before what was not begun.
+    done(&mut wim, &second).await;
+    let again = wim.recv_type("work").await;
+    assert_eq!(place(&again), at("t", 1, 1));
+    has(&settle(&mut wim, &again, reject).await, json!({"type": "settled"}));
+    let letter = list(&server, &root, "").await.remove(0);
+    has(&letter, json!({"id": letter["id"], "state": "open", "seq": 1, "attempts": 2}));
+    assert_eq!(letter["tries"].as_array().unwrap().len(), 2, "{letter}");
+    let third = wim.recv_type("work").await;
+    assert_eq!(place(&third), at("t", 3, 1));
+    done(&mut wim, &third).await;
+
+    // A rebuild finds it where it was.
+    assert_eq!(post(&server, &root, &path, json!({})).await.0, 200);
+    drop(wim);
+    rebuilt(&mut server).await;
+    let mut eve = worker(&server, "eve", "g", json!({})).await;
+    let last = eve.recv_type("work").await;
+    assert_eq!(last["event"]["seq"], 1);
+    done(&mut eve, &last).await;
+    eve.silent().await;
+    let (_, page) = server.http_with("GET", &format!("/v1/dead-letters/{}", id_of(&letter)), &root, None, &[]).await;
+    has(&page, json!({"state": "done"}));
+    assert_eq!(page["acts"].as_array().unwrap().len(), 2, "{page}");
 });
 
 on_both_logs!(a_worker_that_is_gone_gives_its_work_to_another_with_the_attempt_counted, |log| async move {
