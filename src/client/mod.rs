@@ -1,12 +1,15 @@
 //! A client of Weft: one WebSocket, commands out, frames in.
 //!
 //! [`Client`] is one connection. [`Resuming`] outlives connections: it reconnects and resumes after the last seq it has
-//! seen, so that its reader gets each event once and in order. [`Http`] sends the requests that have no command.
+//! seen, so that its reader gets each event once and in order. [`Worker`] takes work of a group, and outlives connections as
+//! well. [`Http`] sends the requests that have no command.
 //!
 //! There is no TLS here: a server on another machine needs a proxy or a tunnel on this one that speaks it.
 
 mod http;
+mod reconnect;
 mod resuming;
+mod worker;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -25,6 +28,7 @@ use tokio_tungstenite::tungstenite::{self, Message};
 
 pub use http::Http;
 pub use resuming::{ClientItem, Resuming, Start};
+pub use worker::{NotDone, Worker, WorkerItem};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -198,6 +202,13 @@ pub enum ClientFrame {
     Pong {
         id: i64,
     },
+    Consuming {
+        id: i64,
+    },
+    Work(Box<ClientWork>),
+    Settled {
+        id: i64,
+    },
     #[serde(other)]
     Unknown,
 }
@@ -208,7 +219,11 @@ impl ClientFrame {
         match self {
             ClientFrame::Published(published) => Some(published.id),
             ClientFrame::Subscribed(subscribed) => Some(subscribed.id),
-            ClientFrame::Refreshed { id } | ClientFrame::Unsubscribed { id } | ClientFrame::Pong { id } => Some(*id),
+            ClientFrame::Refreshed { id }
+            | ClientFrame::Unsubscribed { id }
+            | ClientFrame::Pong { id }
+            | ClientFrame::Consuming { id }
+            | ClientFrame::Settled { id } => Some(*id),
             _ => None,
         }
     }
@@ -278,6 +293,16 @@ pub struct ClientEvent {
     pub attempt: Option<u32>,
 }
 
+/// An event to work on, while its lease lasts.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ClientWork {
+    pub delivery: String,
+    pub group: String,
+    pub attempt: u32,
+    pub lease_ms: u64,
+    pub event: Value,
+}
+
 #[derive(Debug, Clone, Deserialize)]
 pub struct ErrorFrame {
     pub id: Option<i64>,
@@ -325,6 +350,28 @@ pub struct SubscribeDraft {
     pub last: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub epoch: Option<String>,
+}
+
+/// What work to take.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct ConsumeDraft {
+    pub group: String,
+    /// How much at once.
+    pub credit: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lease_ms: Option<u64>,
+}
+
+/// What became of a piece of work.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct SettleDraft {
+    pub delivery: String,
+    /// `done`, `retry`, `reject` or `extend`.
+    pub outcome: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delay_ms: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -403,6 +450,21 @@ impl Client {
         match self.ask("subscribe", subscription).await? {
             ClientFrame::Subscribed(subscribed) => Ok(subscribed),
             other => Err(ClientError::Malformed(format!("{other:?} answers a subscribe"))),
+        }
+    }
+
+    /// From now on work of the group comes, as [`ClientFrame::Work`].
+    pub async fn consume(&mut self, draft: &ConsumeDraft) -> Result<(), ClientError> {
+        match self.ask("consume", draft).await? {
+            ClientFrame::Consuming { .. } => Ok(()),
+            other => Err(ClientError::Malformed(format!("{other:?} answers a consume"))),
+        }
+    }
+
+    pub async fn settle(&mut self, draft: &SettleDraft) -> Result<(), ClientError> {
+        match self.ask("settle", draft).await? {
+            ClientFrame::Settled { .. } => Ok(()),
+            other => Err(ClientError::Malformed(format!("{other:?} answers a settle"))),
         }
     }
 

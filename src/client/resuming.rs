@@ -4,22 +4,14 @@
 //! or a repeat, however often the connection is lost between two of them. A gap is an error.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use serde_json::json;
 
+use super::reconnect::{Reconnect, advised, random};
 use super::{
     Client, ClientError, ClientEvent, ClientFrame, Http, PublishAnswer, PublishDraft, SubscribeAnswer, SubscribeDraft,
 };
-use crate::clock;
 use crate::protocol::ids::ALL_THREADS;
-
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// How often the first `subscribe` is sent, while the server calls its refusal temporary.
-const FIRST_TRIES: u32 = 10;
-/// A server that asks for a longer pause gets this one.
-const LONGEST_ADVISED: Duration = Duration::from_secs(120);
 
 /// Where reading begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,10 +48,7 @@ pub struct Resuming {
     epoch: Option<String>,
     /// The last seq seen of each thread.
     seen: HashMap<String, u64>,
-    /// Connections in a row that failed before a frame came.
-    failures: u32,
-    /// The pause that the server asked for.
-    advised: Option<Duration>,
+    reconnect: Reconnect,
     next_key: u64,
 }
 
@@ -85,18 +74,13 @@ impl Resuming {
             client: None,
             epoch: None,
             seen: HashMap::new(),
-            failures: 0,
-            advised: None,
+            reconnect: Reconnect::default(),
             next_key: 1,
         };
-        for failures in 1.. {
+        for tries in 1.. {
             match resuming.open().await {
                 Ok(()) => break,
-                Err(ClientError::Command(refusal)) if refusal.temporary && failures < FIRST_TRIES => {
-                    let advised = refusal.retry_after_ms.map(Duration::from_millis);
-                    tokio::time::sleep(advised.unwrap_or_else(|| pause(failures)).min(LONGEST_PAUSE)).await;
-                }
-                Err(error) => return Err(error),
+                Err(error) => Reconnect::first_failed(tries, error).await?,
             }
         }
         Ok(resuming)
@@ -129,7 +113,7 @@ impl Resuming {
                 Ok(frame) => frame,
                 Err(error) => return self.lost(error),
             };
-            self.failures = 0;
+            self.reconnect.heard();
             match frame {
                 ClientFrame::Event(event) if advance(&mut self.seen, &event)? => {
                     return Ok(ClientItem::Event(Box::new(event)));
@@ -159,8 +143,7 @@ impl Resuming {
             match client.publish(&draft).await {
                 Ok(published) => return Ok(published),
                 Err(ClientError::Command(refusal)) if refusal.temporary => {
-                    let advised = refusal.retry_after_ms.map(Duration::from_millis);
-                    tokio::time::sleep(advised.unwrap_or(FIRST_PAUSE)).await;
+                    tokio::time::sleep(advised(refusal.retry_after_ms, 1)).await;
                 }
                 // Frames that were received and not read are lost with the connection; their events come again after `seen`.
                 Err(error) => drop(self.lost(error)?),
@@ -170,24 +153,17 @@ impl Resuming {
 
     fn lost(&mut self, error: ClientError) -> Result<ClientItem, ClientError> {
         self.client = None;
-        self.advised = error.retry_after().map(|pause| pause.min(LONGEST_ADVISED));
-        if error.reconnects() { Ok(ClientItem::Lost(error)) } else { Err(error) }
+        self.reconnect.lost(error).map(ClientItem::Lost)
     }
 
     async fn reopen(&mut self) -> Result<ClientItem, ClientError> {
-        let own = (self.failures > 0).then(|| pause(self.failures));
-        if let Some(pause) = self.advised.max(own) {
-            tokio::time::sleep(pause).await;
-        }
-        self.advised = None;
-        self.failures = self.failures.saturating_add(1);
+        self.reconnect.pause().await;
         match self.open().await {
             Ok(()) => Ok(ClientItem::Resumed),
             Err(error) => self.lost(error),
         }
     }
 
-    /// Does not reset `failures`: a server that accepts connections and then closes them would get them without a pause.
     async fn open(&mut self) -> Result<(), ClientError> {
         let mut client = Client::connect(&self.url, &self.token).await?;
         if self.thread == ALL_THREADS {
@@ -277,18 +253,6 @@ fn advance(seen: &mut HashMap<String, u64>, event: &ClientEvent) -> Result<bool,
     Ok(true)
 }
 
-/// Doubles up to [`LONGEST_PAUSE`]; the upper half is random, so that clients of one server don't come back all at once.
-fn pause(failures: u32) -> Duration {
-    let whole = FIRST_PAUSE.saturating_mul(1 << failures.min(10).saturating_sub(1)).min(LONGEST_PAUSE);
-    let half = whole / 2;
-    half + half.mul_f64(f64::from(random()) / f64::from(u32::MAX))
-}
-
-/// The last 32 bits of a random UUID are all random.
-fn random() -> u32 {
-    clock::random_id().as_u128() as u32
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -305,13 +269,5 @@ mod tests {
         assert!(advance(&mut seen, &event(5)).unwrap());
         assert!(!advance(&mut seen, &event(5)).unwrap());
         assert!(matches!(advance(&mut seen, &event(7)), Err(ClientError::Hole { after: 5, seq: 7, .. })));
-    }
-
-    #[test]
-    fn pauses_grow_and_end() {
-        for (failures, whole) in [(1, 100), (2, 200), (7, 6400), (8, 10_000), (u32::MAX, 10_000)] {
-            let pause = pause(failures).as_millis();
-            assert!((whole / 2..=whole).contains(&pause), "{pause} ms after {failures}");
-        }
     }
 }
