@@ -152,9 +152,14 @@ pub fn may_publish(scopes: Scopes) -> Result<(), Error> {
     if scopes.publish || scopes.admin { Ok(()) } else { Err(missing("publish")) }
 }
 
-/// Whether the token allows to look after the tenant: sessions, dead letters.
+/// Whether the token allows to look after the tenant: sessions, dead letters, groups.
 pub fn administer(scopes: Scopes) -> Result<(), Error> {
     if scopes.admin { Ok(()) } else { Err(missing("admin")) }
+}
+
+/// Whether the token allows to take work of groups, and to look at them.
+pub fn work(scopes: Scopes) -> Result<(), Error> {
+    if scopes.agent || scopes.admin { Ok(()) } else { Err(missing("agent")) }
 }
 
 /// By which right a thread's members and title may be changed.
@@ -240,5 +245,6 @@ mod tests {
         assert_eq!(refused.map_err(|error| error.code), Err(Code::Forbidden));
         assert!(read(Scopes::parse(Some("publish"))).is_err());
         assert!(read(Scopes::parse(None)).is_ok());
+        assert!(work(Scopes::parse(None)).is_err() && work(Scopes::parse(Some("agent"))).is_ok());
     }
 }

@@ -18,7 +18,7 @@ use super::http::probes::Probes;
 use super::http::reply::{Reply, method_not_allowed, problem};
 use super::http::request::{AnonymousRequest, Request, bearer_token, refuse_head};
 use super::http::{
-    Api, context, dead_letters, events, letter_acts, members, probes, readers, runs, sessions, threads, tickets,
+    Api, context, dead_letters, events, groups, letter_acts, members, probes, readers, runs, sessions, threads, tickets,
 };
 use super::listener;
 use super::matcher::{Found, Matcher};
@@ -43,6 +43,8 @@ pub enum Needs {
     Read,
     /// The same, or a ticket in its place: for what a browser reads without headers of the page's.
     Stream,
+    /// A token with scope `agent`, or `admin`.
+    Agent,
     /// A token with scope `admin`.
     Admin,
 }
@@ -87,6 +89,7 @@ const DELETE: Method = Method::DELETE;
 const THREAD: &str = "/v1/threads/{thread}";
 const EVENTS: &str = "/v1/threads/{thread}/events";
 const MEMBER: &str = "/v1/threads/{thread}/members/{user}";
+const GROUP: &str = "/v1/groups/{group}";
 const METRICS: &str = "/metrics";
 
 /// The name of the route whose requests are not counted.
@@ -118,6 +121,15 @@ pub static ROUTES: &[Route] = &[
     user(GET, "/v1/threads/{thread}/runs/{run}", "run", Needs::Read, |edge, it| answer(runs::read(edge.api.clone(), it))),
     user(GET, "/v1/runs", "runs", Needs::Read, |edge, it| answer(runs::open(edge.api.clone(), it))),
     user(GET, "/v1/runs/{run}", "run", Needs::Read, |edge, it| answer(runs::find(edge.api.clone(), it))),
+
+    user(GET, "/v1/groups", "groups", Needs::Agent, |edge, it| answer(groups::list(edge.api.clone(), it))),
+    user(GET, GROUP, "group", Needs::Agent, |edge, it| answer(groups::read(edge.api.clone(), it))),
+    user(PUT, GROUP, "group", Needs::Admin, |edge, it| answer(groups::put(edge.api.clone(), it))),
+    user(POST, "/v1/groups/{group}/pause", "group_pause", Needs::Admin, |edge, it| answer(groups::pause(edge.api.clone(), it))),
+    user(POST, "/v1/groups/{group}/resume", "group_resume", Needs::Admin, |edge, it| answer(groups::resume(edge.api.clone(), it))),
+    user(POST, "/v1/groups/{group}/lease", "lease", Needs::Agent, |edge, it| answer(groups::lease(edge.api.clone(), it))),
+    user(POST, "/v1/groups/{group}/settle", "settle", Needs::Agent, |edge, it| answer(groups::settle(edge.api.clone(), it))),
+    user(DELETE, GROUP, "group", Needs::Admin, |edge, it| answer(groups::delete(edge.api.clone(), it))),
 
     user(GET, "/v1/dead-letters", "dead_letters", Needs::Admin, |edge, it| answer(dead_letters::list(edge.api.clone(), it))),
     user(GET, "/v1/dead-letters/counts", "dead_letter_counts", Needs::Admin, |edge, it| answer(dead_letters::counts(edge.api.clone(), it))),
@@ -221,6 +233,7 @@ impl Edge {
         match needs {
             Needs::Nothing | Needs::Token => {}
             Needs::Read | Needs::Stream => scopes::read(who.scopes)?,
+            Needs::Agent => scopes::work(who.scopes)?,
             Needs::Admin => scopes::administer(who.scopes)?,
         }
         Ok(who)

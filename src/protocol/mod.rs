@@ -9,6 +9,7 @@ pub mod delta;
 pub mod error;
 pub mod event;
 pub mod frame;
+pub mod groups;
 pub mod http;
 pub mod ids;
 pub mod json;

@@ -7,6 +7,9 @@ use super::command::{Ack, Connect, Consume, Credit, Ping, Publish, Refresh, Sett
 use super::data;
 use super::event::{EventFrame, EventItem, LogEvent};
 use super::frame::ServerFrame;
+use super::groups::{
+    GroupDeleted, GroupDetail, GroupItem, GroupList, LeaseBody, SettleBody, Settled, SettledList, WorkList,
+};
 use super::http::{
     Alive, Conversation, EventPage, MembershipReply, Presence, Problem, PublishBody, PublishReply, Ready, ReceiptList,
     RevocationReply, RunDetail, RunList, SessionList, StreamStart, ThreadBody, ThreadDetail, ThreadList, Ticket,
@@ -20,7 +23,7 @@ use super::records::{
     DeadLetterRecord, LetterActRecord, LogCheckpointRecord, LogCreatedRecord, LogGenerationRecord, ReceiptRecord,
     TicketIssuedRecord, TicketUsedRecord,
 };
-use super::work::{GroupRecord, WorkLeasedRecord, WorkSettledRecord};
+use super::work::{GroupRecord, GroupSettings, WorkLeasedRecord, WorkSettledRecord};
 
 /// Each schema's file name without its ending, and the schema.
 pub fn all() -> Vec<(&'static str, Schema)> {
@@ -77,6 +80,16 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.dead-letter-outcome", of::<LetterOutcome>()),
         ("http.dead-letter-outcomes", of::<LetterOutcomes>()),
         ("http.dead-letter-counts", of::<DeadLetterCounts>()),
+        ("http.group-settings", of::<GroupSettings>()),
+        ("http.group", of::<GroupItem>()),
+        ("http.group-detail", of::<GroupDetail>()),
+        ("http.group-list", of::<GroupList>()),
+        ("http.group-deleted", of::<GroupDeleted<'_>>()),
+        ("http.lease", of::<LeaseBody>()),
+        ("http.work-list", of::<WorkList>()),
+        ("http.settle", of::<SettleBody<'_>>()),
+        ("http.settled", of::<Settled>()),
+        ("http.settled-list", of::<SettledList>()),
         ("http.context", of::<Conversation>()),
         ("http.membership", of::<MembershipReply>()),
         ("http.revocation", of::<RevocationReply>()),

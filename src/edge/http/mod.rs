@@ -3,6 +3,7 @@
 pub mod context;
 pub mod dead_letters;
 pub mod events;
+pub mod groups;
 pub mod letter_acts;
 pub mod members;
 pub mod meter;

@@ -3,8 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
+use uuid::Uuid;
 use weft::auth::jwt::{Claims, mint};
 use weft::edge::routes::{Needs, ROUTES, Route};
+use weft::protocol::work::Delivery;
 
 use crate::support::{LogKind, SECRET, Server, Socket, claims, publish, token, token_of};
 
@@ -12,12 +14,16 @@ use crate::support::{LogKind, SECRET, Server, Socket, claims, publish, token, to
 const THREAD: &str = "secret-thread";
 const RUN: &str = "secret-run";
 const CONTENT: &str = "secret-content";
+/// A group that no tenant has.
+const GROUP: &str = "workers";
 
 /// Somebody who is no member of the thread.
 struct Caller {
     name: &'static str,
     token: String,
     is_admin: bool,
+    /// It may take work.
+    works: bool,
     /// Of another tenant, which has no thread of this name.
     is_foreign: bool,
 }
@@ -25,7 +31,10 @@ struct Caller {
 fn callers() -> Vec<Caller> {
     let foreign =
         |user: &str, scope: &str| mint(SECRET, &Claims { tenant: "umbrella".into(), ..claims(user, scope) }).unwrap();
-    let of = |name, token, is_admin, is_foreign| Caller { name, token, is_admin, is_foreign };
+    let of = |name, token, is_admin, is_foreign| {
+        let works = is_admin || name == "an agent";
+        Caller { name, token, is_admin, works, is_foreign }
+    };
     vec![
         of("a stranger", token("eve", ""), false, false),
         of("an agent", token("bot", "publish subscribe agent"), false, false),
@@ -49,7 +58,7 @@ async fn secret(server: &Server) -> Socket {
 
 fn path_of(route: &Route) -> String {
     let path = route.path.replace("{thread}", THREAD).replace("{user}", "ada").replace("{run}", RUN);
-    let path = path.replace("{id}", "6f1c2a52-5b0e-4e0a-9d7c-2a3c1f0e4b5d");
+    let path = path.replace("{id}", "6f1c2a52-5b0e-4e0a-9d7c-2a3c1f0e4b5d").replace("{group}", GROUP);
     assert!(!path.contains('{'), "a parameter that this test does not know: {}", route.path);
     path
 }
@@ -62,6 +71,11 @@ pub(super) fn makes_threads(route: &Route) -> bool {
     )
 }
 
+/// The route that makes a group where there is none.
+fn makes_groups(route: &Route) -> bool {
+    (route.method.as_str(), route.path) == ("PUT", "/v1/groups/{group}")
+}
+
 /// Routes that do something about all dead letters that match.
 pub(super) fn is_for_all_letters(route: &Route) -> bool {
     matches!(route.path, "/v1/dead-letters/requeue" | "/v1/dead-letters/discard")
@@ -70,6 +84,11 @@ pub(super) fn is_for_all_letters(route: &Route) -> bool {
 fn body_of(route: &Route) -> Option<Value> {
     if is_for_all_letters(route) {
         return Some(json!({"filter": {}}));
+    }
+    if route.path == "/v1/groups/{group}/settle" {
+        let (group, thread) = (GROUP.to_owned(), THREAD.to_owned());
+        let delivery = Delivery { lease: Uuid::from_bytes([7; 16]), lease_ms: 30_000, group, thread };
+        return Some(json!({"delivery": delivery.text(), "outcome": "done"}));
     }
     match (route.method.as_str(), makes_threads(route)) {
         ("PUT", true) => Some(json!({"title": "mine"})),
@@ -86,17 +105,20 @@ async fn knock(server: &Server, route: &Route, token: &str) -> (u16, Value) {
 async fn who_has_no_right_is_refused_on_every_route_or_finds_nothing_there() {
     let server = Server::start(LogKind::embedded());
     let mut ada = secret(&server).await;
-    for Caller { name, token, is_admin, is_foreign } in callers() {
-        for route in ROUTES.iter().filter(|route| !(is_foreign && makes_threads(route))) {
+    for Caller { name, token, is_admin, works, is_foreign } in callers() {
+        for route in ROUTES.iter().filter(|route| !(is_foreign && (makes_threads(route) || makes_groups(route)))) {
             let what = format!("{name}: {} {}", route.method, route.path);
             let wanted = match (route.needs(), route.path) {
                 // A WebSocket is asked thread by thread, and probes tell of the server alone.
                 (Needs::Nothing, "/v1/ws" | "/healthz" | "/readyz" | "/metrics") => continue,
                 (Needs::Admin, _) if !is_admin => (403, Some("forbidden")),
+                (Needs::Agent, _) if !works => (403, Some("forbidden")),
                 // Of the caller's own tenant.
                 (Needs::Token, "/v1/tickets") => (201, None),
                 (Needs::Read, "/v1/threads" | "/v1/runs") => (200, None),
                 (Needs::Admin, "/v1/sessions" | "/v1/users/{user}/sessions") => (200, None),
+                (Needs::Agent, "/v1/groups") => (200, None),
+                (Needs::Agent, "/v1/groups/{group}/settle") => (409, Some("conflict")),
                 (Needs::Admin, "/v1/dead-letters" | "/v1/dead-letters/counts") => (200, None),
                 (Needs::Admin, "/v1/dead-letters/requeue" | "/v1/dead-letters/discard") => (200, None),
                 (_, path) if path.contains('{') => (404, Some("not_found")),

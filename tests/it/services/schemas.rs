@@ -157,7 +157,7 @@ async fn an_event_on_a_page_is_what_its_schema_says_and_so_is_the_frame_that_it_
 /// The path of a route in the thread that [`everything_in_it`] has made.
 fn path_of(route: &Route, letter: &str) -> String {
     let path = route.path.replace("{thread}", "t").replace("{user}", "ben").replace("{run}", "r");
-    let path = path.replace("{id}", letter);
+    let path = path.replace("{id}", letter).replace("{group}", "g");
     assert!(!path.contains('{'), "say what is to stand for the parameters of {}", route.path);
     path
 }
@@ -185,6 +185,8 @@ async fn everything_in_it(server: &Server) -> String {
     ] {
         accepted(&act(kind, data).await);
     }
+    let made = server.http_with("PUT", "/v1/groups/g", &token("root", "admin"), Some(json!({})), &[]).await;
+    assert_eq!(made.0, 201, "{}", made.1);
     let receipts = async || server.http("GET", "/v1/threads/t/receipts", "ada", None).await.1;
     eventually("the receipt is there", async || receipts().await["receipts"][0]["seq"] == 1).await;
     let (_, letters) = server.admin("GET", "/v1/dead-letters").await;
@@ -198,7 +200,11 @@ async fn every_route_answers_what_its_schema_says() {
     let mut streams = Vec::new();
     for route in ROUTES {
         let (method, path) = (route.method.as_str(), path_of(route, &letter));
-        let token = if route.needs() == Needs::Admin { token("root", "admin") } else { token("ada", "") };
+        let token = match route.needs() {
+            Needs::Admin => token("root", "admin"),
+            Needs::Agent => token("scout", "agent"),
+            _ => token("ada", ""),
+        };
         match route.path {
             // Frames, not a body; the test above has them.
             "/v1/ws" => continue,
@@ -216,6 +222,11 @@ async fn every_route_answers_what_its_schema_says() {
         let body = match (method, route.path) {
             ("PUT", "/v1/threads/{thread}") => Some(json!({"title": "Everything", "members": ["cid"]})),
             ("POST", "/v1/threads/{thread}/events") => Some(json!({"kind": "x.a", "data": 1, "parent": 1})),
+            ("PUT", "/v1/groups/{group}") => Some(json!({"kinds": ["x.a"], "from": "start", "attempts": 2})),
+            ("POST", "/v1/groups/{group}/lease") => Some(json!({"n": 1, "wait_ms": 30_000})),
+            ("POST", "/v1/groups/{group}/settle") => {
+                Some(json!({"settlements": [{"delivery": "none", "outcome": "done"}]}))
+            }
             ("POST", "/v1/dead-letters/{id}/requeue") => Some(json!({"rehearse": true, "note": "to see"})),
             ("POST", "/v1/dead-letters/requeue" | "/v1/dead-letters/discard") => {
                 Some(json!({"filter": {"reason": "run_order"}, "rehearse": true}))

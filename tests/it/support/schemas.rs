@@ -102,6 +102,9 @@ pub fn check_request(method: &str, path: &str, body: &Value) {
     match (method, &parts[..]) {
         ("PUT", ["v1", "threads", _]) => check("http.thread", body),
         ("POST", ["v1", "threads", _, "events"]) => check("http.publish", body),
+        ("PUT", ["v1", "groups", _]) => check("http.group-settings", body),
+        ("POST", ["v1", "groups", _, "lease"]) => check("http.lease", body),
+        ("POST", ["v1", "groups", _, "settle"]) => check("http.settle", body),
         ("POST", ["v1", "dead-letters", "requeue" | "discard"]) => check("http.dead-letter-acts", body),
         ("POST", ["v1", "dead-letters", _, "requeue"]) => check("http.dead-letter-act", body),
         _ => panic!("no schema for the body of {method} {path}: {body}"),
@@ -119,6 +122,13 @@ pub fn check_body(method: &str, path: &str, status: u16, body: &Value) {
         ("POST", ["v1", "tickets"]) => "http.ticket",
         ("GET", ["v1", "sessions"]) => "http.session-list",
         ("DELETE", ["v1", "users", _, "sessions"]) => "http.revocation",
+        ("GET", ["v1", "groups"]) => "http.group-list",
+        ("GET", ["v1", "groups", _]) => "http.group-detail",
+        ("PUT", ["v1", "groups", _]) | ("POST", ["v1", "groups", _, "pause" | "resume"]) => "http.group",
+        ("DELETE", ["v1", "groups", _]) => "http.group-deleted",
+        ("POST", ["v1", "groups", _, "lease"]) => "http.work-list",
+        ("POST", ["v1", "groups", _, "settle"]) if body["items"].is_array() => "http.settled-list",
+        ("POST", ["v1", "groups", _, "settle"]) => "http.settled",
         ("GET", ["v1", "dead-letters"]) => "http.dead-letter-list",
         ("GET", ["v1", "dead-letters", "counts"]) => "http.dead-letter-counts",
         ("POST", ["v1", "dead-letters", "requeue" | "discard"]) => "http.dead-letter-outcomes",
@@ -155,7 +165,8 @@ pub fn check_body(method: &str, path: &str, status: u16, body: &Value) {
 /// The events that a body of HTTP carries.
 fn events_of(body: &Value) -> Vec<&Value> {
     let list = |name: &str| body[name].as_array().into_iter().flatten();
-    list("events").chain(list("threads").map(|thread| &thread["last"])).filter(|it| it.is_object()).collect()
+    let last = list("threads").map(|thread| &thread["last"]);
+    list("events").chain(last).chain(list("work").map(|work| &work["event"])).filter(|it| it.is_object()).collect()
 }
 
 #[test]

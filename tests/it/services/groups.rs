@@ -1,0 +1,244 @@
+//! Work queues over HTTP: groups, and leases for who has no connection.
+
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+use crate::on_both_logs;
+use crate::support::{LogKind, Server, accepted, eventually, has, publish, refused, refused_with, token};
+
+const AGENT: &str = "publish subscribe agent";
+
+async fn as_admin(server: &Server, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+    server.http_with(method, path, &token("root", "admin"), body, &[]).await
+}
+
+async fn as_worker(server: &Server, path: &str, body: Value) -> (u16, Value) {
+    server.http_with("POST", path, &token("wim", AGENT), Some(body), &[]).await
+}
+
+async fn make(server: &Server, group: &str, settings: Value) {
+    let (status, made) = as_admin(server, "PUT", &format!("/v1/groups/{group}"), Some(settings)).await;
+    assert_eq!(status, 201, "{made}");
+}
+
+async fn group(server: &Server, group: &str) -> Value {
+    as_admin(server, "GET", &format!("/v1/groups/{group}"), None).await.1
+}
+
+async fn has_workers(server: &Server, name: &str, workers: usize) {
+    eventually("the group has so many workers", async || group(server, name).await["workers"] == workers).await;
+}
+
+/// What one request leases.
+async fn lease(server: &Server, group: &str, body: Value) -> Vec<Value> {
+    let (status, leased) = as_worker(server, &format!("/v1/groups/{group}/lease"), body).await;
+    assert_eq!(status, 200, "{leased}");
+    leased["work"].as_array().unwrap().clone()
+}
+
+/// The one piece of work that a request waits for.
+async fn lease_one(server: &Server, group: &str) -> Value {
+    let leased = lease(server, group, json!({"wait_ms": 30_000})).await;
+    assert_eq!(leased.len(), 1, "{leased:?}");
+    leased[0].clone()
+}
+
+async fn settle(server: &Server, work: &Value, outcome: &str) -> (u16, Value) {
+    let path = format!("/v1/groups/{}/settle", work["group"].as_str().unwrap());
+    as_worker(server, &path, json!({"delivery": work["delivery"], "outcome": outcome})).await
+}
+
+on_both_logs!(a_group_is_made_changed_listed_paused_and_deleted, |log| async move {
+    let server = Server::start(log);
+    let (status, made) = as_admin(&server, "PUT", "/v1/groups/g", None).await;
+    assert_eq!(status, 201, "{made}");
+    has(&made, json!({"group": "g", "kinds": ["user_message"], "from": "now", "lease_ms": 30_000, "attempts": 5}));
+    has(&made, json!({"backoff": {"min_ms": 1_000, "max_ms": 60_000}, "paused": false}));
+
+    let settings = json!({"kinds": ["x.job"], "attempts": 2, "backoff": {"min_ms": 1, "max_ms": 2}, "lease_ms": 1_000});
+    let (status, changed) = as_admin(&server, "PUT", "/v1/groups/g", Some(settings.clone())).await;
+    assert_eq!(status, 200, "{changed}");
+    has(&changed, settings.clone());
+    has(&changed, json!({"created_at": made["created_at"]}));
+    let shown = group(&server, "g").await;
+    has(&shown, settings);
+    has(&shown, json!({"depth": 0, "oldest_ms": null, "in_flight": 0, "workers": 0}));
+
+    for (act, paused) in [("pause", true), ("pause", true), ("resume", false)] {
+        let (status, answer) = as_admin(&server, "POST", &format!("/v1/groups/g/{act}"), None).await;
+        assert_eq!((status, &answer["paused"]), (200, &json!(paused)), "{answer}");
+        assert_eq!(group(&server, "g").await["paused"], paused);
+    }
+
+    make(&server, "a", json!({"from": "start"})).await;
+    let (_, page) = as_admin(&server, "GET", "/v1/groups?limit=1", None).await;
+    has(&page["groups"][0], json!({"group": "a", "from": "start"}));
+    let next = format!("/v1/groups?limit=1&cursor={}", page["next"].as_str().unwrap());
+    let (_, page) = as_admin(&server, "GET", &next, None).await;
+    has(&page["groups"][0], json!({"group": "g"}));
+    assert!(page["next"].is_null() && page["groups"].as_array().unwrap().len() == 1, "{page}");
+
+    let (status, deleted) = as_admin(&server, "DELETE", "/v1/groups/g", None).await;
+    assert_eq!((status, &deleted["deleted"]), (200, &json!(true)));
+    refused(&group(&server, "g").await, "not_found", "group");
+    for (method, path) in [("DELETE", "/v1/groups/g"), ("POST", "/v1/groups/g/pause")] {
+        refused(&as_admin(&server, method, path, None).await.1, "not_found", "group");
+    }
+    refused(&as_worker(&server, "/v1/groups/g/lease", json!({})).await.1, "not_found", "group");
+});
+
+#[tokio::test]
+async fn what_is_wrong_with_a_request_about_a_group_is_said_by_its_field() {
+    let server = Server::start(LogKind::embedded());
+    make(&server, "g", json!({})).await;
+    for (body, field) in [
+        (json!({"kinds": []}), "kinds"),
+        (json!({"kinds": [1]}), "kinds[0]"),
+        (json!({"from": "end"}), "from"),
+        (json!({"lease_ms": 999}), "lease_ms"),
+        (json!({"attempts": 21}), "attempts"),
+        (json!({"backoff": {"min_ms": 2, "max_ms": 1}}), "backoff"),
+        (json!({"order": "none"}), "order"),
+    ] {
+        refused(&as_admin(&server, "PUT", "/v1/groups/h", Some(body)).await.1, "bad_request", field);
+    }
+    refused(&as_admin(&server, "PUT", "/v1/groups/no%20group", None).await.1, "bad_request", "group");
+    refused(&as_admin(&server, "PUT", "/v1/groups/h?x=1", None).await.1, "bad_request", "x");
+    refused(&group(&server, "h").await, "not_found", "group");
+
+    for (body, field) in [
+        (json!({"n": 0}), "n"),
+        (json!({"n": 101}), "n"),
+        (json!({"wait_ms": 30_001}), "wait_ms"),
+        (json!({"wait_ms": -1}), "wait_ms"),
+        (json!({"lease_ms": 3_600_001}), "lease_ms"),
+        (json!({"kinds": []}), "kinds"),
+        (json!({"credit": 1}), "credit"),
+    ] {
+        refused(&as_worker(&server, "/v1/groups/g/lease", body).await.1, "bad_request", field);
+    }
+    for (body, field) in [
+        (json!({}), "delivery"),
+        (json!({"delivery": "none", "outcome": "done"}), "delivery"),
+        (json!({"delivery": "none"}), "outcome"),
+        (json!({"delivery": "none", "outcome": "expired"}), "outcome"),
+        (json!({"settlements": []}), "settlements"),
+        (json!({"settlements": [{"delivery": "none", "outcome": "done"}], "reason": "r"}), "reason"),
+    ] {
+        refused(&as_worker(&server, "/v1/groups/g/settle", body).await.1, "bad_request", field);
+    }
+
+    let as_user = async |path: &str| server.http("POST", path, "ada", Some(json!({}))).await.1;
+    refused_with(&as_user("/v1/groups/g/lease").await, "forbidden");
+    refused_with(&as_user("/v1/groups/g/settle").await, "forbidden");
+    refused_with(&as_worker(&server, "/v1/groups/g/pause", json!({})).await.1, "forbidden");
+}
+
+on_both_logs!(a_lease_that_waits_gets_the_work_when_it_is_published_and_is_settled_once, |log| async move {
+    let server = Server::start(log);
+    make(&server, "g", json!({})).await;
+    let mut ada = server.connect("ada").await;
+    let published = async {
+        has_workers(&server, "g", 1).await;
+        ada.say("t", "do it").await
+    };
+    let (work, seq) = tokio::join!(lease_one(&server, "g"), published);
+    has(&work, json!({"group": "g", "attempt": 1, "lease_ms": 30_000}));
+    has(&work["event"], json!({"thread": "t", "seq": seq, "kind": "user_message", "from": "ada", "type": null}));
+    has(&group(&server, "g").await, json!({"depth": 1, "in_flight": 1, "workers": 0}));
+    assert!(group(&server, "g").await["oldest_ms"].is_u64());
+
+    let (status, extended) = settle(&server, &work, "extend").await;
+    assert_eq!(status, 200, "{extended}");
+    let (status, settled) = settle(&server, &work, "done").await;
+    assert_eq!((status, settled), (200, json!({"delivery": work["delivery"], "outcome": "done"})));
+    for outcome in ["done", "retry", "extend"] {
+        let (status, again) = settle(&server, &work, outcome).await;
+        assert_eq!(status, 409, "{again}");
+        refused(&again, "conflict", "delivery");
+    }
+    has(&group(&server, "g").await, json!({"depth": 0, "in_flight": 0, "oldest_ms": null}));
+    make(&server, "other", json!({})).await;
+    let elsewhere = json!({"delivery": work["delivery"], "outcome": "done"});
+    refused(&as_worker(&server, "/v1/groups/other/settle", elsewhere).await.1, "bad_request", "delivery");
+    assert_eq!(lease(&server, "g", json!({})).await, Vec::<Value>::new());
+});
+
+#[tokio::test]
+async fn several_are_leased_and_settled_at_once_each_with_its_own_outcome() {
+    let server = Server::start(LogKind::embedded());
+    make(&server, "g", json!({"kinds": ["x.job", "x.other"], "backoff": {"min_ms": 1, "max_ms": 1}})).await;
+    let mut ada = server.connect("ada").await;
+    for thread in ["a", "b", "c"] {
+        accepted(&ada.ask(publish(thread, "x.job", json!(thread))).await);
+    }
+    accepted(&ada.ask(publish("d", "x.other", json!({}))).await);
+
+    let mut work = Vec::new();
+    while work.len() < 3 {
+        let wanted = json!({"n": 10, "wait_ms": 30_000, "kinds": ["x.job"], "lease_ms": 60_000});
+        work.extend(lease(&server, "g", wanted).await);
+    }
+    work.sort_by_key(|it| it["event"]["thread"].to_string());
+    assert_eq!(work.iter().map(|it| &it["event"]["data"]).collect::<Vec<_>>(), ["a", "b", "c"]);
+    assert!(work.iter().all(|it| it["lease_ms"] == 60_000), "{work:?}");
+
+    let [a, b, c] = [0, 1, 2].map(|n| work[n]["delivery"].clone());
+    let settlements = json!([
+        {"delivery": a, "outcome": "done"},
+        {"delivery": b, "outcome": "retry", "reason": "not now"},
+        {"delivery": c, "outcome": "reject", "reason": "no such job"},
+        {"delivery": "none", "outcome": "done"},
+    ]);
+    let (status, settled) = as_worker(&server, "/v1/groups/g/settle", json!({"settlements": settlements})).await;
+    assert_eq!(status, 200, "{settled}");
+    let items = settled["items"].as_array().unwrap();
+    assert_eq!(items.len(), 4);
+    for (item, outcome) in items.iter().zip(["done", "retry", "reject", "done"]) {
+        has(item, json!({"outcome": outcome}));
+    }
+    assert!(items[..3].iter().all(|item| item["code"].is_null()), "{settled}");
+    has(&items[3], json!({"code": "bad_request", "delivery": "none"}));
+
+    let again = lease(&server, "g", json!({"wait_ms": 30_000, "kinds": ["x.job"]})).await;
+    has(&again[0], json!({"attempt": 2}));
+    has(&again[0]["event"], json!({"thread": "b"}));
+    let (_, letters) = server.admin("GET", "/v1/dead-letters").await;
+    has(&letters["items"][0], json!({"reason": "rejected", "thread": "c", "error": "no such job", "name": "g"}));
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_while_it_waits_is_no_worker_and_gets_nothing() {
+    let server = Server::start(LogKind::embedded());
+    make(&server, "g", json!({})).await;
+    let address = server.url.trim_start_matches("http://");
+    let mut client = TcpStream::connect(address).await.unwrap();
+    let (token, body) = (token("eve", AGENT), r#"{"wait_ms":30000}"#);
+    let head = format!("POST /v1/groups/g/lease HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {token}\r\n");
+    client.write_all(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()).as_bytes()).await.unwrap();
+    has_workers(&server, "g", 1).await;
+    drop(client);
+    has_workers(&server, "g", 0).await;
+
+    server.connect("ada").await.say("t", "do it").await;
+    has(&lease_one(&server, "g").await, json!({"attempt": 1}));
+}
+
+#[tokio::test]
+async fn a_group_that_is_paused_gives_nothing_to_who_waits_until_it_is_resumed() {
+    let server = Server::start(LogKind::embedded());
+    make(&server, "g", json!({})).await;
+    assert_eq!(as_admin(&server, "POST", "/v1/groups/g/pause", None).await.0, 200);
+    server.connect("ada").await.say("t", "do it").await;
+    assert_eq!(lease(&server, "g", json!({})).await, Vec::<Value>::new());
+    has(&group(&server, "g").await, json!({"depth": 1, "in_flight": 0, "paused": true}));
+
+    let resumed = async {
+        has_workers(&server, "g", 1).await;
+        as_admin(&server, "POST", "/v1/groups/g/resume", None).await
+    };
+    let (work, resumed) = tokio::join!(lease_one(&server, "g"), resumed);
+    assert_eq!(resumed.1["paused"], false);
+    has(&work["event"], json!({"thread": "t", "seq": 1}));
+}
