@@ -5,6 +5,7 @@ pub mod common;
 pub mod dead_letters;
 pub mod demo;
 pub mod doctor;
+pub mod groups;
 pub mod logging;
 pub mod rebuild;
 pub mod runs;
@@ -14,6 +15,7 @@ pub mod serve;
 pub mod tail;
 pub mod threads;
 pub mod token;
+pub mod work;
 
 use std::ffi::OsString;
 
@@ -23,8 +25,7 @@ use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
 use common::Failure;
 
 /// Commands that are planned and not there yet.
-const PLANNED: [&str; 10] =
-    ["replay", "search", "export", "verify", "backup", "restore", "groups", "work", "erase", "completions"];
+const PLANNED: [&str; 8] = ["replay", "search", "export", "verify", "backup", "restore", "erase", "completions"];
 
 /// An event-sourced messaging backend for AI platforms.
 #[derive(Debug, Parser)]
@@ -48,6 +49,10 @@ enum CliCommand {
     Tail(tail::Args),
     /// List, count, show, requeue or discard dead letters: what could not be handled; scope admin
     DeadLetters(Box<dead_letters::Args>),
+    /// List, show, set, delete, pause or resume the groups of work queues
+    Groups(Box<groups::Args>),
+    /// Run a command for each event of a group, publish what it prints, settle by its exit code; scope agent
+    Work(work::Args),
     /// List the runs of agents, or show one as a waterfall
     Runs(runs::Args),
     /// Rebuild the projections from the log, of a stopped server
@@ -81,6 +86,7 @@ impl Cli {
         let checked = match &self.command {
             CliCommand::Tail(args) => args.check(),
             CliCommand::DeadLetters(args) => args.check(),
+            CliCommand::Groups(args) => args.check(),
             _ => Ok(()),
         };
         checked.map_err(|why| Cli::command().error(ErrorKind::ArgumentConflict, why))?;
@@ -95,6 +101,8 @@ impl Cli {
             CliCommand::Threads(args) => threads::run(args).await,
             CliCommand::Tail(args) => tail::run(args).await,
             CliCommand::DeadLetters(args) => dead_letters::run(*args).await,
+            CliCommand::Groups(args) => groups::run(*args).await,
+            CliCommand::Work(args) => work::run(args).await,
             CliCommand::Runs(args) => runs::run(args).await,
             CliCommand::Rebuild(args) => rebuild::run(args).await,
             CliCommand::Doctor(args) => doctor::run(args).await,

@@ -1,11 +1,17 @@
-//! Work queues over HTTP: groups, and leases for who has no connection.
+//! Work queues over HTTP, and on the command line: groups, leases for who has no connection, and `weft work`.
+
+use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
+use weft::clock;
 
+use super::{Serving, run};
 use crate::on_both_logs;
-use crate::support::{LogKind, Server, accepted, eventually, has, publish, refused, refused_with, token};
+use crate::support::{LogKind, Server, accepted, eventually, has, publish, refused, refused_with, token, weft};
 
 const AGENT: &str = "publish subscribe agent";
 
@@ -241,4 +247,186 @@ async fn a_group_that_is_paused_gives_nothing_to_who_waits_until_it_is_resumed()
     let (work, resumed) = tokio::join!(lease_one(&server, "g"), resumed);
     assert_eq!(resumed.1["paused"], false);
     has(&work["event"], json!({"thread": "t", "seq": 1}));
+}
+
+/// `weft work` as a user.
+fn worker(server: &Server, user: &str, arguments: &[&str]) -> Command {
+    let mut command = weft();
+    command.args(["work", "g", "--url", &server.url, "--token", &token(user, AGENT)]).args(arguments);
+    command
+}
+
+async fn events(server: &Server, thread: &str) -> Vec<Value> {
+    let (_, page) = server.http("GET", &format!("/v1/threads/{thread}/events"), "ada", None).await;
+    page["events"].as_array().unwrap().clone()
+}
+
+fn signal(pid: u32, name: &str) {
+    assert!(Command::new("kill").args([format!("-{name}"), pid.to_string()]).status().unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_line_of_shell_works_on_an_event_and_its_output_is_the_answer() {
+    let server = Server::start(LogKind::embedded());
+    let script = r#"sed -n 's/.*"content":"\([^"]*\)".*/You said \1/p'; echo "in $WEFT_GROUP of $WEFT_THREAD""#;
+    let working = Serving::start(&mut worker(&server, "wim", &["--exec", script]));
+    has_workers(&server, "g", 1).await;
+    let mut ada = server.connect("ada").await;
+    ada.say("t", "hello").await;
+    ada.subscribe("t", Some(0)).await;
+    let answer = ada.events(2).await[1].clone();
+    has(&answer, json!({"kind": "agent_message", "from": "wim", "seq": 2, "parent": 1, "key": "work:g/t/1"}));
+    assert_eq!(answer["data"], json!({"content": "You said hello\nin g of t"}));
+    let line = working.line("t #1").join(" ");
+    assert!(line.starts_with("t #1 done in ") && line.ends_with("answered by #2"), "{line}");
+    has(&group(&server, "g").await, json!({"depth": 0, "in_flight": 0}));
+    let (code, said) = working.stop();
+    assert_eq!(code, Some(0), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_that_fails_is_tried_again_and_then_a_dead_letter_says_its_last_words() {
+    let server = Server::start(LogKind::embedded());
+    make(&server, "g", json!({"attempts": 2, "backoff": {"min_ms": 1, "max_ms": 1}})).await;
+    let script = r#"grep -q bad && { echo no such order >&2; exit 65; }
+        echo never seen; echo "failure $WEFT_ATTEMPT" >&2; exit 75"#;
+    let working = Serving::start(&mut worker(&server, "wim", &["--exec", script]));
+    let mut ada = server.connect("ada").await;
+    ada.say("t", "do it").await;
+    ada.say("t", "bad").await;
+    assert_eq!(working.line("t #1").join(" "), "t #1 failed failure 1");
+    assert_eq!(working.line("t #1").join(" "), "t #1 attempt 2 failed failure 2");
+    assert_eq!(working.line("t #2").join(" "), "t #2 rejected no such order");
+
+    let (_, letters) = server.admin("GET", "/v1/dead-letters").await;
+    let letters = letters["items"].as_array().unwrap();
+    assert_eq!(letters.len(), 2, "{letters:?}");
+    has(&letters[0], json!({"reason": "rejected", "seq": 2, "attempts": 1, "error": "no such order"}));
+    has(&letters[1], json!({"reason": "attempts", "seq": 1, "attempts": 2, "error": "failure 2", "user": "wim"}));
+    assert_eq!(letters[1]["tries"][0]["reason"], "failure 1");
+    assert_eq!(events(&server, "t").await.len(), 2, "what fails does not answer");
+    assert_eq!(working.stop().0, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_killed_worker_held_goes_to_another() {
+    let server = Server::start(LogKind::embedded());
+    make(&server, "g", json!({})).await;
+    let script = "test $WEFT_ATTEMPT != 1 || kill -9 $PPID; echo attempt $WEFT_ATTEMPT";
+    let mut killed = worker(&server, "wim", &["--exec", script]).spawn().unwrap();
+    server.connect("ada").await.say("t", "do it").await;
+    assert_eq!(killed.wait().unwrap().code(), None, "it was killed");
+    let working = Serving::start(&mut worker(&server, "eve", &["--exec", script]));
+    assert!(working.line("t #1").join(" ").starts_with("t #1 attempt 2 done"));
+    let events = events(&server, "t").await;
+    assert_eq!(events.len(), 2, "{events:?}");
+    has(&events[1], json!({"from": "eve", "data": {"content": "attempt 2"}}));
+    assert_eq!(working.stop().0, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_attempt_does_not_answer_a_second_time() {
+    let server = Server::start(LogKind::embedded());
+    make(&server, "g", json!({})).await;
+    server.connect("ada").await.say("t", "do it").await;
+    // As a worker would have that got no further.
+    let mut wim = server.connect_as("wim", AGENT).await;
+    let mut answer = publish("t", "agent_message", json!({"content": "the first answer"}));
+    answer["key"] = json!("work:g/t/1");
+    accepted(&wim.ask(answer).await);
+    let working = Serving::start(&mut worker(&server, "wim", &["--exec", "echo another"]));
+    assert!(working.line("t #1").join(" ").ends_with(", answered before"));
+    has(&group(&server, "g").await, json!({"depth": 0}));
+    assert_eq!(events(&server, "t").await.len(), 2);
+    assert_eq!(working.stop().0, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_that_takes_longer_than_a_lease_keeps_it() {
+    let server = Server::start(LogKind::embedded());
+    make(&server, "g", json!({})).await;
+    let (_folder, pipe) = pipe();
+    let script = format!("cat {pipe}");
+    let working = Serving::start(&mut worker(&server, "wim", &["--lease-ms", "1000", "--exec", &script]));
+    server.connect("ada").await.say("t", "do it").await;
+    let mut command = OpenOptions::new().write(true).open(&pipe).unwrap();
+    let began = clock::now_ms();
+    eventually("a lease and a half have passed", async || clock::now_ms() - began > 1_500).await;
+    command.write_all(b"at last").unwrap();
+    drop(command);
+    let line = working.line("t #1").join(" ");
+    assert!(line.starts_with("t #1 done in ") && line.ends_with("answered by #2"), "{line}");
+    assert_eq!(working.stop().0, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_is_stopped_finishes_what_it_has_begun_and_takes_no_more() {
+    let server = Server::start(LogKind::embedded());
+    make(&server, "g", json!({})).await;
+    let (_folder, pipe) = pipe();
+    let script = format!("cat {pipe}");
+    let mut command = worker(&server, "wim", &["--exec", &script]);
+    let mut working = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut ada = server.connect("ada").await;
+    ada.say("t", "do it").await;
+    ada.say("u", "and this").await;
+    // Somebody reads: the command has begun.
+    let mut answer = OpenOptions::new().write(true).open(&pipe).unwrap();
+    signal(working.id(), "INT");
+    let mut said = BufReader::new(working.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(said.any(|line| line.starts_with("weft work: finishes 1")));
+    answer.write_all(b"finished").unwrap();
+    drop(answer);
+
+    assert_eq!(working.wait().unwrap().code(), Some(0));
+    let mut lines = String::new();
+    working.stdout.take().unwrap().read_to_string(&mut lines).unwrap();
+    assert!(lines.lines().count() == 1 && lines.starts_with("t #1 done in "), "{lines}");
+    has(&events(&server, "t").await[1], json!({"data": {"content": "finished"}}));
+    has(&lease_one(&server, "g").await, json!({"attempt": 1}));
+}
+
+/// A named pipe, and the folder that it is in.
+fn pipe() -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pipe").to_str().unwrap().to_owned();
+    assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+    (folder, path)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_command_sets_lists_shows_pauses_and_deletes_groups() {
+    let server = Server::start(LogKind::embedded());
+    let root = token("root", "admin");
+    let groups = |words: &str| {
+        let words: Vec<&str> = words.split_whitespace().collect();
+        run(&[&["groups"], &words[..], &["--url", &server.url, "--token", &root]].concat())
+    };
+    assert_eq!(groups("").1.trim(), "no groups");
+    let (code, set, said) = groups("set jobs --kinds x.job,x.other --attempts 2 --backoff-min-ms 5");
+    assert_eq!(code, 0, "{said}");
+    for wanted in ["kinds      x.job x.other", "attempts   2", "backoff    5 to 60000 ms", "from       now"] {
+        assert!(set.contains(wanted), "{wanted} in {set}");
+    }
+    groups("set jobs --lease-ms 5000");
+    let (_, shown, _) = groups("show jobs --json");
+    let shown: Value = serde_json::from_str(&shown).unwrap();
+    has(&shown, json!({"kinds": ["x.job", "x.other"], "attempts": 2, "lease_ms": 5_000, "depth": 0}));
+
+    accepted(&server.connect("ada").await.ask(publish("t", "x.job", json!({}))).await);
+    assert!(groups("pause jobs").1.starts_with("jobs (paused)"));
+    let (_, listed, _) = groups("");
+    let rows: Vec<Vec<&str>> = listed.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!((rows.len(), rows[1][0], rows[1][1], rows[1].last()), (2, "jobs", "1", Some(&"paused")), "{listed}");
+    assert!(listed.lines().all(|line| line.len() <= 80), "{listed}");
+    groups("resume jobs");
+    let (_, listed, _) = groups("list --json");
+    has(&serde_json::from_str::<Value>(&listed).unwrap()["groups"][0], json!({"paused": false, "depth": 1}));
+    assert_eq!(groups("delete jobs").1.trim(), "jobs is deleted");
+
+    let (code, _, said) = groups("show jobs");
+    assert!(code == 1 && said.starts_with("weft: not_found: "), "{said}");
+    for wrong in ["show", "list jobs", "show jobs --attempts 2", "set jobs --from end"] {
+        assert_eq!(groups(wrong).0, 2, "{wrong}");
+    }
 }
