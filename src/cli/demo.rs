@@ -1,7 +1,8 @@
 //! `weft demo`: a conversation of two people and an agent over real WebSockets, to be followed in a terminal.
 //!
 //! In the middle Ben's socket is dropped without a close frame; he reconnects and resumes after the last seq he saw. At the
-//! end each reader must have seen 1…n, each once and in order, or the demo fails.
+//! end each reader must have seen 1…n, each once and in order, or the demo fails. One of the events is work of a queue, which a
+//! worker takes, answers and settles.
 
 use std::time::Duration;
 
@@ -10,7 +11,9 @@ use tokio::time::{sleep, timeout};
 
 use super::common::{Failure, Mint, Output, Style, mint};
 use super::tail::summary;
-use crate::client::{ClientEvent, ClientItem, Http, PublishDraft, Resuming, Start};
+use crate::client::{
+    ClientEvent, ClientItem, ConsumeDraft, Http, PublishDraft, Resuming, SettleDraft, Start, Worker, WorkerItem,
+};
 use crate::clock;
 use crate::protocol::kinds::{
     AGENT_COMPLETED, AGENT_MESSAGE, AGENT_STARTED, AGENT_THINKING, AGENT_TOKEN, TOOL_COMPLETED, TOOL_EXECUTING,
@@ -19,6 +22,8 @@ use crate::protocol::kinds::{
 
 /// How long one event may take to reach a reader.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The kind of what is put into a queue.
+const REPORT: &str = "x.report_wanted";
 /// Between two lines on a terminal, so that a person can follow.
 const READING_PAUSE: Duration = Duration::from_millis(350);
 
@@ -50,6 +55,7 @@ pub async fn play(url: &str, mint: Mint<'_>) -> Result<String, Failure> {
     demo.question().await?;
     demo.work().await?;
     demo.answer().await?;
+    demo.queue(url, mint).await?;
     demo.verify()?;
     demo.leave().await;
     Ok(thread)
@@ -128,8 +134,43 @@ impl Demo {
         self.write("answer", text).await?;
         self.agent(AGENT_MESSAGE, json!({"message": "answer"})).await?;
         self.agent(AGENT_COMPLETED, json!({"output": "found the cause"})).await?;
-        self.say(BEN, "I had lost my connection, and it's all here. I'll prune the archive.").await?;
-        self.say(ADA, "Thank you both.").await
+        self.say(BEN, "I had lost my connection, and it's all here. I'll prune the archive.").await
+    }
+
+    /// Ada wants a report: work of a group, which whoever works for it takes, answers and settles.
+    async fn queue(&mut self, url: &str, mint: Mint<'_>) -> Result<(), Failure> {
+        // A group of this demo alone, so that it gets nothing but this.
+        let group = format!("reports-of-{}", self.thread);
+        let mut admin = Http::connect(url, &mint("root", "admin")?).await?;
+        admin.put(&format!("/v1/groups/{group}"), &json!({ "kinds": [REPORT] })).await?;
+        let wants = ConsumeDraft { group: group.clone(), credit: 1, lease_ms: None };
+        let mut clerk = Worker::connect(url, &mint("clerk", "agent")?, wants).await?;
+        self.publish(ADA, REPORT, json!({"content": "A report for Monday, please."}), None).await?;
+
+        let late = |_| format!("the worker has got no work within {PATIENCE:?}");
+        let WorkerItem::Work(work) = timeout(PATIENCE, clerk.next()).await.map_err(late)?? else {
+            return Err("the worker has lost its connection".into());
+        };
+        let taken = format!("  ⚙   a worker of {group} takes #{}, attempt {}", self.head, work.attempt);
+        self.out.line(self.out.paint(Style::Blue, taken))?;
+        let answer = PublishDraft {
+            thread: self.thread.clone(),
+            kind: AGENT_MESSAGE.to_owned(),
+            data: json!({"content": "Here it is: two nights, one full disk."}),
+            parent: work.event["seq"].as_u64(),
+            ..PublishDraft::default()
+        };
+        let refused = |not_done| format!("the worker was refused: {not_done:?}");
+        let next = self.head + 1;
+        self.head = clerk.publish(&answer).await.map_err(refused)?.seq.ok_or("the server sent no seq")?;
+        let done = SettleDraft { delivery: work.delivery, outcome: "done", ..SettleDraft::default() };
+        clerk.settle(&done).await.map_err(refused)?;
+        self.gather(next).await?;
+        self.out.line(self.out.paint(Style::Blue, "  ✓   and settles it: done"))?;
+
+        clerk.close().await?;
+        admin.delete(&format!("/v1/groups/{group}")).await?;
+        self.say(ADA, "Thank you all.").await
     }
 
     /// The agent writes a message some words at a time, and all who are connected see it grow.
