@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use uuid::Uuid;
 
 use self::inbox::{Inbox, Message};
@@ -127,6 +127,8 @@ pub struct Dispatcher {
     level: Arc<Level>,
     inbox: Arc<Inbox>,
     next_id: AtomicU64,
+    /// Who counts what waits: one at a time, since a count reads all of it.
+    counting: Arc<Semaphore>,
 }
 
 impl Dispatcher {
@@ -140,7 +142,8 @@ impl Dispatcher {
         let hears = inbox.clone();
         store.listen_to_work(move |changes| hears.changed(changes));
         let thread = thread::start(store.clone(), submit.clone(), inbox.clone())?;
-        Ok((Arc::new(Dispatcher { store, submit, level, inbox, next_id: AtomicU64::new(1) }), thread))
+        let (next_id, counting) = (AtomicU64::new(1), Arc::new(Semaphore::new(1)));
+        Ok((Arc::new(Dispatcher { store, submit, level, inbox, next_id, counting }), thread))
     }
 
     pub fn stop(&self) {
@@ -216,13 +219,17 @@ impl Dispatcher {
     pub async fn stats(&self, tenant: &str, group: &str) -> Result<GroupStats, Error> {
         let row = self.group(tenant, group).await?;
         let (store, whose) = (self.store.clone(), (tenant.to_owned(), group.to_owned()));
+        let stopping = || Error::new(Code::Unavailable, "the server is stopping");
+        let turn = self.counting.clone().acquire_owned().await.map_err(|_| stopping())?;
         let count = move || {
+            // Given up with the count, also if nobody waits for that any more.
+            let _turn = turn;
             let (tenant, group) = (&*whose.0, &*whose.1);
             index::complete(&store, tenant, group, &row)?;
             index::depth(&store, tenant, group, &row)
         };
         let counted = tokio::task::spawn_blocking(count).await;
-        let depth = counted.map_err(|_| Error::new(Code::Unavailable, "the server is stopping"))??;
+        let depth = counted.map_err(|_| stopping())??;
         Ok(GroupStats { depth, workers: self.inbox.workers_of(&key(tenant, group)) })
     }
 
