@@ -2,8 +2,8 @@
 //!
 //! A session has at most [`READS`] reads under way, each of a chunk, one event or the text of one message, and starts none
 //! while as many bytes as in a chunk wait to be sent. A chunk has [`CHUNK_BYTES`]; for a client that takes one after the other
-//! without a pause each has twice as many as the last, up to [`MAX_CHUNK_BYTES`]: a read costs two threads that are
-//! woken, however much it brings. The subscription with the highest priority waiting reads first, and
+//! of one thread without a pause each has twice as many as the last, up to [`MAX_CHUNK_BYTES`]: a read costs two threads of
+//! the server that are woken, however much it brings. Where several subscriptions read, they take turns in small ones. The subscription with the highest priority waiting reads first, and
 //! those in their handover before all others; [`class_of_turn`] gives the lower classes their share.
 
 use std::sync::Arc;
@@ -265,7 +265,9 @@ impl Subscriptions {
             let Some(sub) = self.by_id.get_mut(&reader.sub) else { continue };
             let now = Instant::now();
             let keeps_up = self.read_at.replace(now).is_some_and(|last| now - last < KEEPS_UP);
-            self.chunk_bytes = if keeps_up { (self.chunk_bytes * 2).min(MAX_CHUNK_BYTES) } else { CHUNK_BYTES };
+            let others_wait = self.queue.iter().any(|waiting| !waiting.is_empty());
+            self.chunk_bytes =
+                if keeps_up && !others_wait { (self.chunk_bytes * 2).min(MAX_CHUNK_BYTES) } else { CHUNK_BYTES };
             let wanted = sub.wanted(allowed, self.chunk_bytes);
             self.start_read(who, reader, wanted);
         }
