@@ -50,9 +50,26 @@ fn assert_in_order(events: &[Value], begun: &BTreeMap<&str, u64>) {
     }
 }
 
-/// A server, a writer, and a reader that is live in threads `a`, `b` and `c` and has no credit left. Each thread has one
-/// event, and `a` the one that took the credit.
-async fn waiting_reader() -> (Server, Socket, Socket, BTreeMap<&'static str, u64>) {
+/// A reader that is live in threads `a`, `b` and `c` and has no credit left. Each thread has one event, and `a` the one that
+/// took the credit.
+struct Waiting {
+    _server: Server,
+    writer: Socket,
+    reader: Socket,
+    /// It came after the reader and takes everything.
+    witness: Socket,
+    begun: BTreeMap<&'static str, u64>,
+}
+
+impl Waiting {
+    /// Returns once so many events that were written wait for the reader. `published` does not say so, since events are handed
+    /// out after it; but they are handed to readers in the order in which these came, so the witness has none before.
+    async fn has(&mut self, written: usize) {
+        self.witness.events(written).await;
+    }
+}
+
+async fn waiting_reader() -> Waiting {
     let server = Server::start(LogKind::embedded());
     let mut writer = server.connect("ada").await;
     let mut reader = server.connect("ada").await;
@@ -63,22 +80,30 @@ async fn waiting_reader() -> (Server, Socket, Socket, BTreeMap<&'static str, u64
     }
     credit(&mut reader, 1).await;
     reader.answers().await;
+    let mut witness = server.connect("ada").await;
+    for thread in ["a", "b", "c"] {
+        witness.subscribe(thread, None).await;
+        caught_up(&mut witness, thread).await;
+    }
     writer.say("a", "uses the credit").await;
     assert_eq!(seqs(&reader.events(1).await), [2]);
-    (server, writer, reader, BTreeMap::from([("a", 2), ("b", 1), ("c", 1)]))
+    assert_eq!(seqs(&witness.events(1).await), [2]);
+    let begun = BTreeMap::from([("a", 2), ("b", 1), ("c", 1)]);
+    Waiting { _server: server, writer, reader, witness, begun }
 }
 
 #[tokio::test]
 async fn with_credit_the_thread_with_the_highest_priority_comes_first_in_its_own_order() {
-    let (_server, mut writer, mut reader, begun) = waiting_reader().await;
-    write(&mut writer, "a", &["low"; 8]).await;
-    write(&mut writer, "b", &["normal"; 8]).await;
-    write(&mut writer, "c", &["normal", "normal", "normal", "high", "normal"]).await;
+    let mut it = waiting_reader().await;
+    write(&mut it.writer, "a", &["low"; 8]).await;
+    write(&mut it.writer, "b", &["normal"; 8]).await;
+    write(&mut it.writer, "c", &["normal", "normal", "normal", "high", "normal"]).await;
+    it.has(21).await;
     // While nothing may be sent, nothing is.
-    reader.answers().await;
-    credit(&mut reader, 21).await;
-    let events = reader.events(21).await;
-    assert_in_order(&events, &begun);
+    it.reader.answers().await;
+    credit(&mut it.reader, 21).await;
+    let events = it.reader.events(21).await;
+    assert_in_order(&events, &it.begun);
     let order: Vec<String> = events.iter().map(name_of).collect();
     // Up to its high event `c` goes before all others, who have two turns of eight among them.
     assert!(turns_of(&order, "c")[3] <= 5, "{order:?}");
@@ -90,15 +115,16 @@ async fn with_credit_the_thread_with_the_highest_priority_comes_first_in_its_own
 
 #[tokio::test]
 async fn events_without_a_priority_are_normal() {
-    let (_server, mut writer, mut reader, begun) = waiting_reader().await;
-    write(&mut writer, "a", &["low"; 2]).await;
+    let mut it = waiting_reader().await;
+    write(&mut it.writer, "a", &["low"; 2]).await;
     for content in ["one", "two"] {
-        writer.say("b", content).await;
+        it.writer.say("b", content).await;
     }
-    write(&mut writer, "c", &["normal"; 2]).await;
-    credit(&mut reader, 6).await;
-    let events = reader.events(6).await;
-    assert_in_order(&events, &begun);
+    write(&mut it.writer, "c", &["normal"; 2]).await;
+    it.has(6).await;
+    credit(&mut it.reader, 6).await;
+    let events = it.reader.events(6).await;
+    assert_in_order(&events, &it.begun);
     let order: Vec<String> = events.iter().filter(|event| event["thread"] != "a").map(name_of).collect();
     assert_eq!(order, ["b", "b", "c", "c"]);
     assert!(turns_of(&events.iter().map(name_of).collect::<Vec<_>>(), "b")[1] <= 2);
@@ -106,15 +132,16 @@ async fn events_without_a_priority_are_normal() {
 
 #[tokio::test]
 async fn under_a_flood_of_high_priority_low_and_normal_have_a_turn_of_eight_each() {
-    let (_server, mut writer, mut reader, begun) = waiting_reader().await;
-    write(&mut writer, "c", &["high"; 100]).await;
-    write(&mut writer, "a", &["low"; 30]).await;
-    write(&mut writer, "b", &["normal"; 30]).await;
+    let mut it = waiting_reader().await;
+    write(&mut it.writer, "c", &["high"; 100]).await;
+    write(&mut it.writer, "a", &["low"; 30]).await;
+    write(&mut it.writer, "b", &["normal"; 30]).await;
     // More of the flood, after all that waits.
-    write(&mut writer, "c", &["high"; 100]).await;
-    credit(&mut reader, 160).await;
-    let events = reader.events(160).await;
-    assert_in_order(&events, &begun);
+    write(&mut it.writer, "c", &["high"; 100]).await;
+    it.has(260).await;
+    credit(&mut it.reader, 160).await;
+    let events = it.reader.events(160).await;
+    assert_in_order(&events, &it.begun);
     let order: Vec<String> = events.iter().map(name_of).collect();
     for thread in ["a", "b"] {
         let turns = turns_of(&order, thread);
@@ -125,20 +152,21 @@ async fn under_a_flood_of_high_priority_low_and_normal_have_a_turn_of_eight_each
 
 #[tokio::test]
 async fn a_client_that_asks_for_one_event_at_a_time_gets_the_same_turns() {
-    let (_server, mut writer, mut reader, begun) = waiting_reader().await;
-    write(&mut writer, "c", &["high"; 200]).await;
-    write(&mut writer, "a", &["low"; 30]).await;
-    write(&mut writer, "b", &["normal"; 30]).await;
+    let mut it = waiting_reader().await;
+    write(&mut it.writer, "c", &["high"; 200]).await;
+    write(&mut it.writer, "a", &["low"; 30]).await;
+    write(&mut it.writer, "b", &["normal"; 30]).await;
+    it.has(260).await;
     let mut events = Vec::new();
     for n in 0..160 {
-        credit(&mut reader, 1).await;
-        events.extend(reader.events(1).await);
+        credit(&mut it.reader, 1).await;
+        events.extend(it.reader.events(1).await);
         // Other traffic on the socket takes nobody's turn.
         for _ in 0..n % 3 {
-            reader.answers().await;
+            it.reader.answers().await;
         }
     }
-    assert_in_order(&events, &begun);
+    assert_in_order(&events, &it.begun);
     let order: Vec<String> = events.iter().map(name_of).collect();
     for thread in ["a", "b"] {
         let turns = turns_of(&order, thread);
