@@ -116,6 +116,9 @@ fn what_an_older_file_left_behind_the_end_is_no_damage() {
 
 /// The batches that are whole before a place, and no other.
 fn assert_cut(file: &[u8], to: usize) {
+    // What comes after it may happen to be what was there: a batch can end in a zero.
+    let same = file.iter().zip(&FILE.bytes).take_while(|(now, before)| now == before).count();
+    let to = to.max(same);
     let scan = scan(file, FILE.number);
     assert_eq!(scan.damage(), None);
     let whole = whole();
