@@ -1,22 +1,20 @@
 //! Work of groups: `consume` and `settle`.
 
 use super::state::{SessionState, connected};
-use crate::auth::Principal;
+use crate::auth::{Principal, scopes};
 use crate::delivery::outbox::Answer;
 use crate::dispatch::{Settling, Wants};
 use crate::projector::Verdict;
 use crate::protocol::command::{Consume, Settle};
-use crate::protocol::error::{Code, Error};
+use crate::protocol::error::Error;
 use crate::protocol::frame::ServerFrame;
 use crate::protocol::work::{Outcome, Settlement, Work};
 use crate::telemetry;
 
 fn worker(who: Option<&Principal>) -> Result<&Principal, Error> {
     let who = connected(who)?;
-    if who.scopes.agent || who.scopes.admin {
-        return Ok(who);
-    }
-    Err(Error::new(Code::Forbidden, "the token lacks scope agent"))
+    scopes::work(who.scopes)?;
+    Ok(who)
 }
 
 impl SessionState {
