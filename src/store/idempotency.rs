@@ -39,7 +39,7 @@ impl Store {
 impl Batch<'_> {
     /// Takes a key; `time` is its row of `key_times`.
     pub fn put_key(&mut self, key: &[u8], row: &KeyRow, time: &[u8]) {
-        self.keys.push(key.to_vec());
+        self.keys.push(self.store.key_filter.hash(key));
         self.put(KEYS, key, row);
         self.put_empty(KEY_TIMES, time);
     }

@@ -57,21 +57,26 @@ impl KeyFilter {
         let filter = self.filter.read().unwrap_or_else(PoisonError::into_inner);
         let Some(filter) = &*filter else { return Ok(true) };
         if !filter.complete.load(Ordering::Acquire) {
-            filter.read_more(store, &self.hasher)?;
+            filter.read_more(store)?;
             return Ok(true);
         }
-        Ok(filter.holds(self.hasher.hash_one(key)))
+        Ok(filter.holds(self.hash(key)))
     }
 
-    /// Writes a batch that takes these keys.
-    pub(super) fn commit<T>(&self, keys: &[Vec<u8>], write: impl FnOnce() -> T) -> T {
-        if keys.is_empty() {
+    /// What a key is known by here.
+    pub(super) fn hash(&self, key: &[u8]) -> u64 {
+        self.hasher.hash_one(key)
+    }
+
+    /// Writes a batch that takes the keys with these hashes.
+    pub(super) fn commit<T>(&self, taken: &[u64], write: impl FnOnce() -> T) -> T {
+        if taken.is_empty() {
             return write();
         }
         self.begin_anew_if_full();
         let filter = self.filter.read().unwrap_or_else(PoisonError::into_inner);
-        for key in keys {
-            filter.iter().for_each(|filter| filter.add(self.hasher.hash_one(key.as_slice())));
+        if let Some(filter) = &*filter {
+            taken.iter().for_each(|hash| filter.add(*hash));
         }
         write()
     }
@@ -127,7 +132,7 @@ impl Filter {
     }
 
     /// Reads the next keys of the store, unless somebody else does.
-    fn read_more(&self, store: &Store, hasher: &RandomState) -> Result<(), StoreError> {
+    fn read_more(&self, store: &Store) -> Result<(), StoreError> {
         let mut reading = match self.reading.try_lock() {
             Ok(reading) => reading,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -138,7 +143,7 @@ impl Filter {
         let mut times = store.key_times(from, &[0xFF; 3], CHUNK)?;
         for time in &times {
             if let (Some(partition), Some((_, rest))) = (Partition::of_key(time), keys::split_time(time)) {
-                self.add(hasher.hash_one([&partition.bytes()[..], rest].concat().as_slice()));
+                self.add(store.key_filter.hash(&[&partition.bytes()[..], rest].concat()));
             }
         }
         let is_last = times.len() < CHUNK;

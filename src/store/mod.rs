@@ -120,8 +120,8 @@ pub struct Batch<'a> {
     rows: WriteBatch,
     memberships: Vec<MembershipChange>,
     threads: Vec<ThreadActivity>,
-    /// Idempotency keys that it takes.
-    keys: Vec<Vec<u8>>,
+    /// Hashes of idempotency keys that it takes.
+    keys: Vec<u64>,
     /// Runs that it changes, if somebody listens.
     runs: Vec<(RunKey, RunOutline)>,
     /// What it changes of work, if somebody listens.
