@@ -183,7 +183,9 @@ impl EventTexts {
         self.events.push((event, row.kind.len(), row.frame.len()));
     }
 
-    fn split(self) -> Vec<StoredEvent> {
+    fn split(mut self) -> Vec<StoredEvent> {
+        // What is held is what was charged for.
+        self.text.shrink_to_fit();
         let mut text = Bytes::from(self.text);
         // What a string was made of is one, between the same bounds.
         let mut take = |bytes: usize| Utf8Bytes::try_from(text.split_to(bytes)).unwrap_or_default();
