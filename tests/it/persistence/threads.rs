@@ -383,11 +383,21 @@ impl Published {
     }
 }
 
+/// Lets it run until it has projected all that the log has now.
+fn to_the_end(pump: Pump) {
+    let (ends, status, stop) = (pump.log.ends().unwrap(), pump.status.clone(), pump.stop.clone());
+    let running = pump.start().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let done = async { tokio::time::timeout(PATIENCE, status.until_past(&ends)).await };
+    runtime.block_on(done).expect("it gets to the end");
+    stop.store(true, Ordering::Release);
+    running.join().unwrap();
+}
+
 /// Projects the log to its end, in so many threads.
 fn project(log: &Arc<EmbeddedLog>, folder: &Path, threads: usize) -> (Arc<Store>, Published) {
     let published = Arc::new(Mutex::new(Published::default()));
     let to = published.clone();
-    let (status, stop) = (Arc::new(Status::default()), Arc::new(AtomicBool::new(false)));
     let (store, progress) = open(log, folder);
     let begin: Vec<u64> = progress.iter().map(|it| it.next).collect();
     let pump = Pump {
@@ -395,20 +405,14 @@ fn project(log: &Arc<EmbeddedLog>, folder: &Path, threads: usize) -> (Arc<Store>
         reader: log.reader(&begin).unwrap(),
         log: log.clone(),
         threads,
-        status: status.clone(),
-        stop: stop.clone(),
+        status: Arc::default(),
+        stop: Arc::default(),
         publish: Box::new(move |commit| {
             to.lock().unwrap().take(commit);
             true
         }),
     };
-    let running = pump.start().unwrap();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let ends = log.ends().unwrap();
-    let done = async { tokio::time::timeout(PATIENCE, status.until_past(&ends)).await };
-    runtime.block_on(done).expect("it gets to the end");
-    stop.store(true, Ordering::Release);
-    running.join().unwrap();
+    to_the_end(pump);
     let published = std::mem::take(&mut *published.lock().unwrap());
     (store, published)
 }
@@ -498,7 +502,6 @@ fn the_log_is_not_read_while_so_much_is_dealt_out() {
     append(&log, (0..ALL).map(said).collect());
 
     let (store, progress) = open(&log, &folder.path().join("several"));
-    let (status, stop) = (Arc::new(Status::default()), Arc::new(AtomicBool::new(false)));
     let counts = Arc::new(Counts::default());
     let done = counts.clone();
     let pump = Pump {
@@ -509,8 +512,8 @@ fn the_log_is_not_read_while_so_much_is_dealt_out() {
         }),
         log: log.clone(),
         threads: MANY,
-        status: status.clone(),
-        stop: stop.clone(),
+        status: Arc::default(),
+        stop: Arc::default(),
         // Nothing gets done before the reader has read as much as it may.
         publish: Box::new(move |commit| {
             let state = done.state.lock().unwrap();
@@ -519,13 +522,7 @@ fn the_log_is_not_read_while_so_much_is_dealt_out() {
             true
         }),
     };
-    let running = pump.start().unwrap();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let ends = log.ends().unwrap();
-    let done = async { tokio::time::timeout(PATIENCE, status.until_past(&ends)).await };
-    runtime.block_on(done).expect("it gets to the end");
-    stop.store(true, Ordering::Release);
-    running.join().unwrap();
+    to_the_end(pump);
     assert_eq!(*counts.state.lock().unwrap(), (ALL, ALL));
 }
 
