@@ -26,14 +26,20 @@ pub const MAX_ANSWERS: usize = 1_024;
 
 pub struct Outgoing {
     pub feed: Feed,
-    pub work: Taken,
+    /// Made with the first `consume`: most sessions take no work, and there are many of them.
+    work: Option<Box<Taken>>,
     store: Arc<Store>,
     writer: FrameWriter,
 }
 
 impl Outgoing {
     pub fn new(feed: Feed, store: Arc<Store>) -> Outgoing {
-        Outgoing { feed, work: Taken::default(), store, writer: FrameWriter::default() }
+        Outgoing { feed, work: None, store, writer: FrameWriter::default() }
+    }
+
+    /// The work that the session takes.
+    pub fn work(&mut self) -> &mut Taken {
+        self.work.get_or_insert_default()
     }
 
     pub fn answer(&mut self, frame: &ServerFrame<'_>) {
@@ -87,8 +93,8 @@ impl Outgoing {
         let Outgoing { feed, work, store, writer } = self;
         let next = || {
             let who = who?;
-            let work = work.next(store, who).map(|frame| Message::Text(frame.into()));
-            work.or_else(|| next_of_feed(feed, who))
+            let work = work.as_mut().and_then(|work| work.next(store, who));
+            work.map(|frame| Message::Text(frame.into())).or_else(|| next_of_feed(feed, who))
         };
         writer.poll_write(cx, ws, next)
     }

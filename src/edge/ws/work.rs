@@ -23,7 +23,7 @@ impl SessionState {
         let who = worker(self.who.as_ref())?;
         let wants = Wants { credit: consume.credit, kinds: consume.kinds.clone(), lease_ms: consume.lease_ms };
         wants.check()?;
-        let work = &mut self.outgoing.work;
+        let work = self.outgoing.work();
         work.check(&consume.group, wants.credit)?;
         if let Some((credit, consumer)) = work.consumed.get_mut(&*consume.group) {
             *credit = wants.credit;
@@ -45,7 +45,7 @@ impl SessionState {
 
     /// Whether the group is there that a `consume` wants.
     pub fn on_group(&mut self, id: i64, made: Result<(), Error>) {
-        let Some((group, wants)) = self.outgoing.work.asked.remove(&id) else { return };
+        let Some((group, wants)) = self.outgoing.work().asked.remove(&id) else { return };
         let Some(who) = &self.who else { return };
         if let Err(error) = made {
             self.outgoing.refuse(Some(id), &error);
@@ -56,7 +56,7 @@ impl SessionState {
             outbox.push_answer(Answer::Work(Box::new(work)));
             true
         };
-        match self.outgoing.work.consumed.get_mut(&group) {
+        match self.outgoing.work().consumed.get_mut(&group) {
             Some((credit, consumer)) => {
                 *credit = wants.credit;
                 consumer.set(wants);
@@ -64,14 +64,14 @@ impl SessionState {
             None => {
                 let credit = wants.credit;
                 let consumer = self.sockets.dispatcher.consume(who, &group, wants, Box::new(sink));
-                self.outgoing.work.consumed.insert(group.clone(), (credit, consumer));
+                self.outgoing.work().consumed.insert(group.clone(), (credit, consumer));
             }
         }
         self.outgoing.answer(&ServerFrame::Consuming { id, group: &group });
     }
 
     pub fn on_work(&mut self, work: Work) {
-        self.outgoing.work.waiting.push_back(work);
+        self.outgoing.work().waiting.push_back(work);
     }
 
     /// A settlement is a record behind those of what was published before it.
