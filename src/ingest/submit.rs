@@ -10,7 +10,7 @@ use crate::log::{Append, AppendError, Grant, Log, RULES, Record, Topic};
 use crate::projector::Verdict;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::LogEvent;
-use crate::protocol::{ids, json};
+use crate::protocol::ids;
 use crate::telemetry;
 
 /// An event on its way in: checked, with its id and time, not yet in the log.
@@ -41,7 +41,7 @@ impl Submit {
             rules: RULES,
             grant: draft.grant,
             traceparent: draft.traceparent.map(str::to_owned),
-            value: json::encode_bytes(&draft.event).into(),
+            value: draft.event.encode().into(),
         };
         self.append(draft.event.event, record, reply, true)
     }

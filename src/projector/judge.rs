@@ -17,7 +17,6 @@ use super::{Published, ThreadUpdate, Update, Verdict};
 use crate::log::Grant;
 use crate::protocol::error::Code;
 use crate::protocol::event::LogEvent;
-use crate::protocol::json;
 use crate::protocol::kinds::{AGENT_MESSAGE, AGENT_TOKEN};
 use crate::store::runs::{EventRef, RunKey};
 use crate::store::{KeyRow, Partition, Store, StoreError, keys};
@@ -191,7 +190,7 @@ impl<'s> BatchState<'s> {
         for (key, row) in self.messages.open_in_run(store, input.event, run, thread)? {
             let (closing, data) = self.messages.close_by_end(store, key, row)?;
             let event = closing.event(input.event, &data);
-            let value = json::encode_bytes(&event);
+            let value = event.encode();
             let closes = Some(closing.name());
             // Its text was written by an agent, delta by delta.
             let new_event = AcceptedEvent {

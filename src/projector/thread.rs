@@ -260,7 +260,7 @@ impl Thread {
         let priority = if event.kind == AGENT_CANCEL_REQUESTED { Some(Priority::High) } else { event.priority };
 
         let seq = self.advance(value, priority, at);
-        let frame = json::encode(&EventFrame { data, ..event.frame(seq) });
+        let frame = EventFrame { data, ..event.frame(seq) }.encode();
         let class = Priority::class(priority) as u8;
         let row = EventRow { kind: &event.kind, class, privileged, hash: self.row.hash, frame: &frame };
         tx.rows.put_event(&event.tenant, &event.thread, seq, &row);

@@ -76,6 +76,16 @@ pub struct LogEvent<'a> {
     pub priority: Option<Priority>,
 }
 
+/// What stands around `data` in nearly every event.
+const ENVELOPE: usize = 320;
+
+impl LogEvent<'_> {
+    /// The record's value.
+    pub fn encode(&self) -> Vec<u8> {
+        json::encode_into(self.data.get().len() + ENVELOPE, self)
+    }
+}
+
 /// The `event` frame: what readers get, live and replayed. Over HTTP it is an [`EventItem`].
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct EventFrame<'a> {
@@ -105,6 +115,13 @@ pub struct EventFrame<'a> {
     /// Which delivery of the event this is, if not the first: 2, 3 …
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attempt: Option<u32>,
+}
+
+impl EventFrame<'_> {
+    pub fn encode(&self) -> String {
+        let text = json::encode_into(self.data.get().len() + ENVELOPE, self);
+        String::from_utf8(text).expect("serde_json writes UTF-8")
+    }
 }
 
 /// An event in a page or stream of HTTP: an [`EventFrame`] without its `type`. Only the schema is needed, since its text is

@@ -17,6 +17,14 @@ pub fn encode<T: Serialize + ?Sized>(value: &T) -> String {
     serde_json::to_string(value).expect("types of the protocol have string keys and no failing serialiser")
 }
 
+/// As [`encode_bytes`], into room for about so many bytes: a text that grows is copied again and again.
+pub fn encode_into<T: Serialize + ?Sized>(bytes: usize, value: &T) -> Vec<u8> {
+    let mut text = Vec::with_capacity(bytes);
+    serde_json::to_writer(&mut text, value)
+        .expect("types of the protocol have string keys and no failing serialiser, and a vector takes all it is given");
+    text
+}
+
 /// As [`encode`], with white space for people.
 pub fn encode_pretty<T: Serialize + ?Sized>(value: &T) -> String {
     serde_json::to_string_pretty(value).expect("types of the protocol have string keys and no failing serialiser")

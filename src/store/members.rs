@@ -33,8 +33,11 @@ pub struct JoinedThread {
 
 impl Store {
     pub fn is_member(&self, tenant: &str, thread: &str, user: &str) -> Result<bool, StoreError> {
-        let found = self.db.get_pinned_cf(&self.family(MEMBERS), self.member_key(tenant, thread, user));
-        found.map(|row| row.is_some()).map_err(|error| self.note(error.into()))
+        let look_up = || {
+            let found = self.db.get_pinned_cf(&self.family(MEMBERS), self.member_key(tenant, thread, user));
+            found.map(|row| row.is_some()).map_err(|error| self.note(error.into()))
+        };
+        self.known_members.is_member(self.known_members.hash(tenant, thread, user), look_up)
     }
 
     fn member_key(&self, tenant: &str, thread: &str, user: &str) -> Vec<u8> {
@@ -191,6 +194,7 @@ impl Batch<'_> {
         self.delete(MEMBERS, &keys::joined(partition, &[tenant, thread, user]));
         self.delete(MEMBERSHIPS, &keys::joined(partition, &[tenant, user, thread]));
         self.membership(tenant, thread, user, false);
+        self.removed_members.push(self.store.known_members.hash(tenant, thread, user));
     }
 
     fn membership(&mut self, tenant: &str, thread: &str, user: &str, is_member: bool) {

@@ -21,6 +21,7 @@ mod events;
 mod idempotency;
 mod key_filter;
 pub mod keys;
+mod known_members;
 mod members;
 mod merged;
 pub mod messages;
@@ -49,6 +50,7 @@ pub use self::events::{EventRange, EventRow, StoredEvent};
 pub use self::idempotency::KeyRow;
 use self::key_filter::KeyFilter;
 pub use self::keys::Partition;
+use self::known_members::KnownMembers;
 pub use self::members::{JoinedThread, MemberRow};
 pub use self::origin::{Origin, Progress};
 pub use self::receipts::{MAX_PARTS, ReceiptRow};
@@ -103,6 +105,7 @@ pub struct Store {
     contacts: Contacts,
     activity: Activity,
     key_filter: KeyFilter,
+    known_members: KnownMembers,
     run_listener: OnceLock<RunListener>,
     work_listener: OnceLock<WorkListener>,
     damage: Damage,
@@ -119,6 +122,8 @@ pub struct Batch<'a> {
     store: &'a Store,
     rows: WriteBatch,
     memberships: Vec<MembershipChange>,
+    /// Hashes of the memberships that it ends.
+    removed_members: Vec<u64>,
     threads: Vec<ThreadActivity>,
     /// Hashes of idempotency keys that it takes.
     keys: Vec<u64>,
@@ -163,6 +168,7 @@ impl Store {
             contacts: Contacts::default(),
             activity: Activity::default(),
             key_filter: KeyFilter::new(memory.key_filter),
+            known_members: KnownMembers::new(),
             run_listener: OnceLock::new(),
             work_listener: OnceLock::new(),
             damage: Damage::default(),
@@ -316,6 +322,7 @@ impl Store {
             store: self,
             rows: WriteBatch::default(),
             memberships: Vec::new(),
+            removed_members: Vec::new(),
             threads: Vec::new(),
             keys: Vec::new(),
             runs: Vec::new(),
@@ -329,6 +336,7 @@ impl Store {
         options.disable_wal(true);
         let written = self.key_filter.commit(&batch.keys, || self.db.write_opt(batch.rows, &options));
         written.map_err(|error| self.note(error.into()))?;
+        self.known_members.remove(&batch.removed_members);
         self.contacts.apply(&batch.memberships);
         self.activity.apply(&batch.memberships, &batch.threads);
         if let Some(listener) = self.run_listener.get()
