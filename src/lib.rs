@@ -8,7 +8,7 @@
 //! 6. [`edge`]: the reader's session writes it to its socket.
 //!
 //! Beside it: [`views`] are pure folds of events into what others speak, [`reaper`] ends runs that nobody ends,
-//! [`client`] and [`cli`] use the server from outside. [`app`] puts the parts together and is the only file that names
+//! [`outbound`] calls other services, [`client`] and [`cli`] use the server from outside. [`app`] puts the parts together and is the only file that names
 //! them all. Folders are layers: each imports only from those further down this page's way, never back.
 
 pub mod app;
@@ -25,6 +25,7 @@ pub mod edge;
 pub mod ingest;
 pub mod log;
 pub mod memory;
+pub mod outbound;
 pub mod panics;
 pub mod partitioning;
 pub mod projector;

@@ -103,6 +103,14 @@ const METRICS: &[(&str, Type, &str)] = &[
         Type::Counter,
         "Answers that waited until this node had all that the log had, by outcome",
     ),
+    ("weft_outbound_calls_total", Type::Counter, "Calls of other services, by service and outcome"),
+    ("weft_outbound_retries_total", Type::Counter, "Attempts at such calls beyond the first, by service"),
+    ("weft_outbound_seconds", Type::Seconds, "From asking for such a call until its outcome, by service"),
+    (
+        "weft_outbound_breaker",
+        Type::Gauge,
+        "How a service's circuit breaker is, by service and host: 0 closed, 1 half-open, 2 open",
+    ),
     ("weft_unknown_outcomes_total", Type::Counter, "Publishes answered with outcome unknown"),
     ("weft_panics_total", Type::Counter, "Panics: each is a bug"),
 ];
@@ -322,6 +330,18 @@ pub fn work_conflicts() -> Counter {
 }
 pub fn level_waits(outcome: &'static str) -> Counter {
     counter!("weft_level_waits_total", "outcome" => outcome)
+}
+pub fn outbound_calls(service: &'static str, outcome: &'static str) -> Counter {
+    counter!("weft_outbound_calls_total", "service" => service, "outcome" => outcome)
+}
+pub fn outbound_retries(service: &'static str) -> Counter {
+    counter!("weft_outbound_retries_total", "service" => service)
+}
+pub fn outbound_seconds(service: &'static str) -> Histogram {
+    histogram!("weft_outbound_seconds", "service" => service)
+}
+pub fn outbound_breaker(service: &'static str, host: &str) -> Gauge {
+    gauge!("weft_outbound_breaker", "service" => service, "host" => host.to_owned())
 }
 pub fn unknown_outcomes() -> Counter {
     counter!("weft_unknown_outcomes_total")

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const FLOORS: &[&[&str]] = &[
     &["clock", "codec", "disk", "memory", "partitioning", "protocol"],
     &["telemetry", "client", "views"],
-    &["panics"],
+    &["panics", "outbound"],
     &["log", "store"],
     &["auth", "projector"],
     &["ingest"],
