@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use crate::auth::{Authenticator, Rights};
+use crate::auth::issuers::Issuer;
+use crate::auth::sessions::Sessions;
+use crate::auth::{Authenticator, Keys, Rights};
 use crate::config::{Config, ConfigError, LogChoice};
 use crate::delivery::hub::Hub;
 use crate::delivery::registry::Registry;
@@ -169,6 +171,7 @@ impl App {
     /// Starts everything; returns once the server listens.
     pub async fn start(config: Config) -> Result<App, StartError> {
         let verifier = config.verifier()?;
+        let (issuers, sessions) = (config.issuers()?, config.sessions()?);
         let metrics = telemetry::install();
         panics::report();
         let bind = |address| listener::bind(address).map_err(|source| StartError::Listen { address, source });
@@ -210,7 +213,12 @@ impl App {
             stalled_after: config.run_stalled_after(),
         };
 
-        let auth = Arc::new(Authenticator::new(verifier, store.clone()));
+        let issuers: Vec<_> =
+            issuers.into_iter().map(Issuer::new).collect::<Result<_, _>>().map_err(ConfigError::new)?;
+        let sessions = sessions.map(Sessions::new).transpose().map_err(ConfigError::new)?;
+        let (sessions, ended_sessions) = sessions.unzip();
+        let keys = Keys { own: verifier, issuers: issuers.clone(), audience: config.jwt_audience.clone() };
+        let auth = Arc::new(Authenticator::new(keys, sessions.clone(), store.clone()));
         let admission = Arc::new(Admission::new(rights.clone(), limits.clone()));
         let tickets = Tickets {
             store: store.clone(),
@@ -242,13 +250,13 @@ impl App {
             health: health.clone(),
             metrics: metrics.clone(),
             epoch: log.epoch(),
-            origins: Arc::new(Origins::new(config.allow_origin.clone())),
+            origins: Arc::new(Origins::new(config.allow_origin.clone()).with_cookies(sessions.is_some())),
         });
         let edge = Arc::new(edge);
         let (address, stop_accepting, accepting) = accept(&config, listening, &edge)?;
         let (admin, stop_admin, administering) = accept_admin(listening_admin, edge)?;
 
-        let chores = vec![
+        let mut chores = vec![
             chore("the deadlines of publishes", pending.expire()),
             chore("the watch over the lag", health.clone().watch()),
             chore("the upkeep of metrics", telemetry::upkeep(metrics)),
@@ -256,6 +264,12 @@ impl App {
             chore("the reaper", reaper.run()),
             chore("the watch over the rules' version", leave_outdated(status, registry.clone())),
         ];
+
+        chores.extend(issuers.into_iter().map(|issuer| chore("the keys of an issuer", issuer.keep_fresh())));
+        if let (Some(sessions), Some(ended)) = (sessions, ended_sessions) {
+            chores.push(chore("the check of sessions", sessions.keep_checking()));
+            chores.push(chore("the end of sessions", end_sessions(ended, registry.clone())));
+        }
 
         Ok(App {
             address,
@@ -341,6 +355,14 @@ async fn leave_outdated(status: Arc<Status>, registry: Arc<Registry>) {
     registry.drain();
 }
 
+/// Connections of a user one of whose sessions is over look which of them came in with it.
+async fn end_sessions(mut ended: mpsc::Receiver<Arc<str>>, registry: Arc<Registry>) {
+    while let Some(user) = ended.recv().await {
+        registry.revoke(&user);
+    }
+    std::future::pending().await
+}
+
 /// Everything that some part of the edge works with.
 struct Handles {
     store: Arc<Store>,
@@ -404,7 +426,14 @@ fn edge(handles: Handles) -> Edge {
         memory: memory.readers.clone(),
     };
     let frames = memory.frames.clone();
-    let probes = Probes { store: store.clone(), registry: registry.clone(), health: health.clone(), memory, metrics };
+    let probes = Probes {
+        auth: auth.clone(),
+        store: store.clone(),
+        registry: registry.clone(),
+        health: health.clone(),
+        memory,
+        metrics,
+    };
     let sockets = Sockets {
         store,
         hub,

@@ -3,15 +3,12 @@
 use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
-use super::{Principal, Scopes};
+use super::Principal;
+use super::claims::{Named, WhoseClaims};
 use crate::clock;
 use crate::protocol::error::{Code, Error};
-use crate::protocol::ids;
 
-/// Seconds by which clocks may differ (`exp`, `nbf`).
-pub const LEEWAY: u64 = 30;
 /// Bytes that a shared secret has at least.
 pub const MIN_SECRET: usize = 32;
 
@@ -50,19 +47,25 @@ pub fn check_secret(secret: &str) -> Result<(), String> {
     Err(format!("must be at least {MIN_SECRET} bytes long, and has {}", secret.len()))
 }
 
-/// Verifies tokens. The library checks the signature; the claims are checked here, so that a refusal says in plain words
-/// which claim it is about.
-pub struct Verifier {
+/// A key that tokens are verified with, and the algorithms that it is for: everything else in the library is switched off.
+pub struct VerifyingKey {
     key: DecodingKey,
-    /// Which algorithms the key is for; everything else in it is switched off.
     signature: Validation,
-    issuer: Option<String>,
-    audience: Option<String>,
 }
 
-impl Verifier {
-    /// `issuer` and `audience` are checked, and then required, when given.
-    pub fn new(key: &Key, issuer: Option<&str>, audience: Option<&str>) -> Result<Verifier, String> {
+impl VerifyingKey {
+    /// `algorithms` are of one family, and there is one at least.
+    pub fn new(key: DecodingKey, algorithms: Vec<Algorithm>) -> VerifyingKey {
+        let mut signature = Validation::new(algorithms.first().copied().unwrap_or_default());
+        signature.algorithms = algorithms;
+        signature.required_spec_claims.clear();
+        signature.validate_exp = false;
+        signature.validate_nbf = false;
+        signature.validate_aud = false;
+        VerifyingKey { key, signature }
+    }
+
+    fn configured(key: &Key) -> Result<VerifyingKey, String> {
         let (key, algorithms) = match key {
             Key::Secret(secret) => {
                 check_secret(secret).map_err(|why| format!("the JWT secret {why}"))?;
@@ -71,45 +74,11 @@ impl Verifier {
             }
             Key::Pem(pem) => public_key(pem)?,
         };
-        let mut signature = Validation::new(algorithms[0]);
-        signature.algorithms = algorithms;
-        signature.required_spec_claims.clear();
-        signature.validate_exp = false;
-        signature.validate_nbf = false;
-        signature.validate_aud = false;
-        Ok(Verifier { key, signature, issuer: issuer.map(str::to_owned), audience: audience.map(str::to_owned) })
+        Ok(VerifyingKey::new(key, algorithms))
     }
 
-    /// The user that a token stands for.
-    pub fn verify(&self, token: &str) -> Result<Principal, Error> {
-        self.verify_at(token, clock::now_s()).map_err(|why| Error::new(Code::Unauthenticated, why).at("token"))
-    }
-
-    /// As [`Verifier::verify`] at the time `now`, in seconds since the Unix epoch.
-    fn verify_at(&self, token: &str, now: u64) -> Result<Principal, String> {
-        let token = jsonwebtoken::decode::<TokenClaims>(token, &self.key, &self.signature)
-            .map_err(|error| self.in_plain_words(&error))?;
-        check_header(&token.header)?;
-
-        let claims = token.claims;
-        let expires_at = check_times(&claims, now as f64)?;
-        if let Some(issuer) = &self.issuer {
-            claims.check_contains("iss", issuer)?;
-        }
-        if let Some(audience) = &self.audience {
-            claims.check_contains("aud", audience)?;
-        }
-
-        let (user, tenant) = (claims.name("sub")?, claims.name("tenant")?);
-        if user == ids::SERVER_USER {
-            return Err(format!("the token's claim `sub` is `{user}`, the name of the server's own user"));
-        }
-
-        let scopes = Scopes::parse(claims.text("scope")?);
-        // A cast of what is too large gives the largest number.
-        let mut who = Principal::new(tenant, user, scopes, expires_at as u64);
-        who.issued_at = claims.seconds("iat")?.map(|iat| (iat * 1_000.0) as u64);
-        Ok(who)
+    pub fn algorithms(&self) -> &[Algorithm] {
+        &self.signature.algorithms
     }
 
     /// Why the library refused a token.
@@ -128,68 +97,57 @@ impl Verifier {
     }
 }
 
-/// A token's claims as they came: which of them Weft looks at, and what they must be, the methods say. Others may have any
-/// shape.
-#[derive(Debug, Deserialize)]
-struct TokenClaims(Map<String, Value>);
-
-impl TokenClaims {
-    /// A claim, if it is there and not `null`.
-    fn get(&self, name: &str) -> Option<&Value> {
-        self.0.get(name).filter(|value| !value.is_null())
-    }
-
-    fn text(&self, name: &str) -> Result<Option<&str>, String> {
-        match self.get(name) {
-            None => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text)),
-            Some(_) => Err(format!("the token's claim `{name}` must be a string")),
-        }
-    }
-
-    /// A time in seconds, which may have a fraction (RFC 7519, section 2).
-    fn seconds(&self, name: &str) -> Result<Option<f64>, String> {
-        match self.get(name) {
-            None => Ok(None),
-            Some(Value::Number(number)) => Ok(number.as_f64()),
-            Some(_) => Err(format!("the token's claim `{name}` must be a number")),
-        }
-    }
-
-    /// The name of a user or a tenant.
-    fn name(&self, claim: &'static str) -> Result<&str, String> {
-        let name = required(claim, self.text(claim)?)?;
-        ids::check_name(claim, name).map_err(|error| format!("the token's claim {}", error.message))?;
-        Ok(name)
-    }
-
-    /// Refuses claims whose `name` is neither the wanted one nor a list with it.
-    fn check_contains(&self, name: &str, wanted: &str) -> Result<(), String> {
-        let found = match required(name, self.get(name))? {
-            Value::Array(list) => list.iter().any(|it| it == wanted),
-            one => one == wanted,
-        };
-        if found { Ok(()) } else { Err(format!("the token's claim `{name}` is not `{wanted}`")) }
-    }
+/// What a token must say beside who it is for. Each is checked, and then required, when given.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Expected {
+    pub issuer: Option<String>,
+    pub audience: Option<String>,
 }
 
-fn required<T>(name: &str, claim: Option<T>) -> Result<T, String> {
-    claim.ok_or_else(|| format!("the token's claim `{name}` is missing"))
+/// The user that a token stands for at the time `now`, in seconds since the Unix epoch. The library checks the signature; the
+/// claims are checked here, so that a refusal says in plain words which claim it is about.
+pub fn verify_with(key: &VerifyingKey, expected: &Expected, token: &str, now: u64) -> Result<Principal, String> {
+    let token =
+        jsonwebtoken::decode::<Named>(token, &key.key, &key.signature).map_err(|error| key.in_plain_words(&error))?;
+    check_header(&token.header)?;
+
+    let claims = WhoseClaims::token(token.claims);
+    let expires_at = claims.check_times(now)?.ok_or("the token's claim `exp` is missing")?;
+    if let Some(issuer) = &expected.issuer {
+        claims.check_contains("iss", issuer)?;
+    }
+    if let Some(audience) = &expected.audience {
+        claims.check_contains("aud", audience)?;
+    }
+    claims.principal(expires_at)
 }
 
-/// Refuses a token that has expired, or is not valid yet; gives when it expires, in seconds.
-fn check_times(claims: &TokenClaims, now: f64) -> Result<f64, String> {
-    let leeway = LEEWAY as f64;
-    // A cast of what is before 1970 gives 1970.
-    let time = |seconds: f64| clock::rfc3339((seconds * 1_000.0) as u64);
+/// Verifies tokens with the one key that is configured.
+pub struct Verifier {
+    key: VerifyingKey,
+    expected: Expected,
+}
 
-    let expires_at = required("exp", claims.seconds("exp")?)?;
-    if expires_at + leeway < now {
-        return Err(format!("the token expired at {}", time(expires_at)));
+impl Verifier {
+    /// `issuer` and `audience` are checked, and then required, when given.
+    pub fn new(key: &Key, issuer: Option<&str>, audience: Option<&str>) -> Result<Verifier, String> {
+        let expected = Expected { issuer: issuer.map(str::to_owned), audience: audience.map(str::to_owned) };
+        Ok(Verifier { key: VerifyingKey::configured(key)?, expected })
     }
-    match claims.seconds("nbf")? {
-        Some(begin) if begin > now + leeway => Err(format!("the token is not valid before {}", time(begin))),
-        _ => Ok(expires_at),
+
+    /// Whether the key is for tokens with this algorithm.
+    pub fn is_for(&self, algorithm: Algorithm) -> bool {
+        self.key.algorithms().contains(&algorithm)
+    }
+
+    /// The user that a token stands for.
+    pub fn verify(&self, token: &str) -> Result<Principal, Error> {
+        self.verify_at(token, clock::now_s()).map_err(|why| Error::new(Code::Unauthenticated, why).at("token"))
+    }
+
+    /// As [`Verifier::verify`] at the time `now`, in seconds since the Unix epoch.
+    fn verify_at(&self, token: &str, now: u64) -> Result<Principal, String> {
+        verify_with(&self.key, &self.expected, token, now)
     }
 }
 
@@ -229,7 +187,7 @@ pub fn mint(secret: &str, claims: &Claims) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 

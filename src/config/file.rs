@@ -77,6 +77,8 @@ fn must_be(key: &str) -> &'static str {
     match key {
         "listen" | "admin_listen" => r#"an address such as "127.0.0.1:8080""#,
         "log" => r#""embedded" or "kafka""#,
+        "jwks_url" => r#"a list such as ["https://auth.example/keys"]"#,
+        "private_hosts" => r#"a list such as ["auth", "*.svc.cluster.local"]"#,
         "allow_origin" => r#"a list such as ["https://app.example"]"#,
         "memory" => r#"a size such as "2GiB""#,
         "run_stalled_after" => r#"a time such as "10m" or "90s""#,
@@ -95,7 +97,7 @@ fn must_be(key: &str) -> &'static str {
 /// What the file has instead, if it is short and no secret.
 fn shown(key: &str, value: &toml::Value, source: &str) -> String {
     match value {
-        _ if key == "jwt_secret" || key == "kafka_config" => String::new(),
+        _ if matches!(key, "jwt_secret" | "introspect_client_secret" | "kafka_config") => String::new(),
         toml::Value::Table(_) => ", not a table".to_owned(),
         _ if source.len() > SHOWN || source.contains('\n') => format!(", not this {}", value.type_str()),
         _ => format!(", not {source}"),
@@ -185,6 +187,11 @@ mod tests {
             jwt_key = "k.pem"
             jwt_issuer = "i"
             jwt_audience = "a"
+            jwks_url = ["https://auth.example/keys"]
+            introspect_url = "https://auth.example/introspect"
+            introspect_client_id = "weft"
+            introspect_client_secret = "s"
+            private_hosts = ["auth"]
             allow_origin = ["https://app.example"]
             max_connections = 1
             max_user_connections = 2

@@ -1,6 +1,7 @@
 //! Every setting, in one list: a flag, an environment variable and a key of `weft.toml`, in that order of precedence.
 
 mod file;
+mod identity;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::auth::jwt::{self, Key, Verifier};
+use crate::auth::jwt;
 use crate::delivery::registry::ConnectionLimits;
 use crate::ingest::limits::Rates;
 use crate::log::kafka::ClientSettings;
@@ -108,6 +109,27 @@ pub struct ServeArgs {
     #[arg(long, env = "WEFT_JWT_AUDIENCE", value_name = "AUD")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub jwt_audience: Option<String>,
+    /// Where the keys of tokens are fetched: of a JWKS, ISSUER=URL for one of several, or of an issuer's
+    /// /.well-known/openid-configuration; with commas between them
+    #[arg(long, env = "WEFT_JWKS_URL", value_delimiter = ',', value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jwks_url: Option<Vec<String>>,
+    /// Where sessions of an auth service are checked (RFC 7662, introspection)
+    #[arg(long, env = "WEFT_INTROSPECT_URL", value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub introspect_url: Option<String>,
+    /// Weft's own name at --introspect-url
+    #[arg(long, env = "WEFT_INTROSPECT_CLIENT_ID", value_name = "ID")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub introspect_client_id: Option<String>,
+    /// The secret that goes with it
+    #[arg(long, env = "WEFT_INTROSPECT_CLIENT_SECRET", hide_env_values = true, value_name = "SECRET")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub introspect_client_secret: Option<String>,
+    /// Hosts of services that may have private addresses, such as auth or *.svc.cluster.local, with commas between them
+    #[arg(long, env = "WEFT_PRIVATE_HOSTS", value_delimiter = ',', value_name = "HOST")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub private_hosts: Option<Vec<String>>,
     /// Origins that browsers may connect from beside the server's own, such as https://app.example, with commas between them; * for all
     #[arg(long, env = "WEFT_ALLOW_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -179,6 +201,14 @@ pub struct Config {
     pub jwt_issuer: Option<String>,
     #[serde(default)]
     pub jwt_audience: Option<String>,
+    pub jwks_url: Vec<String>,
+    #[serde(default)]
+    pub introspect_url: Option<String>,
+    #[serde(default)]
+    pub introspect_client_id: Option<String>,
+    #[serde(default)]
+    pub introspect_client_secret: Option<String>,
+    pub private_hosts: Vec<String>,
     pub allow_origin: Vec<String>,
     pub max_connections: usize,
     pub max_user_connections: usize,
@@ -260,6 +290,11 @@ impl Default for Config {
             jwt_key: None,
             jwt_issuer: None,
             jwt_audience: None,
+            jwks_url: Vec::new(),
+            introspect_url: None,
+            introspect_client_id: None,
+            introspect_client_secret: None,
+            private_hosts: Vec::new(),
             allow_origin: Vec::new(),
             max_connections: 100_000,
             max_user_connections: 250,
@@ -378,11 +413,7 @@ impl Config {
                 return Err(ConfigError::new(why));
             }
         }
-        if self.jwt_secret.is_some() && self.jwt_key.is_some() {
-            return Err(ConfigError::new(
-                "give --jwt-secret or --jwt-key, not both: the key decides which algorithms are accepted",
-            ));
-        }
+        self.check_identity()?;
         Ok(())
     }
 
@@ -431,20 +462,6 @@ impl Config {
 
     pub fn projections_dir(&self) -> PathBuf {
         self.data.join("projections")
-    }
-
-    /// The verifier of tokens. An error without a key: `serve` refuses to start.
-    pub fn verifier(&self) -> Result<Verifier, ConfigError> {
-        let key = match (&self.jwt_secret, &self.jwt_key) {
-            (Some(secret), _) => Key::Secret(secret.clone()),
-            (None, Some(file)) => Key::Pem(
-                std::fs::read(file).map_err(|error| ConfigError(format!("--jwt-key {}: {error}", file.display())))?,
-            ),
-            (None, None) => {
-                return Err(ConfigError("no token could be verified: give --jwt-secret, --jwt-key or --dev".into()));
-            }
-        };
-        Verifier::new(&key, self.jwt_issuer.as_deref(), self.jwt_audience.as_deref()).map_err(ConfigError)
     }
 }
 

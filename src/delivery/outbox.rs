@@ -14,6 +14,7 @@ use std::task::{Context, Poll, Waker};
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use super::fair_queue::{FairQueue, SubId};
+use crate::auth::Principal;
 use crate::memory::Charge;
 use crate::projector::CommittedEvent;
 use crate::projector::Verdict;
@@ -150,6 +151,8 @@ pub enum Answer {
     Threads(Result<Vec<JoinedThread>, Error>),
     /// What the next command needs to know is looked up.
     LookedUp,
+    /// Who the next command, which is a `connect` or `refresh`, is from.
+    Verified(Box<Result<Principal, Error>>),
     /// Others had their turn on this worker: what is done in parts goes on.
     GoOn,
     /// Whether the log has the first receipts of a new durable subscription, for the `subscribe` that waits for that.

@@ -108,7 +108,8 @@ impl Health {
         };
         let log = LogHealth { ok: log.is_ok(), error: log.err(), warnings: self.log.warnings() };
         let store = PartHealth { ok: store.is_ok(), error: store.err() };
-        Ready { ready, ready_for, draining, log, projector, store }
+        let (dependencies, degraded) = (Vec::new(), false);
+        Ready { ready, ready_for, draining, log, projector, store, dependencies, degraded }
     }
 
     /// How many records are not visible yet, unless that is unknown.

@@ -5,9 +5,11 @@
 //! - [`routes`] lists everything that a client can ask for; [`matcher`] finds the route of a request;
 //! - [`http`] answers requests, [`sse`] sends a thread as Server-Sent Events, [`ws`] runs WebSocket sessions;
 //! - [`cursor`] knows which cursors are of this log, and where reading begins after one;
+//! - [`credentials`] finds what a request shows to be let in;
 //! - [`origin`] knows which pages of other origins are let in;
 //! - [`health`] knows how each part of the server is doing.
 
+pub mod credentials;
 pub mod cursor;
 pub mod health;
 pub mod http;

@@ -14,18 +14,26 @@ const ANSWER_HEADERS: &str = "Allow, Retry-After, Weft-Epoch, Weft-Truncated, WW
 const MAX_AGE: &str = "600";
 
 /// The origins that the configuration names, beside the server's own; `*` is all of them.
-pub struct Origins(Vec<String>);
+pub struct Origins {
+    named: Vec<String>,
+    /// Whether the server takes cookies, and says so to pages of these origins.
+    cookies: bool,
+}
 
 impl Origins {
     pub fn new(named: Vec<String>) -> Origins {
-        Origins(named)
+        Origins { named, cookies: false }
+    }
+
+    pub fn with_cookies(self, cookies: bool) -> Origins {
+        Origins { cookies, ..self }
     }
 
     /// The origin of a request, if the configuration names it.
     fn named<'a>(&self, headers: &'a HeaderMap) -> Option<&'a HeaderValue> {
         let origin = headers.get(header::ORIGIN)?;
         let text = origin.to_str().ok()?;
-        let named = self.0.iter().any(|named| named == "*" || named.eq_ignore_ascii_case(text));
+        let named = self.named.iter().any(|named| named == "*" || named.eq_ignore_ascii_case(text));
         named.then_some(origin)
     }
 
@@ -33,17 +41,32 @@ impl Origins {
     /// any page open one.
     pub fn check(&self, headers: &HeaderMap) -> Result<(), Error> {
         let Some(origin) = header_text(headers, "Origin")? else { return Ok(()) };
-        let own = match (header_text(headers, "Host")?, origin.split_once("://")) {
-            (Some(host), Some((_, origin_host))) => origin_host.eq_ignore_ascii_case(host),
-            _ => false,
-        };
+        let own = is_own(origin, header_text(headers, "Host")?);
         if own || self.named(headers).is_some() { Ok(()) } else { Err(refusal(origin)) }
+    }
+
+    /// Whether the cookies that came along are those of a page that may use them: of the server's own host, or of an origin that
+    /// is named, by its name. A browser says which page asks, but for what one of the server's own reads; then it says that.
+    pub fn may_use_cookies(&self, headers: &HeaderMap) -> bool {
+        let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+        match text(header::ORIGIN) {
+            Some(origin) => is_own(origin, text(header::HOST)) || self.is_named(origin),
+            None => {
+                !headers.contains_key(header::ORIGIN)
+                    && headers.get("sec-fetch-site").is_some_and(|site| site == "same-origin")
+            }
+        }
+    }
+
+    /// Whether an origin is named as such, and not by `*`.
+    fn is_named(&self, origin: &str) -> bool {
+        self.named.iter().any(|named| named.eq_ignore_ascii_case(origin))
     }
 
     /// Lets a page read an answer, if its origin is named. The answer says that it depends on the origin in any case, so
     /// that no cache gives one page what was for another.
     pub fn open(&self, request: &HeaderMap, answer: &mut HeaderMap) {
-        if self.0.is_empty() {
+        if self.named.is_empty() {
             return;
         }
         answer.append(header::VARY, HeaderValue::from_static("Origin"));
@@ -51,6 +74,9 @@ impl Origins {
             // Never `*`: a page is let in by its name.
             answer.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
             answer.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(ANSWER_HEADERS));
+            if self.cookies && origin.to_str().is_ok_and(|origin| self.is_named(origin)) {
+                answer.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
+            }
         }
     }
 
@@ -83,6 +109,14 @@ pub fn is_preflight(method: &Method, headers: &HeaderMap) -> bool {
         && headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
 }
 
+/// Whether an origin is of the host that was asked.
+fn is_own(origin: &str, host: Option<&str>) -> bool {
+    match (host, origin.split_once("://")) {
+        (Some(host), Some((_, origin_host))) => origin_host.eq_ignore_ascii_case(host),
+        _ => false,
+    }
+}
+
 fn refusal(origin: &str) -> Error {
     Error::new(Code::Forbidden, format!("the origin {origin:.100} is not allowed")).at("Origin")
 }
@@ -112,6 +146,18 @@ mod tests {
         assert_eq!(opened(&["*"], app), (Some(app.to_owned()), vary.clone()), "by its name, not by *");
         assert_eq!(opened(&[app], "https://evil.example"), (None, vary));
         assert_eq!(opened(&[], app), (None, None));
+    }
+
+    #[test]
+    fn only_pages_that_are_named_are_told_that_cookies_count_and_only_where_they_do() {
+        let told = |named: &str, cookies: bool| {
+            let mut answer = HeaderMap::new();
+            let origins = origins(&[named]).with_cookies(cookies);
+            origins.open(&headers(&[(header::ORIGIN, "https://app.example")]), &mut answer);
+            answer.contains_key(header::ACCESS_CONTROL_ALLOW_CREDENTIALS)
+        };
+        assert!(told("https://app.example", true));
+        assert!(!told("https://app.example", false) && !told("*", true) && !told("https://b.example", true));
     }
 
     #[test]

@@ -13,10 +13,11 @@ use warp::path::FullPath;
 use warp::reply::Response;
 use warp::{Filter, Rejection, Reply as _};
 
+use super::credentials;
 use super::health::Health;
 use super::http::probes::Probes;
 use super::http::reply::{Reply, method_not_allowed, problem};
-use super::http::request::{AnonymousRequest, Request, bearer_token, refuse_head};
+use super::http::request::{AnonymousRequest, Request, refuse_head};
 use super::http::{
     Api, context, dead_letters, events, groups, letter_acts, members, probes, readers, runs, sessions, threads, tickets,
 };
@@ -215,16 +216,23 @@ impl Edge {
     }
 
     /// The user of a request, counted against its rate, if its token allows what the route needs. A token in the header goes
-    /// before a ticket, which is used up only if it is needed.
+    /// before a ticket, which is used up only if it is needed, and that before a cookie.
     async fn admit(&self, it: &AnonymousRequest, needs: Needs) -> Result<Principal, Error> {
-        let takes_ticket = needs == Needs::Stream && !it.headers.contains_key(header::AUTHORIZATION);
+        let has_header = it.headers.contains_key(header::AUTHORIZATION);
+        let takes_ticket = needs == Needs::Stream && !has_header;
         let who = match it.ticket().filter(|_| takes_ticket) {
             Some(ticket) => {
                 self.health.check_caught_up()?;
                 self.tickets.redeem(&ticket).await?
             }
             None => {
-                let who = self.auth.verify(bearer_token(&it.headers)?)?;
+                let takes_cookie = !has_header && self.auth.takes_sessions();
+                let cookie = takes_cookie.then(|| credentials::cookie(&it.headers, &self.sockets.origins)).flatten();
+                let credential = match cookie {
+                    Some(cookie) => cookie,
+                    None => credentials::authorization(&it.headers)?,
+                };
+                let who = self.auth.verify(&credential).await?;
                 self.health.check_caught_up()?;
                 self.admission.count(&who)?;
                 who

@@ -25,6 +25,11 @@ pub struct Tickets {
 impl Tickets {
     /// A new ticket for a user, and when it expires.
     pub async fn issue(&self, who: &Principal) -> Result<(String, String), Error> {
+        if who.session.is_some() {
+            // The connection that it is for would outlive the session's end.
+            let why = "a ticket is asked for with a token; a session is shown itself, by header, cookie or connect";
+            return Err(Error::new(Code::Forbidden, why).at("Authorization"));
+        }
         let random = [(); 2].map(|()| clock::random_id().into_bytes());
         let ticket = Ticket::new(&owner(&who.tenant, &who.user), random);
         let now = clock::now_ms();

@@ -29,26 +29,34 @@ type Tag = IgnoredAny;
 
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("oneOf" = [{"required": ["token"]}, {"required": ["session"]}]))]
 pub struct Connect<'a> {
     #[serde(rename = "type")]
     #[schemars(with = "String", extend("const" = "connect"))]
     _type: Tag,
     pub id: i64,
-    /// A JWT.
-    #[serde(borrow)]
-    pub token: Cow<'a, str>,
+    /// A JWT; this or `session`.
+    #[serde(borrow, default)]
+    pub token: Option<Cow<'a, str>>,
+    /// A session of the auth service.
+    #[serde(borrow, default)]
+    pub session: Option<Cow<'a, str>>,
 }
 
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("oneOf" = [{"required": ["token"]}, {"required": ["session"]}]))]
 pub struct Refresh<'a> {
     #[serde(rename = "type")]
     #[schemars(with = "String", extend("const" = "refresh"))]
     _type: Tag,
     pub id: i64,
-    /// A JWT of the same `sub` and `tenant`.
-    #[serde(borrow)]
-    pub token: Cow<'a, str>,
+    /// A JWT of the same `sub` and `tenant`; this or `session`.
+    #[serde(borrow, default)]
+    pub token: Option<Cow<'a, str>>,
+    /// A session of the same user.
+    #[serde(borrow, default)]
+    pub session: Option<Cow<'a, str>>,
 }
 
 /// Where a subscription begins: after this seq, or for `"*"` after one for each thread.
@@ -332,11 +340,29 @@ pub fn parse(text: &str) -> Result<Command<'_>, BadCommand> {
         "signal" => json::decode(text).and_then(check_signal).map(Command::Signal),
         "consume" => json::decode(text).and_then(check_consume).map(Command::Consume),
         "settle" => json::decode(text).map(Command::Settle),
-        "connect" => json::decode(text).map(Command::Connect),
-        "refresh" => json::decode(text).map(Command::Refresh),
+        "connect" => json::decode(text).and_then(check_connect).map(Command::Connect),
+        "refresh" => json::decode(text).and_then(check_refresh).map(Command::Refresh),
         other => Err(Error::field("type", format!("there is no command {other:.40}"))),
     };
     command.map_err(|error| BadCommand { id, error })
+}
+
+fn check_connect(connect: Connect<'_>) -> Result<Connect<'_>, Error> {
+    check_credential(connect.token.is_some(), connect.session.is_some())?;
+    Ok(connect)
+}
+
+fn check_refresh(refresh: Refresh<'_>) -> Result<Refresh<'_>, Error> {
+    check_credential(refresh.token.is_some(), refresh.session.is_some())?;
+    Ok(refresh)
+}
+
+fn check_credential(token: bool, session: bool) -> Result<(), Error> {
+    match (token, session) {
+        (true, true) => Err(Error::field("session", "give token or session, not both")),
+        (false, false) => Err(Error::field("token", "token is missing, or session in its place")),
+        _ => Ok(()),
+    }
 }
 
 fn check_ack(ack: Ack<'_>) -> Result<Ack<'_>, Error> {

@@ -411,6 +411,28 @@ pub struct Ready {
     pub log: LogHealth,
     pub projector: ProjectorHealth,
     pub store: PartHealth,
+    /// Other services that this one asks. None of them makes it unready.
+    pub dependencies: Vec<DependencyHealth>,
+    /// Whether one of them does not work.
+    pub degraded: bool,
+}
+
+/// Another service, as it was when it was called last.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct DependencyHealth {
+    /// `jwks`, `oidc` or `introspection`.
+    pub name: &'static str,
+    pub host: String,
+    pub ok: bool,
+    /// Of its circuit breaker: `closed`, `half_open` or `open`.
+    pub breaker: &'static str,
+    /// Since when `ok` is what it is.
+    pub since: String,
+    /// Why a call failed last, if one did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_error_at: Option<String>,
 }
 
 #[derive(Debug, Serialize, JsonSchema)]

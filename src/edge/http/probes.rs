@@ -7,15 +7,19 @@ use warp::http::StatusCode;
 
 use super::reply::{Reply, json, with_type};
 use super::request::AnonymousRequest;
+use crate::auth::Authenticator;
 use crate::delivery::registry::Registry;
 use crate::edge::health::{Health, Purpose};
 use crate::memory::{Budget, CONNECTION};
+use crate::outbound::ServiceStatus;
 use crate::protocol::error::Error;
+use crate::protocol::http::DependencyHealth;
 use crate::store::Store;
-use crate::telemetry;
+use crate::{clock, telemetry};
 
 /// What the probes look at.
 pub struct Probes {
+    pub auth: Arc<Authenticator>,
     pub store: Arc<Store>,
     pub registry: Arc<Registry>,
     pub health: Arc<Health>,
@@ -45,7 +49,22 @@ pub async fn ready(probes: Arc<Probes>, request: AnonymousRequest) -> Result<Rep
     if !ready.projector.caught_up {
         ready.projector.rebuilding = probes.store.replaces().map(str::to_owned);
     }
+    ready.dependencies = probes.auth.services().iter().map(|service| dependency(service.status())).collect();
+    ready.degraded = ready.dependencies.iter().any(|service| !service.ok);
     Ok(json(if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &ready))
+}
+
+fn dependency(status: ServiceStatus) -> DependencyHealth {
+    let (last_error, at) = status.last_error.unzip();
+    DependencyHealth {
+        name: status.name,
+        host: status.label,
+        ok: status.ok,
+        breaker: status.breaker,
+        since: clock::rfc3339(status.since),
+        last_error,
+        last_error_at: at.map(clock::rfc3339),
+    }
 }
 
 /// `GET /metrics`

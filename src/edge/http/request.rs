@@ -160,16 +160,6 @@ async fn read_body(mut stream: ByteStream) -> Result<String, Error> {
     String::from_utf8(body).map_err(|_| Error::new(Code::BadRequest, "the body is not UTF-8"))
 }
 
-/// The token of `Authorization: Bearer …`.
-pub fn bearer_token(headers: &HeaderMap) -> Result<&str, Error> {
-    let refuse = |why| Error::new(Code::Unauthenticated, why).at("Authorization");
-    let value = header_text(headers, "Authorization")?.ok_or_else(|| refuse("there is no Authorization header"))?;
-    match value.split_once(' ') {
-        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => Ok(token.trim()),
-        _ => Err(refuse("the Authorization header is not Bearer <token>")),
-    }
-}
-
 /// The refusal of a request that says nothing clear of whom it is for (RFC 9112, section 3.2), and of one whose body would
 /// have to be decoded.
 pub fn refuse_head(version: Version, headers: &HeaderMap) -> Option<Reply> {
@@ -325,18 +315,5 @@ mod tests {
         {
             assert_eq!(refused(new, &[("host", "a"), ("content-encoding", encoding)]), status, "{encoding}");
         }
-    }
-
-    #[test]
-    fn a_token_is_taken_from_a_bearer_header_alone() {
-        let token = |value: &'static str| {
-            let headers = HeaderMap::from_iter([(header::AUTHORIZATION, header::HeaderValue::from_static(value))]);
-            bearer_token(&headers).map(str::to_owned).map_err(|error| error.code)
-        };
-        assert_eq!(token("Bearer abc"), Ok("abc".to_owned()));
-        assert_eq!(token("bearer  abc "), Ok("abc".to_owned()));
-        assert_eq!(token("Basic abc"), Err(Code::Unauthenticated));
-        assert_eq!(token("abc"), Err(Code::Unauthenticated));
-        assert!(bearer_token(&HeaderMap::new()).is_err());
     }
 }

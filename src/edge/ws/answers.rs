@@ -35,6 +35,10 @@ impl SessionState {
             }
             Answer::Threads(threads) => self.on_threads(threads),
             Answer::LookedUp => (self.incoming.looking_up, self.incoming.looked_up) = (false, true),
+            Answer::Verified(who) => {
+                (self.incoming.looking_up, self.incoming.looked_up) = (false, true);
+                self.incoming.verified = Some(who);
+            }
             Answer::GoOn => self.on_turn(),
             Answer::FirstReceiptsStored { attempt, stored } => self.on_receipts(attempt, stored),
             Answer::Drain { retry_after_ms } => {

@@ -1,11 +1,14 @@
 //! What each command does.
 
+use std::borrow::Cow;
+
 use serde_json::value::RawValue;
 use tokio::time::Instant;
 
 use super::close::{self, End};
 use super::incoming::{LevelWait, WaitsFor};
 use super::state::{SessionState, connected};
+use crate::auth::{Credential, Principal};
 use crate::delivery::outbox::Answer;
 use crate::ingest::admit::{Admitted, PublishRequest};
 use crate::ingest::coalesce::PendingDelta;
@@ -36,6 +39,14 @@ fn waits_for(command: &Command<'_>) -> WaitsFor {
         Command::Connect(_) | Command::Refresh(_) | Command::Subscribe(_) | Command::Unsubscribe(_) => {
             WaitsFor::Answers
         }
+    }
+}
+
+/// What a `connect` or `refresh` shows; it has one of the two.
+fn credential<'a>(token: &'a Option<Cow<'_, str>>, session: &'a Option<Cow<'_, str>>) -> Credential<'a> {
+    match session {
+        Some(session) => Credential::session(session),
+        None => Credential::token(token.as_deref().unwrap_or_default()),
     }
 }
 
@@ -133,7 +144,7 @@ impl SessionState {
                 Ok(()) => return Ok(CommandState::Done),
                 Err(error) => (Some(publish.id), Err(error)),
             },
-            Command::Connect(connect) => return self.connect(&connect).map(|()| CommandState::Done),
+            Command::Connect(connect) => return self.connect(&connect),
             Command::Refresh(refresh) => return self.refresh(&refresh, is_level),
             Command::Subscribe(subscribe) => (Some(subscribe.id), self.subscribe(subscribe)),
             Command::Unsubscribe(unsubscribe) => (Some(unsubscribe.id), self.unsubscribe(&unsubscribe)),
@@ -219,16 +230,38 @@ impl SessionState {
         self.outgoing.refuse(id, error);
     }
 
-    fn connect(&mut self, connect: &Connect<'_>) -> Result<(), End> {
+    fn connect(&mut self, connect: &Connect<'_>) -> Result<CommandState, End> {
         let id = Some(connect.id);
         if self.who.is_some() {
             self.refuse(id, &Error::new(Code::Conflict, "the session is connected already; use refresh"));
-            return Ok(());
+            return Ok(CommandState::Done);
         }
-        let who = self.sockets.auth.verify(&connect.token).map_err(|error| End::refused_token(&error))?;
+        let Some(who) = self.verify(&credential(&connect.token, &connect.session))? else {
+            return Ok(CommandState::Waits);
+        };
         self.who = Some(who);
         telemetry::commands("connect", "ok").increment(1);
-        self.begin(id)
+        self.begin(id)?;
+        Ok(CommandState::Done)
+    }
+
+    /// Whose credential it is. `None`: another service is asked, and the command waits for that.
+    fn verify(&mut self, credential: &Credential<'_>) -> Result<Option<Principal>, End> {
+        let auth = &self.sockets.auth;
+        let verified = self.incoming.verified.take().map(|verified| *verified);
+        let known = verified.or_else(|| auth.verify_now(credential));
+        if let Some(verified) = known {
+            return verified.map(Some).map_err(|error| End::refused_token(&error));
+        }
+
+        self.incoming.looking_up = true;
+        let (auth, credential) = (auth.clone(), credential.clone().into_owned());
+        let outbox = self.outgoing.feed.outbox.clone();
+        tokio::spawn(async move {
+            let verified = auth.verify(&credential).await;
+            outbox.push_answer(Answer::Verified(Box::new(verified)));
+        });
+        Ok(None)
     }
 
     /// `is_level` if this node was level with the log after the command came.
@@ -240,8 +273,11 @@ impl SessionState {
                 return Ok(CommandState::Done);
             }
         };
-        let new = self.sockets.auth.verify(&refresh.token).map_err(|error| End::refused_token(&error))?;
-        if new.key != old.key {
+        let old = old.key.clone();
+        let Some(new) = self.verify(&credential(&refresh.token, &refresh.session))? else {
+            return Ok(CommandState::Waits);
+        };
+        if new.key != old {
             return Err(End::close(close::UNAUTHENTICATED, "the token is another user's"));
         }
 

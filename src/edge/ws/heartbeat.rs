@@ -15,7 +15,7 @@ use tokio::time::{Duration, Instant};
 
 use super::close::{self, End};
 use super::socket::PeerProgress;
-use crate::auth::jwt;
+use crate::auth::LEEWAY;
 
 /// Time for a `connect` frame.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -138,7 +138,7 @@ impl Heartbeat {
             }
             return Ok(None);
         };
-        if facts.wall >= token.expires_at.saturating_add(jwt::LEEWAY) {
+        if facts.wall >= token.expires_at.saturating_add(LEEWAY) {
             return Err(End::close(close::TOKEN_EXPIRED, "the token has expired"));
         }
         if token.announced || facts.wall + EXPIRING_BEFORE < token.expires_at {
@@ -193,7 +193,7 @@ impl Heartbeat {
             None => self.heard + PING_AFTER,
         };
         let expiry = match token.announced {
-            true => token.expires_at.saturating_add(jwt::LEEWAY),
+            true => token.expires_at.saturating_add(LEEWAY),
             false => token.expires_at.saturating_sub(EXPIRING_BEFORE),
         };
         // At most a day ahead: the clock may be set, and a token may end in the far future.

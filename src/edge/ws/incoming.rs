@@ -10,6 +10,7 @@ use serde_json::value::RawValue;
 use tokio::time::{Duration, Instant};
 
 use super::plan::PendingSubscribe;
+use crate::auth::Principal;
 use crate::delivery::outbox::{Answer, Outbox};
 use crate::ingest::coalesce::{Coalescer, PendingDelta, Waiter};
 use crate::ingest::pending::OnVerdict;
@@ -183,6 +184,8 @@ pub struct Incoming {
     pub looking_up: bool,
     /// It was looked up, for the first command that waits.
     pub looked_up: bool,
+    /// Who the first command that waits is from, if it is a `connect` or `refresh` and that was looked up.
+    pub verified: Option<Box<Result<Principal, Error>>>,
     pub level: LevelWait,
     pub level_times: LevelTimes,
     /// How often a `subscribe` has waited for receipts, so that answers to an earlier one are known as such.
@@ -205,6 +208,7 @@ impl Incoming {
             subscribing: None,
             looking_up: false,
             looked_up: false,
+            verified: None,
             level: LevelWait::None,
             level_times: LevelTimes::default(),
             attempts: 0,

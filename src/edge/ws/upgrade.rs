@@ -15,9 +15,10 @@ use super::Sockets;
 use super::message_memory::MessageMemory;
 use super::session::Session;
 use super::socket::Socket;
-use crate::auth::Principal;
+use crate::auth::{Credential, Principal};
+use crate::edge::credentials::{authorization, cookie};
 use crate::edge::http::reply::{Reply, problem, problem_with, with_type};
-use crate::edge::http::request::{AnonymousRequest, bearer_token, header_text};
+use crate::edge::http::request::{AnonymousRequest, header_text};
 use crate::protocol::command::MAX_FRAME;
 use crate::protocol::error::{Code, Error};
 
@@ -117,7 +118,7 @@ impl<'a> Subprotocols<'a> {
 }
 
 /// The user that the request's credentials stand for, in this order: the `Authorization` header, a token among the
-/// subprotocols, a ticket. With none of them, a `connect` frame must follow.
+/// subprotocols, a ticket, a cookie. With none of them, a `connect` frame must follow.
 async fn credentials(
     sockets: &Sockets,
     request: &AnonymousRequest,
@@ -125,13 +126,17 @@ async fn credentials(
 ) -> Result<Option<Principal>, Error> {
     let query = request.query(&["ticket"])?;
     if request.headers.contains_key(header::AUTHORIZATION) {
-        return sockets.auth.verify(bearer_token(&request.headers)?).map(Some);
+        return sockets.auth.verify(&authorization(&request.headers)?).await.map(Some);
     }
     if let Some(token) = protocols.token() {
-        return sockets.auth.verify(token).map(Some);
+        return sockets.auth.verify(&Credential::token(token)).await.map(Some);
     }
-    match query.text("ticket") {
-        Some(ticket) => sockets.tickets.redeem(ticket).await.map(Some),
+    if let Some(ticket) = query.text("ticket") {
+        return sockets.tickets.redeem(ticket).await.map(Some);
+    }
+    let takes_cookie = sockets.auth.takes_sessions();
+    match takes_cookie.then(|| cookie(&request.headers, &sockets.origins)).flatten() {
+        Some(session) => sockets.auth.verify(&session).await.map(Some),
         None => Ok(None),
     }
 }

@@ -1,7 +1,9 @@
 //! HTTP, health, metrics, schemas and the command line.
 
 mod groups;
+mod keys;
 mod schemas;
+mod sessions;
 mod work;
 
 use std::io::{BufRead, BufReader, Read};

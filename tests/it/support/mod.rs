@@ -1,6 +1,7 @@
 //! What every test starts from: a real server process on a free port and a temporary folder, and a plain client that
 //! shows what is on the wire. Nothing waits by sleeping; every wait is for something, with a limit that only a hang meets.
 
+pub mod auth_service;
 pub mod faults;
 pub mod kafka;
 pub mod schemas;

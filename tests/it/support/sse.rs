@@ -65,6 +65,12 @@ impl EventStream {
         }
     }
 
+    /// What a reply that has begun goes on with.
+    pub fn over(reply: reqwest::Response) -> EventStream {
+        assert_eq!(reply.status(), 200);
+        EventStream { reply, read: Vec::new() }
+    }
+
     /// A user's stream of a thread, with this query.
     pub async fn of(server: &Server, thread: &str, user: &str, query: &str) -> EventStream {
         let path = format!("/v1/threads/{thread}/stream{query}");
