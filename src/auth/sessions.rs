@@ -129,6 +129,24 @@ struct Good {
     asked: Instant,
 }
 
+/// Somebody who waits for what the service says of a session. The last one takes its lock away, even if it is dropped while
+/// it waits: whoever hangs up leaves nothing behind.
+struct Asking<'a> {
+    lock: Arc<AsyncMutex<()>>,
+    sessions: &'a Sessions,
+    hash: Hash,
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        let mut state = self.sessions.lock();
+        // Two: the map's own, and this one.
+        if Arc::strong_count(&self.lock) <= 2 {
+            state.asking.remove(&self.hash);
+        }
+    }
+}
+
 impl Sessions {
     /// Also gives the users of sessions that are over, as `tenant/user`.
     pub fn new(config: SessionsConfig) -> Result<(Arc<Sessions>, mpsc::Receiver<Arc<str>>), String> {
@@ -188,9 +206,9 @@ impl Sessions {
             return known;
         }
         let hash = *blake3::hash(session.as_bytes()).as_bytes();
-        let asking = self.lock().asking.entry(hash).or_default().clone();
+        let asking = Asking { lock: self.lock().asking.entry(hash).or_default().clone(), sessions: self, hash };
         let verified = tokio::time::timeout(WAIT, async {
-            let _turn = asking.lock().await;
+            let _turn = asking.lock.lock().await;
             match self.verify_now(session) {
                 Some(known) => known,
                 None => self.ask(session, hash).await.and_then(|()| {
@@ -198,14 +216,7 @@ impl Sessions {
                 }),
             }
         });
-        let verified = verified.await;
-        let mut state = self.lock();
-        // Two: the map's own, and this one.
-        if Arc::strong_count(&asking) <= 2 {
-            state.asking.remove(&hash);
-        }
-        drop(state);
-        verified.unwrap_or_else(|_| Err(unavailable("no answer came in time", REFUSED_FOR)))
+        verified.await.unwrap_or_else(|_| Err(unavailable("no answer came in time", REFUSED_FOR)))
     }
 
     /// Asks the service, and keeps what it says.
