@@ -205,7 +205,7 @@ impl App {
         let level = Arc::new(Level::new(log.clone(), status.clone()));
         let submit = Arc::new(Submit::new(log.clone(), pending.clone()));
         let (dispatcher, dispatching) = Dispatcher::start(store.clone(), submit.clone(), level.clone())?;
-        let health = Arc::new(Health::new(log.clone(), status.clone()));
+        let health = Arc::new(Health::new(log.clone(), status.clone(), config.data.clone()));
         let reaper = Reaper {
             store: store.clone(),
             submit: submit.clone(),

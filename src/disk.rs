@@ -16,10 +16,34 @@ pub fn takes_direct_io(dir: &Path) -> bool {
     opened.is_ok()
 }
 
+/// With less room a flush or a rebuild can fail; on a small disk a twentieth of it is enough.
+const ENOUGH: u64 = 256 << 20;
+const ENOUGH_SHARE: u64 = 20;
+
+/// What can still be written under a folder, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    pub free: u64,
+    /// With less the disk is nearly full.
+    pub enough: u64,
+}
+
+impl Room {
+    pub fn under(dir: &Path) -> io::Result<Room> {
+        let found = statvfs(dir)?;
+        let total = found.f_blocks.saturating_mul(found.f_frsize);
+        let free = found.f_bavail.saturating_mul(found.f_frsize);
+        Ok(Room { free, enough: ENOUGH.min(total / ENOUGH_SHARE) })
+    }
+
+    pub fn is_short(self) -> bool {
+        self.free < self.enough
+    }
+}
+
 /// How many bytes can still be written under `dir`.
 pub fn room(dir: &Path) -> io::Result<u64> {
-    let found = statvfs(dir)?;
-    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+    Room::under(dir).map(|room| room.free)
 }
 
 /// Makes the next read of a file come from the disk, as far as the system has it in memory and need not write it first.
@@ -33,6 +57,14 @@ pub fn drop_from_cache(path: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_disk_is_short_of_room_below_what_is_enough_for_it() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let room = Room::under(dir.path()).expect("the disk says it");
+        assert!(room.free > 0 && (1..=ENOUGH).contains(&room.enough), "{room:?}");
+        assert!(Room { free: room.enough - 1, ..room }.is_short() && !Room { free: room.enough, ..room }.is_short());
+    }
 
     #[test]
     fn a_probe_leaves_nothing_behind() {

@@ -103,6 +103,7 @@ const METRICS: &[(&str, Type, &str)] = &[
         Type::Counter,
         "Answers that waited until this node had all that the log had, by outcome",
     ),
+    ("weft_disk_free_bytes", Type::Gauge, "Bytes that can still be written to the disk of --data; NaN while unknown"),
     ("weft_outbound_calls_total", Type::Counter, "Calls of other services, by service and outcome"),
     ("weft_outbound_retries_total", Type::Counter, "Attempts at such calls beyond the first, by service"),
     ("weft_outbound_seconds", Type::Seconds, "From asking for such a call until its outcome, by service"),
@@ -330,6 +331,9 @@ pub fn work_conflicts() -> Counter {
 }
 pub fn level_waits(outcome: &'static str) -> Counter {
     counter!("weft_level_waits_total", "outcome" => outcome)
+}
+pub fn disk_free_bytes() -> Gauge {
+    gauge!("weft_disk_free_bytes")
 }
 pub fn outbound_calls(service: &'static str, outcome: &'static str) -> Counter {
     counter!("weft_outbound_calls_total", "service" => service, "outcome" => outcome)

@@ -2,16 +2,19 @@
 //!
 //! A figure that is old misleads more than none: the lag is what was measured within the last second or two, or unknown.
 
+use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex as AsyncMutex;
 
+use crate::disk::Room;
 use crate::log::Log;
 use crate::projector::{Failing, Status};
 use crate::protocol::error::{Code, Error};
-use crate::protocol::http::{LogHealth, PartHealth, ProjectorHealth, Ready, ReadyFor};
+use crate::protocol::http::{DiskHealth, LogHealth, PartHealth, ProjectorHealth, Ready, ReadyFor};
 use crate::{clock, telemetry};
 
 /// How often the lag is measured.
@@ -20,6 +23,11 @@ const EVERY: Duration = Duration::from_secs(1);
 const FRESH: Duration = Duration::from_millis(2_500);
 /// How long `/readyz` waits for a figure when there is no fresh one.
 const WAIT: Duration = Duration::from_millis(500);
+
+/// A projector that is longer behind makes the node unready for writes.
+const BEHIND: Duration = Duration::from_secs(5);
+/// Ends of the log that are remembered: one a second.
+const ENDS: usize = 60;
 
 /// What a node is to be ready for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +42,10 @@ pub struct Health {
     projector: Arc<Status>,
     draining: AtomicBool,
     lag: Mutex<Option<Lag>>,
+    backlog: Mutex<Backlog>,
+    /// The folder of all data, and the room that it had when that was looked at last.
+    data: PathBuf,
+    room: Mutex<Option<Room>>,
     /// Held while the log is asked, which may take seconds: nobody asks it a second time meanwhile.
     asking: Arc<AsyncMutex<()>>,
 }
@@ -46,9 +58,10 @@ struct Lag {
 }
 
 impl Health {
-    pub fn new(log: Arc<dyn Log>, projector: Arc<Status>) -> Health {
-        let (draining, lag, asking) = (AtomicBool::new(false), Mutex::default(), Arc::default());
-        Health { log, projector, draining, lag, asking }
+    pub fn new(log: Arc<dyn Log>, projector: Arc<Status>, data: PathBuf) -> Health {
+        let (draining, asking) = (AtomicBool::new(false), Arc::default());
+        let (lag, backlog, room) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Health { log, projector, draining, lag, backlog, data, room, asking }
     }
 
     pub fn set_draining(&self) {
@@ -91,7 +104,10 @@ impl Health {
         let (draining, caught_up) = (self.draining.load(Ordering::Acquire), self.projector.caught_up());
 
         let served = !draining && caught_up && store.is_ok() && !matches!(failing, Some(Failing::Broken(_)));
-        let ready_for = ReadyFor { read: served, write: served && failing.is_none() && log.is_ok() };
+        let behind = self.behind();
+        let disk = self.disk();
+        let writes = failing.is_none() && log.is_ok() && behind.is_none() && disk.ok;
+        let ready_for = ReadyFor { read: served, write: served && writes };
         let ready = match purpose {
             Purpose::Read => ready_for.read,
             Purpose::Write => ready_for.write,
@@ -99,8 +115,8 @@ impl Health {
         };
 
         let projector = ProjectorHealth {
-            ok: failing.is_none(),
-            error: failing.map(|failing| failing.why().to_owned()),
+            ok: failing.is_none() && behind.is_none(),
+            error: failing.map(|failing| failing.why().to_owned()).or(behind),
             caught_up,
             rebuilding: None,
             lag_records: lag,
@@ -109,7 +125,26 @@ impl Health {
         let log = LogHealth { ok: log.is_ok(), error: log.err(), warnings: self.log.warnings() };
         let store = PartHealth { ok: store.is_ok(), error: store.err() };
         let (dependencies, degraded) = (Vec::new(), false);
-        Ready { ready, ready_for, draining, log, projector, store, dependencies, degraded }
+        Ready { ready, ready_for, draining, log, projector, store, disk, dependencies, degraded }
+    }
+
+    /// Why the projector is too far behind, if it is. While the log does not answer, what it lacks is not its fault.
+    fn behind(&self) -> Option<String> {
+        let mut backlog = self.backlog.lock().unwrap_or_else(PoisonError::into_inner);
+        let positions = self.projector.positions();
+        backlog.drop_reached(|ends| self.log.between(&positions, ends) == 0);
+        let behind = backlog.age(Instant::now());
+        let too_far = behind > BEHIND && self.log.health().is_ok();
+        too_far.then(|| format!("it has not read for {} s what the log had by then", behind.as_secs()))
+    }
+
+    /// Whether there is room enough to go on writing.
+    fn disk(&self) -> DiskHealth {
+        let room = *self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        let short = room.filter(|room| room.is_short());
+        let error = short
+            .map(|room| format!("nearly full: {} MiB are free, {} are needed", room.free >> 20, room.enough >> 20));
+        DiskHealth { ok: error.is_none(), error, free_bytes: room.map(|room| room.free) }
     }
 
     /// How many records are not visible yet, unless that is unknown.
@@ -135,15 +170,29 @@ impl Health {
             let ends = health.log.ends();
             // After the ends: what was projected while the log was asked does not count as missing.
             let positions = health.projector.positions();
-            let lag = ends
-                .ok()
-                .filter(|_| !positions.is_empty())
-                .map(|ends| Lag { records: health.log.between(&positions, &ends), at: Instant::now() });
+            let ends = ends.ok().filter(|_| !positions.is_empty());
+            let lag =
+                ends.as_ref().map(|ends| Lag { records: health.log.between(&positions, ends), at: Instant::now() });
+            if let (Some(ends), Some(Lag { records: 1.., at })) = (ends, lag) {
+                health.backlog.lock().unwrap_or_else(PoisonError::into_inner).add(at, ends);
+            }
             *health.lag.lock().unwrap_or_else(PoisonError::into_inner) = lag;
             drop(asking);
         });
         // Late or never: then the lag is unknown.
         drop(tokio::time::timeout(wait, asked).await);
+    }
+
+    /// Looks how much room the disk has, on a thread that may wait for it.
+    async fn look_at_disk(self: &Arc<Health>) {
+        let health = self.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            let room = Room::under(&health.data).ok();
+            telemetry::disk_free_bytes().set(room.map_or(f64::NAN, |room| room.free as f64));
+            *health.room.lock().unwrap_or_else(PoisonError::into_inner) = room;
+        });
+        // A disk that hangs is the log's to report.
+        drop(tokio::time::timeout(EVERY, looked).await);
     }
 
     /// Measures the lag every second, and shows it, or that it is not known, as metrics; and how the log is.
@@ -154,13 +203,39 @@ impl Health {
         every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             every.tick().await;
+            self.look_at_disk().await;
             self.measure(EVERY).await;
+            // What was reached is let go, also while nobody asks for it.
+            drop(self.behind());
             let lag = self.lag();
             records.set(lag.map_or(f64::NAN, |lag| lag as f64));
             seconds.set(lag.and_then(|lag| self.lag_seconds(lag)).unwrap_or(f64::NAN));
             problem.set(f64::from(u8::from(self.log.health().is_err())));
             warnings.set(self.log.warnings().len() as f64);
         }
+    }
+}
+
+/// Ends that the log had, each with when: the oldest one that the projector has not reached says for how long it is behind.
+#[derive(Debug, Default)]
+struct Backlog(VecDeque<(Instant, Vec<u64>)>);
+
+impl Backlog {
+    /// The log ends there, and the projector is not there yet. Of too many the oldest ones are kept.
+    fn add(&mut self, at: Instant, ends: Vec<u64>) {
+        if self.0.len() < ENDS {
+            self.0.push_back((at, ends));
+        }
+    }
+
+    fn drop_reached(&mut self, is_reached: impl Fn(&[u64]) -> bool) {
+        while self.0.front().is_some_and(|(_, ends)| is_reached(ends)) {
+            self.0.pop_front();
+        }
+    }
+
+    fn age(&self, now: Instant) -> Duration {
+        self.0.front().map_or(Duration::ZERO, |(at, _)| now.saturating_duration_since(*at))
     }
 }
 
@@ -173,8 +248,48 @@ mod tests {
     async fn before_the_projector_has_begun_the_lag_is_unknown_and_not_none() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let log = Arc::new(EmbeddedLog::open(folder.path(), 1).expect("a new log"));
-        let health = Arc::new(Health::new(log, Arc::default()));
+        let health = Arc::new(Health::new(log, Arc::default(), folder.path().to_owned()));
         let ready = health.ready(Purpose::Both, Ok(())).await;
         assert_eq!((ready.ready, ready.projector.lag_records, ready.projector.lag_seconds), (false, None, None));
+    }
+
+    #[test]
+    fn the_projector_is_behind_for_as_long_as_it_has_not_reached_an_end_of_the_log() {
+        const S: Duration = Duration::from_secs(1);
+        let (begin, mut backlog) = (Instant::now(), Backlog::default());
+        let reached = |position: u64| move |ends: &[u64]| ends[0] <= position;
+        // The log grows by 10 a second, and the projector is always 7 seconds late.
+        for second in 0..30u32 {
+            let now = begin + second * S;
+            backlog.drop_reached(reached(u64::from(second.saturating_sub(7)) * 10));
+            backlog.add(now, vec![u64::from(second) * 10 + 1]);
+            assert_eq!(backlog.age(now), second.min(7) * S, "{second}");
+        }
+        backlog.drop_reached(reached(1_000));
+        assert_eq!(backlog.age(begin + 60 * S), Duration::ZERO);
+
+        for second in 0..1_000 {
+            backlog.add(begin + second * S, vec![5_000]);
+        }
+        assert_eq!((backlog.0.len(), backlog.age(begin + 1_000 * S)), (ENDS, 1_000 * S));
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_is_nearly_full_is_seen_in_a_second_and_takes_no_writes_until_there_is_room() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let log = Arc::new(EmbeddedLog::open(&folder.path().join("log"), 1).expect("a new log"));
+        let health = Arc::new(Health::new(log, Arc::default(), folder.path().to_owned()));
+        let disk = async |free: Option<u64>| {
+            health.look_at_disk().await;
+            let room = *health.room.lock().expect("no panic");
+            let room = room.map(|room| Room { free: free.unwrap_or(room.free), ..room });
+            *health.room.lock().expect("no panic") = room;
+            health.ready(Purpose::Both, Ok(())).await.disk
+        };
+        assert!(disk(None).await.free_bytes.is_some_and(|free| free > 0));
+        let full = disk(Some(1 << 20)).await;
+        assert_eq!((full.ok, full.free_bytes), (false, Some(1 << 20)));
+        assert!(full.error.is_some_and(|why| why.starts_with("nearly full: 1 MiB are free")));
+        assert!(disk(Some(u64::MAX)).await.ok);
     }
 }

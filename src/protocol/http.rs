@@ -411,10 +411,22 @@ pub struct Ready {
     pub log: LogHealth,
     pub projector: ProjectorHealth,
     pub store: PartHealth,
+    pub disk: DiskHealth,
     /// Other services that this one asks. None of them makes it unready.
     pub dependencies: Vec<DependencyHealth>,
     /// Whether one of them does not work.
     pub degraded: bool,
+}
+
+/// The disk of the data folder.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct DiskHealth {
+    /// `false`: nearly full.
+    pub ok: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// `null` if the disk does not say it.
+    pub free_bytes: Option<u64>,
 }
 
 /// Another service, as it was when it was called last.
