@@ -26,6 +26,7 @@ mod rounds;
 mod slow;
 mod socket;
 mod target;
+mod tokens;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -87,6 +88,8 @@ enum Bench {
     Rebuild(rebuild::RebuildArgs),
     /// What the log and the store can do bare, without a server.
     Bare(bare::BareArgs),
+    /// What it takes to verify a token, without a server.
+    Tokens(tokens::TokensArgs),
     /// What a publish, a subscribe, a page and a start cost servers that hold more and more; starts them itself.
     Grow(grow::GrowArgs),
     /// Everything that asks a server.
@@ -171,6 +174,7 @@ async fn measure(bench: Bench, log: LogKind) -> Result<Report, Failure> {
         Bench::Rounds(with) => rounds::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Rebuild(args) => rebuild::run(&args, log)?,
         Bench::Bare(args) => bare::run(&args, log).await?,
+        Bench::Tokens(args) => tokens::run(&args)?,
         Bench::Peers(args) => peers::run(&args).await?,
         Bench::Grow(_) | Bench::Report(_) => return Err("this one asks no server that is given".into()),
     };
