@@ -19,7 +19,8 @@ use super::http::probes::Probes;
 use super::http::reply::{Reply, method_not_allowed, problem};
 use super::http::request::{AnonymousRequest, Request, refuse_head};
 use super::http::{
-    Api, context, dead_letters, events, groups, letter_acts, members, probes, readers, runs, sessions, threads, tickets,
+    Api, batch, context, dead_letters, events, groups, letter_acts, members, probes, readers, runs, sessions, threads,
+    tickets,
 };
 use super::listener;
 use super::matcher::{Found, Matcher};
@@ -112,6 +113,7 @@ pub static ROUTES: &[Route] = &[
     user(DELETE, MEMBER, "member", Needs::Token, |edge, it| answer(members::remove(edge.api.clone(), it))),
     user(GET, EVENTS, "events", Needs::Read, |edge, it| answer(events::page(edge.api.clone(), it))),
     user(POST, EVENTS, "publish", Needs::Token, |edge, it| answer(events::publish(edge.api.clone(), it))),
+    user(POST, "/v1/events", "publish_batch", Needs::Token, |edge, it| answer(batch::publish(edge.api.clone(), it))),
     user(GET, "/v1/threads/{thread}/presence", "presence", Needs::Read, |edge, it| answer(readers::presence(edge.api.clone(), it))),
     user(GET, "/v1/threads/{thread}/receipts", "receipts", Needs::Read, |edge, it| answer(readers::receipts(edge.api.clone(), it))),
     user(GET, "/v1/threads/{thread}/context", "context", Needs::Read, |edge, it| answer(context::read(edge.api.clone(), it))),

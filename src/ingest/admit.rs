@@ -58,8 +58,15 @@ impl Admission {
         self.limits.append(&who.tenant, bytes).inspect_err(|_| telemetry::rate_limited().increment(1))
     }
 
-    /// The event that a publish becomes, and by which right; or why it is refused.
+    /// The event that a publish becomes, and by which right, its bytes counted; or why it is refused.
     pub fn admit<'a>(&self, who: &'a Principal, request: PublishRequest<'a>) -> Result<Admitted<'a>, Error> {
+        let admitted = self.judge(who, request)?;
+        self.count_bytes(who, request.data.get().len())?;
+        Ok(admitted)
+    }
+
+    /// The same before its bytes are counted.
+    pub fn judge<'a>(&self, who: &'a Principal, request: PublishRequest<'a>) -> Result<Admitted<'a>, Error> {
         let class = kinds::classify(request.kind)?;
         let delta = match class {
             KindClass::Token => Some(DeltaData::parse(request.data)?),
@@ -71,7 +78,6 @@ impl Admission {
         let grant = self.rights.to_publish(who, request.thread, class)?;
         kinds::check_place(class, request.run, request.parent)?;
         kinds::check_answer(request.kind, request.parent)?;
-        self.count_bytes(who, request.data.get().len())?;
 
         let event = LogEvent {
             // A delta needs no key: a duplicate is known by its characters of the message.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use metrics::Counter;
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::pending::{OnVerdict, Pending, unknown};
@@ -80,13 +81,34 @@ impl Submit {
         self.verdict(|reply| self.prepare_record(id, record, reply)).await
     }
 
-    async fn verdict(&self, prepare: impl FnOnce(OnVerdict) -> Append) -> Verdict {
-        let (sender, verdict) = tokio::sync::oneshot::channel();
-        // The receiver is gone only when the caller is, and then nobody wants the verdict.
-        let append = prepare(Box::new(move |verdict| drop(sender.send(verdict))));
-        self.send(vec![append]);
-        verdict.await.unwrap_or_else(|_| Err(unknown("the server is stopping")))
+    /// Events that are appended together, in their order, and the verdict on each.
+    pub async fn publish_all<'a>(&self, drafts: impl Iterator<Item = &'a Draft<'a>>) -> Vec<Verdict> {
+        let (appends, waiting): (Vec<_>, Vec<_>) =
+            drafts.map(|draft| awaited(|reply| self.prepare(draft, reply))).unzip();
+        self.send(appends);
+        let mut verdicts = Vec::with_capacity(waiting.len());
+        for verdict in waiting {
+            verdicts.push(verdict_of(verdict).await);
+        }
+        verdicts
     }
+
+    async fn verdict(&self, prepare: impl FnOnce(OnVerdict) -> Append) -> Verdict {
+        let (append, verdict) = awaited(prepare);
+        self.send(vec![append]);
+        verdict_of(verdict).await
+    }
+}
+
+/// A record to be appended, and where its verdict will come.
+fn awaited(prepare: impl FnOnce(OnVerdict) -> Append) -> (Append, oneshot::Receiver<Verdict>) {
+    let (sender, verdict) = oneshot::channel();
+    // The receiver is gone only when the caller is, and then nobody wants the verdict.
+    (prepare(Box::new(move |verdict| drop(sender.send(verdict)))), verdict)
+}
+
+async fn verdict_of(verdict: oneshot::Receiver<Verdict>) -> Verdict {
+    verdict.await.unwrap_or_else(|_| Err(unknown("the server is stopping")))
 }
 
 /// Records of one session on their way to the log, in order: they are appended together.

@@ -2,6 +2,7 @@
 //! `schemas/` is generated from.
 
 pub mod agui;
+pub mod batch;
 pub mod command;
 pub mod data;
 pub mod dead_letters;

@@ -3,6 +3,7 @@
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
 use super::agui::Timed;
+use super::batch::{BatchBody, BatchReply};
 use super::command::{Ack, Connect, Consume, Credit, Ping, Publish, Refresh, Settle, Signal, Subscribe, Unsubscribe};
 use super::data;
 use super::event::{EventFrame, EventItem, LogEvent};
@@ -65,6 +66,8 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.event-page", of::<EventPage>()),
         ("http.publish", of::<PublishBody>()),
         ("http.published", of::<PublishReply>()),
+        ("http.publish-batch", of::<BatchBody<'_>>()),
+        ("http.published-batch", of::<BatchReply<'_>>()),
         ("http.thread", of::<ThreadBody>()),
         ("http.ticket", of::<Ticket>()),
         ("http.thread-detail", of::<ThreadDetail>()),

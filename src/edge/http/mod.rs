@@ -1,5 +1,6 @@
 //! HTTP: what a [`request`] says, what a [`reply`] is, a [`page`] of a list, and a file for each resource.
 
+pub mod batch;
 pub mod context;
 pub mod dead_letters;
 pub mod events;
@@ -45,8 +46,8 @@ const BODY_COPIES: usize = 2;
 /// The body of a request.
 pub struct Body {
     pub text: String,
-    #[expect(dead_code, reason = "held for as long as the body is")]
-    charge: Meter,
+    /// Held for as long as the body is.
+    pub charge: Meter,
 }
 
 /// What the resources work with.
@@ -73,9 +74,14 @@ impl Api {
 
     /// A request's whole body, as text, with what is charged for it.
     pub async fn body(&self, it: &mut Request) -> Result<Body, Error> {
-        let bytes = it.body_bytes().unwrap_or(MAX_FRAME).min(MAX_FRAME);
+        self.body_up_to(it, MAX_FRAME).await
+    }
+
+    /// The same, on routes whose bodies may be larger.
+    pub async fn body_up_to(&self, it: &mut Request, most: usize) -> Result<Body, Error> {
+        let bytes = it.body_bytes().unwrap_or(most).min(most);
         let charge = self.meter(&it.who, bytes * BODY_COPIES).await?;
-        Ok(Body { text: it.body().await?, charge })
+        Ok(Body { text: it.body(most).await?, charge })
     }
 
     /// Appends an event of one of the server's own kinds, on a user's behalf.

@@ -17,7 +17,6 @@ use super::reply::{Reply, problem, problem_with};
 use crate::auth::Principal;
 use crate::edge::listener::ConnectionPermit;
 use crate::edge::matcher::Params;
-use crate::protocol::command::MAX_FRAME;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::ids;
 use crate::protocol::ids::ThreadAddress;
@@ -140,20 +139,20 @@ impl<Who> Request<Who> {
         self.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
     }
 
-    /// The whole body, as text, up to the limit and within its time. A second call finds it empty.
-    pub async fn body(&mut self) -> Result<String, Error> {
+    /// The whole body, as text, of `most` bytes and within its time. A second call finds it empty.
+    pub async fn body(&mut self, most: usize) -> Result<String, Error> {
         let body = std::mem::replace(&mut self.body, Box::pin(futures_util::stream::empty()));
-        let read = tokio::time::timeout(BODY_WITHIN, read_body(body)).await;
+        let read = tokio::time::timeout(BODY_WITHIN, read_body(body, most)).await;
         read.unwrap_or_else(|_| Err(Error::new(Code::Timeout, "the body did not arrive in time")))
     }
 }
 
-async fn read_body(mut stream: ByteStream) -> Result<String, Error> {
+async fn read_body(mut stream: ByteStream, most: usize) -> Result<String, Error> {
     let mut body = Vec::new();
     while let Some(chunk) = stream.next().await {
         let chunk = chunk.map_err(|_| Error::new(Code::BadRequest, "the body was cut off"))?;
-        if body.len() + chunk.len() > MAX_FRAME {
-            return Err(Error::new(Code::TooLarge, format!("the body is larger than {MAX_FRAME} bytes")));
+        if body.len() + chunk.len() > most {
+            return Err(Error::new(Code::TooLarge, format!("the body is larger than {most} bytes")));
         }
         body.extend_from_slice(&chunk);
     }

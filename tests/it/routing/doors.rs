@@ -71,6 +71,9 @@ pub(super) fn makes_threads(route: &Route) -> bool {
     )
 }
 
+/// The route that publishes many events, each in a thread of its own.
+const BATCH: &str = "/v1/events";
+
 /// The route that makes a group where there is none.
 fn makes_groups(route: &Route) -> bool {
     (route.method.as_str(), route.path) == ("PUT", "/v1/groups/{group}")
@@ -90,6 +93,10 @@ fn body_of(route: &Route) -> Option<Value> {
         let delivery = Delivery { lease: Uuid::from_bytes([7; 16]), lease_ms: 30_000, group, thread };
         return Some(json!({"delivery": delivery.text(), "outcome": "done"}));
     }
+    if route.path == BATCH {
+        let event = json!({"thread": THREAD, "kind": "user_message", "data": {"content": "hi"}});
+        return Some(json!({"events": [event]}));
+    }
     match (route.method.as_str(), makes_threads(route)) {
         ("PUT", true) => Some(json!({"title": "mine"})),
         ("POST", true) => Some(json!({"kind": "user_message", "data": {"content": "hi"}})),
@@ -106,11 +113,14 @@ async fn who_has_no_right_is_refused_on_every_route_or_finds_nothing_there() {
     let server = Server::start(LogKind::embedded());
     let mut ada = secret(&server).await;
     for Caller { name, token, is_admin, works, is_foreign } in callers() {
-        for route in ROUTES.iter().filter(|route| !(is_foreign && (makes_threads(route) || makes_groups(route)))) {
+        let makes = |route: &Route| makes_threads(route) || makes_groups(route) || route.path == BATCH;
+        for route in ROUTES.iter().filter(|route| !(is_foreign && makes(route))) {
             let what = format!("{name}: {} {}", route.method, route.path);
             let wanted = match (route.needs(), route.path) {
                 // A WebSocket is asked thread by thread, and probes tell of the server alone.
                 (Needs::Nothing, "/v1/ws" | "/healthz" | "/readyz" | "/metrics") => continue,
+                // Each event has its own answer.
+                (Needs::Token, BATCH) => (200, None),
                 (Needs::Admin, _) if !is_admin => (403, Some("forbidden")),
                 (Needs::Agent, _) if !works => (403, Some("forbidden")),
                 // Of the caller's own tenant.
@@ -126,6 +136,7 @@ async fn who_has_no_right_is_refused_on_every_route_or_finds_nothing_there() {
             };
             let (status, body) = knock(&server, route, &token).await;
             assert_eq!((status, body["code"].as_str()), wanted, "{what}: {body}");
+            assert!(route.path != BATCH || body["items"][0]["code"] == "not_found", "{what}: {body}");
             // A refusal may repeat what was asked for, and nothing else.
             let body = body.to_string();
             for hidden in [CONTENT, "secret-agent", "acme"] {

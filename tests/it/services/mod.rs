@@ -1,5 +1,6 @@
 //! HTTP, health, metrics, schemas and the command line.
 
+mod batch;
 mod groups;
 mod keys;
 mod schemas;

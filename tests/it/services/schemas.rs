@@ -222,6 +222,9 @@ async fn every_route_answers_what_its_schema_says() {
         let body = match (method, route.path) {
             ("PUT", "/v1/threads/{thread}") => Some(json!({"title": "Everything", "members": ["cid"]})),
             ("POST", "/v1/threads/{thread}/events") => Some(json!({"kind": "x.a", "data": 1, "parent": 1})),
+            ("POST", "/v1/events") => Some(json!({"events": [
+                {"thread": "t", "kind": "x.a", "data": 1, "key": "k", "priority": "low"}, {"thread": "t", "kind": "x", "data": 1},
+            ]})),
             ("PUT", "/v1/groups/{group}") => Some(json!({"kinds": ["x.a"], "from": "start", "attempts": 2})),
             ("POST", "/v1/groups/{group}/lease") => Some(json!({"n": 1, "wait_ms": 30_000})),
             ("POST", "/v1/groups/{group}/settle") => {

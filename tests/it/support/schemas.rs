@@ -102,6 +102,7 @@ pub fn check_request(method: &str, path: &str, body: &Value) {
     match (method, &parts[..]) {
         ("PUT", ["v1", "threads", _]) => check("http.thread", body),
         ("POST", ["v1", "threads", _, "events"]) => check("http.publish", body),
+        ("POST", ["v1", "events"]) => check("http.publish-batch", body),
         ("PUT", ["v1", "groups", _]) => check("http.group-settings", body),
         ("POST", ["v1", "groups", _, "lease"]) => check("http.lease", body),
         ("POST", ["v1", "groups", _, "settle"]) => check("http.settle", body),
@@ -142,6 +143,7 @@ pub fn check_body(method: &str, path: &str, status: u16, body: &Value) {
         ("GET" | "PUT", ["v1", "threads", _]) => "http.thread-detail",
         ("PUT" | "DELETE", ["v1", "threads", _, "members", _]) => "http.membership",
         ("POST", ["v1", "threads", _, "events"]) => "http.published",
+        ("POST", ["v1", "events"]) => "http.published-batch",
         ("GET", ["v1", "threads", _, "events"]) => "http.event-page",
         ("GET", ["v1", "threads", _, "presence"]) => "http.presence",
         ("GET", ["v1", "threads", _, "receipts"]) => "http.receipts",
