@@ -2,7 +2,8 @@
 # Installs what Weft needs and this machine lacks; prints nothing and ends at once when all of it is there.
 #   setup.sh        to build and run
 #   setup.sh test   also for the tests, the benchmark and `make kafka`: Java and Maven, which fetch and run Kafka,
-#                   Node.js with the AG-UI client that the tests read streams with, and valgrind, which counts instructions
+#                   Node.js with the AG-UI client that the tests read streams with, Python with schemathesis, which asks
+#                   a server whatever its OpenAPI document allows, and valgrind, which counts instructions
 #   setup.sh peers  to build, and for `make bench-peers`: Redis, Node.js with Socket.IO and what the relay in front of Redis
 #                   needs, NATS, and Centrifugo where Go is installed
 #   setup.sh lint   also for `make lint`: clippy, rustfmt, cargo-deny, Python's YAML reader
@@ -55,6 +56,7 @@ case $what in
     need nodejs node18
     need npm has npm
     need procps has ps
+    need python3-venv eval 'python3 -c "import venv, ensurepip" 2>/dev/null'
     need valgrind has valgrind
     ;;
   peers)
@@ -94,6 +96,16 @@ if [ "$what" = test ]; then
     (cd "$cache/agui" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error </dev/null >&2)
     cp "$agui/package-lock.json" "$cache/agui/installed.json"
   fi
+  sources=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  for wanted in tests/schemathesis; do
+    venv=$cache/tools/$(basename "$wanted")
+    cmp -s "$sources/$wanted/requirements.txt" "$venv/installed.txt" && continue
+    rm -rf "$venv"
+    python3 -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+      -r "$sources/$wanted/requirements.txt" </dev/null >&2
+    cp "$sources/$wanted/requirements.txt" "$venv/installed.txt"
+  done
 fi
 
 if [ "$what" = peers ]; then

@@ -1,8 +1,8 @@
 //! Puts the parts together, and takes them apart in order. The only file that names them all.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -18,6 +18,7 @@ use crate::delivery::hub::Hub;
 use crate::delivery::registry::Registry;
 use crate::delivery::{Delivery, Sources};
 use crate::dispatch::Dispatcher;
+use crate::edge::contract;
 use crate::edge::health::Health;
 use crate::edge::http::Api;
 use crate::edge::http::probes::Probes;
@@ -461,6 +462,7 @@ fn edge(handles: Handles) -> Edge {
         streams: Arc::new(streams),
         sockets: Arc::new(sockets),
         probes: Arc::new(probes),
+        documents: Arc::new(LazyLock::new(contract::documents)),
     }
 }
 

@@ -3,12 +3,14 @@
 //! - [`listener`] accepts connections, within their limit; [`reserve`] serves probes beyond it, both
 //!   speak [`http1`];
 //! - [`routes`] lists everything that a client can ask for; [`matcher`] finds the route of a request;
+//! - [`contract`] says for each route what it takes and answers, for the OpenAPI document;
 //! - [`http`] answers requests, [`sse`] sends a thread as Server-Sent Events, [`ws`] runs WebSocket sessions;
 //! - [`cursor`] knows which cursors are of this log, and where reading begins after one;
 //! - [`credentials`] finds what a request shows to be let in;
 //! - [`origin`] knows which pages of other origins are let in;
 //! - [`health`] knows how each part of the server is doing.
 
+pub mod contract;
 pub mod credentials;
 pub mod cursor;
 pub mod health;

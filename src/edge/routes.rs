@@ -15,12 +15,13 @@ use warp::{Filter, Rejection, Reply as _};
 
 use super::credentials;
 use super::health::Health;
+use super::http::documents::LazyDocuments;
 use super::http::probes::Probes;
 use super::http::reply::{Reply, method_not_allowed, problem};
 use super::http::request::{AnonymousRequest, Request, refuse_head};
 use super::http::{
-    Api, batch, context, dead_letters, events, groups, letter_acts, members, probes, readers, runs, sessions, threads,
-    tickets,
+    Api, batch, context, dead_letters, documents, events, groups, letter_acts, members, probes, readers, runs,
+    sessions, threads, tickets,
 };
 use super::listener;
 use super::matcher::{Found, Matcher};
@@ -144,6 +145,10 @@ pub static ROUTES: &[Route] = &[
     user(GET, "/v1/sessions", "sessions", Needs::Admin, |edge, it| answer(sessions::list(edge.api.clone(), it))),
     user(DELETE, "/v1/users/{user}/sessions", "revoke", Needs::Admin, |edge, it| answer(sessions::revoke(edge.api.clone(), it))),
 
+    anyone(GET, "/v1/openapi.json", "openapi", |edge, it| answer(documents::openapi(edge.documents.clone(), it))),
+    anyone(GET, "/v1/asyncapi.json", "asyncapi", |edge, it| answer(documents::asyncapi(edge.documents.clone(), it))),
+    anyone(GET, "/v1/schemas/{name}", "schema", |edge, it| answer(documents::schema(edge.documents.clone(), it))),
+
     anyone(GET, "/healthz", "healthz", |_, _| ready(probes::alive())),
     anyone(GET, "/readyz", "readyz", |edge, it| answer(probes::ready(edge.probes.clone(), it))),
     anyone(GET, METRICS, UNCOUNTED, |edge, _| ready(probes::metrics(&edge.probes))),
@@ -192,6 +197,7 @@ pub struct Edge {
     pub streams: Arc<Streams>,
     pub sockets: Arc<Sockets>,
     pub probes: Arc<Probes>,
+    pub documents: LazyDocuments,
 }
 
 impl Edge {
@@ -394,8 +400,9 @@ mod tests {
     }
 
     #[test]
-    fn only_probes_and_the_socket_which_authenticates_by_itself_need_nothing() {
+    fn only_probes_the_contract_and_the_socket_which_authenticates_by_itself_need_nothing() {
         let open: Vec<_> = ROUTES.iter().filter(|it| it.needs() == Needs::Nothing).map(|it| it.path).collect();
-        assert_eq!(open, ["/v1/ws", "/healthz", "/readyz", "/metrics"]);
+        let contract = ["/v1/openapi.json", "/v1/asyncapi.json", "/v1/schemas/{name}"];
+        assert_eq!(open, [&["/v1/ws"], &contract[..], &["/healthz", "/readyz", "/metrics"]].concat());
     }
 }

@@ -91,18 +91,22 @@ pub struct Subscribe<'a> {
     /// A durable subscription of the user's: its place is kept in the log, and the same name goes on from there. 1–128
     /// characters.
     #[serde(borrow, default)]
+    #[schemars(length(min = 1, max = 128))]
     pub name: Option<Cow<'a, str>>,
     /// Events must be acknowledged; those that are not are sent again.
     #[serde(default)]
     pub confirm: Option<bool>,
     /// With `confirm`: how long the client has to acknowledge the oldest event, 1,000 to 3,600,000; 10,000 unless given.
     #[serde(default)]
+    #[schemars(range(min = 1_000, max = 3_600_000))]
     pub ack_within_ms: Option<u64>,
     /// With `confirm`: how often an event is sent before it becomes a dead letter, 1 to 20; 5 unless given.
     #[serde(default)]
+    #[schemars(range(min = 1, max = 20))]
     pub attempts: Option<u32>,
     /// Only events of these kinds, at most 100.
     #[serde(default)]
+    #[schemars(length(min = 1, max = 100))]
     pub kinds: Option<Vec<String>>,
 }
 
@@ -118,6 +122,7 @@ pub struct Ack<'a> {
     pub seq: u64,
     /// The durable subscription; without it, whichever the session has for the thread.
     #[serde(borrow, default)]
+    #[schemars(length(min = 1, max = 128))]
     pub name: Option<Cow<'a, str>>,
 }
 
@@ -128,6 +133,7 @@ pub struct Credit {
     #[schemars(with = "String", extend("const" = "credit"))]
     _type: Tag,
     /// So many more events may be sent; from the first one on, no more than that.
+    #[schemars(range(min = 1))]
     pub events: u64,
 }
 
@@ -141,6 +147,7 @@ pub struct Signal<'a> {
     pub thread: Cow<'a, str>,
     /// What is signalled, 1–128 characters.
     #[serde(borrow)]
+    #[schemars(length(min = 1, max = 128))]
     pub kind: Cow<'a, str>,
     #[serde(borrow, default)]
     #[schemars(with = "Option<serde_json::Value>")]
@@ -174,14 +181,17 @@ pub struct Publish<'a> {
     pub data: &'a RawValue,
     /// Idempotency key, at most 128 characters.
     #[serde(borrow, default)]
+    #[schemars(length(min = 1, max = 128))]
     pub key: Option<Cow<'a, str>>,
     #[serde(default)]
     pub priority: Option<Priority>,
     /// The run an agent event belongs to, 1–128 characters.
     #[serde(borrow, default)]
+    #[schemars(length(min = 1, max = 128))]
     pub run: Option<Cow<'a, str>>,
     /// The seq this replies to.
     #[serde(default)]
+    #[schemars(range(min = 1))]
     pub parent: Option<u64>,
 }
 
@@ -209,9 +219,11 @@ pub struct Consume<'a> {
     #[serde(default)]
     pub kinds: Option<Vec<String>>,
     /// How much work the session may hold at once, at most 1,000; given again, it is this from then on, and 0 takes no more.
+    #[schemars(range(max = 1_000))]
     pub credit: u32,
     /// How long its leases last, 1,000 to 3,600,000; as long as the group says unless given.
     #[serde(default)]
+    #[schemars(range(min = 1_000, max = 3_600_000))]
     pub lease_ms: Option<u64>,
 }
 
@@ -231,9 +243,11 @@ pub struct Settle<'a> {
     pub outcome: Outcome,
     /// Of `retry` and `reject`: why, at most 1,000 characters.
     #[serde(borrow, default)]
+    #[schemars(length(max = 1_000))]
     pub reason: Option<Cow<'a, str>>,
     /// Of `retry`: when to try again, at most 86,400,000; by the group's backoff unless given.
     #[serde(default)]
+    #[schemars(range(max = 86_400_000))]
     pub delay_ms: Option<u64>,
 }
 

@@ -72,15 +72,18 @@ pub struct GroupDeleted<'a> {
 pub struct LeaseBody {
     /// How much at most: 1 unless given, up to 100.
     #[serde(default)]
+    #[schemars(range(min = 1, max = 100))]
     pub n: Option<u32>,
     /// How long to wait for the first: 0 unless given, up to 30,000. With 0 it is what there is.
     #[serde(default)]
+    #[schemars(range(max = 30_000))]
     pub wait_ms: Option<u64>,
     /// Of the group's kinds only these.
     #[serde(default)]
     pub kinds: Option<Vec<String>>,
     /// How long the leases last, unless as long as the group says: 1,000 to 3,600,000.
     #[serde(default)]
+    #[schemars(range(min = 1_000, max = 3_600_000))]
     pub lease_ms: Option<u64>,
 }
 
@@ -132,9 +135,11 @@ pub struct SettlementBody<'a> {
     pub outcome: Outcome,
     /// Of `retry` and `reject`: why, at most 1,000 characters.
     #[serde(borrow, default)]
+    #[schemars(length(max = 1_000))]
     pub reason: Option<Cow<'a, str>>,
     /// Of `retry`: when to try again, at most 86,400,000; by the group's backoff unless given.
     #[serde(default)]
+    #[schemars(range(max = 86_400_000))]
     pub delay_ms: Option<u64>,
 }
 
@@ -149,12 +154,15 @@ pub struct SettleBody<'a> {
     pub outcome: Option<Outcome>,
     /// Of `retry` and `reject`: why, at most 1,000 characters.
     #[serde(borrow, default)]
+    #[schemars(length(max = 1_000))]
     pub reason: Option<Cow<'a, str>>,
     /// Of `retry`: when to try again, at most 86,400,000; by the group's backoff unless given.
     #[serde(default)]
+    #[schemars(range(max = 86_400_000))]
     pub delay_ms: Option<u64>,
     /// Up to 100, each with an outcome of its own.
     #[serde(borrow, default)]
+    #[schemars(length(min = 1, max = 100))]
     pub settlements: Option<Vec<SettlementBody<'a>>>,
 }
 

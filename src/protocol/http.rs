@@ -514,8 +514,10 @@ pub struct PublishBody<'a> {
     #[serde(default)]
     pub priority: Option<Priority>,
     #[serde(borrow, default)]
+    #[schemars(length(min = 1, max = 128))]
     pub run: Option<Cow<'a, str>>,
     #[serde(default)]
+    #[schemars(range(min = 1))]
     pub parent: Option<u64>,
 }
 
@@ -524,9 +526,11 @@ pub struct PublishBody<'a> {
 #[serde(deny_unknown_fields)]
 pub struct ThreadBody {
     #[serde(default)]
+    #[schemars(length(max = 512))]
     pub title: Option<String>,
     /// Users to add; the caller is a member of a thread it creates in any case.
     #[serde(default)]
+    #[schemars(length(max = 1_000))]
     pub members: Option<Vec<String>>,
 }
 

@@ -163,6 +163,7 @@ pub struct FingerprintCount {
 pub struct NoteBody {
     /// Why, for those who read the letter later; up to 1,000 characters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 1_000))]
     pub note: Option<String>,
     /// Only say what it would do.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -177,6 +178,7 @@ pub struct ActBody {
     pub filter: LetterFilter,
     /// Why, for those who read the letters later; up to 1,000 characters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 1_000))]
     pub note: Option<String>,
     /// Only say what it would do.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

@@ -2,8 +2,11 @@
 //! `schemas/` is generated from.
 
 pub mod agui;
+pub mod asyncapi;
 pub mod batch;
 pub mod command;
+pub mod compatible;
+pub mod components;
 pub mod data;
 pub mod dead_letters;
 pub mod delta;

@@ -46,6 +46,7 @@ pub fn tenant_of_key(key: &str) -> Option<&str> {
 #[serde(deny_unknown_fields)]
 pub struct Backoff {
     pub min_ms: u64,
+    #[schemars(range(max = 86_400_000))]
     pub max_ms: u64,
 }
 
@@ -71,12 +72,15 @@ pub enum StartFrom {
 #[serde(deny_unknown_fields, default)]
 pub struct GroupSettings {
     /// The kinds of events that are its work.
+    #[schemars(length(min = 1, max = 100))]
     pub kinds: Vec<String>,
     /// Counts when the group is made, and not afterwards.
     pub from: StartFrom,
     /// How long a worker has, unless it asks for another time.
+    #[schemars(range(min = 1_000, max = 3_600_000))]
     pub lease_ms: u64,
     /// How often an event is tried before it becomes a dead letter.
+    #[schemars(range(min = 1, max = 20))]
     pub attempts: u32,
     pub backoff: Backoff,
 }

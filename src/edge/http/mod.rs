@@ -3,6 +3,7 @@
 pub mod batch;
 pub mod context;
 pub mod dead_letters;
+pub mod documents;
 pub mod events;
 pub mod groups;
 pub mod letter_acts;

@@ -1,6 +1,8 @@
 //! HTTP, health, metrics, schemas and the command line.
 
 mod batch;
+mod contract;
+mod generated;
 mod groups;
 mod keys;
 mod schemas;

@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 
 use jsonschema::Validator;
 use serde_json::{Map, Value, json};
+use weft::edge::contract::{self, Content};
 use weft::protocol::error::Code;
 
 /// Each schema by its name, and each frame of the server as `frame.<type>`.
@@ -98,58 +99,27 @@ pub fn check_command(command: &Value) {
 /// Checks the body of a request that the server has carried out.
 pub fn check_request(method: &str, path: &str, body: &Value) {
     let path = path.split('?').next().unwrap_or_default();
-    let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
-    match (method, &parts[..]) {
-        ("PUT", ["v1", "threads", _]) => check("http.thread", body),
-        ("POST", ["v1", "threads", _, "events"]) => check("http.publish", body),
-        ("POST", ["v1", "events"]) => check("http.publish-batch", body),
-        ("PUT", ["v1", "groups", _]) => check("http.group-settings", body),
-        ("POST", ["v1", "groups", _, "lease"]) => check("http.lease", body),
-        ("POST", ["v1", "groups", _, "settle"]) => check("http.settle", body),
-        ("POST", ["v1", "dead-letters", "requeue" | "discard"]) => check("http.dead-letter-acts", body),
-        ("POST", ["v1", "dead-letters", _, "requeue"]) => check("http.dead-letter-act", body),
-        _ => panic!("no schema for the body of {method} {path}: {body}"),
+    let operation = contract::find(method, path).unwrap_or_else(|| panic!("no operation {method} {path}"));
+    let name = operation.request().unwrap_or_else(|| panic!("no schema for the body of {method} {path}: {body}"));
+    check(name, body);
+}
+
+/// The schema of an answer to a request that was no refusal, as the OpenAPI document has it.
+fn schema_of_answer(method: &str, path: &str, status: u16, body: &Value) -> &'static str {
+    let operation = contract::find(method, path);
+    let answer = operation.and_then(|it| it.answers.iter().find(|answer| answer.status == status));
+    match answer.map(|answer| answer.content) {
+        Some(Content::Json(name)) => name,
+        Some(Content::OneOf(names)) => names.iter().find(|name| VALIDATORS[**name].is_valid(body)).unwrap_or(&names[0]),
+        _ => panic!("no schema for the answer {status} to {method} {path}: {body}"),
     }
 }
 
 /// Checks the body of an answer to a request.
 pub fn check_body(method: &str, path: &str, status: u16, body: &Value) {
     let path = path.split('?').next().unwrap_or_default();
-    let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
-    let name = match (method, &parts[..]) {
-        (_, ["readyz"]) if status != 400 => "http.readyz",
-        _ if status >= 400 => "http.problem",
-        (_, ["healthz"]) => "http.healthz",
-        ("POST", ["v1", "tickets"]) => "http.ticket",
-        ("GET", ["v1", "sessions"]) => "http.session-list",
-        ("DELETE", ["v1", "users", _, "sessions"]) => "http.revocation",
-        ("GET", ["v1", "groups"]) => "http.group-list",
-        ("GET", ["v1", "groups", _]) => "http.group-detail",
-        ("PUT", ["v1", "groups", _]) | ("POST", ["v1", "groups", _, "pause" | "resume"]) => "http.group",
-        ("DELETE", ["v1", "groups", _]) => "http.group-deleted",
-        ("POST", ["v1", "groups", _, "lease"]) => "http.work-list",
-        ("POST", ["v1", "groups", _, "settle"]) if body["items"].is_array() => "http.settled-list",
-        ("POST", ["v1", "groups", _, "settle"]) => "http.settled",
-        ("GET", ["v1", "dead-letters"]) => "http.dead-letter-list",
-        ("GET", ["v1", "dead-letters", "counts"]) => "http.dead-letter-counts",
-        ("POST", ["v1", "dead-letters", "requeue" | "discard"]) => "http.dead-letter-outcomes",
-        ("POST", ["v1", "dead-letters", _, "requeue"]) | ("DELETE", ["v1", "dead-letters", _]) => {
-            "http.dead-letter-outcome"
-        }
-        ("GET", ["v1", "dead-letters", _]) => "http.dead-letter",
-        ("GET", ["v1", "runs"] | ["v1", "threads", _, "runs"]) => "http.run-list",
-        ("GET", ["v1", "runs", _] | ["v1", "threads", _, "runs", _]) => "http.run",
-        ("GET", ["v1", "threads"]) => "http.thread-list",
-        ("GET" | "PUT", ["v1", "threads", _]) => "http.thread-detail",
-        ("PUT" | "DELETE", ["v1", "threads", _, "members", _]) => "http.membership",
-        ("POST", ["v1", "threads", _, "events"]) => "http.published",
-        ("POST", ["v1", "events"]) => "http.published-batch",
-        ("GET", ["v1", "threads", _, "events"]) => "http.event-page",
-        ("GET", ["v1", "threads", _, "presence"]) => "http.presence",
-        ("GET", ["v1", "threads", _, "receipts"]) => "http.receipts",
-        ("GET", ["v1", "threads", _, "context"]) => "http.context",
-        _ => panic!("no schema for the answer {status} to {method} {path}: {body}"),
-    };
+    let is_problem = status >= 400 && !(path == "/readyz" && status == 503);
+    let name = if is_problem { "http.problem" } else { schema_of_answer(method, path, status, body) };
     check(name, body);
     if name == "http.problem" {
         assert_eq!(body["status"], json!(status), "{body}");
