@@ -3,7 +3,8 @@
 #   setup.sh        to build and run
 #   setup.sh test   also for the tests, the benchmark and `make kafka`: Java and Maven, which fetch and run Kafka,
 #                   Node.js with the AG-UI client that the tests read streams with, Python with schemathesis, which asks
-#                   a server whatever its OpenAPI document allows, and valgrind, which counts instructions
+#                   a server whatever its OpenAPI document allows, and with what examples/ need, and valgrind, which
+#                   counts instructions
 #   setup.sh peers  to build, and for `make bench-peers`: Redis, Node.js with Socket.IO and what the relay in front of Redis
 #                   needs, NATS, and Centrifugo where Go is installed
 #   setup.sh lint   also for `make lint`: clippy, rustfmt, cargo-deny, Python's YAML reader
@@ -97,7 +98,7 @@ if [ "$what" = test ]; then
     cp "$agui/package-lock.json" "$cache/agui/installed.json"
   fi
   sources=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  for wanted in tests/schemathesis; do
+  for wanted in tests/schemathesis examples/python-agent; do
     venv=$cache/tools/$(basename "$wanted")
     cmp -s "$sources/$wanted/requirements.txt" "$venv/installed.txt" && continue
     rm -rf "$venv"

@@ -2,6 +2,7 @@
 
 mod batch;
 mod contract;
+mod examples;
 mod generated;
 mod groups;
 mod keys;
