@@ -486,6 +486,7 @@ impl Projector {
     fn apply_entry(&mut self, entry: &Entry, state: &mut BatchState<'_>) -> Result<(), ProjectError> {
         let partition = entry.at.partition;
         self.touch(partition);
+        state.tx.offset = entry.at.offset;
         if let Some(checkpoints) = &mut self.checkpoints {
             checkpoints.cross(partition, entry.at.offset, &self.partitions[partition as usize].progress.hash);
         }
@@ -618,15 +619,14 @@ impl Projector {
         };
 
         let read = || Ok(Thread::new(&record.key, self.store.thread(&act.record.tenant, thread)?, act.at));
-        let verdict = self.threads.with(&record.key, read, |thread| {
+        Ok(self.threads.with(&record.key, read, |thread| {
             let head = thread.row.head;
             let verdict = state.requeue_event(act, row, turn, thread)?;
             if self.checkpoints.is_some() && thread.row.head > head {
                 progress.hash = checkpoints::link(&progress.hash, &thread.row.hash);
             }
             Ok(verdict)
-        })?;
-        Ok(verdict)
+        })?)
     }
 
     /// Gives a user a ticket, or lets the first in who uses it.

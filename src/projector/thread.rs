@@ -262,7 +262,8 @@ impl Thread {
         let seq = self.advance(value, priority, at);
         let frame = EventFrame { data, ..event.frame(seq) }.encode();
         let class = Priority::class(priority) as u8;
-        let row = EventRow { kind: &event.kind, class, privileged, hash: self.row.hash, frame: &frame };
+        let (offset, hash) = (tx.offset, self.row.hash);
+        let row = EventRow { offset, kind: &event.kind, class, privileged, hash, frame: &frame };
         tx.rows.put_event(&event.tenant, &event.thread, seq, &row);
         tx.wanted.index(&mut tx.rows, event, seq, class);
         let access = self.apply(effect, event, EventRef { seq, at }, tx);

@@ -14,11 +14,13 @@ pub(super) struct Transaction<'s> {
     pub(super) rows: Batch<'s>,
     pub(super) commit: Commit,
     pub(super) wanted: Wanted,
+    /// Of the record that is applied, in its partition.
+    pub(super) offset: u64,
 }
 
 impl<'s> Transaction<'s> {
     pub(super) fn new(store: &'s Store, wanted: Wanted) -> Transaction<'s> {
-        Transaction { store, rows: store.batch(), commit: Commit::default(), wanted }
+        Transaction { store, rows: store.batch(), commit: Commit::default(), wanted, offset: 0 }
     }
 }
 

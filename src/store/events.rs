@@ -12,6 +12,8 @@ use crate::protocol::event::Priority;
 
 #[derive(Debug, Encode, BorrowDecode)]
 pub struct EventRow<'a> {
+    /// Of the record that it came of, in its partition of the log: what an export goes by that is repeated.
+    pub offset: u64,
     pub kind: &'a str,
     /// The class of its priority.
     pub class: u8,

@@ -135,6 +135,13 @@ impl Store {
         positions.collect()
     }
 
+    /// For each partition of events the offset to read next: what came of the records before that is in the rows.
+    pub fn event_positions(&self) -> Result<Vec<u64>, StoreError> {
+        let mut positions = self.positions()?;
+        positions.truncate(self.partitioning.each() as usize);
+        Ok(positions)
+    }
+
     /// Learns how its keys are spread, if it was begun by this version of Weft.
     pub(super) fn read_partitioning(&mut self) -> Result<(), StoreError> {
         // What another version has there is of no use to this one.

@@ -25,7 +25,9 @@ use weft::log::kafka::{ClientSettings, KafkaConfig, KafkaLog};
 use weft::log::{Append, Entry, Grant, Log, Record, Topic};
 use weft::memory::LogPlan;
 use weft::projector::{Projector, Verdict};
-use weft::store::catalogue::{DEAD_LETTER_COUNTS, DEAD_LETTER_TIMES, DEAD_LETTERS, KEY_TIMES, META, TICKET_TIMES};
+use weft::store::catalogue::{
+    DEAD_LETTER_COUNTS, DEAD_LETTER_TIMES, DEAD_LETTERS, EVENTS, KEY_TIMES, META, TICKET_TIMES,
+};
 use weft::store::{Partition, Store};
 
 use crate::support::LogKind;
@@ -188,6 +190,7 @@ fn rows(store: &Store) -> BTreeMap<String, FamilyOutcome> {
         let (rows, hasher) = families.entry(family.to_owned()).or_default();
         *rows += 1;
         let payload = value.get(FRAME..).unwrap_or_default();
+        let payload = if family == EVENTS { without_offset(payload) } else { payload };
         let key = match family {
             KEY_TIMES | TICKET_TIMES => [&[0; 2], &key[..]].concat(),
             DEAD_LETTERS | DEAD_LETTER_TIMES | DEAD_LETTER_COUNTS => key.to_vec(),
@@ -199,6 +202,18 @@ fn rows(store: &Store) -> BTreeMap<String, FamilyOutcome> {
     }
     let outcome = |(rows, hasher): (u64, blake3::Hasher)| FamilyOutcome { rows, digest: hasher.finalize().to_string() };
     families.into_iter().map(|(family, rows)| (family, outcome(rows))).collect()
+}
+
+/// A row of an event as it was before it had the offset of its record, which depends on the log and not on the event: a number
+/// of one, three, five or nine bytes before all else.
+fn without_offset(row: &[u8]) -> &[u8] {
+    let bytes = match row.first() {
+        Some(251) => 3,
+        Some(252) => 5,
+        Some(253) => 9,
+        _ => 1,
+    };
+    row.get(bytes..).unwrap_or_default()
 }
 
 /// A log without records; the folder holds what it keeps.
