@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -19,6 +19,7 @@ use crate::delivery::registry::Registry;
 use crate::delivery::{Delivery, Sources};
 use crate::dispatch::Dispatcher;
 use crate::edge::contract;
+use crate::edge::export::Exports;
 use crate::edge::health::Health;
 use crate::edge::http::Api;
 use crate::edge::http::probes::Probes;
@@ -426,6 +427,15 @@ fn edge(handles: Handles) -> Edge {
         epoch: epoch.clone(),
         memory: memory.readers.clone(),
     };
+    let exports = Exports {
+        auth: auth.clone(),
+        rights: rights.clone(),
+        level: level.clone(),
+        store: store.clone(),
+        epoch: epoch.clone(),
+        memory: memory.readers.clone(),
+        open: Mutex::default(),
+    };
     let frames = memory.frames.clone();
     let probes = Probes {
         auth: auth.clone(),
@@ -460,6 +470,7 @@ fn edge(handles: Handles) -> Edge {
         admission,
         api: Arc::new(api),
         streams: Arc::new(streams),
+        exports: Arc::new(exports),
         sockets: Arc::new(sockets),
         probes: Arc::new(probes),
         documents: Arc::new(LazyLock::new(contract::documents)),

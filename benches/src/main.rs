@@ -9,6 +9,7 @@ mod agents;
 mod bare;
 mod crowd;
 mod crowded;
+mod export;
 mod fanout;
 mod grow;
 mod idle;
@@ -70,6 +71,8 @@ enum Bench {
     Crowded(#[command(flatten)] With<crowded::CrowdedArgs>),
     /// Deliveries a second to many readers of one thread.
     Fanout(#[command(flatten)] With<fanout::FanoutArgs>),
+    /// Events a second of an export, and what it costs the server in memory.
+    Export(#[command(flatten)] With<export::ExportArgs>),
     /// The server's memory for a connection that is subscribed and silent.
     Idle(#[command(flatten)] With<idle::IdleArgs>),
     /// Events a second from the store, from a thread's start until caught up.
@@ -165,6 +168,7 @@ async fn measure(bench: Bench, log: LogKind) -> Result<Report, Failure> {
         Bench::Crowd(with) => crowd::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Crowded(with) => crowded::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Fanout(with) => fanout::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::Export(with) => export::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Idle(with) => idle::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Replay(with) => replay::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Reconnect(with) => reconnect::run(&Target::new(&with.target)?, &with.args).await?,
@@ -206,6 +210,7 @@ async fn all(target: &Target, log: LogKind) -> Result<Report, Failure> {
     report.add("reconnect", reconnect::run(target, &reconnect::ReconnectArgs::default()).await);
     report.add("agents", agents::run(target, &agents::AgentsArgs::default()).await);
     report.add("queue", queue::run(target, &queue::QueueArgs::default()).await);
+    report.add("export", export::run(target, &export::ExportArgs::default()).await);
     report.add("replay", replay::run(target, &replay::ReplayArgs::default()).await);
     Ok(report)
 }

@@ -121,6 +121,12 @@ impl Target {
         Ok(())
     }
 
+    /// Requests with an analyst's rights.
+    pub async fn analyst(&self) -> Result<Http, Failure> {
+        let token = mint(&self.args.jwt_secret, &self.args.tenant, "analyst", "analyst", 24 * 3600)?;
+        Ok(Http::connect(&self.args.url, &token).await?)
+    }
+
     pub async fn http(&self, user: &str) -> Result<Http, Failure> {
         Ok(Http::connect(&self.args.url, &self.token(user)?).await?)
     }

@@ -5,6 +5,7 @@ pub mod common;
 pub mod dead_letters;
 pub mod demo;
 pub mod doctor;
+pub mod export;
 pub mod groups;
 pub mod logging;
 pub mod rebuild;
@@ -15,6 +16,7 @@ pub mod serve;
 pub mod tail;
 pub mod threads;
 pub mod token;
+pub mod verify;
 pub mod work;
 
 use std::ffi::OsString;
@@ -25,7 +27,7 @@ use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
 use common::Failure;
 
 /// Commands that are planned and not there yet.
-const PLANNED: [&str; 8] = ["replay", "search", "export", "verify", "backup", "restore", "erase", "completions"];
+const PLANNED: [&str; 6] = ["replay", "search", "backup", "restore", "erase", "completions"];
 
 /// An event-sourced messaging backend for AI platforms.
 #[derive(Debug, Parser)]
@@ -55,6 +57,10 @@ enum CliCommand {
     Work(work::Args),
     /// List the runs of agents, or show one as a waterfall
     Runs(runs::Args),
+    /// Write the tenant's threads, or one, to a file or to standard output; scope analyst
+    Export(Box<export::Args>),
+    /// Prove that an export is complete and unaltered, without a server
+    Verify(verify::Args),
     /// Rebuild the projections from the log, of a stopped server
     Rebuild(rebuild::Args),
     /// Check a data folder, while no server runs on it, and say how to mend what is wrong
@@ -87,6 +93,7 @@ impl Cli {
             CliCommand::Tail(args) => args.check(),
             CliCommand::DeadLetters(args) => args.check(),
             CliCommand::Groups(args) => args.check(),
+            CliCommand::Export(args) => args.check(),
             _ => Ok(()),
         };
         checked.map_err(|why| Cli::command().error(ErrorKind::ArgumentConflict, why))?;
@@ -104,6 +111,8 @@ impl Cli {
             CliCommand::Groups(args) => groups::run(*args).await,
             CliCommand::Work(args) => work::run(args).await,
             CliCommand::Runs(args) => runs::run(args).await,
+            CliCommand::Export(args) => export::run(*args).await,
+            CliCommand::Verify(args) => verify::run(&args),
             CliCommand::Rebuild(args) => rebuild::run(args).await,
             CliCommand::Doctor(args) => doctor::run(args).await,
             CliCommand::Salvage(args) => salvage::run(args).await,

@@ -1,7 +1,7 @@
 //! Plain HTTP/1.1 on one connection that is kept open, for what the WebSocket has no command for.
 
 use http_body_util::{BodyExt, Full};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::{Method, Request, header};
 use hyper_util::rt::TokioIo;
@@ -68,7 +68,27 @@ impl Http {
         }
     }
 
+    /// Hands a body over piece by piece, as it comes: for those that are too large to hold.
+    pub async fn get_in_pieces<E: From<ClientError>>(
+        &mut self,
+        path: &str,
+        mut take: impl FnMut(Bytes) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut body = self.send(Method::GET, path, None).await?;
+        while let Some(frame) = body.frame().await {
+            if let Ok(piece) = frame.map_err(lost)?.into_data() {
+                take(piece)?;
+            }
+        }
+        Ok(())
+    }
+
     async fn ask(&mut self, method: Method, path: &str, body: Option<&Value>) -> Result<Bytes, ClientError> {
+        Ok(self.send(method, path, body).await?.collect().await.map_err(lost)?.to_bytes())
+    }
+
+    /// The body of the answer to a request that was not refused.
+    async fn send(&mut self, method: Method, path: &str, body: Option<&Value>) -> Result<Incoming, ClientError> {
         let mut request = Request::builder()
             .method(method)
             .uri(path)
@@ -83,10 +103,10 @@ impl Http {
         self.requests.ready().await.map_err(lost)?;
         let answer = self.requests.send_request(request).await.map_err(lost)?;
         let status = answer.status();
-        let body = answer.into_body().collect().await.map_err(lost)?.to_bytes();
         if status.is_success() {
-            return Ok(body);
+            return Ok(answer.into_body());
         }
+        let body = answer.into_body().collect().await.map_err(lost)?.to_bytes();
         Err(ClientError::Refused { status: status.as_u16(), body: String::from_utf8_lossy(&body).into_owned() })
     }
 }

@@ -4,7 +4,8 @@
 //!   speak [`http1`];
 //! - [`routes`] lists everything that a client can ask for; [`matcher`] finds the route of a request;
 //! - [`contract`] says for each route what it takes and answers, for the OpenAPI document;
-//! - [`http`] answers requests, [`sse`] sends a thread as Server-Sent Events, [`ws`] runs WebSocket sessions;
+//! - [`http`] answers requests, [`sse`] sends a thread as Server-Sent Events, [`ws`] runs WebSocket sessions, [`export`] sends
+//!   a tenant's threads as a file;
 //! - [`cursor`] knows which cursors are of this log, and where reading begins after one;
 //! - [`credentials`] finds what a request shows to be let in;
 //! - [`origin`] knows which pages of other origins are let in;
@@ -13,6 +14,7 @@
 pub mod contract;
 pub mod credentials;
 pub mod cursor;
+pub mod export;
 pub mod health;
 pub mod http;
 pub mod http1;

@@ -14,6 +14,7 @@ use warp::reply::Response;
 use warp::{Filter, Rejection, Reply as _};
 
 use super::credentials;
+use super::export::{self, Exports};
 use super::health::Health;
 use super::http::documents::LazyDocuments;
 use super::http::probes::Probes;
@@ -48,6 +49,8 @@ pub enum Needs {
     Stream,
     /// A token with scope `agent`, or `admin`.
     Agent,
+    /// A token with scope `analyst`, or `admin`.
+    Analyst,
     /// A token with scope `admin`.
     Admin,
 }
@@ -126,6 +129,8 @@ pub static ROUTES: &[Route] = &[
     user(GET, "/v1/runs", "runs", Needs::Read, |edge, it| answer(runs::open(edge.api.clone(), it))),
     user(GET, "/v1/runs/{run}", "run", Needs::Read, |edge, it| answer(runs::find(edge.api.clone(), it))),
 
+    user(GET, "/v1/export", "export", Needs::Analyst, |edge, it| answer(export::export(edge.exports.clone(), it))),
+
     user(GET, "/v1/groups", "groups", Needs::Agent, |edge, it| answer(groups::list(edge.api.clone(), it))),
     user(GET, GROUP, "group", Needs::Agent, |edge, it| answer(groups::read(edge.api.clone(), it))),
     user(PUT, GROUP, "group", Needs::Admin, |edge, it| answer(groups::put(edge.api.clone(), it))),
@@ -195,6 +200,7 @@ pub struct Edge {
     pub admission: Arc<Admission>,
     pub api: Arc<Api>,
     pub streams: Arc<Streams>,
+    pub exports: Arc<Exports>,
     pub sockets: Arc<Sockets>,
     pub probes: Arc<Probes>,
     pub documents: LazyDocuments,
@@ -250,6 +256,7 @@ impl Edge {
             Needs::Nothing | Needs::Token => {}
             Needs::Read | Needs::Stream => scopes::read(who.scopes)?,
             Needs::Agent => scopes::work(who.scopes)?,
+            Needs::Analyst => scopes::read_all(who.scopes)?,
             Needs::Admin => scopes::administer(who.scopes)?,
         }
         Ok(who)

@@ -2,3 +2,4 @@
 
 pub mod agui;
 pub mod chat;
+pub mod export;

@@ -125,6 +125,15 @@ async fn every_event_that_the_replay_bench_counts_came_from_the_store_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_export_bench_counts_the_events_that_it_wrote() {
+    let server = Server::start_unlimited(LogKind::embedded());
+    let counted = Counted::from_now(&server, &[EVENTS]).await;
+    let figures = bench(&server, "export --events 20000").await;
+    figure(&figures, "export as jsonl", "events/s");
+    assert_eq!(counted.grew(EVENTS).await, 20_000.0, "all of which were counted, or the bench had failed");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_round_of_the_rounds_bench_is_published_and_delivered_before_the_next() {
     let server = Server::start(LogKind::embedded());
     let counted = Counted::from_now(&server, &[EVENTS, DELIVERIES]).await;

@@ -1,0 +1,223 @@
+//! `weft export`: writes what `GET /v1/export` sends, and goes on where that was cut off.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufReader, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::common::{Failure, Server, segment};
+use crate::client::{ClientError, Http};
+use crate::views::export::verify::{self, Resume};
+use crate::views::export::{Format, Note};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    pub server: Server,
+    /// This thread; else all of the tenant.
+    #[arg(long)]
+    pub thread: Option<String>,
+    /// Events of this time or later (RFC 3339).
+    #[arg(long, value_name = "TIME")]
+    pub since: Option<String>,
+    /// Events before this time (RFC 3339).
+    #[arg(long, value_name = "TIME")]
+    pub until: Option<String>,
+    /// Events of these kinds, with commas.
+    #[arg(long)]
+    pub kinds: Option<String>,
+    /// Events that this user published.
+    #[arg(long, value_name = "USER")]
+    pub from: Option<String>,
+    /// What a line is: jsonl, csv, otel (OpenTelemetry's traces) or chat (datasets).
+    #[arg(long, default_value = "jsonl", value_parser = ["jsonl", "csv", "otel", "chat", "parquet"])]
+    pub format: String,
+    /// Hide what looks like it: email, phone, card, or a /regex/; several with commas, or once more.
+    #[arg(long, value_name = "MASKS")]
+    pub mask: Vec<String>,
+    /// Write to this file, and not to standard output.
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Go on with the file of --out, which was cut off; all else is as its first line says.
+    #[arg(long, requires = "out")]
+    pub resume: bool,
+    /// Repeat the export of this file: with its parameters, as of its positions, byte for byte.
+    #[arg(long, value_name = "FILE", conflicts_with = "resume")]
+    pub repeat: Option<PathBuf>,
+}
+
+impl Args {
+    pub fn check(&self) -> Result<(), &'static str> {
+        let narrows = [&self.thread, &self.since, &self.until, &self.kinds, &self.from].iter().any(|it| it.is_some())
+            || !self.mask.is_empty()
+            || self.format != "jsonl";
+        match (self.resume || self.repeat.is_some()) && narrows {
+            true => Err("with --resume and --repeat the file says what is asked for"),
+            false => Ok(()),
+        }
+    }
+
+    fn path(&self) -> String {
+        let mut path = format!("/v1/export?format={}", self.format);
+        let mask = self.mask.join(",");
+        let mask = Some(&mask).filter(|mask| !mask.is_empty());
+        let parameters = [
+            ("thread", self.thread.as_ref()),
+            ("since", self.since.as_ref()),
+            ("until", self.until.as_ref()),
+            ("kinds", self.kinds.as_ref()),
+            ("from", self.from.as_ref()),
+            ("mask", mask),
+        ];
+        for (name, value) in parameters {
+            put(&mut path, name, value.map(String::as_str));
+        }
+        path
+    }
+}
+
+fn put(path: &mut String, name: &str, value: Option<&str>) {
+    if let Some(value) = value {
+        path.push_str(&format!("&{name}={}", segment(value)));
+    }
+}
+
+/// The request that a file's first line is the answer to, and goes on after its last mark.
+fn path_of(resume: &Resume) -> String {
+    let header = &resume.header;
+    let format = Format::ALL.into_iter().find(|(_, format)| *format == header.format).map_or("jsonl", |(name, _)| name);
+    let mut path = format!("/v1/export?format={format}");
+    let positions: Vec<String> = header.positions.iter().map(u64::to_string).collect();
+    let parameters = [
+        ("epoch", Some(&header.epoch)),
+        ("positions", Some(&positions.join(","))),
+        ("thread", header.thread.as_ref()),
+        ("since", header.since.as_ref()),
+        ("until", header.until.as_ref()),
+        ("kinds", header.kinds.as_ref()),
+        ("from", header.from.as_ref()),
+        ("mask", header.mask.as_ref()),
+        ("cursor", resume.cursor.as_ref()),
+    ];
+    for (name, value) in parameters {
+        put(&mut path, name, value.map(String::as_str));
+    }
+    path
+}
+
+fn look(file: &Path) -> Result<Resume, Failure> {
+    let open = File::open(file).map_err(|error| format!("{}: {error}", file.display()))?;
+    Ok(verify::resume(BufReader::new(open)).map_err(|flaw| format!("{}: {flaw}", file.display()))?)
+}
+
+pub async fn run(args: Args) -> Result<(), Failure> {
+    let (path, begin) = match (&args.out, &args.repeat) {
+        (Some(out), None) if args.resume => {
+            let found = look(out)?;
+            if found.is_complete {
+                eprintln!("weft export: {} is complete", out.display());
+                return Ok(());
+            }
+            (path_of(&found), found.bytes)
+        }
+        (_, Some(file)) => (path_of(&Resume { cursor: None, ..look(file)? }), 0),
+        _ => (args.path(), 0),
+    };
+    let mut sink = Sink::open(args.out.as_deref(), begin, args.resume)?;
+    let mut http = Http::connect(&args.server.url, &args.server.token).await?;
+    let sent = http.get_in_pieces(&path, |piece| sink.write(&piece)).await;
+    let closed = sink.close();
+    match sent {
+        Ok(()) => closed,
+        // Whoever reads has gone away, as `head` does.
+        Err(Stop::Reader) => Ok(()),
+        Err(Stop::Client(error @ ClientError::Refused { .. })) => Err(error.into()),
+        Err(Stop::Client(ClientError::Lost(_)) | Stop::Failed(_)) if args.out.is_some() => {
+            Err("the export was cut off; go on with --resume".into())
+        }
+        Err(Stop::Client(error)) => Err(error.into()),
+        Err(Stop::Failed(error)) => Err(error.into()),
+    }
+}
+
+/// Why the body was not read to its end.
+enum Stop {
+    Reader,
+    Failed(io::Error),
+    Client(ClientError),
+}
+
+impl From<ClientError> for Stop {
+    fn from(error: ClientError) -> Stop {
+        Stop::Client(error)
+    }
+}
+
+/// Where the export goes, and how far it is.
+struct Sink {
+    file: Option<File>,
+    /// The end of the body, to tell a whole export from one that was cut off.
+    tail: Vec<u8>,
+    bytes: u64,
+    begun: Instant,
+    shown: Instant,
+}
+
+/// More than the last line of an export has.
+const TAIL: usize = 4 << 10;
+const SHOW_EVERY: Duration = Duration::from_millis(500);
+
+impl Sink {
+    /// A file is opened when the first piece comes in, so that a request that is refused leaves what was there.
+    fn open(out: Option<&Path>, begin: u64, resume: bool) -> Result<Sink, Failure> {
+        let file = match out {
+            None => None,
+            Some(out) => {
+                let failed = |error: io::Error| format!("{}: {error}", out.display());
+                let options = OpenOptions::new().write(true).create(true).truncate(false).open(out);
+                let file = options.map_err(failed)?;
+                if !resume && file.metadata().map_err(failed)?.len() > 0 {
+                    return Err(format!("{} is there already: --resume goes on with it", out.display()).into());
+                }
+                file.set_len(begin).map_err(failed)?;
+                io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(failed)?;
+                Some(file)
+            }
+        };
+        Ok(Sink { file, tail: Vec::new(), bytes: begin, begun: Instant::now(), shown: Instant::now() })
+    }
+
+    fn write(&mut self, piece: &[u8]) -> Result<(), Stop> {
+        let written = match &mut self.file {
+            Some(file) => file.write_all(piece),
+            None => io::stdout().lock().write_all(piece),
+        };
+        match written {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Err(Stop::Reader),
+            written => written.map_err(Stop::Failed)?,
+        }
+        self.bytes += piece.len() as u64;
+        self.tail.extend_from_slice(&piece[piece.len().saturating_sub(TAIL)..]);
+        let surplus = self.tail.len().saturating_sub(TAIL);
+        self.tail.drain(..surplus);
+        if self.shown.elapsed() >= SHOW_EVERY && self.file.is_some() && io::stderr().is_terminal() {
+            self.shown = Instant::now();
+            let mib = self.bytes as f64 / f64::from(1 << 20);
+            eprint!("\r{mib:.1} MiB, {:.1} MiB/s ", mib / self.begun.elapsed().as_secs_f64().max(0.001));
+        }
+        Ok(())
+    }
+
+    /// An error if the last line is not that of a whole export.
+    fn close(&mut self) -> Result<(), Failure> {
+        match &mut self.file {
+            Some(file) => file.sync_all()?,
+            None => io::stdout().lock().flush()?,
+        }
+        match verify::last_note(&String::from_utf8_lossy(&self.tail)) {
+            Some(Note::End { .. }) => Ok(()),
+            Some(Note::Error { code, detail }) => Err(format!("the server ended the export: {detail} ({code})").into()),
+            _ => Err("the export is not complete".into()),
+        }
+    }
+}

@@ -1,0 +1,480 @@
+//! The way through a tenant's threads, in turns: which events belong to an export, and their lines.
+//!
+//! An event belongs to it if its record stands before the export's positions in the log. Which record an event came of never
+//! changes, and neither does a line once it was written: so the same positions give the same bytes, whatever was written since,
+//! on every node and after every rebuild.
+
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde::{Deserialize, Serialize};
+
+use super::query::ExportQuery;
+use crate::auth::Principal;
+use crate::clock;
+use crate::edge::cursor::check_epoch;
+use crate::memory::Charge;
+use crate::protocol::error::{Code, Error};
+use crate::protocol::event::StoredFrame;
+use crate::protocol::json;
+use crate::protocol::kinds::{AGENT_CANCELLED, AGENT_COMPLETED, AGENT_FAILED, TOOL_COMPLETED, TOOL_EXECUTING};
+use crate::store::runs::{RunKey, RunRow};
+use crate::store::{EventRange, EventRow, Store};
+use crate::views::chat::CallResult;
+use crate::views::export::chat::{PartEvent, put_part};
+use crate::views::export::mask::Masks;
+use crate::views::export::otel::{self, SpanOwner};
+use crate::views::export::{Format, Header, MARK_BYTES, Note, VERSION, Values, Writer, csv, put_event};
+
+/// A turn ends once it has written so much, or looked at so many events or bytes of them.
+const TURN_BYTES: usize = 256 << 10;
+const LOOK: usize = 10_000;
+const LOOK_BYTES: usize = 8 << 20;
+/// Threads that are listed at once.
+const THREADS: usize = 256;
+/// A line of chat messages ends with the event that brings it to so many bytes, or events.
+const PART_BYTES: usize = 256 << 10;
+const PART_EVENTS: usize = 4_096;
+/// An event larger than this is charged for itself, so many times: as it is, masked, and as what it becomes.
+const LARGE: usize = 64 << 10;
+const COPIES: usize = 6;
+/// How far up the runs that a run works for are looked for.
+const MAX_DEPTH: usize = 100;
+
+pub struct Walk {
+    store: Arc<Store>,
+    tenant: Arc<str>,
+    positions: Vec<u64>,
+    filter: Filter,
+    /// All events of threads, as they are.
+    whole: bool,
+    writer: Writer,
+    /// The key of cursors' tags.
+    key: [u8; 32],
+    /// Threads that come next.
+    listed: VecDeque<String>,
+    /// After which more of them are listed; none if there are no more.
+    list_after: Option<Option<String>>,
+    open: Option<OpenThread>,
+    lines: u64,
+    threads: u64,
+    finished: bool,
+}
+
+/// Which events, and what is hidden of them.
+struct Filter {
+    kinds: Option<Vec<String>>,
+    since: Option<u64>,
+    until: Option<u64>,
+    from: Option<String>,
+    masks: Option<Masks>,
+}
+
+/// A thread that is being read.
+struct OpenThread {
+    name: String,
+    /// The position in the log of what is no longer in the export.
+    end: u64,
+    values: Values,
+    /// Up to where it was looked at, and the link of the chain there.
+    seq: u64,
+    link: [u8; 32],
+    /// Lines of it, and the seqs of the first and last.
+    lines: u64,
+    first: u64,
+    last: u64,
+    /// There is no more of it.
+    is_over: bool,
+}
+
+/// What a mark says of where to go on.
+#[derive(Serialize, Deserialize)]
+struct Cursor {
+    thread: String,
+    seq: u64,
+    /// Of the thread.
+    lines: u64,
+    first: u64,
+    last: u64,
+    /// Before the thread.
+    all_lines: u64,
+    all_threads: u64,
+}
+
+const TAG: usize = 8;
+
+impl Walk {
+    pub fn begin(store: &Arc<Store>, epoch: &str, who: &Principal, query: ExportQuery) -> Result<Walk, Error> {
+        check_epoch(query.epoch.as_deref(), epoch)?;
+        let now = store.event_positions()?;
+        let positions = match query.positions {
+            None => now,
+            Some(given) if given.len() == now.len() && given.iter().zip(&now).all(|(given, now)| given <= now) => given,
+            Some(_) => {
+                let why = "`positions` are not of this log, or beyond its end";
+                return Err(Error::new(Code::CursorInvalid, why).at("positions"));
+            }
+        };
+        let text = |it: &Option<(String, u64)>| it.as_ref().map(|(text, _)| text.clone());
+        let header = Header {
+            version: VERSION,
+            format: query.format,
+            tenant: who.tenant.to_string(),
+            epoch: epoch.to_owned(),
+            positions: positions.clone(),
+            thread: query.thread.clone(),
+            since: text(&query.since),
+            until: text(&query.until),
+            kinds: query.kinds.as_ref().map(|(text, _)| text.clone()),
+            from: query.from.clone(),
+            mask: query.mask.as_ref().map(|(text, _)| text.clone()),
+        };
+        let note = Note::Export(header.clone());
+        let mut walk = Walk {
+            store: store.clone(),
+            tenant: who.tenant.clone(),
+            positions,
+            filter: Filter {
+                kinds: query.kinds.map(|(_, kinds)| kinds),
+                since: query.since.map(|(_, at)| at),
+                until: query.until.map(|(_, at)| at),
+                from: query.from,
+                masks: query.mask.map(|(_, masks)| masks),
+            },
+            whole: header.is_whole(),
+            writer: Writer::new(query.format, query.resume.as_ref().map(|it| it.digest)),
+            key: blake3::derive_key("weft 2026-11 cursor of an export", json::encode(&note).as_bytes()),
+            list_after: if query.thread.is_none() { Some(None) } else { None },
+            listed: query.thread.into_iter().collect(),
+            open: None,
+            lines: 0,
+            threads: 0,
+            finished: false,
+        };
+        match query.resume {
+            None => walk.writer.note(&note),
+            Some(point) => walk.resume(&point.cursor)?,
+        }
+        Ok(walk)
+    }
+
+    pub fn format(&self) -> Format {
+        self.writer.format
+    }
+
+    pub fn is_finished(&self) -> bool {
+        self.finished
+    }
+
+    fn resume(&mut self, cursor: &str) -> Result<(), Error> {
+        let refused = || Error::new(Code::CursorInvalid, "the cursor is not of this export").at("cursor");
+        let bytes = URL_SAFE_NO_PAD.decode(cursor).map_err(|_| refused())?;
+        let (tag, text) = bytes.split_first_chunk::<TAG>().ok_or_else(refused)?;
+        if self.tag(text) != *tag {
+            return Err(refused());
+        }
+        let at: Cursor = serde_json::from_slice(text).map_err(|_| refused())?;
+        if let Some(after) = &mut self.list_after {
+            *after = Some(at.thread.clone());
+        }
+        self.listed.clear();
+        let mut open = self.open_thread(at.thread);
+        (open.seq, open.lines, open.first, open.last) = (at.seq, at.lines, at.first, at.last);
+        let range = EventRange { from: at.seq, to: at.seq, limit: 1, ..EventRange::all() };
+        self.store.visit_events(&self.tenant, &open.name, range, |_, row| {
+            open.link = row.hash;
+            Ok::<_, Error>(ControlFlow::Break(()))
+        })?;
+        (self.open, self.lines, self.threads) = (Some(open), at.all_lines, at.all_threads);
+        Ok(())
+    }
+
+    fn tag(&self, cursor: &[u8]) -> [u8; TAG] {
+        let mut tag = [0; TAG];
+        tag.copy_from_slice(&blake3::keyed_hash(&self.key, cursor).as_bytes()[..TAG]);
+        tag
+    }
+
+    fn open_thread(&self, name: String) -> OpenThread {
+        let partition = self.store.partition(&self.tenant, &name).number() as usize;
+        OpenThread {
+            end: self.positions.get(partition).copied().unwrap_or_default(),
+            values: Values::new(&self.tenant, &name),
+            name,
+            seq: 0,
+            link: [0; 32],
+            lines: 0,
+            first: 0,
+            last: 0,
+            is_over: false,
+        }
+    }
+
+    /// Goes on for a while; gives what was written meanwhile.
+    pub fn turn(&mut self, charge: &mut Charge) -> Result<String, Error> {
+        let mut looked = Looked::default();
+        while !self.finished && self.writer.len() < TURN_BYTES && looked.may_go_on() {
+            let Some(mut open) = self.open.take() else {
+                self.next_thread(&mut looked)?;
+                continue;
+            };
+            match self.format() {
+                Format::Chat => self.part(&mut open, &mut looked, charge)?,
+                Format::Jsonl | Format::Csv | Format::Otel => self.events(&mut open, &mut looked, charge)?,
+            }
+            match open.is_over {
+                true => self.close(open),
+                false => self.open = Some(open),
+            }
+        }
+        Ok(self.writer.take())
+    }
+
+    fn next_thread(&mut self, looked: &mut Looked) -> Result<(), Error> {
+        looked.events += 1;
+        if let Some(name) = self.listed.pop_front() {
+            self.open = Some(self.open_thread(name));
+            return Ok(());
+        }
+        let Some(after) = &self.list_after else {
+            self.writer.seal(&Note::End { lines: self.lines, threads: self.threads, blake3: None });
+            self.finished = true;
+            return Ok(());
+        };
+        let rows = self.store.threads_after(&self.tenant, after.as_deref(), THREADS)?;
+        looked.events += rows.len();
+        self.listed = rows.into_iter().map(|(name, _)| name).collect();
+        self.list_after = (self.listed.len() == THREADS).then(|| self.listed.back().cloned());
+        Ok(())
+    }
+
+    fn close(&mut self, open: OpenThread) {
+        if open.lines == 0 {
+            return;
+        }
+        self.lines += open.lines;
+        self.threads += 1;
+        if self.format().has_events() {
+            let hash = blake3::Hash::from_bytes(open.link).to_hex().to_string();
+            let OpenThread { name: thread, lines: events, first, last, seq: head, .. } = open;
+            self.writer.note(&Note::Thread { thread, events, first, last, head, hash });
+        }
+    }
+
+    /// Reads events one after the other, and writes what each becomes.
+    fn events(&mut self, open: &mut OpenThread, looked: &mut Looked, charge: &mut Charge) -> Result<(), Error> {
+        let (store, tenant, name) = (self.store.clone(), self.tenant.clone(), open.name.clone());
+        let range = EventRange { from: open.seq + 1, ..EventRange::all() };
+        open.is_over = true;
+        store.visit_events(&tenant, &name, range, |seq, row| {
+            if row.offset >= open.end {
+                return Ok(ControlFlow::Break(()));
+            }
+            if self.writer.len() >= TURN_BYTES || !looked.may_go_on() {
+                open.is_over = false;
+                return Ok(ControlFlow::Break(()));
+            }
+            looked.add(row);
+            charge_large(row, charge)?;
+            let before = std::mem::replace(&mut open.link, row.hash);
+            open.seq = seq;
+            if self.filter.takes(row) {
+                self.line(open, &before, row)?;
+            }
+            Ok::<_, Error>(ControlFlow::Continue(()))
+        })
+    }
+
+    /// Writes what an event becomes.
+    fn line(&mut self, open: &mut OpenThread, before: &[u8; 32], row: &EventRow<'_>) -> Result<(), Error> {
+        let written = self.writer.len();
+        match self.format() {
+            Format::Jsonl => {
+                let made = if self.whole { open.values.link(before, open.seq, row.frame) } else { None };
+                let frame = self.filter.masked(row.frame);
+                put_event(self.writer.out(), &frame, made, &row.hash, self.whole);
+            }
+            Format::Csv => csv::put_event(self.writer.out(), &self.filter.masked(row.frame), &row.hash),
+            Format::Otel => self.span(open, row)?,
+            Format::Chat => {}
+        }
+        if self.writer.len() > written {
+            open.count(open.seq);
+            self.mark(open);
+        }
+        Ok(())
+    }
+
+    /// A place to go on from, if it is time for one.
+    fn mark(&mut self, open: &OpenThread) {
+        if self.writer.since_seal() < MARK_BYTES {
+            return;
+        }
+        let text = json::encode(&Cursor {
+            thread: open.name.clone(),
+            seq: open.seq,
+            lines: open.lines,
+            first: open.first,
+            last: open.last,
+            all_lines: self.lines,
+            all_threads: self.threads,
+        });
+        let cursor = URL_SAFE_NO_PAD.encode([&self.tag(text.as_bytes())[..], text.as_bytes()].concat());
+        self.writer.seal(&Note::Mark { cursor, blake3: None });
+    }
+
+    /// The span that ends with an event, if one does. What it needs of the run does not change once the run has begun.
+    fn span(&mut self, open: &OpenThread, row: &EventRow<'_>) -> Result<(), Error> {
+        let ends_run = matches!(row.kind, AGENT_COMPLETED | AGENT_FAILED | AGENT_CANCELLED);
+        if !(ends_run || row.kind == TOOL_COMPLETED) {
+            return Ok(());
+        }
+        let Some(run) = StoredFrame::parse(row.frame).and_then(|frame| Some(frame.run?.into_owned())) else {
+            return Ok(());
+        };
+        let key = RunKey::new(&self.tenant, &open.name, &run);
+        let Some(found) = self.store.run(&key)? else { return Ok(()) };
+        let root = self.root(&key, &found)?;
+        let (tenant, thread, parent) = (&*self.tenant, &*open.name, found.parent.as_deref());
+        let owner = SpanOwner { tenant, thread, run: &run, root: &root, parent };
+        let call = StoredFrame::parse(row.frame).and_then(|frame| frame.fields().string("call"));
+        let begun = match &call {
+            Some(call) if !ends_run => self.store.call(&key, call)?.map(|row| row.begun.seq),
+            _ => Some(found.started.seq),
+        };
+        let Some(begun) = begun.map(|seq| self.store.event(tenant, thread, seq)).transpose()?.flatten() else {
+            return Ok(());
+        };
+        let (begun, ended) = (self.filter.masked(&begun.frame), self.filter.masked(row.frame));
+        match &call {
+            Some(call) if !ends_run => otel::put_call(self.writer.out(), &owner, call, &begun, &ended),
+            _ => otel::put_run(self.writer.out(), &owner, &begun, &ended),
+        }
+        Ok(())
+    }
+
+    /// The run at the top: the one that all of it is done for.
+    fn root(&self, key: &RunKey, row: &RunRow) -> Result<String, Error> {
+        let (mut root, mut parent) = (key.run.to_string(), row.parent.clone());
+        for _ in 0..MAX_DEPTH {
+            let Some(above) = parent else { break };
+            parent = self.store.run(&RunKey::new(&self.tenant, &key.thread, &above))?.and_then(|row| row.parent);
+            root = above;
+        }
+        Ok(root)
+    }
+
+    /// Reads a part of a thread, and writes it as a line of chat messages.
+    fn part(&mut self, open: &mut OpenThread, looked: &mut Looked, charge: &mut Charge) -> Result<(), Error> {
+        let (store, tenant) = (self.store.clone(), self.tenant.clone());
+        let (mut events, mut bytes) = (Vec::new(), 0);
+        let range = EventRange { from: open.seq + 1, limit: PART_EVENTS, ..EventRange::all() };
+        let mut read = 0;
+        let mut is_cut = false;
+        store.visit_events(&tenant, &open.name, range, |seq, row| {
+            if row.offset >= open.end {
+                is_cut = true;
+                return Ok(ControlFlow::Break(()));
+            }
+            if bytes >= PART_BYTES {
+                return Ok(ControlFlow::Break(()));
+            }
+            (open.seq, open.link, read) = (seq, row.hash, read + 1);
+            looked.add(row);
+            charge_large(row, charge)?;
+            if self.filter.takes(row) {
+                let result = self.result_of(&open.name, row, open.end)?;
+                bytes += row.frame.len() + result.as_ref().map_or(0, |it| it.frame.len());
+                let (kind, privileged) = (row.kind.to_owned(), row.privileged);
+                events.push(PartEvent { seq, kind, privileged, frame: self.filter.masked(row.frame), result });
+            }
+            Ok::<_, Error>(ControlFlow::Continue(()))
+        })?;
+        open.is_over = is_cut || (read < PART_EVENTS && bytes < PART_BYTES);
+        let first = events.first().map_or(0, |event| event.seq);
+        if put_part(self.writer.out(), &open.name, events) {
+            open.count(first);
+            self.mark(open);
+        }
+        Ok(())
+    }
+
+    /// What a call came to, if that is in the export.
+    fn result_of(&self, thread: &str, row: &EventRow<'_>, end: u64) -> Result<Option<CallResult>, Error> {
+        if row.kind != TOOL_EXECUTING {
+            return Ok(None);
+        }
+        let Some(frame) = StoredFrame::parse(row.frame) else { return Ok(None) };
+        let (Some(run), Some(call)) = (frame.run.as_deref(), frame.fields().string("call")) else { return Ok(None) };
+        let key = RunKey::new(&self.tenant, thread, run);
+        let Some(done) = self.store.call(&key, &call)?.and_then(|row| row.done) else { return Ok(None) };
+        let range = EventRange { from: done.seq, to: done.seq, limit: 1, ..EventRange::all() };
+        let mut result = None;
+        self.store.visit_events(&self.tenant, thread, range, |seq, row| {
+            let is_in = row.offset < end;
+            result = is_in.then(|| CallResult { seq, frame: self.filter.masked(row.frame) });
+            Ok::<_, Error>(ControlFlow::Break(()))
+        })?;
+        Ok(result)
+    }
+}
+
+/// How much a turn has looked at.
+#[derive(Default)]
+struct Looked {
+    events: usize,
+    bytes: usize,
+}
+
+impl Looked {
+    fn add(&mut self, row: &EventRow<'_>) {
+        self.events += 1;
+        self.bytes += row.frame.len();
+    }
+
+    fn may_go_on(&self) -> bool {
+        self.events < LOOK && self.bytes < LOOK_BYTES
+    }
+}
+
+impl OpenThread {
+    fn count(&mut self, seq: u64) {
+        if self.lines == 0 {
+            self.first = seq;
+        }
+        self.lines += 1;
+        self.last = self.seq;
+    }
+}
+
+impl Filter {
+    fn takes(&self, row: &EventRow<'_>) -> bool {
+        let is_of_kind = self.kinds.as_ref().is_none_or(|kinds| kinds.iter().any(|kind| kind == row.kind));
+        if !is_of_kind {
+            return false;
+        }
+        if self.since.is_none() && self.until.is_none() && self.from.is_none() {
+            return true;
+        }
+        let Some(frame) = StoredFrame::parse(row.frame) else { return false };
+        let at = clock::parse_rfc3339(&frame.at).unwrap_or_default();
+        self.since.is_none_or(|since| at >= since)
+            && self.until.is_none_or(|until| at < until)
+            && self.from.as_deref().is_none_or(|from| from == frame.from)
+    }
+
+    fn masked(&self, frame: &str) -> String {
+        self.masks.as_ref().map_or_else(|| frame.to_owned(), |masks| masks.frame(frame))
+    }
+}
+
+fn charge_large(row: &EventRow<'_>, charge: &mut Charge) -> Result<(), Error> {
+    if row.frame.len() <= LARGE {
+        return Ok(());
+    }
+    let no_memory = |_| Error::new(Code::Unavailable, "the server has no memory left for this export");
+    charge.grow_to(super::TURN_MEMORY + row.frame.len() * COPIES).map_err(no_memory)
+}
