@@ -59,6 +59,45 @@ pub fn print_rows(
     .map(drop)
 }
 
+/// A table whose lines are no wider than they may be, as far as one column can be cut for that: `flexible`, which is never cut
+/// to less than [`LEAST`].
+pub fn fitted(header: &[&str], mut rows: Vec<Vec<String>>, flexible: usize, columns: usize) -> Table {
+    let width = |text: &str| text.chars().count();
+    let widest = |at: usize| {
+        let cells = rows.iter().map(|row| width(&row[at]));
+        cells.chain([width(header[at])]).max().unwrap_or_default()
+    };
+    // Each column has a space on either side.
+    let needed: usize = (0..header.len()).map(|at| widest(at) + 2).sum();
+    let most = widest(flexible).saturating_sub(needed.saturating_sub(columns)).max(LEAST);
+    for row in &mut rows {
+        if width(&row[flexible]) > most {
+            row[flexible] = row[flexible].chars().take(most - 1).chain(['~']).collect();
+        }
+    }
+    let mut table = table(header);
+    table.add_rows(rows);
+    table
+}
+
+/// The least that is left of a cell that is cut.
+const LEAST: usize = 8;
+
+/// A time from the server for people: date, time and zone, `2026-11-27 04:30:12Z`. Any other text is shown whole.
+pub fn when(at: &str) -> String {
+    match (at.get(..10), at.get(10..11), at.get(11..19)) {
+        (Some(date), Some("T"), Some(time)) if at.ends_with('Z') => format!("{date} {time}Z"),
+        _ => printable(at),
+    }
+}
+
+/// A time that a person names: RFC 3339, or how long ago (`90s`, `2h`, `7days`). In milliseconds since the Unix epoch.
+pub fn point_in_time(text: &str) -> Result<u64, String> {
+    let ago = || humantime::parse_duration(text).ok().and_then(|ago| u64::try_from(ago.as_millis()).ok());
+    let time = clock::parse_rfc3339(text).or_else(|| Some(clock::now_ms().saturating_sub(ago()?)));
+    time.ok_or_else(|| format!("{text:?} is neither a time (RFC 3339) nor how long ago (2h)"))
+}
+
 /// An empty table without lines.
 pub fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
@@ -165,4 +204,30 @@ pub fn printable(text: &str) -> String {
 /// A part of a path.
 pub fn segment(text: &str) -> String {
     percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_as_wide_as_it_may_be_where_a_column_can_be_cut() {
+        let rows = || vec![vec!["t1".to_owned(), "a long title ".repeat(20), "12".to_owned()]];
+        for columns in [40, 80, 120] {
+            let text = fitted(&["thread", "title", "head"], rows(), 1, columns).to_string();
+            assert_eq!(text.lines().map(|line| line.chars().count()).max(), Some(columns), "{text}");
+        }
+        let narrow = fitted(&["thread", "title", "head"], rows(), 1, 5).to_string();
+        assert!(narrow.contains("a long ~"), "{narrow}");
+    }
+
+    #[test]
+    fn a_time_is_shown_with_its_date_and_zone_and_read_as_people_say_it() {
+        assert_eq!(when("2026-11-27T04:30:12.345Z"), "2026-11-27 04:30:12Z");
+        assert_eq!(when("yesterday"), "yesterday");
+        assert_eq!(point_in_time("1970-01-01T00:00:01Z"), Ok(1_000));
+        let (before, ago) = (clock::now_ms(), point_in_time("2h").expect("a time"));
+        assert!((before - 7_200_000..=clock::now_ms() - 7_200_000).contains(&ago));
+        assert!(point_in_time("soon").is_err());
+    }
 }

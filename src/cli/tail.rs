@@ -1,9 +1,12 @@
 //! `weft tail`: prints a thread's events as they come, and reconnects whenever the connection is lost.
 
+use std::collections::HashSet;
+
 use serde_json::Value;
 
-use super::common::{Failure, Output, Server, Style, printable};
+use super::common::{Failure, Output, Server, Style, point_in_time, printable, when};
 use crate::client::{ClientEvent, ClientItem, Resuming, Start};
+use crate::clock;
 use crate::protocol::ids::ALL_THREADS;
 use crate::protocol::kinds::{
     AGENT_COMPLETED, AGENT_STARTED, AGENT_TOKEN, MEMBER_ADDED, MEMBER_REMOVED, THREAD_CREATED, TOOL_COMPLETED,
@@ -25,6 +28,15 @@ pub struct Args {
     /// Begin with the newest N.
     #[arg(long, value_name = "N")]
     pub last: Option<u64>,
+    /// Print events of these kinds alone, with commas.
+    #[arg(long, value_delimiter = ',', value_name = "KINDS")]
+    pub kinds: Vec<String>,
+    /// Print events of this time or later alone: RFC 3339, or how long ago (2h).
+    #[arg(long, value_name = "TIME", value_parser = point_in_time)]
+    pub since: Option<u64>,
+    /// End by itself, once all that was there is printed.
+    #[arg(long)]
+    pub until_head: bool,
     /// One JSON object a line.
     #[arg(long)]
     pub json: bool,
@@ -37,23 +49,38 @@ impl Args {
             false => Ok(()),
         }
     }
+
+    /// Where to begin. Who asks for what was there means all of it, if nothing else is said.
+    fn start(&self) -> Start {
+        match (self.after, self.last) {
+            (Some(seq), _) => Start::After(seq),
+            (None, Some(count)) => Start::Last(count),
+            (None, None) if self.until_head || self.since.is_some() => Start::After(0),
+            (None, None) => Start::Now,
+        }
+    }
+
+    fn prints(&self, event: &ClientEvent) -> bool {
+        let is_of_kind = self.kinds.is_empty() || self.kinds.contains(&event.kind);
+        is_of_kind && self.since.is_none_or(|since| clock::parse_rfc3339(&event.at).is_some_and(|at| at >= since))
+    }
 }
 
 pub async fn run(args: Args) -> Result<(), Failure> {
-    let start = match (args.after, args.last) {
-        (Some(seq), _) => Start::After(seq),
-        (None, Some(count)) => Start::Last(count),
-        (None, None) => Start::Now,
-    };
-
+    let start = args.start();
     let out = Output::new();
     let (url, token) = (&args.server.url, &args.server.token);
     let mut events = match args.all {
         true => Resuming::connect_to_tenant(url, token, start).await?,
         false => Resuming::connect(url, token, &args.thread, start).await?,
     };
+    // Threads of which not all that was there has come yet.
+    let mut behind: HashSet<String> = events.threads().map(str::to_owned).collect();
     let mut connected = true;
     loop {
+        if args.until_head && behind.is_empty() {
+            return Ok(events.close().await?);
+        }
         let item = tokio::select! {
             item = events.next() => item?,
             stop = tokio::signal::ctrl_c() => {
@@ -64,6 +91,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
 
         // Everything but events goes to standard error, so that standard output can be piped.
         match item {
+            ClientItem::Event(event) if !args.prints(&event) => {}
             ClientItem::Event(event) => {
                 let text = if args.json { serde_json::to_string(&event)? } else { line(&out, &args, &event) };
                 if !out.line(text)? {
@@ -78,7 +106,8 @@ pub async fn run(args: Args) -> Result<(), Failure> {
                 connected = true;
                 eprintln!("weft tail: connected again, nothing was missed");
             }
-            ClientItem::Lost(_) | ClientItem::CaughtUp { .. } => {}
+            ClientItem::CaughtUp { thread, .. } => drop(behind.remove(&thread)),
+            ClientItem::Lost(_) => {}
         }
     }
 }
@@ -86,8 +115,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
 fn line(out: &Output, args: &Args, event: &ClientEvent) -> String {
     let thread = if args.thread == ALL_THREADS { format!("{} ", event.thread) } else { String::new() };
     let seq = event.seq.map_or_else(|| "~".to_owned(), |seq| format!("#{seq}"));
-    // Hours, minutes and seconds of an RFC 3339 time; any other text is shown whole.
-    let time = event.at.get(11..19).unwrap_or(&event.at);
+    let time = when(&event.at);
     let from = out.paint(Style::Cyan, format_args!("{:<10}", printable(&event.from)));
     let kind = out.paint(Style::Dim, format_args!("{:<15}", printable(&event.kind)));
     format!("{thread}{seq:>6} {time} {from} {kind} {}", summary(event))
@@ -107,9 +135,15 @@ pub fn summary(event: &ClientEvent) -> String {
         THREAD_CREATED => Some(text("title").unwrap_or_default()),
         AGENT_COMPLETED => Some(compact(&data["output"])),
         MEMBER_ADDED | MEMBER_REMOVED => text("user").or_else(|| text("member")),
-        _ => text("content"),
+        _ => text("content").or_else(|| parts(&data["content"])),
     };
     shown.unwrap_or_else(|| compact(data))
+}
+
+/// The texts of a message's parts as one.
+fn parts(content: &Value) -> Option<String> {
+    let texts: Vec<&str> = content.as_array()?.iter().filter_map(|part| part["text"].as_str()).collect();
+    (!texts.is_empty()).then(|| printable(&texts.concat()))
 }
 
 fn compact(value: &Value) -> String {

@@ -91,6 +91,11 @@ impl Resuming {
         self.seen.get(thread).copied()
     }
 
+    /// The threads that are read.
+    pub fn threads(&self) -> impl Iterator<Item = &str> {
+        self.seen.keys().map(String::as_str)
+    }
+
     /// Drops the socket without a close frame, as a failing network does.
     pub fn cut(&mut self) {
         self.client = None;

@@ -1,11 +1,12 @@
 //! `weft runs`: lists the runs of agents; with the name of a run, shows its steps and their times.
 
+mod ended;
 mod waterfall;
 
 use comfy_table::Table;
 use serde_json::Value;
 
-use super::common::{self, Failure, Output, Server, cell, print_rows};
+use super::common::{self, Failure, Output, Server, cell, print_rows, when};
 use crate::client::Http;
 use crate::clock;
 
@@ -21,7 +22,8 @@ pub struct Args {
     /// The thread of the run to show, or whose runs are listed, ended ones too.
     #[arg(long)]
     pub thread: Option<String>,
-    /// List the runs of all threads that are open, or those that wait for a person.
+    /// List the runs of all threads that are open, or those that wait for a person; or, with scope analyst, those that have
+    /// ended, the newest last.
     #[arg(long, value_enum, conflicts_with_all = ["run", "thread"])]
     pub state: Option<StateFilter>,
     /// Print JSON.
@@ -33,12 +35,17 @@ pub struct Args {
 pub enum StateFilter {
     Open,
     Waiting,
+    Ended,
 }
 
 pub async fn run(args: Args) -> Result<(), Failure> {
     let mut http = Http::connect(&args.server.url, &args.server.token).await?;
     if let Some(run) = &args.run {
         return show(&mut http, &args, run).await;
+    }
+    if let Some(StateFilter::Ended) = args.state {
+        let runs = ended::list(&mut http).await?;
+        return print_rows(args.json, "runs", "no run has ended", &runs, ended::table);
     }
     let path = match (&args.thread, args.state) {
         (Some(thread), _) => format!("{}?limit=1000", runs_of(thread)),
@@ -55,21 +62,22 @@ fn runs_of(thread: &str) -> String {
 }
 
 fn table(runs: &[Value]) -> Table {
-    let mut table = common::table(&["run", "thread", "agent", "state", "started", "for", "calls", "subruns", "asks"]);
-    for row in runs {
+    let rows = runs.iter().map(|row| {
         let asks = row["waiting"]["data"].get("prompt").unwrap_or(&row["waiting"]["data"]["reason"]);
-        table.add_row([
+        vec![
             cell(&row["run"]),
             cell(&row["thread"]),
             cell(&row["agent"]),
             cell(&row["state"]),
-            cell(&row["started"]["at"]),
+            row["started"]["at"].as_str().map_or_else(String::new, when),
             waterfall::duration(end_ms(row).saturating_sub(ms(&row["started"]["at"]))),
             cell(&row["executing"]),
             cell(&row["children"]),
             waterfall::cut(&cell(asks), ASKS, false),
-        ]);
-    }
+        ]
+    });
+    let header = ["run", "thread", "agent", "state", "started", "for", "calls", "subruns", "asks"];
+    let mut table = common::fitted(&header, rows.collect(), 8, Output::new().columns());
     for column in 5..8 {
         if let Some(column) = table.column_mut(column) {
             column.set_cell_alignment(comfy_table::CellAlignment::Right);

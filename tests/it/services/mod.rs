@@ -1,5 +1,6 @@
 //! HTTP, health, metrics, schemas and the command line.
 
+mod analysts;
 mod batch;
 mod contract;
 mod examples;
