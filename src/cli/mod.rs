@@ -9,6 +9,7 @@ pub mod export;
 pub mod groups;
 pub mod logging;
 pub mod rebuild;
+pub mod replay;
 pub mod runs;
 pub mod salvage;
 pub mod schemas;
@@ -27,7 +28,7 @@ use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
 use common::Failure;
 
 /// Commands that are planned and not there yet.
-const PLANNED: [&str; 6] = ["replay", "search", "backup", "restore", "erase", "completions"];
+const PLANNED: [&str; 5] = ["search", "backup", "restore", "erase", "completions"];
 
 /// An event-sourced messaging backend for AI platforms.
 #[derive(Debug, Parser)]
@@ -61,6 +62,8 @@ enum CliCommand {
     Export(Box<export::Args>),
     /// Prove that an export is complete and unaltered, without a server
     Verify(verify::Args),
+    /// Play a thread again, at its pace or faster, or step by step, here or into another server
+    Replay(Box<replay::Args>),
     /// Rebuild the projections from the log, of a stopped server
     Rebuild(rebuild::Args),
     /// Check a data folder, while no server runs on it, and say how to mend what is wrong
@@ -94,6 +97,7 @@ impl Cli {
             CliCommand::DeadLetters(args) => args.check(),
             CliCommand::Groups(args) => args.check(),
             CliCommand::Export(args) => args.check(),
+            CliCommand::Replay(args) => args.check(),
             _ => Ok(()),
         };
         checked.map_err(|why| Cli::command().error(ErrorKind::ArgumentConflict, why))?;
@@ -113,6 +117,7 @@ impl Cli {
             CliCommand::Runs(args) => runs::run(args).await,
             CliCommand::Export(args) => export::run(*args).await,
             CliCommand::Verify(args) => verify::run(&args),
+            CliCommand::Replay(args) => replay::run(*args).await,
             CliCommand::Rebuild(args) => rebuild::run(args).await,
             CliCommand::Doctor(args) => doctor::run(args).await,
             CliCommand::Salvage(args) => salvage::run(args).await,

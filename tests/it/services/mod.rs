@@ -7,6 +7,7 @@ mod examples;
 mod generated;
 mod groups;
 mod keys;
+mod replays;
 mod schemas;
 mod sessions;
 mod work;
