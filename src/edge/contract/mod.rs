@@ -54,6 +54,8 @@ pub enum Content {
     /// Server-Sent Events, the data of each of which is one of these.
     Events(&'static [&'static str]),
     Text,
+    /// A file of one of these media types.
+    File(&'static [&'static str]),
     Nothing,
 }
 

@@ -98,6 +98,7 @@ fn scope(needs: Needs) -> Option<&'static str> {
         Needs::Nothing | Needs::Token => None,
         Needs::Read | Needs::Stream => Some("subscribe"),
         Needs::Agent => Some("agent"),
+        Needs::Analyst => Some("analyst"),
         Needs::Admin => Some("admin"),
     }
 }
@@ -108,7 +109,7 @@ fn security(route: &Route, operation: &Operation) -> Value {
         Needs::Nothing if operation.parameters.contains(&"ticket") => json!([{"token": []}, {"ticket": []}, {}]),
         Needs::Nothing => json!([]),
         Needs::Stream => json!([{"token": []}, {"ticket": []}]),
-        Needs::Token | Needs::Read | Needs::Agent | Needs::Admin => json!([{"token": []}]),
+        Needs::Token | Needs::Read | Needs::Agent | Needs::Analyst | Needs::Admin => json!([{"token": []}]),
     }
 }
 
@@ -126,6 +127,12 @@ fn responses(answers: &[Answer], components: &mut Components) -> Value {
             Content::Text => ("text/plain", json!({"type": "string"})),
             // A stream as a whole is text; what the data of its events is stands beside it.
             Content::Events(_) => ("text/event-stream", json!({"type": "string"})),
+            Content::File(kinds) => {
+                let contents: Map<_, _> =
+                    kinds.iter().map(|kind| ((*kind).to_owned(), json!({"schema": {"type": "string"}}))).collect();
+                all[answer.status.to_string()] = json!({"description": words(answer.status), "content": contents});
+                continue;
+            }
             Content::Nothing => {
                 all[answer.status.to_string()] = json!({"description": words(answer.status)});
                 continue;
@@ -210,8 +217,15 @@ fn in_request(name: &str) -> (Value, &'static str) {
         "thread" => (text(), "Only those of this thread."),
         "kind" => (text(), "Only those of this kind."),
         "group" => (text(), "Only those of this group."),
-        "since" => (time(), "Only those that failed then or later."),
-        "until" => (time(), "Only those that failed before."),
+        "since" => (time(), "Only what is of then or later."),
+        "until" => (time(), "Only what is from before."),
+        "format" => (
+            json!({"type": "string", "enum": ["jsonl", "csv", "otel", "chat"], "default": "jsonl"}),
+            "What the file is made of.",
+        ),
+        "from" => (text(), "Only what this user published."),
+        "mask" => (text(), "What is hidden: `email`, `phone`, `card`, and expressions, with commas between them."),
+        "positions" => (text(), "Those of an export that is repeated, from its first line."),
         "note" => (json!({"type": "string", "maxLength": 1_000}), "Why, for those who read it later."),
         "ticket" => (text(), "Good once, in the place of a token."),
         "Idempotency-Key" => {

@@ -1,7 +1,7 @@
 //! What each route takes and answers.
 
 use super::Body::{self, None, Optional, Required};
-use super::Content::{Document, Events, Json, Nothing, OneOf, Text};
+use super::Content::{Document, Events, File, Json, Nothing, OneOf, Text};
 use super::{Answer, Content, Operation};
 
 const GET: &str = "GET";
@@ -12,6 +12,9 @@ const DELETE: &str = "DELETE";
 const LIST: &[&str] = &["cursor", "limit"];
 const TRACED: &[&str] = &["traceparent"];
 const FILTERS: &[&str] = &["reason", "fingerprint", "thread", "kind", "since", "until", "group", "cursor", "limit"];
+
+const EXPORT: &[&str] =
+    &["format", "thread", "since", "until", "kinds", "from", "mask", "epoch", "positions", "cursor"];
 
 #[rustfmt::skip]
 pub static OPERATIONS: &[Operation] = &[
@@ -31,6 +34,8 @@ pub static OPERATIONS: &[Operation] = &[
     of(GET, "/v1/threads/{thread}/context", "getContext", "The end of the conversation as chat messages.", &["max_chars", "max_messages"], None, &[is(200, Json("http.context"))]),
     of(GET, "/v1/threads/{thread}/stream", "streamEvents", "Events as Server-Sent Events, replayed and then live.", &["after", "epoch", "Last-Event-ID"], None, &[is(200, Events(&["http.event", "http.stream-start"]))]),
     of(GET, "/v1/threads/{thread}/agui", "streamRuns", "The runs of a thread as AG-UI's events.", &["after", "run", "epoch", "Last-Event-ID"], None, &[is(200, Events(&["agui.event"])), is(204, Nothing)]),
+
+    of(GET, "/v1/export", "exportEvents", "The tenant's events as a file.", EXPORT, None, &[is(200, File(&["application/x-ndjson", "text/csv"]))]),
 
     of(GET, "/v1/threads/{thread}/runs", "listThreadRuns", "A thread's runs, newest first.", LIST, None, &[is(200, Json("http.run-list"))]),
     of(GET, "/v1/threads/{thread}/runs/{run}", "getThreadRun", "One run with its steps, calls, messages and timings.", &[], None, &[is(200, Json("http.run"))]),
