@@ -142,7 +142,7 @@ mod tests {
                 match answer.content {
                     Content::Json(name) => drop(used.insert(name)),
                     Content::OneOf(names) | Content::Events(names) => used.extend(names),
-                    Content::Document(_) | Content::Text | Content::Nothing => {}
+                    Content::Document(_) | Content::File(_) | Content::Text | Content::Nothing => {}
                 }
             }
         }

@@ -36,7 +36,7 @@ fn directions(name: &str) -> Vec<Direction> {
     let answered = OPERATIONS.iter().flat_map(|it| it.answers).any(|answer| match answer.content {
         Content::Json(schema) => schema == name,
         Content::OneOf(schemas) | Content::Events(schemas) => schemas.contains(&name),
-        Content::Document(_) | Content::Text | Content::Nothing => false,
+        Content::Document(_) | Content::File(_) | Content::Text | Content::Nothing => false,
     });
     match name.split('.').next() {
         Some("command") => vec![Direction::Reads],

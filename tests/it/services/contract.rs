@@ -84,13 +84,15 @@ fn the_parameters_of_the_openapi_document_are_those_that_the_routes_read() {
     documented.insert("ticket".to_owned());
     let mut read = BTreeSet::new();
     let edge = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/edge");
-    for folder in ["http", "http/runs", "sse", "ws"] {
+    for folder in ["export", "http", "http/runs", "sse", "ws"] {
         for file in std::fs::read_dir(edge.join(folder)).unwrap() {
             let file = file.unwrap().path();
             let Ok(text) = std::fs::read_to_string(&file) else { continue };
             let code = text.split("#[cfg(test)]").next().unwrap();
-            for (at, _) in code.match_indices(".query(&[") {
-                let list = code[at..].split(']').next().unwrap();
+            let lists = code.match_indices(".query(&[").map(|(at, found)| at + found.len());
+            let named = code.match_indices("const PARAMETERS: ").map(|(at, _)| at + code[at..].find('=').unwrap());
+            for at in lists.chain(named) {
+                let list = code[at..].trim_start_matches(|c: char| c != '"' && c != ']').split(']').next().unwrap();
                 read.extend(list.split('"').skip(1).step_by(2).map(str::to_owned));
             }
         }
