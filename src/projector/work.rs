@@ -101,7 +101,7 @@ impl Works {
         let WorkAct { id, at, place, act } = record;
         let mut row = self.row(tx.store, &place)?;
         let before = (row.cursor, row.requeued.len());
-        let holder = row.lease.as_ref().map(|lease| lease.holder.clone());
+        let had = row.lease.as_ref().map(|lease| (lease.holder.clone(), lease.until));
         let judged = match act {
             Act::Lease(new) => lease(&mut row, new, head, log_time).map(|seq| (seq, None)),
             Act::Settle(new) => settle(&mut row, new, log_time),
@@ -117,7 +117,8 @@ impl Works {
         if row.cursor > before.0 || is_requeued {
             tx.rows.delete_waiting(tenant, group, thread, seq);
         }
-        if let Some(holder) = holder.filter(|_| row.lease.is_none()) {
+        put_worker(tx, &place, had.as_ref(), &row);
+        if let Some((holder, _)) = had.filter(|_| row.lease.is_none()) {
             let key = ids::log_key(tenant, thread).into();
             tx.commit.events.push(ThreadUpdate { key, update: Update::LeaseOver { user: holder.into() } });
         }
@@ -165,6 +166,22 @@ impl Works {
             Some(row) => Ok(row.clone()),
             None => Ok(store.work(&place.0, &place.1, &place.2)?.unwrap_or_default()),
         }
+    }
+}
+
+/// Keeps what a holder may do by its lease true to the row; `had` is who had it until when.
+fn put_worker(tx: &mut Transaction<'_>, (tenant, thread, group): &Place, had: Option<&(String, u64)>, row: &WorkRow) {
+    let place = (&**tenant, &**thread, &**group);
+    let has = row.lease.as_ref().map(|lease| (&lease.holder, lease.until));
+    if let Some((holder, _)) = had
+        && has.is_none_or(|(user, _)| user != holder)
+    {
+        tx.rows.put_worker(place, holder, None);
+    }
+    if let Some((holder, until)) = has
+        && had.is_none_or(|(user, time)| (user, *time) != (holder, until))
+    {
+        tx.rows.put_worker(place, holder, Some(until));
     }
 }
 

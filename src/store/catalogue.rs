@@ -29,6 +29,7 @@ pub const TICKETS: &str = "tickets";
 pub const TICKET_TIMES: &str = "ticket_times";
 pub const GROUPS: &str = "groups";
 pub const WORK: &str = "work";
+pub const WORKERS: &str = "workers";
 pub const WAITING: &str = "waiting";
 pub const RUNS: &str = "runs";
 pub const RUN_CALLS: &str = "run_calls";
@@ -82,6 +83,8 @@ const FAMILIES: &[(&str, Access)] = &[
     (GROUPS, Access::RareLookup),
     // tenant 0 thread 0 group → WorkRow
     (WORK, Access::RareLookup),
+    // tenant 0 thread 0 user 0 group → when the user's lease there is over (u64), for those that are not settled
+    (WORKERS, Access::RareLookup),
     // tenant 0 group 0 thread 0 seq → WaitingRow, of events that are a group's work or were; tenant 0 group → up to which
     // revision of the group's settings nothing is missing. What it holds depends on when this node came to know of a group.
     (WAITING, Access::Range),

@@ -4,7 +4,7 @@ use rocksdb::perf::{PerfContext, PerfMetric, PerfStatsLevel, set_perf_stats};
 
 use super::messages::{ClosedRow, MessageKey, MessageRow, TextPosition, WrittenText};
 use super::runs::{Ending, EventRef, RunKey, RunRow};
-use super::{MemberRow, Store, ThreadRow};
+use super::{MemberRow, Store, ThreadRow, WorkRow};
 
 /// What `work` reads: rows looked up, rows that iterators come to, and what they pass over of deleted ones.
 fn reads<T>(work: impl FnOnce() -> T) -> (u64, T) {
@@ -179,4 +179,27 @@ fn whether_an_agent_works_in_a_thread_is_one_lookup_however_many_of_its_runs_hav
     store.commit(rows).expect("it commits");
     assert_eq!(reads(works), (1, true));
     assert_eq!(store.open_runs_by(&key("r"), "bot").expect("it is read"), 2);
+}
+
+#[test]
+fn whether_a_user_has_a_lease_costs_what_the_user_has_however_many_groups_and_others_worked_there() {
+    let (_folder, store) = store();
+    let lease = |group: usize, user: &str, until| {
+        let mut rows = store.batch();
+        let group = format!("g{group}");
+        rows.put_work("acme", "t", &group, &WorkRow { cursor: 1, ..WorkRow::default() });
+        rows.put_worker(("acme", "t", &group), user, until);
+        store.commit(rows).expect("it commits");
+    };
+    for group in 0..1_000 {
+        lease(group, &format!("w{group}"), Some(100));
+    }
+    let has = |user, now| reads(|| store.has_lease("acme", "t", user, now).expect("it is read"));
+    assert_eq!((has("wim", 99), has("w1", 99).1, has("w1", 100).1), ((1, false), true, false));
+    lease(1_000, "wim", Some(50));
+    lease(1_001, "wim", Some(100));
+    assert_eq!((has("wim", 49).1, has("wim", 99).1, has("wim", 100).1), (true, true, false));
+    lease(1_001, "wim", None);
+    assert!(!has("wim", 99).1);
+    assert!(has("wim", 49).0 <= 4, "{:?}", has("wim", 49));
 }

@@ -3,7 +3,7 @@
 use bincode::{Decode, Encode};
 use rocksdb::ReadOptions;
 
-use super::catalogue::{GROUPS, WAITING, WORK};
+use super::catalogue::{GROUPS, WAITING, WORK, WORKERS};
 use super::dead_letters::TryRow;
 use super::{Batch, Partition, Store, StoreError, keys};
 
@@ -140,11 +140,11 @@ impl Store {
         self.get(WORK, &keys::joined(self.partition(tenant, thread), &[tenant, thread, group]))
     }
 
-    /// Whether a user has a lease on a thread's work that is not over at this time. Reads one row for each group that ever
-    /// worked there.
+    /// Whether a user has a lease on a thread's work that is not over at this time. Reads no more than what the user has there.
     pub fn has_lease(&self, tenant: &str, thread: &str, user: &str, now: u64) -> Result<bool, StoreError> {
-        for row in self.rows_under::<WorkRow>(WORK, keys::prefix(self.partition(tenant, thread), &[tenant, thread])) {
-            if row?.1.lease.is_some_and(|lease| lease.holder == user && lease.until > now) {
+        let prefix = keys::prefix(self.partition(tenant, thread), &[tenant, thread, user]);
+        for row in self.rows_under::<u64>(WORKERS, prefix) {
+            if row?.1 > now {
                 return Ok(true);
             }
         }
@@ -282,6 +282,15 @@ impl Batch<'_> {
     pub fn put_work(&mut self, tenant: &str, thread: &str, group: &str, row: &WorkRow) {
         self.put(WORK, &keys::joined(self.store.partition(tenant, thread), &[tenant, thread, group]), row);
         self.note_work(|| WorkChange::Work { tenant: tenant.into(), group: group.into(), thread: thread.into() });
+    }
+
+    /// A user has a lease of the group's on the thread's work, until then; or none.
+    pub fn put_worker(&mut self, (tenant, thread, group): (&str, &str, &str), user: &str, until: Option<u64>) {
+        let key = keys::joined(self.store.partition(tenant, thread), &[tenant, thread, user, group]);
+        match until {
+            Some(until) => self.put(WORKERS, &key, &until),
+            None => self.delete(WORKERS, &key),
+        }
     }
 
     pub fn put_waiting(&mut self, tenant: &str, group: &str, thread: &str, seq: u64, row: &WaitingRow) {
