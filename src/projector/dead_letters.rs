@@ -195,7 +195,8 @@ impl<'s> DeadLetters<'s> {
     pub(super) fn put_given_up(&mut self, tx: &mut Transaction<'_>, it: GivenUp<'_>) -> Result<(), StoreError> {
         let id = it.letter.as_bytes();
         // If it was requeued, it is open again.
-        let round = self.row(tx, it.tenant, id)?.map_or(0, |was| was.round);
+        let was = self.row(tx, it.tenant, id)?;
+        let round = was.as_ref().map_or(0, |was| was.round);
         let last = it.tries.last();
         let error = last.map_or_else(String::new, |last| last.reason.clone());
         let row = DeadLetterRow {
@@ -208,14 +209,15 @@ impl<'s> DeadLetters<'s> {
             round,
             ..DeadLetterRow::open(it.reason, Some(&it.kind), it.at, it.attempts, error)
         };
-        self.fail(tx, it.tenant, *id, row)
+        self.fail_as(tx, (it.tenant, *id), was, row)
     }
 
     /// Work that was requeued is done.
     pub(super) fn put_worked(&mut self, tx: &mut Transaction<'_>, tenant: &str, id: Uuid) -> Result<(), StoreError> {
         match self.row(tx, tenant, id.as_bytes())? {
-            Some(row) if row.state == LetterState::Requeued => {
-                self.put(tx, tenant, *id.as_bytes(), DeadLetterRow { state: LetterState::Done, ..row })
+            Some(was) if was.state == LetterState::Requeued => {
+                let row = DeadLetterRow { state: LetterState::Done, ..was.clone() };
+                self.replace(tx, (tenant, *id.as_bytes()), Some(was), row)
             }
             _ => Ok(()),
         }
@@ -229,16 +231,27 @@ impl<'s> DeadLetters<'s> {
         id: [u8; 16],
         row: DeadLetterRow,
     ) -> Result<(), StoreError> {
-        let row = match self.row(tx, tenant, &id)? {
+        let was = self.row(tx, tenant, &id)?;
+        self.fail_as(tx, (tenant, id), was, row)
+    }
+
+    fn fail_as(
+        &mut self,
+        tx: &mut Transaction<'_>,
+        letter: (&str, [u8; 16]),
+        was: Option<DeadLetterRow>,
+        row: DeadLetterRow,
+    ) -> Result<(), StoreError> {
+        let row = match &was {
             None => row,
-            Some(was) if was.state == LetterState::Requeued && was.round == row.round => again(&was, row),
+            Some(was) if was.state == LetterState::Requeued && was.round == row.round => again(was, row),
             // It was discarded by a record that was read before it.
             Some(was) if was.source.is_none() && row.source.is_some() => {
-                DeadLetterRow { state: was.state, acts: was.acts, ..row }
+                DeadLetterRow { state: was.state, acts: was.acts.clone(), ..row }
             }
             Some(_) => return Ok(()),
         };
-        self.put(tx, tenant, id, row)
+        self.replace(tx, letter, was, row)
     }
 
     pub(super) fn row(
@@ -266,6 +279,17 @@ impl<'s> DeadLetters<'s> {
         row: DeadLetterRow,
     ) -> Result<(), StoreError> {
         let was = self.row(tx, tenant, &id)?;
+        self.replace(tx, (tenant, id), was, row)
+    }
+
+    /// The same, where it is known already how the letter was.
+    fn replace(
+        &mut self,
+        tx: &mut Transaction<'_>,
+        (tenant, id): (&str, [u8; 16]),
+        was: Option<DeadLetterRow>,
+        row: DeadLetterRow,
+    ) -> Result<(), StoreError> {
         tx.rows.put_dead_letter(tenant, id, was.as_ref(), &row);
         self.deliveries.follow(tx, tenant, id, (was.as_ref(), &row))?;
 
