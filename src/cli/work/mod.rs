@@ -140,6 +140,8 @@ impl Shift {
     }
 
     async fn end(&mut self, ended: Ended) -> Result<(), Failure> {
+        // Who was stopped for a while may come too late: what is somebody else's by now gets no answer from here.
+        self.extend().await?;
         // What was lost meanwhile is nobody's business here.
         let Some(running) = self.running.remove(&ended.delivery) else { return Ok(()) };
         self.settle(&running.work, running.began, job::outcome(ended.result)).await

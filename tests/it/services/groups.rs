@@ -325,6 +325,40 @@ async fn what_a_killed_worker_held_goes_to_another() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_worker_had_that_was_stopped_past_its_lease_is_done_once_by_another() {
+    let server = Server::start(LogKind::embedded());
+    make(&server, "g", json!({"lease_ms": 1_000})).await;
+    let (_folder, pipe) = pipe();
+    let script = format!("cat {pipe}");
+    let mut stopped = worker(&server, "wim", &["--exec", &script]);
+    let mut stopped = stopped.stdout(Stdio::piped()).spawn().unwrap();
+    let mut ada = server.connect("ada").await;
+    ada.say("t", "do it").await;
+    // Somebody reads: the command has begun.
+    let mut answer = OpenOptions::new().write(true).open(&pipe).unwrap();
+    signal(stopped.id(), "STOP");
+    let other = Serving::start(&mut worker(&server, "eve", &["--exec", "echo attempt $WEFT_ATTEMPT"]));
+    // It may have been given to the one that is stopped once more.
+    let line = other.line("t #1");
+    assert!(line[2] == "attempt" && line[4] == "done", "{line:?}");
+
+    // The command, which was not stopped, is through; its worker hears of that once it goes on.
+    answer.write_all(b"too late").unwrap();
+    drop(answer);
+    signal(stopped.id(), "CONT");
+    let mut lines = BufReader::new(stopped.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let lost = lines.next().unwrap();
+    assert!(lost.starts_with("t #1 lost"), "{lost}");
+    signal(stopped.id(), "INT");
+    assert_eq!(stopped.wait().unwrap().code(), Some(0));
+    let events = events(&server, "t").await;
+    assert_eq!(events.len(), 2, "{events:?}");
+    has(&events[1], json!({"from": "eve", "data": {"content": format!("attempt {}", line[3])}}));
+    has(&group(&server, "g").await, json!({"depth": 0, "in_flight": 0}));
+    assert_eq!(other.stop().0, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_attempt_does_not_answer_a_second_time() {
     let server = Server::start(LogKind::embedded());
     make(&server, "g", json!({})).await;
