@@ -206,7 +206,8 @@ impl App {
         let rights = Rights::new(store.clone());
         let level = Arc::new(Level::new(log.clone(), status.clone()));
         let submit = Arc::new(Submit::new(log.clone(), pending.clone()));
-        let (dispatcher, dispatching) = Dispatcher::start(store.clone(), submit.clone(), level.clone())?;
+        let (dispatcher, dispatching) =
+            Dispatcher::start(store.clone(), submit.clone(), level.clone(), config.memory().work)?;
         let health = Arc::new(Health::new(log.clone(), status.clone(), config.data.clone()));
         let reaper = Reaper {
             store: store.clone(),

@@ -8,63 +8,22 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+use super::head::{HEAD_BYTES, Head, State, USER_BYTES, Why, waiting};
 use super::index::waiting_row;
-use super::ready::{Rank, Ready, rank};
-use super::waits::{Holds, Waiting};
+use super::ready::{Ready, rank};
+use super::waits::Holds;
 use super::workers::Workers;
-use crate::protocol::work::Wait;
 use crate::store::{FailedRow, GroupRow, LeaseRow, Store, StoreError, WaitingRow, WaitingStart, WorkRow};
 
-/// How many threads are held of a group.
-const MAX_HEADS: usize = 50_000;
-const MIN_HEADS: usize = 100;
+/// What a group may hold in any case.
+const MIN_BYTES: usize = 20 * (HEAD_BYTES + USER_BYTES);
 /// Threads that are looked for at once.
 const CHUNK: usize = 500;
 
+/// Between two walks for what is to be tried now and was left out.
+const DUE_EVERY_MS: u64 = 1_000;
+
 const BEGIN: WaitingStart = WaitingStart { partition: 0, thread: None };
-
-/// Why a thread is looked at.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Why {
-    /// An event has come there.
-    Came,
-    /// Something was leased or settled there.
-    Moved,
-    /// It was found in the store, where it waited.
-    Found,
-}
-
-/// A thread's next event.
-pub struct Head {
-    pub seq: u64,
-    pub kind: String,
-    user: Arc<str>,
-    rank: Rank,
-    /// Up to where the group is done with the thread.
-    pub after: u64,
-    /// Which attempt the next one is, or the one that is made.
-    pub attempt: u32,
-    pub state: State,
-    pub waiting: Waiting,
-    /// When it is looked at again; milliseconds.
-    timer: Option<u64>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
-    Ready,
-    /// It is not to be tried before then; since when it has not been. Milliseconds.
-    Later {
-        since: u64,
-        until: u64,
-    },
-    /// A lease was asked for.
-    Chosen(Uuid),
-    Leased {
-        lease: Uuid,
-        until: u64,
-    },
-}
 
 /// What the store has of a thread's next event.
 struct Found {
@@ -99,6 +58,8 @@ pub struct Group {
     pub index: Index,
     pub heads: HashMap<Arc<str>, Head>,
     pub ready: Ready,
+    /// The kinds of its events.
+    kinds: Vec<Arc<str>>,
     timers: BTreeSet<(u64, Arc<str>)>,
     pub workers: Workers,
     pub given: HashMap<Uuid, Given>,
@@ -112,8 +73,14 @@ pub struct Group {
     left_out: Option<WaitingStart>,
     /// There was no room for one that may be anywhere.
     missed: bool,
-    /// How many threads are held.
-    max_heads: usize,
+    /// How many are held of what is to be tried later.
+    later: usize,
+    /// When the first of those is to be tried for which there was no room; and when they are looked for at the earliest.
+    due: Option<u64>,
+    due_not_before: u64,
+    /// What is held, in bytes and without what each user costs, and how much that may be.
+    bytes: usize,
+    max_bytes: usize,
     pub holds: Holds,
     /// Until when others' choices are kept away from; milliseconds.
     pub contended_until: u64,
@@ -121,7 +88,7 @@ pub struct Group {
     pub idle_since: Option<u64>,
     /// When it is seen to next; milliseconds.
     pub wake: Option<u64>,
-    /// How many threads it held when that was last counted.
+    /// How much it held when that was last counted; bytes.
     pub counted: usize,
 }
 
@@ -134,6 +101,7 @@ impl Group {
             index: Index::Unknown,
             heads: HashMap::new(),
             ready: Ready::default(),
+            kinds: Vec::new(),
             timers: BTreeSet::new(),
             workers: Workers::default(),
             given: HashMap::new(),
@@ -142,7 +110,11 @@ impl Group {
             scans_all: false,
             left_out: None,
             missed: false,
-            max_heads: MAX_HEADS,
+            later: 0,
+            due: None,
+            due_not_before: 0,
+            bytes: 0,
+            max_bytes: MIN_BYTES,
             holds: Holds::default(),
             contended_until: 0,
             idle_since: None,
@@ -151,9 +123,14 @@ impl Group {
         }
     }
 
-    /// So many more threads may be held than are; a few always.
-    pub fn may_hold(&mut self, more: usize) {
-        self.max_heads = (self.heads.len() + more).clamp(MIN_HEADS, MAX_HEADS);
+    /// So many bytes more may be held than are, and never more than `most`; a few threads always.
+    pub fn may_hold(&mut self, more: usize, most: usize) {
+        self.max_bytes = (self.bytes() + more).min(most).max(MIN_BYTES);
+    }
+
+    /// What is held, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes + self.ready.users() * USER_BYTES
     }
 
     /// Reads the group's row. If it wants other events than before, what waits is looked for anew.
@@ -164,22 +141,36 @@ impl Group {
             self.index = Index::Unknown;
             self.scan = None;
             self.forget_heads();
+            let kinds = row.iter().flat_map(|row| &row.kinds);
+            self.kinds = kinds.map(|kind| kind.as_str().into()).collect();
         }
         self.row = row;
         Ok(())
     }
 
-    /// Nothing is known of what waits; what is on its way stays on its way.
+    /// Nothing is known of what waits. What is on its way stays on its way, and of what a worker has it is heard when it is over.
     fn forget_heads(&mut self) {
-        self.heads.clear();
+        let given = &self.given;
+        self.heads.retain(|_, head| match head.state {
+            State::Chosen(lease) | State::Leased { lease, .. } => given.contains_key(&lease),
+            State::Ready | State::Later { .. } => false,
+        });
+        (self.later, self.due) = (0, None);
+        self.bytes = self.heads.iter().map(|(thread, head)| head.bytes(thread)).sum();
         self.ready = Ready::default();
-        self.timers.clear();
+        let heads = &self.heads;
+        self.timers.retain(|(_, thread)| heads.contains_key(thread));
+    }
+
+    /// Whether its events are of several kinds.
+    pub fn has_kinds(&self) -> bool {
+        self.kinds.len() > 1
     }
 
     /// The index is complete: what waits is looked for from the beginning on, and what is held is looked at again.
     pub fn find_all(&mut self) {
         self.scan = Some(BEGIN);
-        (self.scans_all, self.left_out, self.missed) = (true, None, false);
+        (self.scans_all, self.left_out, self.missed, self.due) = (true, None, false, None);
     }
 
     /// Everything that is held is looked at again: something was missed.
@@ -194,17 +185,23 @@ impl Group {
     }
 
     /// Whether there is more to find in the store, and room for it.
-    pub fn is_looking(&self) -> bool {
+    pub fn is_looking(&self, now: u64) -> bool {
         let looks = self.scan.is_some()
-            || (self.left_out.is_some() || self.missed) && self.heads.len() < self.max_heads.div_ceil(2);
+            || self.left_out_due().is_some_and(|due| due <= now)
+            || (self.left_out.is_some() || self.missed) && self.bytes() < self.max_bytes.div_ceil(2);
         looks && self.index == Index::Complete && self.row.is_some()
     }
 
     /// Walks on a little over what waits; begins anew where there is room again for what was left out.
     pub fn look_further(&mut self, store: &Store, now: u64) -> Result<Vec<Arrival>, StoreError> {
         let mut arrivals = Vec::new();
-        if !self.is_looking() {
+        if !self.is_looking(now) {
             return Ok(arrivals);
+        }
+        if self.scan.is_none() && self.left_out_due().is_some_and(|due| due <= now) {
+            // They may be anywhere. A walk goes over everything: not one for each of them.
+            self.due_not_before = now + DUE_EVERY_MS;
+            self.find_all();
         }
         let start = match self.scan.take() {
             Some(start) => start,
@@ -269,10 +266,12 @@ impl Group {
         if let Some(old) = &old {
             self.over(old, lease);
         }
+        // Names that are held already are not held twice.
+        let kind = self.kinds.iter().find(|kind| ***kind == *row.kind).cloned();
         let mut head = Head {
             seq,
-            kind: row.kind,
-            user: row.user.as_str().into(),
+            kind: kind.unwrap_or_else(|| row.kind.as_str().into()),
+            user: self.ready.user(&row.user).unwrap_or_else(|| row.user.as_str().into()),
             rank: rank(row.at, row.class),
             after: work.cursor,
             attempt,
@@ -350,12 +349,15 @@ impl Group {
     // What is held.
 
     fn insert(&mut self, thread: &Arc<str>, mut head: Head) {
-        if self.heads.len() >= self.max_heads && !self.make_room(&head) {
-            self.missed = true;
+        let bytes = head.bytes(thread);
+        if !self.make_room(&head, bytes) {
+            self.leave_out(&head);
             return;
         }
+        self.bytes += bytes;
+        self.later += usize::from(head.is_later());
         match head.state {
-            State::Ready => self.ready.insert(&head.user, head.rank, thread),
+            State::Ready => self.ready.insert(head.piece(thread, self.kinds.len() > 1)),
             State::Later { until, .. } | State::Leased { until, .. } => head.timer = Some(until),
             State::Chosen(_) => {}
         }
@@ -365,25 +367,54 @@ impl Group {
         self.heads.insert(thread.clone(), head);
     }
 
-    /// Somebody who has more than the head's user gives way to it; a lease always has room.
-    fn make_room(&mut self, head: &Head) -> bool {
-        if let State::Leased { lease, .. } = head.state {
-            return self.given.contains_key(&lease);
+    /// Somebody who has more than the head's user gives way to it; a lease of a worker's here always has room.
+    fn make_room(&mut self, head: &Head, bytes: usize) -> bool {
+        if let State::Leased { lease, .. } = head.state
+            && self.given.contains_key(&lease)
+        {
+            return true;
         }
-        let Some((user, most, rank, thread)) = self.ready.most() else { return false };
-        if most <= self.ready.count_of(&head.user) + 1 {
-            return false;
+        let is_new = matches!(head.state, State::Ready) && self.ready.count_of(&head.user) == 0;
+        let bytes = bytes + if is_new { USER_BYTES } else { 0 };
+        while self.bytes() + bytes > self.max_bytes {
+            let others = self.ready.most().filter(|(most, _)| *most > self.ready.count_of(&head.user) + 1);
+            let thread = match (&head.state, others) {
+                (State::Leased { .. }, _) => None,
+                (_, Some((_, thread))) => Some(thread),
+                // Whatever is tried again and again does not keep out what can be done now.
+                (State::Ready, None) if self.later > self.heads.len() / 2 => self.last_to_try(),
+                _ => None,
+            };
+            let Some(out) = thread.and_then(|thread| self.remove(&thread)) else { return false };
+            self.leave_out(&out);
         }
-        self.ready.remove(&user, rank, &thread);
-        self.heads.remove(&thread);
-        self.missed = true;
         true
+    }
+
+    /// There is no room for a thread: it is looked for when there is, or when it is to be tried.
+    fn leave_out(&mut self, head: &Head) {
+        match head.state {
+            State::Later { until, .. } => self.due = Some(self.due.map_or(until, |due| due.min(until))),
+            _ => self.missed = true,
+        }
+    }
+
+    fn left_out_due(&self) -> Option<u64> {
+        self.due.map(|due| due.max(self.due_not_before))
+    }
+
+    /// What is held and tried last.
+    fn last_to_try(&self) -> Option<Arc<str>> {
+        let is_later = |thread: &str| self.heads.get(thread).is_some_and(Head::is_later);
+        self.timers.iter().rev().map(|(_, thread)| thread).find(|thread| is_later(thread)).cloned()
     }
 
     fn remove(&mut self, thread: &Arc<str>) -> Option<Head> {
         let head = self.heads.remove(thread)?;
+        self.bytes -= head.bytes(thread);
+        self.later -= usize::from(head.is_later());
         if head.state == State::Ready {
-            self.ready.remove(&head.user, head.rank, thread);
+            self.ready.remove(head.piece(thread, self.has_kinds()));
         }
         if let Some(at) = head.timer {
             self.timers.remove(&(at, thread.clone()));
@@ -394,10 +425,15 @@ impl Group {
     /// A lease is asked for.
     pub fn choose(&mut self, thread: &Arc<str>, lease: Uuid, now: u64) {
         if let Some(head) = self.heads.get_mut(thread) {
-            self.ready.take(&head.user, head.rank, thread);
+            self.ready.take(head.piece(thread, self.kinds.len() > 1));
             head.state = State::Chosen(lease);
             head.waiting.is_chosen(&self.holds, now);
         }
+    }
+
+    /// The store has nothing that speaks against a lease that was asked for.
+    pub fn is_chosen(&self, thread: &Arc<str>, lease: Uuid) -> bool {
+        self.heads.get(thread).is_some_and(|head| head.state == State::Chosen(lease))
     }
 
     /// The lease that was asked for did not come to be: the event is ready again, at once or later.
@@ -428,7 +464,8 @@ impl Group {
                     head.waiting.before.backoff_ms += now.saturating_sub(since);
                     head.waiting.is_ready(&self.holds, now);
                     head.state = State::Ready;
-                    self.ready.insert(&head.user, head.rank, &thread);
+                    self.later -= 1;
+                    self.ready.insert(head.piece(&thread, self.kinds.len() > 1));
                 }
                 State::Leased { lease, until } if until <= now => {
                     over.push((lease, thread.clone()));
@@ -443,8 +480,9 @@ impl Group {
     }
 
     /// When something is due next; milliseconds.
-    pub fn next_due(&self) -> Option<u64> {
-        self.timers.first().map(|(at, _)| *at)
+    pub fn next_due(&self, now: u64) -> Option<u64> {
+        let left_out = self.left_out_due().filter(|due| *due > now);
+        self.timers.first().map(|(at, _)| *at).into_iter().chain(left_out).min()
     }
 }
 
@@ -454,22 +492,6 @@ pub struct Arrival {
     /// None if nobody waits for it any more.
     pub worker: Option<u64>,
     pub thread: Arc<str>,
-}
-
-/// What is known of how an event has waited so far.
-fn waiting(why: Why, at: u64, now: u64, attempt: u32, was_here: bool) -> Waiting {
-    if attempt > 1 && was_here {
-        // Since the attempt before it ended.
-        return Waiting::new(now, Wait::default());
-    }
-    let so_far = now.saturating_sub(at);
-    let before = match why {
-        Why::Came => Wait { log_ms: so_far, ..Wait::default() },
-        Why::Moved => Wait { busy_ms: so_far, ..Wait::default() },
-        // Nobody looked for it here.
-        Why::Found => Wait { no_worker_ms: so_far, ..Wait::default() },
-    };
-    Waiting::new(at, before)
 }
 
 #[cfg(test)]
@@ -505,9 +527,9 @@ mod tests {
     fn work_off(group: &mut Group, store: &Store) -> Vec<String> {
         let mut done = Vec::new();
         loop {
-            while group.is_looking() {
+            while group.is_looking(NOW) {
                 group.look_further(store, NOW).expect("the store answers");
-                assert!(group.heads.len() <= group.max_heads, "{} are held", group.heads.len());
+                assert!(group.bytes() <= group.max_bytes, "{} are held", group.heads.len());
             }
             let Some((user, _, thread)) = group.ready.next(1).next() else { return done };
             group.choose(&thread, Uuid::from_bytes([7; 16]), NOW);
@@ -520,11 +542,13 @@ mod tests {
         }
     }
 
-    fn group_of(store: &Store, max_heads: usize) -> Group {
+    /// There is room for so many threads.
+    fn group_of(store: &Store, heads: usize) -> Group {
         let mut rows = store.batch();
         rows.put_group("acme", "g", &group_row());
         store.commit(rows).expect("the store takes it");
-        let mut group = Group { max_heads, ..Group::new("acme".into(), "g".into()) };
+        let max_bytes = heads * (HEAD_BYTES + USER_BYTES + 8);
+        let mut group = Group { max_bytes, ..Group::new("acme".into(), "g".into()) };
         group.reload(store).expect("the store answers");
         group.index = Index::Complete;
         group.find_all();
@@ -556,7 +580,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let store = Store::open(folder.path()).expect("it opens");
         let mut group = group_of(&store, 2);
-        while group.is_looking() {
+        while group.is_looking(NOW) {
             group.look_further(&store, NOW).expect("the store answers");
         }
         for n in 0..10 {
@@ -566,6 +590,90 @@ mod tests {
             assert!(group.heads.len() <= 2);
         }
         assert_eq!(work_off(&mut group, &store).len(), 10);
-        assert!(!group.is_looking(), "and then there is nothing more to look for");
+        assert!(!group.is_looking(NOW), "and then there is nothing more to look for");
+    }
+    #[test]
+    fn what_is_to_be_tried_later_keeps_out_nothing_that_can_be_done_now_and_is_found_when_it_is_time() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(folder.path()).expect("it opens");
+        let mut group = group_of(&store, 4);
+        for n in 0..8 {
+            let (thread, failed) = (format!("f{n}"), NOW + 10_000 + n);
+            arrive(&store, "ada", &thread, "x.job");
+            let mut rows = store.batch();
+            let failed = Some(FailedRow { seq: 1, attempts: 1, not_before: failed, tries: Vec::new() });
+            rows.put_work("acme", &thread, "g", &WorkRow { group_id: ID, failed, ..WorkRow::default() });
+            store.commit(rows).expect("the store takes it");
+            group.look_at(&store, &thread.as_str().into(), Why::Moved, NOW).expect("the store answers");
+        }
+        assert!(group.heads.len() < 8 && group.later == group.heads.len() && group.ready.len() == 0);
+        for n in 0..3 {
+            let thread = format!("t{n}");
+            arrive(&store, "ada", &thread, "x.job");
+            group.look_at(&store, &thread.as_str().into(), Why::Came, NOW).expect("the store answers");
+            assert!(group.bytes() <= group.max_bytes);
+        }
+        assert!(group.ready.len() >= 2, "{} of 3 can be done", group.ready.len());
+
+        let mut done = BTreeSet::new();
+        let mut now = NOW;
+        while done.len() < 11 {
+            while group.is_looking(now) {
+                group.look_further(&store, now).expect("the store answers");
+            }
+            group.due(now, || now);
+            let Some((_, _, thread)) = group.ready.next(1).next() else {
+                now = group.next_due(now).expect("there is more").max(now);
+                continue;
+            };
+            group.choose(&thread, Uuid::from_bytes([7; 16]), now);
+            let mut rows = store.batch();
+            rows.put_work("acme", &thread, "g", &WorkRow { group_id: ID, cursor: 1, ..WorkRow::default() });
+            rows.delete_waiting("acme", "g", &thread, 1);
+            store.commit(rows).expect("the store takes it");
+            group.look_at(&store, &thread, Why::Moved, now).expect("the store answers");
+            done.insert(thread);
+        }
+        assert!((NOW + 10_007..NOW + 20_000).contains(&now), "{}", now - NOW);
+    }
+
+    #[test]
+    fn a_worker_has_its_credit_back_for_what_it_settles_after_the_group_has_changed_or_is_gone() {
+        for changed in [Some(GroupRow { revision: [2; 16], ..group_row() }), None] {
+            let folder = tempfile::tempdir().expect("a temporary folder");
+            let store = Store::open(folder.path()).expect("it opens");
+            arrive(&store, "ada", "t", "x.job");
+            let mut group = group_of(&store, 4);
+            let wants = super::super::Wants { credit: 1, ..Default::default() };
+            group.workers.join(1, "wim".into(), wants, Box::new(|_| true));
+            group.look_further(&store, NOW).expect("the store answers");
+
+            let (thread, lease) = (Arc::from("t"), Uuid::from_bytes([7; 16]));
+            group.choose(&thread, lease, NOW);
+            group.workers.send(1).expect("it is there");
+            group.given.insert(lease, Given { worker: 1, thread: thread.clone(), lease_ms: 1_000, arrived: false });
+            let (id, kind, holder, until) = (lease.into_bytes(), "x.job".into(), "wim".into(), NOW + 1_000);
+            let leased = LeaseRow { id, seq: 1, kind, attempt: 1, attempts: 5, holder, at: NOW, until };
+            let put = |cursor, lease| {
+                let mut rows = store.batch();
+                rows.put_work("acme", "t", "g", &WorkRow { group_id: ID, cursor, lease, ..WorkRow::default() });
+                store.commit(rows).expect("the store takes it");
+            };
+            put(0, Some(leased));
+            let arrived = group.look_at(&store, &thread, Why::Moved, NOW).expect("the store answers");
+            assert!(arrived.len() == 1 && !group.workers.any_free());
+
+            let mut rows = store.batch();
+            match &changed {
+                Some(changed) => rows.put_group("acme", "g", changed),
+                None => rows.delete_group("acme", "g"),
+            }
+            store.commit(rows).expect("the store takes it");
+            group.reload(&store).expect("the store answers");
+            put(1, None);
+            group.look_at(&store, &thread, Why::Moved, NOW).expect("the store answers");
+            assert!(group.workers.any_free() && group.given.is_empty(), "{changed:?}");
+            assert_eq!((group.heads.len(), group.bytes, group.next_due(NOW)), (0, 0, None));
+        }
     }
 }

@@ -15,6 +15,7 @@
 //!   there when there is room.
 
 mod group;
+mod head;
 mod inbox;
 pub mod index;
 mod ready;
@@ -132,16 +133,17 @@ pub struct Dispatcher {
 }
 
 impl Dispatcher {
-    /// Starts its thread, which ends after [`Dispatcher::stop`].
+    /// Starts its thread, which ends after [`Dispatcher::stop`]. What waits is held in so much memory.
     pub fn start(
         store: Arc<Store>,
         submit: Arc<Submit>,
         level: Arc<Level>,
+        memory: usize,
     ) -> Result<(Arc<Dispatcher>, std::thread::JoinHandle<()>), std::io::Error> {
         let inbox = Arc::new(Inbox::default());
         let hears = inbox.clone();
         store.listen_to_work(move |changes| hears.changed(changes));
-        let thread = thread::start(store.clone(), submit.clone(), inbox.clone())?;
+        let thread = thread::start(store.clone(), submit.clone(), inbox.clone(), memory)?;
         let (next_id, counting) = (AtomicU64::new(1), Arc::new(Semaphore::new(1)));
         Ok((Arc::new(Dispatcher { store, submit, level, inbox, next_id, counting }), thread))
     }

@@ -18,27 +18,63 @@ pub fn rank(at: u64, class: u8) -> Rank {
     i64::try_from(at).unwrap_or(i64::MAX).saturating_sub(start)
 }
 
+/// Users by round, and within it by the rank of what each has first.
+type Turns = BTreeSet<(u64, Rank, Arc<str>)>;
+
+/// A user's threads, first things first.
+type Threads = BTreeSet<(Rank, Arc<str>)>;
+
 /// What is ready, of all users.
 #[derive(Debug, Default)]
 pub struct Ready {
     users: HashMap<Arc<str>, UserQueue>,
-    /// By round, and within it by the rank of what each has first.
-    turns: BTreeSet<(u64, Rank, Arc<str>)>,
+    turns: Turns,
+    /// The same of what has a kind of its own, for workers who do not take all.
+    kinds: HashMap<Arc<str>, Turns>,
     /// How many users have so many pieces, to find who has the most.
     sizes: BTreeMap<usize, BTreeSet<Arc<str>>>,
     round: u64,
     len: usize,
 }
 
+/// A thread whose next event is ready.
+#[derive(Debug, Clone, Copy)]
+pub struct Piece<'a> {
+    pub user: &'a Arc<str>,
+    pub rank: Rank,
+    pub thread: &'a Arc<str>,
+    /// The event's kind, where there is more than one.
+    pub kind: Option<&'a Arc<str>>,
+}
+
 #[derive(Debug)]
 struct UserQueue {
     round: u64,
-    threads: BTreeSet<(Rank, Arc<str>)>,
+    threads: Threads,
+    /// Those that have a kind, by it; a group has few.
+    kinds: Vec<(Arc<str>, Threads)>,
 }
 
 impl UserQueue {
-    fn first(&self) -> Option<Rank> {
-        self.threads.first().map(|(rank, _)| *rank)
+    fn insert(&mut self, piece: Piece<'_>) {
+        let place = || (piece.rank, piece.thread.clone());
+        self.threads.insert(place());
+        let Some(kind) = piece.kind else { return };
+        match self.kinds.iter_mut().find(|(it, _)| it == kind) {
+            Some((_, threads)) => drop(threads.insert(place())),
+            None => self.kinds.push((kind.clone(), Threads::from([place()]))),
+        }
+    }
+
+    fn remove(&mut self, piece: Piece<'_>) {
+        let place = (piece.rank, piece.thread.clone());
+        self.threads.remove(&place);
+        self.kinds.retain_mut(|(kind, threads)| {
+            if Some(&*kind) == piece.kind {
+                threads.remove(&place);
+            }
+            !threads.is_empty()
+        });
     }
 }
 
@@ -47,14 +83,30 @@ impl Ready {
         self.len
     }
 
-    pub fn insert(&mut self, user: &Arc<str>, rank: Rank, thread: &Arc<str>) {
-        let round = self.round;
-        self.change(user, |queue| queue.threads.insert((rank, thread.clone())), round);
+    /// How many users have something.
+    pub fn users(&self) -> usize {
+        self.users.len()
     }
 
-    pub fn remove(&mut self, user: &Arc<str>, rank: Rank, thread: &Arc<str>) {
-        let round = self.round;
-        self.change(user, |queue| queue.threads.remove(&(rank, thread.clone())), round);
+    pub fn insert(&mut self, piece: Piece<'_>) {
+        self.change(piece.user, |queue, _| queue.insert(piece));
+    }
+
+    pub fn remove(&mut self, piece: Piece<'_>) {
+        self.change(piece.user, |queue, _| queue.remove(piece));
+    }
+
+    /// A user's name, as it is held here already.
+    pub fn user(&self, user: &str) -> Option<Arc<str>> {
+        self.users.get_key_value(user).map(|(user, _)| user.clone())
+    }
+
+    /// The thread that comes next of those whose event has one of these kinds.
+    pub fn next_of<'k>(&self, kinds: impl Iterator<Item = &'k str>) -> Option<Arc<str>> {
+        let turns = kinds.filter_map(|kind| Some((self.kinds.get(kind)?.first()?, kind)));
+        let ((_, _, user), kind) = turns.min()?;
+        let (_, threads) = self.users.get(user)?.kinds.iter().find(|(it, _)| **it == *kind)?;
+        threads.first().map(|(_, thread)| thread.clone())
     }
 
     /// Those that come next, at most `limit` users, each with its first thread.
@@ -71,27 +123,21 @@ impl Ready {
     }
 
     /// A user's thread is taken: the user's turn in this round is over.
-    pub fn take(&mut self, user: &Arc<str>, rank: Rank, thread: &Arc<str>) {
-        if let Some(queue) = self.users.get(user) {
+    pub fn take(&mut self, piece: Piece<'_>) {
+        if let Some(queue) = self.users.get(piece.user) {
             self.round = self.round.max(queue.round);
         }
-        let round = self.round;
-        self.change(
-            user,
-            |queue| {
-                queue.round = queue.round.max(round) + 1;
-                queue.threads.remove(&(rank, thread.clone()))
-            },
-            round,
-        );
+        self.change(piece.user, |queue, round| {
+            queue.round = queue.round.max(round) + 1;
+            queue.remove(piece);
+        });
     }
 
-    /// The user who has the most, how much that is, and the last of it.
-    pub fn most(&self) -> Option<(Arc<str>, usize, Rank, Arc<str>)> {
+    /// How much the user has who has the most, and the last of it.
+    pub fn most(&self) -> Option<(usize, Arc<str>)> {
         let (size, users) = self.sizes.last_key_value()?;
-        let user = users.first()?;
-        let (rank, thread) = self.users.get(user)?.threads.last()?;
-        Some((user.clone(), *size, *rank, thread.clone()))
+        let (_, thread) = self.users.get(users.first()?)?.threads.last()?;
+        Some((*size, thread.clone()))
     }
 
     pub fn count_of(&self, user: &str) -> usize {
@@ -99,20 +145,35 @@ impl Ready {
     }
 
     /// Changes a user's queue, and keeps the lists true to it.
-    fn change(&mut self, user: &Arc<str>, change: impl FnOnce(&mut UserQueue) -> bool, round: u64) {
-        let queue = self.users.entry(user.clone()).or_insert_with(|| UserQueue { round, threads: BTreeSet::new() });
-        let (before, was_round, was_first) = (queue.threads.len(), queue.round, queue.first());
-        change(queue);
-        let (now, round, first) = (queue.threads.len(), queue.round, queue.first());
-        if now == 0 {
-            self.users.remove(user);
+    fn change(&mut self, user: &Arc<str>, change: impl FnOnce(&mut UserQueue, u64)) {
+        let round = self.round;
+        let new = || UserQueue { round, threads: Threads::new(), kinds: Vec::new() };
+        let queue = self.users.entry(user.clone()).or_insert_with(new);
+        let before = queue.threads.len();
+        if let Some((rank, _)) = queue.threads.first() {
+            self.turns.remove(&(queue.round, *rank, user.clone()));
+        }
+        for (kind, threads) in &queue.kinds {
+            if let (Some((rank, _)), Some(turns)) = (threads.first(), self.kinds.get_mut(kind)) {
+                turns.remove(&(queue.round, *rank, user.clone()));
+                if turns.is_empty() {
+                    self.kinds.remove(kind);
+                }
+            }
         }
 
-        if let Some(first) = was_first {
-            self.turns.remove(&(was_round, first, user.clone()));
+        change(queue, round);
+        let now = queue.threads.len();
+        if let Some((rank, _)) = queue.threads.first() {
+            self.turns.insert((queue.round, *rank, user.clone()));
         }
-        if let Some(first) = first {
-            self.turns.insert((round, first, user.clone()));
+        for (kind, threads) in &queue.kinds {
+            if let Some((rank, _)) = threads.first() {
+                self.kinds.entry(kind.clone()).or_default().insert((queue.round, *rank, user.clone()));
+            }
+        }
+        if now == 0 {
+            self.users.remove(user);
         }
         self.len = self.len + now - before;
         if before != now {
@@ -133,17 +194,22 @@ impl Ready {
 mod tests {
     use super::*;
 
+    fn insert(ready: &mut Ready, user: &str, rank: Rank, thread: &str, kind: Option<&str>) {
+        let (user, thread, kind) = (&user.into(), &thread.into(), kind.map(Arc::from));
+        ready.insert(Piece { user, rank, thread, kind: kind.as_ref() });
+    }
+
     fn ready(work: &[(&str, u64, u8, &str)]) -> Ready {
         let mut ready = Ready::default();
         for (user, at, class, thread) in work {
-            ready.insert(&Arc::from(*user), rank(*at, *class), &Arc::from(*thread));
+            insert(&mut ready, user, rank(*at, *class), thread, None);
         }
         ready
     }
 
     fn take(ready: &mut Ready) -> Option<String> {
         let (user, rank, thread) = ready.next(1).next()?;
-        ready.take(&user, rank, &thread);
+        ready.take(Piece { user: &user, rank, thread: &thread, kind: None });
         Some(thread.to_string())
     }
 
@@ -169,7 +235,7 @@ mod tests {
         let mut work = ready(&[("ada", 1, 1, "a1"), ("ada", 2, 1, "a2"), ("ada", 3, 1, "a3"), ("ada", 4, 1, "a4")]);
         assert_eq!(take(&mut work).as_deref(), Some("a1"));
         for (user, thread) in [("ben", "b1"), ("ben", "b2"), ("cid", "c1")] {
-            work.insert(&Arc::from(user), rank(100, 1), &Arc::from(thread));
+            insert(&mut work, user, rank(100, 1), thread, None);
         }
         assert_eq!(take_all(&mut work), "b1 c1 a2 b2 a3 a4");
     }
@@ -180,8 +246,8 @@ mod tests {
         assert_eq!((take(&mut work), take(&mut work)), (Some("a1".into()), Some("b1".into())));
         assert_eq!((take(&mut work), take(&mut work)), (Some("a2".into()), Some("a3".into())));
         for n in 4..8 {
-            work.insert(&Arc::from("ada"), rank(n, 1), &Arc::from(format!("a{n}")));
-            work.insert(&Arc::from("ben"), rank(n, 1), &Arc::from(format!("b{n}")));
+            insert(&mut work, "ada", rank(n, 1), &format!("a{n}"), None);
+            insert(&mut work, "ben", rank(n, 1), &format!("b{n}"), None);
         }
         let taken = take_all(&mut work);
         let turns: String = taken.split(' ').map(|thread| &thread[..1]).collect();
@@ -191,12 +257,43 @@ mod tests {
     #[test]
     fn who_has_the_most_is_known_whatever_comes_and_goes() {
         let mut work = ready(&[("ada", 1, 1, "a1"), ("ada", 2, 1, "a2"), ("ben", 3, 1, "b1")]);
-        let most = |work: &Ready| work.most().map(|(user, many, _, last)| (user.to_string(), many, last.to_string()));
-        assert_eq!(most(&work), Some(("ada".into(), 2, "a2".into())));
-        work.remove(&Arc::from("ada"), rank(1, 1), &Arc::from("a1"));
-        work.remove(&Arc::from("ada"), rank(1, 1), &Arc::from("a1"));
-        work.insert(&Arc::from("ben"), rank(4, 1), &Arc::from("b2"));
-        assert_eq!(most(&work), Some(("ben".into(), 2, "b2".into())));
+        let most = |work: &Ready| work.most().map(|(many, last)| (many, last.to_string()));
+        assert_eq!(most(&work), Some((2, "a2".into())));
+        for _ in 0..2 {
+            work.remove(Piece { user: &"ada".into(), rank: rank(1, 1), thread: &"a1".into(), kind: None });
+        }
+        insert(&mut work, "ben", rank(4, 1), "b2", None);
+        assert_eq!(most(&work), Some((2, "b2".into())));
         assert_eq!((work.count_of("ada"), work.count_of("eve"), work.len()), (1, 0, 3));
+    }
+    #[test]
+    fn who_does_not_take_all_kinds_gets_the_first_of_its_own_however_much_of_others_comes_before() {
+        let (mut work, kinds) = (Ready::default(), ["x.a", "x.b"].map(Arc::<str>::from));
+        let mut pieces = HashMap::new();
+        let mut insert = |user: &str, at: u64, thread: &str, kind: usize| {
+            let (user, thread): (Arc<str>, Arc<str>) = (user.into(), thread.into());
+            work.insert(Piece { user: &user, rank: rank(at, 1), thread: &thread, kind: Some(&kinds[kind]) });
+            pieces.insert(thread, (user, rank(at, 1), &kinds[kind]));
+        };
+        for n in 0..2_000 {
+            insert("ada", n, &format!("a{n:04}"), 0);
+        }
+        for n in 0..2 {
+            insert("ada", 3_000 + n, &format!("late{n}"), 1);
+            insert("ben", 4_000 + n, &format!("ben{n}"), 1);
+        }
+        let mut take_of = |wanted: &[&str]| {
+            let thread = work.next_of(wanted.iter().copied())?;
+            let (user, rank, kind) = pieces.get(&thread)?;
+            work.take(Piece { user, rank: *rank, thread: &thread, kind: Some(kind) });
+            Some(thread.to_string())
+        };
+        // Users in rounds, whatever kind they had their turn with.
+        assert_eq!(take_of(&["x.b"]).as_deref(), Some("late0"));
+        assert_eq!(take_of(&["x.a", "x.b"]).as_deref(), Some("ben0"));
+        assert_eq!(take_of(&["x.a", "x.b"]).as_deref(), Some("a0000"));
+        assert_eq!(take_of(&["x.b", "x.none"]).as_deref(), Some("ben1"));
+        assert_eq!(take_of(&["x.b"]).as_deref(), Some("late1"));
+        assert_eq!((take_of(&["x.b"]), take_of(&[]), work.len()), (None, None, 1_999));
     }
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::group::{Arrival, Given, Group, Head, Index, Why};
+use super::group::{Arrival, Given, Group, Index};
+use super::head::{Head, Why};
 use super::inbox::{Inbox, Message, Taken};
 use super::index;
 use crate::ingest::submit::Submit;
@@ -37,8 +38,6 @@ const LOOKED_THROUGH: (usize, usize) = (64, 16);
 /// For so many workers work is looked for that does not come, and after so long for the others.
 const MAX_TRIES: usize = 64;
 const PASSED_OVER_MS: u64 = 50;
-/// How many threads are held of all groups together.
-const MAX_HELD: usize = 100_000;
 /// How many indexes are completed at once.
 const MAX_INDEXING: usize = 4;
 /// Leases of which it is not known whether they came to be.
@@ -48,6 +47,7 @@ pub fn start(
     store: Arc<Store>,
     submit: Arc<Submit>,
     inbox: Arc<Inbox>,
+    memory: usize,
 ) -> Result<std::thread::JoinHandle<()>, std::io::Error> {
     let dispatcher = Thread {
         store,
@@ -58,6 +58,7 @@ pub fn start(
         touched: HashSet::new(),
         batch: Vec::new(),
         indexing: 0,
+        memory,
         held: 0,
         hasher: RandomState::new(),
     };
@@ -76,7 +77,9 @@ struct Thread {
     /// Records for the log.
     batch: Vec<Append>,
     indexing: usize,
-    /// How many threads are held of all groups.
+    /// How much may be held of all groups; bytes. Of one, half of that.
+    memory: usize,
+    /// How much is.
     held: usize,
     /// This node's own order of threads.
     hasher: RandomState,
@@ -272,8 +275,11 @@ impl Thread {
             }
             Err(error) if error.code == Code::Conflict => {
                 telemetry::work_conflicts().increment(1);
+                self.with(key, |group, store| group.look_at(store, &thread, Why::Moved, now), now);
                 if let Some(group) = self.groups.get_mut(key) {
                     group.contended_until = now + CONTENDED_MS;
+                    // Nobody else was first: this node's clock is behind the log's, and asking at once would change nothing.
+                    until = group.is_chosen(&thread, lease).then_some(now + AGAIN_MS);
                 }
             }
             Err(error) => {
@@ -298,7 +304,7 @@ impl Thread {
     /// Does for a group what is to be done now.
     fn see_to(&mut self, key: &Arc<str>, now: u64) {
         if let Some(group) = self.groups.get_mut(key) {
-            group.may_hold(MAX_HELD.saturating_sub(self.held));
+            group.may_hold(self.memory.saturating_sub(self.held), self.memory / 2);
         }
         self.begin_index(key, now);
         self.with(key, |group, store| group.look_further(store, now), now);
@@ -330,8 +336,8 @@ impl Thread {
             return;
         }
         let idle = group.idle_since.map(|since| since + IDLE_MS);
-        let looks = group.is_looking().then_some(now);
-        let due = group.next_due();
+        let looks = group.is_looking(now).then_some(now);
+        let due = group.next_due(now);
         let passed_over = (group.ready.len() > 0 && any_free && !paused).then_some(now + PASSED_OVER_MS);
         if let Some(at) = [idle, looks, due, passed_over].into_iter().flatten().min()
             && group.wake.is_none_or(|wake| wake <= now || at < wake)
@@ -339,7 +345,8 @@ impl Thread {
             group.wake = Some(at);
             self.wakes.insert((at, key.clone()));
         }
-        self.held = self.held + group.heads.len() - std::mem::replace(&mut group.counted, group.heads.len());
+        let bytes = group.bytes();
+        self.held = self.held + bytes - std::mem::replace(&mut group.counted, bytes);
     }
 
     /// Sees to it that the index of what waits is complete.
@@ -404,7 +411,7 @@ impl Thread {
                 group: group.name.to_string(),
                 group_id: Uuid::from_bytes(row.id),
                 seq: head.seq,
-                event_kind: head.kind.clone(),
+                event_kind: head.kind.to_string(),
                 after: head.after,
                 attempt: head.attempt,
                 attempts: row.attempts.max(head.attempt),
@@ -449,6 +456,9 @@ impl Thread {
 
 /// The thread whose turn it is, of those that a worker takes.
 fn next_for(group: &Group, worker: u64, hasher: &RandomState, now: u64) -> Option<Arc<str>> {
+    if let Some(kinds) = group.workers.kinds_of(worker).filter(|_| group.has_kinds()) {
+        return group.ready.next_of(kinds.iter().map(String::as_str));
+    }
     if group.workers.takes_all(worker) {
         if now >= group.contended_until {
             return group.ready.next(1).next().map(|(_, _, thread)| thread);

@@ -94,12 +94,16 @@ impl Workers {
     }
 
     pub fn takes(&self, id: u64, kind: &str) -> bool {
-        let kinds = self.all.get(&id).and_then(|worker| worker.wants.kinds.as_ref());
-        kinds.is_none_or(|kinds| kinds.iter().any(|wanted| wanted == kind))
+        self.kinds_of(id).is_none_or(|kinds| kinds.iter().any(|wanted| wanted == kind))
+    }
+
+    /// The kinds that a worker takes, if not all.
+    pub fn kinds_of(&self, id: u64) -> Option<&[String]> {
+        self.all.get(&id)?.wants.kinds.as_deref()
     }
 
     pub fn takes_all(&self, id: u64) -> bool {
-        self.all.get(&id).is_none_or(|worker| worker.wants.kinds.is_none())
+        self.kinds_of(id).is_none()
     }
 
     /// Something is on its way to a worker: the worker's user, and how long its leases last.

@@ -19,7 +19,10 @@ const LOG_MEMTABLE: usize = 32 * MIB;
 const LOG_CACHE: usize = 16 * MIB;
 /// Write buffers of the embedded log: one that is written to, and those that are on their way to the disk.
 const LOG_MEMTABLES: usize = 4;
-const FIXED: usize = CACHE + MEMTABLES + KEY_FILTER + LOG_QUEUE + LOG_TAIL + LOG_MEMTABLES * LOG_MEMTABLE + LOG_CACHE;
+/// What the dispatcher holds of what waits for groups: the next event of 30,000 to 50,000 threads.
+const WORK: usize = 32 * MIB;
+const FIXED: usize =
+    CACHE + MEMTABLES + KEY_FILTER + LOG_QUEUE + LOG_TAIL + LOG_MEMTABLES * LOG_MEMTABLE + LOG_CACHE + WORK;
 
 /// What commits of the projector may hold on their way to the readers: one that is made, one that waits to be queued, two in
 /// the queue and one being taken in, 4 MiB each, what one record may add to the first (16 MiB), and what waits to be handed
@@ -44,6 +47,8 @@ pub struct Plan {
     /// The filter of the projections' idempotency keys.
     pub keys: usize,
     pub log: LogPlan,
+    /// What is held of the work that waits.
+    pub work: usize,
     pub commits: usize,
     /// Threads of the projector.
     pub projectors: usize,
@@ -115,12 +120,12 @@ impl Plan {
             memtables: LOG_MEMTABLES,
             cache: scaled(LOG_CACHE),
         };
-        let (cache, memtables, keys) = (scaled(CACHE), scaled(MEMTABLES), scaled(KEY_FILTER));
+        let (cache, memtables, keys, work) = (scaled(CACHE), scaled(MEMTABLES), scaled(KEY_FILTER), scaled(WORK));
 
-        let left = total - cache - memtables - keys - log.total() - commits.min(total / 2);
-        let (connections, requests, frames) = (left / 4, left / 16 * 5, left / 16);
+        let left = total - cache - memtables - keys - log.total() - work - commits.min(total / 2);
+        let (connections, requests, frames) = (left / 32 * 9, left / 16 * 5, left / 16);
         let readers = left - connections - requests - frames;
-        Plan { total, cache, memtables, keys, log, commits, projectors, connections, requests, frames, readers }
+        Plan { total, cache, memtables, keys, log, work, commits, projectors, connections, requests, frames, readers }
     }
 
     /// How many connections there is memory for.
@@ -129,12 +134,13 @@ impl Plan {
     }
 
     /// Every part by its name.
-    pub fn parts(&self) -> [(&'static str, usize); 9] {
+    pub fn parts(&self) -> [(&'static str, usize); 10] {
         [
             ("cache", self.cache),
             ("memtables", self.memtables),
             ("keys", self.keys),
             ("log", self.log.total()),
+            ("work", self.work),
             ("commits", self.commits),
             ("connections", self.connections),
             ("requests", self.requests),
@@ -163,7 +169,7 @@ mod tests {
             let plan = Plan::for_projectors(total, projectors);
             let sum: usize = plan.parts().iter().map(|(_, bytes)| bytes).sum();
             assert_eq!(sum as u64, total);
-            let fixed = plan.cache + plan.memtables + plan.keys + plan.log.total() + plan.commits;
+            let fixed = plan.cache + plan.memtables + plan.keys + plan.log.total() + plan.work + plan.commits;
             assert!(fixed as u64 <= total / 2, "{plan:?}");
             assert!(plan.log.memtable >= 4 * MIB && plan.log.queue >= 8 * MIB, "{plan:?}");
         }

@@ -1,0 +1,89 @@
+//! A thread whose next event is held, and what is known of that event.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::ready::{Piece, Rank};
+use super::waits::Waiting;
+use crate::protocol::work::Wait;
+
+/// What a thread costs that is held, beside the names of its own and of its user: measured, where the table of them has just
+/// grown.
+pub const HEAD_BYTES: usize = 600;
+/// What a user costs who has anything that is ready.
+pub const USER_BYTES: usize = 400;
+
+/// Why a thread is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    /// An event has come there.
+    Came,
+    /// Something was leased or settled there.
+    Moved,
+    /// It was found in the store, where it waited.
+    Found,
+}
+
+/// A thread's next event.
+pub struct Head {
+    pub seq: u64,
+    pub kind: Arc<str>,
+    pub user: Arc<str>,
+    pub rank: Rank,
+    /// Up to where the group is done with the thread.
+    pub after: u64,
+    /// Which attempt the next one is, or the one that is made.
+    pub attempt: u32,
+    pub state: State,
+    pub waiting: Waiting,
+    /// When it is looked at again; milliseconds.
+    pub timer: Option<u64>,
+}
+
+impl Head {
+    /// What it is counted for.
+    pub fn bytes(&self, thread: &str) -> usize {
+        HEAD_BYTES + thread.len() + self.user.len()
+    }
+
+    pub fn is_later(&self) -> bool {
+        matches!(self.state, State::Later { .. })
+    }
+
+    pub fn piece<'a>(&'a self, thread: &'a Arc<str>, has_kinds: bool) -> Piece<'a> {
+        Piece { user: &self.user, rank: self.rank, thread, kind: has_kinds.then_some(&self.kind) }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    Ready,
+    /// It is not to be tried before then; since when it has not been. Milliseconds.
+    Later {
+        since: u64,
+        until: u64,
+    },
+    /// A lease was asked for.
+    Chosen(Uuid),
+    Leased {
+        lease: Uuid,
+        until: u64,
+    },
+}
+
+/// What is known of how an event has waited so far.
+pub fn waiting(why: Why, at: u64, now: u64, attempt: u32, was_here: bool) -> Waiting {
+    if attempt > 1 && was_here {
+        // Since the attempt before it ended.
+        return Waiting::new(now, Wait::default());
+    }
+    let so_far = now.saturating_sub(at);
+    let before = match why {
+        Why::Came => Wait { log_ms: so_far, ..Wait::default() },
+        Why::Moved => Wait { busy_ms: so_far, ..Wait::default() },
+        // Nobody looked for it here.
+        Why::Found => Wait { no_worker_ms: so_far, ..Wait::default() },
+    };
+    Waiting::new(at, before)
+}
