@@ -6,6 +6,7 @@
 //! - `reliability`: acknowledgements, durable subscriptions, dead letters, flow control, brokers and clients that fail
 //! - `damage`: files that were changed, cut or lost, and disks that fail
 //! - `persistence`: keys, projections and their rebuild
+//! - `queues`: work of groups, whoever is killed, stopped or late
 //! - `services`: HTTP, health, metrics, schemas and the command
 //! - `performance`: the benchmark measures what the server did
 //! - `golden`: logs of released versions, which come to the same for ever
@@ -26,6 +27,7 @@ mod log_contract;
 mod model;
 mod performance;
 mod persistence;
+mod queues;
 mod reliability;
 mod routing;
 mod services;

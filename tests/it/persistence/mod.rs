@@ -10,7 +10,7 @@ mod layout;
 pub mod projector;
 mod random_log;
 pub mod rules;
-mod threads;
+pub mod threads;
 mod work;
 
 use serde_json::{Value, json};

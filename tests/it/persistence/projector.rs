@@ -47,7 +47,7 @@ pub fn append(log: &EmbeddedLog, records: Vec<Record>) -> Vec<Position> {
 }
 
 /// Everything the log holds, in its order.
-pub(super) fn entries(log: &EmbeddedLog) -> Vec<Entry> {
+pub fn entries(log: &EmbeddedLog) -> Vec<Entry> {
     let mut reader = log.reader(&vec![0; log.partitions() as usize]).unwrap();
     let end = log.bounds().unwrap()[0].end;
     let mut entries = Vec::new();
@@ -71,7 +71,7 @@ fn published_bytes(commit: &Commit) -> usize {
 }
 
 /// A store of the log, as far as it has come.
-pub fn open_store(log: &EmbeddedLog, folder: &Path) -> (Arc<Store>, Vec<Progress>) {
+pub fn open_store(log: &dyn Log, folder: &Path) -> (Arc<Store>, Vec<Progress>) {
     let mut store = Store::open(folder).unwrap();
     let progress = match store.progress().unwrap() {
         Some(progress) => progress,
@@ -81,15 +81,10 @@ pub fn open_store(log: &EmbeddedLog, folder: &Path) -> (Arc<Store>, Vec<Progress
 }
 
 /// How many entries the projector gets at once, and whether it is taken down after them and begins anew from the store.
-pub(super) type Split = (usize, bool);
+pub type Split = (usize, bool);
 
 /// Projects entries into a new store, split again and again in the same way; gives the verdicts in their order.
-pub(super) fn project(
-    log: &EmbeddedLog,
-    entries: &[Entry],
-    folder: &Path,
-    splits: &[Split],
-) -> (Arc<Store>, Vec<Verdict>) {
+pub fn project(log: &EmbeddedLog, entries: &[Entry], folder: &Path, splits: &[Split]) -> (Arc<Store>, Vec<Verdict>) {
     let open = || {
         let (store, progress) = open_store(log, folder);
         (store.clone(), Projector::new(store, log, progress))

@@ -115,7 +115,7 @@ mod child {
         let log = Arc::new(embedded());
         projector::append(&log, vec![record(1, "t", "ada", "x.a", &json!(1), None)]);
         let folder = std::env::var(FOLDER).unwrap();
-        let (store, progress) = open_store(&log, &Path::new(&folder).join("projections"));
+        let (store, progress) = open_store(log.as_ref(), &Path::new(&folder).join("projections"));
         let pump = Pump {
             projector: Projector::new(store, log.as_ref(), progress),
             reader: log.reader(&vec![0; log.partitions() as usize]).unwrap(),
