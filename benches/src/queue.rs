@@ -3,9 +3,13 @@
 //!
 //! Each worker settles what it is given at once, with an `id`, and counts the answers: so what is counted is settled for good.
 //! Of each thread the events must come in order and once.
+//!
+//! With `--work-ms` each worker does one thing at a time, which takes that long: what is measured then is how busy they are kept.
+//! With `--waiting` it is measured how much more memory the server takes when that much waits than when 10,000 do, and then how
+//! many events a second are settled of them.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -24,8 +28,15 @@ use weft::cli::common::Failure;
 const PATIENCE: Duration = Duration::from_secs(300);
 /// Unanswered publishes of a thread while what waits is made.
 const FILL_WINDOW: usize = 100;
-/// What a worker may hold.
+/// What a worker may hold, and what it may where its work takes time: what it does, and what comes next.
 const CREDIT: usize = 64;
+const BUSY_CREDIT: usize = 2;
+/// What waits where that is little.
+const FEW: u64 = 10_000;
+/// Threads that are published to at once where there are many.
+const AT_ONCE: usize = 500;
+/// After so long a server has given back what it does not need.
+const REST: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct QueueArgs {
@@ -46,11 +57,19 @@ pub struct QueueArgs {
     /// Bytes of `data`.
     #[arg(long, default_value_t = 256)]
     pub payload: usize,
+    /// How long a worker works on an event; one at a time.
+    #[arg(long, default_value_t = 0)]
+    pub work_ms: u64,
+    /// Measures the server's memory while so many events wait, each thread's of a user of its own, and then how many of
+    /// `--events` are settled a second.
+    #[arg(long)]
+    pub waiting: Option<u64>,
 }
 
 impl Default for QueueArgs {
     fn default() -> QueueArgs {
-        QueueArgs { events: 100_000, threads: 1_000, workers: 32, rate: 1_000, seconds: 8, payload: 256 }
+        let (rate, seconds, payload, work_ms, waiting) = (1_000, 8, 256, 0, None);
+        QueueArgs { events: 100_000, threads: 1_000, workers: 32, rate, seconds, payload, work_ms, waiting }
     }
 }
 
@@ -58,30 +77,77 @@ pub async fn run(target: &Target, args: &QueueArgs) -> Result<Vec<Figure>, Failu
     if args.threads == 0 || args.workers == 0 || args.rate == 0 || args.seconds == 0 {
         return Err("--threads, --workers, --rate and --seconds must be at least 1".into());
     }
-    raise_open_files(args.workers + args.threads + 100)?;
+    raise_open_files(args.workers + args.threads.min(AT_ONCE.max(1_000)) + 100)?;
     let group = target.name("group", args.workers);
     let mut workers =
         target.many(args.workers, async |number| target.agent(&target.name("queue-worker", number)).await).await?;
     // Makes the group, whose work is what comes from now on.
     consume(&mut workers[0], &group, 0).await?;
 
-    let (events, work) = (args.events, Rc::new(Work::new(target, args)?));
+    let work = Rc::new(Work::new(target, args)?);
+    match args.waiting {
+        Some(waiting) => much_waits(target, args, &work, workers, &group, waiting).await,
+        None => little_waits(target, args, &work, workers, &group).await,
+    }
+}
+
+async fn little_waits(
+    target: &Target,
+    args: &QueueArgs,
+    work: &Rc<Work>,
+    workers: Vec<Socket>,
+    group: &str,
+) -> Result<Vec<Figure>, Failure> {
+    let events = args.events;
     progress(&format!("{events} events that wait for a group"));
-    work.fill(target, args).await?;
-    progress(&format!("{} workers", args.workers));
-    let begin = Instant::now();
-    let workers = work.all_settled(workers, &group, events).await?;
-    let settled = events as f64 / begin.elapsed().as_secs_f64();
+    work.fill(target, args, 0..args.threads, events).await?;
+    let (settled, workers) = work.settle(args, workers, group, events).await?;
+    let name = format!("work settled, {} workers", args.workers);
+    if args.work_ms > 0 {
+        let possible = args.workers as f64 * 1_000.0 / args.work_ms as f64;
+        return Ok(vec![
+            Figure::more(&format!("{name}, {} ms each", args.work_ms), settled, "events/s"),
+            Figure::more("of what so many workers can do", settled / possible * 100.0, "%"),
+        ]);
+    }
 
     progress(&format!("{} events a second", args.rate));
     work.paced(target, args, workers).await?;
     let waited = work.waited.borrow();
-    let name = format!("work settled, {} workers", args.workers);
     let at = |quantile| millis(waited.value_at_quantile(quantile));
     Ok(vec![
         Figure::more(&name, settled, "events/s"),
         Figure::less(&format!("publish to worker P50, {}/s", args.rate), at(0.5), "ms"),
         Figure::less(&format!("publish to worker P99, {}/s", args.rate), at(0.99), "ms"),
+    ])
+}
+
+async fn much_waits(
+    target: &Target,
+    args: &QueueArgs,
+    work: &Rc<Work>,
+    mut workers: Vec<Socket>,
+    group: &str,
+    waiting: u64,
+) -> Result<Vec<Figure>, Failure> {
+    if waiting <= FEW || args.events > waiting {
+        return Err(format!("--waiting must be more than {FEW}, and no less than --events").into());
+    }
+    let mut memory = Vec::new();
+    let few = (args.threads as u64 * FEW / waiting).max(1) as usize;
+    for (threads, events) in [(0..few, FEW), (few..args.threads.max(few + 1), waiting - FEW)] {
+        progress(&format!("{events} events that wait for a group"));
+        work.fill(target, args, threads, events).await?;
+        // Somebody waits for work, so that it is known what comes next.
+        consume(&mut workers[0], group, 1).await?;
+        tokio::time::sleep(REST).await;
+        memory.push(target.metric("process_resident_memory_bytes").await? / 1e6);
+    }
+    let (settled, _) = work.settle(args, workers, group, args.events).await?;
+    Ok(vec![
+        Figure::less(&format!("memory, {FEW} waiting"), memory[0], "MB"),
+        Figure::less(&format!("memory more, {waiting} waiting"), memory[1] - memory[0], "MB"),
+        Figure::more(&format!("work settled, {waiting} waiting"), settled, "events/s"),
     ])
 }
 
@@ -98,6 +164,8 @@ struct Work {
     /// The newest seq that was given of each thread.
     given: RefCell<HashMap<String, u64>>,
     settled: Cell<u64>,
+    /// How long a worker works on an event.
+    work_time: Duration,
     /// When each publish is due, once they are paced.
     plan: Cell<Option<Plan>>,
     waited: RefCell<Histogram<u64>>,
@@ -110,21 +178,48 @@ impl Work {
             owners: (0..args.threads).map(|number| target.name("queue-owner", number)).collect(),
             given: RefCell::default(),
             settled: Cell::new(0),
+            work_time: Duration::from_millis(args.work_ms),
             plan: Cell::new(None),
             waited: RefCell::new(micros()?),
         })
     }
 
     /// Publishes what waits, evenly over the threads.
-    async fn fill(&self, target: &Target, args: &QueueArgs) -> Result<(), Failure> {
-        let threads = self.threads.len() as u64;
+    async fn fill(
+        &self,
+        target: &Target,
+        args: &QueueArgs,
+        threads: std::ops::Range<usize>,
+        events: u64,
+    ) -> Result<(), Failure> {
+        let (first, many) = (threads.start, threads.len() as u64);
         let fill = async |number: usize| {
             let frame = Frame::publish(&self.threads[number], args.payload, false);
-            let count = (args.events + threads - 1 - number as u64) / threads;
+            let count = (events + many - 1 - (number - first) as u64) / many;
             let mut publisher = Publisher::open(target, &self.owners[number], frame, FILL_WINDOW).await?;
             publisher.run(|sent| sent < count, |_, _| ()).await
         };
-        tokio::time::timeout(PATIENCE, target.many(self.threads.len(), fill)).await?.map(drop)
+        let at_once = if many > 1_000 { AT_ONCE } else { threads.len() };
+        for begin in threads.clone().step_by(at_once) {
+            let many = at_once.min(threads.end - begin);
+            let fill = target.many(many, async |number| fill(begin + number).await);
+            tokio::time::timeout(PATIENCE, fill).await??;
+        }
+        Ok(())
+    }
+
+    /// Has so many events settled; gives how many a second, and the workers.
+    async fn settle(
+        self: &Rc<Work>,
+        args: &QueueArgs,
+        workers: Vec<Socket>,
+        group: &str,
+        events: u64,
+    ) -> Result<(f64, Vec<Socket>), Failure> {
+        progress(&format!("{} workers", args.workers));
+        let begin = Instant::now();
+        let workers = self.all_settled(workers, group, events).await?;
+        Ok((events as f64 / begin.elapsed().as_secs_f64(), workers))
     }
 
     /// Returns once so many events more are settled.
@@ -135,12 +230,13 @@ impl Work {
         events: u64,
     ) -> Result<Vec<Socket>, Failure> {
         let until = self.settled.get() + events;
+        let credit = if self.work_time.is_zero() { CREDIT } else { BUSY_CREDIT };
         let mut tasks = JoinSet::new();
         for mut worker in workers {
             let (work, group) = (self.clone(), group.to_owned());
             tasks.spawn_local(async move {
                 // Its answer may come behind work.
-                worker.queue_text(&format!(r#"{{"type":"consume","id":1,"group":"{group}","credit":{CREDIT}}}"#));
+                worker.queue_text(&format!(r#"{{"type":"consume","id":1,"group":"{group}","credit":{credit}}}"#));
                 work.settle_until(&mut worker, until).await.map(|()| worker)
             });
         }
@@ -155,6 +251,7 @@ impl Work {
     }
 
     async fn settle_until(&self, worker: &mut Socket, until: u64) -> Result<(), Failure> {
+        let (mut given, mut busy_until) = (VecDeque::new(), tokio::time::Instant::now());
         while self.settled.get() < until {
             let mut settle = Vec::new();
             let exchange = worker.exchange(|reply| {
@@ -170,10 +267,21 @@ impl Work {
                 Ok(())
             });
             // Another may have settled the last of it.
-            if let Ok(exchanged) = tokio::time::timeout(Duration::from_millis(100), exchange).await {
+            let patience = if given.is_empty() { Duration::from_millis(100) } else { Duration::ZERO };
+            if let Ok(exchanged) = tokio::time::timeout(patience, exchange).await {
                 exchanged?;
             }
-            for settle in settle {
+            if self.work_time.is_zero() {
+                settle.iter().for_each(|settle| worker.queue_text(settle));
+                continue;
+            }
+            if given.is_empty() {
+                busy_until = tokio::time::Instant::now();
+            }
+            given.extend(settle);
+            if let Some(settle) = given.pop_front() {
+                busy_until += self.work_time;
+                tokio::time::sleep_until(busy_until).await;
                 worker.queue_text(&settle);
             }
         }
