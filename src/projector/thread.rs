@@ -264,7 +264,7 @@ impl Thread {
         let class = Priority::class(priority) as u8;
         let (offset, hash) = (tx.offset, self.row.hash);
         let row = EventRow { offset, kind: &event.kind, class, privileged, hash, frame: &frame };
-        tx.rows.put_event(&event.tenant, &event.thread, seq, &row);
+        tx.rows.put_event(&event.tenant, &event.thread, seq, &row, at);
         tx.wanted.index(&mut tx.rows, event, seq, class);
         let access = self.apply(effect, event, EventRef { seq, at }, tx);
 

@@ -19,6 +19,7 @@ pub const THREADS: &str = "threads";
 pub const MEMBERS: &str = "members";
 pub const MEMBERSHIPS: &str = "memberships";
 pub const EVENTS: &str = "events";
+pub const ARRIVALS: &str = "arrivals";
 pub const KEYS: &str = "keys";
 pub const KEY_TIMES: &str = "key_times";
 pub const RECEIPTS: &str = "receipts";
@@ -63,6 +64,8 @@ const FAMILIES: &[(&str, Access)] = &[
     (MEMBERSHIPS, Access::Range),
     // tenant 0 thread 0 seq → EventRow
     (EVENTS, Access::Range),
+    // offset · seq → ArrivalRow: the same events in the order of their records
+    (ARRIVALS, Access::Range),
     // tenant 0 thread 0 user 0 key → KeyRow
     (KEYS, Access::Lookup),
     // at · the rest of the row's key in `keys` → empty; the order in which keys are purged

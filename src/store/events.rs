@@ -6,7 +6,9 @@ use bincode::{BorrowDecode, Encode};
 use rocksdb::ReadOptions;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
+use super::arrivals::ArrivalRow;
 use super::catalogue::EVENTS;
+use super::keys::Place;
 use super::{Batch, Store, StoreError, keys};
 use crate::protocol::event::Priority;
 
@@ -145,8 +147,10 @@ impl Store {
 }
 
 impl Batch<'_> {
-    pub fn put_event(&mut self, tenant: &str, thread: &str, seq: u64, row: &EventRow<'_>) {
+    /// `at` is the event's time.
+    pub fn put_event(&mut self, tenant: &str, thread: &str, seq: u64, row: &EventRow<'_>, at: u64) {
         let partition = self.store.partition(tenant, thread);
         self.put(EVENTS, &keys::event(partition, tenant, thread, seq), row);
+        self.put_arrival(partition, Place { offset: row.offset, seq }, &ArrivalRow { at, tenant, thread });
     }
 }

@@ -37,6 +37,13 @@ impl Partition {
     }
 }
 
+/// Where an event stands in its partition's order: the offset of its record, and its seq.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    pub offset: u64,
+    pub seq: u64,
+}
+
 /// The partition, and `parts` joined by NUL.
 pub fn joined(partition: Partition, parts: &[&str]) -> Vec<u8> {
     let mut key = Vec::with_capacity(Partition::BYTES + parts.iter().map(|part| part.len() + 1).sum::<usize>() + 8);
@@ -67,6 +74,17 @@ pub fn event(partition: Partition, tenant: &str, thread: &str, seq: u64) -> Vec<
     let mut key = prefix(partition, &[tenant, thread]);
     key.extend_from_slice(&seq.to_be_bytes());
     key
+}
+
+/// The key of an event by its place.
+pub fn arrival(partition: Partition, place: Place) -> Vec<u8> {
+    [&partition.bytes()[..], &place.offset.to_be_bytes(), &place.seq.to_be_bytes()].concat()
+}
+
+/// The place in a key of `arrivals`.
+pub fn place_of(key: &[u8]) -> Option<Place> {
+    let (offset, seq) = key.get(Partition::BYTES..)?.split_first_chunk::<8>()?;
+    Some(Place { offset: u64::from_be_bytes(*offset), seq: u64::from_be_bytes(seq.try_into().ok()?) })
 }
 
 /// The prefix of rows of `subscription_begins` with one part of it.

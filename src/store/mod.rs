@@ -12,6 +12,7 @@
 //! All calls block. A lookup takes microseconds; what walks a range belongs on a blocking thread.
 
 pub mod activity;
+mod arrivals;
 pub mod catalogue;
 mod contacts;
 pub mod damage;
@@ -42,6 +43,8 @@ use bincode::{BorrowDecode, Encode};
 use rocksdb::{BoundColumnFamily, DB, Direction, IteratorMode, ReadOptions, WriteBatch, WriteOptions};
 
 use self::activity::{Activity, ThreadActivity};
+pub use self::arrivals::Arrival;
+use self::arrivals::Arrivals;
 use self::catalogue::Buffers;
 pub use self::catalogue::StoreMemory;
 use self::contacts::{Contacts, MembershipChange};
@@ -49,7 +52,7 @@ use self::damage::Damage;
 pub use self::events::{EventRange, EventRow, StoredEvent};
 pub use self::idempotency::KeyRow;
 use self::key_filter::KeyFilter;
-pub use self::keys::Partition;
+pub use self::keys::{Partition, Place};
 use self::known_members::KnownMembers;
 pub use self::members::{JoinedThread, MemberRow};
 pub use self::origin::{Origin, Progress};
@@ -104,6 +107,7 @@ pub struct Store {
     partitioning: Partitioning,
     contacts: Contacts,
     activity: Activity,
+    arrivals: Arrivals,
     key_filter: KeyFilter,
     known_members: KnownMembers,
     run_listener: OnceLock<RunListener>,
@@ -131,6 +135,8 @@ pub struct Batch<'a> {
     runs: Vec<(RunKey, RunOutline)>,
     /// What it changes of work, if somebody listens.
     work: Vec<WorkChange>,
+    /// The partitions in which events were appended.
+    arrived: Vec<Partition>,
 }
 
 impl Store {
@@ -167,6 +173,7 @@ impl Store {
             partitioning: UNKNOWN_PARTITIONING,
             contacts: Contacts::default(),
             activity: Activity::default(),
+            arrivals: Arrivals::default(),
             key_filter: KeyFilter::new(memory.key_filter),
             known_members: KnownMembers::new(),
             run_listener: OnceLock::new(),
@@ -327,6 +334,7 @@ impl Store {
             keys: Vec::new(),
             runs: Vec::new(),
             work: Vec::new(),
+            arrived: Vec::new(),
         }
     }
 
@@ -337,6 +345,7 @@ impl Store {
         let written = self.key_filter.commit(&batch.keys, || self.db.write_opt(batch.rows, &options));
         written.map_err(|error| self.note(error.into()))?;
         self.known_members.remove(&batch.removed_members);
+        self.arrivals.note(&batch.arrived);
         self.contacts.apply(&batch.memberships);
         self.activity.apply(&batch.memberships, &batch.threads);
         if let Some(listener) = self.run_listener.get()

@@ -26,7 +26,7 @@ use weft::log::{Append, Entry, Grant, Log, Record, Topic};
 use weft::memory::LogPlan;
 use weft::projector::{Projector, Verdict};
 use weft::store::catalogue::{
-    DEAD_LETTER_COUNTS, DEAD_LETTER_TIMES, DEAD_LETTERS, EVENTS, KEY_TIMES, META, TICKET_TIMES,
+    ARRIVALS, DEAD_LETTER_COUNTS, DEAD_LETTER_TIMES, DEAD_LETTERS, EVENTS, KEY_TIMES, META, TICKET_TIMES,
 };
 use weft::store::{Partition, Store};
 
@@ -180,13 +180,16 @@ fn threads(store: &Store) -> BTreeMap<String, ThreadOutcome> {
     .collect()
 }
 
-/// Of each family but that of positions, which belong to one log alone. Keys are taken as they were when the digests were
+/// Of each family but those of positions and places, which belong to one log alone. Keys are taken as they were when the digests were
 /// made: most families' did not begin with their partition, and the times of keys and tickets did with a longer number.
 fn rows(store: &Store) -> BTreeMap<String, FamilyOutcome> {
     /// What stands before a row's payload says which version of the store wrote it.
     const FRAME: usize = 7;
     let mut families: BTreeMap<String, (u64, blake3::Hasher)> = BTreeMap::new();
-    for (family, key, value) in store.rows().map(Result::unwrap).filter(|(family, _, _)| *family != META) {
+    for (family, key, value) in store.rows().map(Result::unwrap) {
+        if [META, ARRIVALS].contains(&family) {
+            continue;
+        }
         let (rows, hasher) = families.entry(family.to_owned()).or_default();
         *rows += 1;
         let payload = value.get(FRAME..).unwrap_or_default();
