@@ -42,6 +42,7 @@ use crate::projector::level::Level;
 use crate::projector::opening::{self, OpenError};
 use crate::projector::{Projector, Pump, Status};
 use crate::reaper::Reaper;
+use crate::search::{self, Search};
 use crate::store::{Progress, Store, StoreError, StoreMemory};
 use crate::{panics, telemetry};
 
@@ -84,6 +85,7 @@ pub struct App {
     chores: Vec<JoinHandle<()>>,
     dispatcher: Arc<Dispatcher>,
     dispatching: std::thread::JoinHandle<()>,
+    searching: Searching,
     projecting: std::thread::JoinHandle<()>,
     stop_projecting: Arc<AtomicBool>,
 }
@@ -208,6 +210,7 @@ impl App {
         let submit = Arc::new(Submit::new(log.clone(), pending.clone()));
         let (dispatcher, dispatching) =
             Dispatcher::start(store.clone(), submit.clone(), level.clone(), config.memory().work)?;
+        let searching = start_search(&config, &store)?;
         let health = Arc::new(Health::new(log.clone(), status.clone(), config.data.clone()));
         let reaper = Reaper {
             store: store.clone(),
@@ -249,6 +252,7 @@ impl App {
             submit,
             hub,
             dispatcher: dispatcher.clone(),
+            search: searching.as_ref().map(|(search, _)| search.clone()),
             registry: registry.clone(),
             health: health.clone(),
             metrics: metrics.clone(),
@@ -289,6 +293,7 @@ impl App {
             chores,
             dispatcher,
             dispatching,
+            searching,
             projecting,
             stop_projecting,
         })
@@ -328,10 +333,15 @@ impl App {
         drop(tokio::task::spawn_blocking(|| self.dispatching.join()).await);
         self.stop_projecting.store(true, Ordering::Release);
 
-        let (log, store, projecting) = (self.log, self.store, self.projecting);
+        let (log, store, projecting, searching) = (self.log, self.store, self.projecting, self.searching);
         let closing = tokio::task::spawn_blocking(move || {
             // It ends without an error: a panic of it ends the process.
             drop(projecting.join());
+            // It has come as far as the projector, so that the next start has nothing to index.
+            if let Some((search, thread)) = searching {
+                search.stop();
+                drop(thread.join());
+            }
             log.close();
             if let Err(error) = store.flush() {
                 tracing::warn!(%error, "the projections are not flushed; the next start reads more of the log");
@@ -350,6 +360,16 @@ impl App {
             drop(tokio::time::timeout(Duration::from_millis(100), administering).await);
         }
     }
+}
+
+type Searching = Option<(Arc<Search>, std::thread::JoinHandle<()>)>;
+
+/// Search, unless it is off.
+fn start_search(config: &Config, store: &Arc<Store>) -> Result<Searching, StartError> {
+    let Some(language) = config.search_language() else { return Ok(None) };
+    let plan = config.memory().search;
+    let memory = search::Memory { writer: plan.writer, tail: plan.tail };
+    Ok(Some(Search::start(store.clone(), config.search_dir(), language, memory)?))
 }
 
 /// Once this node must be upgraded to go on, its clients are asked to go to another one.
@@ -377,6 +397,7 @@ struct Handles {
     submit: Arc<Submit>,
     hub: Arc<Hub>,
     dispatcher: Arc<Dispatcher>,
+    search: Option<Arc<Search>>,
     delivery: Arc<Delivery>,
     registry: Arc<Registry>,
     health: Arc<Health>,
@@ -398,6 +419,7 @@ fn edge(handles: Handles) -> Edge {
         submit,
         hub,
         dispatcher,
+        search,
         delivery,
         registry,
         health,
@@ -415,6 +437,7 @@ fn edge(handles: Handles) -> Edge {
         submit: submit.clone(),
         hub: hub.clone(),
         dispatcher: dispatcher.clone(),
+        search: search.clone(),
         registry: registry.clone(),
         memory: memory.clone(),
         epoch: epoch.clone(),
@@ -450,6 +473,7 @@ fn edge(handles: Handles) -> Edge {
         store,
         hub,
         dispatcher,
+        search,
         submit,
         auth: auth.clone(),
         tickets: tickets.clone(),

@@ -8,7 +8,8 @@
 //! 6. [`edge`]: the reader's session writes it to its socket.
 //!
 //! Beside it: [`views`] are pure folds of events into what others speak, [`reaper`] ends runs that nobody ends,
-//! [`outbound`] calls other services, [`client`] and [`cli`] use the server from outside. [`app`] puts the parts together and is the only file that names
+//! [`search`] finds events by their words, [`outbound`] calls other services, [`client`] and [`cli`] use the server from
+//! outside. [`app`] puts the parts together and is the only file that names
 //! them all. Folders are layers: each imports only from those further down this page's way, never back.
 
 pub mod app;
@@ -31,6 +32,7 @@ pub mod partitioning;
 pub mod projector;
 pub mod protocol;
 pub mod reaper;
+pub mod search;
 pub mod store;
 pub mod telemetry;
 pub mod views;

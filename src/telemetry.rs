@@ -98,6 +98,26 @@ const METRICS: &[(&str, Type, &str)] = &[
     ("weft_work_wait_ms_total", Type::Counter, "Milliseconds that these had waited, by what for"),
     ("weft_work_settled_total", Type::Counter, "Leases that ended, by outcome"),
     ("weft_work_conflicts_total", Type::Counter, "Leases that another node was given first"),
+    ("weft_search_seconds", Type::Seconds, "Searches, from their turn to their hits"),
+    (
+        "weft_search_partial_total",
+        Type::Counter,
+        "Searches that were broken off, since they had done as much work as one may",
+    ),
+    ("weft_search_indexed_total", Type::Counter, "Events added to the index of search"),
+    ("weft_search_commit_seconds", Type::Seconds, "Commits of the index of search"),
+    ("weft_search_waiting", Type::Gauge, "Events that search has in memory and not in its index yet"),
+    (
+        "weft_search_lag_seconds",
+        Type::Gauge,
+        "Age of the oldest event that is not found yet, while the index of search catches up; 0 once all are",
+    ),
+    ("weft_search_segments", Type::Gauge, "Segments of the index of search"),
+    (
+        "weft_search_failures_total",
+        Type::Counter,
+        "Times the index of search could not be written and was opened again",
+    ),
     (
         "weft_level_waits_total",
         Type::Counter,
@@ -328,6 +348,30 @@ pub fn work_settled(outcome: &'static str) -> Counter {
 }
 pub fn work_conflicts() -> Counter {
     counter!("weft_work_conflicts_total")
+}
+pub fn search_seconds() -> Histogram {
+    histogram!("weft_search_seconds")
+}
+pub fn search_partial() -> Counter {
+    counter!("weft_search_partial_total")
+}
+pub fn search_indexed() -> Counter {
+    counter!("weft_search_indexed_total")
+}
+pub fn search_commit_seconds() -> Histogram {
+    histogram!("weft_search_commit_seconds")
+}
+pub fn search_waiting() -> Gauge {
+    gauge!("weft_search_waiting")
+}
+pub fn search_lag_seconds() -> Gauge {
+    gauge!("weft_search_lag_seconds")
+}
+pub fn search_segments() -> Gauge {
+    gauge!("weft_search_segments")
+}
+pub fn search_failures() -> Counter {
+    counter!("weft_search_failures_total")
 }
 pub fn level_waits(outcome: &'static str) -> Counter {
     counter!("weft_level_waits_total", "outcome" => outcome)

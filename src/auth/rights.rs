@@ -128,6 +128,24 @@ impl Rights {
         Ok(who.scopes.agent && self.store.has_lease(&who.tenant, thread, &who.user, clock::now_ms())?)
     }
 
+    /// The threads that the user may read now, without those in which it holds a lease alone; nothing for whoever reads all of
+    /// the tenant's. Reads the list of the user's threads: for threads that may block.
+    pub fn readable_threads(&self, who: &Principal) -> Result<Option<Vec<String>>, Error> {
+        if scopes::reads_by_scope(who.scopes) {
+            return Ok(None);
+        }
+        let mut threads = vec![TENANT_THREAD.to_owned(), ids::inbox(&who.user)];
+        for thread in self.store.threads_of(&who.tenant, &who.user) {
+            threads.push(thread?);
+        }
+        if who.scopes.agent {
+            for thread in self.store.threads_of_open_runs(&who.tenant, &who.user) {
+                threads.push(thread?);
+            }
+        }
+        Ok(Some(threads))
+    }
+
     /// The newest seq of a thread that is there; those that exist by their name always are.
     pub fn head(&self, who: &Principal, thread: &str) -> Result<u64, Error> {
         match self.store.thread(&who.tenant, thread)? {

@@ -201,6 +201,7 @@ mod tests {
             rate_tenant = 8_000_000_000
             rate_tenant_commands = 6
             run_stalled_after = "90s"
+            search = "german"
             dev = true
         "#;
         let read = parse(text).expect("good settings");

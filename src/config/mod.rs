@@ -17,6 +17,7 @@ use crate::ingest::limits::Rates;
 use crate::log::kafka::ClientSettings;
 use crate::memory::{self, Plan};
 use crate::partitioning::MAX_PARTITIONS;
+use crate::search::Stems;
 
 /// The budget of memory where the system does not say how much it has.
 const DEFAULT_MEMORY: u64 = 1 << 30;
@@ -28,6 +29,9 @@ const MAX_PROJECTORS: usize = 8;
 const KAFKA_CONFIG: &str = "WEFT_KAFKA_CONFIG";
 /// The key under which they stand in the file.
 const KAFKA_CONFIG_KEY: &str = "kafka_config";
+
+/// In place of a language: nothing is indexed.
+const SEARCH_OFF: &str = "off";
 
 /// Which log to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -44,7 +48,7 @@ pub struct StorageArgs {
     #[arg(long, env = "WEFT_CONFIG", value_name = "FILE")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
-    /// The data folder: log/ (the embedded log, the truth) and projections/ (may be deleted while stopped) [default: ./data]
+    /// The data folder: log/ (the embedded log, the truth), projections/ and search/ (may be deleted while stopped) [default: ./data]
     #[arg(long, env = "WEFT_DATA", value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data: Option<PathBuf>,
@@ -166,6 +170,10 @@ pub struct ServeArgs {
     #[arg(long, env = "WEFT_RUN_STALLED_AFTER", value_name = "TIME", value_parser = parse_time)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run_stalled_after: Option<String>,
+    /// Search: the language whose rules words are found by (english, german, french ...), plain for words as they are written, or off [default: english]
+    #[arg(long, env = "WEFT_SEARCH", value_name = "LANGUAGE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub search: Option<String>,
     /// Development: makes a secret, prints a token, and listens on loopback only
     #[arg(long, env = "WEFT_DEV", num_args = 0..=1, default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -219,6 +227,8 @@ pub struct Config {
     pub rate_tenant_commands: u32,
     /// As `10m`, `90s`.
     pub run_stalled_after: String,
+    /// A language, `plain` or `off`.
+    pub search: String,
     pub dev: bool,
     /// How many threads project, if it is not for the machine to say. Nobody can set it: it is for tests.
     #[serde(skip)]
@@ -304,6 +314,7 @@ impl Default for Config {
             rate_tenant: 0,
             rate_tenant_commands: 0,
             run_stalled_after: "10m".into(),
+            search: "english".into(),
             dev: false,
             projectors: None,
         }
@@ -389,6 +400,10 @@ impl Config {
             let why = format!("must be a time such as 10m or 90s, not {}", self.run_stalled_after);
             return Err(("run_stalled_after", why));
         }
+        if self.search != SEARCH_OFF && Stems::of(&self.search).is_none() {
+            let why = format!("must be a language such as english, or plain, or off, not {:.40}", self.search);
+            return Err(("search", why));
+        }
         if let Some(memory) = &self.memory {
             memory_bytes(memory).map_err(|why| ("memory", why))?;
         }
@@ -441,7 +456,13 @@ impl Config {
         // Checked when it was loaded.
         let given = self.memory.as_deref().and_then(|text| memory_bytes(text).ok());
         let half = || memory::available().map_or(DEFAULT_MEMORY, |bytes| bytes / 2).max(memory::MINIMUM);
-        Plan::for_projectors(given.unwrap_or_else(half), self.projectors.unwrap_or_else(projectors))
+        let plan = Plan::for_projectors(given.unwrap_or_else(half), self.projectors.unwrap_or_else(projectors));
+        if self.search_language().is_some() { plan } else { plan.without_search() }
+    }
+
+    /// The language of search, unless that is off.
+    pub fn search_language(&self) -> Option<&str> {
+        (self.search != SEARCH_OFF).then_some(&*self.search)
     }
 
     /// What this node is called: the same after every start, and another one on another host or with other data.
@@ -458,6 +479,10 @@ impl Config {
 
     pub fn log_dir(&self) -> PathBuf {
         self.data.join("log")
+    }
+
+    pub fn search_dir(&self) -> PathBuf {
+        self.data.join("search")
     }
 
     pub fn projections_dir(&self) -> PathBuf {

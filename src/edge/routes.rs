@@ -21,7 +21,7 @@ use super::http::probes::Probes;
 use super::http::reply::{Reply, method_not_allowed, problem};
 use super::http::request::{AnonymousRequest, Request, refuse_head};
 use super::http::{
-    Api, batch, context, dead_letters, documents, events, groups, letter_acts, members, probes, readers, runs,
+    Api, batch, context, dead_letters, documents, events, groups, letter_acts, members, probes, readers, runs, search,
     sessions, threads, tickets,
 };
 use super::listener;
@@ -129,6 +129,7 @@ pub static ROUTES: &[Route] = &[
     user(GET, "/v1/runs", "runs", Needs::Read, |edge, it| answer(runs::open(edge.api.clone(), it))),
     user(GET, "/v1/runs/{run}", "run", Needs::Read, |edge, it| answer(runs::find(edge.api.clone(), it))),
 
+    user(GET, "/v1/search", "search", Needs::Read, |edge, it| answer(search::find(edge.api.clone(), it))),
     user(GET, "/v1/export", "export", Needs::Analyst, |edge, it| answer(export::export(edge.exports.clone(), it))),
 
     user(GET, "/v1/groups", "groups", Needs::Agent, |edge, it| answer(groups::list(edge.api.clone(), it))),

@@ -31,6 +31,10 @@ const COMMITS: usize = 44 * MIB;
 /// What one more thread of the projector adds to that: what one record may add to the commit that it makes. The records that
 /// all of them work on are bounded in sum.
 const COMMITS_MORE: usize = 16 * MIB;
+/// What search holds: the index until it writes a segment, what has come and is not in the index yet, and some room for merges.
+const SEARCH_WRITER: usize = 16 * MIB;
+const SEARCH_TAIL: usize = 12 * MIB;
+const SEARCH: usize = SEARCH_WRITER + SEARCH_TAIL + 4 * MIB;
 /// The budget has so much for each thread of the projector.
 const PER_PROJECTOR: u64 = 512 << 20;
 /// What an open connection takes that does nothing.
@@ -50,6 +54,7 @@ pub struct Plan {
     /// What is held of the work that waits.
     pub work: usize,
     pub commits: usize,
+    pub search: SearchPlan,
     /// Threads of the projector.
     pub projectors: usize,
     pub connections: usize,
@@ -59,6 +64,17 @@ pub struct Plan {
     pub frames: usize,
     /// What sessions and streams have read from the store for their clients.
     pub readers: usize,
+}
+
+/// The parts of search.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SearchPlan {
+    /// The index, until it writes a segment.
+    pub writer: usize,
+    /// What has come and is not in the index yet.
+    pub tail: usize,
+    /// Both, and what merges take.
+    pub total: usize,
 }
 
 /// The parts of the embedded log; with Kafka its client has their memory.
@@ -110,7 +126,7 @@ impl Plan {
         let commits = COMMITS + (projectors - 1) * COMMITS_MORE;
 
         let total = usize::try_from(total).unwrap_or(usize::MAX);
-        let room = (total / 2).saturating_sub(commits).min(FIXED);
+        let room = (total / 2).saturating_sub(commits + SEARCH).min(FIXED);
         // In 128 bits, as the product may be beyond 64.
         let scaled = |size: usize| (size as u128 * room as u128 / FIXED as u128) as usize;
         let log = LogPlan {
@@ -122,10 +138,31 @@ impl Plan {
         };
         let (cache, memtables, keys, work) = (scaled(CACHE), scaled(MEMTABLES), scaled(KEY_FILTER), scaled(WORK));
 
-        let left = total - cache - memtables - keys - log.total() - work - commits.min(total / 2);
+        let search = SearchPlan { writer: SEARCH_WRITER, tail: SEARCH_TAIL, total: SEARCH };
+        let left = total - cache - memtables - keys - log.total() - work - (commits + SEARCH).min(total / 2);
         let (connections, requests, frames) = (left / 32 * 9, left / 16 * 5, left / 16);
         let readers = left - connections - requests - frames;
-        Plan { total, cache, memtables, keys, log, work, commits, projectors, connections, requests, frames, readers }
+        Plan {
+            total,
+            cache,
+            memtables,
+            keys,
+            log,
+            work,
+            commits,
+            search,
+            projectors,
+            connections,
+            requests,
+            frames,
+            readers,
+        }
+    }
+
+    /// The same where nothing is indexed: what that would take is for requests.
+    pub fn without_search(self) -> Plan {
+        let search = SearchPlan { writer: 0, tail: 0, total: 0 };
+        Plan { search, requests: self.requests + self.search.total, ..self }
     }
 
     /// How many connections there is memory for.
@@ -134,7 +171,7 @@ impl Plan {
     }
 
     /// Every part by its name.
-    pub fn parts(&self) -> [(&'static str, usize); 10] {
+    pub fn parts(&self) -> [(&'static str, usize); 11] {
         [
             ("cache", self.cache),
             ("memtables", self.memtables),
@@ -142,6 +179,7 @@ impl Plan {
             ("log", self.log.total()),
             ("work", self.work),
             ("commits", self.commits),
+            ("search", self.search.total),
             ("connections", self.connections),
             ("requests", self.requests),
             ("frames", self.frames),
@@ -158,6 +196,7 @@ mod tests {
     fn with_a_gibibyte_the_fixed_parts_have_their_best_size() {
         let plan = Plan::of(1 << 30);
         assert_eq!((plan.cache, plan.memtables, plan.log.queue), (64 * MIB, 64 * MIB, 64 * MIB));
+        assert_eq!((plan.search.writer, plan.search.tail), (16 * MIB, 12 * MIB));
         assert_eq!((plan.log.tail, plan.log.memtable, plan.log.memtables), (16 * MIB, 32 * MIB, 4));
         assert_eq!(Plan::of(64 << 30).cache, plan.cache, "more memory is for clients");
     }
@@ -169,8 +208,11 @@ mod tests {
             let plan = Plan::for_projectors(total, projectors);
             let sum: usize = plan.parts().iter().map(|(_, bytes)| bytes).sum();
             assert_eq!(sum as u64, total);
-            let fixed = plan.cache + plan.memtables + plan.keys + plan.log.total() + plan.work + plan.commits;
+            let fixed = plan.cache + plan.memtables + plan.keys + plan.log.total() + plan.work;
+            let fixed = fixed + plan.commits + plan.search.total;
             assert!(fixed as u64 <= total / 2, "{plan:?}");
+            let sum: usize = plan.without_search().parts().iter().map(|(_, bytes)| bytes).sum();
+            assert_eq!(sum as u64, total);
             assert!(plan.log.memtable >= 4 * MIB && plan.log.queue >= 8 * MIB, "{plan:?}");
         }
     }

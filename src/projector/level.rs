@@ -55,6 +55,11 @@ impl Level {
         }
     }
 
+    /// Whether other nodes write to the log: then what was acknowledged may not be here yet.
+    pub fn others_write(&self) -> bool {
+        self.log.has_other_writers()
+    }
+
     /// Whether an answer may be due to what this node has not projected yet.
     pub fn may_be_missing(&self, error: &Error) -> bool {
         self.log.has_other_writers() && matches!(error.code, Code::NotFound | Code::CursorInvalid)

@@ -19,6 +19,8 @@ use super::{ids, json, work};
 pub const MAX_COMMANDS: usize = 1_000;
 /// The largest `data` of a publish, in bytes.
 pub const MAX_DATA: usize = 64 * 1024;
+/// Characters of what is searched for.
+pub const MAX_SEARCH: usize = 2_000;
 /// The most kinds that a subscription may name.
 const MAX_KINDS: usize = 100;
 /// The largest frame and HTTP body, in bytes.
@@ -108,6 +110,10 @@ pub struct Subscribe<'a> {
     #[serde(default)]
     #[schemars(length(min = 1, max = 100))]
     pub kinds: Option<Vec<String>>,
+    /// Only events that have these words, as `q` of a search has them; at most 2,000 characters.
+    #[serde(borrow, default)]
+    #[schemars(length(max = 2_000))]
+    pub search: Option<Cow<'a, str>>,
 }
 
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -441,6 +447,9 @@ fn check_subscribe(subscribe: Subscribe<'_>) -> Result<Subscribe<'_>, Error> {
             return Err(Error::field("kinds", format!("kinds has 1 to {MAX_KINDS} entries")));
         }
         kinds.iter().try_for_each(|kind| ids::check_text("kinds", kind))?;
+    }
+    if subscribe.search.as_deref().is_some_and(|search| search.chars().count() > MAX_SEARCH) {
+        return Err(Error::field("search", format!("search has at most {MAX_SEARCH} characters")));
     }
     check_confirm(&subscribe)?;
 

@@ -33,6 +33,56 @@ pub struct ThreadList {
     pub next: Option<String>,
 }
 
+/// What a search has found.
+#[derive(Serialize, JsonSchema)]
+pub struct SearchPage {
+    pub hits: Vec<SearchHit>,
+    /// The cursor of the next page, if there is more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
+    /// How long it took.
+    pub took_ms: u64,
+    /// Everything that happened before this time was looked at; RFC 3339.
+    pub complete_to: String,
+    /// The search was broken off, since it had done as much work as one may: there may be more hits, newer ones as well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partial: Option<bool>,
+    /// Nothing had what was searched for, and this was searched for in its place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub corrected: Option<String>,
+}
+
+/// An event that was found.
+#[derive(Serialize, JsonSchema)]
+pub struct SearchHit {
+    pub thread: String,
+    pub seq: u64,
+    /// With `order=relevance`: the higher, the better.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score: Option<f64>,
+    /// Where it has what was searched for.
+    pub highlights: Vec<Highlight>,
+    #[schemars(with = "EventItem")]
+    pub event: Box<RawValue>,
+    /// With `around`: the events before and after it in its thread, in order, without itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<EventItem>>")]
+    pub around: Option<Vec<Box<RawValue>>>,
+}
+
+/// A text of an event that was found, or the part of it around what was searched for.
+#[derive(Serialize, JsonSchema)]
+pub struct Highlight {
+    /// `text`, `tool`, `arguments`, `result` or `title`.
+    pub field: &'static str,
+    pub text: String,
+    /// Where in `text` it stands: from one character to before another, counted in Unicode scalar values.
+    #[schemars(with = "Vec<[usize; 2]>")]
+    pub ranges: Vec<(usize, usize)>,
+    /// The same text as HTML, with `<mark>` around it.
+    pub marked: String,
+}
+
 /// A thread on its own.
 #[derive(Serialize, JsonSchema)]
 pub struct ThreadDetail {

@@ -13,7 +13,8 @@ use super::groups::{
 };
 use super::http::{
     Alive, Conversation, EventPage, MembershipReply, Presence, Problem, PublishBody, PublishReply, Ready, ReceiptList,
-    RevocationReply, RunDetail, RunList, SessionList, StreamStart, ThreadBody, ThreadDetail, ThreadList, Ticket,
+    RevocationReply, RunDetail, RunList, SearchPage, SessionList, StreamStart, ThreadBody, ThreadDetail, ThreadList,
+    Ticket,
 };
 use super::json;
 use super::kinds::DeltaData;
@@ -72,6 +73,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.ticket", of::<Ticket>()),
         ("http.thread-detail", of::<ThreadDetail>()),
         ("http.thread-list", of::<ThreadList>()),
+        ("http.search", of::<SearchPage>()),
         ("http.stream-start", of::<StreamStart<'_>>()),
         ("http.presence", of::<Presence>()),
         ("http.receipts", of::<ReceiptList>()),

@@ -11,7 +11,7 @@ const FLOORS: &[&[&str]] = &[
     &["telemetry", "client", "views"],
     &["panics", "outbound"],
     &["log", "store"],
-    &["auth", "projector"],
+    &["auth", "projector", "search"],
     &["ingest"],
     &["delivery", "dispatch"],
     &["edge", "reaper", "config"],

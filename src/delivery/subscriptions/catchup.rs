@@ -23,7 +23,6 @@ use crate::memory::Charge;
 use crate::protocol::error::Error;
 use crate::protocol::event::Priority;
 use crate::protocol::frame::ServerFrame;
-use crate::protocol::kinds::AGENT_TOKEN;
 use crate::store::{EventRange, StoredEvent};
 
 /// Events of one read of [`CHUNK_BYTES`].
@@ -132,7 +131,7 @@ impl Subscriptions {
         if is_duplicate {
             return Accepted::GoOn;
         }
-        match sub.admit(event.seq, &event.kind) {
+        match sub.admit(event.seq, &event.kind, &event.frame) {
             Admission::Send => {
                 let replayed = Replayed::Event { id, seq: event.seq, frame: event.frame, charge: charge.clone() };
                 self.push_replayed(id, Some(event.class), replayed);
@@ -220,13 +219,13 @@ impl Subscriptions {
         }
 
         let by_scope = scopes::reads_by_scope(who.scopes);
-        self.sources.hub.attach(&sub.key, &self.outbox, id, &who.user, by_scope, sub.wants(AGENT_TOKEN));
+        self.sources.hub.attach(&sub.key, &self.outbox, id, &who.user, by_scope, sub.wants_deltas());
         sub.stage = Stage::Handover { to: sub.cursor };
         self.handovers += 1;
 
         let row = self.sources.store.thread(&who.tenant, &sub.thread)?.unwrap_or_default();
         sub.stage = Stage::Handover { to: row.head };
-        let needs_open_text = row.writing > 0 && sub.wants(AGENT_TOKEN);
+        let needs_open_text = row.writing > 0 && sub.wants_deltas();
         sub.open_text = needs_open_text.then(Box::default);
         if !needs_open_text {
             sub.delivered = None;
@@ -322,9 +321,9 @@ impl Subscription {
         let is_catching_up = self.stage == Stage::CatchingUp;
         let bytes = if is_catching_up { bytes } else { CHUNK_BYTES };
         let events = CHUNK_EVENTS * (bytes / CHUNK_BYTES);
-        let limit = if self.filter.is_some() {
-            // Many of them may be left out, and those need neither room nor credit.
-            events
+        let limit = if let Some(filter) = &self.filter {
+            // Many of them may be left out, and those need neither room nor credit. To read their words takes time of a worker.
+            if filter.reads_words() { CHUNK_EVENTS / 8 } else { events }
         } else {
             let room = self.confirm().map_or(events, |confirm| confirm.room());
             room.clamp(1, events).min(allowed)

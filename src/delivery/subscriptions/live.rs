@@ -9,7 +9,6 @@ use crate::auth::Principal;
 use crate::delivery::fair_queue::SubId;
 use crate::projector::CommittedEvent;
 use crate::protocol::delta::Delta;
-use crate::protocol::kinds::AGENT_TOKEN;
 use crate::store::messages::TextPosition;
 
 /// How a live delta continues what the client has of its message.
@@ -66,7 +65,7 @@ impl Subscriptions {
             return Some(OutFrame::event(event.seq, event.frame.clone()));
         }
 
-        match sub.admit(event.seq, &event.kind) {
+        match sub.admit(event.seq, &event.kind, &event.frame) {
             Admission::Send => {
                 let frame = self.prepare(id, event.seq, &event.frame)?;
                 Some(OutFrame::event(event.seq, frame))
@@ -98,7 +97,7 @@ impl Subscriptions {
     /// A live delta: what to send of it, if anything.
     pub fn live_delta(&mut self, who: &Principal, id: SubId, delta: &Delta) -> Option<OutFrame> {
         let sub = self.by_id.get_mut(&id)?;
-        if sub.stage != Stage::Live || !sub.wants(AGENT_TOKEN) {
+        if sub.stage != Stage::Live || !sub.wants_deltas() {
             return None;
         }
         // From before it attached: its text was in the store, or in the event that closed the message.

@@ -21,7 +21,7 @@
 //! - A redelivery goes on under a new [`SubId`], so whatever is still on its way from the round before is dropped.
 //! - What is read and not sent yet is bounded, see [`catchup`].
 //!
-//! Files: [`subscription`] is one subscription, with [`filter`] (the kinds it leaves out), [`receipt`] (how far its client
+//! Files: [`subscription`] is one subscription, with [`filter`] (what it leaves out), [`receipt`] (how far its client
 //! has come) and [`confirm`] (what is not acknowledged). What the session does with them: [`catchup`] reads from the store
 //! ([`reading`] is one such read), [`replay`] sends what was read, [`live`] sends what the hub brings, [`receipts`] stores what the client acknowledges,
 //! [`requeued`] delivers again what was given up and requeued ([`redelivery`]: how far that has come).
@@ -47,7 +47,7 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 pub use self::catchup::READS;
 pub use self::confirm::{ConfirmPolicy, Presence, WINDOW};
-pub use self::filter::Kinds;
+pub use self::filter::Choice;
 pub use self::reading::CHUNK_BYTES;
 pub use self::receipt::{Receipt, first_receipt};
 pub use self::subscription::NewSubscription;
@@ -100,7 +100,7 @@ impl OutFrame {
 pub struct Following {
     /// All threads of the tenant, not the user's alone.
     pub all: bool,
-    pub kinds: Option<Kinds>,
+    pub choice: Choice,
     /// The durable subscription, if it is one.
     pub name: Option<Box<str>>,
     /// How its deliveries are to be confirmed, if they are.
@@ -208,7 +208,7 @@ impl Subscriptions {
             open_text: None,
             present,
             delivered: None,
-            filter: wanted.kinds.map(|kinds| Box::new(Filter::new(kinds, Instant::now()))),
+            filter: Filter::new(wanted.choice, Instant::now()).map(Box::new),
             receipt: wanted.receipt.map(Box::new),
         });
         if is_changed {
@@ -351,7 +351,7 @@ impl Subscriptions {
             address: ThreadAddress::named(thread.clone()),
             cursor: before,
             named: false,
-            kinds: following.kinds.clone(),
+            choice: following.choice.clone(),
             receipt: receipt.map(Receipt::unwritten),
         };
         self.add(who, wanted).map_err(|error| (thread, error))

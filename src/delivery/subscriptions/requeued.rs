@@ -40,7 +40,7 @@ impl Subscription {
 
     /// The read that brings what it is to be sent again.
     pub(super) fn wanted_requeued(&mut self) -> Option<Wanted> {
-        let kinds = self.filter.as_ref().map(|filter| filter.kinds());
+        let kinds = self.filter.as_ref().and_then(|filter| filter.kinds());
         let receipt = self.receipt.as_mut()?;
         let requeued = receipt.requeued.as_mut()?;
         (requeued.wanted, requeued.step) = (false, Step::Reading);

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use super::confirm::Confirm;
-use super::filter::{Filter, Kinds};
+use super::filter::{Choice, Filter};
 use super::receipt::Receipt;
 use crate::protocol::event;
 use crate::protocol::frame::ServerFrame;
@@ -42,7 +42,7 @@ pub struct NewSubscription {
     pub cursor: u64,
     /// Asked for by its own name, not brought by `"*"`.
     pub named: bool,
-    pub kinds: Option<Kinds>,
+    pub choice: Choice,
     pub receipt: Option<Receipt>,
 }
 
@@ -84,7 +84,7 @@ pub(super) struct Subscription {
 pub(super) enum Admission {
     /// It goes to the client.
     Send,
-    /// It is passed over: the client does not want its kind.
+    /// It is passed over: the client does not want it.
     LeaveOut,
     /// It is passed over: the client has acknowledged it already.
     Acknowledged,
@@ -99,8 +99,12 @@ impl Subscription {
         self.called.as_deref().unwrap_or(&self.thread)
     }
 
-    pub fn wants(&self, kind: &str) -> bool {
-        self.filter.as_ref().is_none_or(|filter| filter.wants(kind))
+    pub fn wants(&self, kind: &str, frame: &str) -> bool {
+        self.filter.as_ref().is_none_or(|filter| filter.wants(kind, frame))
+    }
+
+    pub fn wants_deltas(&self) -> bool {
+        self.filter.as_ref().is_none_or(|filter| filter.wants_deltas())
     }
 
     pub fn confirm(&mut self) -> Option<&mut Confirm> {
@@ -113,8 +117,8 @@ impl Subscription {
     }
 
     /// Decides about the next event, and moves the cursor past it unless it must wait.
-    pub fn admit(&mut self, seq: u64, kind: &str) -> Admission {
-        if !self.wants(kind) {
+    pub fn admit(&mut self, seq: u64, kind: &str, frame: &str) -> Admission {
+        if !self.wants(kind, frame) {
             self.cursor = seq;
             return Admission::LeaveOut;
         }
@@ -167,7 +171,8 @@ mod tests {
     use super::super::confirm::{ConfirmPolicy, WINDOW};
     use super::*;
 
-    fn subscription(kinds: Option<Kinds>, confirm: bool) -> Subscription {
+    fn subscription(kinds: Option<&[&str]>, confirm: bool) -> Subscription {
+        let kinds = kinds.map(|kinds| kinds.iter().map(|kind| (*kind).to_owned()).collect::<Vec<_>>().into());
         Subscription {
             thread: "t".into(),
             called: None,
@@ -179,26 +184,26 @@ mod tests {
             open_text: None,
             present: false,
             delivered: None,
-            filter: kinds.map(|kinds| Box::new(Filter::new(kinds, Instant::now()))),
+            filter: Filter::new(Choice { kinds, search: None }, Instant::now()).map(Box::new),
             receipt: Receipt::wanted(None, None, 0, confirm.then(ConfirmPolicy::default)).map(Box::new),
         }
     }
 
     #[test]
     fn events_of_other_kinds_move_the_cursor_all_the_same() {
-        let mut sub = subscription(Some(Arc::from(["x.y".to_owned()])), false);
-        assert_eq!((sub.admit(1, "x.z"), sub.cursor), (Admission::LeaveOut, 1));
-        assert_eq!((sub.admit(2, "x.y"), sub.cursor), (Admission::Send, 2));
+        let mut sub = subscription(Some(&["x.y"]), false);
+        assert_eq!((sub.admit(1, "x.z", "{}"), sub.cursor), (Admission::LeaveOut, 1));
+        assert_eq!((sub.admit(2, "x.y", "{}"), sub.cursor), (Admission::Send, 2));
     }
 
     #[test]
     fn with_confirm_an_event_waits_while_the_window_is_full() {
         let mut sub = subscription(None, true);
         for seq in 1..=WINDOW as u64 {
-            assert_eq!(sub.admit(seq, "x.y"), Admission::Send);
+            assert_eq!(sub.admit(seq, "x.y", "{}"), Admission::Send);
         }
         let next = WINDOW as u64 + 1;
-        assert_eq!((sub.admit(next, "x.y"), sub.cursor), (Admission::NoRoom, next - 1));
+        assert_eq!((sub.admit(next, "x.y", "{}"), sub.cursor), (Admission::NoRoom, next - 1));
     }
 
     #[test]

@@ -3,7 +3,9 @@
 use serde_json::{Map, Value, json};
 
 use super::{Answer, Body, Content, OPERATIONS, Operation};
+use crate::edge::http::search::{HITS, MAX_AROUND, MAX_HITS};
 use crate::edge::routes::{Needs, ROUTES, Route};
+use crate::protocol::command::MAX_SEARCH;
 use crate::protocol::components::Components;
 
 const DESCRIPTION: &str = "An event-sourced messaging backend for AI platforms. What holds beyond these shapes (rights, \
@@ -62,8 +64,9 @@ fn problem(components: &mut Components) -> Value {
 }
 
 fn describe(route: &Route, operation: &Operation, components: &mut Components) -> Value {
-    let mut parameters: Vec<Value> = path_parameters(route.path).map(|name| parameter("path", name)).collect();
-    parameters.extend(operation.parameters.iter().map(|name| parameter(place_of(name), name)));
+    let mut parameters: Vec<Value> =
+        path_parameters(route.path).map(|name| parameter(route.path, "path", name)).collect();
+    parameters.extend(operation.parameters.iter().map(|name| parameter(route.path, place_of(name), name)));
     let mut described = json!({
         "operationId": operation.id,
         "summary": operation.summary,
@@ -161,14 +164,14 @@ fn place_of(name: &str) -> &'static str {
     if matches!(name, "Idempotency-Key" | "Last-Event-ID" | "traceparent") { "header" } else { "query" }
 }
 
-fn parameter(place: &str, name: &str) -> Value {
-    let (schema, description) = match place {
-        "path" => in_path(name),
+fn parameter(path: &str, place: &str, name: &str) -> Value {
+    let (schema, description) = match (place, path) {
+        ("path", _) => in_path(name),
+        (_, "/v1/search") => in_search(name),
         _ => in_request(name),
     };
-    json!({
-        "name": name, "in": place, "required": place == "path", "schema": schema, "description": description,
-    })
+    let required = place == "path" || name == "q";
+    json!({"name": name, "in": place, "required": required, "schema": schema, "description": description})
 }
 
 const THREAD: &str = "^([A-Za-z0-9][A-Za-z0-9._:-]{0,127}|@me|@tenant|@user:[!-.0-~]{1,128})$";
@@ -186,6 +189,24 @@ fn in_path(name: &str) -> (Value, &'static str) {
         "name" => (json!({"type": "string", "minLength": 1}), "A schema's name, such as `http.publish`."),
         // A test finds words for each.
         _ => (json!({"type": "string"}), ""),
+    }
+}
+
+/// Those of a search that other routes do not have, or have with other values.
+fn in_search(name: &str) -> (Value, &'static str) {
+    let number = |least: usize, most: usize, default: usize| json!({"type": "integer", "minimum": least, "maximum": most, "default": default});
+    match name {
+        "q" => (
+            json!({"type": "string", "maxLength": MAX_SEARCH}),
+            "All these words; `\"a phrase\"`, `pre*`, `-not`, `OR`, `field:word`.",
+        ),
+        "order" => (
+            json!({"type": "string", "enum": ["newest", "relevance"], "default": "newest"}),
+            "Newest first, or best first.",
+        ),
+        "around" => (number(0, MAX_AROUND, 0), "So many events before and after each, too."),
+        "limit" => (number(1, MAX_HITS, HITS), "How many at most."),
+        _ => in_request(name),
     }
 }
 

@@ -16,6 +16,8 @@ const FILTERS: &[&str] = &["reason", "fingerprint", "thread", "kind", "since", "
 const EXPORT: &[&str] =
     &["format", "thread", "since", "until", "kinds", "from", "mask", "epoch", "positions", "cursor"];
 
+const SEARCH: &[&str] = &["q", "thread", "from", "kind", "run", "since", "until", "order", "around", "limit", "cursor"];
+
 #[rustfmt::skip]
 pub static OPERATIONS: &[Operation] = &[
     of(GET, "/v1/ws", "connect", "Opens a WebSocket: what goes over it is in /v1/asyncapi.json.", &["ticket", "traceparent"], None, &[is(101, Nothing)]),
@@ -35,6 +37,7 @@ pub static OPERATIONS: &[Operation] = &[
     of(GET, "/v1/threads/{thread}/stream", "streamEvents", "Events as Server-Sent Events, replayed and then live.", &["after", "epoch", "Last-Event-ID"], None, &[is(200, Events(&["http.event", "http.stream-start"]))]),
     of(GET, "/v1/threads/{thread}/agui", "streamRuns", "The runs of a thread as AG-UI's events.", &["after", "run", "epoch", "Last-Event-ID"], None, &[is(200, Events(&["agui.event"])), is(204, Nothing)]),
 
+    of(GET, "/v1/search", "search", "Events by their words, in what the caller may read.", SEARCH, None, &[is(200, Json("http.search"))]),
     of(GET, "/v1/export", "exportEvents", "The tenant's events as a file.", EXPORT, None, &[is(200, File(&["application/x-ndjson", "text/csv"]))]),
 
     of(GET, "/v1/threads/{thread}/runs", "listThreadRuns", "A thread's runs, newest first.", LIST, None, &[is(200, Json("http.run-list"))]),

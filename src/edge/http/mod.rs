@@ -15,6 +15,7 @@ pub mod readers;
 pub mod reply;
 pub mod request;
 pub mod runs;
+pub mod search;
 pub mod sessions;
 pub mod threads;
 pub mod tickets;
@@ -39,6 +40,7 @@ use crate::projector::level::Level;
 use crate::protocol::command::MAX_FRAME;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::json;
+use crate::search::Search;
 use crate::store::Store;
 
 /// How often a body is in memory: as it came, and as what is made of it.
@@ -61,6 +63,8 @@ pub struct Api {
     pub submit: Arc<Submit>,
     pub hub: Arc<Hub>,
     pub dispatcher: Arc<Dispatcher>,
+    /// Nothing if it is off.
+    pub search: Option<Arc<Search>>,
     pub registry: Arc<Registry>,
     pub memory: Arc<Budget>,
     /// The log's identity.

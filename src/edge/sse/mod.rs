@@ -24,7 +24,7 @@ use crate::delivery::Delivery;
 use crate::delivery::feed::{Feed, Out};
 use crate::delivery::outbox::{Answer, Demand};
 use crate::delivery::registry::{Registration, Registry};
-use crate::delivery::subscriptions::{NewSubscription, OutEvent};
+use crate::delivery::subscriptions::{Choice, NewSubscription, OutEvent};
 use crate::memory::{Charge, LARGEST, Pool, Refused};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::without_type;
@@ -160,7 +160,7 @@ impl Streams {
             large: None,
             registration,
         };
-        let wanted = NewSubscription { address, cursor, named: true, kinds: None, receipt: None };
+        let wanted = NewSubscription { address, cursor, named: true, choice: Choice::default(), receipt: None };
         stream.feed.subs.add(&stream.who, wanted)?;
 
         let mut reply = sse::reply(sse::keep_alive().interval(HEARTBEAT).stream(stream)).into_response();

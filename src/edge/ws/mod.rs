@@ -44,6 +44,7 @@ use crate::ingest::submit::Submit;
 use crate::ingest::tickets::Tickets;
 use crate::memory::Pool;
 use crate::projector::level::Level;
+use crate::search::Search;
 use crate::store::Store;
 
 /// What sessions work with.
@@ -51,6 +52,8 @@ pub struct Sockets {
     pub store: Arc<Store>,
     pub hub: Arc<Hub>,
     pub dispatcher: Arc<Dispatcher>,
+    /// Nothing if it is off.
+    pub search: Option<Arc<Search>>,
     pub submit: Arc<Submit>,
     pub auth: Arc<Authenticator>,
     pub tickets: Arc<Tickets>,

@@ -155,9 +155,9 @@ impl SubscribeAll {
     }
 
     fn subscription(&self, found: JoinedThread, cursor: u64) -> NewSubscription {
-        let Following { all: _, kinds, name, confirm } = self.following.clone();
+        let Following { all: _, choice, name, confirm } = self.following.clone();
         let receipt = Receipt::wanted(name.as_deref(), found.receipt, cursor, confirm);
-        NewSubscription { address: ThreadAddress::named(found.thread), cursor, named: false, kinds, receipt }
+        NewSubscription { address: ThreadAddress::named(found.thread), cursor, named: false, choice, receipt }
     }
 }
 
@@ -200,6 +200,7 @@ pub fn seq_of(after: Option<&After>) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::auth::Scopes;
+    use crate::delivery::subscriptions::Choice;
     use crate::store::{MAX_PARTS, ReceiptRow};
 
     fn ada() -> Principal {
@@ -212,7 +213,7 @@ mod tests {
     }
 
     fn all(name: Option<&str>, fresh: bool) -> SubscribeAll {
-        let following = Following { all: false, kinds: None, name: name.map(Into::into), confirm: None };
+        let following = Following { all: false, choice: Choice::default(), name: name.map(Into::into), confirm: None };
         SubscribeAll { id: 1, after: None, last: None, recovered: true, following, fresh, is_level: true }
     }
 

@@ -14,7 +14,7 @@ use crate::auth::scopes;
 use crate::delivery::feed::Pause;
 use crate::delivery::outbox::{Answer, Outbox};
 use crate::delivery::subscriptions::{
-    ConfirmPolicy, Following, MAX_SUBSCRIPTIONS, NewSubscription, Receipt, first_receipt,
+    Choice, ConfirmPolicy, Following, MAX_SUBSCRIPTIONS, NewSubscription, Receipt, first_receipt,
 };
 use crate::edge::blocking;
 use crate::edge::cursor::{first_cursor, recovers};
@@ -51,6 +51,7 @@ impl SessionState {
         if self.outgoing.feed.subs.contains(&thread) {
             return Err(Error::new(Code::Conflict, "the session is subscribed to this thread already").at("thread"));
         }
+        let choice = self.choice(&subscribe)?;
         let head = self.sockets.rights.readable(who, &thread)?;
         let name = subscribe.name.as_deref();
         let row = match name {
@@ -79,7 +80,7 @@ impl SessionState {
             address: ThreadAddress::resolve(&who.user, subscribe.thread.to_string()),
             cursor,
             named: true,
-            kinds: subscribe.kinds.map(Into::into),
+            choice,
             receipt: Receipt::wanted(name, row, cursor, policy),
         };
         let plan = SubscriptionPlan {
@@ -94,6 +95,16 @@ impl SessionState {
             marker: None,
         };
         self.store_receipts(who, plan, receipts)
+    }
+
+    /// What the client wants of each thread.
+    fn choice(&self, subscribe: &Subscribe<'_>) -> Result<Choice, Error> {
+        let watch = |q: &str| match &self.sockets.search {
+            Some(search) => search.watch("search", q),
+            None => Err(Error::field("search", "search is off on this server")),
+        };
+        let search = subscribe.search.as_deref().map(watch).transpose()?;
+        Ok(Choice { kinds: subscribe.kinds.clone().map(Into::into), search })
     }
 
     /// A name costs rows for ever.
@@ -115,6 +126,7 @@ impl SessionState {
         if all {
             scopes::read_all(who.scopes).map_err(|error| error.at("all"))?;
         }
+        let choice = self.choice(&subscribe)?;
         let confirm = confirm_policy(&subscribe);
         let name = subscribe.name.map(|name| Box::from(&*name));
         let fresh = match &name {
@@ -124,7 +136,7 @@ impl SessionState {
         if let (Some(name), true) = (&name, fresh) {
             self.check_room_for(who, name)?;
         }
-        let following = Following { all, kinds: subscribe.kinds.map(Into::into), name: name.clone(), confirm };
+        let following = Following { all, choice, name: name.clone(), confirm };
         self.outgoing.feed.subs.follow(who, following.clone());
 
         let after = match subscribe.after {

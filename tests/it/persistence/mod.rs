@@ -10,6 +10,7 @@ mod layout;
 pub mod projector;
 mod random_log;
 pub mod rules;
+mod search;
 pub mod threads;
 mod work;
 

@@ -592,14 +592,14 @@ async fn a_refusal_of_the_server_is_printed_in_its_words() {
 
 #[test]
 fn a_command_that_is_planned_says_so() {
-    for line in [&["search"][..], &["search", "--help"], &["replay", "t", "--speed", "2"], &["completions", "bash"]] {
+    for line in [&["backup"][..], &["backup", "--help"], &["restore", "--data", "d"], &["completions", "bash"]] {
         let (code, out, said) = run(line);
         assert_eq!((code, &*out), (2, ""), "{said}");
         assert!(said.contains(&format!("`weft {}` is planned, and not there yet", line[0])), "{said}");
     }
     let (code, help, _) = run(&["--help"]);
     assert_eq!(code, 0);
-    assert!(help.contains("Planned, not there yet: replay, search"), "{help}");
+    assert!(help.contains("Planned, not there yet: backup, restore"), "{help}");
 }
 
 #[test]

@@ -158,6 +158,7 @@ async fn an_event_on_a_page_is_what_its_schema_says_and_so_is_the_frame_that_it_
 fn path_of(route: &Route, letter: &str) -> String {
     let path = route.path.replace("{thread}", "t").replace("{user}", "ben").replace("{run}", "r");
     let path = path.replace("{id}", letter).replace("{group}", "g").replace("{name}", "http.publish");
+    let path = path.replace("/search", "/search?q=all&around=1");
     assert!(!path.contains('{'), "say what is to stand for the parameters of {}", route.path);
     path
 }

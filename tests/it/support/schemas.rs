@@ -138,7 +138,10 @@ pub fn check_body(method: &str, path: &str, status: u16, body: &Value) {
 fn events_of(body: &Value) -> Vec<&Value> {
     let list = |name: &str| body[name].as_array().into_iter().flatten();
     let last = list("threads").map(|thread| &thread["last"]);
-    list("events").chain(last).chain(list("work").map(|work| &work["event"])).filter(|it| it.is_object()).collect()
+    let hits = list("hits").map(|hit| &hit["event"]);
+    let around = list("hits").flat_map(|hit| hit["around"].as_array().into_iter().flatten());
+    let others = last.chain(hits).chain(around).chain(list("work").map(|work| &work["event"]));
+    list("events").chain(others).filter(|it| it.is_object()).collect()
 }
 
 #[test]

@@ -1,0 +1,304 @@
+//! The index on disk: one tantivy index of this node for all tenants.
+//!
+//! Each term begins with its tenant (`tenant NUL word`). So a tenant's postings, its dictionary and all statistics are ranges
+//! of its own, and no query of one tenant reads what another has written, however many tenants there are.
+//!
+//! - `exact`: folded words with their positions; phrases and beginnings of words;
+//! - `stem`: stems; words;
+//! - `parts`: of events that have more than text, the same words by field (`tenant NUL field e|s word`);
+//! - `tags`: what an event is filtered by (`tenant NUL t thread`, `u` user, `k` kind, `r` run); `d` for each, `x` if it is text alone;
+//! - `at`, `offset`, `partition`, `seq`, `thread` (a hash): columns.
+//!
+//! Events are not in it: the store has them. A commit carries how far it has come ([`Progress`]), so that index and position
+//! are one; whatever follows is read again from there. Deleted, it is made anew.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tantivy::directory::MmapDirectory;
+use tantivy::index::SegmentId;
+use tantivy::indexer::{IndexWriterOptions, NoMergePolicy};
+use tantivy::schema::{
+    FAST, Field as Column, IndexRecordOption, NumericOptions, Schema, TextFieldIndexing, TextOptions,
+};
+use tantivy::tokenizer::{PreTokenizedString, Token as IndexToken};
+use tantivy::{FutureResult, Index, IndexReader, IndexWriter, ReloadPolicy, Searcher, TantivyDocument, TantivyError};
+
+use super::document::{Document, Field, Token};
+use crate::store::Place;
+
+/// What the rows of an index mean; one of another version is made anew.
+const FORMAT: u32 = 1;
+
+/// What tags a document has: one letter each.
+pub const ALL: char = 'd';
+pub const TEXT_ONLY: char = 'x';
+pub const THREAD: char = 't';
+pub const USER: char = 'u';
+pub const KIND: char = 'k';
+pub const RUN: char = 'r';
+
+/// The columns and terms of the index.
+#[derive(Debug, Clone, Copy)]
+pub struct Columns {
+    pub exact: Column,
+    pub stem: Column,
+    pub parts: Column,
+    pub tags: Column,
+    at: Column,
+    partition: Column,
+    offset: Column,
+    seq: Column,
+    thread: Column,
+}
+
+/// How far an index has come, and what it is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    format: u32,
+    /// Of the log.
+    epoch: String,
+    language: String,
+    /// For each partition the last event that is in it: partition, offset, seq.
+    places: Vec<(u32, u64, u64)>,
+}
+
+impl Progress {
+    pub fn new(epoch: &str, language: &str, places: &[Option<Place>]) -> Progress {
+        let places = (0..).zip(places);
+        let places = places.filter_map(|(partition, place): (u32, _)| place.map(|it| (partition, it.offset, it.seq)));
+        Progress { format: FORMAT, epoch: epoch.to_owned(), language: language.to_owned(), places: places.collect() }
+    }
+
+    /// The last event in each of so many partitions.
+    pub fn places(&self, partitions: usize) -> Vec<Option<Place>> {
+        let mut places = vec![None; partitions];
+        for (partition, offset, seq) in &self.places {
+            if let Some(place) = places.get_mut(*partition as usize) {
+                *place = Some(Place { offset: *offset, seq: *seq });
+            }
+        }
+        places
+    }
+
+    /// Whether an index with this progress can be gone on with.
+    fn fits(&self, other: &Progress) -> bool {
+        (self.format, &self.epoch, &self.language) == (other.format, &other.epoch, &other.language)
+    }
+}
+
+/// A term of a tenant.
+pub fn term(tenant: &str, what: &str) -> String {
+    format!("{tenant}\0{what}")
+}
+
+/// A tag of a tenant.
+pub fn tag(tenant: &str, letter: char, value: &str) -> String {
+    format!("{tenant}\0{letter}{value}")
+}
+
+/// A word of one field, in its exact form or as a stem.
+pub fn part(tenant: &str, field: Field, is_stem: bool, word: &str) -> String {
+    let letter = match field {
+        Field::Text => 'm',
+        Field::Tool => 't',
+        Field::Arguments => 'a',
+        Field::Result => 'r',
+        Field::Title => 'h',
+    };
+    format!("{tenant}\0{letter}{}{word}", if is_stem { 's' } else { 'e' })
+}
+
+/// A thread, as the column has it.
+pub fn thread_hash(tenant: &str, thread: &str) -> u64 {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(tenant.as_bytes()).update(&[0]).update(thread.as_bytes());
+    let mut first = [0; 8];
+    first.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+    u64::from_le_bytes(first)
+}
+
+/// The index, with its one writer.
+pub struct Files {
+    pub columns: Columns,
+    reader: IndexReader,
+    writer: IndexWriter,
+    /// How far it had come when it was opened; nothing if it was begun.
+    pub found: Option<Progress>,
+}
+
+/// Opens the index in `path`, or begins it anew if it is not there, not one of this log and language, or damaged. Its writer
+/// holds so much memory, and is the only one: another process that has it open is an error.
+pub fn open(path: &Path, wanted: &Progress, memory: usize) -> Result<Files, OpenError> {
+    match try_open(path, memory) {
+        Ok(files) if files.found.as_ref().is_none_or(|found| found.fits(wanted)) => return Ok(files),
+        Ok(_) => tracing::info!("the index of search is of another log, language or version: making it anew"),
+        Err(TantivyError::LockFailure(..)) => return Err(OpenError::InUse(path.to_owned())),
+        Err(error) => tracing::warn!(%error, "the index of search cannot be read: making it anew"),
+    }
+    std::fs::remove_dir_all(path)?;
+    Ok(try_open(path, memory)?)
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("{} is in use by another process", .0.display())]
+    InUse(PathBuf),
+    #[error(transparent)]
+    Disk(#[from] std::io::Error),
+    #[error(transparent)]
+    Index(#[from] TantivyError),
+}
+
+fn schema() -> (Schema, Columns) {
+    let text = |record, norms| {
+        let indexing = TextFieldIndexing::default().set_tokenizer("raw").set_index_option(record).set_fieldnorms(norms);
+        TextOptions::default().set_indexing_options(indexing)
+    };
+    let column = || NumericOptions::from(FAST);
+    let mut schema = Schema::builder();
+    let columns = Columns {
+        exact: schema.add_text_field("exact", text(IndexRecordOption::WithFreqsAndPositions, true)),
+        stem: schema.add_text_field("stem", text(IndexRecordOption::WithFreqs, true)),
+        parts: schema.add_text_field("parts", text(IndexRecordOption::WithFreqsAndPositions, true)),
+        tags: schema.add_text_field("tags", text(IndexRecordOption::Basic, false)),
+        at: schema.add_u64_field("at", column()),
+        partition: schema.add_u64_field("partition", column()),
+        offset: schema.add_u64_field("offset", column()),
+        seq: schema.add_u64_field("seq", column()),
+        thread: schema.add_u64_field("thread", column()),
+    };
+    (schema.build(), columns)
+}
+
+fn try_open(path: &Path, memory: usize) -> Result<Files, TantivyError> {
+    std::fs::create_dir_all(path)?;
+    let directory = MmapDirectory::open(path)?;
+    let (schema, columns) = schema();
+    let index = Index::open_or_create(directory, schema)?;
+    let found = match index.load_metas()?.payload {
+        Some(payload) => {
+            let read = serde_json::from_str(&payload);
+            Some(read.map_err(|error| TantivyError::InvalidArgument(format!("its progress: {error}")))?)
+        }
+        None => None,
+    };
+    let reader = index.reader_builder().reload_policy(ReloadPolicy::Manual).try_into()?;
+    let options = IndexWriterOptions::builder()
+        .num_worker_threads(1)
+        .num_merge_threads(1)
+        .memory_budget_per_thread(memory)
+        .build();
+    let writer = index.writer_with_options(options)?;
+    // Which segments become one is decided by their time, which tantivy's policies do not see.
+    writer.set_merge_policy(Box::new(NoMergePolicy));
+    Ok(Files { columns, reader, writer, found })
+}
+
+impl Files {
+    /// Adds an event; it is found once it is committed.
+    pub fn add(&self, partition: u32, place: Place, document: &Document) -> Result<(), TantivyError> {
+        let columns = &self.columns;
+        let tenant = &*document.tenant;
+        let mut row = TantivyDocument::default();
+        let tokens = &document.tokens;
+        row.add_pre_tokenized_text(
+            columns.exact,
+            stream(tokens.iter().map(|token| (token, term(tenant, &token.exact)))),
+        );
+        row.add_pre_tokenized_text(
+            columns.stem,
+            stream(tokens.iter().map(|token| (token, term(tenant, token.stem())))),
+        );
+
+        let mut tags = vec![tag(tenant, ALL, "")];
+        if document.is_text() {
+            tags.push(tag(tenant, TEXT_ONLY, ""));
+        } else {
+            let parts = tokens.iter().flat_map(|token| {
+                let exact = part(tenant, token.field, false, &token.exact);
+                [(token, exact), (token, part(tenant, token.field, true, token.stem()))]
+            });
+            row.add_pre_tokenized_text(columns.parts, stream(parts));
+        }
+        tags.push(tag(tenant, THREAD, &document.thread));
+        tags.push(tag(tenant, USER, &document.from));
+        tags.push(tag(tenant, KIND, &document.kind));
+        tags.extend(document.run.as_ref().map(|run| tag(tenant, RUN, run)));
+        for tag in tags {
+            row.add_text(columns.tags, tag);
+        }
+
+        row.add_u64(columns.at, document.at);
+        row.add_u64(columns.partition, partition.into());
+        row.add_u64(columns.offset, place.offset);
+        row.add_u64(columns.seq, place.seq);
+        row.add_u64(columns.thread, thread_hash(tenant, &document.thread));
+        self.writer.add_document(row).map(drop)
+    }
+
+    /// Makes durable and visible what was added, with how far that is.
+    pub fn commit(&mut self, progress: &Progress) -> Result<(), TantivyError> {
+        let mut commit = self.writer.prepare_commit()?;
+        let payload = serde_json::to_string(progress);
+        commit.set_payload(&payload.map_err(|error| TantivyError::InvalidArgument(error.to_string()))?);
+        commit.commit()?;
+        Ok(())
+    }
+
+    /// What is committed, as it is now.
+    pub fn view(&self) -> Result<Arc<View>, TantivyError> {
+        self.reader.reload()?;
+        View::new(self.columns, self.reader.searcher()).map(Arc::new)
+    }
+
+    /// Begins to make one segment of several.
+    pub fn merge(&mut self, segments: &[SegmentId]) -> Merging {
+        self.writer.merge(segments)
+    }
+}
+
+/// A merge under way: it goes on by itself.
+pub type Merging = FutureResult<Option<tantivy::SegmentMeta>>;
+
+fn stream<'t>(words: impl Iterator<Item = (&'t Token, String)>) -> PreTokenizedString {
+    let token = |(token, text): (&Token, String)| IndexToken {
+        position: token.position as usize,
+        position_length: 1,
+        offset_from: 0,
+        offset_to: 0,
+        text,
+    };
+    PreTokenizedString { text: String::new(), tokens: words.map(token).collect() }
+}
+
+/// What is committed at one moment.
+pub struct View {
+    pub columns: Columns,
+    pub searcher: Searcher,
+    /// Newest first.
+    pub segments: Vec<SegmentTimes>,
+}
+
+/// A segment, and the times of its events.
+pub struct SegmentTimes {
+    pub number: u32,
+    pub id: SegmentId,
+    pub events: u32,
+    pub from: u64,
+    pub to: u64,
+}
+
+impl View {
+    fn new(columns: Columns, searcher: Searcher) -> Result<View, TantivyError> {
+        let mut segments = Vec::new();
+        for (number, reader) in (0..).zip(searcher.segment_readers()) {
+            let at = reader.fast_fields().u64("at")?;
+            let (id, events) = (reader.segment_id(), reader.max_doc());
+            segments.push(SegmentTimes { number, id, events, from: at.min_value(), to: at.max_value() });
+        }
+        segments.sort_by_key(|segment| (std::cmp::Reverse(segment.to), std::cmp::Reverse(segment.from)));
+        Ok(View { columns, searcher, segments })
+    }
+}

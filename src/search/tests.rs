@@ -1,0 +1,394 @@
+//! Search against a scan that knows nothing of indexes: the same events in the same order, whenever it is asked.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::*;
+use crate::partitioning::{KeyHash, Partitioning};
+use crate::store::EventRow;
+
+const PARTITIONS: u32 = 4;
+const THREADS: usize = 12;
+const TENANTS: [&str; 2] = ["acme", "acme2"];
+/// Nothing scores differently for its age.
+const BEGIN: u64 = 1_000_000;
+
+/// Numbers by chance, the same for the same seed (xorshift64*).
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % end
+    }
+
+    /// A word: few are frequent, most are rare.
+    fn word(&mut self) -> String {
+        let (a, b) = (self.below(60), self.below(60));
+        let n = a * b / 60;
+        let letters = ["ka", "lo", "mi", "nu", "re", "sta"];
+        format!("{}{}{}", letters[n % 6], letters[n / 6 % 6], n / 36)
+    }
+
+    fn text(&mut self) -> String {
+        let words: Vec<String> = (0..1 + self.below(30)).map(|_| self.word()).collect();
+        words.join(" ")
+    }
+}
+
+/// An event as the scan has it.
+#[derive(Clone)]
+struct Event {
+    tenant: &'static str,
+    thread: String,
+    seq: u64,
+    at: u64,
+    from: &'static str,
+    words: Vec<String>,
+}
+
+/// A store that is written to, and a search over it.
+struct World {
+    chance: Chance,
+    store: Arc<Store>,
+    events: Vec<Event>,
+    offset: u64,
+    heads: BTreeMap<(usize, usize), u64>,
+    folder: tempfile::TempDir,
+    search: Option<(Arc<Search>, std::thread::JoinHandle<()>)>,
+}
+
+impl World {
+    fn new(seed: u64) -> World {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let mut store = Store::open(&folder.path().join("projections")).expect("it opens");
+        let positions = [0; 3 * PARTITIONS as usize];
+        store.begin("e", Partitioning::new(KeyHash::Murmur2, PARTITIONS), &[], &positions).expect("it begins");
+        let (chance, store) = (Chance(seed | 1), Arc::new(store));
+        let mut world =
+            World { chance, store, events: Vec::new(), offset: 0, heads: BTreeMap::new(), folder, search: None };
+        world.start();
+        world
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("search")
+    }
+
+    fn start(&mut self) {
+        let memory = Memory { writer: 16 << 20, tail: 12 << 20 };
+        self.search = Some(Search::start(self.store.clone(), self.path(), "plain", memory).expect("it starts"));
+        while self.search().shared.tail().view.is_none() {
+            std::thread::yield_now();
+        }
+    }
+
+    fn stop(&mut self) {
+        let (search, thread) = self.search.take().expect("it runs");
+        search.stop();
+        thread.join().expect("it ends");
+    }
+
+    fn search(&self) -> &Search {
+        &self.search.as_ref().expect("it runs").0
+    }
+
+    /// Returns once everything is found: a search takes what has come, but not for ever.
+    fn level(&self) {
+        let is_level = || {
+            let mut tail = self.search().shared.tail();
+            tail.take(64).expect("it is read") && tail.missing_from().is_none()
+        };
+        while !is_level() {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Appends so many events in one commit.
+    fn append(&mut self, events: usize) {
+        let store = self.store.clone();
+        let mut batch = store.batch();
+        for _ in 0..events {
+            let (tenant, thread) = (self.chance.below(2), self.chance.below(THREADS));
+            let seq = self.heads.entry((tenant, thread)).or_default();
+            *seq += 1;
+            self.offset += 1 + self.chance.below(3) as u64;
+            let text = self.chance.text();
+            let event = Event {
+                tenant: TENANTS[tenant],
+                thread: format!("t{thread}"),
+                seq: *seq,
+                // No two at one time, and not in the order in which they come.
+                at: BEGIN + self.offset * 64 + self.chance.below(60) as u64,
+                from: ["ada", "ben"][self.chance.below(2)],
+                words: text.split(' ').map(str::to_owned).collect(),
+            };
+            let frame = format!(
+                r#"{{"type":"event","thread":"{}","seq":{},"kind":"user_message","event":"e","from":"{}","at":"now","data":{{"content":"{text}"}}}}"#,
+                event.thread, event.seq, event.from
+            );
+            let (offset, hash) = (self.offset, [0; 32]);
+            let row = EventRow { offset, kind: "user_message", class: 1, privileged: false, hash, frame: &frame };
+            batch.put_event(event.tenant, &event.thread, event.seq, &row, event.at);
+            self.events.push(event);
+        }
+        store.commit(batch).expect("it commits");
+    }
+
+    /// A query by chance, as it is written and as the scan has it.
+    fn query(&mut self) -> (String, Vec<(bool, Vec<Wanted>)>) {
+        let (mut text, mut clauses) = (String::new(), Vec::new());
+        for n in 0..1 + self.chance.below(3) {
+            let negated = n > 0 && self.chance.below(5) == 0;
+            let mut any = vec![self.wanted()];
+            if !negated && self.chance.below(4) == 0 {
+                any.push(self.wanted());
+            }
+            let written: Vec<String> = any.iter().map(Wanted::written).collect();
+            text += &format!("{}{} ", if negated { "-" } else { "" }, written.join(" OR "));
+            clauses.push((negated, any));
+        }
+        (text, clauses)
+    }
+
+    fn wanted(&mut self) -> Wanted {
+        match self.chance.below(6) {
+            0 => Wanted::Prefix(self.chance.word().chars().take(3).collect()),
+            1 => {
+                // Some that are there.
+                let at = self.chance.below(self.events.len());
+                let words = &self.events[at].words;
+                Wanted::Phrase(words.iter().take(2).cloned().collect())
+            }
+            _ => Wanted::Word(self.chance.word()),
+        }
+    }
+}
+
+enum Wanted {
+    Word(String),
+    Prefix(String),
+    Phrase(Vec<String>),
+}
+
+impl Wanted {
+    fn written(&self) -> String {
+        match self {
+            Wanted::Word(word) => word.clone(),
+            Wanted::Prefix(prefix) => format!("{prefix}*"),
+            Wanted::Phrase(words) => format!("\"{}\"", words.join(" ")),
+        }
+    }
+
+    fn count(&self, words: &[String]) -> usize {
+        match self {
+            Wanted::Word(word) => words.iter().filter(|it| *it == word).count(),
+            Wanted::Prefix(prefix) => words.iter().filter(|it| it.starts_with(&**prefix)).count(),
+            Wanted::Phrase(phrase) => words.windows(phrase.len()).filter(|window| *window == phrase).count(),
+        }
+    }
+}
+
+/// The score as the documentation has it.
+fn naive_score(events: &[&Event], event: &Event, clauses: &[(bool, Vec<Wanted>)], now: u64) -> f64 {
+    let n = events.len() as f64;
+    let idf = |word: &str| {
+        let with = events.iter().filter(|it| it.words.iter().any(|it| it == word)).count() as f64;
+        (1.0 + (n - with + 0.5) / (with + 0.5)).ln()
+    };
+    let mut score = 0.0;
+    for (_, any) in clauses.iter().filter(|(negated, _)| !negated) {
+        for wanted in any {
+            let count = wanted.count(&event.words) as f64;
+            if count == 0.0 {
+                continue;
+            }
+            score += match wanted {
+                Wanted::Prefix(_) => 0.1,
+                Wanted::Word(_) | Wanted::Phrase(_) => {
+                    let words = match wanted {
+                        Wanted::Phrase(words) => words.clone(),
+                        Wanted::Word(word) | Wanted::Prefix(word) => vec![word.clone()],
+                    };
+                    let length = event.words.len() as f64;
+                    let idf: f64 = words.iter().map(|word| idf(word)).sum();
+                    idf * 2.2 * count / (count + 1.2 * (1.0 - 0.75 + 0.75 * length / 32.0))
+                }
+            };
+        }
+    }
+    let age = now.saturating_sub(event.at) as f64 / (30.0 * 86_400_000.0);
+    score * (1.0 + (-age).exp2())
+}
+
+fn ask(tenant: &str, q: &str, order: Order, limit: usize) -> Ask {
+    let (tenant, q) = (tenant.to_owned(), q.to_owned());
+    Ask { tenant, q, filters: Filters::default(), order, limit, after: None }
+}
+
+/// All pages of so many hits.
+fn pages(search: &Search, mut ask: Ask, threads: &Threads) -> Vec<Hit> {
+    let mut hits = Vec::new();
+    loop {
+        // A busy machine may take long for little work: what counts here is all of it.
+        let mut found = search.find_within(&ask, threads.clone(), &mut Budget::new(PATIENCE)).expect("it is found");
+        assert!(!found.partial);
+        let more = found.hits.len() > ask.limit;
+        found.hits.truncate(ask.limit);
+        if let Some(last) = found.hits.last() {
+            ask.after = Some(After { key: last.key, ranked: found.ranked, corrected: found.corrected });
+        }
+        hits.extend(found.hits);
+        if !more {
+            return hits;
+        }
+    }
+}
+
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Compares search with the scan for some queries of this moment.
+fn compare(world: &mut World, queries: usize) {
+    world.level();
+    for _ in 0..queries {
+        let (q, clauses) = world.query();
+        let (tenant, limit) = (TENANTS[world.chance.below(2)], 1 + world.chance.below(40));
+        let threads = match world.chance.below(3) {
+            0 => None,
+            _ => Some(
+                (0..THREADS).filter(|_| world.chance.below(2) == 0).map(|n| format!("t{n}")).collect::<BTreeSet<_>>(),
+            ),
+        };
+        let from = (world.chance.below(4) == 0).then_some("ada");
+        let since = (world.chance.below(4) == 0).then(|| BEGIN + world.offset * 32);
+
+        let of_tenant: Vec<&Event> = world.events.iter().filter(|event| event.tenant == tenant).collect();
+        let matches = |event: &&Event| {
+            clauses.iter().all(|(negated, any)| any.iter().any(|it| it.count(&event.words) > 0) != *negated)
+                && threads.as_ref().is_none_or(|threads| threads.contains(&event.thread))
+                && from.is_none_or(|from| from == event.from)
+                && since.is_none_or(|since| event.at >= since)
+        };
+        let mut expected: Vec<&Event> = of_tenant.iter().copied().filter(matches).collect();
+        expected.sort_by_key(|event| std::cmp::Reverse(event.at));
+
+        let may = threads.clone().map_or(Threads::All, |threads| Threads::These(threads.into_iter().collect()));
+        let search = world.search();
+        let mut wanted = ask(tenant, &q, Order::Newest, limit);
+        wanted.filters = Filters { from: from.map(str::to_owned), since, ..Filters::default() };
+        let found = pages(search, wanted.clone(), &may);
+        let named = |hits: &[Hit]| hits.iter().map(|hit| (hit.thread.clone(), hit.seq)).collect::<Vec<_>>();
+        let names: Vec<(String, u64)> = expected.iter().map(|event| (event.thread.clone(), event.seq)).collect();
+        // Nothing is found: then something else may have been meant.
+        if names.is_empty() {
+            continue;
+        }
+        assert_eq!(named(&found), names, "{q} of {tenant}, {} events", world.events.len());
+
+        let ranked = pages(search, Ask { order: Order::Relevance, ..wanted }, &may);
+        assert_eq!(named(&ranked).into_iter().collect::<BTreeSet<_>>(), names.into_iter().collect(), "{q}");
+        assert!(ranked.is_sorted_by_key(|hit| std::cmp::Reverse(hit.key)), "{q}");
+        let now = clock::now_ms();
+        for hit in ranked.iter().take(20) {
+            let event = expected.iter().find(|event| (&event.thread, event.seq) == (&hit.thread, hit.seq));
+            let score = naive_score(&of_tenant, event.expect("it is one of them"), &clauses, now);
+            let shown = hit.key.shown_score();
+            assert!((score - shown).abs() <= 0.002 + score * 1e-4, "{q}: {shown} is {score} by the scan");
+        }
+    }
+}
+
+#[test]
+fn what_is_found_is_what_a_scan_finds_in_the_same_order_between_commits_merges_and_starts() {
+    let mut world = World::new(7);
+    world.append(50);
+    for round in 0..40 {
+        let events = [1, 3, 20, 300][world.chance.below(4)];
+        world.append(events);
+        compare(&mut world, 6);
+        if round % 10 == 9 {
+            world.stop();
+            world.append(30);
+            world.start();
+            compare(&mut world, 6);
+        }
+    }
+    let many = world.search().shared.tail().view.as_ref().map_or(0, |view| view.segments.len());
+    assert!(many > 0, "something was committed");
+}
+
+#[test]
+fn an_index_that_was_deleted_or_damaged_is_made_anew_and_finds_the_same() {
+    let mut world = World::new(11);
+    world.append(3_000);
+    compare(&mut world, 10);
+    for damage in 0..3 {
+        world.stop();
+        match damage {
+            0 => std::fs::remove_dir_all(world.path()).expect("it is there"),
+            1 => std::fs::write(world.path().join("meta.json"), "{").expect("it is written"),
+            _ => {
+                let files = std::fs::read_dir(world.path()).expect("it is there");
+                let files = files.map(|file| file.expect("it is read").path());
+                for file in files.filter(|file| file.extension().is_some_and(|it| it == "fast" || it == "term")) {
+                    std::fs::write(file, "not what was there").expect("it is written");
+                }
+            }
+        }
+        world.start();
+        compare(&mut world, 10);
+    }
+}
+
+#[test]
+fn a_tenant_s_statistics_and_corrections_are_its_own() {
+    let mut world = World::new(13);
+    world.append(2_000);
+    let score_of = |world: &World, tenant: &str| {
+        world.level();
+        let found =
+            world.search().find(&ask(tenant, "kaka0 ", Order::Relevance, 5), Threads::All).expect("it is found");
+        found.ranked.expect("it is ranked").statistics
+    };
+    let before = score_of(&world, "acme");
+    let many = world.events.iter().filter(|event| event.tenant == "acme").count() as u64;
+    assert_eq!(before.events, many);
+
+    // Another tenant writes what this one looks for, and what is one letter away from it.
+    let store = world.store.clone();
+    let mut batch = store.batch();
+    for seq in 1..=500 {
+        let frame = r#"{"type":"event","thread":"c","seq":1,"kind":"user_message","event":"e","from":"eve","at":"now","data":{"content":"kaka0 canary canaries"}}"#;
+        let (offset, hash) = (1_000_000 + seq, [0; 32]);
+        let row = EventRow { offset, kind: "user_message", class: 1, privileged: false, hash, frame };
+        batch.put_event("acme3", "c", seq, &row, BEGIN + seq);
+    }
+    store.commit(batch).expect("it commits");
+    assert_eq!(score_of(&world, "acme"), before, "another's words count for nothing");
+    for q in ["canary ", "canar", "canaru ", "\"canary canaries\"", "ca*"] {
+        let found = world.search().find(&ask("acme", q, Order::Newest, 5), Threads::All).expect("it is found");
+        assert_eq!((found.hits, found.corrected), (Vec::new(), None), "{q}");
+    }
+    let found = world.search().find(&ask("acme3", "canaru ", Order::Newest, 5), Threads::All).expect("it is found");
+    assert_eq!((found.hits.len(), found.corrected.as_deref()), (6, Some("canary ")));
+    // Words of threads that the caller may not read are no corrections either.
+    let elsewhere = Threads::These(vec!["d".to_owned()]);
+    let found = world.search().find(&ask("acme3", "canaru ", Order::Newest, 5), elsewhere).expect("it is found");
+    assert_eq!((found.hits.len(), found.corrected), (0, None));
+}
+
+#[test]
+fn work_is_broken_off_when_its_budget_is_spent_and_the_answer_says_so() {
+    let mut world = World::new(17);
+    world.append(20);
+    // All of it in the index.
+    world.stop();
+    world.start();
+    world.level();
+    let ask = ask("acme", "kaka0 OR ka* ", Order::Newest, 5);
+    let found = world.search().find_within(&ask, Threads::All, &mut Budget::new(PATIENCE)).expect("it is found");
+    assert!(!found.partial && !found.hits.is_empty());
+    let found = world.search().find_within(&ask, Threads::All, &mut Budget::new(Duration::ZERO)).expect("it is found");
+    assert!(found.partial && found.hits.is_empty());
+}
