@@ -90,6 +90,12 @@ impl Wanted {
         self.is_changed = true;
     }
 
+    /// Whether there is a group of this name now, and it is another one than that with this id.
+    pub(super) fn is_another(&self, tenant: &str, group: &str, id: &[u8; 16]) -> bool {
+        let groups = self.tenants.get(tenant).into_iter().flat_map(|groups| groups.iter());
+        groups.filter(|(name, _)| name == group).any(|(_, row)| row.id != *id)
+    }
+
     /// Puts an event where the groups look whose work it is. A tenant without groups costs one lookup.
     pub(super) fn index(&self, rows: &mut Batch<'_>, event: &LogEvent<'_>, seq: u64, class: u8) {
         let Some(groups) = self.tenants.get(&*event.tenant) else { return };

@@ -114,7 +114,9 @@ impl Works {
         let (tenant, thread, group) = &place;
         tx.rows.put_work(tenant, thread, group, &row);
         let is_requeued = row.requeued.len() < before.1;
-        if row.cursor > before.0 || is_requeued {
+        // A lease of a group that was deleted says nothing of what waits for the one that was made again under its name.
+        let is_past = row.cursor > before.0 || is_requeued;
+        if is_past && !tx.wanted.is_another(tenant, group, &row.group_id) {
             tx.rows.delete_waiting(tenant, group, thread, seq);
         }
         put_worker(tx, &place, had.as_ref(), &row);
