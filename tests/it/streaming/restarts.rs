@@ -167,7 +167,11 @@ on_both_logs!(who_joins_or_comes_back_gets_the_new_text_alone, |log| async move 
 
 #[tokio::test]
 async fn deltas_of_two_texts_that_wait_for_a_reader_are_not_joined() {
-    let (_server, mut agent, mut reader) = reader_without_credit(LogKind::embedded()).await;
+    let (server, mut agent, mut reader) = reader_without_credit(LogKind::embedded()).await;
+    // Deltas are handed out after they are answered, and to the reader before the witness, which came later.
+    let mut witness = server.connect("scout").await;
+    witness.subscribe("t", None).await;
+    witness.recv_type("caught_up").await;
     let sent = [
         delta("t", "r", "m", 0, ""),
         restart("t", "r", "m", "ab"),
@@ -178,6 +182,7 @@ async fn deltas_of_two_texts_that_wait_for_a_reader_are_not_joined() {
     for command in sent {
         accepted(&agent.ask(command).await);
     }
+    Fold::default().read_up_to(&mut witness, "m", "xyz!").await;
     reader.send(&json!({"type": "credit", "events": 8})).await;
     let mut got = Vec::new();
     for _ in 0..3 {

@@ -439,6 +439,10 @@ async fn an_agent_hears_that_it_shall_stop_before_all_else_that_waits_for_it() {
         agent.subscribe(thread, None).await;
         agent.recv_type("caught_up").await;
     }
+    // Events are handed out after they are answered, and to the agent before the witness, which came later.
+    let mut witness = server.connect("scout").await;
+    witness.subscribe("t", None).await;
+    witness.recv_type("caught_up").await;
     agent.send(&json!({"type": "credit", "events": 1})).await;
     assert_eq!(server.http("PUT", "/v1/threads/t/members/ada", "scout", None).await.0, 201);
     assert_eq!(agent.recv_type("event").await["kind"], "member_added");
@@ -448,6 +452,7 @@ async fn an_agent_hears_that_it_shall_stop_before_all_else_that_waits_for_it() {
     }
     let asked = server.connect("ada").await.ask(step("t", "r", "agent_cancel_requested", json!({}))).await;
     accepted(&asked);
+    assert_eq!(witness.events(2).await[1]["kind"], "agent_cancel_requested");
     // Of eight turns one may be another thread's.
     agent.send(&json!({"type": "credit", "events": 2})).await;
     let got = agent.events(2).await;
