@@ -1,0 +1,182 @@
+//! A group that has room for few, and what is looked at, left out and found.
+
+use super::*;
+
+const NOW: u64 = 1_800_000_000_000;
+const ID: [u8; 16] = [1; 16];
+
+fn group_row() -> GroupRow {
+    GroupRow {
+        id: ID,
+        created_at: NOW,
+        kinds: vec!["x.job".to_owned()],
+        from: 0,
+        lease_ms: 30_000,
+        attempts: 5,
+        backoff_min_ms: 0,
+        backoff_max_ms: 0,
+        paused: false,
+        revision: ID,
+    }
+}
+
+fn arrive(store: &Store, user: &str, thread: &str, kind: &str) {
+    let mut rows = store.batch();
+    let row = WaitingRow { kind: kind.to_owned(), user: user.to_owned(), at: NOW, class: 1 };
+    rows.put_waiting("acme", "g", thread, 1, &row);
+    store.commit(rows).expect("the store takes it");
+}
+
+/// Takes what comes next and settles it, as often as there is something; whose it was, in order.
+fn work_off(group: &mut Group, store: &Store) -> Vec<String> {
+    let mut done = Vec::new();
+    loop {
+        while group.is_looking(NOW) {
+            group.look_further(store, NOW).expect("the store answers");
+            assert!(group.bytes() <= group.max_bytes, "{} are held", group.heads.len());
+        }
+        let Some((user, _, thread)) = group.ready.next(1).next() else { return done };
+        group.choose(&thread, Uuid::from_bytes([7; 16]), NOW);
+        let mut rows = store.batch();
+        rows.put_work("acme", &thread, "g", &WorkRow { group_id: ID, cursor: 1, ..WorkRow::default() });
+        rows.delete_waiting("acme", "g", &thread, 1);
+        store.commit(rows).expect("the store takes it");
+        group.look_at(store, &thread, Why::Moved, NOW).expect("the store answers");
+        done.push(user.to_string());
+    }
+}
+
+/// There is room for so many threads.
+fn group_of(store: &Store, heads: usize) -> Group {
+    let mut rows = store.batch();
+    rows.put_group("acme", "g", &group_row());
+    store.commit(rows).expect("the store takes it");
+    let max_bytes = heads * (HEAD_BYTES + USER_BYTES + 8);
+    let mut group = Group { max_bytes, ..Group::new("acme".into(), "g".into()) };
+    group.reload(store).expect("the store answers");
+    group.index = Index::Complete;
+    group.find_all();
+    group
+}
+
+#[test]
+fn what_there_is_no_room_for_is_found_later_and_everybodys_first_is_held() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let store = Store::open(folder.path()).expect("it opens");
+    for n in 0..40 {
+        arrive(&store, "ada", &format!("a{n:02}"), "x.job");
+    }
+    for n in 0..3 {
+        arrive(&store, "ben", &format!("b{n}"), "x.job");
+    }
+    arrive(&store, "cid", "c", "x.job");
+    arrive(&store, "dan", "d", "x.none-of-its-kinds");
+
+    let done = work_off(&mut group_of(&store, 4), &store);
+    let of = |user: &str| done.iter().filter(|it| *it == user).count();
+    assert_eq!((done.len(), of("ada"), of("ben"), of("cid")), (44, 40, 3, 1));
+    let first = |user: &str| done.iter().position(|it| it == user);
+    assert!(first("ben") < Some(4) && first("cid") < Some(4), "{done:?}");
+}
+
+#[test]
+fn what_comes_while_there_is_no_room_is_found_as_well() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let store = Store::open(folder.path()).expect("it opens");
+    let mut group = group_of(&store, 2);
+    while group.is_looking(NOW) {
+        group.look_further(&store, NOW).expect("the store answers");
+    }
+    for n in 0..10 {
+        let thread = format!("t{}", (n * 7) % 10);
+        arrive(&store, ["ada", "ben"][n % 2], &thread, "x.job");
+        group.look_at(&store, &thread.as_str().into(), Why::Came, NOW).expect("the store answers");
+        assert!(group.heads.len() <= 2);
+    }
+    assert_eq!(work_off(&mut group, &store).len(), 10);
+    assert!(!group.is_looking(NOW), "and then there is nothing more to look for");
+}
+#[test]
+fn what_is_to_be_tried_later_keeps_out_nothing_that_can_be_done_now_and_is_found_when_it_is_time() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let store = Store::open(folder.path()).expect("it opens");
+    let mut group = group_of(&store, 4);
+    for n in 0..8 {
+        let (thread, failed) = (format!("f{n}"), NOW + 10_000 + n);
+        arrive(&store, "ada", &thread, "x.job");
+        let mut rows = store.batch();
+        let failed = Some(FailedRow { seq: 1, attempts: 1, not_before: failed, tries: Vec::new() });
+        rows.put_work("acme", &thread, "g", &WorkRow { group_id: ID, failed, ..WorkRow::default() });
+        store.commit(rows).expect("the store takes it");
+        group.look_at(&store, &thread.as_str().into(), Why::Moved, NOW).expect("the store answers");
+    }
+    assert!(group.heads.len() < 8 && group.later == group.heads.len() && group.ready.len() == 0);
+    for n in 0..3 {
+        let thread = format!("t{n}");
+        arrive(&store, "ada", &thread, "x.job");
+        group.look_at(&store, &thread.as_str().into(), Why::Came, NOW).expect("the store answers");
+        assert!(group.bytes() <= group.max_bytes);
+    }
+    assert!(group.ready.len() >= 2, "{} of 3 can be done", group.ready.len());
+
+    let mut done = BTreeSet::new();
+    let mut now = NOW;
+    while done.len() < 11 {
+        while group.is_looking(now) {
+            group.look_further(&store, now).expect("the store answers");
+        }
+        group.due(now, || now);
+        let Some((_, _, thread)) = group.ready.next(1).next() else {
+            now = group.next_due(now).expect("there is more").max(now);
+            continue;
+        };
+        group.choose(&thread, Uuid::from_bytes([7; 16]), now);
+        let mut rows = store.batch();
+        rows.put_work("acme", &thread, "g", &WorkRow { group_id: ID, cursor: 1, ..WorkRow::default() });
+        rows.delete_waiting("acme", "g", &thread, 1);
+        store.commit(rows).expect("the store takes it");
+        group.look_at(&store, &thread, Why::Moved, now).expect("the store answers");
+        done.insert(thread);
+    }
+    assert!((NOW + 10_007..NOW + 20_000).contains(&now), "{}", now - NOW);
+}
+
+#[test]
+fn a_worker_has_its_credit_back_for_what_it_settles_after_the_group_has_changed_or_is_gone() {
+    for changed in [Some(GroupRow { revision: [2; 16], ..group_row() }), None] {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(folder.path()).expect("it opens");
+        arrive(&store, "ada", "t", "x.job");
+        let mut group = group_of(&store, 4);
+        let wants = crate::dispatch::Wants { credit: 1, ..Default::default() };
+        group.workers.join(1, "wim".into(), wants, Box::new(|_| true));
+        group.look_further(&store, NOW).expect("the store answers");
+
+        let (thread, lease) = (Arc::from("t"), Uuid::from_bytes([7; 16]));
+        group.choose(&thread, lease, NOW);
+        group.workers.send(1).expect("it is there");
+        group.given.insert(lease, Given { worker: 1, thread: thread.clone(), lease_ms: 1_000, arrived: false });
+        let (id, kind, holder, until) = (lease.into_bytes(), "x.job".into(), "wim".into(), NOW + 1_000);
+        let leased = LeaseRow { id, seq: 1, kind, attempt: 1, attempts: 5, holder, at: NOW, until };
+        let put = |cursor, lease| {
+            let mut rows = store.batch();
+            rows.put_work("acme", "t", "g", &WorkRow { group_id: ID, cursor, lease, ..WorkRow::default() });
+            store.commit(rows).expect("the store takes it");
+        };
+        put(0, Some(leased));
+        let arrived = group.look_at(&store, &thread, Why::Moved, NOW).expect("the store answers");
+        assert!(arrived.len() == 1 && !group.workers.any_free());
+
+        let mut rows = store.batch();
+        match &changed {
+            Some(changed) => rows.put_group("acme", "g", changed),
+            None => rows.delete_group("acme", "g"),
+        }
+        store.commit(rows).expect("the store takes it");
+        group.reload(&store).expect("the store answers");
+        put(1, None);
+        group.look_at(&store, &thread, Why::Moved, NOW).expect("the store answers");
+        assert!(group.workers.any_free() && group.given.is_empty(), "{changed:?}");
+        assert_eq!((group.heads.len(), group.bytes, group.next_due(NOW)), (0, 0, None));
+    }
+}
