@@ -78,6 +78,8 @@ pub struct Group {
     /// When the first of those is to be tried for which there was no room; and when they are looked for at the earliest.
     due: Option<u64>,
     due_not_before: u64,
+    /// Since when they are looked for, if they are.
+    due_walk: Option<u64>,
     /// What is held, in bytes and without what each user costs, and how much that may be.
     bytes: usize,
     max_bytes: usize,
@@ -113,6 +115,7 @@ impl Group {
             later: 0,
             due: None,
             due_not_before: 0,
+            due_walk: None,
             bytes: 0,
             max_bytes: MIN_BYTES,
             holds: Holds::default(),
@@ -171,6 +174,7 @@ impl Group {
     pub fn find_all(&mut self) {
         self.scan = Some(BEGIN);
         (self.scans_all, self.left_out, self.missed, self.due) = (true, None, false, None);
+        self.due_walk = None;
     }
 
     /// Everything that is held is looked at again: something was missed.
@@ -184,11 +188,12 @@ impl Group {
         Ok(arrivals)
     }
 
-    /// Whether there is more to find in the store, and room for it.
+    /// Whether there is more to find in the store, and room for it. What is tried later gives way to what can be done now.
     pub fn is_looking(&self, now: u64) -> bool {
+        let has_room = self.bytes() < self.max_bytes.div_ceil(2) || self.ready.len() == 0 && self.is_mostly_later();
         let looks = self.scan.is_some()
             || self.left_out_due().is_some_and(|due| due <= now)
-            || (self.left_out.is_some() || self.missed) && self.bytes() < self.max_bytes.div_ceil(2);
+            || (self.left_out.is_some() || self.missed) && has_room;
         looks && self.index == Index::Complete && self.row.is_some()
     }
 
@@ -200,8 +205,8 @@ impl Group {
         }
         if self.scan.is_none() && self.left_out_due().is_some_and(|due| due <= now) {
             // They may be anywhere. A walk goes over everything: not one for each of them.
-            self.due_not_before = now + DUE_EVERY_MS;
             self.find_all();
+            self.due_walk = Some(now);
         }
         let start = match self.scan.take() {
             Some(start) => start,
@@ -229,6 +234,12 @@ impl Group {
         }
         if self.scans_all || !left_out {
             self.scan = next;
+        }
+        if self.scan.is_none()
+            && let Some(began) = self.due_walk.take()
+        {
+            // A walk that takes long takes half of the time, and no more.
+            self.due_not_before = now + DUE_EVERY_MS.max(now.saturating_sub(began));
         }
         Ok(arrivals)
     }
@@ -376,13 +387,14 @@ impl Group {
         }
         let is_new = matches!(head.state, State::Ready) && self.ready.count_of(&head.user) == 0;
         let bytes = bytes + if is_new { USER_BYTES } else { 0 };
+        let is_mostly_later = self.is_mostly_later();
         while self.bytes() + bytes > self.max_bytes {
             let others = self.ready.most().filter(|(most, _)| *most > self.ready.count_of(&head.user) + 1);
             let thread = match (&head.state, others) {
                 (State::Leased { .. }, _) => None,
                 (_, Some((_, thread))) => Some(thread),
                 // Whatever is tried again and again does not keep out what can be done now.
-                (State::Ready, None) if self.later > self.heads.len() / 2 => self.last_to_try(),
+                (State::Ready, None) if is_mostly_later => self.last_to_try(),
                 _ => None,
             };
             let Some(out) = thread.and_then(|thread| self.remove(&thread)) else { return false };
@@ -394,9 +406,16 @@ impl Group {
     /// There is no room for a thread: it is looked for when there is, or when it is to be tried.
     fn leave_out(&mut self, head: &Head) {
         match head.state {
-            State::Later { until, .. } => self.due = Some(self.due.map_or(until, |due| due.min(until))),
-            _ => self.missed = true,
+            // It is heard if another node's lease is over before.
+            State::Later { until, .. } | State::Leased { until, .. } => {
+                self.due = Some(self.due.map_or(until, |due| due.min(until)));
+            }
+            State::Ready | State::Chosen(_) => self.missed = true,
         }
+    }
+
+    fn is_mostly_later(&self) -> bool {
+        self.later > self.heads.len() / 2
     }
 
     fn left_out_due(&self) -> Option<u64> {

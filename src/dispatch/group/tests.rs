@@ -29,9 +29,11 @@ fn arrive(store: &Store, user: &str, thread: &str, kind: &str) {
 
 /// Takes what comes next and settles it, as often as there is something; whose it was, in order.
 fn work_off(group: &mut Group, store: &Store) -> Vec<String> {
-    let mut done = Vec::new();
+    let (mut done, mut looks) = (Vec::new(), 0);
     loop {
         while group.is_looking(NOW) {
+            looks += 1;
+            assert!(looks < 1_000, "it looks again and again");
             group.look_further(store, NOW).expect("the store answers");
             assert!(group.bytes() <= group.max_bytes, "{} are held", group.heads.len());
         }
@@ -139,6 +141,54 @@ fn what_is_to_be_tried_later_keeps_out_nothing_that_can_be_done_now_and_is_found
         done.insert(thread);
     }
     assert!((NOW + 10_007..NOW + 20_000).contains(&now), "{}", now - NOW);
+}
+
+#[test]
+fn where_all_that_is_held_is_to_be_tried_later_what_waits_outside_is_found_before() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let store = Store::open(folder.path()).expect("it opens");
+    for n in 0..20 {
+        arrive(&store, "ada", &format!("t{n:02}"), "x.job");
+    }
+    let put = |thread: &str, row: WorkRow| {
+        let mut rows = store.batch();
+        rows.put_work("acme", thread, "g", &WorkRow { group_id: ID, ..row });
+        store.commit(rows).expect("the store takes it");
+    };
+    // Another node's.
+    let (id, kind, holder, until) = ([8; 16], "x.job".into(), "wim".into(), NOW + 5_000);
+    let lease = LeaseRow { id, seq: 1, kind, attempt: 1, attempts: 5, holder, at: NOW, until };
+    put("t19", WorkRow { lease: Some(lease), ..WorkRow::default() });
+    let mut group = group_of(&store, 4);
+    group.look_further(&store, NOW).expect("the store answers");
+    let held: Vec<_> = group.heads.keys().cloned().collect();
+    assert!(held.len() < 10 && group.ready.len() == held.len(), "{held:?}");
+
+    for thread in &held {
+        let failed = FailedRow { seq: 1, attempts: 1, not_before: NOW + 10_000, tries: Vec::new() };
+        put(thread, WorkRow { failed: Some(failed), ..WorkRow::default() });
+        group.look_at(&store, thread, Why::Moved, NOW).expect("the store answers");
+    }
+    assert!(group.later == held.len() && group.ready.len() == 0);
+    assert_eq!(work_off(&mut group, &store).len(), 20 - 1 - held.len());
+    assert_eq!(group.next_due(NOW), Some(until), "the lease may be over and not settled then");
+}
+
+#[test]
+fn a_walk_for_what_is_to_be_tried_now_takes_half_of_the_time_at_most() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let store = Store::open(folder.path()).expect("it opens");
+    for n in 0..CHUNK + 1 {
+        arrive(&store, "ada", &format!("t{n}"), "x.job");
+    }
+    let mut group = group_of(&store, 4);
+    group.scan = None;
+    group.due = Some(NOW);
+    for now in [NOW, NOW + 7_000] {
+        assert!(group.is_looking(now));
+        group.look_further(&store, now).expect("the store answers");
+    }
+    assert!(group.scan.is_none() && group.due_not_before == NOW + 14_000, "{}", group.due_not_before - NOW);
 }
 
 #[test]
