@@ -90,10 +90,11 @@ impl Wanted {
         self.is_changed = true;
     }
 
-    /// Whether there is a group of this name now, and it is another one than that with this id.
-    pub(super) fn is_another(&self, tenant: &str, group: &str, id: &[u8; 16]) -> bool {
+    /// Whether there is a group of this name that was made after the one with this id. One that was made before says nothing: it
+    /// may be that this node has not yet heard of the newer.
+    pub(super) fn is_newer(&self, tenant: &str, group: &str, id: &[u8; 16]) -> bool {
         let groups = self.tenants.get(tenant).into_iter().flat_map(|groups| groups.iter());
-        groups.filter(|(name, _)| name == group).any(|(_, row)| row.id != *id)
+        groups.filter(|(name, _)| name == group).any(|(_, row)| row.id > *id)
     }
 
     /// Puts an event where the groups look whose work it is. A tenant without groups costs one lookup.
@@ -125,6 +126,15 @@ mod tests {
             paused: false,
             revision: [1; 16],
         }
+    }
+
+    #[test]
+    fn only_a_group_that_was_made_later_is_newer_than_another_of_its_name() {
+        let mut wanted = Wanted::default();
+        wanted.set("acme", "g", Some(&GroupRow { id: [2; 16], ..group() }));
+        let newer = [1, 2, 3].map(|id| wanted.is_newer("acme", "g", &[id; 16]));
+        assert_eq!(newer, [true, false, false]);
+        assert!(!wanted.is_newer("acme", "other", &[1; 16]) && !wanted.is_newer("other", "g", &[1; 16]));
     }
 
     #[test]

@@ -116,11 +116,13 @@ impl Works {
         let is_requeued = row.requeued.len() < before.1;
         // A lease of a group that was deleted says nothing of what waits for the one that was made again under its name.
         let is_past = row.cursor > before.0 || is_requeued;
-        if is_past && !tx.wanted.is_another(tenant, group, &row.group_id) {
+        if is_past && !tx.wanted.is_newer(tenant, group, &row.group_id) {
             tx.rows.delete_waiting(tenant, group, thread, seq);
         }
         put_worker(tx, &place, had.as_ref(), &row);
-        if let Some((holder, _)) = had.filter(|_| row.lease.is_none()) {
+        // A lease of a group that was made again takes the place of one that its holder had of the group before.
+        if let Some((holder, _)) = had.filter(|(user, _)| row.lease.as_ref().is_none_or(|lease| lease.holder != *user))
+        {
             let key = ids::log_key(tenant, thread).into();
             tx.commit.events.push(ThreadUpdate { key, update: Update::LeaseOver { user: holder.into() } });
         }

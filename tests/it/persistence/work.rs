@@ -9,11 +9,12 @@ use uuid::Uuid;
 use weft::clock;
 use weft::log::embedded::EmbeddedLog;
 use weft::log::{Grant, Record};
+use weft::projector::{Projector, Update};
 use weft::protocol::work::{GroupRecord, GroupSettings, Settlement, WorkLeasedRecord, WorkSettledRecord};
 use weft::store::dead_letters::DeadLetterFilter;
 use weft::store::{Store, StoreError};
 
-use super::projector::{Split, append, entries, project, record};
+use super::projector::{Split, append, entries, open_store, project, record};
 use crate::support::TENANT;
 
 const THREADS: [&str; 2] = ["t", "u"];
@@ -172,7 +173,11 @@ impl Thread {
 }
 
 fn leased(id: Uuid, at: usize, seq: u64, after: u64, attempt: u32, holder: &str, now: u64) -> Record {
-    Record::from(&WorkLeasedRecord {
+    Record::from(&work_leased(id, at, seq, after, attempt, holder, now))
+}
+
+fn work_leased(id: Uuid, at: usize, seq: u64, after: u64, attempt: u32, holder: &str, now: u64) -> WorkLeasedRecord {
+    WorkLeasedRecord {
         kind: "work_leased".into(),
         id,
         tenant: TENANT.into(),
@@ -187,7 +192,7 @@ fn leased(id: Uuid, at: usize, seq: u64, after: u64, attempt: u32, holder: &str,
         holder: holder.into(),
         at: clock::rfc3339(now),
         until: clock::rfc3339(now + LEASE),
-    })
+    }
 }
 
 fn settled(lease: Uuid, at: usize, outcome: Settlement, by: &str, now: u64) -> Record {
@@ -258,6 +263,33 @@ proptest! {
             return Err(TestCaseError::fail(differs.to_string()));
         }
     }
+}
+
+#[test]
+fn a_lease_of_a_group_that_was_made_again_ends_what_a_holder_of_the_one_before_may_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = EmbeddedLog::open(&folder.path().join("log"), 1).unwrap();
+    let lease = |group: u8, holder| {
+        let of = work_leased(clock::event_id(), 0, 1, 0, 1, holder, BEGIN);
+        Record::from(&WorkLeasedRecord { group_id: Uuid::from_bytes([group; 16]), ..of })
+    };
+    append(
+        &log,
+        vec![
+            record(BEGIN, THREADS[0], "ada", "user_message", &json!({"text": "hello"}), None),
+            lease(1, "wim"),
+            lease(2, "eve"),
+            lease(3, "eve"),
+        ],
+    );
+    let (store, progress) = open_store(&log, &folder.path().join("store"));
+    let (applied, committed) = Projector::new(store.clone(), &log, progress).project(&entries(&log), &[4]).unwrap();
+    assert_eq!(applied, 4);
+    let over = committed.events.iter().filter_map(|it| match &it.update {
+        Update::LeaseOver { user } => Some(&**user),
+        _ => None,
+    });
+    assert_eq!(over.collect::<Vec<_>>(), ["wim"], "eve has another lease on the thread");
 }
 
 #[test]
