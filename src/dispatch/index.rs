@@ -34,10 +34,11 @@ pub struct Depth {
     pub in_flight: u64,
 }
 
-/// Adds what is missing of this revision of the group. It takes as long as the tenant has threads: off the runtime's workers.
-pub fn complete(store: &Store, tenant: &str, group: &str, row: &GroupRow) -> Result<(), StoreError> {
+/// Adds what is missing of this revision of the group; `false` if the group has another one by now, or is gone. It takes as
+/// long as the tenant has threads: off the runtime's workers.
+pub fn complete(store: &Store, tenant: &str, group: &str, row: &GroupRow) -> Result<bool, StoreError> {
     if store.waiting_complete(tenant, group)? == Some(row.revision) {
-        return Ok(());
+        return Ok(true);
     }
     let mut after: Option<String> = None;
     loop {
@@ -45,17 +46,26 @@ pub fn complete(store: &Store, tenant: &str, group: &str, row: &GroupRow) -> Res
         let Some((last, _)) = threads.last() else { break };
         after = Some(last.clone());
         for (thread, it) in &threads {
-            if it.last_at + MARGIN_MS >= row.from {
-                complete_thread(store, (tenant, group), thread, row)?;
+            if it.last_at + MARGIN_MS >= row.from && !complete_thread(store, (tenant, group), thread, row)? {
+                return Ok(false);
             }
+        }
+        if !is_of(store, (tenant, group), row)? {
+            return Ok(false);
         }
     }
     let mut batch = store.batch();
     batch.put_waiting_complete(tenant, group, row.revision);
-    store.commit(batch)
+    store.commit(batch)?;
+    Ok(true)
 }
 
-fn complete_thread(store: &Store, whose: (&str, &str), thread: &str, row: &GroupRow) -> Result<(), StoreError> {
+/// Whether the group still has this revision.
+fn is_of(store: &Store, (tenant, group): (&str, &str), row: &GroupRow) -> Result<bool, StoreError> {
+    Ok(store.group(tenant, group)?.is_some_and(|now| now.revision == row.revision))
+}
+
+fn complete_thread(store: &Store, whose: (&str, &str), thread: &str, row: &GroupRow) -> Result<bool, StoreError> {
     let (tenant, group) = whose;
     let work = store.work(tenant, thread, group)?.filter(|work| work.group_id == row.id);
     let mut from = work.map_or(0, |work| work.cursor) + 1;
@@ -73,7 +83,10 @@ fn complete_thread(store: &Store, whose: (&str, &str), thread: &str, row: &Group
         })?;
         store.commit(batch)?;
         if read < CHUNK {
-            return Ok(());
+            return Ok(true);
+        }
+        if !is_of(store, whose, row)? {
+            return Ok(false);
         }
     }
 }
@@ -106,4 +119,41 @@ pub fn depth(store: &Store, tenant: &str, group: &str, row: &GroupRow) -> Result
         }
     }
     Ok(depth)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::ThreadRow;
+
+    #[test]
+    fn an_index_is_completed_for_a_group_as_it_is_and_for_no_revision_before() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(folder.path()).expect("it opens");
+        let row = |revision| GroupRow {
+            id: [1; 16],
+            created_at: 0,
+            kinds: vec!["x.job".to_owned()],
+            from: 0,
+            lease_ms: 1_000,
+            attempts: 1,
+            backoff_min_ms: 0,
+            backoff_max_ms: 0,
+            paused: false,
+            revision: [revision; 16],
+        };
+        let mut rows = store.batch();
+        rows.put_thread("acme", "t", &ThreadRow::default());
+        rows.put_group("acme", "g", &row(2));
+        store.commit(rows).expect("it commits");
+
+        let complete = |revision| complete(&store, "acme", "g", &row(revision)).expect("the store answers");
+        let marked = || store.waiting_complete("acme", "g").expect("the store answers");
+        assert_eq!((complete(1), marked()), (false, None));
+        assert_eq!((complete(2), marked(), complete(2)), (true, Some([2; 16]), true));
+        let mut rows = store.batch();
+        rows.delete_group("acme", "g");
+        store.commit(rows).expect("it commits");
+        assert!(!complete(3), "it is gone");
+    }
 }

@@ -226,8 +226,12 @@ impl Dispatcher {
         let count = move || {
             // Given up with the count, also if nobody waits for that any more.
             let _turn = turn;
-            let (tenant, group) = (&*whose.0, &*whose.1);
-            index::complete(&store, tenant, group, &row)?;
+            let ((tenant, group), mut row) = ((&*whose.0, &*whose.1), row);
+            while !index::complete(&store, tenant, group, &row)? {
+                // It was changed meanwhile. Of one that is gone nothing is leased or waits.
+                let Some(now) = store.group(tenant, group)? else { return Ok(Depth::default()) };
+                row = now;
+            }
             index::depth(&store, tenant, group, &row)
         };
         let counted = tokio::task::spawn_blocking(count).await;

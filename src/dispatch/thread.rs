@@ -372,7 +372,7 @@ impl Thread {
         let complete = move || {
             let done = panics::caught(|| index::complete(&store, &tenant, &name, &row));
             let complete = match done {
-                Ok(Ok(())) => true,
+                Ok(Ok(complete)) => complete,
                 Ok(Err(error)) => {
                     tracing::warn!(%error, group = &*name, "what waits for a group cannot be looked for");
                     false
