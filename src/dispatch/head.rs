@@ -51,8 +51,11 @@ impl Head {
         matches!(self.state, State::Later { .. })
     }
 
-    pub fn piece<'a>(&'a self, thread: &'a Arc<str>, has_kinds: bool) -> Piece<'a> {
-        Piece { user: &self.user, rank: self.rank, thread, kind: has_kinds.then_some(&self.kind) }
+    /// As it waits for its turn, in a group of these kinds. It has a kind of its own unless the group has this one alone: what
+    /// was begun before the group changed may be of another.
+    pub fn piece<'a>(&'a self, thread: &'a Arc<str>, kinds: &[Arc<str>]) -> Piece<'a> {
+        let has_kind = !matches!(kinds, [only] if *only == self.kind);
+        Piece { user: &self.user, rank: self.rank, thread, kind: has_kind.then_some(&self.kind) }
     }
 }
 

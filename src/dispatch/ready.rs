@@ -9,6 +9,11 @@ use std::sync::Arc;
 /// How much earlier or later work counts as arrived, in milliseconds, by the class of its priority: high, normal, low.
 const HEAD_START: [i64; 3] = [60_000, 0, -60_000];
 
+/// What a user's queue of one kind costs: a node of a tree, the first places of a list, and the user's turn. And what the place
+/// of a piece in it costs, where the tree's nodes are half full.
+pub const KIND_BYTES: usize = 480;
+pub const PLACE_BYTES: usize = 48;
+
 /// Sorts what waits for its turn: smaller is sooner.
 pub type Rank = i64;
 
@@ -35,6 +40,9 @@ pub struct Ready {
     sizes: BTreeMap<usize, BTreeSet<Arc<str>>>,
     round: u64,
     len: usize,
+    /// How many pieces have a kind of their own, and how many queues users have of them.
+    with_kind: usize,
+    kind_queues: usize,
 }
 
 /// A thread whose next event is ready.
@@ -43,7 +51,7 @@ pub struct Piece<'a> {
     pub user: &'a Arc<str>,
     pub rank: Rank,
     pub thread: &'a Arc<str>,
-    /// The event's kind, where there is more than one.
+    /// The event's kind, where not all have the same.
     pub kind: Option<&'a Arc<str>>,
 }
 
@@ -88,12 +96,17 @@ impl Ready {
         self.users.len()
     }
 
+    /// What it costs, in bytes, that pieces have kinds.
+    pub fn kind_bytes(&self) -> usize {
+        self.kind_queues * KIND_BYTES + self.with_kind * PLACE_BYTES
+    }
+
     pub fn insert(&mut self, piece: Piece<'_>) {
-        self.change(piece.user, |queue, _| queue.insert(piece));
+        self.change(piece, false, |queue, _| queue.insert(piece));
     }
 
     pub fn remove(&mut self, piece: Piece<'_>) {
-        self.change(piece.user, |queue, _| queue.remove(piece));
+        self.change(piece, false, |queue, _| queue.remove(piece));
     }
 
     /// A user's name, as it is held here already.
@@ -127,7 +140,7 @@ impl Ready {
         if let Some(queue) = self.users.get(piece.user) {
             self.round = self.round.max(queue.round);
         }
-        self.change(piece.user, |queue, round| {
+        self.change(piece, true, |queue, round| {
             queue.round = queue.round.max(round) + 1;
             queue.remove(piece);
         });
@@ -144,16 +157,18 @@ impl Ready {
         self.users.get(user).map_or(0, |queue| queue.threads.len())
     }
 
-    /// Changes a user's queue, and keeps the lists true to it.
-    fn change(&mut self, user: &Arc<str>, change: impl FnOnce(&mut UserQueue, u64)) {
-        let round = self.round;
+    /// Changes a piece of a user's queue, and keeps the lists true to it. Where the user's turn is over, its place changes in
+    /// those of all kinds.
+    fn change(&mut self, piece: Piece<'_>, is_turn_over: bool, change: impl FnOnce(&mut UserQueue, u64)) {
+        let (user, round) = (piece.user, self.round);
+        let may_move = |kind: &Arc<str>| is_turn_over || piece.kind == Some(kind);
         let new = || UserQueue { round, threads: Threads::new(), kinds: Vec::new() };
         let queue = self.users.entry(user.clone()).or_insert_with(new);
-        let before = queue.threads.len();
+        let (before, queues_before) = (queue.threads.len(), queue.kinds.len());
         if let Some((rank, _)) = queue.threads.first() {
             self.turns.remove(&(queue.round, *rank, user.clone()));
         }
-        for (kind, threads) in &queue.kinds {
+        for (kind, threads) in queue.kinds.iter().filter(|(kind, _)| may_move(kind)) {
             if let (Some((rank, _)), Some(turns)) = (threads.first(), self.kinds.get_mut(kind)) {
                 turns.remove(&(queue.round, *rank, user.clone()));
                 if turns.is_empty() {
@@ -163,11 +178,11 @@ impl Ready {
         }
 
         change(queue, round);
-        let now = queue.threads.len();
+        let (now, queues) = (queue.threads.len(), queue.kinds.len());
         if let Some((rank, _)) = queue.threads.first() {
             self.turns.insert((queue.round, *rank, user.clone()));
         }
-        for (kind, threads) in &queue.kinds {
+        for (kind, threads) in queue.kinds.iter().filter(|(kind, _)| may_move(kind)) {
             if let Some((rank, _)) = threads.first() {
                 self.kinds.entry(kind.clone()).or_default().insert((queue.round, *rank, user.clone()));
             }
@@ -176,6 +191,10 @@ impl Ready {
             self.users.remove(user);
         }
         self.len = self.len + now - before;
+        self.kind_queues = self.kind_queues + queues - queues_before;
+        if piece.kind.is_some() {
+            self.with_kind = self.with_kind + now - before;
+        }
         if before != now {
             if let Some(users) = self.sizes.get_mut(&before) {
                 users.remove(user);
@@ -294,6 +313,7 @@ mod tests {
         assert_eq!(take_of(&["x.a", "x.b"]).as_deref(), Some("a0000"));
         assert_eq!(take_of(&["x.b", "x.none"]).as_deref(), Some("ben1"));
         assert_eq!(take_of(&["x.b"]).as_deref(), Some("late1"));
-        assert_eq!((take_of(&["x.b"]), take_of(&[]), work.len()), (None, None, 1_999));
+        assert_eq!((take_of(&["x.b"]), take_of(&[])), (None, None));
+        assert_eq!((work.len(), work.kind_bytes()), (1_999, KIND_BYTES + 1_999 * PLACE_BYTES));
     }
 }

@@ -456,7 +456,8 @@ impl Thread {
 
 /// The thread whose turn it is, of those that a worker takes.
 fn next_for(group: &Group, worker: u64, hasher: &RandomState, now: u64) -> Option<Arc<str>> {
-    if let Some(kinds) = group.workers.kinds_of(worker).filter(|_| group.has_kinds()) {
+    // Who does not take the only kind of a group takes no more than what was begun when the group had others.
+    if let Some(kinds) = group.workers.kinds_of(worker).filter(|kinds| !kinds.iter().any(|kind| group.has_only(kind))) {
         return group.ready.next_of(kinds.iter().map(String::as_str));
     }
     if group.workers.takes_all(worker) {

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::head::{HEAD_BYTES, Head, State, USER_BYTES, Why, waiting};
 use super::index::waiting_row;
-use super::ready::{Ready, rank};
+use super::ready::{KIND_BYTES, PLACE_BYTES, Ready, rank};
 use super::waits::Holds;
 use super::workers::Workers;
 use crate::store::{FailedRow, GroupRow, LeaseRow, Store, StoreError, WaitingRow, WaitingStart, WorkRow};
@@ -133,7 +133,7 @@ impl Group {
 
     /// What is held, in bytes.
     pub fn bytes(&self) -> usize {
-        self.bytes + self.ready.users() * USER_BYTES
+        self.bytes + self.ready.users() * USER_BYTES + self.ready.kind_bytes()
     }
 
     /// Reads the group's row. If it wants other events than before, what waits is looked for anew.
@@ -165,9 +165,9 @@ impl Group {
         self.timers.retain(|(_, thread)| heads.contains_key(thread));
     }
 
-    /// Whether its events are of several kinds.
-    pub fn has_kinds(&self) -> bool {
-        self.kinds.len() > 1
+    /// Whether all its events are of this kind, but for those that were begun when it had others.
+    pub fn has_only(&self, kind: &str) -> bool {
+        matches!(&*self.kinds, [only] if **only == *kind)
     }
 
     /// The index is complete: what waits is looked for from the beginning on, and what is held is looked at again.
@@ -368,7 +368,7 @@ impl Group {
         self.bytes += bytes;
         self.later += usize::from(head.is_later());
         match head.state {
-            State::Ready => self.ready.insert(head.piece(thread, self.kinds.len() > 1)),
+            State::Ready => self.ready.insert(head.piece(thread, &self.kinds)),
             State::Later { until, .. } | State::Leased { until, .. } => head.timer = Some(until),
             State::Chosen(_) => {}
         }
@@ -385,8 +385,10 @@ impl Group {
         {
             return true;
         }
-        let is_new = matches!(head.state, State::Ready) && self.ready.count_of(&head.user) == 0;
-        let bytes = bytes + if is_new { USER_BYTES } else { 0 };
+        let is_ready = matches!(head.state, State::Ready);
+        let new_user = if is_ready && self.ready.count_of(&head.user) == 0 { USER_BYTES } else { 0 };
+        let new_kind = if is_ready && !self.has_only(&head.kind) { KIND_BYTES + PLACE_BYTES } else { 0 };
+        let bytes = bytes + new_user + new_kind;
         let is_mostly_later = self.is_mostly_later();
         while self.bytes() + bytes > self.max_bytes {
             let others = self.ready.most().filter(|(most, _)| *most > self.ready.count_of(&head.user) + 1);
@@ -433,7 +435,7 @@ impl Group {
         self.bytes -= head.bytes(thread);
         self.later -= usize::from(head.is_later());
         if head.state == State::Ready {
-            self.ready.remove(head.piece(thread, self.has_kinds()));
+            self.ready.remove(head.piece(thread, &self.kinds));
         }
         if let Some(at) = head.timer {
             self.timers.remove(&(at, thread.clone()));
@@ -444,7 +446,7 @@ impl Group {
     /// A lease is asked for.
     pub fn choose(&mut self, thread: &Arc<str>, lease: Uuid, now: u64) {
         if let Some(head) = self.heads.get_mut(thread) {
-            self.ready.take(head.piece(thread, self.kinds.len() > 1));
+            self.ready.take(head.piece(thread, &self.kinds));
             head.state = State::Chosen(lease);
             head.waiting.is_chosen(&self.holds, now);
         }
@@ -484,7 +486,7 @@ impl Group {
                     head.waiting.is_ready(&self.holds, now);
                     head.state = State::Ready;
                     self.later -= 1;
-                    self.ready.insert(head.piece(&thread, self.kinds.len() > 1));
+                    self.ready.insert(head.piece(&thread, &self.kinds));
                 }
                 State::Leased { lease, until } if until <= now => {
                     over.push((lease, thread.clone()));

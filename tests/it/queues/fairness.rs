@@ -189,6 +189,28 @@ async fn who_takes_one_kind_gets_it_however_much_of_another_waits_before_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_begun_goes_to_who_takes_its_kind_however_much_waits_of_the_only_kind_that_the_group_has_now() {
+    let it = Alone::start();
+    it.set(GROUP, &["x.a"]).await;
+    let job = |n: usize, age, kind| event(clock::now_ms() - age, TENANT, &format!("t{n}"), "ada", kind).1;
+    it.append([job(0, 0, "x.a")].into_iter()).await;
+    let (_consumer, mut work) = it.consume(1, Some(&["x.a"]));
+    let given = next(&mut work).await;
+    it.set(GROUP, &["x.b"]).await;
+    it.append((1..100).map(|n| job(n, 60_000, "x.b"))).await;
+    let retry = Settling { outcome: Outcome::Retry, reason: None, delay_ms: Some(0) };
+    it.node.dispatcher.settle(&it.root, &given.delivery, retry).await.unwrap();
+
+    let again = next(&mut work).await;
+    assert_eq!((&*again.thread, again.attempt), ("t0", 2));
+    it.done(&again).await;
+    let (_other, mut others) = it.consume(1, Some(&["x.none", "x.b"]));
+    assert_eq!(&*next(&mut others).await.thread, "t1");
+    assert!(work.try_recv().is_err());
+    it.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_whose_clock_is_behind_the_logs_asks_for_a_lease_now_and_then() {
     let it = Alone::start();
     it.set(GROUP, &["user_message"]).await;
