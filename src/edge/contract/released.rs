@@ -1,8 +1,8 @@
 //! Whether this server still keeps what a released contract promised (docs/decisions/0085).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{Content, OPERATIONS, openapi};
 use crate::protocol::compatible::{self, Direction};
@@ -48,10 +48,10 @@ fn directions(name: &str) -> Vec<Direction> {
     }
 }
 
-/// Paths, methods, parameters and answers that are gone, and parameters that are needed now.
+/// Paths, methods, parameters and answers that are gone, parameters that are needed now, and bodies and answers that are other
+/// schemas now.
 fn operations(old: &Value, new: &Value) -> Vec<String> {
     let mut found = Vec::new();
-    let members = |value: &Value| value.as_object().cloned().unwrap_or_default();
     for (path, methods) in members(&old["paths"]) {
         for (method, old) in members(&methods) {
             let at = format!("openapi {} {path}", method.to_uppercase());
@@ -60,23 +60,70 @@ fn operations(old: &Value, new: &Value) -> Vec<String> {
                 found.push(format!("{at} is gone"));
                 continue;
             }
-            let names = |operation: &Value| -> BTreeSet<(String, String)> {
-                let text = |parameter: &Value, field: &str| parameter[field].as_str().unwrap_or_default().to_owned();
-                let all = operation["parameters"].as_array().into_iter().flatten();
-                all.map(|parameter| (text(parameter, "in"), text(parameter, "name"))).collect()
-            };
-            for (place, name) in names(&old).difference(&names(new)) {
+            let (had, has) = (parameters(&old), parameters(new));
+            for (place, name) in had.keys().filter(|it| !has.contains_key(it)) {
                 found.push(format!("{at}: the parameter {name} ({place}) is gone"));
             }
-            for status in members(&old["responses"]).keys().filter(|status| new["responses"].get(status).is_none()) {
-                found.push(format!("{at}: the answer {status} is gone"));
+            for ((place, name), _) in has.iter().filter(|(it, needed)| **needed && had.get(it) != Some(&true)) {
+                found.push(format!("{at}: the parameter {name} ({place}) is needed now"));
             }
+            for (status, old) in members(&old["responses"]) {
+                let answer = format!("{at}: the answer {status}");
+                match new["responses"].get(&status) {
+                    Some(new) => found.extend(contents(&answer, (&old, new), Direction::Writes)),
+                    None => found.push(format!("{answer} is gone")),
+                }
+            }
+            let bodies = (&old["requestBody"], &new["requestBody"]);
+            found.extend(contents(&format!("{at}: the body"), bodies, Direction::Reads));
             if new["requestBody"]["required"] == true && old["requestBody"]["required"] != true {
                 found.push(format!("{at}: a body is needed now"));
             }
         }
     }
     found
+}
+
+/// Where an operation's parameters are, what they are called, and whether each is needed.
+fn parameters(operation: &Value) -> BTreeMap<(String, String), bool> {
+    let text = |parameter: &Value, field: &str| parameter[field].as_str().unwrap_or_default().to_owned();
+    let all = operation["parameters"].as_array().into_iter().flatten();
+    let place = |parameter: &Value| (text(parameter, "in"), text(parameter, "name"));
+    all.map(|parameter| (place(parameter), parameter["required"] == true)).collect()
+}
+
+/// Which schemas a body or an answer was and is, by its content type. How each schema changes is compared by its name.
+fn contents(what: &str, (old, new): (&Value, &Value), direction: Direction) -> Vec<String> {
+    let mut found = Vec::new();
+    for (content_type, old) in members(&old["content"]) {
+        let Some(new) = new["content"].get(&content_type) else {
+            found.push(format!("{what} ({content_type}) is gone"));
+            continue;
+        };
+        let (had, has) = (names(&old["schema"]), names(&new["schema"]));
+        match direction {
+            Direction::Reads => {
+                let gone = had.difference(&has);
+                found.extend(gone.map(|name| format!("{what} ({content_type}) is no longer {name}")));
+            }
+            Direction::Writes => {
+                let more = has.difference(&had);
+                found.extend(more.map(|name| format!("{what} ({content_type}) is {name} now")));
+            }
+        }
+    }
+    found
+}
+
+/// The schemas that one refers to: itself, or as its alternatives.
+fn names(schema: &Value) -> BTreeSet<&str> {
+    let alternatives = schema["anyOf"].as_array().into_iter().flatten();
+    let all = [schema].into_iter().chain(alternatives).filter_map(|it| it["$ref"].as_str());
+    all.map(|name| name.rsplit('/').next().unwrap_or(name)).collect()
+}
+
+fn members(value: &Value) -> Map<String, Value> {
+    value.as_object().cloned().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -139,6 +186,40 @@ mod tests {
                 "openapi GET /v1/nothing is gone",
                 "openapi GET /v1/threads: the parameter colour (query) is gone",
                 "openapi GET /v1/threads: the answer 202 is gone",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_parameter_that_is_needed_now_is_a_break_whether_it_was_there_before_or_not() {
+        let (mut without, mut optional) = (openapi::document(), openapi::document());
+        let needed = |document: &mut Value| document["paths"]["/v1/search"]["get"]["parameters"].take();
+        let mut parameters = needed(&mut optional);
+        for parameter in parameters.as_array_mut().into_iter().flatten() {
+            parameter["required"] = json!(false);
+        }
+        optional["paths"]["/v1/search"]["get"]["parameters"] = parameters;
+        needed(&mut without);
+        for old in [without, optional] {
+            assert_eq!(broken("openapi", old), ["openapi GET /v1/search: the parameter q (query) is needed now"]);
+        }
+    }
+
+    #[test]
+    fn another_schema_of_a_body_or_an_answer_is_a_break_even_if_each_schema_stays_as_it_is() {
+        let mut old = openapi::document();
+        let group = &mut old["paths"]["/v1/groups/{group}"];
+        let other =
+            json!({"application/json": {"schema": {"$ref": "#/components/schemas/http.thread-list"}}, "x/y": {}});
+        group["put"]["requestBody"]["content"] = other.clone();
+        group["get"]["responses"]["200"]["content"] = other;
+        assert_eq!(
+            broken("openapi", old),
+            [
+                "openapi GET /v1/groups/{group}: the answer 200 (application/json) is http.group-detail now",
+                "openapi GET /v1/groups/{group}: the answer 200 (x/y) is gone",
+                "openapi PUT /v1/groups/{group}: the body (application/json) is no longer http.thread-list",
+                "openapi PUT /v1/groups/{group}: the body (x/y) is gone",
             ]
         );
     }
