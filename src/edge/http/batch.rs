@@ -106,7 +106,10 @@ async fn judge_all<'a>(
     };
     if judged.iter().any(may_be_missing) {
         api.level.reach().await?;
-        for (judged, it) in judged.iter_mut().zip(read) {
+        for (n, (judged, it)) in judged.iter_mut().zip(read).enumerate() {
+            if n % AT_ONCE == AT_ONCE - 1 {
+                yield_now().await;
+            }
             if let Ok(it) = it
                 && may_be_missing(judged)
             {
