@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -22,6 +22,7 @@ use crate::edge::contract;
 use crate::edge::export::Exports;
 use crate::edge::health::Health;
 use crate::edge::http::Api;
+use crate::edge::http::documents::LazyDocuments;
 use crate::edge::http::probes::Probes;
 use crate::edge::listener;
 use crate::edge::origin::Origins;
@@ -498,7 +499,7 @@ fn edge(handles: Handles) -> Edge {
         exports: Arc::new(exports),
         sockets: Arc::new(sockets),
         probes: Arc::new(probes),
-        documents: Arc::new(LazyLock::new(contract::documents)),
+        documents: Arc::new(LazyDocuments::new(contract::documents)),
     }
 }
 

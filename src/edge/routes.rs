@@ -204,7 +204,7 @@ pub struct Edge {
     pub exports: Arc<Exports>,
     pub sockets: Arc<Sockets>,
     pub probes: Arc<Probes>,
-    pub documents: LazyDocuments,
+    pub documents: Arc<LazyDocuments>,
 }
 
 impl Edge {
