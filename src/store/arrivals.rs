@@ -12,6 +12,7 @@ use rocksdb::ReadOptions;
 use super::catalogue::ARRIVALS;
 use super::keys::Place;
 use super::{Batch, Partition, Store, StoreError, keys};
+use crate::codec::CodecError;
 use crate::partitioning::MAX_PARTITIONS;
 
 /// An event, by its place.
@@ -94,7 +95,10 @@ impl Store {
             && let Some((key, value)) = rows.item()
         {
             let ArrivalRow { at, tenant, thread } = self.decoded(ARRIVALS, value)?;
-            let place = keys::place_of(key).unwrap_or_default();
+            let place = keys::place_of(key).ok_or_else(|| {
+                let source = CodecError::Payload("its key names no place in the log".to_owned());
+                self.note(StoreError::Damaged { family: ARRIVALS, source })
+            })?;
             found.push(Arrival { place, at, tenant: tenant.to_owned(), thread: thread.to_owned() });
             rows.next();
         }

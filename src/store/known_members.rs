@@ -22,7 +22,7 @@ const EMPTY: u64 = 0;
 
 pub(super) struct KnownMembers {
     slots: Box<[AtomicU64]>,
-    /// Commits that removed members. Slots are written by whoever holds it.
+    /// How many commits have removed members. Only whoever has locked it writes slots.
     removals: Mutex<u64>,
     hasher: RandomState,
 }
