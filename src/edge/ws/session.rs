@@ -78,9 +78,7 @@ impl Session {
 
     async fn begin_and_serve(&mut self) -> End {
         self.state.register();
-        if let Some(who) = &self.state.who {
-            self.ws.get_mut().belongs_to(&who.key);
-        }
+        self.charge_user();
         match self.state.begin(None) {
             Ok(()) => {
                 self.timer.as_mut().reset(self.state.due());
@@ -93,6 +91,7 @@ impl Session {
     async fn serve(&mut self) -> End {
         loop {
             let wake = std::future::poll_fn(|cx| self.poll(cx)).await;
+            let was_known = self.state.who.is_some();
             let done = match wake {
                 Wake::Frame(Ok(message)) => self.on_message(message),
                 Wake::Frame(Err(error)) => Err(End::of_websocket(&error)),
@@ -103,6 +102,17 @@ impl Session {
             if let Err(end) = done {
                 return end;
             }
+            // Whatever told who it is: a frame, or the answer of whoever was asked.
+            if !was_known {
+                self.charge_user();
+            }
+        }
+    }
+
+    /// The memory of large messages is the user's, if the user is known.
+    fn charge_user(&mut self) {
+        if let Some(who) = &self.state.who {
+            self.ws.get_mut().belongs_to(&who.key);
         }
     }
 
@@ -208,7 +218,7 @@ impl Session {
     fn on_message(&mut self, message: Message) -> Result<(), End> {
         self.state.heartbeat.heard(Instant::now());
         match message {
-            Message::Text(text) => self.on_text(&text),
+            Message::Text(text) => self.state.on_text(&text),
             Message::Binary(_) => Err(End::close(close::NOT_TEXT, "frames are JSON text")),
             Message::Close(_) => Err(End::Gone),
             Message::Ping(_) => {
@@ -217,15 +227,6 @@ impl Session {
             }
             Message::Pong(_) | Message::Frame(_) => Ok(()),
         }
-    }
-
-    fn on_text(&mut self, text: &str) -> Result<(), End> {
-        let was_known = self.state.who.is_some();
-        self.state.on_text(text)?;
-        if let Some(who) = self.state.who.as_ref().filter(|_| !was_known) {
-            self.ws.get_mut().belongs_to(&who.key);
-        }
-        Ok(())
     }
 
     fn on_timer(&mut self) -> Result<(), End> {

@@ -84,6 +84,16 @@ async fn a_session_lets_its_user_in_by_header_and_by_frame_with_the_rights_that_
 }
 
 #[tokio::test]
+async fn who_is_known_only_after_the_service_was_asked_may_send_large_frames() {
+    let (service, server) = service_and_server().await;
+    service.log_in("s", "ada");
+    let mut ada = Socket::raw(&server.url, &[]).await.unwrap();
+    has(&ada.ask(json!({"type": "connect", "session": "s"})).await, json!({"type": "welcome", "user": "ada"}));
+    assert_eq!(service.asked(INTROSPECT), 1, "it was not known");
+    assert_eq!(ada.say("t", &"x".repeat(20 << 10)).await, 1);
+}
+
+#[tokio::test]
 async fn what_is_no_session_lets_nobody_in() {
     let (service, server) = service_and_server().await;
     service.log_in_with("expired", "ada", json!({"exp": 1}));
