@@ -90,6 +90,12 @@ impl SessionState {
     /// Carries out commands that waited, as far as they need not wait any longer.
     pub fn on_backlog(&mut self) -> Result<(), End> {
         while let Some((command, bytes)) = self.incoming.queue.pop() {
+            if self.incoming.uncounted > 0 {
+                self.incoming.uncounted -= 1;
+                if !self.within_rate(&command)? {
+                    continue;
+                }
+            }
             if self.on_command(&command, false)? == CommandState::Waits {
                 self.incoming.queue.put_back(command, bytes);
                 break;
@@ -240,6 +246,8 @@ impl SessionState {
             return Ok(CommandState::Waits);
         };
         self.who = Some(who);
+        // What waits behind it came when it was not known whose it is.
+        self.incoming.uncounted = self.incoming.queue.waiting();
         telemetry::commands("connect", "ok").increment(1);
         self.begin(id)?;
         Ok(CommandState::Done)

@@ -78,6 +78,11 @@ impl<C> CommandQueue<C> {
         self.in_flight
     }
 
+    /// Commands that wait.
+    pub fn waiting(&self) -> usize {
+        self.backlog.len()
+    }
+
     pub fn publish_begins(&mut self) {
         self.in_flight += 1;
     }
@@ -178,6 +183,8 @@ impl LevelTimes {
 pub struct Incoming {
     pub queue: CommandQueue<Box<RawValue>>,
     pub refusals: RefusalWindow,
+    /// How many of the first commands that wait are not counted yet for the user's rate.
+    pub uncounted: usize,
     /// The `subscribe` that waits for something; until it has begun, no other command takes effect.
     pub subscribing: Option<PendingSubscribe>,
     /// What the first command that waits needs to know is being looked up; no other takes effect before it.
@@ -205,6 +212,7 @@ impl Incoming {
         Incoming {
             queue: CommandQueue::default(),
             refusals: RefusalWindow::default(),
+            uncounted: 0,
             subscribing: None,
             looking_up: false,
             looked_up: false,

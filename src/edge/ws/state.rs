@@ -99,7 +99,9 @@ impl SessionState {
     /// What the loop can use now.
     pub fn wants(&self) -> Wants {
         let room = self.outgoing.has_room();
-        Wants { frames: room && self.incoming.may_read(), answers: room }
+        // Nobody's rate counts what comes while another service is asked who it is.
+        let is_asked = self.who.is_none() && self.incoming.looking_up;
+        Wants { frames: room && !is_asked && self.incoming.may_read(), answers: room }
     }
 
     /// When something is due next.

@@ -8,7 +8,7 @@ use tokio_tungstenite::tungstenite::Error as WsError;
 
 use crate::support::auth_service::{AuthService, Behaviour, INTROSPECT};
 use crate::support::sse::EventStream;
-use crate::support::{LogKind, Server, Socket, eventually, has, refused, refused_with, token};
+use crate::support::{LogKind, Server, Socket, eventually, has, publish, refused, refused_with, token};
 
 const APP: &str = "https://app.example";
 
@@ -91,6 +91,33 @@ async fn who_is_known_only_after_the_service_was_asked_may_send_large_frames() {
     has(&ada.ask(json!({"type": "connect", "session": "s"})).await, json!({"type": "welcome", "user": "ada"}));
     assert_eq!(service.asked(INTROSPECT), 1, "it was not known");
     assert_eq!(ada.say("t", &"x".repeat(20 << 10)).await, 1);
+}
+
+#[tokio::test]
+async fn commands_that_wait_for_a_connect_are_counted_once_it_is_known_whose_they_are() {
+    let service = AuthService::start().await;
+    service.log_in("s", "ada");
+    let arguments = ["--introspect-url", &service.url(INTROSPECT), "--rate-user", "5"];
+    let server = Server::start_with(LogKind::embedded(), &arguments);
+    server.ready().await;
+    let mut ada = Socket::raw(&server.url, &[]).await.unwrap();
+    let mut all = vec![json!({"type": "connect", "id": 0, "session": "s"})];
+    let said = publish("t", "user_message", json!({"content": "hi"}));
+    all.extend((1..=60).map(|id| {
+        let mut said = said.clone();
+        said["id"] = json!(id);
+        said
+    }));
+    ada.send(&all.into()).await;
+    has(&ada.recv().await, json!({"type": "welcome", "id": 0, "user": "ada"}));
+    assert_eq!(service.asked(INTROSPECT), 1, "it was not known");
+    let mut answers = Vec::new();
+    for _ in 1..=60 {
+        answers.push(ada.recv().await);
+    }
+    answers.sort_by_key(|answer| answer["id"].as_i64().unwrap());
+    assert!(answers[..25].iter().all(|answer| answer["type"] == "published"), "five seconds of them: {answers:?}");
+    assert!(answers[25..].iter().any(|answer| answer["code"] == "rate_limited"), "{answers:?}");
 }
 
 #[tokio::test]
