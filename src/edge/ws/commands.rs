@@ -301,6 +301,8 @@ impl SessionState {
         self.heartbeat.token(new.expires_at, Instant::now(), clock::now_s());
         let expires_at = clock::rfc3339(new.expires_at.saturating_mul(1000));
         self.who = Some(new);
+        // Looked up once more, as for a `connect`: when it ended while this waited, the one before it was looked at.
+        self.check_revoked()?;
         telemetry::commands("refresh", "ok").increment(1);
         self.outgoing.answer(&ServerFrame::Refreshed { id: refresh.id, expires_at: &expires_at });
         Ok(CommandState::Done)
