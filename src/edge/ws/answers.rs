@@ -37,7 +37,7 @@ impl SessionState {
             Answer::LookedUp => (self.incoming.looking_up, self.incoming.looked_up) = (false, true),
             Answer::Verified(who) => {
                 (self.incoming.looking_up, self.incoming.looked_up) = (false, true);
-                self.incoming.verified = Some(who);
+                (self.incoming.verification, self.incoming.verified) = (None, Some(who));
             }
             Answer::GoOn => self.on_turn(),
             Answer::FirstReceiptsStored { attempt, stored } => self.on_receipts(attempt, stored),

@@ -6,7 +6,7 @@ use serde_json::value::RawValue;
 use tokio::time::Instant;
 
 use super::close::{self, End};
-use super::incoming::{LevelWait, WaitsFor};
+use super::incoming::{LevelWait, Verification, WaitsFor};
 use super::state::{SessionState, connected};
 use crate::auth::{Credential, Principal};
 use crate::delivery::outbox::Answer;
@@ -265,10 +265,11 @@ impl SessionState {
         self.incoming.looking_up = true;
         let (auth, credential) = (auth.clone(), credential.clone().into_owned());
         let outbox = self.outgoing.feed.outbox.clone();
-        tokio::spawn(async move {
+        let asking = tokio::spawn(async move {
             let verified = auth.verify(&credential).await;
             outbox.push_answer(Answer::Verified(Box::new(verified)));
         });
+        self.incoming.verification = Some(Verification(asking.abort_handle()));
         Ok(None)
     }
 

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use serde_json::value::RawValue;
+use tokio::task::AbortHandle;
 use tokio::time::{Duration, Instant};
 
 use super::plan::PendingSubscribe;
@@ -180,6 +181,15 @@ impl LevelTimes {
     }
 }
 
+/// Another service is being asked whose credential it is. It ends with the session: nobody is asked for one who has left.
+pub struct Verification(pub AbortHandle);
+
+impl Drop for Verification {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 pub struct Incoming {
     pub queue: CommandQueue<Box<RawValue>>,
     pub refusals: RefusalWindow,
@@ -191,6 +201,8 @@ pub struct Incoming {
     pub looking_up: bool,
     /// It was looked up, for the first command that waits.
     pub looked_up: bool,
+    /// For the `connect` or `refresh` that is the first command that waits.
+    pub verification: Option<Verification>,
     /// Who the first command that waits is from, if it is a `connect` or `refresh` and that was looked up.
     pub verified: Option<Box<Result<Principal, Error>>>,
     pub level: LevelWait,
@@ -216,6 +228,7 @@ impl Incoming {
             subscribing: None,
             looking_up: false,
             looked_up: false,
+            verification: None,
             verified: None,
             level: LevelWait::None,
             level_times: LevelTimes::default(),
