@@ -64,18 +64,24 @@ impl Breaker {
         }
     }
 
+    /// When to ask again, if no call may be made now.
+    pub fn pause(&self, now: Instant) -> Option<Duration> {
+        match self.until? {
+            until if now < until => Some(until - now),
+            _ => self.trial.then_some(FIRST_PAUSE),
+        }
+    }
+
     /// Whether a call may be made now; if not, when to ask again.
     pub fn admit(&mut self, now: Instant) -> Result<Permit, Duration> {
-        match self.until {
-            None => Ok(Permit(self.changes)),
-            Some(until) if now < until => Err(until - now),
-            Some(_) if self.trial => Err(FIRST_PAUSE),
-            Some(_) => {
-                self.trial = true;
-                self.changes += 1;
-                Ok(Permit(self.changes))
-            }
+        if let Some(pause) = self.pause(now) {
+            return Err(pause);
         }
+        if self.until.is_some() {
+            self.trial = true;
+            self.changes += 1;
+        }
+        Ok(Permit(self.changes))
     }
 
     pub fn succeeded(&mut self, permit: Permit) {
@@ -156,9 +162,10 @@ mod tests {
         assert_eq!((breaker.state(begin), breaker.admit(begin)), (State::Open, Err(S)));
 
         let later = begin + S;
-        assert_eq!(breaker.state(later), State::HalfOpen);
+        assert_eq!((breaker.state(later), breaker.pause(later)), (State::HalfOpen, None));
         let trial = breaker.admit(later).expect("the trial");
         assert!(breaker.admit(later).is_err(), "one trial at a time");
+        assert_eq!(breaker.pause(later), Some(S));
         breaker.succeeded(trial);
         assert_eq!(breaker.state(later), State::Closed);
         call(&mut breaker, later, false);

@@ -205,8 +205,9 @@ impl Service {
             since: clock::now_ms(),
             last_error: None,
         };
-        telemetry::outbound_breaker(config.name, &config.label).set(0.0);
-        Ok(Arc::new(Service { config, client, calls, state: Mutex::new(state) }))
+        let service = Service { config, client, calls, state: Mutex::new(state) };
+        service.set_gauge(State::Closed);
+        Ok(Arc::new(service))
     }
 
     fn lock(&self) -> MutexGuard<'_, ServiceState> {
@@ -258,7 +259,7 @@ impl Service {
     ) -> Result<T, CallError> {
         let until = Instant::now() + self.config.deadline;
         // Before it waits for a turn: nobody queues up for what is not called.
-        if let Some(pause) = self.pause() {
+        if let Some(pause) = self.lock().breaker.pause(Instant::now()) {
             return Err(CallError::Open(pause));
         }
         let Ok(_turn) = self.calls.acquire().await else { return Err(CallError::Busy) };
@@ -281,18 +282,6 @@ impl Service {
             }
             telemetry::outbound_retries(self.config.name).increment(1);
             tokio::time::sleep(pause).await;
-        }
-    }
-
-    /// How long the service is not called; `None` if it is.
-    fn pause(&self) -> Option<Duration> {
-        let mut state = self.lock();
-        match state.breaker.admit(Instant::now()) {
-            Ok(permit) => {
-                state.breaker.abandoned(permit);
-                None
-            }
-            Err(pause) => Some(pause),
         }
     }
 
@@ -368,6 +357,21 @@ impl Service {
         self.show();
     }
 
+    /// Brings the metric up to date: a breaker becomes half-open by time alone.
+    pub fn measure(&self) {
+        let state = self.lock();
+        self.set_gauge(state.breaker.state(Instant::now()));
+    }
+
+    fn set_gauge(&self, breaker: State) {
+        let value = match breaker {
+            State::Closed => 0.0,
+            State::HalfOpen => 1.0,
+            State::Open => 2.0,
+        };
+        telemetry::outbound_breaker(self.config.name, &self.config.label).set(value);
+    }
+
     /// Says in the log and the metrics when the breaker has changed.
     fn show(&self) {
         let mut state = self.lock();
@@ -376,13 +380,8 @@ impl Service {
             return;
         }
         state.shown = now;
-        let value = match now {
-            State::Closed => 0.0,
-            State::HalfOpen => 1.0,
-            State::Open => 2.0,
-        };
+        self.set_gauge(now);
         let (service, label) = (self.config.name, &self.config.label);
-        telemetry::outbound_breaker(service, label).set(value);
         let why = state.last_error.as_ref().map_or("", |(why, _)| why);
         match now {
             State::Open => {

@@ -71,6 +71,7 @@ fn dependency(status: ServiceStatus) -> DependencyHealth {
 pub fn metrics(probes: &Probes) -> Reply {
     telemetry::outbox_bytes().set(probes.registry.outbox_bytes() as f64);
     measure_memory(probes);
+    probes.auth.services().iter().for_each(|service| service.measure());
     with_type(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", telemetry::render(&probes.metrics))
 }
 
