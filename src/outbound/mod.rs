@@ -1,7 +1,8 @@
 //! Calling other services: the one client for all of them, so that none of them can take Weft down with it.
 //!
 //! - Every call has a deadline that covers connecting, the whole answer and all attempts. An answer has a largest size.
-//! - Calls at a time are bounded. Those beyond wait, until their deadline.
+//! - Calls at a time are bounded. Those beyond wait for their turn, as long as a whole attempt still fits before their deadline:
+//!   one that is cut short would look like a failure of the service.
 //! - A call that failed is made again only if it is safe to repeat, after a pause, and while the budget of [`retries`] allows.
 //! - A service that keeps failing is left alone for a while ([`breaker`]): then a call fails at once.
 //! - Redirects are not followed, proxies of the environment are not used, and a name leads only to the addresses that
@@ -243,15 +244,14 @@ impl Service {
         read: impl Fn(&Answer) -> Result<T, String>,
     ) -> Result<T, CallError> {
         let begin = Instant::now();
-        let called = tokio::time::timeout(self.config.deadline, self.call_in_time(request, &read)).await;
-        // Only waiting for its turn goes on for so long without an outcome of its own.
-        let called = called.unwrap_or(Err(CallError::Busy));
+        let called = self.call_in_time(request, &read).await;
         let outcome = called.as_ref().map_or_else(CallError::outcome, |_| "ok");
         telemetry::outbound_calls(self.config.name, outcome).increment(1);
         telemetry::outbound_seconds(self.config.name).record(begin.elapsed());
         called
     }
 
+    /// Each wait in it ends before the deadline.
     async fn call_in_time<T>(
         &self,
         request: Request<'_>,
@@ -262,7 +262,9 @@ impl Service {
         if let Some(pause) = self.lock().breaker.pause(Instant::now()) {
             return Err(CallError::Open(pause));
         }
-        let Ok(_turn) = self.calls.acquire().await else { return Err(CallError::Busy) };
+        let patience = self.config.deadline.saturating_sub(self.config.timeout);
+        let turn = tokio::time::timeout(patience, self.calls.acquire()).await;
+        let Ok(Ok(_turn)) = turn else { return Err(CallError::Busy) };
         self.lock().budget.earn();
 
         let mut failed = 0;
@@ -405,4 +407,36 @@ fn unreachable(error: reqwest::Error) -> CallError {
         source = error.source();
     }
     CallError::Unreachable(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn whoever_gets_no_turn_in_time_for_a_whole_attempt_is_told_so_and_it_is_no_failure() {
+        let long = Duration::from_secs(60);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("http://{}/", listener.local_addr().expect("its address"));
+        let service = Service::new(ServiceConfig {
+            name: "test",
+            label: String::new(),
+            target: Target::configured(&url, &[]).expect("an address"),
+            timeout: long,
+            deadline: long,
+            attempts: 1,
+            max_calls: 1,
+            max_bytes: 1,
+        })
+        .expect("a service");
+        let turn = service.calls.acquire().await.expect("the only turn");
+        let call = service.call(Request::Get, |_| Ok(()));
+        let called = tokio::time::timeout(long / 4, call).await.expect("it does not wait until its deadline");
+        assert!(matches!(called, Err(CallError::Busy)), "{called:?}");
+        assert!(service.status().ok && service.status().last_error.is_none());
+
+        drop(turn);
+        let (called, _) = tokio::join!(service.call(Request::Get, |_| Ok(())), async { drop(listener.accept().await) });
+        assert!(matches!(called, Err(CallError::Unreachable(_))), "called, and not answered: {called:?}");
+    }
 }
