@@ -1,7 +1,8 @@
 //! Sessions of an auth service: opaque to Weft, and good for as long as that service says so (RFC 7662, introspection).
 //!
 //! - What the service has said of a session is kept for up to 30 s, a refusal or a failure for 1 s; of a bounded number of them.
-//! - Those who ask for the same session at the same time wait for one answer.
+//! - Those who ask for the same session at the same time wait for one answer. Those who are new have half of the calls, and
+//!   those who are in the other half: however many come, an open connection's session is asked for in time.
 //! - Nobody gets in whose session cannot be checked. Who is in stays: connections and streams are asked for again before 30 s
 //!   are over, and end only if the service says that their session is over, or with its `exp`.
 //!
@@ -17,7 +18,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use lru::LruCache;
 use serde_json::Value;
-use tokio::sync::{Mutex as AsyncMutex, mpsc};
+use tokio::sync::{Mutex as AsyncMutex, Semaphore, mpsc};
 use tokio::time::Instant;
 
 use super::Principal;
@@ -45,8 +46,9 @@ const REFUSED_FOR: Duration = Duration::from_secs(1);
 /// after a failure.
 const ASK_AGAIN: Duration = Duration::from_secs(20);
 const ASK_AGAIN_AFTER_FAILURE: Duration = Duration::from_secs(5);
-/// Sessions that are asked for again at a time: the others' turns are for those who are new.
+/// Sessions that are asked for again at a time, and those who are new: neither takes the others' turns.
 const CHECKS: usize = MAX_CALLS / 2;
+const NEWCOMERS: usize = MAX_CALLS - CHECKS;
 /// How long a session lasts that does not say it, in seconds.
 const UNLESS_SAID: u64 = 3_600;
 
@@ -109,6 +111,8 @@ pub struct Sessions {
     client: Option<(String, String)>,
     audience: Option<String>,
     state: Mutex<State>,
+    /// Turns of those who are new.
+    newcomers: Semaphore,
     ended: mpsc::Sender<Arc<str>>,
 }
 
@@ -170,7 +174,8 @@ impl Sessions {
         // As RFC 6749 has it (section 2.3.1), each is encoded as in a form before it goes into the header.
         let encoded = |text: &str| form_urlencoded::byte_serialize(text.as_bytes()).collect();
         let client = config.client.map(|(name, secret)| (encoded(&name), encoded(&secret)));
-        let sessions = Sessions { service, client, audience: config.audience, state: Mutex::new(state), ended };
+        let (state, newcomers) = (Mutex::new(state), Semaphore::new(NEWCOMERS));
+        let sessions = Sessions { service, client, audience: config.audience, state, newcomers, ended };
         Ok((Arc::new(sessions), over))
     }
 
@@ -208,13 +213,13 @@ impl Sessions {
         let hash = *blake3::hash(session.as_bytes()).as_bytes();
         let asking = Asking { lock: self.lock().asking.entry(hash).or_default().clone(), sessions: self, hash };
         let verified = tokio::time::timeout(WAIT, async {
-            let _turn = asking.lock.lock().await;
-            match self.verify_now(session) {
-                Some(known) => known,
-                None => self.ask(session, hash).await.and_then(|()| {
-                    self.verify_now(session).unwrap_or_else(|| Err(unavailable("its answer was too old", REFUSED_FOR)))
-                }),
+            let _first = asking.lock.lock().await;
+            if let Some(known) = self.verify_now(session) {
+                return known;
             }
+            let _turn = self.newcomers.acquire().await.map_err(|_| unavailable("the server stops", REFUSED_FOR))?;
+            self.ask(session, hash).await?;
+            self.verify_now(session).unwrap_or_else(|| Err(unavailable("its answer was too old", REFUSED_FOR)))
         });
         verified.await.unwrap_or_else(|_| Err(unavailable("no answer came in time", REFUSED_FOR)))
     }
@@ -333,4 +338,61 @@ impl State {
 fn unavailable(why: &str, retry_after: Duration) -> Error {
     let why = format!("the session cannot be checked now: {why}");
     Error::new(Code::Unavailable, why).retry_after(retry_after.as_millis() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::auth::Scopes;
+
+    /// The session that the next call asks for, and the connection, which stays open without an answer.
+    async fn next_asked(listener: &TcpListener) -> (String, impl Sized) {
+        let (mut stream, _) = listener.accept().await.expect("a connection");
+        let mut read = Vec::new();
+        loop {
+            let mut buffer = [0; 4096];
+            let n = stream.read(&mut buffer).await.expect("a request");
+            read.extend_from_slice(&buffer[..n]);
+            let text = String::from_utf8_lossy(&read);
+            let form = text.split_once("\r\n\r\n").map_or("", |(_, form)| form);
+            if let Some((token, _)) = form.strip_prefix("token=").and_then(|form| form.split_once('&')) {
+                return (token.to_owned(), stream);
+            }
+            assert!(n > 0, "it ended with {text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn however_many_are_new_who_is_in_is_asked_for_again() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("http://{}/", listener.local_addr().expect("its address"));
+        let target = Target::configured(&url, &[]).expect("an address");
+        let (sessions, _over) =
+            Sessions::new(SessionsConfig { target, client: None, audience: None }).expect("the sessions");
+        let ada = Good { who: Principal::new("acme", "ada", Scopes::default(), u64::MAX), asked: Instant::now() };
+        let is_in = sessions.lock().enter("is-in", [0; 32], ada).session.expect("a session");
+
+        let mut tasks = tokio::task::JoinSet::new();
+        for n in 0..4 * MAX_CALLS {
+            let sessions = sessions.clone();
+            tasks.spawn(async move { drop(sessions.verify(&format!("new-{n}")).await) });
+        }
+        let mut unanswered = Vec::new();
+        for _ in 0..NEWCOMERS {
+            unanswered.push(next_asked(&listener).await);
+        }
+        let again = sessions.clone();
+        tasks.spawn(async move { again.check(is_in).await });
+        loop {
+            let asked = next_asked(&listener).await;
+            if asked.0 == "is-in" {
+                break;
+            }
+            unanswered.push(asked);
+            assert!(unanswered.len() < MAX_CALLS, "they have all the turns");
+        }
+    }
 }
