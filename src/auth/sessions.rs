@@ -289,15 +289,17 @@ impl Sessions {
         }
     }
 
-    /// Open connections' sessions that are to be asked for again.
-    fn due(&self, now: Instant) -> Vec<Arc<Session>> {
+    /// Open connections' sessions that are to be asked for again. A round may last: whoever leaves meanwhile is not asked for.
+    fn due(&self, now: Instant) -> Vec<Weak<Session>> {
         let mut state = self.lock();
         state.open.retain(|_, session| session.strong_count() > 0);
-        let open = state.open.values().filter_map(Weak::upgrade);
-        open.filter(|session| !session.is_over() && *session.due() <= now).collect()
+        let is_due = |session: &Session| !session.is_over() && *session.due() <= now;
+        let open = state.open.values().filter(|session| session.upgrade().is_some_and(|session| is_due(&session)));
+        open.cloned().collect()
     }
 
-    async fn check(&self, session: Arc<Session>) {
+    async fn check(&self, session: Weak<Session>) {
+        let Some(session) = session.upgrade() else { return };
         let asked = Instant::now();
         let said = self.ask(&session.text, session.hash).await;
         let user = self.lock().good.peek(&session.hash).map(|good| good.who.key.clone());
@@ -385,7 +387,7 @@ mod tests {
             unanswered.push(next_asked(&listener).await);
         }
         let again = sessions.clone();
-        tasks.spawn(async move { again.check(is_in).await });
+        tasks.spawn(async move { again.check(Arc::downgrade(&is_in)).await });
         loop {
             let asked = next_asked(&listener).await;
             if asked.0 == "is-in" {
