@@ -161,14 +161,18 @@ impl Issuer {
     }
 
     fn look(&self, kid: Option<&str>, now: Instant) -> Looked {
-        let keys = self.keys.load_full();
-        let has_keys = keys.is_some();
-        if let Some(keys) = keys.filter(|keys| keys.has(kid)) {
+        if let Some(keys) = self.keys.load_full().filter(|keys| keys.has(kid)) {
             return Looked::Known(keys);
         }
 
         let mut fetches = self.fetches();
         let over = *self.over.borrow();
+        // Once more: a fetch that was over only by now may have brought it.
+        let keys = self.keys.load_full();
+        let has_keys = keys.is_some();
+        if let Some(keys) = keys.filter(|keys| keys.has(kid)) {
+            return Looked::Known(keys);
+        }
         // The first fetch is made for nobody, and is waited for by everybody.
         if !has_keys && fetches.begun > over {
             return Looked::Fetching;
