@@ -100,9 +100,8 @@ impl Keys {
     fn verify(&self, token: &str, keys: &KeySet, issuer: &Issuer, claimed: &Claimed) -> Result<Principal, Error> {
         let verified = match keys.find(claimed.kid.as_deref(), claimed.algorithm) {
             Some(key) => {
-                let issuer = issuer.name().map(str::to_owned);
-                let expected = Expected { issuer, audience: self.audience.clone() };
-                verify_with(key, &expected, token, clock::now_s())
+                let expected = Expected { issuer: issuer.name(), audience: self.audience.as_deref() };
+                verify_with(key, expected, token, clock::now_s())
             }
             None if claimed.kid.is_none() => {
                 Err("the token does not say which key it is signed with (`kid`)".to_owned())

@@ -98,25 +98,25 @@ impl VerifyingKey {
 }
 
 /// What a token must say beside who it is for. Each is checked, and then required, when given.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Expected {
-    pub issuer: Option<String>,
-    pub audience: Option<String>,
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Expected<'a> {
+    pub issuer: Option<&'a str>,
+    pub audience: Option<&'a str>,
 }
 
 /// The user that a token stands for at the time `now`, in seconds since the Unix epoch. The library checks the signature; the
 /// claims are checked here, so that a refusal says in plain words which claim it is about.
-pub fn verify_with(key: &VerifyingKey, expected: &Expected, token: &str, now: u64) -> Result<Principal, String> {
+pub fn verify_with(key: &VerifyingKey, expected: Expected<'_>, token: &str, now: u64) -> Result<Principal, String> {
     let token =
         jsonwebtoken::decode::<Named>(token, &key.key, &key.signature).map_err(|error| key.in_plain_words(&error))?;
     check_header(&token.header)?;
 
     let claims = WhoseClaims::token(token.claims);
     let expires_at = claims.check_times(now)?.ok_or("the token's claim `exp` is missing")?;
-    if let Some(issuer) = &expected.issuer {
+    if let Some(issuer) = expected.issuer {
         claims.check_contains("iss", issuer)?;
     }
-    if let Some(audience) = &expected.audience {
+    if let Some(audience) = expected.audience {
         claims.check_contains("aud", audience)?;
     }
     claims.principal(expires_at)
@@ -125,14 +125,15 @@ pub fn verify_with(key: &VerifyingKey, expected: &Expected, token: &str, now: u6
 /// Verifies tokens with the one key that is configured.
 pub struct Verifier {
     key: VerifyingKey,
-    expected: Expected,
+    issuer: Option<String>,
+    audience: Option<String>,
 }
 
 impl Verifier {
     /// `issuer` and `audience` are checked, and then required, when given.
     pub fn new(key: &Key, issuer: Option<&str>, audience: Option<&str>) -> Result<Verifier, String> {
-        let expected = Expected { issuer: issuer.map(str::to_owned), audience: audience.map(str::to_owned) };
-        Ok(Verifier { key: VerifyingKey::configured(key)?, expected })
+        let (issuer, audience) = (issuer.map(str::to_owned), audience.map(str::to_owned));
+        Ok(Verifier { key: VerifyingKey::configured(key)?, issuer, audience })
     }
 
     /// Whether the key is for tokens with this algorithm.
@@ -147,7 +148,8 @@ impl Verifier {
 
     /// As [`Verifier::verify`] at the time `now`, in seconds since the Unix epoch.
     fn verify_at(&self, token: &str, now: u64) -> Result<Principal, String> {
-        verify_with(&self.key, &self.expected, token, now)
+        let expected = Expected { issuer: self.issuer.as_deref(), audience: self.audience.as_deref() };
+        verify_with(&self.key, expected, token, now)
     }
 }
 
