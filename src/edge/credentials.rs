@@ -7,7 +7,7 @@ use warp::http::{HeaderMap, header};
 
 use super::http::request::header_text;
 use super::origin::Origins;
-use crate::auth::Credential;
+use crate::auth::{Authenticator, Credential};
 use crate::protocol::error::{Code, Error};
 
 /// The cookie that has a session.
@@ -24,8 +24,16 @@ pub fn authorization(headers: &HeaderMap) -> Result<Credential<'_>, Error> {
     }
 }
 
-/// The session of the cookie, if there is one and the page may use it.
-pub fn cookie<'a>(headers: &'a HeaderMap, origins: &Origins) -> Option<Credential<'a>> {
+/// The session of the cookie, if sessions let anybody in, there is one, and the page may use it.
+pub fn cookie_that_counts<'a>(
+    auth: &Authenticator,
+    headers: &'a HeaderMap,
+    origins: &Origins,
+) -> Option<Credential<'a>> {
+    auth.takes_sessions().then(|| cookie(headers, origins)).flatten()
+}
+
+fn cookie<'a>(headers: &'a HeaderMap, origins: &Origins) -> Option<Credential<'a>> {
     let lines = headers.get_all(header::COOKIE).iter().filter_map(|line| line.to_str().ok());
     let mut pairs = lines.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
     let (_, session) = pairs.find(|(name, _)| *name == COOKIE)?;

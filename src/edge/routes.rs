@@ -241,9 +241,8 @@ impl Edge {
                 self.tickets.redeem(&ticket).await?
             }
             None => {
-                let takes_cookie = !has_header && self.auth.takes_sessions();
-                let cookie = takes_cookie.then(|| credentials::cookie(&it.headers, &self.sockets.origins)).flatten();
-                let credential = match cookie {
+                let cookie = || credentials::cookie_that_counts(&self.auth, &it.headers, &self.sockets.origins);
+                let credential = match (!has_header).then(cookie).flatten() {
                     Some(cookie) => cookie,
                     None => credentials::authorization(&it.headers)?,
                 };

@@ -16,7 +16,7 @@ use super::message_memory::MessageMemory;
 use super::session::Session;
 use super::socket::Socket;
 use crate::auth::{Credential, Principal};
-use crate::edge::credentials::{authorization, cookie};
+use crate::edge::credentials::{authorization, cookie_that_counts};
 use crate::edge::http::reply::{Reply, problem, problem_with, with_type};
 use crate::edge::http::request::{AnonymousRequest, header_text};
 use crate::protocol::command::MAX_FRAME;
@@ -134,8 +134,7 @@ async fn credentials(
     if let Some(ticket) = query.text("ticket") {
         return sockets.tickets.redeem(ticket).await.map(Some);
     }
-    let takes_cookie = sockets.auth.takes_sessions();
-    match takes_cookie.then(|| cookie(&request.headers, &sockets.origins)).flatten() {
+    match cookie_that_counts(&sockets.auth, &request.headers, &sockets.origins) {
         Some(session) => sockets.auth.verify(&session).await.map(Some),
         None => Ok(None),
     }
