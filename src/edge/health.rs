@@ -1,6 +1,7 @@
 //! How each part is doing: `/readyz`, and the lag as metrics.
 //!
-//! A figure that is old misleads more than none: the lag is what was measured within the last second or two, or unknown.
+//! A figure that is old misleads more than none: the lag, and the room on the disk, are what was measured within the last
+//! second or two, or unknown.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -43,9 +44,11 @@ pub struct Health {
     draining: AtomicBool,
     lag: Mutex<Option<Lag>>,
     backlog: Mutex<Backlog>,
-    /// The folder of all data, and the room that it had when that was looked at last.
+    /// The folder of all data, and what its disk said when it was asked last.
     data: PathBuf,
-    room: Mutex<Option<Room>>,
+    room: Mutex<Option<Said>>,
+    /// Held while the disk is asked, which may hang.
+    looking: Arc<AsyncMutex<()>>,
     /// Held while the log is asked, which may take seconds: nobody asks it a second time meanwhile.
     asking: Arc<AsyncMutex<()>>,
 }
@@ -57,11 +60,18 @@ struct Lag {
     at: Instant,
 }
 
+/// How much room a disk has; `None`: it does not say it.
+#[derive(Debug, Clone, Copy)]
+struct Said {
+    room: Option<Room>,
+    at: Instant,
+}
+
 impl Health {
     pub fn new(log: Arc<dyn Log>, projector: Arc<Status>, data: PathBuf) -> Health {
-        let (draining, asking) = (AtomicBool::new(false), Arc::default());
+        let (draining, asking, looking) = (AtomicBool::new(false), Arc::default(), Arc::default());
         let (lag, backlog, room) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Health { log, projector, draining, lag, backlog, data, room, asking }
+        Health { log, projector, draining, lag, backlog, data, room, looking, asking }
     }
 
     pub fn set_draining(&self) {
@@ -95,10 +105,18 @@ impl Health {
     /// Each part's state; `store` is the outcome of a lookup in it.
     pub async fn ready(self: &Arc<Health>, purpose: Purpose, store: Result<(), String>) -> Ready {
         let log = self.log.health();
-        // What is known to be away is not asked.
-        if log.is_ok() && self.lag().is_none() {
-            self.measure(WAIT).await;
-        }
+        let measure = async {
+            // What is known to be away is not asked.
+            if log.is_ok() && self.lag().is_none() {
+                self.measure(WAIT).await;
+            }
+        };
+        let look = async {
+            if self.room().is_none() {
+                self.look_at_disk(WAIT).await;
+            }
+        };
+        tokio::join!(measure, look);
         let lag = self.lag();
         let failing = self.projector.failing();
         let (draining, caught_up) = (self.draining.load(Ordering::Acquire), self.projector.caught_up());
@@ -140,11 +158,22 @@ impl Health {
 
     /// Whether there is room enough to go on writing.
     fn disk(&self) -> DiskHealth {
-        let room = *self.room.lock().unwrap_or_else(PoisonError::into_inner);
-        let short = room.filter(|room| room.is_short());
-        let error = short
-            .map(|room| format!("nearly full: {} MiB are free, {} are needed", room.free >> 20, room.enough >> 20));
+        let said = self.room();
+        let room = said.and_then(|said| said.room);
+        let error = match (said, room) {
+            (None, _) => Some(format!("it has not said within {} s how much room it has", FRESH.as_secs_f64())),
+            (_, Some(room)) if room.is_short() => {
+                Some(format!("nearly full: {} MiB are free, {} are needed", room.free >> 20, room.enough >> 20))
+            }
+            _ => None,
+        };
         DiskHealth { ok: error.is_none(), error, free_bytes: room.map(|room| room.free) }
+    }
+
+    /// What the disk said, unless that was too long ago.
+    fn room(&self) -> Option<Said> {
+        let said = *self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        said.filter(|said| said.at.elapsed() <= FRESH)
     }
 
     /// How many records are not visible yet, unless that is unknown.
@@ -183,33 +212,36 @@ impl Health {
         drop(tokio::time::timeout(wait, asked).await);
     }
 
-    /// Looks how much room the disk has, on a thread that may wait for it.
-    async fn look_at_disk(self: &Arc<Health>) {
+    /// Looks how much room the disk has, on a thread that may wait for it: on one at a time, however long that takes.
+    async fn look_at_disk(self: &Arc<Health>, wait: Duration) {
+        let Ok(looking) = self.looking.clone().try_lock_owned() else { return };
         let health = self.clone();
         let looked = tokio::task::spawn_blocking(move || {
-            let room = Room::under(&health.data).ok();
-            telemetry::disk_free_bytes().set(room.map_or(f64::NAN, |room| room.free as f64));
-            *health.room.lock().unwrap_or_else(PoisonError::into_inner) = room;
+            let said = Said { room: Room::under(&health.data).ok(), at: Instant::now() };
+            *health.room.lock().unwrap_or_else(PoisonError::into_inner) = Some(said);
+            drop(looking);
         });
-        // A disk that hangs is the log's to report.
-        drop(tokio::time::timeout(EVERY, looked).await);
+        // Late or never: then the room is unknown.
+        drop(tokio::time::timeout(wait, looked).await);
     }
 
-    /// Measures the lag every second, and shows it, or that it is not known, as metrics; and how the log is.
+    /// Measures the lag and looks at the disk every second, and shows what is known as metrics; and how the log is.
     pub async fn watch(self: Arc<Health>) {
         let (records, seconds) = (telemetry::lag_records(), telemetry::lag_seconds());
         let (problem, warnings) = (telemetry::log_problem(), telemetry::log_warnings());
+        let free = telemetry::disk_free_bytes();
         let mut every = tokio::time::interval(EVERY);
         every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             every.tick().await;
-            self.look_at_disk().await;
-            self.measure(EVERY).await;
+            tokio::join!(self.look_at_disk(EVERY), self.measure(EVERY));
             // What was reached is let go, also while nobody asks for it.
             drop(self.behind());
             let lag = self.lag();
             records.set(lag.map_or(f64::NAN, |lag| lag as f64));
             seconds.set(lag.and_then(|lag| self.lag_seconds(lag)).unwrap_or(f64::NAN));
+            let room = self.room().and_then(|said| said.room);
+            free.set(room.map_or(f64::NAN, |room| room.free as f64));
             problem.set(f64::from(u8::from(self.log.health().is_err())));
             warnings.set(self.log.warnings().len() as f64);
         }
@@ -280,10 +312,10 @@ mod tests {
         let log = Arc::new(EmbeddedLog::open(&folder.path().join("log"), 1).expect("a new log"));
         let health = Arc::new(Health::new(log, Arc::default(), folder.path().to_owned()));
         let disk = async |free: Option<u64>| {
-            health.look_at_disk().await;
-            let room = *health.room.lock().expect("no panic");
+            health.look_at_disk(10 * EVERY).await;
+            let room = health.room().and_then(|said| said.room);
             let room = room.map(|room| Room { free: free.unwrap_or(room.free), ..room });
-            *health.room.lock().expect("no panic") = room;
+            *health.room.lock().expect("no panic") = Some(Said { room, at: Instant::now() });
             health.ready(Purpose::Both, Ok(())).await.disk
         };
         assert!(disk(None).await.free_bytes.is_some_and(|free| free > 0));
@@ -291,5 +323,28 @@ mod tests {
         assert_eq!((full.ok, full.free_bytes), (false, Some(1 << 20)));
         assert!(full.error.is_some_and(|why| why.starts_with("nearly full: 1 MiB are free")));
         assert!(disk(Some(u64::MAX)).await.ok);
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_hangs_is_not_good_and_is_asked_no_second_time_until_it_answers() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let log = Arc::new(EmbeddedLog::open(&folder.path().join("log"), 1).expect("a new log"));
+        let health = Arc::new(Health::new(log, Arc::default(), folder.path().to_owned()));
+        let disk = async || health.ready(Purpose::Both, Ok(())).await.disk;
+        let hangs = health.looking.clone().try_lock_owned().expect("nobody looks");
+        let unknown = disk().await;
+        assert_eq!((unknown.ok, unknown.free_bytes, health.room().is_some()), (false, None, false));
+        assert!(unknown.error.is_some_and(|why| why.starts_with("it has not said within 2.5 s")));
+
+        drop(hangs);
+        health.look_at_disk(10 * EVERY).await;
+        assert!(disk().await.free_bytes.is_some_and(|free| free > 0));
+        let hangs = health.looking.clone().try_lock_owned().expect("it has answered");
+        let room = health.room().and_then(|said| said.room);
+        let at = Instant::now().checked_sub(2 * FRESH).expect("the machine has run for so long");
+        *health.room.lock().expect("no panic") = Some(Said { room, at });
+        let old = disk().await;
+        assert_eq!((old.ok, old.free_bytes), (false, None), "what it said is too old");
+        drop(hangs);
     }
 }

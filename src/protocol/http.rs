@@ -471,7 +471,7 @@ pub struct Ready {
 /// The disk of the data folder.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct DiskHealth {
-    /// `false`: nearly full.
+    /// `false`: nearly full, or it hangs.
     pub ok: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
