@@ -15,7 +15,7 @@ use crate::disk::Room;
 use crate::log::Log;
 use crate::projector::{Failing, Status};
 use crate::protocol::error::{Code, Error};
-use crate::protocol::http::{DiskHealth, LogHealth, PartHealth, ProjectorHealth, Ready, ReadyFor};
+use crate::protocol::http::{DependencyHealth, DiskHealth, LogHealth, PartHealth, ProjectorHealth, Ready, ReadyFor};
 use crate::{clock, telemetry};
 
 /// How often the lag is measured.
@@ -36,6 +36,16 @@ pub enum Purpose {
     Read,
     Write,
     Both,
+}
+
+/// The state of the parts that others look at.
+#[derive(Debug)]
+pub struct OtherParts {
+    /// The outcome of a lookup in the store.
+    pub store: Result<(), String>,
+    /// Why the projections are made anew, if they are.
+    pub rebuilding: Option<String>,
+    pub dependencies: Vec<DependencyHealth>,
 }
 
 pub struct Health {
@@ -102,8 +112,9 @@ impl Health {
         Ok(())
     }
 
-    /// Each part's state; `store` is the outcome of a lookup in it.
-    pub async fn ready(self: &Arc<Health>, purpose: Purpose, store: Result<(), String>) -> Ready {
+    /// Each part's state.
+    pub async fn ready(self: &Arc<Health>, purpose: Purpose, others: OtherParts) -> Ready {
+        let OtherParts { store, rebuilding, dependencies } = others;
         let log = self.log.health();
         let measure = async {
             // What is known to be away is not asked.
@@ -136,13 +147,13 @@ impl Health {
             ok: failing.is_none() && behind.is_none(),
             error: failing.map(|failing| failing.why().to_owned()).or(behind),
             caught_up,
-            rebuilding: None,
+            rebuilding: rebuilding.filter(|_| !caught_up),
             lag_records: lag,
             lag_seconds: lag.and_then(|lag| self.lag_seconds(lag)),
         };
         let log = LogHealth { ok: log.is_ok(), error: log.err(), warnings: self.log.warnings() };
         let store = PartHealth { ok: store.is_ok(), error: store.err() };
-        let (dependencies, degraded) = (Vec::new(), false);
+        let degraded = dependencies.iter().any(|service| !service.ok);
         Ready { ready, ready_for, draining, log, projector, store, disk, dependencies, degraded }
     }
 
@@ -276,12 +287,16 @@ mod tests {
     use super::*;
     use crate::log::embedded::EmbeddedLog;
 
+    fn others() -> OtherParts {
+        OtherParts { store: Ok(()), rebuilding: None, dependencies: Vec::new() }
+    }
+
     #[tokio::test]
     async fn before_the_projector_has_begun_the_lag_is_unknown_and_not_none() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let log = Arc::new(EmbeddedLog::open(folder.path(), 1).expect("a new log"));
         let health = Arc::new(Health::new(log, Arc::default(), folder.path().to_owned()));
-        let ready = health.ready(Purpose::Both, Ok(())).await;
+        let ready = health.ready(Purpose::Both, others()).await;
         assert_eq!((ready.ready, ready.projector.lag_records, ready.projector.lag_seconds), (false, None, None));
     }
 
@@ -316,7 +331,7 @@ mod tests {
             let room = health.room().and_then(|said| said.room);
             let room = room.map(|room| Room { free: free.unwrap_or(room.free), ..room });
             *health.room.lock().expect("no panic") = Some(Said { room, at: Instant::now() });
-            health.ready(Purpose::Both, Ok(())).await.disk
+            health.ready(Purpose::Both, others()).await.disk
         };
         assert!(disk(None).await.free_bytes.is_some_and(|free| free > 0));
         let full = disk(Some(1 << 20)).await;
@@ -330,7 +345,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let log = Arc::new(EmbeddedLog::open(&folder.path().join("log"), 1).expect("a new log"));
         let health = Arc::new(Health::new(log, Arc::default(), folder.path().to_owned()));
-        let disk = async || health.ready(Purpose::Both, Ok(())).await.disk;
+        let disk = async || health.ready(Purpose::Both, others()).await.disk;
         let hangs = health.looking.clone().try_lock_owned().expect("nobody looks");
         let unknown = disk().await;
         assert_eq!((unknown.ok, unknown.free_bytes, health.room().is_some()), (false, None, false));

@@ -9,7 +9,7 @@ use super::reply::{Reply, json, with_type};
 use super::request::AnonymousRequest;
 use crate::auth::Authenticator;
 use crate::delivery::registry::Registry;
-use crate::edge::health::{Health, Purpose};
+use crate::edge::health::{Health, OtherParts, Purpose};
 use crate::memory::{Budget, CONNECTION};
 use crate::outbound::ServiceStatus;
 use crate::protocol::error::Error;
@@ -41,16 +41,13 @@ pub async fn ready(probes: Arc<Probes>, request: AnonymousRequest) -> Result<Rep
         Some("write") => Purpose::Write,
         Some(other) => return Err(Error::field("for", format!("for must be read or write, not {other:.60}"))),
     };
-    let lookup = match probes.store.damage() {
+    let store = match probes.store.damage() {
         Some(damage) => Err(format!("{damage}; the server starts anew, to make the projections anew")),
         None => probes.store.head("readyz", "readyz").map(drop).map_err(|error| error.to_string()),
     };
-    let mut ready = probes.health.ready(purpose, lookup).await;
-    if !ready.projector.caught_up {
-        ready.projector.rebuilding = probes.store.replaces().map(str::to_owned);
-    }
-    ready.dependencies = probes.auth.services().iter().map(|service| dependency(service.status())).collect();
-    ready.degraded = ready.dependencies.iter().any(|service| !service.ok);
+    let rebuilding = probes.store.replaces().map(str::to_owned);
+    let dependencies = probes.auth.services().iter().map(|service| dependency(service.status())).collect();
+    let ready = probes.health.ready(purpose, OtherParts { store, rebuilding, dependencies }).await;
     Ok(json(if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &ready))
 }
 
