@@ -49,6 +49,8 @@ const ASK_AGAIN_AFTER_FAILURE: Duration = Duration::from_secs(5);
 /// Sessions that are asked for again at a time, and those who are new: neither takes the others' turns.
 const CHECKS: usize = MAX_CALLS / 2;
 const NEWCOMERS: usize = MAX_CALLS - CHECKS;
+/// How long one who is new waits for a turn: as long as a whole attempt still fits, since a call that is cut short helps nobody.
+const PATIENCE: Duration = DEADLINE.saturating_sub(TIMEOUT);
 /// How long a session lasts that does not say it, in seconds.
 const UNLESS_SAID: u64 = 3_600;
 
@@ -217,7 +219,8 @@ impl Sessions {
             if let Some(known) = self.verify_now(session) {
                 return known;
             }
-            let _turn = self.newcomers.acquire().await.map_err(|_| unavailable("the server stops", REFUSED_FOR))?;
+            let turn = tokio::time::timeout(PATIENCE, self.newcomers.acquire()).await;
+            let Ok(Ok(_turn)) = turn else { return Err(unavailable("too many others are new", REFUSED_FOR)) };
             self.ask(session, hash).await?;
             self.verify_now(session).unwrap_or_else(|| Err(unavailable("its answer was too old", REFUSED_FOR)))
         });
@@ -350,6 +353,12 @@ mod tests {
     use super::*;
     use crate::auth::Scopes;
 
+    fn asked_at(listener: &TcpListener) -> Arc<Sessions> {
+        let url = format!("http://{}/", listener.local_addr().expect("its address"));
+        let target = Target::configured(&url, &[]).expect("an address");
+        Sessions::new(SessionsConfig { target, client: None, audience: None }).expect("the sessions").0
+    }
+
     /// The session that the next call asks for, and the connection, which stays open without an answer.
     async fn next_asked(listener: &TcpListener) -> (String, impl Sized) {
         let (mut stream, _) = listener.accept().await.expect("a connection");
@@ -368,12 +377,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_gets_no_turn_in_time_for_a_whole_call_is_told_so_and_the_service_is_not_asked() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let sessions = asked_at(&listener);
+        let turns = sessions.newcomers.acquire_many(NEWCOMERS as u32).await.expect("all turns");
+        let refused = sessions.verify("new").await.expect_err("no turn");
+        assert!(refused.code == Code::Unavailable && refused.message.contains("too many"), "{refused:?}");
+
+        drop(turns);
+        let again = tokio::spawn(async move { sessions.verify("again").await });
+        assert_eq!(next_asked(&listener).await.0, "again", "the first call of all");
+        again.abort();
+    }
+
+    #[tokio::test]
     async fn however_many_are_new_who_is_in_is_asked_for_again() {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let url = format!("http://{}/", listener.local_addr().expect("its address"));
-        let target = Target::configured(&url, &[]).expect("an address");
-        let (sessions, _over) =
-            Sessions::new(SessionsConfig { target, client: None, audience: None }).expect("the sessions");
+        let sessions = asked_at(&listener);
         let ada = Good { who: Principal::new("acme", "ada", Scopes::default(), u64::MAX), asked: Instant::now() };
         let is_in = sessions.lock().enter("is-in", [0; 32], ada).session.expect("a session");
 
