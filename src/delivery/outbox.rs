@@ -95,6 +95,8 @@ pub enum Chunk {
     Events {
         events: Vec<StoredEvent>,
         charge: Arc<Charge>,
+        /// For a replay at a pace: when the event after these happened, if it is not due yet.
+        next_ms: Option<u64>,
     },
     /// Of messages that are being written, the text that the client does not have yet.
     OpenText {

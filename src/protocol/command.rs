@@ -21,6 +21,9 @@ pub const MAX_COMMANDS: usize = 1_000;
 pub const MAX_DATA: usize = 64 * 1024;
 /// Characters of what is searched for.
 pub const MAX_SEARCH: usize = 2_000;
+/// How much slower and faster than it happened a thread is replayed at most.
+pub const SLOWEST: f64 = 0.01;
+pub const FASTEST: f64 = 1_000_000.0;
 /// The most kinds that a subscription may name.
 const MAX_KINDS: usize = 100;
 /// The largest frame and HTTP body, in bytes.
@@ -69,6 +72,28 @@ pub enum After {
     Each(BTreeMap<String, u64>),
 }
 
+/// A replay at the pace at which the events happened.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Replay<'a> {
+    /// How many times as fast: 0.01 to 1,000,000.
+    #[schemars(range(min = 0.01, max = 1_000_000.0))]
+    pub speed: f64,
+    /// The replay's last event, with which the subscription ends. Without it, the replay ends at the head that `subscribed`
+    /// names, and what came meanwhile follows, and then what is live.
+    #[serde(borrow, default)]
+    pub until: Option<Until<'a>>,
+}
+
+/// Where a replay ends: after this seq, or after this time (RFC 3339).
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Until<'a> {
+    Seq(u64),
+    #[serde(borrow)]
+    Time(Cow<'a, str>),
+}
+
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Subscribe<'a> {
@@ -114,6 +139,9 @@ pub struct Subscribe<'a> {
     #[serde(borrow, default)]
     #[schemars(length(max = 2_000))]
     pub search: Option<Cow<'a, str>>,
+    /// Replay the thread at the pace at which it happened; its frames carry `replay`: true.
+    #[serde(borrow, default)]
+    pub replay: Option<Replay<'a>>,
 }
 
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -452,6 +480,7 @@ fn check_subscribe(subscribe: Subscribe<'_>) -> Result<Subscribe<'_>, Error> {
         return Err(Error::field("search", format!("search has at most {MAX_SEARCH} characters")));
     }
     check_confirm(&subscribe)?;
+    check_replay(&subscribe)?;
 
     match (&subscribe.after, subscribe.last) {
         (Some(_), Some(_)) => Err(Error::field("last", "give after or last, not both")),
@@ -461,6 +490,20 @@ fn check_subscribe(subscribe: Subscribe<'_>) -> Result<Subscribe<'_>, Error> {
         (Some(After::Seq(_)), _) if all => Err(Error::field("after", "with \"*\" after is an object of thread → seq")),
         _ => Ok(subscribe),
     }
+}
+
+fn check_replay(subscribe: &Subscribe<'_>) -> Result<(), Error> {
+    let Some(replay) = &subscribe.replay else { return Ok(()) };
+    if subscribe.thread == ids::ALL_THREADS {
+        return Err(Error::field("replay", "a replay is of one thread, not of \"*\""));
+    }
+    if subscribe.name.is_some() || subscribe.confirm == Some(true) {
+        return Err(Error::field("replay", "a replay is neither durable nor confirmed: leave out name and confirm"));
+    }
+    if !(SLOWEST..=FASTEST).contains(&replay.speed) {
+        return Err(Error::field("replay.speed", format!("replay.speed must be {SLOWEST} to {FASTEST}")));
+    }
+    Ok(())
 }
 
 fn check_confirm(subscribe: &Subscribe<'_>) -> Result<(), Error> {
@@ -511,6 +554,11 @@ mod tests {
             (r#"{"type":"subscribe","id":1,"thread":"t","confirm":true,"attempts":21}"#, "attempts"),
             (r#"{"type":"subscribe","id":1,"thread":"t","confirm":true,"ack_within_ms":999}"#, "ack_within_ms"),
             (r#"{"type":"subscribe","id":1,"thread":"t","confirm":false,"ack_within_ms":1000}"#, "ack_within_ms"),
+            (r#"{"type":"subscribe","id":1,"thread":"*","replay":{"speed":1}}"#, "replay"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","name":"n","replay":{"speed":1}}"#, "replay"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","replay":{}}"#, "replay.speed"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","replay":{"speed":0}}"#, "replay.speed"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","replay":{"speed":1,"until":-1}}"#, "replay.until"),
             (r#"{"type":"nonsense","id":1}"#, "type"),
             (r#"{"type":"publish","id":1,"thread":"t","kind":5,"data":{}}"#, "kind"),
             (r#"{"type":"publish","id":1,"thread":"t","data":{"content":"x"},"kind":5}"#, "kind"),

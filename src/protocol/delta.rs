@@ -87,6 +87,7 @@ impl Delta {
             parent: None,
             priority: self.priority,
             attempt: None,
+            replay: None,
         };
         json::encode(&frame).into()
     }

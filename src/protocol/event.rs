@@ -115,6 +115,9 @@ pub struct EventFrame<'a> {
     /// Which delivery of the event this is, if not the first: 2, 3 …
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attempt: Option<u32>,
+    /// It is of a replay at a pace, and not live.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replay: Option<bool>,
 }
 
 impl EventFrame<'_> {
@@ -228,6 +231,7 @@ impl<'a> LogEvent<'a> {
             parent: self.parent,
             priority: self.priority,
             attempt: None,
+            replay: None,
         }
     }
 
@@ -279,6 +283,21 @@ pub fn with_attempt(frame: &str, attempt: u32) -> String {
         Some(rest) => format!(r#"{rest},"attempt":{attempt}}}"#),
         None => frame.to_owned(),
     }
+}
+
+/// The frame as one of a replay at a pace.
+pub fn as_replay(frame: &str) -> String {
+    match frame.strip_suffix('}') {
+        Some(rest) => format!(r#"{rest},"replay":true}}"#),
+        None => frame.to_owned(),
+    }
+}
+
+/// When the event of a frame happened, as it says.
+pub fn at_of(frame: &str) -> Option<&str> {
+    // Before it there are texts, in which a quote never stands without a backslash.
+    let (_, rest) = frame.split_once(r#","at":""#)?;
+    Some(rest.split_once('"')?.0)
 }
 
 /// The frame with the thread called as its reader calls it. In every frame that has one, the thread comes right after the
@@ -346,6 +365,7 @@ mod tests {
         let frame = r#"{"type":"event","thread":"@user:a\"b","seq":1,"data":{}}"#;
         assert_eq!(with_thread(frame, "@user:a\"b", "@me"), r#"{"type":"event","thread":"@me","seq":1,"data":{}}"#);
         assert_eq!(with_thread(frame, "other", "@me"), frame);
+        assert!(as_replay(frame).ends_with(r#""data":{},"replay":true}"#));
         assert!(with_attempt(frame, 2).ends_with(r#""data":{},"attempt":2}"#));
     }
 

@@ -14,15 +14,13 @@ use super::common::{Failure, Output, Server, Style, printable, segment, when};
 use super::tail::summary;
 use crate::client::{ClientEvent, Http, PublishDraft, Resuming, Start};
 use crate::clock;
+use crate::protocol::command::{FASTEST, SLOWEST};
 use crate::protocol::kinds::classify;
 
 /// Events in a page.
 const PAGE: u64 = 200;
 /// Events that the arrow keys go back or forward by.
 const SEEK: u64 = 10;
-/// Speeds that may be asked for.
-const SLOWEST: f64 = 0.01;
-const FASTEST: f64 = 1_000_000.0;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {

@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::Subscriptions;
+use super::pace::Step;
 use super::reading::{CHUNK_BYTES, MAX_CHUNK_BYTES, Read, Wanted};
 use super::replay::Replayed;
 use super::subscription::{Admission, Stage, Subscription};
@@ -77,7 +78,12 @@ impl Subscriptions {
     ) -> Result<(), (String, Error)> {
         self.reads[reader.class] -= 1;
         let accepted = match read {
-            Ok(Chunk::Events { events, charge }) => self.accept_events(who, reader.sub, events, &charge),
+            Ok(Chunk::Events { events, charge, next_ms }) => {
+                if let Some(pace) = self.by_id.get_mut(&reader.sub).and_then(|sub| sub.pace.as_mut()) {
+                    pace.read(next_ms, Instant::now());
+                }
+                self.accept_events(who, reader.sub, events, &charge)
+            }
             Ok(Chunk::OpenText { texts, next }) => {
                 self.accept_open_text(reader.sub, texts, next);
                 Ok(())
@@ -133,7 +139,8 @@ impl Subscriptions {
         }
         match sub.admit(event.seq, &event.kind, &event.frame) {
             Admission::Send => {
-                let replayed = Replayed::Event { id, seq: event.seq, frame: event.frame, charge: charge.clone() };
+                let (seq, paced) = (event.seq, sub.pace.is_some());
+                let replayed = Replayed::Event { id, seq, frame: event.frame, paced, charge: charge.clone() };
                 self.push_replayed(id, Some(event.class), replayed);
                 Accepted::GoOn
             }
@@ -201,6 +208,9 @@ impl Subscriptions {
     /// Likewise with the user's removal: either the lookup sees it, or the hub forgets the subscription and notifies the
     /// session.
     pub(super) fn approach(&mut self, who: &Principal, id: SubId) -> Result<(), Error> {
+        if self.keeps_pace(who, id) {
+            return Ok(());
+        }
         let Some(sub) = self.by_id.get_mut(&id) else { return Ok(()) };
         let room = sub.confirm().map_or(CHUNK_EVENTS, |confirm| confirm.room().min(CHUNK_EVENTS));
         if room == 0 {
@@ -238,6 +248,25 @@ impl Subscriptions {
             self.queue[HANDOVER_CLASS].push_front(id);
         }
         Ok(())
+    }
+
+    /// Whether the subscription replays at a pace, and is not to attach yet: it reads, waits, or ends.
+    fn keeps_pace(&mut self, who: &Principal, id: SubId) -> bool {
+        let Some(sub) = self.by_id.get_mut(&id) else { return false };
+        let Some(pace) = &sub.pace else { return false };
+        match pace.step(sub.cursor, Instant::now()) {
+            Step::Read => self.enqueue(who, id),
+            Step::Wait(due) => self.hold(id, Some(due)),
+            Step::End => {
+                self.hold(id, None);
+                self.push_replayed(id, None, Replayed::Over(id));
+            }
+            Step::GoOn => {
+                sub.pace = None;
+                return false;
+            }
+        }
+        true
     }
 
     /// Puts the subscription among those that want to read, by the highest priority that waits for it.
@@ -328,6 +357,13 @@ impl Subscription {
             let room = self.confirm().map_or(events, |confirm| confirm.room());
             room.clamp(1, events).min(allowed)
         };
-        Wanted::Events(EventRange { from: self.cursor + 1, limit, bytes, ..EventRange::all() })
+        let range = EventRange { from: self.cursor + 1, limit, bytes, ..EventRange::all() };
+        match &self.pace {
+            Some(pace) => {
+                let up_to_ms = pace.clock(Instant::now());
+                Wanted::Due { range: EventRange { to: pace.last(), ..range }, up_to_ms }
+            }
+            None => Wanted::Events(range),
+        }
     }
 }

@@ -11,7 +11,8 @@
 //! 4. **Lagging.** The outbox was full, so the hub has forgotten the subscription. It catches up again, as in 1.
 //!
 //! Besides, a subscription with `confirm` is **held** while too many events are not acknowledged, between two rounds of
-//! redelivery, and until a dead letter is stored. It is not attached then, and catches up afterwards.
+//! redelivery, and until a dead letter is stored. It is not attached then, and catches up afterwards. One that replays at a pace
+//! ([`pace`]) is held between events that are due, and is attached only when the replay is over.
 //!
 //! Invariants:
 //! - Each subscription's events are sent in the order of their seqs, each once (but for redelivery), without a hole.
@@ -22,7 +23,7 @@
 //! - What is read and not sent yet is bounded, see [`catchup`].
 //!
 //! Files: [`subscription`] is one subscription, with [`filter`] (what it leaves out), [`receipt`] (how far its client
-//! has come) and [`confirm`] (what is not acknowledged). What the session does with them: [`catchup`] reads from the store
+//! has come) and [`confirm`] (what is not acknowledged) and [`pace`] (when what is due). What the session does with them: [`catchup`] reads from the store
 //! ([`reading`] is one such read), [`replay`] sends what was read, [`live`] sends what the hub brings, [`receipts`] stores what the client acknowledges,
 //! [`requeued`] delivers again what was given up and requeued ([`redelivery`]: how far that has come).
 
@@ -30,6 +31,7 @@ mod catchup;
 mod confirm;
 mod filter;
 mod live;
+mod pace;
 mod reading;
 mod receipt;
 mod receipts;
@@ -48,11 +50,13 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 pub use self::catchup::READS;
 pub use self::confirm::{ConfirmPolicy, Presence, WINDOW};
 pub use self::filter::Choice;
+pub use self::pace::NewPace;
 pub use self::reading::CHUNK_BYTES;
 pub use self::receipt::{Receipt, first_receipt};
 pub use self::subscription::NewSubscription;
 
 use self::filter::Filter;
+use self::pace::Pace;
 use self::replay::Replayed;
 use self::subscription::{Stage, Subscription};
 use super::fair_queue::{FairQueue, SubId};
@@ -69,6 +73,8 @@ use crate::telemetry;
 
 /// Subscriptions of one session, those of `"*"` included.
 pub const MAX_SUBSCRIPTIONS: usize = 10_000;
+/// Of these, replays at a pace.
+const MAX_PACED: usize = 100;
 
 /// A frame ready for the socket.
 pub enum OutFrame {
@@ -190,6 +196,11 @@ impl Subscriptions {
             let why = format!("a session has at most {MAX_SUBSCRIPTIONS} subscriptions");
             return Err(Error::new(Code::TooLarge, why).at("thread"));
         }
+        let paced = || self.by_id.values().filter(|sub| sub.pace.is_some()).count();
+        if wanted.pace.is_some() && paced() >= MAX_PACED {
+            let why = format!("a session has at most {MAX_PACED} replays at a pace at a time");
+            return Err(Error::new(Code::TooLarge, why).at("replay"));
+        }
         let called = wanted.address.is_alias().then(|| wanted.address.called.into());
         let thread = wanted.address.name;
         let key: Arc<str> = log_key(&who.tenant, &thread).into();
@@ -210,6 +221,7 @@ impl Subscriptions {
             delivered: None,
             filter: Filter::new(wanted.choice, Instant::now()).map(Box::new),
             receipt: wanted.receipt.map(Box::new),
+            pace: wanted.pace.map(|pace| Box::new(Pace::new(pace))),
         });
         if is_changed {
             self.changed.push(id);
@@ -353,6 +365,7 @@ impl Subscriptions {
             named: false,
             choice: following.choice.clone(),
             receipt: receipt.map(Receipt::unwritten),
+            pace: None,
         };
         self.add(who, wanted).map_err(|error| (thread, error))
     }

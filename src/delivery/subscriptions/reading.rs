@@ -20,6 +20,7 @@ use crate::delivery::sources::Sources;
 use crate::memory::{self, Charge, Refused};
 use crate::protocol::delta::Delta;
 use crate::protocol::error::{Code, Error};
+use crate::protocol::event;
 use crate::store::messages::{MessageKey, MessageRow, TextPosition};
 use crate::store::{EventRange, EventRow, Store, StoreError, StoredEvent};
 use crate::{clock, panics};
@@ -42,6 +43,11 @@ const RETRY_MS: u64 = 5_000;
 /// What is read from the store.
 pub(super) enum Wanted {
     Events(EventRange),
+    /// For a replay at a pace: of these, what had happened up to then.
+    Due {
+        range: EventRange,
+        up_to_ms: u64,
+    },
     /// The text of messages that are being written, from the one with this number on, beyond what the client has.
     OpenText {
         from: u64,
@@ -94,7 +100,11 @@ impl Read {
         }
         let (store, who, thread) = (&self.sources.store, &self.who, &*self.thread);
         let wanted = |head| match &self.wanted {
-            Wanted::Events(range) => events(store, who, thread, *range, head, charge),
+            Wanted::Events(range) => events(store, who, thread, *range, head, charge, |_| None),
+            Wanted::Due { range, up_to_ms } => {
+                let later = |frame: &str| at_ms(frame).filter(|at| at > up_to_ms);
+                events(store, who, thread, *range, head, charge, later)
+            }
             Wanted::OpenText { from, delivered } => open_text(store, who, thread, *from, delivered, charge),
             Wanted::Requeued { name, kinds } => requeued(store, who, thread, (name, kinds.as_deref()), charge),
         };
@@ -120,7 +130,13 @@ fn refusal(refused: Refused) -> Error {
     }
 }
 
-/// `head` was looked up before: what is committed since may be missing, what is up to there may not.
+/// When the event of this frame happened, in ms since the Unix epoch.
+fn at_ms(frame: &str) -> Option<u64> {
+    event::at_of(frame).and_then(clock::parse_rfc3339)
+}
+
+/// `head` was looked up before: what is committed since may be missing, what is up to there may not. The first event of which
+/// `not_due` gives a time is not brought, and none after it.
 fn events(
     store: &Store,
     who: &Principal,
@@ -128,15 +144,20 @@ fn events(
     range: EventRange,
     head: u64,
     mut charge: Charge,
+    not_due: impl Fn(&str) -> Option<u64>,
 ) -> Result<Outcome, Error> {
     // More than the usual chunk only where there is room for it now.
     charge.grow_to(range.bytes).ok();
-    let (mut events, mut used, mut needs) = (EventTexts::default(), 0, None);
+    let (mut events, mut used, mut needs, mut next_ms) = (EventTexts::default(), 0, None, None);
     store.visit_events(&who.tenant, thread, range, |seq, row| {
+        next_ms = not_due(row.frame);
+        if next_ms.is_some() {
+            return Ok::<_, StoreError>(ControlFlow::Break(()));
+        }
         let bytes = row.frame.len() + EVENT_OVERHEAD;
         let fits = used + bytes <= range.bytes.min(charge.bytes());
         if !fits && !events.is_empty() {
-            return Ok::<_, StoreError>(ControlFlow::Break(()));
+            return Ok(ControlFlow::Break(()));
         }
         if !fits && charge.grow_to(bytes).is_err() {
             needs = Some(bytes);
@@ -150,7 +171,7 @@ fn events(
     if let Some(bytes) = needs {
         return Ok(Outcome::Needs(bytes));
     }
-    if events.is_empty() && head >= range.from {
+    if events.is_empty() && next_ms.is_none() && head >= range.from {
         return Err(Error::new(Code::Internal, "the store lacks events that it should have"));
     }
     charge.shrink_to(used);
@@ -159,7 +180,7 @@ fn events(
     for event in events.iter_mut().filter(|event| event.frame.len() > LARGE) {
         event.frame = charged(std::mem::take(&mut event.frame), &charge);
     }
-    Ok(Outcome::Chunk(Chunk::Events { events, charge }))
+    Ok(Outcome::Chunk(Chunk::Events { events, charge, next_ms }))
 }
 
 /// Events of a chunk, with their texts in one piece of memory.

@@ -145,7 +145,7 @@ impl Subscriptions {
         let mut watched = Vec::new();
         for (id, sub) in &self.by_id {
             let owes_position = sub.filter.as_ref().is_some_and(|filter| filter.position_due().is_some());
-            if owes_position || sub.receipt.is_some() {
+            if owes_position || sub.receipt.is_some() || sub.pace.is_some() {
                 watched.push(*id);
             }
         }
@@ -177,7 +177,7 @@ impl Subscriptions {
         }
     }
 
-    /// Begins the next round when the pause before it is over. When the oldest event was not acknowledged in time, begins
+    /// Begins the next round, or goes on with a replay, when the pause before it is over. When the oldest event was not acknowledged in time, begins
     /// that pause, or gives the event up after its last attempt.
     fn check_deadline(&mut self, who: &Principal, id: SubId, now: Instant, client: Presence) {
         let Some(sub) = self.by_id.get_mut(&id) else { return };

@@ -9,6 +9,8 @@ use super::subscription::Stage;
 use super::{OutFrame, Subscriptions};
 use crate::delivery::fair_queue::SubId;
 use crate::memory::Charge;
+use crate::protocol::event;
+use crate::protocol::frame::ServerFrame;
 use crate::store::deliveries::RequeuedDelivery;
 
 /// What a subscription has ready for the socket. Of one subscription the order is kept, so each step is reached once what
@@ -18,6 +20,8 @@ pub(super) enum Replayed {
         id: SubId,
         seq: u64,
         frame: Utf8Bytes,
+        /// It is of a replay at a pace.
+        paced: bool,
         #[expect(dead_code, reason = "held until the event goes to the socket")]
         charge: Arc<Charge>,
     },
@@ -49,6 +53,8 @@ pub(super) enum Replayed {
     CaughtUp(SubId),
     /// Everything read from the store is sent: the subscription goes live.
     Live(SubId),
+    /// A replay at a pace was all that the client wanted.
+    Over(SubId),
 }
 
 impl Replayed {
@@ -63,7 +69,11 @@ impl Replayed {
             Replayed::Event { frame, .. } | Replayed::Requeued { frame, .. } | Replayed::OpenText { frame, .. } => {
                 frame.len()
             }
-            Replayed::Notice { .. } | Replayed::Position { .. } | Replayed::CaughtUp(_) | Replayed::Live(_) => 0,
+            Replayed::Notice { .. }
+            | Replayed::Position { .. }
+            | Replayed::CaughtUp(_)
+            | Replayed::Live(_)
+            | Replayed::Over(_) => 0,
         }
     }
 }
@@ -99,8 +109,9 @@ impl Subscriptions {
     /// What to send of it. Nothing if its subscription has ended, or goes on under another number.
     fn replayed_frame(&mut self, replayed: Replayed) -> Option<OutFrame> {
         match replayed {
-            Replayed::Event { id, seq, frame, .. } => {
+            Replayed::Event { id, seq, frame, paced, .. } => {
                 let frame = self.prepare(id, seq, &frame)?;
+                let frame = if paced { event::as_replay(&frame).into() } else { frame };
                 Some(OutFrame::event(seq, frame))
             }
             Replayed::Requeued { id, delivery, frame, .. } => {
@@ -119,6 +130,11 @@ impl Subscriptions {
             }
             Replayed::CaughtUp(id) => self.by_id.get_mut(&id)?.caught_up().map(OutFrame::Notice),
             Replayed::Live(id) => self.go_live(id).map(OutFrame::Notice),
+            Replayed::Over(id) => {
+                let seq = self.by_id.get(&id)?.cursor;
+                let thread = self.end(id)?;
+                Some(OutFrame::Notice(ServerFrame::CaughtUp { thread: &thread, seq }.encode().into()))
+            }
         }
     }
 

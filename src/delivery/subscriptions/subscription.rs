@@ -8,6 +8,7 @@ use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use super::confirm::Confirm;
 use super::filter::{Choice, Filter};
+use super::pace::{NewPace, Pace};
 use super::receipt::Receipt;
 use crate::protocol::event;
 use crate::protocol::frame::ServerFrame;
@@ -44,6 +45,8 @@ pub struct NewSubscription {
     pub named: bool,
     pub choice: Choice,
     pub receipt: Option<Receipt>,
+    /// A replay at a pace, before it goes live.
+    pub pace: Option<NewPace>,
 }
 
 /// Of messages that are being written, how far the client has the text.
@@ -77,6 +80,8 @@ pub(super) struct Subscription {
     pub delivered: Option<Box<DeliveredText>>,
     pub filter: Option<Box<Filter>>,
     pub receipt: Option<Box<Receipt>>,
+    /// While it replays at a pace.
+    pub pace: Option<Box<Pace>>,
 }
 
 /// What a subscription does with the event that is next for it.
@@ -186,6 +191,7 @@ mod tests {
             delivered: None,
             filter: Filter::new(Choice { kinds, search: None }, Instant::now()).map(Box::new),
             receipt: Receipt::wanted(None, None, 0, confirm.then(ConfirmPolicy::default)).map(Box::new),
+            pace: None,
         }
     }
 

@@ -160,7 +160,8 @@ impl Streams {
             large: None,
             registration,
         };
-        let wanted = NewSubscription { address, cursor, named: true, choice: Choice::default(), receipt: None };
+        let wanted =
+            NewSubscription { address, cursor, named: true, choice: Choice::default(), receipt: None, pace: None };
         stream.feed.subs.add(&stream.who, wanted)?;
 
         let mut reply = sse::reply(sse::keep_alive().interval(HEARTBEAT).stream(stream)).into_response();

@@ -157,7 +157,14 @@ impl SubscribeAll {
     fn subscription(&self, found: JoinedThread, cursor: u64) -> NewSubscription {
         let Following { all: _, choice, name, confirm } = self.following.clone();
         let receipt = Receipt::wanted(name.as_deref(), found.receipt, cursor, confirm);
-        NewSubscription { address: ThreadAddress::named(found.thread), cursor, named: false, choice, receipt }
+        NewSubscription {
+            address: ThreadAddress::named(found.thread),
+            cursor,
+            named: false,
+            choice,
+            receipt,
+            pace: None,
+        }
     }
 }
 

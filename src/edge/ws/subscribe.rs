@@ -14,18 +14,18 @@ use crate::auth::scopes;
 use crate::delivery::feed::Pause;
 use crate::delivery::outbox::{Answer, Outbox};
 use crate::delivery::subscriptions::{
-    Choice, ConfirmPolicy, Following, MAX_SUBSCRIPTIONS, NewSubscription, Receipt, first_receipt,
+    Choice, ConfirmPolicy, Following, MAX_SUBSCRIPTIONS, NewPace, NewSubscription, Receipt, first_receipt,
 };
 use crate::edge::blocking;
-use crate::edge::cursor::{first_cursor, recovers};
+use crate::edge::cursor::{beyond_head, first_cursor, recovers};
 use crate::ingest::pending::OnVerdict;
-use crate::protocol::command::{After, Subscribe};
+use crate::protocol::command::{After, Replay, Subscribe, Until};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::frame::{Seqs, ServerFrame};
 use crate::protocol::ids::{self, ThreadAddress};
 use crate::protocol::records::ReceiptRecord;
 use crate::store::JoinedThread;
-use crate::telemetry;
+use crate::{clock, telemetry};
 
 /// Names of durable subscriptions that a user may have.
 const MAX_NAMES: usize = 256;
@@ -68,8 +68,11 @@ impl SessionState {
             (Some(row), None) => Some(row.place.min(head)),
             _ => None,
         };
-        let after = seq_of(subscribe.after.as_ref()).or(stored);
+        // A replay begins with the thread's first event unless it is said where.
+        let first = (subscribe.replay.is_some() && subscribe.last.is_none()).then_some(0);
+        let after = seq_of(subscribe.after.as_ref()).or(stored).or(first);
         let cursor = first_cursor(head, after, subscribe.last, recovered)?;
+        let pace = subscribe.replay.as_ref().map(|replay| pace_of(replay, cursor, head)).transpose()?;
 
         let receipts = match (name, &row) {
             (Some(name), None) => vec![first_receipt(who, &thread, name, cursor)],
@@ -82,6 +85,7 @@ impl SessionState {
             named: true,
             choice,
             receipt: Receipt::wanted(name, row, cursor, policy),
+            pace,
         };
         let plan = SubscriptionPlan {
             id: subscribe.id,
@@ -340,6 +344,25 @@ fn reply_to_last(outbox: Arc<Outbox>, attempt: u32, left: Arc<AtomicUsize>) -> O
             Err(error) => outbox.push_answer(Answer::FirstReceiptsStored { attempt, stored: Err(error) }),
         }
     })
+}
+
+/// How a thread is to be replayed, after `cursor`. The speed was checked when the command was parsed.
+fn pace_of(replay: &Replay<'_>, cursor: u64, head: u64) -> Result<NewPace, Error> {
+    let (mut last, mut until_ms) = (head, None);
+    match &replay.until {
+        Some(Until::Seq(seq)) if *seq > head => return Err(beyond_head("replay.until", *seq, head)),
+        Some(Until::Seq(seq)) if *seq < cursor => {
+            let why = format!("replay.until ({seq}) is before the event where the replay begins ({cursor})");
+            return Err(Error::field("replay.until", why));
+        }
+        Some(Until::Seq(seq)) => last = *seq,
+        Some(Until::Time(time)) => {
+            let why = "replay.until must be a seq, or a time such as 2026-11-27T10:00:00Z (RFC 3339)";
+            until_ms = Some(clock::parse_rfc3339(time).ok_or_else(|| Error::field("replay.until", why))?);
+        }
+        None => {}
+    }
+    Ok(NewPace { speed: replay.speed, last, until_ms, ends: replay.until.is_some() })
 }
 
 /// How deliveries are to be confirmed, if the client asks for that. The values were checked when the command was parsed.

@@ -5,6 +5,7 @@ mod context;
 mod endings;
 mod hostile;
 mod interruption;
+mod paced;
 mod restarts;
 mod runs;
 mod sse;
