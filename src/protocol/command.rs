@@ -556,7 +556,7 @@ mod tests {
             (r#"{"type":"subscribe","id":1,"thread":"t","confirm":false,"ack_within_ms":1000}"#, "ack_within_ms"),
             (r#"{"type":"subscribe","id":1,"thread":"*","replay":{"speed":1}}"#, "replay"),
             (r#"{"type":"subscribe","id":1,"thread":"t","name":"n","replay":{"speed":1}}"#, "replay"),
-            (r#"{"type":"subscribe","id":1,"thread":"t","replay":{}}"#, "replay.speed"),
+            (r#"{"type":"subscribe","id":1,"thread":"t","replay":{}}"#, "speed"),
             (r#"{"type":"subscribe","id":1,"thread":"t","replay":{"speed":0}}"#, "replay.speed"),
             (r#"{"type":"subscribe","id":1,"thread":"t","replay":{"speed":1,"until":-1}}"#, "replay.until"),
             (r#"{"type":"nonsense","id":1}"#, "type"),
