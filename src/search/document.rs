@@ -148,7 +148,6 @@ pub fn tokens<'p>(pieces: impl IntoIterator<Item = &'p Piece>, stems: &Stems) ->
 pub struct Document {
     pub tenant: String,
     pub thread: String,
-    pub seq: u64,
     /// Milliseconds.
     pub at: u64,
     pub kind: String,
@@ -159,8 +158,8 @@ pub struct Document {
 
 impl Document {
     /// From the event's frame; without words if it is none.
-    pub fn new(tenant: &str, thread: &str, seq: u64, at: u64, frame: &str, stems: &Stems) -> Document {
-        let mut document = Document::empty(tenant, thread, seq, at);
+    pub fn new(tenant: &str, thread: &str, at: u64, frame: &str, stems: &Stems) -> Document {
+        let mut document = Document::empty(tenant, thread, at);
         if let Some(frame) = StoredFrame::parse(frame) {
             document.tokens = tokens(&pieces(&frame.kind, frame.data), stems);
             document.kind = frame.kind.into_owned();
@@ -171,11 +170,10 @@ impl Document {
     }
 
     /// One that is not found by any word.
-    pub fn empty(tenant: &str, thread: &str, seq: u64, at: u64) -> Document {
+    pub fn empty(tenant: &str, thread: &str, at: u64) -> Document {
         Document {
             tenant: tenant.to_owned(),
             thread: thread.to_owned(),
-            seq,
             at,
             kind: String::new(),
             from: String::new(),

@@ -118,7 +118,6 @@ mod tests {
         let document = Document {
             tenant: String::new(),
             thread: String::new(),
-            seq: 1,
             at: 0,
             kind: String::new(),
             from: String::new(),

@@ -33,7 +33,7 @@ mod writer;
 
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tantivy::TantivyError;
@@ -58,7 +58,7 @@ use crate::telemetry;
 const WORK: Duration = Duration::from_millis(50);
 /// How long it takes what is new before it looks.
 const TAKE_WITHIN: Duration = Duration::from_millis(500);
-/// Events taken under the lock at once.
+/// Events taken at once.
 const CHUNK: usize = 64;
 /// How long a search waits for its turn, and for the index to be opened.
 const TURN_WITHIN: Duration = Duration::from_secs(2);
@@ -157,6 +157,8 @@ pub struct Search {
     shared: Arc<Shared>,
     stems: Stems,
     turns: Semaphore,
+    /// Held by whoever takes what is new in order to search.
+    taking: Mutex<()>,
 }
 
 /// The right to search now.
@@ -184,7 +186,7 @@ impl Search {
         let writer = Writer { shared: shared.clone(), path, language: language.to_owned(), memory: memory.writer };
         let thread = std::thread::Builder::new().name("search".into()).spawn(move || writer.run())?;
         let turns = std::thread::available_parallelism().map_or(2, usize::from).max(2);
-        Ok((Arc::new(Search { shared, stems, turns: Semaphore::new(turns) }), thread))
+        Ok((Arc::new(Search { shared, stems, turns: Semaphore::new(turns), taking: Mutex::default() }), thread))
     }
 
     pub fn stop(&self) {
@@ -213,7 +215,7 @@ impl Search {
     /// The first hits in these threads. Blocks: for threads that may.
     pub fn find(&self, ask: &Ask, threads: Threads) -> Result<Found, Error> {
         let begun = Instant::now();
-        let found = self.find_within(ask, threads, &mut Budget::new(WORK));
+        let found = self.find_within(ask, threads, WORK);
         telemetry::search_seconds().record(begun.elapsed().as_secs_f64());
         if found.as_ref().is_ok_and(|found| found.partial) {
             telemetry::search_partial().increment(1);
@@ -221,7 +223,7 @@ impl Search {
         found
     }
 
-    fn find_within(&self, ask: &Ask, threads: Threads, budget: &mut Budget) -> Result<Found, Error> {
+    fn find_within(&self, ask: &Ask, threads: Threads, work: Duration) -> Result<Found, Error> {
         let reach = match threads {
             Threads::All => collect::Reach::All,
             Threads::These(threads) => collect::Reach::threads(&ask.tenant, threads),
@@ -230,6 +232,8 @@ impl Search {
         let query = self.parse(corrected.unwrap_or(&ask.q))?;
         let now = clock::now_ms();
         let snapshot = self.snapshot(&ask.tenant)?;
+        // What was taken for all who search is not this one's work.
+        let budget = &mut Budget::new(work);
         let complete_to = snapshot.missing_from.unwrap_or(now);
 
         let looking = Looking { ask, reach: &reach, snapshot: &snapshot, now };
@@ -262,20 +266,26 @@ impl Search {
     fn snapshot(&self, tenant: &str) -> Result<Snapshot, Error> {
         let begun = Instant::now();
         loop {
-            let mut tail = self.shared.tail();
-            let is_level = tail.take(CHUNK)?;
+            let is_level = {
+                // In turns, so that no two of those who search analyse the same event. The thread of the index does not wait here.
+                let _turn = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
+                self.shared.tail.take(CHUNK)
+            };
             let waited = begun.elapsed();
-            match tail.snapshot(tenant) {
-                Some(snapshot) if is_level || tail.is_full() || waited >= TAKE_WITHIN => return Ok(snapshot),
+            let (found, is_full) = {
+                let tail = self.shared.tail();
+                (tail.snapshot(tenant), tail.is_full())
+            };
+            match found {
+                Some((snapshot, _)) if is_full || waited >= TAKE_WITHIN => return Ok(snapshot),
+                // Both: the index may have been opened again in between.
+                Some((snapshot, true)) if is_level => return Ok(snapshot),
                 Some(_) => {}
                 None if waited >= TURN_WITHIN => {
                     return Err(Error::new(Code::Unavailable, "the index of search is not open").retry_after(RETRY_MS));
                 }
-                None => {
-                    drop(tail);
-                    // Right after the start.
-                    std::thread::sleep(Duration::from_millis(5));
-                }
+                // Right after the start.
+                None => std::thread::sleep(Duration::from_millis(5)),
             }
         }
     }

@@ -1,7 +1,10 @@
 //! Search against a scan that knows nothing of indexes: the same events in the same order, whenever it is asked.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::index::Progress;
 use super::*;
 use crate::partitioning::{KeyHash, Partitioning};
 use crate::store::EventRow;
@@ -62,10 +65,7 @@ struct World {
 impl World {
     fn new(seed: u64) -> World {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let mut store = Store::open(&folder.path().join("projections")).expect("it opens");
-        let positions = [0; 3 * PARTITIONS as usize];
-        store.begin("e", Partitioning::new(KeyHash::Murmur2, PARTITIONS), &[], &positions).expect("it begins");
-        let (chance, store) = (Chance(seed | 1), Arc::new(store));
+        let (chance, store) = (Chance(seed | 1), Arc::new(new_store(folder.path())));
         let mut world =
             World { chance, store, events: Vec::new(), offset: 0, heads: BTreeMap::new(), folder, search: None };
         world.start();
@@ -97,8 +97,8 @@ impl World {
     /// Returns once everything is found: a search takes what has come, but not for ever.
     fn level(&self) {
         let is_level = || {
-            let mut tail = self.search().shared.tail();
-            tail.take(64).expect("it is read") && tail.missing_from().is_none()
+            let shared = &self.search().shared;
+            shared.tail.take(64) && shared.tail().missing_from().is_none()
         };
         while !is_level() {
             std::thread::yield_now();
@@ -164,6 +164,17 @@ impl World {
             _ => Wanted::Word(self.chance.word()),
         }
     }
+}
+
+fn projections(folder: &Path) -> PathBuf {
+    folder.join("projections")
+}
+
+fn new_store(folder: &Path) -> Store {
+    let mut store = Store::open(&projections(folder)).expect("it opens");
+    let positions = [0; 3 * PARTITIONS as usize];
+    store.begin("e", Partitioning::new(KeyHash::Murmur2, PARTITIONS), &[], &positions).expect("it begins");
+    store
 }
 
 enum Wanted {
@@ -232,7 +243,7 @@ fn pages(search: &Search, mut ask: Ask, threads: &Threads) -> Vec<Hit> {
     let mut hits = Vec::new();
     loop {
         // A busy machine may take long for little work: what counts here is all of it.
-        let mut found = search.find_within(&ask, threads.clone(), &mut Budget::new(PATIENCE)).expect("it is found");
+        let mut found = search.find_within(&ask, threads.clone(), PATIENCE).expect("it is found");
         assert!(!found.partial);
         let more = found.hits.len() > ask.limit;
         found.hits.truncate(ask.limit);
@@ -387,8 +398,107 @@ fn work_is_broken_off_when_its_budget_is_spent_and_the_answer_says_so() {
     world.start();
     world.level();
     let ask = ask("acme", "kaka0 OR ka* ", Order::Newest, 5);
-    let found = world.search().find_within(&ask, Threads::All, &mut Budget::new(PATIENCE)).expect("it is found");
+    let found = world.search().find_within(&ask, Threads::All, PATIENCE).expect("it is found");
     assert!(!found.partial && !found.hits.is_empty());
-    let found = world.search().find_within(&ask, Threads::All, &mut Budget::new(Duration::ZERO)).expect("it is found");
+    let found = world.search().find_within(&ask, Threads::All, Duration::ZERO).expect("it is found");
     assert!(found.partial && found.hits.is_empty());
+}
+
+#[test]
+fn who_takes_events_at_one_time_takes_each_of_them_once_in_the_order_of_its_partition() {
+    let mut world = World::new(19);
+    world.stop();
+    let files = index::open(&world.path(), &Progress::new("e", "plain", &[]), 16 << 20).expect("it opens");
+    let view = files.view().expect("it is read");
+    let tail = Tail::new(world.store.clone(), Stems::PLAIN, 64 << 20);
+    let begin = || {
+        let mut state = tail.lock();
+        drop(state.begin(&[None; PARTITIONS as usize], view.clone()));
+        state.number()
+    };
+    begin();
+
+    let is_over = AtomicBool::new(false);
+    let mut begun = 0;
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| while !tail.take(7) || !is_over.load(Ordering::Acquire) {});
+        }
+        for round in 0..40 {
+            world.append(50);
+            // As when the index is opened again.
+            if round == 20 {
+                begun = begin();
+            }
+        }
+        is_over.store(true, Ordering::Release);
+    });
+    let state = tail.lock();
+    let taken = state.after(begun, usize::MAX);
+    assert_eq!((taken.len(), state.missing_from()), (2_000, None));
+    for partition in 0..PARTITIONS {
+        let places: Vec<Place> = taken.iter().filter(|it| it.partition == partition).map(|it| it.place).collect();
+        assert!(places.is_sorted_by_key(|place| (place.offset, place.seq)), "{partition}");
+        let mut after = None;
+        for place in places {
+            assert_ne!(Some(place), after, "once");
+            after = Some(place);
+        }
+    }
+}
+
+/// Cuts off the first row of a family that is of this thread.
+fn damage(folder: &Path, family: &str, thread: &str) {
+    let (path, options) = (projections(folder), rocksdb::Options::default());
+    let families = rocksdb::DB::list_cf(&options, &path).expect("it is a store");
+    let db = rocksdb::DB::open_cf(&options, &path, families).expect("it opens");
+    let family = db.cf_handle(family).expect("it is there");
+    let mut rows = db.iterator_cf(&family, rocksdb::IteratorMode::Start).map(|row| row.expect("it is read"));
+    let is_of = |bytes: &[u8]| bytes.windows(thread.len()).any(|window| window == thread.as_bytes());
+    let (key, value) = rows.find(|(key, value)| is_of(key) || is_of(value)).expect("one is of the thread");
+    db.put_cf(&family, key, &value[..value.len() / 2]).expect("it is written");
+}
+
+#[test]
+fn what_cannot_be_read_is_not_found_and_everything_else_is() {
+    // What comes after a place that cannot be read is nowhere to be read, and the answer says that it is not complete.
+    for (family, expected) in [("events", (vec![2], true)), ("arrivals", (vec![], false))] {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = new_store(folder.path());
+        let ruined = "ruined";
+        let is_elsewhere = |it: &String| store.partition("acme", it) != store.partition("acme", ruined);
+        let other = (0..).map(|n| format!("other{n}")).find(is_elsewhere).expect("there are more partitions");
+        let mut batch = store.batch();
+        for (seq, thread) in [(1, ruined), (1, &other), (2, ruined), (2, &other)] {
+            let frame = format!(
+                r#"{{"type":"event","thread":"{thread}","seq":{seq},"kind":"user_message","event":"e","from":"ada","at":"now","data":{{"content":"word"}}}}"#
+            );
+            let row = EventRow {
+                offset: seq,
+                kind: "user_message",
+                class: 1,
+                privileged: false,
+                hash: [0; 32],
+                frame: &frame,
+            };
+            batch.put_event("acme", thread, seq, &row, BEGIN + seq);
+        }
+        store.commit(batch).expect("it commits");
+        drop(store);
+        damage(folder.path(), family, ruined);
+
+        let store = Arc::new(Store::open(&projections(folder.path())).expect("it opens"));
+        let memory = Memory { writer: 16 << 20, tail: 12 << 20 };
+        let (search, thread) = Search::start(store, folder.path().join("search"), "plain", memory).expect("it starts");
+        while !search.shared.tail.take(64) {
+            std::thread::yield_now();
+        }
+        let found =
+            search.find_within(&ask("acme", "word ", Order::Newest, 9), Threads::All, PATIENCE).expect("it is found");
+        let seqs = |of: &str| found.hits.iter().filter(|hit| hit.thread == of).map(|hit| hit.seq).collect::<Vec<_>>();
+        assert_eq!(seqs(&other), [2, 1], "{family}");
+        assert_eq!((seqs(ruined), found.complete_to > 0), expected, "{family}");
+        search.stop();
+        thread.join().expect("it ends");
+    }
 }

@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use tantivy::TantivyError;
 
 use super::index::{self, Files, Merging, OpenError, Progress};
 use super::merges;
-use super::tail::Tail;
+use super::tail::{State, Tail};
 use crate::clock;
 use crate::panics;
 use crate::store::{Place, Store, StoreError};
@@ -30,47 +30,39 @@ const COMMIT_AFTER: Duration = Duration::from_secs(3);
 const COMMIT_EVENTS: u64 = 4_096;
 /// The same while it catches up with what is long past.
 const COMMIT_OLD_EVENTS: u64 = 50_000;
+const COMMIT_OLD_AFTER: Duration = COMMIT_AFTER.saturating_mul(10);
 /// What is older than this when it is taken is long past.
 const OLD_MS: u64 = 10_000;
-/// Events taken under the lock at once.
+/// Events taken at once.
 const CHUNK: usize = 16;
+/// Events that wait of which the list is copied under the lock at once.
+const COPIED: usize = 256;
 /// How much the thread lets others go first, from 0 to 19.
 const NICE: i32 = 15;
 
 /// What searches and the thread share.
 pub struct Shared {
     pub store: Arc<Store>,
-    pub tail: Mutex<Tail>,
+    pub tail: Tail,
     /// A search could not read the index.
     damaged: AtomicBool,
     stopping: Mutex<bool>,
     woken: Condvar,
-    /// Up to when searches are complete, in milliseconds, while the index catches up; 0 if they are complete.
-    pub missing_from: AtomicU64,
 }
 
 impl Shared {
     pub fn new(store: Arc<Store>, tail: Tail) -> Shared {
-        Shared {
-            store,
-            tail: Mutex::new(tail),
-            damaged: AtomicBool::new(false),
-            stopping: Mutex::new(false),
-            woken: Condvar::new(),
-            missing_from: AtomicU64::new(0),
-        }
+        Shared { store, tail, damaged: AtomicBool::new(false), stopping: Mutex::new(false), woken: Condvar::new() }
     }
 
-    pub fn tail(&self) -> MutexGuard<'_, Tail> {
-        // Reading an event's text may panic, and is caught; the rest is a change in one go.
-        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn tail(&self) -> MutexGuard<'_, State> {
+        self.tail.lock()
     }
 
     /// The index cannot be read: it is made anew.
     pub fn report_damage(&self, error: &TantivyError) {
         tracing::error!(%error, "the index of search cannot be read, and is made anew");
         self.damaged.store(true, Ordering::Release);
-        self.woken.notify_all();
     }
 
     pub fn stop(&self) {
@@ -179,8 +171,11 @@ impl Writer {
         let added = {
             let view = files.view()?;
             let mut tail = self.shared.tail();
-            tail.begin(&places, view);
-            tail.number()
+            let removed = tail.begin(&places, view);
+            let number = tail.number();
+            drop(tail);
+            drop(removed);
+            number
         };
         let language = self.language.clone();
         let mut indexing = Indexing {
@@ -220,30 +215,26 @@ impl Indexing<'_> {
     fn round(&mut self, all: bool) -> Result<bool, WriteError> {
         let (mut is_level, mut taken) = (false, 0);
         while !is_level && !self.shared.tail().is_full() && (taken < COMMIT_EVENTS as usize || all) {
-            is_level = self.shared.tail().take(CHUNK)?;
+            is_level = self.shared.tail.take(CHUNK);
             taken += CHUNK;
         }
-        let (new, front) = {
-            let tail = self.shared.tail();
-            (tail.after(self.added), tail.front())
-        };
-        for waiting in &new {
-            self.files.add(waiting.partition, waiting.place, &waiting.document)?;
-            self.places[waiting.partition as usize] = Some(waiting.place);
-            self.added = waiting.number;
-        }
-        telemetry::search_indexed().increment(new.len() as u64);
+        self.add()?;
         if self.added > self.committed {
             self.since.get_or_insert_with(Instant::now);
         }
 
+        let (front, is_full) = {
+            let tail = self.shared.tail();
+            (tail.front(), tail.is_full())
+        };
         let is_old = front.is_some_and(|front| front + OLD_MS < clock::now_ms());
-        let (most, is_full) = (if is_old { COMMIT_OLD_EVENTS } else { COMMIT_EVENTS }, self.shared.tail().is_full());
-        let is_due = self.since.is_some_and(|since| all || (!is_old && (is_full || since.elapsed() >= COMMIT_AFTER)));
+        let (most, after) = if is_old { (COMMIT_OLD_EVENTS, COMMIT_OLD_AFTER) } else { (COMMIT_EVENTS, COMMIT_AFTER) };
+        let is_due = self.since.is_some_and(|since| all || (is_full && !is_old) || since.elapsed() >= after);
         if is_due || self.added - self.committed >= most {
             self.commit()?;
         } else if is_old {
-            self.shared.tail().hide(self.added);
+            let removed = self.shared.tail().hide(self.added);
+            drop(removed);
         }
         if !all {
             self.merge()?;
@@ -252,11 +243,28 @@ impl Indexing<'_> {
         Ok(is_level)
     }
 
+    /// Adds what was taken.
+    fn add(&mut self) -> Result<(), WriteError> {
+        loop {
+            let new = self.shared.tail().after(self.added, COPIED);
+            for waiting in &new {
+                self.files.add(waiting.partition, waiting.place, &waiting.document)?;
+                self.places[waiting.partition as usize] = Some(waiting.place);
+                self.added = waiting.number;
+            }
+            telemetry::search_indexed().increment(new.len() as u64);
+            if new.len() < COPIED {
+                return Ok(());
+            }
+        }
+    }
+
     fn commit(&mut self) -> Result<(), WriteError> {
         let begun = Instant::now();
         self.files.commit(&Progress::new(&self.epoch, &self.language, &self.places))?;
         let view = self.files.view()?;
-        self.shared.tail().set_view(view, self.added);
+        let removed = self.shared.tail().set_view(view, self.added);
+        drop(removed);
         (self.committed, self.since) = (self.added, None);
         telemetry::search_commit_seconds().record(begun.elapsed().as_secs_f64());
         Ok(())
@@ -269,7 +277,8 @@ impl Indexing<'_> {
             self.merging = None;
             merged?;
             let view = self.files.view()?;
-            self.shared.tail().replace_view(view);
+            let removed = self.shared.tail().replace_view(view);
+            drop(removed);
         }
         let Some(view) = self.shared.tail().view.clone() else { return Ok(()) };
         // Oldest first.
@@ -285,11 +294,9 @@ impl Indexing<'_> {
     /// Says how far it is.
     fn shows(&mut self) {
         let tail = self.shared.tail();
-        let missing_from = tail.missing_from();
-        self.shared.missing_from.store(missing_from.unwrap_or(0), Ordering::Relaxed);
-        let lag = missing_from.map_or(0, |from| clock::now_ms().saturating_sub(from));
+        let lag = tail.missing_from().map_or(0, |from| clock::now_ms().saturating_sub(from));
         telemetry::search_lag_seconds().set(lag as f64 / 1_000.0);
-        telemetry::search_waiting().set(tail.size().0 as f64);
+        telemetry::search_waiting().set(tail.len() as f64);
         telemetry::search_segments().set(tail.view.as_ref().map_or(0, |view| view.segments.len()) as f64);
     }
 }

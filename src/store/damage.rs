@@ -106,7 +106,7 @@ pub struct ExaminedStore {
 
 impl StoreError {
     /// Whether rows cannot be read any more, now or ever.
-    pub(super) fn is_damage(&self) -> bool {
+    pub fn is_damage(&self) -> bool {
         match self {
             StoreError::Database(error) => is_damage(error),
             // Rows of another version are whole.
