@@ -12,12 +12,14 @@
 //! Events are not in it: the store has them. A commit carries how far it has come ([`Progress`]), so that index and position
 //! are one; whatever follows is read again from there. Deleted, it is made anew.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tantivy::directory::MmapDirectory;
 use tantivy::index::SegmentId;
+use tantivy::directory::error::OpenReadError;
 use tantivy::indexer::{IndexWriterOptions, NoMergePolicy};
 use tantivy::schema::{
     FAST, Field as Column, IndexRecordOption, NumericOptions, Schema, TextFieldIndexing, TextOptions,
@@ -28,6 +30,7 @@ use tantivy::{FutureResult, Index, IndexReader, IndexWriter, ReloadPolicy, Searc
 use super::document::{Document, Field, Token};
 use crate::store::Place;
 
+use crate::panics;
 /// What the rows of an index mean; one of another version is made anew.
 const FORMAT: u32 = 1;
 
@@ -146,12 +149,29 @@ pub enum OpenError {
     #[error("{} is in use by another process", .0.display())]
     InUse(PathBuf),
     #[error(transparent)]
+        // Too many open files, say: the index may be as it should.
+        Err(error) if !may_be_damage(&error) => return Err(error.into()),
     Disk(#[from] std::io::Error),
     #[error(transparent)]
     Index(#[from] TantivyError),
 }
 
 fn schema() -> (Schema, Columns) {
+/// Whether an error may be due to what the files of the index hold, or lack, and not to what the system could not do just then.
+pub fn may_be_damage(error: &TantivyError) -> bool {
+    let io = match error {
+        TantivyError::IoError(error) => error,
+        TantivyError::OpenReadError(OpenReadError::IoError { io_error, .. }) => io_error,
+        TantivyError::OpenDirectoryError(_)
+        | TantivyError::OpenWriteError(_)
+        | TantivyError::LockFailure(..)
+        // A thread that writes new segments, and reads no others.
+        | TantivyError::ErrorInThread(_) => return false,
+        _ => return true,
+    };
+    matches!(io.kind(), ErrorKind::NotFound | ErrorKind::InvalidData | ErrorKind::UnexpectedEof)
+}
+
     let text = |record, norms| {
         let indexing = TextFieldIndexing::default().set_tokenizer("raw").set_index_option(record).set_fieldnorms(norms);
         TextOptions::default().set_indexing_options(indexing)
@@ -267,6 +287,15 @@ fn stream<'t>(words: impl Iterator<Item = (&'t Token, String)>) -> PreTokenizedS
         position: token.position as usize,
         position_length: 1,
         offset_from: 0,
+    /// Whether what is committed is not what was written, by the checksums of all files. Not while segments are merged.
+    pub fn is_damaged(&self) -> Result<bool, TantivyError> {
+        match panics::caught(|| self.writer.index().validate_checksum()) {
+            Ok(Ok(damaged)) => Ok(!damaged.is_empty()),
+            Ok(Err(error)) if !may_be_damage(&error) => Err(error),
+            Ok(Err(_)) | Err(_) => Ok(true),
+        }
+    }
+
         offset_to: 0,
         text,
     };

@@ -49,6 +49,7 @@ use self::tail::{Snapshot, Tail, Waiting};
 pub use self::words::Stems;
 use self::writer::{Shared, Writer};
 use crate::clock;
+use crate::panics;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::StoredFrame;
 use crate::store::{Partition, Place, Store, StoreError};
@@ -215,7 +216,11 @@ impl Search {
     /// The first hits in these threads. Blocks: for threads that may.
     pub fn find(&self, ask: &Ask, threads: Threads) -> Result<Found, Error> {
         let begun = Instant::now();
-        let found = self.find_within(ask, threads, WORK);
+        // Damaged files may lead tantivy to a panic as well as to an error.
+        let found = panics::catch(|| self.find_within(ask, threads, WORK)).unwrap_or_else(|error| {
+            self.shared.suspect("a search panicked");
+            Err(error)
+        });
         telemetry::search_seconds().record(begun.elapsed().as_secs_f64());
         if found.as_ref().is_ok_and(|found| found.partial) {
             telemetry::search_partial().increment(1);
@@ -290,17 +295,27 @@ impl Search {
         }
     }
 
-    /// The event of a key; nothing if it is not visible here yet, or another tenant's, which cannot be.
+    /// The event of a key; nothing if its row cannot be read, is not visible here yet, or another tenant's, which cannot be.
     fn resolve(&self, tenant: &str, key: Key) -> Result<Option<Hit>, StoreError> {
         let place = Place { offset: key.offset, seq: key.seq };
-        let arrival = self.shared.store.arrival(Partition::new(key.partition), place)?;
+        let arrival = match self.shared.store.arrival(Partition::new(key.partition), place) {
+            Err(error) if error.is_damage() => {
+                tracing::error!(?key, %error, "an event that was found cannot be read, and is left out");
+                None
+            }
+            arrival => arrival?,
+        };
         let arrival = arrival.filter(|arrival| arrival.tenant == tenant);
         Ok(arrival.map(|arrival| Hit { key, thread: arrival.thread, seq: key.seq }))
     }
 
     fn failed(&self, error: TantivyError) -> Error {
-        self.shared.report_damage(&error);
-        Error::new(Code::Unavailable, "the index of search cannot be read, and is made anew").retry_after(RETRY_MS)
+        if index::may_be_damage(&error) {
+            self.shared.suspect(&error.to_string());
+        } else {
+            tracing::warn!(%error, "the index of search cannot be read now");
+        }
+        Error::new(Code::Unavailable, "the index of search cannot be read now").retry_after(RETRY_MS)
     }
 
     /// Where in a text what a query wants stands, in bytes.

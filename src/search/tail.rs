@@ -139,7 +139,7 @@ pub struct State {
     /// The same of those that could not be read when that was last tried.
     failed: BTreeSet<(u64, u32)>,
     /// How often it began where an index stands.
-    begun: u64,
+    pub begun: u64,
     /// The version of the store's arrivals when partitions were last looked at.
     seen: Option<u64>,
     number: u64,

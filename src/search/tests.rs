@@ -502,3 +502,46 @@ fn what_cannot_be_read_is_not_found_and_everything_else_is() {
         thread.join().expect("it ends");
     }
 }
+
+/// Turns over bytes in the middle of all files of the index that end so, while it is open.
+fn flip(index: &Path, ending: &str) {
+    use std::os::unix::fs::FileExt;
+    let files = std::fs::read_dir(index).expect("it is there").map(|file| file.expect("it is read").path());
+    for file in files.filter(|file| file.extension().is_some_and(|it| it == ending)) {
+        let file = std::fs::File::options().read(true).write(true).open(file).expect("it opens");
+        let mut byte = [0];
+        let middle = file.metadata().expect("it is there").len() / 4;
+        file.read_exact_at(&mut byte, middle).expect("it is read");
+        file.write_all_at(&[!byte[0]], middle).expect("it is written");
+    }
+}
+
+#[test]
+fn an_index_that_may_be_damaged_is_made_anew_only_if_it_is() {
+    for is_damaged in [false, true] {
+        let mut world = World::new(23);
+        world.append(500);
+        // All of it in the index.
+        world.stop();
+        let before = std::fs::read(world.path().join("meta.json")).expect("it is there");
+        let files = index::open(&world.path(), &Progress::new("e", "plain", &[]), 16 << 20).expect("it opens");
+        assert!(!files.is_damaged().expect("it is read"));
+        drop(files);
+        world.start();
+        world.level();
+        if is_damaged {
+            flip(&world.path(), "idx");
+        }
+        let shared = world.search().shared.clone();
+        let opened = shared.tail().begun;
+        shared.suspect("a test says so");
+        // It is looked at, and then, if it is damaged, opened again.
+        while shared.suspected.load(Ordering::Acquire) || (is_damaged && shared.tail().begun == opened) {
+            std::thread::yield_now();
+        }
+        compare(&mut world, 20);
+        world.stop();
+        let after = std::fs::read(world.path().join("meta.json")).expect("it is there");
+        assert_eq!(before != after, is_damaged);
+    }
+}

@@ -37,6 +37,8 @@ const OLD_MS: u64 = 10_000;
 const CHUNK: usize = 16;
 /// Events that wait of which the list is copied under the lock at once.
 const COPIED: usize = 256;
+/// Looking for damage reads all of the index, and is done at most so often.
+const EXAMINE_EVERY: Duration = Duration::from_secs(60);
 /// How much the thread lets others go first, from 0 to 19.
 const NICE: i32 = 15;
 
@@ -44,25 +46,27 @@ const NICE: i32 = 15;
 pub struct Shared {
     pub store: Arc<Store>,
     pub tail: Tail,
-    /// A search could not read the index.
-    damaged: AtomicBool,
+    /// The index may be damaged: a search or the thread failed at it.
+    pub suspected: AtomicBool,
     stopping: Mutex<bool>,
     woken: Condvar,
 }
 
 impl Shared {
     pub fn new(store: Arc<Store>, tail: Tail) -> Shared {
-        Shared { store, tail, damaged: AtomicBool::new(false), stopping: Mutex::new(false), woken: Condvar::new() }
+        Shared { store, tail, suspected: AtomicBool::new(false), stopping: Mutex::new(false), woken: Condvar::new() }
     }
 
     pub fn tail(&self) -> MutexGuard<'_, State> {
         self.tail.lock()
     }
 
-    /// The index cannot be read: it is made anew.
-    pub fn report_damage(&self, error: &TantivyError) {
-        tracing::error!(%error, "the index of search cannot be read, and is made anew");
-        self.damaged.store(true, Ordering::Release);
+    /// The index may be damaged. The thread looks whether it is, since what a search failed at may be anything, and made anew it
+    /// is without what is long past for long.
+    pub fn suspect(&self, why: &str) {
+        if !self.suspected.swap(true, Ordering::AcqRel) {
+            tracing::error!(why, "the index of search may be damaged, and is looked at");
+        }
     }
 
     pub fn stop(&self) {
@@ -87,6 +91,17 @@ pub struct Writer {
     pub memory: usize,
 }
 
+/// What the thread knows of the index from one time that it opens it to the next.
+#[derive(Default)]
+struct Known {
+    /// It is made anew.
+    is_damaged: bool,
+    /// It panicked at it the last time.
+    panicked: bool,
+    /// When it was last looked at for damage.
+    examined: Option<Instant>,
+}
+
 /// Why a round failed.
 #[derive(Debug, thiserror::Error)]
 enum WriteError {
@@ -96,7 +111,7 @@ enum WriteError {
     Open(#[from] OpenError),
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error("it is damaged")]
+    #[error("the index is damaged, and made anew")]
     Damaged,
     #[error("a panic: {0}")]
     Panicked(String),
@@ -109,9 +124,10 @@ impl Writer {
         if let Err(error) = rustix::process::setpriority_process(None, NICE) {
             tracing::debug!(%error, "the thread of search has the priority of the others");
         }
-        let mut panicked = false;
+        // What was damaged in projections that were set aside may be in the index as events without words.
+        let mut known = Known { is_damaged: self.shared.store.set_aside().is_some(), ..Known::default() };
         loop {
-            let ended = panics::caught(|| self.index_until_stopped());
+            let ended = panics::caught(|| self.index_until_stopped(&mut known));
             match ended.unwrap_or_else(|why| Err(WriteError::Panicked(why))) {
                 Ok(()) => return,
                 Err(error) => {
@@ -119,8 +135,12 @@ impl Writer {
                     telemetry::search_failures().increment(1);
                     // What panics at once again is in the index: the next one is made anew.
                     let again = matches!(error, WriteError::Panicked(_));
-                    if std::mem::replace(&mut panicked, again) && again {
-                        self.shared.damaged.store(true, Ordering::Release);
+                    known.is_damaged |= matches!(error, WriteError::Damaged) || (again && known.panicked);
+                    known.panicked = again;
+                    if let WriteError::Index(error) = &error
+                        && index::may_be_damage(error)
+                    {
+                        self.shared.suspect(&error.to_string());
                     }
                 }
             }
@@ -130,16 +150,15 @@ impl Writer {
         }
     }
 
-    fn index_until_stopped(&self) -> Result<(), WriteError> {
-        if self.shared.damaged.swap(false, Ordering::AcqRel) && self.path.exists() {
+    fn index_until_stopped(&self, known: &mut Known) -> Result<(), WriteError> {
+        if known.is_damaged && self.path.exists() {
             std::fs::remove_dir_all(&self.path).map_err(OpenError::from)?;
         }
+        known.is_damaged = false;
         let mut indexing = self.open()?;
         loop {
+            indexing.examine(&mut known.examined)?;
             let is_level = indexing.round(false)?;
-            if self.shared.damaged.load(Ordering::Acquire) {
-                return Err(WriteError::Damaged);
-            }
             let pause = if is_level { PAUSE } else { Duration::ZERO };
             if self.shared.pause(pause) {
                 indexing.round(true)?;
@@ -169,7 +188,11 @@ impl Writer {
         let partitions = store.event_partitions() as usize;
         let places = files.found.as_ref().map_or_else(|| vec![None; partitions], |found| found.places(partitions));
         let added = {
-            let view = files.view()?;
+            let view = match files.view() {
+                // It is never searched, nor looked at for damage, if it cannot be opened.
+                Err(error) if index::may_be_damage(&error) => return Err(WriteError::Damaged),
+                view => view?,
+            };
             let mut tail = self.shared.tail();
             let removed = tail.begin(&places, view);
             let number = tail.number();
@@ -259,6 +282,21 @@ impl Indexing<'_> {
         }
     }
 
+    /// If the index is suspected to be damaged, looks whether it is.
+    fn examine(&self, examined: &mut Option<Instant>) -> Result<(), WriteError> {
+        let is_due = examined.is_none_or(|examined| examined.elapsed() >= EXAMINE_EVERY);
+        // A merge changes which files there are. The next one begins when this is done.
+        if !is_due || self.merging.is_some() || !self.shared.suspected.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        *examined = Some(Instant::now());
+        if self.files.is_damaged()? {
+            return Err(WriteError::Damaged);
+        }
+        tracing::info!("the index of search is not damaged");
+        Ok(())
+    }
+
     fn commit(&mut self) -> Result<(), WriteError> {
         let begun = Instant::now();
         self.files.commit(&Progress::new(&self.epoch, &self.language, &self.places))?;
@@ -279,6 +317,9 @@ impl Indexing<'_> {
             let view = self.files.view()?;
             let removed = self.shared.tail().replace_view(view);
             drop(removed);
+        }
+        if self.shared.suspected.load(Ordering::Acquire) {
+            return Ok(());
         }
         let Some(view) = self.shared.tail().view.clone() else { return Ok(()) };
         // Oldest first.
