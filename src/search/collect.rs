@@ -6,17 +6,14 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashSet};
-use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
 use tantivy::query::{EnableScoring, Query as IndexQuery, Weight};
 use tantivy::{DocSet, Score, TERMINATED, TantivyError};
 
+use super::budget::{Budget, STRIDE};
 use super::index::{SegmentTimes, View, thread_hash};
 use super::plan::{Filters, Ranking, recency};
 
-/// Events between two looks at the clock.
-const STRIDE: u32 = 512;
 /// Scores are compared to so many parts of one, and what is equal then goes by time.
 const PARTS: Score = 1_000.0;
 
@@ -78,33 +75,6 @@ impl Reach {
     }
 }
 
-/// How much work a search may still do, in time of its thread.
-pub struct Budget {
-    until: Duration,
-    spent: bool,
-}
-
-impl Budget {
-    pub fn new(work: Duration) -> Budget {
-        Budget { until: thread_time() + work, spent: false }
-    }
-
-    pub fn is_spent(&mut self) -> bool {
-        self.spent = self.spent || thread_time() >= self.until;
-        self.spent
-    }
-
-    /// Whether something was left undone for it.
-    pub fn was_spent(&self) -> bool {
-        self.spent
-    }
-}
-
-fn thread_time() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
-}
-
 /// The highest keys below another one, so many of them.
 pub struct First {
     limit: usize,
@@ -154,7 +124,7 @@ pub struct Search<'a> {
 
 impl Search<'_> {
     /// Adds what the index has to the first hits.
-    pub fn collect(&self, first: &mut First, budget: &mut Budget) -> Result<(), TantivyError> {
+    pub fn collect(&self, first: &mut First, budget: &Budget) -> Result<(), TantivyError> {
         let searcher = &self.view.searcher;
         let scoring = match self.ranking {
             Some((ranking, _)) => EnableScoring::enabled_from_statistics_provider(ranking.statistics(), searcher),
@@ -185,10 +155,11 @@ impl Search<'_> {
         segment: &SegmentTimes,
         weight: &dyn Weight,
         first: &mut First,
-        budget: &mut Budget,
+        budget: &Budget,
     ) -> Result<(), TantivyError> {
         let columns = Columns::open(self.view, segment)?;
         let mut events = weight.scorer(self.view.searcher.segment_reader(segment.number), 1.0)?;
+        // If the budget was spent on the query, the first of what it found are hits.
         let (mut event, mut seen) = (events.doc(), 0u32);
         while event != TERMINATED {
             seen += 1;
@@ -212,7 +183,7 @@ impl Search<'_> {
         weight: &dyn Weight,
         now: u64,
         first: &mut First,
-        budget: &mut Budget,
+        budget: &Budget,
     ) -> Result<(), TantivyError> {
         let columns = Columns::open(self.view, segment)?;
         let best_age = recency(segment.to, now);
@@ -290,12 +261,5 @@ mod tests {
         assert_eq!(first.bar(), Some(key(0, 30)));
         assert_eq!(first.into_sorted(), [key(0, 40), key(0, 30)]);
         assert!(key(2, 1) > key(1, 9) && key(1, 9) > key(1, 8));
-    }
-
-    #[test]
-    fn a_budget_is_spent_by_work() {
-        let mut budget = Budget::new(Duration::ZERO);
-        assert!(!budget.was_spent() && budget.is_spent() && budget.was_spent());
-        assert!(!Budget::new(Duration::from_secs(600)).is_spent());
     }
 }

@@ -10,12 +10,13 @@
 //! - a tenant's searches read its own words and statistics alone ([`index`]);
 //! - in which threads may be looked is part of the search, before anything is counted or ranked. It is asked by whoever calls,
 //!   who looks at the rights of each hit once more before it is given out;
-//! - a search does so much work and no more ([`collect`]), on few threads at a time.
+//! - a search does so much work and no more ([`budget`]), on few threads at a time.
 //!
 //! [`words`] says what a word is, [`document`] what of an event is searched, [`query`] what can be asked, [`matching`] whether an
 //! event has it, [`plan`] how the index is asked and what events are ranked by, [`typos`] what may have been meant, [`merges`]
 //! which segments become one, [`writer`] is the thread.
 
+mod budget;
 mod collect;
 pub mod document;
 mod index;
@@ -39,8 +40,9 @@ use std::time::{Duration, Instant};
 use tantivy::TantivyError;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use self::budget::Budget;
+use self::collect::First;
 pub use self::collect::Key;
-use self::collect::{Budget, First};
 use self::document::Piece;
 pub use self::plan::{Filters, Statistics};
 use self::plan::{Plan, Ranking};
@@ -238,7 +240,7 @@ impl Search {
         let now = clock::now_ms();
         let snapshot = self.snapshot(&ask.tenant)?;
         // What was taken for all who search is not this one's work.
-        let budget = &mut Budget::new(work);
+        let budget = &Budget::new(work);
         let complete_to = snapshot.missing_from.unwrap_or(now);
 
         let looking = Looking { ask, reach: &reach, snapshot: &snapshot, now };
@@ -334,7 +336,7 @@ struct Looking<'a> {
 
 impl Looking<'_> {
     /// The first keys, one more than is asked for, and what they were ranked by.
-    fn keys(&self, query: &Query, budget: &mut Budget) -> Result<(Vec<Key>, Option<Ranked>), TantivyError> {
+    fn keys(&self, query: &Query, budget: &Budget) -> Result<(Vec<Key>, Option<Ranked>), TantivyError> {
         let Snapshot { view, waiting, .. } = self.snapshot;
         let plan = Plan::new(&self.ask.tenant, query, view.columns);
         let after = self.ask.after.as_ref();
@@ -343,7 +345,7 @@ impl Looking<'_> {
             (Order::Relevance, Some(ranked)) => Some(ranked),
             (Order::Relevance, None) => {
                 let tail = waiting.iter().map(|waiting| &waiting.document);
-                Some(Ranked { statistics: plan.statistics(view, tail)?, now: self.now })
+                Some(Ranked { statistics: plan.statistics(view, tail, budget)?, now: self.now })
             }
         };
         let ranking = match &ranked {
@@ -353,10 +355,14 @@ impl Looking<'_> {
         let ranking = ranking.as_ref().map(|(ranking, now)| (ranking, *now));
 
         let mut first = First::new(self.ask.limit + 1, after.map(|after| after.key));
-        for waiting in waiting {
+        // Newest last. Each word is compared with each of the query's.
+        for waiting in waiting.iter().rev() {
+            if budget.spend(waiting.document.tokens.len()) {
+                break;
+            }
             first.extend(self.key_of(waiting, query, ranking));
         }
-        let index_query = plan.index_query(&self.ask.filters, self.reach.names());
+        let index_query = plan.index_query(&self.ask.filters, self.reach.names(), budget);
         let search =
             collect::Search { view, query: &*index_query, filters: &self.ask.filters, reach: self.reach, ranking };
         search.collect(&mut first, budget)?;

@@ -15,6 +15,7 @@ use tantivy::query::{
 use tantivy::schema::{Field as Column, IndexRecordOption};
 use tantivy::{Score, TantivyError, Term as IndexTerm};
 
+use super::budget::Budget;
 use super::document::{Document, Field};
 use super::index::{ALL, Columns, KIND, RUN, TEXT_ONLY, THREAD, USER, View, part, tag, term};
 use super::matching::{self, has};
@@ -135,12 +136,14 @@ impl<'q> Plan<'q> {
         &self,
         view: &View,
         tail: impl Iterator<Item = &'d Document> + Clone,
+        budget: &Budget,
     ) -> Result<Statistics, TantivyError> {
         let mut with_term = Vec::new();
         for (term, words) in self.query.wanted().zip(&self.scored) {
             for (at, word) in words.iter().enumerate() {
                 let single = Term { what: one_word(&term.what, at), ..term.clone() };
-                let in_tail = tail.clone().filter(|document| has(&single, &document.tokens)).count();
+                let in_time = tail.clone().take_while(|document| !budget.spend(document.tokens.len()));
+                let in_tail = in_time.filter(|document| has(&single, &document.tokens)).count();
                 with_term.push(view.searcher.doc_freq(word)? + in_tail as u64);
             }
         }
@@ -154,10 +157,11 @@ impl<'q> Plan<'q> {
     }
 
     /// The query as the index answers it; `threads` are all that may be looked at, if they are few.
-    pub fn index_query(&self, filters: &Filters, threads: Option<&[String]>) -> Box<dyn IndexQuery> {
+    pub fn index_query(&self, filters: &Filters, threads: Option<&[String]>, budget: &Budget) -> Box<dyn IndexQuery> {
         let mut all: Vec<(Occur, Box<dyn IndexQuery>)> = Vec::new();
         for clause in &self.query.clauses {
-            let mut any: Vec<_> = clause.any.iter().map(|term| self.term_query(term)).collect();
+            let query = |term| self.term_query(term, clause.negated, budget);
+            let mut any: Vec<_> = clause.any.iter().map(query).collect();
             let one = match (any.len(), any.pop()) {
                 (1, Some(one)) => one,
                 (_, last) => {
@@ -189,14 +193,15 @@ impl<'q> Plan<'q> {
         Box::new(ConstScoreQuery::new(Box::new(query), 0.0))
     }
 
-    fn term_query(&self, of: &Term) -> Box<dyn IndexQuery> {
+    fn term_query(&self, of: &Term, is_excluded: bool, budget: &Budget) -> Box<dyn IndexQuery> {
         let words = self.words(of);
         let begun = |prefix: &str| -> Box<dyn IndexQuery> {
             let (column, prefix) = match of.field {
                 None | Some(Field::Text) => (self.columns.exact, term(self.tenant, prefix)),
                 Some(field) => (self.columns.parts, part(self.tenant, field, false, prefix)),
             };
-            Box::new(ConstScoreQuery::new(Box::new(PrefixQuery { column, prefix }), BEGUN))
+            let query = PrefixQuery { column, prefix, budget: budget.clone(), is_excluded };
+            Box::new(ConstScoreQuery::new(Box::new(query), BEGUN))
         };
         let single =
             |word: IndexTerm| -> Box<dyn IndexQuery> { Box::new(TermQuery::new(word, IndexRecordOption::WithFreqs)) };

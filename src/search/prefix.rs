@@ -6,12 +6,20 @@ use tantivy::query::{BitSetDocSet, ConstScorer, EnableScoring, Explanation, Quer
 use tantivy::schema::{Field as Column, IndexRecordOption};
 use tantivy::{BitSet, DocId, DocSet, Score, TantivyError};
 
+use super::budget::Budget;
+
+/// Events of a word that are read at once.
+const BLOCK: usize = 128;
+
 /// Terms of a column that begin so; each event scores the same.
 #[derive(Debug, Clone)]
 pub struct PrefixQuery {
     pub column: Column,
     /// With its tenant.
     pub prefix: String,
+    pub budget: Budget,
+    /// Its events are no hits. Once the budget is spent all events are taken for such, so that none is a hit that should not be.
+    pub is_excluded: bool,
 }
 
 impl Query for PrefixQuery {
@@ -34,6 +42,12 @@ impl Weight for PrefixWeight {
             }
             let mut postings = index.read_block_postings_from_terminfo(terms.value(), IndexRecordOption::Basic)?;
             insert(&mut found, &mut postings);
+            if self.0.budget.spend(1 + terms.value().doc_freq as usize / BLOCK) {
+                if self.0.is_excluded {
+                    found = BitSet::with_max_value_and_full(reader.max_doc());
+                }
+                break;
+            }
         }
         Ok(Box::new(ConstScorer::new(BitSetDocSet::from(found), boost)))
     }

@@ -545,3 +545,35 @@ fn an_index_that_may_be_damaged_is_made_anew_only_if_it_is() {
         assert_eq!(before != after, is_damaged);
     }
 }
+
+#[test]
+fn a_beginning_of_too_many_words_finds_less_and_excludes_more() {
+    let mut world = World::new(31);
+    let store = world.store.clone();
+    let mut batch = store.batch();
+    for seq in 1..=2_000 {
+        let frame = format!(
+            r#"{{"type":"event","thread":"t","seq":{seq},"kind":"user_message","event":"e","from":"ada","at":"now","data":{{"content":"word{seq}"}}}}"#
+        );
+        let row =
+            EventRow { offset: seq, kind: "user_message", class: 1, privileged: false, hash: [0; 32], frame: &frame };
+        batch.put_event("acme", "t", seq, &row, BEGIN + seq);
+    }
+    store.commit(batch).expect("it commits");
+    // All of it in the index.
+    world.stop();
+    world.start();
+    world.level();
+    let view = world.search().shared.tail().view.clone().expect("it is open");
+    let count = |work, is_excluded| -> usize {
+        let prefix = index::term("acme", "word");
+        let query = prefix::PrefixQuery { column: view.columns.exact, prefix, budget: Budget::new(work), is_excluded };
+        let scoring = tantivy::query::EnableScoring::disabled_from_searcher(&view.searcher);
+        let weight = tantivy::query::Query::weight(&query, scoring).expect("it is one");
+        let segments = view.searcher.segment_readers();
+        segments.iter().map(|segment| weight.count(segment).expect("it is read") as usize).sum()
+    };
+    assert_eq!((count(PATIENCE, false), count(PATIENCE, true)), (2_000, 2_000));
+    assert!((1..2_000).contains(&count(Duration::ZERO, false)));
+    assert_eq!(count(Duration::ZERO, true), 2_000);
+}

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use tantivy::query::FuzzyTermQuery;
 use tantivy::{TantivyError, Term as IndexTerm};
 
-use super::collect::Budget;
+use super::budget::Budget;
 use super::document::Document;
 use super::index::{View, term};
 use super::query::{Query, Term, What};
@@ -25,7 +25,7 @@ pub fn corrections<'d>(
     query: &Query,
     view: &View,
     tail: impl Iterator<Item = &'d Document> + Clone,
-    budget: &mut Budget,
+    budget: &Budget,
 ) -> Result<Vec<String>, TantivyError> {
     let mut unknown: Vec<(&Term, Vec<String>)> = Vec::new();
     for term in query.wanted() {
@@ -52,18 +52,21 @@ pub fn corrections<'d>(
     Ok((0..most).map(correction).collect())
 }
 
-/// Words that are alike, the likeliest first; none if the word itself is there.
+/// Words that are alike, the likeliest first; none if the word itself is there, or there was no time to look whether it is.
 fn others<'d>(
     tenant: &str,
     word: &str,
     view: &View,
     tail: impl Iterator<Item = &'d Document>,
-    budget: &mut Budget,
+    budget: &Budget,
 ) -> Result<Vec<String>, TantivyError> {
     let errors = if word.chars().count() < TWO_ERRORS_FROM { 1 } else { 2 };
     // How many events have each.
     let mut found: HashMap<String, u64> = HashMap::new();
     for token in tail.flat_map(|document| &document.tokens) {
+        if budget.spend(1) {
+            return Ok(Vec::new());
+        }
         if strsim::osa_distance(word, &token.exact) <= errors {
             *found.entry(token.exact.to_string()).or_default() += 1;
         }
@@ -73,13 +76,19 @@ fn others<'d>(
     let wanted = IndexTerm::from_field_text(view.columns.exact, &term(tenant, word));
     let alike = FuzzyTermQuery::new(wanted, errors as u8, true);
     for segment in &view.segments {
-        if budget.is_spent() || found.len() >= LOOKED_AT {
+        if found.len() >= LOOKED_AT {
             break;
+        }
+        if budget.is_spent() {
+            return Ok(Vec::new());
         }
         let index = view.searcher.segment_reader(segment.number).inverted_index(view.columns.exact)?;
         // An error in the tenant's name would make it another tenant: only its own words are looked at.
         let mut words = index.terms().search(alike.automaton()?).ge(prefix.as_bytes()).into_stream()?;
         while words.advance() {
+            if budget.spend(1) {
+                return Ok(Vec::new());
+            }
             let Some(word) = words.key().strip_prefix(prefix.as_bytes()) else { break };
             if let Ok(word) = std::str::from_utf8(word) {
                 *found.entry(word.to_owned()).or_default() += u64::from(words.value().doc_freq);
