@@ -43,7 +43,7 @@ use crate::projector::level::Level;
 use crate::projector::opening::{self, OpenError};
 use crate::projector::{Projector, Pump, Status};
 use crate::reaper::Reaper;
-use crate::search::{self, Search};
+use crate::search::Search;
 use crate::store::{Progress, Store, StoreError, StoreMemory};
 use crate::{panics, telemetry};
 
@@ -368,9 +368,7 @@ type Searching = Option<(Arc<Search>, std::thread::JoinHandle<()>)>;
 /// Search, unless it is off.
 fn start_search(config: &Config, store: &Arc<Store>) -> Result<Searching, StartError> {
     let Some(language) = config.search_language() else { return Ok(None) };
-    let plan = config.memory().search;
-    let memory = search::Memory { writer: plan.writer, tail: plan.tail };
-    Ok(Some(Search::start(store.clone(), config.search_dir(), language, memory)?))
+    Ok(Some(Search::start(store.clone(), config.search_dir(), language, config.memory().search)?))
 }
 
 /// Once this node must be upgraded to go on, its clients are asked to go to another one.

@@ -11,7 +11,7 @@ mod plan;
 mod pool;
 
 pub use machine::available;
-pub use plan::{CONNECTION, LogPlan, MINIMUM, Plan};
+pub use plan::{CONNECTION, LogPlan, MINIMUM, Plan, SearchPlan};
 pub use pool::{Charge, LARGEST, Pool, Refused, Usage, charged};
 
 /// The budget of a running node.

@@ -38,7 +38,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tantivy::TantivyError;
-use tokio::sync::{Semaphore, SemaphorePermit};
 
 use self::budget::Budget;
 use self::collect::First;
@@ -51,6 +50,7 @@ use self::tail::{Snapshot, Tail, Waiting};
 pub use self::words::Stems;
 use self::writer::{Shared, Writer};
 use crate::clock;
+use crate::memory::{Charge, Pool, SearchPlan};
 use crate::panics;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::StoredFrame;
@@ -159,22 +159,14 @@ impl Watch {
 pub struct Search {
     shared: Arc<Shared>,
     stems: Stems,
-    turns: Semaphore,
+    /// How many may search at one time, and how many of them for one user.
+    turns: Pool,
     /// Held by whoever takes what is new in order to search.
     taking: Mutex<()>,
 }
 
 /// The right to search now.
-pub struct Turn<'s>(#[expect(dead_code, reason = "held until it is dropped")] SemaphorePermit<'s>);
-
-/// What search may hold in memory.
-#[derive(Debug, Clone, Copy)]
-pub struct Memory {
-    /// Of the index, until it writes a segment.
-    pub writer: usize,
-    /// What has come and is not in the index yet.
-    pub tail: usize,
-}
+pub struct Turn(#[expect(dead_code, reason = "held until it is dropped")] Charge);
 
 impl Search {
     /// Starts its thread, which ends after [`Search::stop`]. The index is in `path`.
@@ -182,14 +174,15 @@ impl Search {
         store: Arc<Store>,
         path: PathBuf,
         language: &str,
-        memory: Memory,
+        memory: SearchPlan,
     ) -> Result<(Arc<Search>, std::thread::JoinHandle<()>), std::io::Error> {
         let stems = Stems::of(language).unwrap_or(Stems::PLAIN);
         let shared = Arc::new(Shared::new(store.clone(), Tail::new(store, stems, memory.tail)));
         let writer = Writer { shared: shared.clone(), path, language: language.to_owned(), memory: memory.writer };
         let thread = std::thread::Builder::new().name("search".into()).spawn(move || writer.run())?;
         let turns = std::thread::available_parallelism().map_or(2, usize::from).max(2);
-        Ok((Arc::new(Search { shared, stems, turns: Semaphore::new(turns), taking: Mutex::default() }), thread))
+        let turns = Pool::shared(turns, turns / 2);
+        Ok((Arc::new(Search { shared, stems, turns, taking: Mutex::default() }), thread))
     }
 
     pub fn stop(&self) {
@@ -208,11 +201,11 @@ impl Search {
         Ok(Watch { query: Arc::new(query), stems: self.stems })
     }
 
-    /// Waits for a turn: so many search at a time.
-    pub async fn turn(&self) -> Result<Turn<'_>, Error> {
-        let busy = || Error::new(Code::Unavailable, "too many search at this moment").retry_after(RETRY_MS);
-        let turn = tokio::time::timeout(TURN_WITHIN, self.turns.acquire()).await;
-        turn.ok().and_then(Result::ok).map(Turn).ok_or_else(busy)
+    /// Waits for a turn of this user (`tenant/user`): so many search at a time, and whoever searches much waits for its own.
+    pub async fn turn(&self, user: &Arc<str>) -> Result<Turn, Error> {
+        let turn = self.turns.charge(user, 1, TURN_WITHIN).await;
+        let busy = |_| Error::new(Code::Unavailable, "too many search at this moment").retry_after(RETRY_MS);
+        turn.map(Turn).map_err(busy)
     }
 
     /// The first hits in these threads. Blocks: for threads that may.

@@ -4,8 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use futures_util::FutureExt;
+
 use super::index::Progress;
 use super::*;
+use crate::memory;
 use crate::partitioning::{KeyHash, Partitioning};
 use crate::store::EventRow;
 
@@ -77,7 +80,7 @@ impl World {
     }
 
     fn start(&mut self) {
-        let memory = Memory { writer: 16 << 20, tail: 12 << 20 };
+        let memory = memory::Plan::of(1 << 30).search;
         self.search = Some(Search::start(self.store.clone(), self.path(), "plain", memory).expect("it starts"));
         while self.search().shared.tail().view.is_none() {
             std::thread::yield_now();
@@ -488,7 +491,7 @@ fn what_cannot_be_read_is_not_found_and_everything_else_is() {
         damage(folder.path(), family, ruined);
 
         let store = Arc::new(Store::open(&projections(folder.path())).expect("it opens"));
-        let memory = Memory { writer: 16 << 20, tail: 12 << 20 };
+        let memory = memory::Plan::of(1 << 30).search;
         let (search, thread) = Search::start(store, folder.path().join("search"), "plain", memory).expect("it starts");
         while !search.shared.tail.take(64) {
             std::thread::yield_now();
@@ -544,6 +547,23 @@ fn an_index_that_may_be_damaged_is_made_anew_only_if_it_is() {
         let after = std::fs::read(world.path().join("meta.json")).expect("it is there");
         assert_eq!(before != after, is_damaged);
     }
+}
+
+#[tokio::test]
+async fn one_user_does_not_have_all_turns_however_many_it_waits_for() {
+    let world = World::new(29);
+    let (ada, ben) = ("acme/ada".into(), "acme/ben".into());
+    let mut turns = Vec::new();
+    while let Some(turn) = world.search().turn(&ada).now_or_never() {
+        turns.push(turn.expect("it is granted"));
+    }
+    let mut waiting = Box::pin(world.search().turn(&ada));
+    assert!(waiting.as_mut().now_or_never().is_none());
+    let of_ben = world.search().turn(&ben).now_or_never().expect("there is one left for another user");
+    drop(of_ben.expect("it is granted"));
+    assert!(waiting.as_mut().now_or_never().is_none());
+    turns.pop();
+    waiting.await.expect("it has its turn once one of its own is over");
 }
 
 #[test]

@@ -126,7 +126,7 @@ async fn look_in_turn(
     ask: &Ask,
     mut meter: Meter,
 ) -> Result<(Found, Meter), Error> {
-    let _turn = search.turn().await?;
+    let _turn = search.turn(&who.key).await?;
     let (api, search, who, ask) = (api.clone(), search.clone(), who.clone(), ask.clone());
     blocking(move || Ok((look(&api, &search, &who, &ask, &mut meter)?, meter))).await
 }
