@@ -31,7 +31,8 @@ const COMMITS: usize = 44 * MIB;
 /// What one more thread of the projector adds to that: what one record may add to the commit that it makes. The records that
 /// all of them work on are bounded in sum.
 const COMMITS_MORE: usize = 16 * MIB;
-/// What search holds: the index until it writes a segment, what has come and is not in the index yet, and some room for merges.
+/// What search holds: the index until it writes a segment, what has come and is not in the index yet, and some room for what is on
+/// its way from one to the other, and for merges.
 const SEARCH_WRITER: usize = 16 * MIB;
 const SEARCH_TAIL: usize = 12 * MIB;
 const SEARCH: usize = SEARCH_WRITER + SEARCH_TAIL + 4 * MIB;

@@ -14,23 +14,33 @@
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tantivy::directory::MmapDirectory;
-use tantivy::index::SegmentId;
 use tantivy::directory::error::OpenReadError;
+use tantivy::index::SegmentId;
 use tantivy::indexer::{IndexWriterOptions, NoMergePolicy};
 use tantivy::schema::{
-    FAST, Field as Column, IndexRecordOption, NumericOptions, Schema, TextFieldIndexing, TextOptions,
+    Document as IndexDocument, FAST, Field as Column, IndexRecordOption, NumericOptions, Schema, TextFieldIndexing,
+    TextOptions,
 };
 use tantivy::tokenizer::{PreTokenizedString, Token as IndexToken};
 use tantivy::{FutureResult, Index, IndexReader, IndexWriter, ReloadPolicy, Searcher, TantivyDocument, TantivyError};
 
 use super::document::{Document, Field, Token};
+use crate::panics;
 use crate::store::Place;
 
-use crate::panics;
+/// About how many bytes of rows may be on their way to tantivy's thread, whose channel is bounded in rows alone; a larger row is
+/// there by itself.
+const ON_THE_WAY: usize = 2 << 20;
+/// About what a word takes in a row beside its text.
+const TOKEN: usize = 96;
+/// If nothing was taken for so long, it is not taken any more.
+const TAKEN_WITHIN: Duration = Duration::from_secs(60);
+
 /// What the rows of an index mean; one of another version is made anew.
 const FORMAT: u32 = 1;
 
@@ -126,7 +136,8 @@ pub fn thread_hash(tenant: &str, thread: &str) -> u64 {
 pub struct Files {
     pub columns: Columns,
     reader: IndexReader,
-    writer: IndexWriter,
+    writer: IndexWriter<Row>,
+    way: Arc<Way>,
     /// How far it had come when it was opened; nothing if it was begun.
     pub found: Option<Progress>,
 }
@@ -138,25 +149,14 @@ pub fn open(path: &Path, wanted: &Progress, memory: usize) -> Result<Files, Open
         Ok(files) if files.found.as_ref().is_none_or(|found| found.fits(wanted)) => return Ok(files),
         Ok(_) => tracing::info!("the index of search is of another log, language or version: making it anew"),
         Err(TantivyError::LockFailure(..)) => return Err(OpenError::InUse(path.to_owned())),
+        // Too many open files, say: the index may be as it should.
+        Err(error) if !may_be_damage(&error) => return Err(error.into()),
         Err(error) => tracing::warn!(%error, "the index of search cannot be read: making it anew"),
     }
     std::fs::remove_dir_all(path)?;
     Ok(try_open(path, memory)?)
 }
 
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    #[error("{} is in use by another process", .0.display())]
-    InUse(PathBuf),
-    #[error(transparent)]
-        // Too many open files, say: the index may be as it should.
-        Err(error) if !may_be_damage(&error) => return Err(error.into()),
-    Disk(#[from] std::io::Error),
-    #[error(transparent)]
-    Index(#[from] TantivyError),
-}
-
-fn schema() -> (Schema, Columns) {
 /// Whether an error may be due to what the files of the index hold, or lack, and not to what the system could not do just then.
 pub fn may_be_damage(error: &TantivyError) -> bool {
     let io = match error {
@@ -172,6 +172,17 @@ pub fn may_be_damage(error: &TantivyError) -> bool {
     matches!(io.kind(), ErrorKind::NotFound | ErrorKind::InvalidData | ErrorKind::UnexpectedEof)
 }
 
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("{} is in use by another process", .0.display())]
+    InUse(PathBuf),
+    #[error(transparent)]
+    Disk(#[from] std::io::Error),
+    #[error(transparent)]
+    Index(#[from] TantivyError),
+}
+
+fn schema() -> (Schema, Columns) {
     let text = |record, norms| {
         let indexing = TextFieldIndexing::default().set_tokenizer("raw").set_index_option(record).set_fieldnorms(norms);
         TextOptions::default().set_indexing_options(indexing)
@@ -213,7 +224,7 @@ fn try_open(path: &Path, memory: usize) -> Result<Files, TantivyError> {
     let writer = index.writer_with_options(options)?;
     // Which segments become one is decided by their time, which tantivy's policies do not see.
     writer.set_merge_policy(Box::new(NoMergePolicy));
-    Ok(Files { columns, reader, writer, found })
+    Ok(Files { columns, reader, writer, way: Arc::default(), found })
 }
 
 impl Files {
@@ -255,7 +266,10 @@ impl Files {
         row.add_u64(columns.offset, place.offset);
         row.add_u64(columns.seq, place.seq);
         row.add_u64(columns.thread, thread_hash(tenant, &document.thread));
-        self.writer.add_document(row).map(drop)
+        let texts = tokens.iter().map(|token| 2 * (TOKEN + tenant.len()) + token.exact.len() + token.stem().len());
+        let bytes = texts.sum::<usize>() * if document.is_text() { 1 } else { 2 };
+        let room = Way::enter(&self.way, bytes)?;
+        self.writer.add_document(Row { document: row, _room: room }).map(drop)
     }
 
     /// Makes durable and visible what was added, with how far that is.
@@ -273,9 +287,68 @@ impl Files {
         View::new(self.columns, self.reader.searcher()).map(Arc::new)
     }
 
+    /// Whether what is committed is not what was written, by the checksums of all files. Not while segments are merged.
+    pub fn is_damaged(&self) -> Result<bool, TantivyError> {
+        match panics::caught(|| self.writer.index().validate_checksum()) {
+            Ok(Ok(damaged)) => Ok(!damaged.is_empty()),
+            Ok(Err(error)) if !may_be_damage(&error) => Err(error),
+            Ok(Err(_)) | Err(_) => Ok(true),
+        }
+    }
+
     /// Begins to make one segment of several.
     pub fn merge(&mut self, segments: &[SegmentId]) -> Merging {
         self.writer.merge(segments)
+    }
+}
+
+/// An event on its way into the index.
+struct Row {
+    document: TantivyDocument,
+    _room: Room,
+}
+
+impl IndexDocument for Row {
+    type Value<'a> = <TantivyDocument as IndexDocument>::Value<'a>;
+    type FieldsValuesIter<'a> = <TantivyDocument as IndexDocument>::FieldsValuesIter<'a>;
+
+    fn iter_fields_and_values(&self) -> Self::FieldsValuesIter<'_> {
+        self.document.iter_fields_and_values()
+    }
+}
+
+/// How many bytes are on their way.
+#[derive(Default)]
+struct Way {
+    held: Mutex<usize>,
+    freed: Condvar,
+}
+
+impl Way {
+    /// Waits until there is room.
+    fn enter(way: &Arc<Way>, bytes: usize) -> Result<Room, TantivyError> {
+        let held = way.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_full = |held: &mut usize| *held > 0 && *held + bytes > ON_THE_WAY;
+        let waited = way.freed.wait_timeout_while(held, TAKEN_WITHIN, is_full);
+        let (mut held, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() {
+            return Err(TantivyError::ErrorInThread("it takes no events".to_owned()));
+        }
+        *held += bytes;
+        Ok(Room { way: way.clone(), bytes })
+    }
+}
+
+/// What a row holds of that, until it is dropped.
+struct Room {
+    way: Arc<Way>,
+    bytes: usize,
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        *self.way.held.lock().unwrap_or_else(PoisonError::into_inner) -= self.bytes;
+        self.way.freed.notify_one();
     }
 }
 
@@ -287,15 +360,6 @@ fn stream<'t>(words: impl Iterator<Item = (&'t Token, String)>) -> PreTokenizedS
         position: token.position as usize,
         position_length: 1,
         offset_from: 0,
-    /// Whether what is committed is not what was written, by the checksums of all files. Not while segments are merged.
-    pub fn is_damaged(&self) -> Result<bool, TantivyError> {
-        match panics::caught(|| self.writer.index().validate_checksum()) {
-            Ok(Ok(damaged)) => Ok(!damaged.is_empty()),
-            Ok(Err(error)) if !may_be_damage(&error) => Err(error),
-            Ok(Err(_)) | Err(_) => Ok(true),
-        }
-    }
-
         offset_to: 0,
         text,
     };
@@ -329,5 +393,29 @@ impl View {
         }
         segments.sort_by_key(|segment| (std::cmp::Reverse(segment.to), std::cmp::Reverse(segment.from)));
         Ok(View { columns, searcher, segments })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_on_its_way_is_bounded_and_one_of_any_size_goes_by_itself() {
+        let way = Arc::new(Way::default());
+        let large = Way::enter(&way, 10 * ON_THE_WAY).expect("nothing is before it");
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| {
+                let room = Way::enter(&way, 1).expect("it waits until the large one is taken");
+                assert_eq!(*way.held.lock().expect("nobody panicked"), 1);
+                drop(room);
+            });
+            drop(large);
+            next.join().expect("it enters");
+        });
+        let half = Way::enter(&way, ON_THE_WAY / 2).expect("there is room");
+        let other = Way::enter(&way, ON_THE_WAY / 2).expect("there is room for both");
+        drop((half, other));
+        assert_eq!(*way.held.lock().expect("nobody panicked"), 0);
     }
 }
