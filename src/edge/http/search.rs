@@ -23,7 +23,7 @@ use crate::protocol::http::{Highlight, SearchHit, SearchPage};
 use crate::protocol::ids::ThreadAddress;
 use crate::search::document::{self, Piece};
 use crate::search::{After, Ask, Filters, Found, Hit, Key, Order, Ranked, Search, Statistics, Threads};
-use crate::store::EventRange;
+use crate::store::{EventRange, StoreError, StoredEvent};
 
 /// Hits of a page unless said, and at most.
 pub const HITS: usize = 20;
@@ -86,6 +86,11 @@ impl Wanted {
         };
         Ok(Wanted { ask, around, page })
     }
+
+    /// Whether nothing was found, or only what may have been meant in its place, by a search that is not the next page of one.
+    fn may_lack(&self, found: &Found) -> bool {
+        found.hits.is_empty() || (found.corrected.is_some() && self.ask.after.is_none())
+    }
 }
 
 fn time(query: &Query<'_>, name: &'static str) -> Result<Option<u64>, Error> {
@@ -109,7 +114,7 @@ pub async fn find(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     let events = wanted.page.limit * (1 + 2 * wanted.around);
     let meter = api.meter(&it.who, (events * EVENT_BYTES).min(PAGE_BYTES) * COPIES).await?;
     let mut looked = look_in_turn(&api, &search, &it.who, &wanted.ask, meter).await?;
-    if looked.0.hits.is_empty() && api.level.others_write() {
+    if wanted.may_lack(&looked.0) && api.level.others_write() {
         // What another node has acknowledged may not be here yet.
         api.level.reach().await?;
         looked = look_in_turn(&api, &search, &it.who, &wanted.ask, looked.1).await?;
@@ -133,10 +138,14 @@ async fn look_in_turn(
 
 /// What is found in the threads that the user may read now.
 fn look(api: &Api, search: &Search, who: &Principal, ask: &Ask, meter: &mut Meter) -> Result<Found, Error> {
-    let threads = match (&ask.filters.thread, api.rights.readable_threads(who)?) {
+    let threads = match &ask.filters.thread {
         // Looked at already, and again for each hit.
-        (Some(_), _) | (None, None) => Threads::All,
-        (None, Some(threads)) => {
+        Some(_) => None,
+        None => api.rights.readable_threads(who)?,
+    };
+    let threads = match threads {
+        None => Threads::All,
+        Some(threads) => {
             meter.add(threads.len() * THREAD_BYTES)?;
             Threads::These(threads)
         }
@@ -190,17 +199,8 @@ struct Showing<'a> {
 impl Showing<'_> {
     /// A hit, and about its bytes; nothing if the user may no longer read its thread.
     fn hit(&self, hit: Hit, meter: &mut Meter) -> Result<Option<(SearchHit, usize)>, Error> {
-        let (tenant, thread) = (&*self.who.tenant, &*hit.thread);
-        let around = self.around as u64;
-        let range = EventRange {
-            from: hit.seq.saturating_sub(around).max(1),
-            to: hit.seq.saturating_add(around),
-            limit: usize::MAX,
-            bytes: PAGE_BYTES,
-            newest_first: false,
-        };
-        let events =
-            if_readable(self.api.rights.read(self.who, thread, |_| Ok(self.api.store.events(tenant, thread, range)?)))?;
+        let read = |_| Ok(self.with_neighbours(&hit.thread, hit.seq)?);
+        let events = if_readable(self.api.rights.read(self.who, &hit.thread, read))?;
         let Some(events) = events else { return Ok(None) };
         let bytes: usize = events.iter().map(|event| event.frame.len()).sum();
         meter.add(bytes)?;
@@ -219,6 +219,33 @@ impl Showing<'_> {
             around: neighbours,
         };
         Ok(Some((shown, bytes)))
+    }
+
+    /// An event with those around it, as far as they fit beside it: those right before it, and then those right after.
+    fn with_neighbours(&self, thread: &str, seq: u64) -> Result<Vec<StoredEvent>, StoreError> {
+        let read = |from: u64, to, bytes, newest_first| {
+            let range = EventRange { from: from.max(1), to, limit: usize::MAX, bytes, newest_first };
+            self.api.store.events(&self.who.tenant, thread, range)
+        };
+        let size = |events: &[StoredEvent]| events.iter().map(|event| event.frame.len()).sum::<usize>();
+        let hit = read(seq, seq, PAGE_BYTES, false)?;
+        if self.around == 0 {
+            return Ok(hit);
+        }
+        let mut room = PAGE_BYTES.saturating_sub(size(&hit));
+        let mut neighbours = |from, to, newest_first| {
+            let found = read(from, to, room, newest_first)?;
+            // The first of them is read however large it is.
+            let left = room.checked_sub(size(&found));
+            room = left.unwrap_or(0);
+            Ok::<_, StoreError>(if left.is_some() { found } else { Vec::new() })
+        };
+        let around = self.around as u64;
+        let mut events = neighbours(seq.saturating_sub(around), seq.saturating_sub(1), true)?;
+        events.reverse();
+        events.extend(hit);
+        events.extend(neighbours(seq.saturating_add(1), seq.saturating_add(around), false)?);
+        Ok(events)
     }
 
     /// The first texts of an event that have what was searched for.

@@ -95,6 +95,37 @@ async fn a_hit_has_its_event_what_was_found_in_it_and_what_is_around_it() {
 }
 
 #[tokio::test]
+async fn a_hit_is_given_however_large_what_is_around_it_is() {
+    let server = Server::start_unlimited(LogKind::embedded());
+    let (status, _) =
+        server.http("PUT", "/v1/threads/t", "ada", Some(json!({"title": "Long", "members": ["scout"]}))).await;
+    assert_eq!(status, 201);
+    let mut agent = server.connect_as("scout", "publish subscribe agent").await;
+    let mut step = async |kind: &str, data: Value| {
+        let mut command = publish("t", kind, data);
+        command["run"] = json!("r1");
+        accepted(&agent.ask(command).await);
+    };
+    step("agent_started", json!({"agent": "scout", "input": "write much"})).await;
+    // Together they are more than an answer has room for.
+    for message in ["m1", "m2", "m3", "m4", "m5"] {
+        for part in 0..17 {
+            let (from, text) = (part * 60_000, "x".repeat(60_000));
+            step("agent_token", json!({"message": message, "from_char": from, "text": text})).await;
+        }
+        step("agent_message", json!({"message": message})).await;
+    }
+    let mut ada = server.connect("ada").await;
+    let seq = ada.say("t", "a needle").await;
+    ada.say("t", "the last one").await;
+
+    let found = search(&server, "needle ", "&around=10").await;
+    assert_eq!(places(&found), [("t", seq)]);
+    let around: Vec<&Value> = found["hits"][0]["around"].as_array().unwrap().iter().map(|it| &it["seq"]).collect();
+    assert_eq!(around, [seq - 4, seq - 3, seq - 2, seq - 1, seq + 1]);
+}
+
+#[tokio::test]
 async fn words_fields_and_filters_find_what_they_name() {
     let server = Server::start(LogKind::embedded());
     let mut ada = server.connect("ada").await;
