@@ -34,6 +34,9 @@ pub struct Args {
     /// Only those of events of this kind.
     #[arg(long)]
     pub kind: Option<String>,
+    /// Only work of this group.
+    #[arg(long)]
+    pub group: Option<String>,
     /// Only those that failed then or later (RFC 3339).
     #[arg(long)]
     pub since: Option<String>,
@@ -76,7 +79,10 @@ impl Args {
         match self.action {
             Action::Show if self.id.is_none() => Err("say which dead letter to show: weft dead-letters show ID"),
             Action::List | Action::Counts if self.id.is_some() => Err("an ID goes with show, requeue and discard"),
-            Action::Counts | Action::Show if filters => Err("filters go with list, requeue and discard"),
+            Action::Counts if self.filters().any(|(name, _)| name != "group") => {
+                Err("of the filters --group goes with counts")
+            }
+            Action::Show if filters => Err("filters go with list, requeue and discard"),
             _ if acts && self.id.is_some() && (filters || self.all) => Err("either an ID, or filters, or --all"),
             _ if acts && filters && self.all => Err("either filters, or --all"),
             _ if acts && self.id.is_none() && !filters && !self.all => {
@@ -95,6 +101,7 @@ impl Args {
             ("fingerprint", &self.fingerprint),
             ("thread", &self.thread),
             ("kind", &self.kind),
+            ("group", &self.group),
             ("since", &self.since),
             ("until", &self.until),
         ];
@@ -147,7 +154,9 @@ fn position(row: &Value) -> String {
 }
 
 async fn counts(args: &Args, http: &mut Http) -> Result<(), Failure> {
-    let counts = http.get("/v1/dead-letters/counts?limit=1000").await?;
+    let mut query = form_urlencoded::Serializer::new(String::from("limit=1000"));
+    query.extend_pairs(args.filters());
+    let counts = http.get(&format!("/v1/dead-letters/counts?{}", query.finish())).await?;
     let out = Output::new();
     if args.json {
         return out.line(counts).map(drop);

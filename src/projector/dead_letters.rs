@@ -17,7 +17,7 @@ use super::transaction::{EventRecord, Transaction};
 use super::{Published, RecordError};
 use crate::clock;
 use crate::log::{Foreign, Record};
-use crate::protocol::dead_letters::{Fingerprint, RUN_ORDER, SCHEMA, UNREADABLE, letter_of, normalised};
+use crate::protocol::dead_letters::{RUN_ORDER, SCHEMA, UNREADABLE, letter_of, normalised};
 use crate::protocol::error::Error;
 use crate::protocol::records::DeadLetterRecord;
 use crate::protocol::{ids, json};
@@ -315,7 +315,7 @@ impl<'s> DeadLetters<'s> {
         row: &DeadLetterRow,
         more: bool,
     ) -> Result<(), StoreError> {
-        for list in [List::Reason(&row.reason), List::Fingerprint(Fingerprint(row.fingerprint))] {
+        for list in row.counted() {
             let key = keys::dead_letter_count(tenant, &list.name());
             let known = match self.counts.get(&key) {
                 Some(open) => *open,
@@ -325,7 +325,7 @@ impl<'s> DeadLetters<'s> {
             self.counts.insert(key, open);
 
             let (kind, error) = match list {
-                List::Fingerprint(_) => (row.kind.clone(), normalised(&row.error)),
+                List::Fingerprint(_) | List::GroupFingerprint(..) => (row.kind.clone(), normalised(&row.error)),
                 _ => (None, String::new()),
             };
             let count = CountRow { open, reason: row.reason.clone(), kind, error };

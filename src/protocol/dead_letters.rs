@@ -20,6 +20,11 @@ pub const UNREADABLE: &str = "unreadable";
 /// An event of another program's that is not what its kind has to be.
 pub const SCHEMA: &str = "schema";
 
+/// Whether a letter of this reason is work of a group, which is its name.
+pub fn is_work(reason: &str) -> bool {
+    matches!(reason, ATTEMPTS | REJECTED | OVERFLOW)
+}
+
 pub const REASONS: [&str; 7] = [UNACKNOWLEDGED, ATTEMPTS, REJECTED, OVERFLOW, RUN_ORDER, UNREADABLE, SCHEMA];
 
 /// Of an error's text this much tells it from others.

@@ -13,7 +13,7 @@ use rocksdb::{IteratorMode, ReadOptions};
 
 use super::catalogue::{DEAD_LETTER_COUNTS, DEAD_LETTER_TIMES, DEAD_LETTERS};
 use super::{Batch, Store, StoreError, keys};
-use crate::protocol::dead_letters::Fingerprint;
+use crate::protocol::dead_letters::{Fingerprint, is_work};
 
 /// A dead letter. What does not apply to its reason is empty.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -74,6 +74,23 @@ impl DeadLetterRow {
             tries: Vec::new(),
             acts: Vec::new(),
         }
+    }
+}
+
+impl DeadLetterRow {
+    /// Whose work it was, if it was work.
+    pub fn group(&self) -> Option<&String> {
+        self.name.as_ref().filter(|_| is_work(&self.reason))
+    }
+
+    /// The lists that count it.
+    pub fn counted(&self) -> Vec<List<'_>> {
+        let fingerprint = Fingerprint(self.fingerprint);
+        let mut lists = vec![List::Reason(&self.reason), List::Fingerprint(fingerprint)];
+        if let Some(group) = self.group() {
+            lists.extend([List::GroupReason(group, &self.reason), List::GroupFingerprint(group, fingerprint)]);
+        }
+        lists
     }
 }
 
@@ -164,6 +181,11 @@ pub enum List<'a> {
     Fingerprint(Fingerprint),
     Kind(&'a str),
     Thread(&'a str),
+    /// Work of a group.
+    Group(&'a str),
+    /// Counted, and no list.
+    GroupReason(&'a str, &'a str),
+    GroupFingerprint(&'a str, Fingerprint),
 }
 
 impl List<'_> {
@@ -174,6 +196,9 @@ impl List<'_> {
             List::Fingerprint(fingerprint) => format!("f{fingerprint}"),
             List::Kind(kind) => format!("k{kind}"),
             List::Thread(thread) => format!("t{thread}"),
+            List::Group(group) => format!("g{group}"),
+            List::GroupReason(group, reason) => format!("G{group}\0r{reason}"),
+            List::GroupFingerprint(group, fingerprint) => format!("G{group}\0f{fingerprint}"),
         }
     }
 }
@@ -185,6 +210,8 @@ pub struct DeadLetterFilter {
     pub fingerprint: Option<Fingerprint>,
     pub thread: Option<String>,
     pub kind: Option<String>,
+    /// Work of this group.
+    pub group: Option<String>,
     /// Milliseconds; those of then and later.
     pub since: Option<u64>,
     /// Milliseconds; those of before.
@@ -197,6 +224,7 @@ impl DeadLetterFilter {
             && self.fingerprint.is_none_or(|fingerprint| fingerprint.0 == row.fingerprint)
             && self.thread.as_ref().is_none_or(|thread| row.thread.as_ref() == Some(thread))
             && self.kind.as_ref().is_none_or(|kind| row.kind.as_ref() == Some(kind))
+            && self.group.as_ref().is_none_or(|group| row.group() == Some(group))
             && self.since.is_none_or(|since| row.at >= since)
             && self.until.is_none_or(|until| row.at < until)
     }
@@ -205,7 +233,11 @@ impl DeadLetterFilter {
     fn list(&self) -> List<'_> {
         match self {
             DeadLetterFilter { thread: Some(thread), .. } => List::Thread(thread),
+            DeadLetterFilter { group: Some(group), fingerprint: Some(fingerprint), .. } => {
+                List::GroupFingerprint(group, *fingerprint)
+            }
             DeadLetterFilter { fingerprint: Some(fingerprint), .. } => List::Fingerprint(*fingerprint),
+            DeadLetterFilter { group: Some(group), .. } => List::Group(group),
             DeadLetterFilter { kind: Some(kind), .. } => List::Kind(kind),
             DeadLetterFilter { reason: Some(reason), .. } => List::Reason(reason),
             _ => List::All,
@@ -307,16 +339,21 @@ impl Store {
         self.get(DEAD_LETTER_COUNTS, &keys::dead_letter_count(tenant, &list.name()))
     }
 
-    /// How many open letters the tenant has of each reason.
-    pub fn dead_letter_reasons(&self, tenant: &str) -> Result<Vec<CountRow>, StoreError> {
-        let rows = self.rows_under(DEAD_LETTER_COUNTS, keys::dead_letter_count(tenant, "r"));
+    /// How many open letters the tenant has of each reason, or those of one group.
+    pub fn dead_letter_reasons(&self, tenant: &str, group: Option<&str>) -> Result<Vec<CountRow>, StoreError> {
+        let rows = self.rows_under(DEAD_LETTER_COUNTS, counted_under(tenant, group, 'r'));
         rows.take(COUNTED).map(|row| row.map(|(_, row)| row)).collect()
     }
 
-    /// The fingerprints that open letters of the tenant have, in the order of their hex digits, and whether these are all.
-    pub fn dead_letter_fingerprints(&self, tenant: &str) -> Result<(Vec<(Fingerprint, CountRow)>, bool), StoreError> {
+    /// The fingerprints that open letters of the tenant have, or those of one group, in the order of their hex digits, and
+    /// whether these are all.
+    pub fn dead_letter_fingerprints(
+        &self,
+        tenant: &str,
+        group: Option<&str>,
+    ) -> Result<(Vec<(Fingerprint, CountRow)>, bool), StoreError> {
         let mut found = Vec::new();
-        for row in self.rows_under(DEAD_LETTER_COUNTS, keys::dead_letter_count(tenant, "f")) {
+        for row in self.rows_under(DEAD_LETTER_COUNTS, counted_under(tenant, group, 'f')) {
             let (digits, row) = row?;
             if found.len() == COUNTED {
                 return Ok((found, false));
@@ -335,6 +372,12 @@ impl Store {
     ) -> Result<Option<u64>, StoreError> {
         Ok(self.open_letters(tenant, filter, order, None).next().transpose()?.map(|cursor| cursor.at))
     }
+}
+
+/// What the keys of counts begin with: of a tenant's letters or of a group's, by what they are counted.
+fn counted_under(tenant: &str, group: Option<&str>, by: char) -> Vec<u8> {
+    let list = group.map_or_else(|| by.to_string(), |group| format!("G{group}\0{by}"));
+    keys::dead_letter_count(tenant, &list)
 }
 
 /// The next of two lists, and whose it is.
@@ -382,9 +425,11 @@ fn list_keys(tenant: &str, id: &[u8; 16], row: &DeadLetterRow) -> Vec<Vec<u8>> {
     if row.state != LetterState::Open {
         return Vec::new();
     }
-    let fingerprint = List::Fingerprint(Fingerprint(row.fingerprint));
-    let lists = [List::All, List::Reason(&row.reason), fingerprint].into_iter();
+    let fingerprint = Fingerprint(row.fingerprint);
+    let lists = [List::All, List::Reason(&row.reason), List::Fingerprint(fingerprint)].into_iter();
     let lists = lists.chain(row.kind.as_deref().map(List::Kind)).chain(row.thread.as_deref().map(List::Thread));
+    let group = row.group().into_iter();
+    let lists = lists.chain(group.flat_map(|it| [List::Group(it), List::GroupFingerprint(it, fingerprint)]));
     let cursor = DeadLetterCursor::of(*id, row).to_bytes();
     lists.map(|list| keys::dead_letter_time(&keys::dead_letter_list(tenant, &list.name()), &cursor)).collect()
 }
@@ -394,13 +439,15 @@ mod tests {
     use super::*;
 
     fn letter(n: u64) -> DeadLetterRow {
-        let reason = ["run_order", "unacknowledged", "unreadable"][n as usize % 3];
+        let reason = ["run_order", "unacknowledged", "unreadable", "rejected"][n as usize % 4];
         let kind = [None, Some("x.a"), Some("x.b")][n as usize % 7 % 3];
         // Several of one time, and not in the order in which they come.
         let at = 1_000 + n * 7 % 40;
         DeadLetterRow {
             order: n % 3,
             thread: Some(format!("t{}", n % 4)),
+            // The name is a group's only where the letter is work.
+            name: Some(format!("g{}", n % 3)),
             state: if n.is_multiple_of(5) { LetterState::Discarded } else { LetterState::Open },
             ..DeadLetterRow::open(reason, kind, at, 1, "e".into())
         }
@@ -442,6 +489,7 @@ mod tests {
 
         let all = DeadLetterFilter::default;
         let fingerprint = Some(Fingerprint::of("unreadable", Some("x.b"), "e"));
+        let of_work = Some(Fingerprint::of("rejected", Some("x.b"), "e"));
         let filters = [
             all(),
             DeadLetterFilter { reason: Some("run_order".into()), ..all() },
@@ -449,6 +497,10 @@ mod tests {
             DeadLetterFilter { kind: Some("x.a".into()), since: Some(1_010), ..all() },
             DeadLetterFilter { thread: Some("t1".into()), reason: Some("unreadable".into()), ..all() },
             DeadLetterFilter { since: Some(1_005), until: Some(1_020), ..all() },
+            DeadLetterFilter { group: Some("g1".into()), ..all() },
+            DeadLetterFilter { group: Some("g1".into()), kind: Some("x.a".into()), since: Some(1_010), ..all() },
+            DeadLetterFilter { group: Some("g2".into()), fingerprint: of_work, ..all() },
+            DeadLetterFilter { group: Some("g".into()), ..all() },
             DeadLetterFilter { since: Some(1_020), until: Some(1_005), ..all() },
             DeadLetterFilter { thread: Some("nowhere".into()), ..all() },
         ];

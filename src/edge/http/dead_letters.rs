@@ -51,7 +51,7 @@ impl SortKey for DeadLetterCursor {
 }
 
 /// The parameters that narrow a list down, as its cursors are bound to them.
-const FILTERS: [&str; 6] = ["reason", "thread", "fingerprint", "kind", "since", "until"];
+const FILTERS: [&str; 7] = ["reason", "thread", "fingerprint", "kind", "group", "since", "until"];
 
 fn read_filter(query: &Query<'_>) -> Result<DeadLetterFilter, Error> {
     let text = |name| query.text(name).map(str::to_owned);
@@ -66,6 +66,7 @@ fn read_filter(query: &Query<'_>) -> Result<DeadLetterFilter, Error> {
         reason: text("reason"),
         thread: text("thread"),
         kind: text("kind"),
+        group: text("group"),
         fingerprint: query.text("fingerprint").map(read_fingerprint).transpose()?,
         since: time("since")?,
         until: time("until")?,
@@ -79,15 +80,10 @@ pub(super) fn read_fingerprint(text: &str) -> Result<Fingerprint, Error> {
 
 /// `GET /v1/dead-letters`
 pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
-    let query = it.query(&["reason", "thread", "fingerprint", "kind", "since", "until", "group", "cursor", "limit"])?;
+    let query = it.query(&["reason", "thread", "fingerprint", "kind", "group", "since", "until", "cursor", "limit"])?;
     let filter = read_filter(&query)?;
     let filters = FILTERS.map(|name| query.text(name).unwrap_or_default());
     let page: Page<Reverse<DeadLetterCursor>> = Page::read(&query, &it.who, &api.epoch, "dead-letters", &filters)?;
-    if query.text("group").is_some() {
-        // There are no consumer groups yet, so there is none whose work could fail.
-        return Ok(json(StatusCode::OK, &DeadLetterList { items: Vec::new(), next: None }));
-    }
-
     let mut meter = api.meter(&it.who, page.memory()).await?;
     blocking(move || {
         let after = page.after.as_ref().map(|key| key.0);
@@ -220,20 +216,21 @@ fn item(api: &Api, who: &Principal, id: [u8; 16], row: DeadLetterRow, known: boo
 
 /// `GET /v1/dead-letters/counts`
 pub async fn counts(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
-    let limit = it.query(&["limit"])?.limit()?;
+    let query = it.query(&["group", "limit"])?;
+    let (limit, group) = (query.limit()?, query.text("group").map(str::to_owned));
     let meter = api.meter(&it.who, COUNTS_BYTES).await?;
     blocking(move || {
         let tenants = [&*it.who.tenant, ""];
         let mut counted: BTreeMap<String, u64> = BTreeMap::new();
         for tenant in tenants {
-            for row in api.store.dead_letter_reasons(tenant)? {
+            for row in api.store.dead_letter_reasons(tenant, group.as_deref())? {
                 *counted.entry(row.reason).or_default() += row.open;
             }
         }
         let mut reasons: Vec<_> = counted.into_iter().map(|(reason, count)| ReasonCount { reason, count }).collect();
         reasons.sort_by_key(|it| Reverse(it.count));
         let total = reasons.iter().map(|it| it.count).sum();
-        let (fingerprints, truncated) = fingerprints(&api, tenants, limit)?;
+        let (fingerprints, truncated) = fingerprints(&api, tenants, group, limit)?;
         let counts = DeadLetterCounts { total, reasons, fingerprints, truncated };
         Ok(charged(json(StatusCode::OK, &counts), meter))
     })
@@ -241,11 +238,16 @@ pub async fn counts(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
 }
 
 /// The most frequent fingerprints, and whether there are more.
-fn fingerprints(api: &Api, tenants: [&str; 2], limit: usize) -> Result<(Vec<FingerprintCount>, bool), Error> {
+fn fingerprints(
+    api: &Api,
+    tenants: [&str; 2],
+    group: Option<String>,
+    limit: usize,
+) -> Result<(Vec<FingerprintCount>, bool), Error> {
     let mut found: BTreeMap<Fingerprint, CountRow> = BTreeMap::new();
     let mut truncated = false;
     for tenant in tenants {
-        let (rows, all) = api.store.dead_letter_fingerprints(tenant)?;
+        let (rows, all) = api.store.dead_letter_fingerprints(tenant, group.as_deref())?;
         truncated |= !all;
         for (fingerprint, row) in rows {
             found.entry(fingerprint).and_modify(|known| known.open += row.open).or_insert(row);
@@ -257,13 +259,15 @@ fn fingerprints(api: &Api, tenants: [&str; 2], limit: usize) -> Result<(Vec<Fing
     found.truncate(limit);
 
     let count = |(fingerprint, row): (Fingerprint, CountRow)| {
-        let filter = DeadLetterFilter { fingerprint: Some(fingerprint), ..DeadLetterFilter::default() };
+        let name = fingerprint.to_string();
+        let (fingerprint, group) = (Some(fingerprint), group.clone());
+        let filter = DeadLetterFilter { fingerprint, group, ..DeadLetterFilter::default() };
         let times = |order| {
             let times = tenants.map(|tenant| api.store.dead_letter_time(tenant, &filter, order));
             Ok::<_, StoreError>(times.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten())
         };
         Ok(FingerprintCount {
-            fingerprint: fingerprint.to_string(),
+            fingerprint: name,
             reason: row.reason,
             kind: row.kind,
             error: row.error,

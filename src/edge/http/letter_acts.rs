@@ -302,6 +302,7 @@ fn read_filter(wanted: &LetterFilter) -> Result<DeadLetterFilter, Error> {
         fingerprint: fingerprint.map_err(|error| error.at("filter.fingerprint"))?,
         thread: wanted.thread.clone(),
         kind: wanted.kind.clone(),
+        group: wanted.group.clone(),
         since: time("since", &wanted.since)?,
         until: time("until", &wanted.until)?,
     })
