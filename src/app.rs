@@ -85,7 +85,7 @@ pub struct App {
     delivering: JoinHandle<()>,
     chores: Vec<JoinHandle<()>>,
     dispatcher: Arc<Dispatcher>,
-    dispatching: std::thread::JoinHandle<()>,
+    dispatching: [std::thread::JoinHandle<()>; 2],
     searching: Searching,
     projecting: std::thread::JoinHandle<()>,
     stop_projecting: Arc<AtomicBool>,
@@ -210,7 +210,7 @@ impl App {
         let level = Arc::new(Level::new(log.clone(), status.clone()));
         let submit = Arc::new(Submit::new(log.clone(), pending.clone()));
         let (dispatcher, dispatching) =
-            Dispatcher::start(store.clone(), submit.clone(), level.clone(), config.memory().work)?;
+            Dispatcher::start(store.clone(), submit.clone(), level.clone(), status.clone(), config.memory().work)?;
         let searching = start_search(&config, &store)?;
         let health = Arc::new(Health::new(log.clone(), status.clone(), config.data.clone()));
         let reaper = Reaper {
@@ -226,7 +226,7 @@ impl App {
         let (sessions, ended_sessions) = sessions.unzip();
         let keys = Keys { own: verifier, issuers: issuers.clone(), audience: config.jwt_audience.clone() };
         let auth = Arc::new(Authenticator::new(keys, sessions.clone(), store.clone()));
-        let admission = Arc::new(Admission::new(rights.clone(), limits.clone()));
+        let admission = Arc::new(Admission::new(rights.clone(), limits.clone(), store.clone()));
         let tickets = Tickets {
             store: store.clone(),
             level: level.clone(),
@@ -331,7 +331,7 @@ impl App {
         drop(tokio::time::timeout(Duration::from_secs(1), self.accepting).await);
         // What the workers that are gone held is given back to the log.
         self.dispatcher.stop();
-        drop(tokio::task::spawn_blocking(|| self.dispatching.join()).await);
+        drop(tokio::task::spawn_blocking(|| self.dispatching.map(|thread| thread.join())).await);
         self.stop_projecting.store(true, Ordering::Release);
 
         let (log, store, projecting, searching) = (self.log, self.store, self.projecting, self.searching);

@@ -10,7 +10,7 @@ use metrics::{
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::protocol::dead_letters::REASONS;
-use crate::protocol::work::Wait;
+use crate::protocol::work::{Overflow, Wait};
 
 /// Buckets of durations, in seconds: 50 µs to 10 s.
 const SECONDS: &[f64] = &[
@@ -118,6 +118,9 @@ const METRICS: &[(&str, Type, &str)] = &[
         Type::Counter,
         "Times the index of search could not be written and was opened again",
     ),
+    ("weft_work_waiting", Type::Gauge, "Events that wait for groups and nobody works on"),
+    ("weft_work_overflowed_total", Type::Counter, "Events that full groups had no room for, by what became of them"),
+    ("weft_groups_overflowing", Type::Gauge, "Groups for which as many events wait as their limit says, or more"),
     (
         "weft_level_waits_total",
         Type::Counter,
@@ -372,6 +375,20 @@ pub fn search_segments() -> Gauge {
 }
 pub fn search_failures() -> Counter {
     counter!("weft_search_failures_total")
+}
+pub fn work_waiting() -> Gauge {
+    gauge!("weft_work_waiting")
+}
+pub fn work_overflowed(how: Overflow) -> Counter {
+    let how = match how {
+        Overflow::Accept => "accept",
+        Overflow::Reject => "reject",
+        Overflow::DeadLetter => "dead_letter",
+    };
+    counter!("weft_work_overflowed_total", "overflow" => how)
+}
+pub fn groups_overflowing() -> Gauge {
+    gauge!("weft_groups_overflowing")
 }
 pub fn level_waits(outcome: &'static str) -> Counter {
     counter!("weft_level_waits_total", "outcome" => outcome)

@@ -3,7 +3,7 @@
 use comfy_table::Table;
 use serde_json::{Value, json};
 
-use super::common::{self, Failure, Output, Server, Style, cell, print_rows, segment};
+use super::common::{self, Failure, Output, Server, Style, cell, print_rows, printable, segment};
 use crate::client::{ClientError, Http};
 use crate::protocol::work::Backoff;
 
@@ -18,6 +18,9 @@ pub struct Args {
     pub server: Server,
     #[command(flatten)]
     pub settings: Settings,
+    /// With pause and resume: only this thread.
+    #[arg(long)]
+    pub thread: Option<String>,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
@@ -60,13 +63,23 @@ pub struct Settings {
     /// With set: how long an attempt waits at most, in milliseconds.
     #[arg(long, value_name = "MS")]
     pub backoff_max_ms: Option<u64>,
+    /// With set: beyond so many events that wait the group is overflowing.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<u64>,
+    /// With set: what happens then.
+    #[arg(long, value_parser = ["accept", "reject", "dead_letter"])]
+    pub overflow: Option<String>,
+    /// With set: whether a thread's events are worked on one at a time and in order.
+    #[arg(long, value_parser = ["thread", "none"])]
+    pub order: Option<String>,
 }
 
 impl Settings {
     fn is_empty(&self) -> bool {
-        let Settings { kinds, from, lease_ms, attempts, backoff_min_ms, backoff_max_ms } = self;
-        let numbers = [lease_ms, attempts, backoff_min_ms, backoff_max_ms];
-        kinds.is_none() && from.is_none() && numbers.iter().all(|number| number.is_none())
+        let Settings { kinds, from, lease_ms, attempts, backoff_min_ms, backoff_max_ms, limit, overflow, order } = self;
+        let numbers = [lease_ms, attempts, backoff_min_ms, backoff_max_ms, limit];
+        let words = [from, overflow, order];
+        kinds.is_none() && words.iter().all(|word| word.is_none()) && numbers.iter().all(|number| number.is_none())
     }
 
     /// The body of a `PUT`: these settings, and otherwise those that the group has.
@@ -81,6 +94,9 @@ impl Settings {
         set("from", self.from.as_ref().map(|from| json!(from)));
         set("lease_ms", self.lease_ms.map(Value::from));
         set("attempts", self.attempts.map(Value::from));
+        set("limit", self.limit.map(Value::from));
+        set("overflow", self.overflow.as_ref().map(|overflow| json!(overflow)));
+        set("order", self.order.as_ref().map(|order| json!(order)));
         if self.backoff_min_ms.is_some() || self.backoff_max_ms.is_some() {
             let mut backoff = group.get("backoff").cloned().unwrap_or_else(|| json!(Backoff::default()));
             for (name, given) in [("min_ms", self.backoff_min_ms), ("max_ms", self.backoff_max_ms)] {
@@ -101,8 +117,11 @@ impl Args {
     pub fn check(&self) -> Result<(), &'static str> {
         match (self.action, &self.group) {
             (Action::List, Some(_)) => Err("to show one group: weft groups show GROUP"),
-            (Action::List, None) if self.settings.is_empty() => Ok(()),
+            (Action::List, None) if self.settings.is_empty() && self.thread.is_none() => Ok(()),
             (_, None) if self.action != Action::List => Err("say which group"),
+            _ if self.thread.is_some() && !matches!(self.action, Action::Pause | Action::Resume) => {
+                Err("--thread goes with pause and resume")
+            }
             (Action::Set, _) => Ok(()),
             _ if self.settings.is_empty() => Ok(()),
             _ => Err("settings go with set: weft groups set GROUP --attempts 3"),
@@ -118,10 +137,15 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         Action::Show => http.get(&path).await?,
         Action::Set => set(&args, &mut http, &path).await?,
         Action::Delete => http.delete(&path).await?,
-        Action::Pause => http.post(&format!("{path}/pause"), &json!({})).await?,
-        Action::Resume => http.post(&format!("{path}/resume"), &json!({})).await?,
+        Action::Pause => http.post(&format!("{path}/pause"), &of_thread(&args)).await?,
+        Action::Resume => http.post(&format!("{path}/resume"), &of_thread(&args)).await?,
     };
     print_one(&args, &group)
+}
+
+/// What is paused or resumed.
+fn of_thread(args: &Args) -> Value {
+    args.thread.as_ref().map_or_else(|| json!({}), |thread| json!({"thread": thread}))
 }
 
 async fn set(args: &Args, http: &mut Http, path: &str) -> Result<Value, ClientError> {
@@ -149,7 +173,11 @@ async fn list(args: &Args, http: &mut Http) -> Result<(), Failure> {
 fn table(groups: &[Value]) -> Table {
     let mut table = common::table(&["group", "waiting", "oldest", "in flight", "workers", "state"]);
     for row in groups {
-        let state = if row["paused"] == true { "paused" } else { "active" };
+        let state = match (row["paused"] == true, row["overflowing"] == true) {
+            (true, _) => "paused",
+            (false, true) => "full",
+            (false, false) => "active",
+        };
         let oldest = row["oldest_ms"].as_u64().map_or_else(String::new, age);
         let group: String = cell(&row["group"]).chars().take(32).collect();
         let waiting = row["depth"].as_u64().unwrap_or(0).saturating_sub(row["in_flight"].as_u64().unwrap_or(0));
@@ -179,11 +207,22 @@ fn print_one(args: &Args, group: &Value) -> Result<(), Failure> {
     if group["deleted"] == true {
         return out.line(format!("{name} is deleted")).map(drop);
     }
-    let state = if group["paused"] == true { " (paused)" } else { "" };
+    if let Some(thread) = group["thread"].as_str() {
+        let state = if group["paused"] == true { "paused" } else { "resumed" };
+        return out.line(format!("thread {} of {name} is {state}", printable(thread))).map(drop);
+    }
+    let state = match (group["paused"] == true, group["overflowing"] == true) {
+        (true, true) => " (paused, overflowing)",
+        (true, false) => " (paused)",
+        (false, true) => " (overflowing)",
+        (false, false) => "",
+    };
     out.line(out.paint(Style::Bold, format!("{name}{state}")))?;
 
     let ms = |name: &str| group[name].as_u64().map(|ms| format!("{ms} ms"));
     let kinds = group["kinds"].as_array().into_iter().flatten().map(cell).collect::<Vec<_>>().join(" ");
+    let paused = group["paused_threads"].as_array().filter(|threads| !threads.is_empty());
+    let paused = paused.map(|threads| threads.iter().map(cell).collect::<Vec<_>>().join(" "));
     let backoff = format!("{} to {} ms", group["backoff"]["min_ms"], group["backoff"]["max_ms"]);
     let lines = [
         ("kinds", Some(kinds)),
@@ -191,10 +230,13 @@ fn print_one(args: &Args, group: &Value) -> Result<(), Failure> {
         ("lease", ms("lease_ms")),
         ("attempts", Some(cell(&group["attempts"]))),
         ("backoff", Some(backoff)),
+        ("limit", Some(format!("{} waiting, then {}", group["limit"], cell(&group["overflow"])))),
+        ("order", Some(cell(&group["order"]))),
         ("created", Some(cell(&group["created_at"]))),
         ("depth", group["depth"].as_u64().map(|depth| depth.to_string())),
         ("oldest", group["oldest_ms"].as_u64().map(age)),
         ("in flight", group["in_flight"].as_u64().map(|n| n.to_string())),
+        ("paused", paused),
         ("workers", group["workers"].as_u64().map(|n| format!("{n} on this node"))),
     ];
     for (name, value) in lines.into_iter().filter_map(|(name, value)| Some((name, value?))) {
@@ -216,6 +258,9 @@ mod tests {
             attempts: None,
             backoff_min_ms: None,
             backoff_max_ms: None,
+            limit: None,
+            overflow: None,
+            order: None,
         };
         assert_eq!(none().over(&json!({})), json!({}), "a new group has the server's defaults");
         let there = json!({

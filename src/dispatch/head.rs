@@ -1,9 +1,10 @@
-//! A thread whose next event is held, and what is known of that event.
+//! An event that is held since it could be next in its thread, and what is known of it.
 
 use std::sync::Arc;
 
 use uuid::Uuid;
 
+use super::found::thread_of;
 use super::ready::{Piece, Rank};
 use super::waits::Waiting;
 use crate::protocol::work::Wait;
@@ -11,6 +12,8 @@ use crate::protocol::work::Wait;
 /// What a thread costs that is held, beside the names of its own and of its user: measured, where the table of them has just
 /// grown.
 pub const HEAD_BYTES: usize = 600;
+/// What is held by its seq costs more: its thread may be in a table of those for it alone.
+const SEQ_BYTES: usize = 200;
 /// What a user costs who has anything that is ready.
 pub const USER_BYTES: usize = 400;
 
@@ -25,13 +28,13 @@ pub enum Why {
     Found,
 }
 
-/// A thread's next event.
+/// A thread's next event, or one of those that could be next.
 pub struct Head {
     pub seq: u64,
     pub kind: Arc<str>,
     pub user: Arc<str>,
     pub rank: Rank,
-    /// Up to where the group is done with the thread.
+    /// Nothing between this seq and the event's is work.
     pub after: u64,
     /// Which attempt the next one is, or the one that is made.
     pub attempt: u32,
@@ -43,19 +46,22 @@ pub struct Head {
 
 impl Head {
     /// What it is counted for.
-    pub fn bytes(&self, thread: &str) -> usize {
-        HEAD_BYTES + thread.len() + self.user.len()
+    pub fn bytes(&self, key: &str) -> usize {
+        let thread = thread_of(key).len();
+        let with_seq = if thread < key.len() { SEQ_BYTES + thread } else { 0 };
+        HEAD_BYTES + key.len() + with_seq + self.user.len()
     }
 
+    /// It can be done, but not now.
     pub fn is_later(&self) -> bool {
-        matches!(self.state, State::Later { .. })
+        matches!(self.state, State::Later { .. } | State::Paused { .. })
     }
 
     /// As it waits for its turn, in a group of these kinds. It has a kind of its own unless the group has this one alone: what
     /// was begun before the group changed may be of another.
-    pub fn piece<'a>(&'a self, thread: &'a Arc<str>, kinds: &[Arc<str>]) -> Piece<'a> {
+    pub fn piece<'a>(&'a self, key: &'a Arc<str>, kinds: &[Arc<str>]) -> Piece<'a> {
         let has_kind = !matches!(kinds, [only] if *only == self.kind);
-        Piece { user: &self.user, rank: self.rank, thread, kind: has_kind.then_some(&self.kind) }
+        Piece { user: &self.user, rank: self.rank, thread: key, kind: has_kind.then_some(&self.kind) }
     }
 }
 
@@ -66,6 +72,10 @@ pub enum State {
     Later {
         since: u64,
         until: u64,
+    },
+    /// The thread is paused; since when it has waited for that. Milliseconds.
+    Paused {
+        since: u64,
     },
     /// A lease was asked for.
     Chosen(Uuid),

@@ -14,26 +14,12 @@ use std::ops::ControlFlow;
 
 use crate::clock;
 use crate::protocol::event::StoredFrame;
-use crate::store::{EventRange, GroupRow, Store, StoreError, WaitingRow, WorkRow};
+use crate::store::{EventRange, GroupRow, Store, StoreError, WaitingRow};
 
 /// Rows that are written together, and threads that are read at once.
 const CHUNK: usize = 1_000;
 /// Threads with nothing newer than so long before the group began are not read. Clocks of nodes may differ, but not so much.
 const MARGIN_MS: u64 = 86_400_000;
-/// Beyond so many it is not counted how much waits.
-const MAX_COUNTED: u64 = 1_000_000;
-
-/// How much waits for a group.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Depth {
-    /// Events that wait or are worked on; counted up to 1,000,000.
-    pub events: u64,
-    /// When the oldest of them was published; milliseconds.
-    pub oldest_at: Option<u64>,
-    /// How many of them are leased.
-    pub in_flight: u64,
-}
-
 /// Adds what is missing of this revision of the group; `false` if the group has another one by now, or is gone. It takes as
 /// long as the tenant has threads: off the runtime's workers.
 pub fn complete(store: &Store, tenant: &str, group: &str, row: &GroupRow) -> Result<bool, StoreError> {
@@ -68,13 +54,15 @@ fn is_of(store: &Store, (tenant, group): (&str, &str), row: &GroupRow) -> Result
 fn complete_thread(store: &Store, whose: (&str, &str), thread: &str, row: &GroupRow) -> Result<bool, StoreError> {
     let (tenant, group) = whose;
     let work = store.work(tenant, thread, group)?.filter(|work| work.group_id == row.id);
-    let mut from = work.map_or(0, |work| work.cursor) + 1;
+    let work = work.unwrap_or_default();
+    let mut from = work.cursor + 1;
     loop {
         let (mut batch, mut read) = (store.batch(), 0);
         let range = EventRange { from, limit: CHUNK, ..EventRange::all() };
         store.visit_events(tenant, thread, range, |seq, event| {
             (read, from) = (read + 1, seq + 1);
             if row.kinds.iter().any(|kind| kind == event.kind)
+                && !work.is_past(seq)
                 && let Some(waits) = waiting_row(event.frame, event.class).filter(|it| row.wants(&it.kind, it.at))
             {
                 batch.put_found_waiting(tenant, group, thread, seq, &waits);
@@ -98,32 +86,10 @@ pub fn waiting_row(frame: &str, class: u8) -> Option<WaitingRow> {
     Some(WaitingRow { kind: frame.kind.into_owned(), user: frame.from.into_owned(), at, class })
 }
 
-/// Counts what waits. It takes as long as there is much: off the runtime's workers.
-pub fn depth(store: &Store, tenant: &str, group: &str, row: &GroupRow) -> Result<Depth, StoreError> {
-    let (mut depth, mut thread, mut work) = (Depth::default(), None, WorkRow::default());
-    for head in store.all_waiting(tenant, group) {
-        let head = head?;
-        if thread.as_ref() != Some(&head.thread) {
-            let found = store.work(tenant, &head.thread, group)?.filter(|work| work.group_id == row.id);
-            work = found.unwrap_or_default();
-            depth.in_flight += u64::from(work.lease.is_some());
-            thread = Some(head.thread);
-        }
-        let waits = head.seq > work.cursor && row.wants(&head.row.kind, head.row.at);
-        if waits || work.requeued.contains(&head.seq) {
-            depth.events += 1;
-            depth.oldest_at = Some(depth.oldest_at.map_or(head.row.at, |oldest| oldest.min(head.row.at)));
-        }
-        if depth.events >= MAX_COUNTED {
-            break;
-        }
-    }
-    Ok(depth)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::work::{Overflow, WorkOrder};
     use crate::store::ThreadRow;
 
     #[test]
@@ -139,6 +105,9 @@ mod tests {
             attempts: 1,
             backoff_min_ms: 0,
             backoff_max_ms: 0,
+            limit: 100_000,
+            overflow: Overflow::Accept,
+            order: WorkOrder::Thread,
             paused: false,
             revision: [revision; 16],
         };

@@ -11,9 +11,11 @@
 //!   all is looked up again;
 //! - a lease is given to its worker once it is in the store, and once; if the worker is gone by then, it ends as `lost`;
 //! - nothing is given out before this node's index of what waits for the group is complete;
+//! - what depends on no worker, each node sees to for all groups ([`watch`]);
 //! - what is held in memory is bounded, for each group and in the feed; what does not fit stays in the store, and is found
 //!   there when there is room.
 
+mod found;
 mod group;
 mod head;
 mod inbox;
@@ -21,6 +23,7 @@ pub mod index;
 mod ready;
 mod thread;
 mod waits;
+mod watch;
 mod workers;
 
 use std::sync::Arc;
@@ -31,20 +34,26 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use uuid::Uuid;
 
 use self::inbox::{Inbox, Message};
-pub use self::index::Depth;
+use self::watch::Bell;
 use crate::auth::Principal;
 use crate::ingest::submit::Submit;
 use crate::log::Record;
+use crate::projector::Status;
 use crate::projector::level::Level;
 use crate::protocol::error::{Code, Error};
-use crate::protocol::kinds::{GROUP_DELETED, GROUP_PAUSED, GROUP_RESUMED, GROUP_SET, WORK_SETTLED};
-use crate::protocol::work::{
-    Delivery, GroupRecord, GroupSettings, MAX_DELAY_MS, Outcome, Settlement, Work, WorkSettledRecord, check_group,
-    check_lease_ms, check_reason, no_lease,
+use crate::protocol::ids::{self, SERVER_USER};
+use crate::protocol::kinds::{
+    GROUP_DELETED, GROUP_PAUSED, GROUP_RESUMED, GROUP_SET, WORK_PAUSED, WORK_RESUMED, WORK_SETTLED,
 };
-use crate::store::{GroupRow, Store};
+use crate::protocol::work::{
+    Delivery, GroupRecord, GroupSettings, MAX_DELAY_MS, Outcome, Settlement, Work, WorkPausedRecord, WorkSettledRecord,
+    check_group, check_lease_ms, check_reason, no_lease,
+};
+use crate::store::{Depth, GroupRow, Store, WorkChange};
 use crate::{clock, telemetry};
 
+/// How many paused threads a group's page shows.
+const PAUSED_SHOWN: usize = 100;
 /// How much work a worker may hold at once.
 pub const MAX_CREDIT: u32 = 1_000;
 
@@ -88,6 +97,10 @@ pub struct Settling<'a> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupStats {
     pub depth: Depth,
+    /// When the event was published that waits longest; milliseconds.
+    pub oldest_at: Option<u64>,
+    /// Threads that are paused, of many the first ones.
+    pub paused_threads: Vec<String>,
     /// Workers that are connected to this node.
     pub workers: usize,
 }
@@ -127,28 +140,39 @@ pub struct Dispatcher {
     submit: Arc<Submit>,
     level: Arc<Level>,
     inbox: Arc<Inbox>,
+    bell: Arc<Bell>,
     next_id: AtomicU64,
     /// Who counts what waits: one at a time, since a count reads all of it.
     counting: Arc<Semaphore>,
 }
 
 impl Dispatcher {
-    /// Starts its thread, which ends after [`Dispatcher::stop`]. What waits is held in so much memory.
+    /// Starts its threads, which end after [`Dispatcher::stop`]. What waits is held in so much memory.
     pub fn start(
         store: Arc<Store>,
         submit: Arc<Submit>,
         level: Arc<Level>,
+        projector: Arc<Status>,
         memory: usize,
-    ) -> Result<(Arc<Dispatcher>, std::thread::JoinHandle<()>), std::io::Error> {
+    ) -> Result<(Arc<Dispatcher>, [std::thread::JoinHandle<()>; 2]), std::io::Error> {
         let inbox = Arc::new(Inbox::default());
-        let hears = inbox.clone();
-        store.listen_to_work(move |changes| hears.changed(changes));
+        let bell = Arc::new(Bell::default());
+        let (hears, rings) = (inbox.clone(), bell.clone());
+        let listener = move |changes: Vec<WorkChange>| {
+            if changes.iter().any(|change| matches!(change, WorkChange::Group { .. })) {
+                rings.ring();
+            }
+            hears.changed(changes);
+        };
+        store.listen_to_work(listener).map_err(std::io::Error::other)?;
         let thread = thread::start(store.clone(), submit.clone(), inbox.clone(), memory)?;
+        let watch = watch::start(store.clone(), submit.clone(), projector, bell.clone())?;
         let (next_id, counting) = (AtomicU64::new(1), Arc::new(Semaphore::new(1)));
-        Ok((Arc::new(Dispatcher { store, submit, level, inbox, next_id, counting }), thread))
+        Ok((Arc::new(Dispatcher { store, submit, level, inbox, bell, next_id, counting }), [thread, watch]))
     }
 
     pub fn stop(&self) {
+        self.bell.close();
         self.inbox.close();
     }
 
@@ -156,8 +180,7 @@ impl Dispatcher {
 
     /// The group, if it is there; a node that lags looks again once it is level with the log.
     pub async fn group(&self, tenant: &str, group: &str) -> Result<GroupRow, Error> {
-        let none = || Error::new(Code::NotFound, "there is no such group").at("group");
-        let look = || self.store.group(tenant, group).map_err(Error::from)?.ok_or_else(none);
+        let look = || self.store.group(tenant, group).map_err(Error::from)?.ok_or_else(no_group);
         self.level.look(look).await
     }
 
@@ -189,6 +212,24 @@ impl Dispatcher {
 
     pub async fn pause(&self, who: &Principal, group: &str, paused: bool) -> Result<(), Error> {
         self.write(who, group, if paused { GROUP_PAUSED } else { GROUP_RESUMED }, None, false).await
+    }
+
+    /// Nobody gets work of a thread until it is resumed.
+    pub async fn pause_thread(&self, who: &Principal, group: &str, thread: &str, paused: bool) -> Result<(), Error> {
+        check_group(group)?;
+        ids::check_thread(thread)?;
+        let row = self.group(&who.tenant, group).await?;
+        let record = WorkPausedRecord {
+            kind: if paused { WORK_PAUSED } else { WORK_RESUMED }.to_owned(),
+            id: clock::event_id(),
+            tenant: who.tenant.to_string(),
+            thread: thread.to_owned(),
+            group: group.to_owned(),
+            group_id: Uuid::from_bytes(row.id),
+            by: who.user.to_string(),
+            at: clock::rfc3339(clock::now_ms()),
+        };
+        self.submit.write(record.id, Record::from(&record)).await.map(drop)
     }
 
     pub async fn delete(&self, who: &Principal, group: &str) -> Result<(), Error> {
@@ -223,20 +264,28 @@ impl Dispatcher {
         let (store, whose) = (self.store.clone(), (tenant.to_owned(), group.to_owned()));
         let stopping = || Error::new(Code::Unavailable, "the server is stopping");
         let turn = self.counting.clone().acquire_owned().await.map_err(|_| stopping())?;
+        let workers = self.inbox.workers_of(&key(tenant, group));
         let count = move || {
             // Given up with the count, also if nobody waits for that any more.
             let _turn = turn;
             let ((tenant, group), mut row) = ((&*whose.0, &*whose.1), row);
-            while !index::complete(&store, tenant, group, &row)? {
-                // It was changed meanwhile. Of one that is gone nothing is leased or waits.
-                let Some(now) = store.group(tenant, group)? else { return Ok(Depth::default()) };
-                row = now;
-            }
-            index::depth(&store, tenant, group, &row)
+            let depth = match store.depth(tenant, group) {
+                Some(depth) => depth,
+                None => {
+                    while !index::complete(&store, tenant, group, &row)? {
+                        // It was changed meanwhile.
+                        row = store.group(tenant, group)?.ok_or_else(no_group)?;
+                    }
+                    store.count_depth(tenant, group, &row)?;
+                    store.depth(tenant, group).unwrap_or_default()
+                }
+            };
+            let paused = store.paused_threads(tenant, group, &row.id, PAUSED_SHOWN)?;
+            let paused_threads = paused.into_iter().map(|(thread, _)| thread).collect();
+            let oldest_at = found::oldest(&store, tenant, group, &row)?;
+            Ok::<_, Error>(GroupStats { depth, oldest_at, paused_threads, workers })
         };
-        let counted = tokio::task::spawn_blocking(count).await;
-        let depth = counted.map_err(|_| stopping())??;
-        Ok(GroupStats { depth, workers: self.inbox.workers_of(&key(tenant, group)) })
+        tokio::task::spawn_blocking(count).await.map_err(|_| stopping())?
     }
 
     // Work.
@@ -319,10 +368,33 @@ impl Dispatcher {
         }
         let Some(row) = self.store.group(&who.tenant, &of.group)? else { return Err(no_lease()) };
         let work = self.store.work(&who.tenant, &of.thread, &of.group)?;
-        let attempt = work.and_then(|work| work.lease).map_or(1, |lease| lease.attempt);
+        let leases = work.iter().flat_map(|work| &work.leases);
+        let lease = leases.into_iter().find(|lease| lease.id == *of.lease.as_bytes());
+        let attempt = lease.map_or(1, |lease| lease.attempt);
         let delay = row.backoff_min_ms.saturating_mul(1 << attempt.saturating_sub(1).min(20)).min(row.backoff_max_ms);
         Ok(delay - (delay as f64 / 2.0 * clock::random_share()) as u64)
     }
+}
+
+/// The record by which the server ends a lease.
+fn ended((tenant, thread, group): (&str, &str, &str), lease: Uuid, outcome: Settlement) -> WorkSettledRecord {
+    WorkSettledRecord {
+        kind: WORK_SETTLED.to_owned(),
+        id: clock::event_id(),
+        tenant: tenant.to_owned(),
+        thread: thread.to_owned(),
+        group: group.to_owned(),
+        lease,
+        outcome,
+        reason: None,
+        until: None,
+        by: SERVER_USER.to_owned(),
+        at: clock::rfc3339(clock::now_ms()),
+    }
+}
+
+fn no_group() -> Error {
+    Error::new(Code::NotFound, "there is no such group").at("group")
 }
 
 /// A group, as tables have it.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::found::thread_of;
 use super::group::{Arrival, Given, Group, Index};
 use super::head::{Head, Why};
 use super::inbox::{Inbox, Message, Taken};
@@ -15,9 +16,8 @@ use crate::ingest::submit::Submit;
 use crate::log::{Append, Record};
 use crate::projector::Verdict;
 use crate::protocol::error::Code;
-use crate::protocol::ids::SERVER_USER;
-use crate::protocol::kinds::{WORK_LEASED, WORK_SETTLED};
-use crate::protocol::work::{Delivery, Settlement, Work, WorkLeasedRecord, WorkSettledRecord};
+use crate::protocol::kinds::WORK_LEASED;
+use crate::protocol::work::{Delivery, Settlement, Work, WorkLeasedRecord};
 use crate::store::{Store, StoreError, WorkChange};
 use crate::{clock, panics, telemetry};
 
@@ -99,6 +99,9 @@ impl Thread {
             {
                 self.touched.extend(self.wakes.pop_first().map(|(_, key)| key));
             }
+            // Of a thread that is worked on in parallel each look reads much.
+            let mut changes = changes;
+            changes.dedup();
             for change in changes {
                 self.on_change(&change, now);
             }
@@ -155,8 +158,8 @@ impl Thread {
         let key = super::key(tenant, group);
         match change {
             WorkChange::Waiting { thread, .. } => {
-                let look = |group: &mut Group, store: &Store| match group.heads.contains_key(&**thread) {
-                    // What waits there comes before it.
+                let look = |group: &mut Group, store: &Store| match group.is_full(thread) {
+                    // What is held of the thread comes before it.
                     true => Ok(Vec::new()),
                     false => group.look_at(store, &thread.as_str().into(), Why::Came, now),
                 };
@@ -216,13 +219,13 @@ impl Thread {
         self.touched.insert(key.clone());
         // What is on its way to it is lost when it arrives.
         let held = group.given.iter().filter(|(_, given)| given.worker == id && given.arrived);
-        let held: Vec<(Uuid, Arc<str>)> = held.map(|(lease, given)| (*lease, given.thread.clone())).collect();
-        for (lease, thread) in held {
+        let held: Vec<(Uuid, Arc<str>)> = held.map(|(lease, given)| (*lease, given.key.clone())).collect();
+        for (lease, held_by) in held {
             if let Some(group) = self.groups.get_mut(key) {
                 group.given.remove(&lease);
             }
             if loses {
-                self.end(key, lease, &thread, Settlement::Lost);
+                self.end(key, lease, thread_of(&held_by), Settlement::Lost);
             }
         }
     }
@@ -230,20 +233,16 @@ impl Thread {
     /// A lease that was asked for here is in the log: it goes to its worker.
     fn on_arrival(&mut self, key: &Arc<str>, arrival: &Arrival, now: u64) {
         let Some(group) = self.groups.get_mut(key) else { return };
-        let (Some(head), Some(row)) = (group.heads.get(&arrival.thread), &group.row) else { return };
+        let (Some(head), Some(row)) = (group.heads.get(&arrival.key), &group.row) else { return };
         let (waited_ms, wait) = head.waiting.is_given(now);
         let lease_ms = group.given.get(&arrival.lease).map_or(row.lease_ms, |given| given.lease_ms);
-        let delivery = Delivery {
-            lease: arrival.lease,
-            lease_ms,
-            group: group.name.to_string(),
-            thread: arrival.thread.to_string(),
-        };
+        let (thread, name) = (thread_of(&arrival.key), group.name.to_string());
+        let delivery = Delivery { lease: arrival.lease, lease_ms, group: name, thread: thread.to_owned() };
         let work = Work {
             lease: arrival.lease,
             delivery: delivery.text(),
             group: group.name.clone(),
-            thread: arrival.thread.clone(),
+            thread: thread.into(),
             seq: head.seq,
             attempt: head.attempt,
             lease_ms,
@@ -255,7 +254,7 @@ impl Thread {
             return;
         }
         group.given.remove(&arrival.lease);
-        self.end(key, arrival.lease, &arrival.thread, Settlement::Lost);
+        self.end(key, arrival.lease, thread, Settlement::Lost);
     }
 
     fn on_verdict(&mut self, key: &Arc<str>, lease: Uuid, verdict: Verdict, now: u64) {
@@ -263,7 +262,8 @@ impl Thread {
         if given.arrived {
             return;
         }
-        let thread = given.thread.clone();
+        let held_by = given.key.clone();
+        let thread: Arc<str> = thread_of(&held_by).into();
         let mut until = None;
         match verdict {
             // It is in the store by now, unless it is over already.
@@ -279,7 +279,7 @@ impl Thread {
                 if let Some(group) = self.groups.get_mut(key) {
                     group.contended_until = now + CONTENDED_MS;
                     // Nobody else was first: this node's clock is behind the log's, and asking at once would change nothing.
-                    until = group.is_chosen(&thread, lease).then_some(now + AGAIN_MS);
+                    until = group.is_chosen(&held_by, lease).then_some(now + AGAIN_MS);
                 }
             }
             Err(error) => {
@@ -297,7 +297,7 @@ impl Thread {
         if let Some(given) = group.given.remove(&lease) {
             group.workers.refuse(given.worker);
         }
-        group.give_back(&thread, lease, until, now);
+        group.give_back(&held_by, lease, until, now);
         self.with(key, |group, store| group.look_at(store, &thread, Why::Moved, now), now);
     }
 
@@ -312,8 +312,8 @@ impl Thread {
         let Some(group) = self.groups.get_mut(key) else { return };
         let share = clock::random_share();
         let over = group.due(now, || now + AGAIN_MS + (share * OVER_MS) as u64);
-        for (lease, thread) in over {
-            self.end(key, lease, &thread, Settlement::Expired);
+        for (lease, held_by) in over {
+            self.end(key, lease, thread_of(&held_by), Settlement::Expired);
         }
         self.choose(key, now);
         self.rest(key, now);
@@ -396,23 +396,24 @@ impl Thread {
             && tries > 0
             && let Some(worker) = group.workers.turn()
         {
-            let Some(thread) = next_for(group, worker, &self.hasher, now) else {
+            let Some(held_by) = next_for(group, worker, &self.hasher, now) else {
                 tries -= 1;
                 continue;
             };
-            let Some(head) = group.heads.get(&thread) else { return };
+            let Some(head) = group.heads.get(&held_by) else { return };
             let Some((user, lease_ms)) = group.workers.send(worker) else { return };
             let lease_ms = lease_ms.unwrap_or(row.lease_ms);
             let record = WorkLeasedRecord {
                 kind: WORK_LEASED.to_owned(),
                 id: clock::event_id(),
                 tenant: group.tenant.to_string(),
-                thread: thread.to_string(),
+                thread: thread_of(&held_by).to_owned(),
                 group: group.name.to_string(),
                 group_id: Uuid::from_bytes(row.id),
                 seq: head.seq,
                 event_kind: head.kind.to_string(),
                 after: head.after,
+                parallel: group.is_parallel(),
                 attempt: head.attempt,
                 attempts: row.attempts.max(head.attempt),
                 holder: user.to_string(),
@@ -420,8 +421,8 @@ impl Thread {
                 until: clock::rfc3339(now + lease_ms),
             };
             let lease = record.id;
-            group.choose(&thread, lease, now);
-            group.given.insert(lease, Given { worker, thread, lease_ms, arrived: false });
+            group.choose(&held_by, lease, now);
+            group.given.insert(lease, Given { worker, key: held_by, lease_ms, arrived: false });
             let (inbox, key) = (self.inbox.clone(), key.clone());
             let reply = move |verdict| inbox.push(Message::Verdict { key, lease, verdict });
             self.batch.push(self.submit.prepare_record(lease, Record::from(&record), Box::new(reply)));
@@ -431,19 +432,7 @@ impl Thread {
     /// The server settles a lease for its worker.
     fn end(&mut self, key: &Arc<str>, lease: Uuid, thread: &str, outcome: Settlement) {
         let Some(group) = self.groups.get(key) else { return };
-        let record = WorkSettledRecord {
-            kind: WORK_SETTLED.to_owned(),
-            id: clock::event_id(),
-            tenant: group.tenant.to_string(),
-            thread: thread.to_owned(),
-            group: group.name.to_string(),
-            lease,
-            outcome,
-            reason: None,
-            until: None,
-            by: SERVER_USER.to_owned(),
-            at: clock::rfc3339(clock::now_ms()),
-        };
+        let record = super::ended((&group.tenant, thread, &group.name), lease, outcome);
         // Another node may have been first. What is not taken is tried again when the lease is over.
         let count = move |verdict: Verdict| {
             if verdict.is_ok() {

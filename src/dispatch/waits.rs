@@ -62,6 +62,11 @@ impl Waiting {
         self.chosen = Some(now);
     }
 
+    /// It cannot be taken any more, for now.
+    pub fn is_held(&mut self, holds: &Holds, now: u64) {
+        self.account(holds, now);
+    }
+
     /// It was not given after all.
     pub fn is_refused(&mut self, holds: &Holds, now: u64) {
         if let Some(chosen) = self.chosen.take() {

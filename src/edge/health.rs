@@ -15,7 +15,9 @@ use crate::disk::Room;
 use crate::log::Log;
 use crate::projector::{Failing, Status};
 use crate::protocol::error::{Code, Error};
-use crate::protocol::http::{DependencyHealth, DiskHealth, LogHealth, PartHealth, ProjectorHealth, Ready, ReadyFor};
+use crate::protocol::http::{
+    DependencyHealth, DiskHealth, LogHealth, PartHealth, ProjectorHealth, Ready, ReadyFor, WorkHealth,
+};
 use crate::{clock, telemetry};
 
 /// How often the lag is measured.
@@ -46,6 +48,7 @@ pub struct OtherParts {
     /// Why the projections are made anew, if they are.
     pub rebuilding: Option<String>,
     pub dependencies: Vec<DependencyHealth>,
+    pub work: WorkHealth,
 }
 
 pub struct Health {
@@ -114,7 +117,7 @@ impl Health {
 
     /// Each part's state.
     pub async fn ready(self: &Arc<Health>, purpose: Purpose, others: OtherParts) -> Ready {
-        let OtherParts { store, rebuilding, dependencies } = others;
+        let OtherParts { store, rebuilding, dependencies, work } = others;
         let log = self.log.health();
         let measure = async {
             // What is known to be away is not asked.
@@ -153,8 +156,8 @@ impl Health {
         };
         let log = LogHealth { ok: log.is_ok(), error: log.err(), warnings: self.log.warnings() };
         let store = PartHealth { ok: store.is_ok(), error: store.err() };
-        let degraded = dependencies.iter().any(|service| !service.ok);
-        Ready { ready, ready_for, draining, log, projector, store, disk, dependencies, degraded }
+        let degraded = work.overflowing > 0 || dependencies.iter().any(|service| !service.ok);
+        Ready { ready, ready_for, draining, log, projector, store, disk, dependencies, work, degraded }
     }
 
     /// Why the projector is too far behind, if it is. While the log does not answer, what it lacks is not its fault.
@@ -288,7 +291,7 @@ mod tests {
     use crate::log::embedded::EmbeddedLog;
 
     fn others() -> OtherParts {
-        OtherParts { store: Ok(()), rebuilding: None, dependencies: Vec::new() }
+        OtherParts { store: Ok(()), rebuilding: None, dependencies: Vec::new(), work: WorkHealth::default() }
     }
 
     #[tokio::test]

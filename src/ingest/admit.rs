@@ -7,10 +7,15 @@ use serde_json::value::RawValue;
 use super::limits::RateLimits;
 use super::submit::Draft;
 use crate::auth::{Principal, Rights};
-use crate::protocol::error::Error;
+use crate::protocol::error::{Code, Error};
 use crate::protocol::event::{LogEvent, Priority};
 use crate::protocol::kinds::{self, DeltaData, KindClass};
+use crate::protocol::work::Overflow;
+use crate::store::Store;
 use crate::{clock, telemetry};
+
+/// When to try again what a group had no room for.
+const FULL_MS: u64 = 1_000;
 
 /// A publish as either interface has it, its values checked.
 #[derive(Clone, Copy)]
@@ -36,11 +41,12 @@ pub struct Admitted<'a> {
 pub struct Admission {
     rights: Rights,
     limits: Arc<RateLimits>,
+    store: Arc<Store>,
 }
 
 impl Admission {
-    pub fn new(rights: Rights, limits: Arc<RateLimits>) -> Admission {
-        Admission { rights, limits }
+    pub fn new(rights: Rights, limits: Arc<RateLimits>, store: Arc<Store>) -> Admission {
+        Admission { rights, limits, store }
     }
 
     /// Counts one command or request of the user's.
@@ -56,6 +62,14 @@ impl Admission {
     /// Counts bytes that the user's tenant is about to append.
     pub fn count_bytes(&self, who: &Principal, bytes: usize) -> Result<(), Error> {
         self.limits.append(&who.tenant, bytes).inspect_err(|_| telemetry::rate_limited().increment(1))
+    }
+
+    /// Refuses what is work of a group that takes no more. What others publish at this moment is not counted yet.
+    fn check_room(&self, who: &Principal, kind: &str) -> Result<(), Error> {
+        let Some(group) = self.store.group_without_room(&who.tenant, kind) else { return Ok(()) };
+        telemetry::work_overflowed(Overflow::Reject).increment(1);
+        let why = format!("as many events of this kind wait for the group {group} as may");
+        Err(Error::new(Code::QueueFull, why).retry_after(FULL_MS).at("kind"))
     }
 
     /// The event that a publish becomes, and by which right, its bytes counted; or why it is refused.
@@ -78,6 +92,7 @@ impl Admission {
         let grant = self.rights.to_publish(who, request.thread, class)?;
         kinds::check_place(class, request.run, request.parent)?;
         kinds::check_answer(request.kind, request.parent)?;
+        self.check_room(who, request.kind)?;
 
         let event = LogEvent {
             // A delta needs no key: a duplicate is known by its characters of the message.

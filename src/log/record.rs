@@ -7,7 +7,9 @@ use crate::protocol::records::{
     DeadLetterRecord, LetterActRecord, ReceiptRecord, TicketIssuedRecord, TicketUsedRecord,
 };
 use crate::protocol::tickets::{self, TicketOwner};
-use crate::protocol::work::{self, GroupRecord, WorkLeasedRecord, WorkSettledRecord};
+use crate::protocol::work::{
+    self, GroupRecord, WorkLeasedRecord, WorkOverflowedRecord, WorkPausedRecord, WorkSettledRecord,
+};
 use crate::protocol::{ids, json};
 
 /// The newest version of the rules, and the one that this server writes its records by.
@@ -16,7 +18,7 @@ use crate::protocol::{ids, json};
 /// log comes to the same whenever it is read, and by whichever later version of Weft. A rule that can change a verdict or
 /// a row never changes: it is succeeded by another one in a new version ([`crate::projector`]). A record of a newer version
 /// than this stops who reads it ([`super::LogError::NewerRules`]); one that was skipped would be missing in all that follows.
-pub const RULES: u16 = 4;
+pub const RULES: u16 = 5;
 
 /// What a record belongs to. Every topic has the same number of partitions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -189,6 +191,20 @@ impl From<&WorkSettledRecord> for Record {
     fn from(settled: &WorkSettledRecord) -> Record {
         let key = ids::log_key(&settled.tenant, &settled.thread);
         by_server(key, settled.kind.clone(), json::encode_bytes(settled).into())
+    }
+}
+
+impl From<&WorkOverflowedRecord> for Record {
+    fn from(overflowed: &WorkOverflowedRecord) -> Record {
+        let key = ids::log_key(&overflowed.tenant, &overflowed.thread);
+        by_server(key, overflowed.kind.clone(), json::encode_bytes(overflowed).into())
+    }
+}
+
+impl From<&WorkPausedRecord> for Record {
+    fn from(paused: &WorkPausedRecord) -> Record {
+        let key = ids::log_key(&paused.tenant, &paused.thread);
+        by_server(key, paused.kind.clone(), json::encode_bytes(paused).into())
     }
 }
 

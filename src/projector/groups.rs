@@ -6,13 +6,13 @@
 
 use std::collections::HashMap;
 
-use super::Published;
 use super::transaction::Transaction;
+use super::{Published, rules};
 use crate::clock;
 use crate::log::{Foreign, Record};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::kinds::{GROUP_DELETED, GROUP_PAUSED, GROUP_RESUMED, GROUP_SET};
-use crate::protocol::work::{GroupRecord, GroupSettings, MAX_GROUPS, StartFrom, check_group};
+use crate::protocol::work::{GroupRecord, GroupSettings, MAX_GROUPS, Overflow, StartFrom, WorkOrder, check_group};
 use crate::protocol::{ids, json};
 use crate::store::{GroupRow, Store, StoreError};
 
@@ -110,6 +110,9 @@ fn new_row(id: uuid::Uuid, at: u64, from: u64) -> GroupRow {
         attempts: 0,
         backoff_min_ms: 0,
         backoff_max_ms: 0,
+        limit: 0,
+        overflow: Overflow::Accept,
+        order: WorkOrder::Thread,
         paused: false,
         revision: id.into_bytes(),
     }
@@ -127,6 +130,9 @@ fn with_settings(row: &GroupRow, settings: &GroupSettings, id: uuid::Uuid) -> Gr
         attempts: settings.attempts,
         backoff_min_ms: settings.backoff.min_ms,
         backoff_max_ms: settings.backoff.max_ms,
+        limit: settings.limit,
+        overflow: settings.overflow,
+        order: settings.order,
         ..row.clone()
     }
 }
@@ -151,6 +157,11 @@ fn read_act(tenant: &str, record: &Record) -> Result<GroupAct, String> {
     let act = match (it.kind.as_str(), it.settings) {
         (GROUP_SET, Some(settings)) => {
             settings.check().map_err(|error| error.to_string())?;
+            let GroupSettings { limit, overflow, order, .. } = GroupSettings::default();
+            let is_older = (settings.limit, settings.overflow, settings.order) == (limit, overflow, order);
+            if record.rules < rules::WORK_OVERFLOWS && !is_older {
+                return Err("limit, overflow and order are of version 5 of the rules".to_owned());
+            }
             Act::Set { settings, if_absent: it.if_absent }
         }
         (GROUP_PAUSED, None) => Act::Pause(true),

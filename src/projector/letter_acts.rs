@@ -113,8 +113,7 @@ pub fn effect_of(row: &DeadLetterRow) -> Result<Effect, Error> {
             let why = "the subscription had no name and ended with its session: nobody takes over what it was sent";
             Err(Error::new(Code::Conflict, why).at("id"))
         }
-        ATTEMPTS | REJECTED => Ok(Effect::Work),
-        OVERFLOW => Err(Error::new(Code::Conflict, "there is no overflow of work yet").at("id")),
+        ATTEMPTS | REJECTED | OVERFLOW => Ok(Effect::Work),
         SCHEMA => {
             let why = "the event is not what its kind has to be, and never will be: whoever wrote it has to write another one";
             Err(Error::new(Code::Conflict, why).at("id"))

@@ -45,6 +45,7 @@ mod tickets;
 mod transaction;
 mod wanted;
 mod work;
+mod work_state;
 
 use std::sync::Arc;
 
@@ -525,9 +526,7 @@ impl Projector {
             return self.apply_act(partition, record, state);
         }
         let at = match record.topic {
-            Topic::Events if record.rules >= rules::WORK_IN_THE_LOG && work::is_work(&record.kind) => {
-                return self.apply_work(partition, record, state);
-            }
+            Topic::Events if work::is_work(record) => return self.apply_work(partition, record, state),
             Topic::Events if record.rules >= rules::TICKETS_IN_THE_LOG => match owner_of_key(&record.key) {
                 Some(owner) => return self.apply_ticket(partition, owner, record, state),
                 None => match tenant_of_key(&record.key).filter(|_| record.rules >= rules::WORK_IN_THE_LOG) {

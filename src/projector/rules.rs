@@ -22,6 +22,13 @@ pub(super) const WORK_IN_THE_LOG: u16 = 4;
 /// Version 4: a delivery that was given up can be requeued. Before that to requeue one was refused.
 pub(super) const DELIVERIES_ARE_REQUEUED: u16 = 4;
 
+/// Version 5: a thread of a group is paused, and an event makes room in a full group. Before that a record of such a kind was
+/// foreign.
+pub(super) const WORK_OVERFLOWS: u16 = 5;
+
+/// Version 5: a lease may stand beside others of its thread. Before that a lease that said so was foreign.
+pub(super) const WORK_IN_PARALLEL: u16 = 5;
+
 /// Version 4: an event that another program's producer wrote without Weft's headers is held to what a client is held to. Before
 /// that a record without them was foreign.
 pub(super) const PLAIN_EVENTS: u16 = 4;

@@ -112,6 +112,7 @@ impl Wanted {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::work::{Overflow, WorkOrder};
 
     fn group() -> GroupRow {
         GroupRow {
@@ -123,6 +124,9 @@ mod tests {
             attempts: 1,
             backoff_min_ms: 0,
             backoff_max_ms: 0,
+            limit: 100_000,
+            overflow: Overflow::Accept,
+            order: WorkOrder::Thread,
             paused: false,
             revision: [1; 16],
         }

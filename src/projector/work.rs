@@ -1,37 +1,42 @@
 //! Work: who works on which event for a group, judged from the thread's own state.
 //!
-//! A group is done with a thread up to a cursor. One event after it may be leased at a time, and the first `work_leased` in
-//! the log that names the state as it is (the cursor, the attempt) has the lease; whoever named another state meanwhile is
-//! refused, and looks again. So no two nodes give out the same work, none gives out what comes after work that failed, and
-//! no node has to own anything.
+//! A group is done with a thread up to a cursor. One event after it may be leased at a time, or several where the group keeps
+//! no order, and the first `work_leased` in the log that fits the state as it is (the cursor, the attempt) has the lease;
+//! whoever saw another state meanwhile is refused, and looks again. So no two nodes give out the same work, none gives out
+//! what comes after work that failed, and no node has to own anything.
 //!
 //! A lease is over when it is settled, or when log time has reached its end. From then on its holder's settlements are
 //! refused, whether anybody else has the work yet or not: the lease's id is its fencing token. What was not settled in time
 //! is settled by the server (`expired`, `lost`), as a failed attempt. After the last attempt the event is a dead letter, and
 //! the thread goes on.
 //!
+//! An event that is to make room in a full group (`work_overflowed`) is judged like a lease: the first counts, and what is
+//! begun stays. That the group is full nobody can judge here, since its other threads are in other partitions: the node that
+//! wrote the record has counted.
+//!
 //! What the record does not say, the thread's state does; a group's settings are in another partition, and decide nothing
-//! here. [`lease`] and [`settle`] are pure.
+//! here. [`work_state`] has the state and what changes it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use uuid::Uuid;
 
 use super::dead_letters::{DeadLetters, GivenUp};
 use super::deliveries::MAX_REQUEUED;
 use super::transaction::Transaction;
-use super::{Published, ThreadUpdate, Update};
+use super::work_state::{self, Failed, NewLease, NewOverflow, NewPause, NewSettlement, Outcome};
+use super::{Published, ThreadUpdate, Update, rules};
 use crate::clock;
 use crate::log::{Foreign, Record};
-use crate::protocol::dead_letters::{ATTEMPTS, REJECTED, letter_of};
+use crate::protocol::dead_letters::letter_of;
 use crate::protocol::error::{Code, Error};
-use crate::protocol::kinds::{WORK_LEASED, WORK_SETTLED};
+use crate::protocol::kinds::{WORK_LEASED, WORK_OVERFLOWED, WORK_PAUSED, WORK_RESUMED, WORK_SETTLED};
 use crate::protocol::work::{
-    MAX_ATTEMPTS, Settlement, WorkLeasedRecord, WorkSettledRecord, check_group, check_reason, no_lease,
+    MAX_ATTEMPTS, Settlement, WorkLeasedRecord, WorkOverflowedRecord, WorkPausedRecord, WorkSettledRecord, check_group,
+    check_reason,
 };
 use crate::protocol::{ids, json};
-use crate::store::dead_letters::TryRow;
-use crate::store::{FailedRow, LeaseRow, Store, StoreError, WaitingRow, WorkRow};
+use crate::store::{LeaseRow, Store, StoreError, WaitingRow, WorkRow};
 
 /// Where work is: tenant, thread, group.
 type Place = (String, String, String);
@@ -54,38 +59,17 @@ pub(super) struct WorkAct {
 enum Act {
     Lease(NewLease),
     Settle(NewSettlement),
+    Overflow(NewOverflow),
+    Pause(NewPause),
 }
 
-/// A lease as its record wants it, with the state that it is for.
-struct NewLease {
-    group_id: [u8; 16],
-    after: u64,
-    lease: LeaseRow,
-}
-
-struct NewSettlement {
-    lease: [u8; 16],
-    outcome: Settlement,
-    by: String,
-    reason: Option<String>,
-    /// Milliseconds.
-    until: Option<u64>,
-    at: u64,
-}
-
-/// An event that is not tried again.
-#[derive(Debug, PartialEq, Eq)]
-struct Failed {
-    reason: &'static str,
-    seq: u64,
-    kind: String,
-    attempts: u32,
-    tries: Vec<TryRow>,
-}
-
-/// Whether a record of this kind is about work.
-pub(super) fn is_work(kind: &str) -> bool {
-    matches!(kind, WORK_LEASED | WORK_SETTLED)
+/// Whether a record is about work, by the rules that it is judged by.
+pub(super) fn is_work(record: &Record) -> bool {
+    match &*record.kind {
+        WORK_LEASED | WORK_SETTLED => record.rules >= rules::WORK_IN_THE_LOG,
+        WORK_OVERFLOWED | WORK_PAUSED | WORK_RESUMED => record.rules >= rules::WORK_OVERFLOWS,
+        _ => false,
+    }
 }
 
 impl Works {
@@ -99,44 +83,42 @@ impl Works {
         log_time: u64,
     ) -> Result<Result<Published, Error>, StoreError> {
         let WorkAct { id, at, place, act } = record;
-        let mut row = self.row(tx.store, &place)?;
-        let before = (row.cursor, row.requeued.len());
-        let had = row.lease.as_ref().map(|lease| (lease.holder.clone(), lease.until));
+        let before = self.row(tx.store, &place)?;
+        let mut row = before.clone();
         let judged = match act {
-            Act::Lease(new) => lease(&mut row, new, head, log_time).map(|seq| (seq, None)),
-            Act::Settle(new) => settle(&mut row, new, log_time),
+            Act::Lease(new) => work_state::lease(&mut row, new, head, log_time),
+            Act::Settle(new) => work_state::settle(&mut row, new, log_time),
+            Act::Overflow(new) => work_state::overflow(&mut row, new, head),
+            Act::Pause(new) => work_state::pause(&mut row, new, head),
         };
-        let (seq, failed) = match judged {
-            Ok(judged) => judged,
+        let Outcome { seq, past, was_requeued, failed, unchanged } = match judged {
+            Ok(outcome) => outcome,
             Err(refused) => return Ok(Err(refused)),
         };
 
+        let published = Published { seq, event: id, duplicate: unchanged };
+        if unchanged {
+            return Ok(Ok(published));
+        }
         let (tenant, thread, group) = &place;
-        tx.rows.put_work(tenant, thread, group, &row);
-        let is_requeued = row.requeued.len() < before.1;
+        tx.rows.put_work((tenant, thread, group), &before, &row, usize::from(past));
+        put_paused(tx, &place, &before, &row);
         // A lease of a group that was deleted says nothing of what waits for the one that was made again under its name.
-        let is_past = row.cursor > before.0 || is_requeued;
-        if is_past && !tx.wanted.is_newer(tenant, group, &row.group_id) {
+        if past && !tx.wanted.is_newer(tenant, group, &row.group_id) {
             tx.rows.delete_waiting(tenant, group, thread, seq);
         }
-        put_worker(tx, &place, had.as_ref(), &row);
-        // A lease of a group that was made again takes the place of one that its holder had of the group before.
-        if let Some((holder, _)) = had.filter(|(user, _)| row.lease.as_ref().is_none_or(|lease| lease.holder != *user))
-        {
-            let key = ids::log_key(tenant, thread).into();
-            tx.commit.events.push(ThreadUpdate { key, update: Update::LeaseOver { user: holder.into() } });
-        }
+        put_workers(tx, &place, &before, &row);
         match failed {
             Some(Failed { reason, seq, kind, attempts, tries }) => {
                 let letter = work_letter(&place, &row.group_id, seq);
                 let given_up = GivenUp { letter, tenant, thread, group, seq, kind, reason, attempts, at, tries };
                 dead_letters.put_given_up(tx, given_up)?;
             }
-            None if is_requeued => dead_letters.put_worked(tx, tenant, work_letter(&place, &row.group_id, seq))?,
+            None if was_requeued => dead_letters.put_worked(tx, tenant, work_letter(&place, &row.group_id, seq))?,
             None => {}
         }
         self.rows.insert(place, row);
-        Ok(Ok(Published { seq, event: id, duplicate: false }))
+        Ok(Ok(published))
     }
 
     /// An event that became this letter is work of its group again: with attempts of its own, and before everything that was
@@ -149,7 +131,8 @@ impl Works {
         (seq, waits): (u64, &WaitingRow),
     ) -> Result<Result<(), Error>, StoreError> {
         let conflict = |why: String| Ok(Err(Error::new(Code::Conflict, why).at("id")));
-        let mut row = self.row(tx.store, &place)?;
+        let before = self.row(tx.store, &place)?;
+        let mut row = before.clone();
         if work_letter(&place, &row.group_id, seq) != letter {
             return conflict("the group was deleted and made again: it is no work of the new one".to_owned());
         }
@@ -160,7 +143,7 @@ impl Works {
         row.requeued.insert(at, seq);
         let (tenant, thread, group) = &place;
         tx.rows.put_waiting(tenant, group, thread, seq, waits);
-        tx.rows.put_work(tenant, thread, group, &row);
+        tx.rows.put_work((tenant, thread, group), &before, &row, 0);
         self.rows.insert(place, row);
         Ok(Ok(()))
     }
@@ -173,113 +156,45 @@ impl Works {
     }
 }
 
-/// Keeps what a holder may do by its lease true to the row; `had` is who had it until when.
-fn put_worker(tx: &mut Transaction<'_>, (tenant, thread, group): &Place, had: Option<&(String, u64)>, row: &WorkRow) {
+/// Keeps what holders may do by their leases true to the row: of each, until when the last of its leases lasts. Who has none any
+/// more may have lost a right to read.
+fn put_workers(tx: &mut Transaction<'_>, (tenant, thread, group): &Place, before: &WorkRow, row: &WorkRow) {
     let place = (&**tenant, &**thread, &**group);
-    let has = row.lease.as_ref().map(|lease| (&lease.holder, lease.until));
-    if let Some((holder, _)) = had
-        && has.is_none_or(|(user, _)| user != holder)
-    {
+    let (had, has) = (last_leases(before), last_leases(row));
+    // Also where a lease of a group that was made again takes the place of those of the group before.
+    for holder in had.keys().copied().filter(|holder| !has.contains_key(holder)) {
         tx.rows.put_worker(place, holder, None);
+        let key = ids::log_key(tenant, thread).into();
+        tx.commit.events.push(ThreadUpdate { key, update: Update::LeaseOver { user: holder.into() } });
     }
-    if let Some((holder, until)) = has
-        && had.is_none_or(|(user, time)| (user, *time) != (holder, until))
-    {
-        tx.rows.put_worker(place, holder, Some(until));
-    }
-}
-
-/// Leases an event, if the thread's state is the one that the record is for. Gives its seq.
-fn lease(row: &mut WorkRow, new: NewLease, head: u64, log_time: u64) -> Result<u64, Error> {
-    let NewLease { group_id, after, lease } = new;
-    let conflict = |why: &'static str| Err(Error::new(Code::Conflict, why));
-    // Ids of groups sort by the time when they were made: the one that was made later counts.
-    if group_id < row.group_id {
-        return conflict("the group was deleted and made again");
-    }
-    if group_id > row.group_id {
-        *row = WorkRow { group_id, ..WorkRow::default() };
-    }
-
-    if row.lease.is_some() {
-        return conflict("the thread's work is leased");
-    }
-    if after != row.cursor || lease.seq > head {
-        return conflict("the group is at another event of the thread");
-    }
-    let (is_next, tried) = match (&row.failed, row.requeued.first()) {
-        (Some(failed), _) => (lease.seq == failed.seq, failed.attempts),
-        (None, Some(requeued)) => (lease.seq == *requeued, 0),
-        (None, None) => (lease.seq > row.cursor, 0),
-    };
-    if !is_next {
-        return conflict("another event of the thread comes before this one");
-    }
-    if lease.attempt != tried + 1 {
-        return conflict("this attempt was made already");
-    }
-    if lease.until <= log_time {
-        return conflict("the lease would be over before it begins");
-    }
-    let seq = lease.seq;
-    row.lease = Some(lease);
-    Ok(seq)
-}
-
-/// Settles a lease. Gives the seq of its event, and what is to become a dead letter.
-fn settle(row: &mut WorkRow, new: NewSettlement, log_time: u64) -> Result<(u64, Option<Failed>), Error> {
-    let NewSettlement { lease: id, outcome, by, reason, until, at } = new;
-    let Some(lease) = row.lease.as_mut().filter(|lease| lease.id == id) else { return Err(no_lease()) };
-    let is_over = lease.until <= log_time;
-    let may = match outcome {
-        Settlement::Expired => is_over,
-        Settlement::Lost => true,
-        Settlement::Done | Settlement::Retry | Settlement::Reject | Settlement::Extend => {
-            !is_over && lease.holder == by
+    for (holder, until) in has {
+        if had.get(holder) != Some(&until) {
+            tx.rows.put_worker(place, holder, Some(until));
         }
-    };
-    if !may {
-        return Err(no_lease());
     }
-
-    let LeaseRow { seq, attempt, attempts, .. } = *lease;
-    let failure = match outcome {
-        Settlement::Extend => {
-            lease.until = until.unwrap_or(lease.until);
-            return Ok((seq, None));
-        }
-        Settlement::Done => None,
-        Settlement::Reject => Some(reason.unwrap_or_else(|| "rejected".to_owned())),
-        Settlement::Retry => Some(reason.unwrap_or_else(|| "failed".to_owned())),
-        Settlement::Lost => Some("the worker's connection was lost".to_owned()),
-        Settlement::Expired => Some("the lease was over and not settled".to_owned()),
-    };
-    let began = lease.at;
-    let (worker, kind) = (std::mem::take(&mut lease.holder), std::mem::take(&mut lease.kind));
-    row.lease = None;
-
-    let before = row.failed.take();
-    let Some(reason) = failure else {
-        pass(row, seq);
-        return Ok((seq, None));
-    };
-    let mut tries = before.map_or(Vec::new(), |failed| failed.tries);
-    tries.push(TryRow { at: began, worker: Some(worker), reason });
-    if outcome != Settlement::Reject && attempt < attempts {
-        row.failed = Some(FailedRow { seq, attempts: attempt, not_before: until.unwrap_or(at), tries });
-        return Ok((seq, None));
-    }
-    pass(row, seq);
-    let reason = if outcome == Settlement::Reject { REJECTED } else { ATTEMPTS };
-    Ok((seq, Some(Failed { reason, seq, kind, attempts: attempt, tries })))
 }
 
-/// The group is done with an event.
-fn pass(row: &mut WorkRow, seq: u64) {
-    if seq > row.cursor {
-        row.cursor = seq;
-    } else {
-        row.requeued.retain(|requeued| *requeued != seq);
+/// Until when each holder's last lease lasts.
+fn last_leases(row: &WorkRow) -> BTreeMap<&str, u64> {
+    let mut last = BTreeMap::new();
+    for lease in &row.leases {
+        let until = last.entry(&*lease.holder).or_insert(lease.until);
+        *until = lease.until.max(*until);
+    }
+    last
+}
+
+/// Keeps the list of a group's paused threads true to the row.
+fn put_paused(tx: &mut Transaction<'_>, place: &Place, before: &WorkRow, row: &WorkRow) {
+    if (before.paused_at, before.group_id) == (row.paused_at, row.group_id) {
+        return;
+    }
+    let whose = (&*place.0, &*place.1, &*place.2);
+    if before.paused_at.is_some() {
+        tx.rows.put_paused(whose, &before.group_id, None);
+    }
+    if row.paused_at.is_some() {
+        tx.rows.put_paused(whose, &row.group_id, row.paused_at);
     }
 }
 
@@ -290,7 +205,12 @@ fn work_letter((tenant, thread, _): &Place, group_id: &[u8; 16], seq: u64) -> Uu
 
 /// What a record about work says; or why it is foreign.
 pub(super) fn read(record: &Record) -> Result<WorkAct, Foreign> {
-    let read = if record.kind == WORK_LEASED { read_lease(record) } else { read_settlement(record) };
+    let read = match &*record.kind {
+        WORK_LEASED => read_lease(record),
+        WORK_SETTLED => read_settlement(record),
+        WORK_OVERFLOWED => read_overflow(record),
+        _ => read_pause(record),
+    };
     read.map_err(|why| Foreign::new(why, record))
 }
 
@@ -300,10 +220,14 @@ fn read_lease(record: &Record) -> Result<WorkAct, String> {
     if it.attempt == 0 || it.attempts == 0 || it.attempts > MAX_ATTEMPTS {
         return Err("attempt or attempts is out of range".to_owned());
     }
+    if it.parallel && record.rules < rules::WORK_IN_PARALLEL {
+        return Err("parallel is of version 5 of the rules".to_owned());
+    }
     let (at, until) = (read_time("at", &it.at)?, read_time("until", &it.until)?);
     let lease = LeaseRow {
         id: it.id.into_bytes(),
         seq: it.seq,
+        after: it.after,
         kind: it.event_kind,
         attempt: it.attempt,
         attempts: it.attempts,
@@ -311,7 +235,7 @@ fn read_lease(record: &Record) -> Result<WorkAct, String> {
         at,
         until,
     };
-    let act = Act::Lease(NewLease { group_id: it.group_id.into_bytes(), after: it.after, lease });
+    let act = Act::Lease(NewLease { group_id: it.group_id.into_bytes(), parallel: it.parallel, lease });
     Ok(WorkAct { id: it.id, at, place, act })
 }
 
@@ -327,6 +251,23 @@ fn read_settlement(record: &Record) -> Result<WorkAct, String> {
     let lease = it.lease.into_bytes();
     let settlement = NewSettlement { lease, outcome: it.outcome, by: it.by, reason: it.reason, until, at };
     Ok(WorkAct { id: it.id, at, place, act: Act::Settle(settlement) })
+}
+
+fn read_overflow(record: &Record) -> Result<WorkAct, String> {
+    let it: WorkOverflowedRecord = json::decode_bytes(&record.value).map_err(|error| not_work(&error))?;
+    let place = check_place(record, &it.kind, (it.tenant, it.thread, it.group), ids::SERVER_USER)?;
+    let at = read_time("at", &it.at)?;
+    let (group_id, kind) = (it.group_id.into_bytes(), it.event_kind);
+    let overflow = NewOverflow { group_id, seq: it.seq, after: it.after, kind, limit: it.limit, at };
+    Ok(WorkAct { id: it.id, at, place, act: Act::Overflow(overflow) })
+}
+
+fn read_pause(record: &Record) -> Result<WorkAct, String> {
+    let it: WorkPausedRecord = json::decode_bytes(&record.value).map_err(|error| not_work(&error))?;
+    let place = check_place(record, &it.kind, (it.tenant, it.thread, it.group), &it.by)?;
+    let at = read_time("at", &it.at)?;
+    let pause = NewPause { group_id: it.group_id.into_bytes(), paused: it.kind == WORK_PAUSED, at };
+    Ok(WorkAct { id: it.id, at, place, act: Act::Pause(pause) })
 }
 
 fn check_place(record: &Record, kind: &str, place: Place, user: &str) -> Result<Place, String> {
@@ -351,135 +292,4 @@ fn not_work(error: &Error) -> String {
 
 fn read_time(field: &str, time: &str) -> Result<u64, String> {
     clock::parse_rfc3339(time).ok_or_else(|| format!("{field} is not RFC 3339"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const NOW: u64 = 1_800_000_000_000;
-    const LEASE: u64 = 30_000;
-    const HEAD: u64 = 10;
-
-    fn new_lease(id: u8, seq: u64, after: u64, attempt: u32) -> NewLease {
-        let (holder, at, until) = ("wim".to_owned(), NOW, NOW + LEASE);
-        let lease = LeaseRow { id: [id; 16], seq, kind: "x.job".into(), attempt, attempts: 2, holder, at, until };
-        NewLease { group_id: [1; 16], after, lease }
-    }
-
-    fn settled(id: u8, outcome: Settlement) -> NewSettlement {
-        NewSettlement { lease: [id; 16], outcome, by: "wim".into(), reason: None, until: None, at: NOW }
-    }
-
-    /// A thread in which seq 3 is leased by the lease 1.
-    fn leased() -> WorkRow {
-        let mut row = WorkRow::default();
-        assert_eq!(lease(&mut row, new_lease(1, 3, 0, 1), HEAD, NOW), Ok(3));
-        row
-    }
-
-    #[test]
-    fn the_first_lease_counts_and_the_next_one_is_of_what_comes_after() {
-        let mut row = leased();
-        for other in [new_lease(2, 3, 0, 1), new_lease(2, 4, 0, 1), new_lease(2, 4, 3, 1)] {
-            assert_eq!(lease(&mut row, other, HEAD, NOW).expect_err("it is leased").code, Code::Conflict);
-        }
-        assert_eq!(settle(&mut row, settled(1, Settlement::Done), NOW), Ok((3, None)));
-        for stale in [new_lease(2, 3, 0, 1), new_lease(2, 3, 3, 1), new_lease(2, 4, 0, 1), new_lease(2, HEAD + 1, 3, 1)]
-        {
-            assert_eq!(lease(&mut row, stale, HEAD, NOW).expect_err("another state").code, Code::Conflict);
-        }
-        assert_eq!(lease(&mut row, new_lease(2, 4, 3, 1), HEAD, NOW), Ok(4));
-    }
-
-    #[test]
-    fn only_the_holder_settles_and_only_while_the_lease_lasts() {
-        let by_other = || NewSettlement { by: "eve".into(), ..settled(1, Settlement::Done) };
-        let mut row = leased();
-        for (new, log_time) in [
-            (settled(2, Settlement::Done), NOW),
-            (by_other(), NOW),
-            (settled(1, Settlement::Done), NOW + LEASE),
-            (settled(1, Settlement::Extend), NOW + LEASE),
-            (settled(1, Settlement::Expired), NOW + LEASE - 1),
-        ] {
-            assert_eq!(settle(&mut row, new, log_time), Err(no_lease()));
-        }
-        assert_eq!(row, leased(), "and nothing has changed");
-        assert_eq!(settle(&mut row, settled(1, Settlement::Done), NOW + LEASE - 1), Ok((3, None)));
-        assert_eq!(settle(&mut row, settled(1, Settlement::Done), NOW), Err(no_lease()), "once");
-    }
-
-    #[test]
-    fn a_lease_that_is_extended_lasts_longer() {
-        let mut row = leased();
-        let extend = NewSettlement { until: Some(NOW + 2 * LEASE), ..settled(1, Settlement::Extend) };
-        assert_eq!(settle(&mut row, extend, NOW), Ok((3, None)));
-        assert_eq!(settle(&mut row, settled(1, Settlement::Expired), NOW + LEASE), Err(no_lease()));
-        assert_eq!(settle(&mut row, settled(1, Settlement::Done), NOW + LEASE), Ok((3, None)));
-    }
-
-    #[test]
-    fn what_failed_is_tried_again_before_anything_else_and_then_given_up() {
-        for outcome in [Settlement::Retry, Settlement::Lost, Settlement::Expired] {
-            let mut row = leased();
-            let over = NOW + LEASE;
-            let retry = NewSettlement { until: Some(over + 5), ..settled(1, outcome) };
-            let log_time = if outcome == Settlement::Expired { over } else { NOW };
-            assert_eq!(settle(&mut row, retry, log_time), Ok((3, None)));
-            assert_eq!(row.failed.as_ref().map(|failed| (failed.attempts, failed.not_before)), Some((1, over + 5)));
-
-            for other in [new_lease(2, 4, 0, 1), new_lease(2, 3, 0, 1), new_lease(2, 3, 0, 3)] {
-                assert_eq!(lease(&mut row, other, HEAD, NOW).expect_err("seq 3, attempt 2").code, Code::Conflict);
-            }
-            assert_eq!(lease(&mut row, new_lease(2, 3, 0, 2), HEAD, NOW), Ok(3));
-            let (seq, failed) = settle(&mut row, settled(2, outcome), log_time).expect("it is the holder's");
-            let failed = failed.expect("it was the last attempt");
-            assert_eq!((seq, failed.reason, failed.seq, failed.attempts, failed.tries.len()), (3, ATTEMPTS, 3, 2, 2));
-            assert_eq!((row.cursor, row.failed.is_none(), row.lease.is_none()), (3, true, true), "the thread goes on");
-        }
-    }
-
-    #[test]
-    fn what_was_requeued_comes_before_what_was_not_begun_and_after_what_has_failed() {
-        let mut row =
-            WorkRow { cursor: 5, requeued: vec![2, 4], ..WorkRow { group_id: [1; 16], ..WorkRow::default() } };
-        for other in [new_lease(1, 6, 5, 1), new_lease(1, 4, 5, 1), new_lease(1, 3, 5, 1), new_lease(1, 2, 5, 2)] {
-            assert_eq!(lease(&mut row, other, HEAD, NOW).expect_err("seq 2, attempt 1").code, Code::Conflict);
-        }
-        assert_eq!(lease(&mut row, new_lease(1, 2, 5, 1), HEAD, NOW), Ok(2));
-        let retry = NewSettlement { until: Some(NOW), ..settled(1, Settlement::Retry) };
-        assert_eq!(settle(&mut row, retry, NOW), Ok((2, None)));
-        row.requeued.insert(0, 1);
-        assert_eq!(lease(&mut row, new_lease(2, 1, 5, 1), HEAD, NOW).expect_err("2 failed").code, Code::Conflict);
-        assert_eq!(lease(&mut row, new_lease(2, 2, 5, 2), HEAD, NOW), Ok(2));
-        assert!(settle(&mut row, settled(2, Settlement::Done), NOW).is_ok_and(|(_, failed)| failed.is_none()));
-        assert_eq!((row.cursor, &row.requeued[..]), (5, &[1, 4][..]), "the cursor stays");
-        for (id, seq) in [(3, 1), (4, 4), (5, 6)] {
-            assert_eq!(lease(&mut row, new_lease(id, seq, 5, 1), HEAD, NOW), Ok(seq));
-            assert!(settle(&mut row, settled(id, Settlement::Done), NOW).is_ok());
-        }
-        assert_eq!((row.cursor, row.requeued.len()), (6, 0));
-    }
-
-    #[test]
-    fn what_a_worker_rejects_is_given_up_at_once_with_its_reason() {
-        let mut row = leased();
-        let reject = NewSettlement { reason: Some("no such order".into()), ..settled(1, Settlement::Reject) };
-        let (_, failed) = settle(&mut row, reject, NOW).expect("it is the holder's");
-        let tries = vec![TryRow { at: NOW, worker: Some("wim".into()), reason: "no such order".into() }];
-        assert_eq!(failed, Some(Failed { reason: REJECTED, seq: 3, kind: "x.job".into(), attempts: 1, tries }));
-        assert_eq!(row.cursor, 3);
-    }
-
-    #[test]
-    fn a_group_that_was_made_again_begins_anew_and_the_one_before_it_is_refused() {
-        let mut row = leased();
-        let newer = || NewLease { group_id: [2; 16], ..new_lease(2, 2, 0, 1) };
-        assert_eq!(lease(&mut row, newer(), HEAD, NOW), Ok(2));
-        assert_eq!(settle(&mut row, settled(1, Settlement::Done), NOW), Err(no_lease()));
-        assert_eq!(settle(&mut row, settled(2, Settlement::Done), NOW), Ok((2, None)));
-        let older = lease(&mut row, new_lease(3, 3, 2, 1), HEAD, NOW);
-        assert_eq!(older.expect_err("the group before").code, Code::Conflict);
-    }
 }

@@ -29,6 +29,8 @@ const TOPICS: &[(&str, &[&str])] = &[
             "log.group",
             "log.work-leased",
             "log.work-settled",
+            "log.work-overflowed",
+            "log.work-paused",
             "log.created",
             "log.generation",
             "log.checkpoint",

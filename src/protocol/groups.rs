@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 
 use super::error::{Code, Error};
 use super::event::EventItem;
-use super::work::{Backoff, Outcome, StartFrom, Wait};
+use super::work::{Backoff, Outcome, Overflow, StartFrom, Wait, WorkOrder};
 
 /// How much work one request may lease.
 pub const MAX_LEASED: u32 = 100;
@@ -28,6 +28,10 @@ pub struct GroupItem {
     pub lease_ms: u64,
     pub attempts: u32,
     pub backoff: Backoff,
+    /// Beyond so many that wait it is overflowing.
+    pub limit: u64,
+    pub overflow: Overflow,
+    pub order: WorkOrder,
     /// Nobody gets work until it is resumed.
     pub paused: bool,
     /// RFC 3339.
@@ -39,13 +43,17 @@ pub struct GroupItem {
 pub struct GroupDetail {
     #[serde(flatten)]
     pub group: GroupItem,
-    /// Events that wait or are worked on; counted up to 1,000,000.
+    /// Events that wait or are worked on.
     pub depth: u64,
-    /// How long ago the oldest of them was published.
+    /// More of them wait than `limit`; or as many, and what comes next is rejected or pushes one out.
+    pub overflowing: bool,
+    /// How long ago the oldest of them was published; of more than 10,000 threads, in those that were looked at.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub oldest_ms: Option<u64>,
     /// How many of them somebody works on.
     pub in_flight: u64,
+    /// Threads that are paused, of many the first 100.
+    pub paused_threads: Vec<String>,
     /// Workers that are connected to this node, and requests that wait for work here.
     pub workers: usize,
 }
@@ -56,6 +64,23 @@ pub struct GroupList {
     pub groups: Vec<GroupItem>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
+}
+
+/// The body of `POST /v1/groups/{g}/pause` and `/resume`; an empty one is none of it.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PauseBody {
+    /// Only this thread.
+    #[serde(default)]
+    pub thread: Option<String>,
+}
+
+/// The answer when one thread was paused or resumed.
+#[derive(Serialize, JsonSchema)]
+pub struct ThreadPaused<'a> {
+    pub group: &'a str,
+    pub thread: &'a str,
+    pub paused: bool,
 }
 
 /// The answer to `DELETE /v1/groups/{g}`.

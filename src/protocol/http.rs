@@ -464,7 +464,8 @@ pub struct Ready {
     pub disk: DiskHealth,
     /// Other services that this one asks. None of them makes it unready.
     pub dependencies: Vec<DependencyHealth>,
-    /// Whether one of them does not work.
+    pub work: WorkHealth,
+    /// Whether another service does not work, or a group is overflowing.
     pub degraded: bool,
 }
 
@@ -495,6 +496,13 @@ pub struct DependencyHealth {
     pub last_error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_error_at: Option<String>,
+}
+
+/// Work queues. That they are full makes no node unready.
+#[derive(Debug, Default, Serialize, JsonSchema)]
+pub struct WorkHealth {
+    /// How many groups are overflowing: their workers do not keep up.
+    pub overflowing: usize,
 }
 
 #[derive(Debug, Serialize, JsonSchema)]

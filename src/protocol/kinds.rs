@@ -53,6 +53,9 @@ pub const GROUP_RESUMED: &str = "group_resumed";
 pub const GROUP_DELETED: &str = "group_deleted";
 pub const WORK_LEASED: &str = "work_leased";
 pub const WORK_SETTLED: &str = "work_settled";
+pub const WORK_OVERFLOWED: &str = "work_overflowed";
+pub const WORK_PAUSED: &str = "work_paused";
+pub const WORK_RESUMED: &str = "work_resumed";
 
 /// `data` of `agent_token`. Characters are Unicode scalar values.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -156,7 +159,8 @@ pub fn classify(kind: &str) -> Result<KindClass, Error> {
         AGENT_RESUMED => member(&[]),
         AGENT_CANCEL_REQUESTED => member(&[]),
         THREAD_CREATED | THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED | SESSIONS_REVOKED | TICKET_ISSUED
-        | TICKET_USED | GROUP_SET | GROUP_PAUSED | GROUP_RESUMED | GROUP_DELETED | WORK_LEASED | WORK_SETTLED => {
+        | TICKET_USED | GROUP_SET | GROUP_PAUSED | GROUP_RESUMED | GROUP_DELETED | WORK_LEASED | WORK_SETTLED
+        | WORK_OVERFLOWED | WORK_PAUSED | WORK_RESUMED => {
             Err(Error::field("kind", format!("{kind} is written by the server alone")))
         }
         _ if kind.strip_prefix("x.").is_some_and(|name| !name.is_empty() && kind.len() <= 128) => Ok(KindClass::Custom),
@@ -264,7 +268,16 @@ mod tests {
 
     #[test]
     fn nobody_publishes_what_the_server_alone_writes() {
-        for kind in [TICKET_ISSUED, GROUP_SET, GROUP_PAUSED, GROUP_RESUMED, GROUP_DELETED, WORK_LEASED, WORK_SETTLED] {
+        for kind in [
+            TICKET_ISSUED,
+            GROUP_SET,
+            GROUP_PAUSED,
+            GROUP_RESUMED,
+            GROUP_DELETED,
+            WORK_LEASED,
+            WORK_SETTLED,
+            WORK_PAUSED,
+        ] {
             let refused = classify(kind).expect_err(kind);
             assert!(refused.message.contains("written by the server alone"), "{refused}");
         }

@@ -9,7 +9,8 @@ use super::data;
 use super::event::{EventFrame, EventItem, LogEvent};
 use super::frame::ServerFrame;
 use super::groups::{
-    GroupDeleted, GroupDetail, GroupItem, GroupList, LeaseBody, SettleBody, Settled, SettledList, WorkList,
+    GroupDeleted, GroupDetail, GroupItem, GroupList, LeaseBody, PauseBody, SettleBody, Settled, SettledList,
+    ThreadPaused, WorkList,
 };
 use super::http::{
     Alive, Conversation, EventPage, MembershipReply, Presence, Problem, PublishBody, PublishReply, Ready, ReceiptList,
@@ -25,7 +26,9 @@ use super::records::{
     DeadLetterRecord, LetterActRecord, LogCheckpointRecord, LogCreatedRecord, LogGenerationRecord, ReceiptRecord,
     TicketIssuedRecord, TicketUsedRecord,
 };
-use super::work::{GroupRecord, GroupSettings, WorkLeasedRecord, WorkSettledRecord};
+use super::work::{
+    GroupRecord, GroupSettings, WorkLeasedRecord, WorkOverflowedRecord, WorkPausedRecord, WorkSettledRecord,
+};
 
 /// Each schema's file name without its ending, and the schema.
 pub fn all() -> Vec<(&'static str, Schema)> {
@@ -90,6 +93,8 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.group-detail", of::<GroupDetail>()),
         ("http.group-list", of::<GroupList>()),
         ("http.group-deleted", of::<GroupDeleted<'_>>()),
+        ("http.group-pause", of::<PauseBody>()),
+        ("http.group-thread-paused", of::<ThreadPaused<'_>>()),
         ("http.lease", of::<LeaseBody>()),
         ("http.work-list", of::<WorkList>()),
         ("http.settle", of::<SettleBody<'_>>()),
@@ -115,6 +120,8 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("log.group", of::<GroupRecord>()),
         ("log.work-leased", of::<WorkLeasedRecord>()),
         ("log.work-settled", of::<WorkSettledRecord>()),
+        ("log.work-overflowed", of::<WorkOverflowedRecord>()),
+        ("log.work-paused", of::<WorkPausedRecord>()),
     ]
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use bincode::{Decode, Encode};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -24,6 +25,10 @@ pub const MAX_GROUPS: usize = 100;
 const MAX_REASON: usize = 1_000;
 const LEASE_MS: std::ops::RangeInclusive<u64> = 1_000..=3_600_000;
 pub const MAX_ATTEMPTS: u32 = 20;
+/// How many events of one thread a group without order may have leased at a time.
+pub const MAX_PARALLEL: usize = 64;
+/// How many events a group's limit may say that may wait.
+const LIMIT: std::ops::RangeInclusive<u64> = 1..=100_000_000;
 /// How long a retry may be put off: a day.
 pub const MAX_DELAY_MS: u64 = 86_400_000;
 
@@ -67,6 +72,30 @@ pub enum StartFrom {
     Start,
 }
 
+/// What happens to a group beyond its limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Encode, Decode)]
+#[serde(rename_all = "snake_case")]
+pub enum Overflow {
+    /// It says so, and nothing else.
+    #[default]
+    Accept,
+    /// New events of its kinds are refused with `queue_full`.
+    Reject,
+    /// The oldest of the lowest priority becomes a dead letter.
+    DeadLetter,
+}
+
+/// In which order a thread's events are worked on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Encode, Decode)]
+#[serde(rename_all = "snake_case")]
+pub enum WorkOrder {
+    /// One at a time, in the thread's order.
+    #[default]
+    Thread,
+    /// Several at a time, each on its own.
+    None,
+}
+
 /// What a group is to be like. What is left out is the default.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -83,6 +112,28 @@ pub struct GroupSettings {
     #[schemars(range(min = 1, max = 20))]
     pub attempts: u32,
     pub backoff: Backoff,
+    /// Beyond so many that wait the group is overflowing.
+    #[schemars(range(min = 1, max = 100_000_000))]
+    #[serde(skip_serializing_if = "is_default_limit")]
+    pub limit: u64,
+    /// What happens then.
+    #[serde(skip_serializing_if = "is_default")]
+    pub overflow: Overflow,
+    /// Whether a thread's events are worked on one at a time and in order.
+    #[serde(skip_serializing_if = "is_default")]
+    pub order: WorkOrder,
+}
+
+const DEFAULT_LIMIT: u64 = 100_000;
+
+// What is as it was before these settings were known stands in no record: who knows them not reads what it always read.
+
+fn is_default_limit(limit: &u64) -> bool {
+    *limit == DEFAULT_LIMIT
+}
+
+fn is_default<T: Default + PartialEq>(it: &T) -> bool {
+    *it == T::default()
 }
 
 impl Default for GroupSettings {
@@ -93,6 +144,9 @@ impl Default for GroupSettings {
             lease_ms: 30_000,
             attempts: 5,
             backoff: Backoff::default(),
+            limit: DEFAULT_LIMIT,
+            overflow: Overflow::default(),
+            order: WorkOrder::default(),
         }
     }
 }
@@ -110,6 +164,10 @@ impl GroupSettings {
         check_lease_ms(self.lease_ms)?;
         if !(1..=MAX_ATTEMPTS).contains(&self.attempts) {
             return Err(Error::field("attempts", format!("attempts must be from 1 to {MAX_ATTEMPTS}")));
+        }
+        if !LIMIT.contains(&self.limit) {
+            let why = format!("limit must be from {} to {}, not {}", LIMIT.start(), LIMIT.end(), self.limit);
+            return Err(Error::field("limit", why));
         }
         let Backoff { min_ms, max_ms } = self.backoff;
         if min_ms > max_ms || max_ms > MAX_DELAY_MS {
@@ -173,8 +231,12 @@ pub struct WorkLeasedRecord {
     pub seq: u64,
     /// The event's kind, for whoever reads the log, and for the dead letter that it may become.
     pub event_kind: String,
-    /// Up to where the group is done with the thread: nothing between this and `seq` is work.
+    /// Up to where the group is done with the thread: nothing between this and `seq` is work. If it is `parallel`, the event
+    /// of the group's that comes before it in the thread.
     pub after: u64,
+    /// The group keeps no order: other events of the thread may be leased at the same time.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub parallel: bool,
     /// Which attempt this is: 1, 2, 3 …
     pub attempt: u32,
     /// How many there may be.
@@ -292,6 +354,47 @@ pub struct WorkSettledRecord {
     pub at: String,
 }
 
+/// A node says that an event makes room in a group that is full: it becomes a dead letter. What is begun by then is not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WorkOverflowedRecord {
+    /// `work_overflowed`.
+    pub kind: String,
+    /// UUIDv7 of this record.
+    pub id: Uuid,
+    pub tenant: String,
+    pub thread: String,
+    pub group: String,
+    pub group_id: Uuid,
+    pub seq: u64,
+    /// The event's kind.
+    pub event_kind: String,
+    /// Nothing between this seq and the event's is work that is not done.
+    pub after: u64,
+    /// How many events may wait for the group.
+    pub limit: u64,
+    /// RFC 3339.
+    pub at: String,
+}
+
+/// Nobody gets work of a thread from now on, or somebody does again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WorkPausedRecord {
+    /// `work_paused` or `work_resumed`.
+    pub kind: String,
+    /// UUIDv7 of this record.
+    pub id: Uuid,
+    pub tenant: String,
+    pub thread: String,
+    pub group: String,
+    pub group_id: Uuid,
+    /// The user who did it.
+    pub by: String,
+    /// RFC 3339.
+    pub at: String,
+}
+
 /// How the wait of an event was spent until a worker got it, in milliseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Wait {
@@ -303,7 +406,7 @@ pub struct Wait {
     pub fairness_ms: u64,
     /// It had failed, and was not to be tried again yet.
     pub backoff_ms: u64,
-    /// The group was paused.
+    /// The group or the thread was paused.
     pub paused_ms: u64,
     /// The event, and then its lease, were on their way through the log.
     pub log_ms: u64,
@@ -380,11 +483,13 @@ mod tests {
         };
         assert_eq!(field("{}"), "");
         assert_eq!(field(r#"{"kinds":["x.job","user_message"],"from":"start"}"#), "");
+        assert_eq!(field(r#"{"limit":1,"overflow":"dead_letter","order":"none"}"#), "");
         for (settings, at) in [
             (r#"{"kinds":[]}"#, "kinds"),
             (r#"{"kinds":["x.job",""]}"#, "kinds"),
             (r#"{"lease_ms":999}"#, "lease_ms"),
             (r#"{"attempts":0}"#, "attempts"),
+            (r#"{"limit":0}"#, "limit"),
             (r#"{"backoff":{"min_ms":2,"max_ms":1}}"#, "backoff"),
         ] {
             assert_eq!(field(settings), at, "{settings}");

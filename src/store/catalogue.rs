@@ -31,6 +31,7 @@ pub const TICKET_TIMES: &str = "ticket_times";
 pub const GROUPS: &str = "groups";
 pub const WORK: &str = "work";
 pub const WORKERS: &str = "workers";
+pub const PAUSED_THREADS: &str = "paused_threads";
 pub const WAITING: &str = "waiting";
 pub const RUNS: &str = "runs";
 pub const RUN_CALLS: &str = "run_calls";
@@ -86,8 +87,10 @@ const FAMILIES: &[(&str, Access)] = &[
     (GROUPS, Access::RareLookup),
     // tenant 0 thread 0 group → WorkRow
     (WORK, Access::RareLookup),
-    // tenant 0 thread 0 user 0 group → when the user's lease there is over (u64), for those that are not settled
+    // tenant 0 thread 0 user 0 group → until when the last of the user's leases there lasts (u64), of those that are not settled
     (WORKERS, Access::RareLookup),
+    // tenant 0 group 0 id of the group · thread → since when (ms): the threads of which the group gives out no work
+    (PAUSED_THREADS, Access::Range),
     // tenant 0 group 0 thread 0 seq → WaitingRow, of events that are a group's work or were; tenant 0 group → up to which
     // revision of the group's settings nothing is missing. What it holds depends on when this node came to know of a group.
     (WAITING, Access::Range),
@@ -121,9 +124,9 @@ const FAMILIES: &[(&str, Access)] = &[
     // tenant (empty if not known) 0 id → DeadLetterRow
     (DEAD_LETTERS, Access::RareLookup),
     // tenant 0 list 0 at · order · id → empty; those that are open, oldest first: all (the list's name is empty), and of each reason
-    // (r), fingerprint (f), kind (k) and thread (t)
+    // (r), fingerprint (f), kind (k), thread (t) and group (g), and of each fingerprint of a group (G)
     (DEAD_LETTER_TIMES, Access::Range),
-    // tenant 0 list → CountRow; of reasons and fingerprints
+    // tenant 0 list → CountRow; of reasons and fingerprints, and of those of a group (G)
     (DEAD_LETTER_COUNTS, Access::RareLookup),
     // tenant 0 thread 0 user 0 name → DeliveriesRow: what was requeued for the durable subscription, if anything
     (REQUEUED_DELIVERIES, Access::RareLookup),

@@ -18,6 +18,7 @@ mod contacts;
 pub mod damage;
 pub mod dead_letters;
 pub mod deliveries;
+mod depths;
 mod events;
 mod idempotency;
 mod key_filter;
@@ -49,6 +50,8 @@ use self::catalogue::Buffers;
 pub use self::catalogue::StoreMemory;
 use self::contacts::{Contacts, MembershipChange};
 use self::damage::Damage;
+use self::depths::Depths;
+pub use self::depths::{Depth, GroupDepth, Waiting};
 pub use self::events::{EventRange, EventRow, StoredEvent};
 pub use self::idempotency::KeyRow;
 use self::key_filter::KeyFilter;
@@ -62,7 +65,9 @@ use self::runs::{RunKey, RunListener, RunOutline};
 pub use self::threads::ThreadRow;
 pub use self::tickets::{OpenTicket, TicketsRow};
 use self::work::WorkListener;
-pub use self::work::{FailedRow, GroupRow, LeaseRow, WaitingHead, WaitingRow, WaitingStart, WorkChange, WorkRow};
+pub use self::work::{
+    FailedRow, GroupRow, LeaseRow, PassedRow, WaitingHead, WaitingRow, WaitingStart, WorkChange, WorkRow,
+};
 use crate::codec::{self, CodecError};
 use crate::disk;
 use crate::partitioning::{KeyHash, Partitioning};
@@ -72,7 +77,7 @@ use crate::protocol::tickets::{self as ticket, TicketOwner};
 use crate::protocol::work::log_key as groups_key;
 
 /// The version of the rows below; a store of another version is rebuilt.
-const SCHEMA: u8 = 17;
+const SCHEMA: u8 = 18;
 
 /// Until a store is begun.
 const UNKNOWN_PARTITIONING: Partitioning = Partitioning::new(KeyHash::Crc32, 1);
@@ -112,6 +117,7 @@ pub struct Store {
     known_members: KnownMembers,
     run_listener: OnceLock<RunListener>,
     work_listener: OnceLock<WorkListener>,
+    depths: Depths,
     damage: Damage,
     /// What was wrong with those that this one replaces.
     set_aside: Option<String>,
@@ -178,6 +184,7 @@ impl Store {
             known_members: KnownMembers::new(),
             run_listener: OnceLock::new(),
             work_listener: OnceLock::new(),
+            depths: Depths::default(),
             damage: Damage::default(),
             set_aside: None,
             outdated: None,
@@ -342,10 +349,14 @@ impl Store {
     pub fn commit(&self, batch: Batch<'_>) -> Result<(), StoreError> {
         let mut options = WriteOptions::default();
         options.disable_wal(true);
+        let counting = (!batch.work.is_empty()).then(|| self.depths.committing());
         let written = self.key_filter.commit(&batch.keys, || self.db.write_opt(batch.rows, &options));
         written.map_err(|error| self.note(error.into()))?;
         self.known_members.remove(&batch.removed_members);
         self.arrivals.note(&batch.arrived);
+        if let Some(_counting) = counting {
+            self.count_changes(&batch.work);
+        }
         self.contacts.apply(&batch.memberships);
         self.activity.apply(&batch.memberships, &batch.threads);
         if let Some(listener) = self.run_listener.get()

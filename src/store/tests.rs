@@ -187,7 +187,8 @@ fn whether_a_user_has_a_lease_costs_what_the_user_has_however_many_groups_and_ot
     let lease = |group: usize, user: &str, until| {
         let mut rows = store.batch();
         let group = format!("g{group}");
-        rows.put_work("acme", "t", &group, &WorkRow { cursor: 1, ..WorkRow::default() });
+        let row = WorkRow { cursor: 1, ..WorkRow::default() };
+        rows.put_work(("acme", "t", &group), &WorkRow::default(), &row, 1);
         rows.put_worker(("acme", "t", &group), user, until);
         store.commit(rows).expect("it commits");
     };

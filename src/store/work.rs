@@ -3,9 +3,10 @@
 use bincode::{Decode, Encode};
 use rocksdb::ReadOptions;
 
-use super::catalogue::{GROUPS, WAITING, WORK, WORKERS};
+use super::catalogue::{GROUPS, PAUSED_THREADS, WAITING, WORK, WORKERS};
 use super::dead_letters::TryRow;
 use super::{Batch, Partition, Store, StoreError, keys};
+use crate::protocol::work::{Overflow, WorkOrder};
 
 /// A group and its settings.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -21,6 +22,10 @@ pub struct GroupRow {
     pub attempts: u32,
     pub backoff_min_ms: u64,
     pub backoff_max_ms: u64,
+    /// Beyond so many that wait it is overflowing.
+    pub limit: u64,
+    pub overflow: Overflow,
+    pub order: WorkOrder,
     pub paused: bool,
     /// The id of the record that last said which events are its work.
     pub revision: [u8; 16],
@@ -60,13 +65,18 @@ pub struct WaitingStart {
     pub thread: Option<String>,
 }
 
+impl WaitingStart {
+    pub const BEGIN: WaitingStart = WaitingStart { partition: 0, thread: None };
+}
+
 /// What a commit changes of work.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WorkChange {
     /// An event waits for a group.
     Waiting { tenant: String, group: String, thread: String },
-    /// A lease was given or is over; a thread's cursor has moved.
-    Work { tenant: String, group: String, thread: String },
+    /// A lease was given or is over; a thread's cursor has moved. Of the group with this id so many more wait or are worked
+    /// on, and so many more are worked on.
+    Work { tenant: String, group: String, thread: String, group_id: [u8; 16], events: i64, in_flight: i64 },
     /// A group was made, changed or deleted.
     Group { tenant: String, group: String },
 }
@@ -81,11 +91,43 @@ pub struct WorkRow {
     pub group_id: [u8; 16],
     /// Everything up to this seq is done, a dead letter, or no work.
     pub cursor: u64,
-    pub lease: Option<LeaseRow>,
-    /// What was tried and is to be tried again; nothing else in the thread is, before that.
-    pub failed: Option<FailedRow>,
-    /// Of what is up to the cursor, dead letters that were requeued, in order; they come before what is after it.
+    /// The same of what is after the cursor, in order; no two of these touch.
+    pub passed: Vec<PassedRow>,
+    /// Who works there, in the order of seqs; one at most where the group keeps a thread's order.
+    pub leases: Vec<LeaseRow>,
+    /// What was tried and is to be tried again, in the order of seqs.
+    pub failed: Vec<FailedRow>,
+    /// Dead letters that were requeued, in order; they come before what is not begun.
     pub requeued: Vec<u64>,
+    /// Since when nobody gets work of the thread, if that is so; milliseconds.
+    pub paused_at: Option<u64>,
+}
+
+impl WorkRow {
+    /// Whether the group has done with an event, unless it was requeued.
+    pub fn is_past(&self, seq: u64) -> bool {
+        seq <= self.cursor || self.passed.iter().any(|it| it.after < seq && seq <= it.to)
+    }
+
+    /// Whether somebody works on an event, or has tried to and will again.
+    pub fn is_begun(&self, seq: u64) -> bool {
+        self.leases.iter().any(|lease| lease.seq == seq) || self.failed.iter().any(|failed| failed.seq == seq)
+    }
+
+    pub fn lease_on(&self, seq: u64) -> Option<&LeaseRow> {
+        self.leases.iter().find(|lease| lease.seq == seq)
+    }
+
+    pub fn failed_at(&self, seq: u64) -> Option<&FailedRow> {
+        self.failed.iter().find(|failed| failed.seq == seq)
+    }
+}
+
+/// Events after one seq up to another with which a group has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct PassedRow {
+    pub after: u64,
+    pub to: u64,
 }
 
 /// Who works on an event, and until when.
@@ -93,6 +135,8 @@ pub struct WorkRow {
 pub struct LeaseRow {
     pub id: [u8; 16],
     pub seq: u64,
+    /// Nothing between this seq and the event's is work.
+    pub after: u64,
     /// The event's.
     pub kind: String,
     pub attempt: u32,
@@ -108,6 +152,8 @@ pub struct LeaseRow {
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct FailedRow {
     pub seq: u64,
+    /// Nothing between this seq and the event's is work.
+    pub after: u64,
     pub attempts: u32,
     /// When it is to be tried again.
     pub not_before: u64,
@@ -140,6 +186,19 @@ impl Store {
         self.get(WORK, &keys::joined(self.partition(tenant, thread), &[tenant, thread, group]))
     }
 
+    /// The threads of which a group with this id gives out no work, and since when: up to `limit` of them.
+    pub fn paused_threads(
+        &self,
+        tenant: &str,
+        group: &str,
+        group_id: &[u8; 16],
+        limit: usize,
+    ) -> Result<Vec<(String, u64)>, StoreError> {
+        let prefix = |partition| paused_prefix(partition, tenant, group, group_id);
+        let rows = self.partitions().flat_map(|partition| self.rows_under(PAUSED_THREADS, prefix(partition)));
+        rows.take(limit).collect()
+    }
+
     /// Whether a user has a lease on a thread's work that is not over at this time. Reads no more than what the user has there.
     pub fn has_lease(&self, tenant: &str, thread: &str, user: &str, now: u64) -> Result<bool, StoreError> {
         let prefix = keys::prefix(self.partition(tenant, thread), &[tenant, thread, user]);
@@ -153,8 +212,9 @@ impl Store {
 
     /// From now on `listener` hears what commits change of work. There is one, for as long as the store is open; another is
     /// not taken.
-    pub fn listen_to_work(&self, listener: impl Fn(Vec<WorkChange>) + Send + Sync + 'static) {
+    pub fn listen_to_work(&self, listener: impl Fn(Vec<WorkChange>) + Send + Sync + 'static) -> Result<(), StoreError> {
         drop(self.work_listener.set(Box::new(listener)));
+        self.begin_depths()
     }
 
     /// An event that waits, or waited.
@@ -162,26 +222,27 @@ impl Store {
         self.get(WAITING, &waiting_key(self.partition(tenant, thread), tenant, group, thread, seq))
     }
 
-    /// The first event after this seq that waits in a thread and for which `accepts` holds.
-    pub fn next_waiting(
+    /// The first events after this seq that wait in a thread and for which `accepts` holds, up to `limit` of them.
+    pub fn waiting_after(
         &self,
-        tenant: &str,
-        group: &str,
-        thread: &str,
+        (tenant, group, thread): (&str, &str, &str),
         after: u64,
-        accepts: impl Fn(&WaitingRow) -> bool,
-    ) -> Result<Option<(u64, WaitingRow)>, StoreError> {
+        limit: usize,
+        accepts: impl Fn(u64, &WaitingRow) -> bool,
+    ) -> Result<Vec<(u64, WaitingRow)>, StoreError> {
+        let mut found = Vec::new();
         let partition = self.partition(tenant, thread);
         let from = waiting_key(partition, tenant, group, thread, after.saturating_add(1));
         let to = keys::after(keys::prefix(partition, &[tenant, group, thread]));
         for row in self.between(WAITING, &from, to) {
             let (key, value) = row?;
             let row: WaitingRow = self.decoded(WAITING, &value)?;
-            if accepts(&row) {
-                return Ok(keys::seq_of(&key).map(|seq| (seq, row)));
+            found.extend(keys::seq_of(&key).filter(|seq| accepts(*seq, &row)).map(|seq| (seq, row)));
+            if found.len() >= limit {
+                break;
             }
         }
-        Ok(None)
+        Ok(found)
     }
 
     /// The threads in which something waits for a group, each with its first row, up to `limit` of them; and where the walk
@@ -225,28 +286,14 @@ impl Store {
         }
     }
 
-    /// Everything that waits for a group, thread by thread in order of seq: thread, seq and row.
-    pub fn all_waiting(
-        &self,
-        tenant: &str,
-        group: &str,
-    ) -> impl Iterator<Item = Result<WaitingHead, StoreError>> + use<'_> {
-        let (tenant, group) = (tenant.to_owned(), group.to_owned());
-        let prefix = move |partition| keys::prefix(partition, &[&tenant, &group]);
-        self.partitions().flat_map(move |partition| self.under(WAITING, prefix(partition))).filter_map(|row| {
-            let (rest, value) = match row {
-                Ok(row) => row,
-                Err(error) => return Some(Err(error)),
-            };
-            let (thread, seq) = split_waiting(&rest)?;
-            Some(self.decoded(WAITING, &value).map(|row| WaitingHead { thread, seq, row }))
-        })
-    }
-
     /// Up to which revision of the group's settings nothing is missing in what waits for it.
     pub fn waiting_complete(&self, tenant: &str, group: &str) -> Result<Option<[u8; 16]>, StoreError> {
         self.get(WAITING, &keys::joined(self.partition_of_groups(tenant), &[tenant, group]))
     }
+}
+
+fn paused_prefix(partition: Partition, tenant: &str, group: &str, group_id: &[u8; 16]) -> Vec<u8> {
+    [&keys::prefix(partition, &[tenant, group])[..], group_id].concat()
 }
 
 fn waiting_key(partition: Partition, tenant: &str, group: &str, thread: &str, seq: u64) -> Vec<u8> {
@@ -256,7 +303,7 @@ fn waiting_key(partition: Partition, tenant: &str, group: &str, thread: &str, se
 }
 
 /// Thread and seq at the end of a key.
-fn split_waiting(rest: &[u8]) -> Option<(String, u64)> {
+pub(super) fn split_waiting(rest: &[u8]) -> Option<(String, u64)> {
     let (name, seq) = rest.split_last_chunk::<8>()?;
     let name = name.strip_suffix(&[0])?;
     Some((String::from_utf8_lossy(name).into_owned(), u64::from_be_bytes(*seq)))
@@ -279,9 +326,34 @@ impl Batch<'_> {
         self.note_work(|| WorkChange::Group { tenant: tenant.to_owned(), group: group.to_owned() });
     }
 
-    pub fn put_work(&mut self, tenant: &str, thread: &str, group: &str, row: &WorkRow) {
+    /// Writes how far a group is with a thread, and what it was before; the group is done with `past` more events.
+    pub fn put_work(&mut self, (tenant, thread, group): (&str, &str, &str), was: &WorkRow, row: &WorkRow, past: usize) {
         self.put(WORK, &keys::joined(self.store.partition(tenant, thread), &[tenant, thread, group]), row);
-        self.note_work(|| WorkChange::Work { tenant: tenant.into(), group: group.into(), thread: thread.into() });
+        let leases = |row: &WorkRow| row.leases.len() as i64;
+        let before = if was.group_id == row.group_id { leases(was) } else { 0 };
+        self.note_work(|| WorkChange::Work {
+            tenant: tenant.into(),
+            group: group.into(),
+            thread: thread.into(),
+            group_id: row.group_id,
+            events: -(past as i64),
+            in_flight: leases(row) - before,
+        });
+    }
+
+    /// A group gives out no work of a thread since this time; or it does.
+    pub fn put_paused(
+        &mut self,
+        (tenant, thread, group): (&str, &str, &str),
+        group_id: &[u8; 16],
+        paused_at: Option<u64>,
+    ) {
+        let prefix = paused_prefix(self.store.partition(tenant, thread), tenant, group, group_id);
+        let key = [&prefix[..], thread.as_bytes()].concat();
+        match paused_at {
+            Some(at) => self.put(PAUSED_THREADS, &key, &at),
+            None => self.delete(PAUSED_THREADS, &key),
+        }
     }
 
     /// A user has a lease of the group's on the thread's work, until then; or none.

@@ -1,4 +1,5 @@
-//! A group on this node: the threads whose work could be next, each with its next event, and what is on its way.
+//! A group on this node: the threads whose work could be next, each with its next event, and what is on its way. Of a group
+//! without order each event is held by itself, some of each thread.
 //!
 //! What is held of a thread is what the store said when it was last looked at ([`Group::look_at`]), which happens after each
 //! commit that changes something there. Nothing is kept that could not be read again.
@@ -8,29 +9,22 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+use super::found::{self, Found, key_of, thread_of};
 use super::head::{HEAD_BYTES, Head, State, USER_BYTES, Why, waiting};
-use super::index::waiting_row;
 use super::ready::{KIND_BYTES, PLACE_BYTES, Ready, rank};
-use super::waits::Holds;
+use super::waits::{Holds, Waiting};
 use super::workers::Workers;
-use crate::store::{FailedRow, GroupRow, LeaseRow, Store, StoreError, WaitingRow, WaitingStart, WorkRow};
+use crate::protocol::work::{MAX_PARALLEL, WorkOrder};
+use crate::store::{GroupRow, Store, StoreError, WaitingStart};
 
 /// What a group may hold in any case.
 const MIN_BYTES: usize = 20 * (HEAD_BYTES + USER_BYTES);
 /// Threads that are looked for at once.
 const CHUNK: usize = 500;
-
+/// When a paused thread is looked at again, unless it is resumed.
+const NEVER: u64 = u64::MAX;
 /// Between two walks for what is to be tried now and was left out.
 const DUE_EVERY_MS: u64 = 1_000;
-
-const BEGIN: WaitingStart = WaitingStart { partition: 0, thread: None };
-
-/// What the store has of a thread's next event.
-struct Found {
-    seq: u64,
-    row: WaitingRow,
-    work: WorkRow,
-}
 
 /// Whether the index of what waits is complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +38,8 @@ pub enum Index {
 /// A lease that a worker of this node has, or will have.
 pub struct Given {
     pub worker: u64,
-    pub thread: Arc<str>,
+    /// What the event is held by.
+    pub key: Arc<str>,
     pub lease_ms: u64,
     /// The worker has it.
     pub arrived: bool,
@@ -56,7 +51,10 @@ pub struct Group {
     /// None if it was deleted.
     pub row: Option<GroupRow>,
     pub index: Index,
+    /// By thread, or by thread and seq ([`thread_of`]).
     pub heads: HashMap<Arc<str>, Head>,
+    /// Of those that are held by thread and seq, the seqs.
+    seqs: HashMap<Arc<str>, BTreeSet<u64>>,
     pub ready: Ready,
     /// The kinds of its events.
     kinds: Vec<Arc<str>>,
@@ -73,7 +71,7 @@ pub struct Group {
     left_out: Option<WaitingStart>,
     /// There was no room for one that may be anywhere.
     missed: bool,
-    /// How many are held of what is to be tried later.
+    /// How many are held of what is to be tried later, or is paused.
     later: usize,
     /// When the first of those is to be tried for which there was no room; and when they are looked for at the earliest.
     due: Option<u64>,
@@ -102,6 +100,7 @@ impl Group {
             row: None,
             index: Index::Unknown,
             heads: HashMap::new(),
+            seqs: HashMap::new(),
             ready: Ready::default(),
             kinds: Vec::new(),
             timers: BTreeSet::new(),
@@ -140,12 +139,16 @@ impl Group {
     pub fn reload(&mut self, store: &Store) -> Result<(), StoreError> {
         let row = store.group(&self.tenant, &self.name)?;
         let revision = |row: &Option<GroupRow>| row.as_ref().map(|row| (row.id, row.revision));
+        let order = |row: &Option<GroupRow>| row.as_ref().map(|row| row.order);
         if revision(&row) != revision(&self.row) {
             self.index = Index::Unknown;
             self.scan = None;
             self.forget_heads();
             let kinds = row.iter().flat_map(|row| &row.kinds);
             self.kinds = kinds.map(|kind| kind.as_str().into()).collect();
+        } else if order(&row) != order(&self.row) {
+            self.forget_heads();
+            self.find_all();
         }
         self.row = row;
         Ok(())
@@ -153,16 +156,15 @@ impl Group {
 
     /// Nothing is known of what waits. What is on its way stays on its way, and of what a worker has it is heard when it is over.
     fn forget_heads(&mut self) {
-        let given = &self.given;
-        self.heads.retain(|_, head| match head.state {
-            State::Chosen(lease) | State::Leased { lease, .. } => given.contains_key(&lease),
-            State::Ready | State::Later { .. } => false,
-        });
-        (self.later, self.due) = (0, None);
-        self.bytes = self.heads.iter().map(|(thread, head)| head.bytes(thread)).sum();
-        self.ready = Ready::default();
-        let heads = &self.heads;
-        self.timers.retain(|(_, thread)| heads.contains_key(thread));
+        let is_given = |head: &Head| match head.state {
+            State::Chosen(lease) | State::Leased { lease, .. } => self.given.contains_key(&lease),
+            State::Ready | State::Later { .. } | State::Paused { .. } => false,
+        };
+        let others = self.heads.iter().filter(|(_, head)| !is_given(head)).map(|(key, _)| key.clone());
+        for key in others.collect::<Vec<_>>() {
+            self.remove(&key);
+        }
+        self.due = None;
     }
 
     /// Whether all its events are of this kind, but for those that were begun when it had others.
@@ -170,9 +172,27 @@ impl Group {
         matches!(&*self.kinds, [only] if **only == *kind)
     }
 
+    /// Whether the group keeps no order.
+    pub fn is_parallel(&self) -> bool {
+        self.row.as_ref().is_some_and(|row| row.order == WorkOrder::None)
+    }
+
+    /// Whether nothing that comes to the thread is to be looked at before something there is done.
+    pub fn is_full(&self, thread: &str) -> bool {
+        let more = self.seqs.get(thread).map_or(0, BTreeSet::len);
+        if self.is_parallel() { more >= MAX_PARALLEL } else { self.heads.contains_key(thread) }
+    }
+
+    /// What is held of a thread.
+    fn keys_of(&self, thread: &Arc<str>) -> Vec<Arc<str>> {
+        let alone = self.heads.contains_key(thread).then(|| thread.clone());
+        let seqs = self.seqs.get(thread).into_iter().flatten();
+        alone.into_iter().chain(seqs.map(|seq| key_of(thread, *seq, false))).collect()
+    }
+
     /// The index is complete: what waits is looked for from the beginning on, and what is held is looked at again.
     pub fn find_all(&mut self) {
-        self.scan = Some(BEGIN);
+        self.scan = Some(WaitingStart::BEGIN);
         (self.scans_all, self.left_out, self.missed, self.due) = (true, None, false, None);
         self.due_walk = None;
     }
@@ -181,7 +201,7 @@ impl Group {
     pub fn look_at_all(&mut self, store: &Store, now: u64) -> Result<Vec<Arrival>, StoreError> {
         self.reload(store)?;
         let mut arrivals = Vec::new();
-        for thread in self.heads.keys().cloned().collect::<Vec<_>>() {
+        for thread in self.heads.keys().map(|key| thread_of(key).into()).collect::<HashSet<Arc<str>>>() {
             arrivals.extend(self.look_at(store, &thread, Why::Moved, now)?);
         }
         self.find_all();
@@ -214,7 +234,7 @@ impl Group {
                 self.scans_all = false;
                 self.left_out.take().unwrap_or_else(|| {
                     self.missed = false;
-                    BEGIN
+                    WaitingStart::BEGIN
                 })
             }
         };
@@ -222,10 +242,11 @@ impl Group {
         let mut left_out = false;
         for head in found {
             let thread: Arc<str> = head.thread.into();
-            if !self.heads.contains_key(&thread) {
+            // Of a group without order some events of a thread may be held and others not.
+            if self.is_parallel() || self.keys_of(&thread).is_empty() {
                 let missed = std::mem::take(&mut self.missed);
                 arrivals.extend(self.look_at(store, &thread, Why::Found, now)?);
-                left_out |= self.missed && !self.heads.contains_key(&thread);
+                left_out |= self.missed && self.keys_of(&thread).is_empty();
                 self.missed |= missed;
             }
         }
@@ -252,31 +273,64 @@ impl Group {
         why: Why,
         now: u64,
     ) -> Result<Vec<Arrival>, StoreError> {
-        let mut arrivals = Vec::new();
-        let Some(found) = self.find(store, thread)? else {
-            if let Some(old) = self.remove(thread) {
-                self.over(&old, None);
-            }
-            return Ok(arrivals);
+        let (found, work) = match &self.row {
+            Some(row) => found::find(store, (&self.tenant, &self.name, thread), row)?,
+            None => Default::default(),
         };
-        let Found { seq, row, work } = found;
-        let attempt = work
-            .lease
-            .as_ref()
-            .map_or_else(|| work.failed.as_ref().map_or(0, |failed| failed.attempts) + 1, |lease| lease.attempt);
-        let lease = work.lease.as_ref().map(|lease| Uuid::from_bytes(lease.id));
-        let old = self.heads.get(thread);
-        let is_same = old.is_some_and(|old| (old.seq, old.attempt, old.after) == (seq, attempt, work.cursor));
-        if is_same && lease.is_none() && old.is_some_and(|old| !matches!(old.state, State::Leased { .. })) {
-            // Nothing has changed: it is ready, or chosen, or to be tried later.
-            return Ok(arrivals);
+        let leases: Vec<Uuid> = work.leases.iter().map(|lease| Uuid::from_bytes(lease.id)).collect();
+        // What was leased side by side goes on so, whatever the group's settings are by now.
+        let is_alone = !self.is_parallel() && work.leases.len() < 2;
+        let keys: Vec<Arc<str>> = found.iter().map(|it| key_of(thread, it.seq, is_alone)).collect();
+        for gone in self.keys_of(thread).into_iter().filter(|key| !keys.contains(key)) {
+            if let Some(old) = self.remove(&gone) {
+                self.over(&old, &leases);
+            }
+        }
+        let mut arrivals = Vec::new();
+        for (found, key) in found.into_iter().zip(keys) {
+            arrivals.extend(self.hold(&key, found, (&leases, work.paused_at), why, now));
+        }
+        Ok(arrivals)
+    }
+
+    /// Holds an event as the store has it now.
+    fn hold(
+        &mut self,
+        key: &Arc<str>,
+        found: Found,
+        (leases, paused_at): (&[Uuid], Option<u64>),
+        why: Why,
+        now: u64,
+    ) -> Option<Arrival> {
+        let Found { seq, row, after, attempt, lease, not_before } = found;
+        let is_parallel = self.is_parallel();
+        let is_it = |old: &Head| (old.seq, old.attempt) == (seq, attempt) && (is_parallel || old.after == after);
+        let is_same = self.heads.get(key).is_some_and(is_it);
+        if let Some(old) = self.heads.get_mut(key).filter(|_| is_same && lease.is_none()) {
+            // Of what is chosen the log says whether it may be.
+            let unchanged = match old.state {
+                State::Ready | State::Later { .. } => paused_at.is_none(),
+                State::Paused { .. } => paused_at.is_some(),
+                State::Chosen(_) => true,
+                State::Leased { .. } => false,
+            };
+            if unchanged {
+                old.after = after;
+                return None;
+            }
         }
 
-        let old = self.remove(thread);
-        let was_seq = old.as_ref().map(|old| old.seq);
+        let old = self.remove(key);
+        let was_here = old.as_ref().is_some_and(|old| old.seq == seq);
         if let Some(old) = &old {
-            self.over(old, lease);
+            self.over(old, leases);
         }
+        let old = old.filter(|old| is_same && !(lease.is_none() && matches!(old.state, State::Leased { .. })));
+        let paused_since = paused_at.map_or(now, |at| at.clamp(row.at.min(now), now));
+        let waiting = match old {
+            Some(old) => self.so_far(old, now),
+            None => waiting(why, row.at, paused_since, attempt, was_here),
+        };
         // Names that are held already are not held twice.
         let kind = self.kinds.iter().find(|kind| ***kind == *row.kind).cloned();
         let mut head = Head {
@@ -284,73 +338,54 @@ impl Group {
             kind: kind.unwrap_or_else(|| row.kind.as_str().into()),
             user: self.ready.user(&row.user).unwrap_or_else(|| row.user.as_str().into()),
             rank: rank(row.at, row.class),
-            after: work.cursor,
+            after,
             attempt,
             state: State::Ready,
-            waiting: waiting(why, row.at, now, attempt, was_seq == Some(seq)),
+            waiting,
             timer: None,
         };
-        match (work.lease, work.failed) {
-            (Some(LeaseRow { id, until, .. }), _) => {
-                let lease = Uuid::from_bytes(id);
-                if let Some(old) =
-                    old.filter(|old| is_same && matches!(old.state, State::Chosen(_) | State::Leased { .. }))
-                {
-                    head.waiting = old.waiting;
-                }
+        let mut arrival = None;
+        match (lease, not_before) {
+            (Some((lease, until)), _) => {
                 head.state = State::Leased { lease, until };
-                arrivals.extend(self.arrival(lease, thread));
+                arrival = self.arrival(lease, key);
             }
-            (None, Some(FailedRow { not_before, .. })) if not_before > now => {
-                head.state = State::Later { since: now, until: not_before };
-            }
+            (None, _) if paused_at.is_some() => head.state = State::Paused { since: paused_since },
+            (None, Some(until)) if until > now => head.state = State::Later { since: now, until },
             (None, _) => head.waiting.is_ready(&self.holds, now),
         }
-        self.insert(thread, head);
-        Ok(arrivals)
+        self.insert(key, head);
+        arrival
     }
 
-    /// What the store has of a thread's next event, if there is one.
-    fn find(&self, store: &Store, thread: &str) -> Result<Option<Found>, StoreError> {
-        let Some(group) = &self.row else { return Ok(None) };
-        let work = store.work(&self.tenant, thread, &self.name)?.filter(|work| work.group_id == group.id);
-        let work = work.unwrap_or_default();
-        let leased = work.lease.as_ref().map(|lease| lease.seq);
-        let failed = work.failed.as_ref().map(|failed| failed.seq);
-        let begun = leased.or(failed).or(work.requeued.first().copied());
-        let next = match begun {
-            Some(seq) => self.row_of(store, thread, seq)?.map(|row| (seq, row)),
-            None => store
-                .next_waiting(&self.tenant, &self.name, thread, work.cursor, |row| group.wants(&row.kind, row.at))?,
-        };
-        Ok(next.map(|(seq, row)| Found { seq, row, work }))
-    }
-
-    /// What is known of an event that was begun, whether it is still wanted or not.
-    fn row_of(&self, store: &Store, thread: &str, seq: u64) -> Result<Option<WaitingRow>, StoreError> {
-        if let Some(row) = store.waiting(&self.tenant, &self.name, thread, seq)? {
-            return Ok(Some(row));
+    /// How an event has waited so far that was held before and still waits, or has just been leased.
+    fn so_far(&self, old: Head, now: u64) -> Waiting {
+        let mut waiting = old.waiting;
+        match old.state {
+            State::Ready => waiting.is_held(&self.holds, now),
+            State::Later { since, .. } => waiting.before.backoff_ms += now.saturating_sub(since),
+            State::Paused { since } => waiting.before.paused_ms += now.saturating_sub(since),
+            State::Chosen(_) | State::Leased { .. } => {}
         }
-        let event = store.event(&self.tenant, thread, seq)?;
-        Ok(event.and_then(|event| waiting_row(&event.frame, event.class as u8)))
+        waiting
     }
 
     /// A lease that was asked for here is in the log: who gets it, if it has not arrived before.
-    fn arrival(&mut self, lease: Uuid, thread: &Arc<str>) -> Option<Arrival> {
+    fn arrival(&mut self, lease: Uuid, key: &Arc<str>) -> Option<Arrival> {
         if self.abandoned.remove(&lease) {
-            return Some(Arrival { lease, worker: None, thread: thread.clone() });
+            return Some(Arrival { lease, worker: None, key: key.clone() });
         }
         let given = self.given.get_mut(&lease)?;
         if std::mem::replace(&mut given.arrived, true) {
             return None;
         }
-        Some(Arrival { lease, worker: Some(given.worker), thread: thread.clone() })
+        Some(Arrival { lease, worker: Some(given.worker), key: key.clone() })
     }
 
-    /// What was held is not so any more: if its lease is over, its worker may take more.
-    fn over(&mut self, old: &Head, now_leased: Option<Uuid>) {
+    /// What was held is not so any more: if its lease is not among the thread's, its worker may take more.
+    fn over(&mut self, old: &Head, leases: &[Uuid]) {
         if let State::Leased { lease, .. } = old.state
-            && now_leased != Some(lease)
+            && !leases.contains(&lease)
             && let Some(given) = self.given.remove(&lease)
         {
             self.workers.release(given.worker);
@@ -359,8 +394,8 @@ impl Group {
 
     // What is held.
 
-    fn insert(&mut self, thread: &Arc<str>, mut head: Head) {
-        let bytes = head.bytes(thread);
+    fn insert(&mut self, key: &Arc<str>, mut head: Head) {
+        let bytes = head.bytes(key);
         if !self.make_room(&head, bytes) {
             self.leave_out(&head);
             return;
@@ -368,14 +403,19 @@ impl Group {
         self.bytes += bytes;
         self.later += usize::from(head.is_later());
         match head.state {
-            State::Ready => self.ready.insert(head.piece(thread, &self.kinds)),
+            State::Ready => self.ready.insert(head.piece(key, &self.kinds)),
             State::Later { until, .. } | State::Leased { until, .. } => head.timer = Some(until),
+            State::Paused { .. } => head.timer = Some(NEVER),
             State::Chosen(_) => {}
         }
         if let Some(at) = head.timer {
-            self.timers.insert((at, thread.clone()));
+            self.timers.insert((at, key.clone()));
         }
-        self.heads.insert(thread.clone(), head);
+        let thread = thread_of(key);
+        if thread.len() < key.len() {
+            self.seqs.entry(thread.into()).or_default().insert(head.seq);
+        }
+        self.heads.insert(key.clone(), head);
     }
 
     /// Somebody who has more than the head's user gives way to it; a lease of a worker's here always has room.
@@ -392,26 +432,28 @@ impl Group {
         let is_mostly_later = self.is_mostly_later();
         while self.bytes() + bytes > self.max_bytes {
             let others = self.ready.most().filter(|(most, _)| *most > self.ready.count_of(&head.user) + 1);
-            let thread = match (&head.state, others) {
-                (State::Leased { .. }, _) => None,
-                (_, Some((_, thread))) => Some(thread),
-                // Whatever is tried again and again does not keep out what can be done now.
+            let key = match (&head.state, others) {
+                (State::Leased { .. } | State::Paused { .. }, _) => None,
+                (_, Some((_, key))) => Some(key),
+                // Whatever is tried again and again, or is paused, does not keep out what can be done now.
                 (State::Ready, None) if is_mostly_later => self.last_to_try(),
                 _ => None,
             };
-            let Some(out) = thread.and_then(|thread| self.remove(&thread)) else { return false };
+            let Some(out) = key.and_then(|key| self.remove(&key)) else { return false };
             self.leave_out(&out);
         }
         true
     }
 
-    /// There is no room for a thread: it is looked for when there is, or when it is to be tried.
+    /// There is no room for something: it is looked for when there is, or when it is to be tried.
     fn leave_out(&mut self, head: &Head) {
         match head.state {
             // It is heard if another node's lease is over before.
             State::Later { until, .. } | State::Leased { until, .. } => {
                 self.due = Some(self.due.map_or(until, |due| due.min(until)));
             }
+            // It is heard when it is resumed.
+            State::Paused { .. } => {}
             State::Ready | State::Chosen(_) => self.missed = true,
         }
     }
@@ -424,61 +466,70 @@ impl Group {
         self.due.map(|due| due.max(self.due_not_before))
     }
 
-    /// What is held and tried last.
+    /// What is held and tried last; what is paused before that.
     fn last_to_try(&self) -> Option<Arc<str>> {
-        let is_later = |thread: &str| self.heads.get(thread).is_some_and(Head::is_later);
-        self.timers.iter().rev().map(|(_, thread)| thread).find(|thread| is_later(thread)).cloned()
+        let is_later = |key: &str| self.heads.get(key).is_some_and(Head::is_later);
+        self.timers.iter().rev().map(|(_, key)| key).find(|key| is_later(key)).cloned()
     }
 
-    fn remove(&mut self, thread: &Arc<str>) -> Option<Head> {
-        let head = self.heads.remove(thread)?;
-        self.bytes -= head.bytes(thread);
+    fn remove(&mut self, key: &Arc<str>) -> Option<Head> {
+        let head = self.heads.remove(key)?;
+        self.bytes -= head.bytes(key);
         self.later -= usize::from(head.is_later());
         if head.state == State::Ready {
-            self.ready.remove(head.piece(thread, &self.kinds));
+            self.ready.remove(head.piece(key, &self.kinds));
         }
         if let Some(at) = head.timer {
-            self.timers.remove(&(at, thread.clone()));
+            self.timers.remove(&(at, key.clone()));
+        }
+        let thread = thread_of(key);
+        if thread.len() < key.len()
+            && let Some(seqs) = self.seqs.get_mut(thread)
+        {
+            seqs.remove(&head.seq);
+            if seqs.is_empty() {
+                self.seqs.remove(thread);
+            }
         }
         Some(head)
     }
 
     /// A lease is asked for.
-    pub fn choose(&mut self, thread: &Arc<str>, lease: Uuid, now: u64) {
-        if let Some(head) = self.heads.get_mut(thread) {
-            self.ready.take(head.piece(thread, &self.kinds));
+    pub fn choose(&mut self, key: &Arc<str>, lease: Uuid, now: u64) {
+        if let Some(head) = self.heads.get_mut(key) {
+            self.ready.take(head.piece(key, &self.kinds));
             head.state = State::Chosen(lease);
             head.waiting.is_chosen(&self.holds, now);
         }
     }
 
     /// The store has nothing that speaks against a lease that was asked for.
-    pub fn is_chosen(&self, thread: &Arc<str>, lease: Uuid) -> bool {
-        self.heads.get(thread).is_some_and(|head| head.state == State::Chosen(lease))
+    pub fn is_chosen(&self, key: &Arc<str>, lease: Uuid) -> bool {
+        self.heads.get(key).is_some_and(|head| head.state == State::Chosen(lease))
     }
 
     /// The lease that was asked for did not come to be: the event is ready again, at once or later.
-    pub fn give_back(&mut self, thread: &Arc<str>, lease: Uuid, until: Option<u64>, now: u64) {
-        let Some(head) = self.heads.get(thread).filter(|head| head.state == State::Chosen(lease)) else { return };
+    pub fn give_back(&mut self, key: &Arc<str>, lease: Uuid, until: Option<u64>, now: u64) {
+        let Some(head) = self.heads.get(key).filter(|head| head.state == State::Chosen(lease)) else { return };
         debug_assert!(head.timer.is_none());
-        if let Some(mut head) = self.remove(thread) {
+        if let Some(mut head) = self.remove(key) {
             head.waiting.is_refused(&self.holds, now);
             head.state = State::Ready;
             if let Some(until) = until {
                 head.state = State::Later { since: now, until };
             }
-            self.insert(thread, head);
+            self.insert(key, head);
         }
     }
 
-    /// Threads whose time has come; those that are leased are given, and looked at again at `again` unless they change.
+    /// What has its time come; leases that are over are given, and looked at again at `again` unless they change.
     pub fn due(&mut self, now: u64, again: impl Fn() -> u64) -> Vec<(Uuid, Arc<str>)> {
         let mut over = Vec::new();
-        while let Some((at, thread)) = self.timers.first().cloned()
+        while let Some((at, key)) = self.timers.first().cloned()
             && at <= now
         {
             self.timers.pop_first();
-            let Some(head) = self.heads.get_mut(&thread) else { continue };
+            let Some(head) = self.heads.get_mut(&key) else { continue };
             head.timer = None;
             match head.state {
                 State::Later { since, .. } => {
@@ -486,15 +537,15 @@ impl Group {
                     head.waiting.is_ready(&self.holds, now);
                     head.state = State::Ready;
                     self.later -= 1;
-                    self.ready.insert(head.piece(&thread, &self.kinds));
+                    self.ready.insert(head.piece(&key, &self.kinds));
                 }
                 State::Leased { lease, until } if until <= now => {
-                    over.push((lease, thread.clone()));
+                    over.push((lease, key.clone()));
                     let at = again();
                     head.timer = Some(at);
-                    self.timers.insert((at, thread));
+                    self.timers.insert((at, key));
                 }
-                State::Leased { .. } | State::Ready | State::Chosen(_) => {}
+                State::Leased { .. } | State::Ready | State::Paused { .. } | State::Chosen(_) => {}
             }
         }
         over
@@ -503,7 +554,8 @@ impl Group {
     /// When something is due next; milliseconds.
     pub fn next_due(&self, now: u64) -> Option<u64> {
         let left_out = self.left_out_due().filter(|due| *due > now);
-        self.timers.first().map(|(at, _)| *at).into_iter().chain(left_out).min()
+        let held = self.timers.first().map(|(at, _)| *at).filter(|at| *at < NEVER);
+        held.into_iter().chain(left_out).min()
     }
 }
 
@@ -512,7 +564,8 @@ pub struct Arrival {
     pub lease: Uuid,
     /// None if nobody waits for it any more.
     pub worker: Option<u64>,
-    pub thread: Arc<str>,
+    /// What the event is held by.
+    pub key: Arc<str>,
 }
 
 #[cfg(test)]

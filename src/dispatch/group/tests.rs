@@ -1,6 +1,8 @@
 //! A group that has room for few, and what is looked at, left out and found.
 
 use super::*;
+use crate::protocol::work::Overflow;
+use crate::store::{FailedRow, LeaseRow, PassedRow, WaitingRow, WorkRow};
 
 const NOW: u64 = 1_800_000_000_000;
 const ID: [u8; 16] = [1; 16];
@@ -15,6 +17,9 @@ fn group_row() -> GroupRow {
         attempts: 5,
         backoff_min_ms: 0,
         backoff_max_ms: 0,
+        limit: 100_000,
+        overflow: Overflow::Accept,
+        order: WorkOrder::Thread,
         paused: false,
         revision: ID,
     }
@@ -40,7 +45,8 @@ fn work_off(group: &mut Group, store: &Store) -> Vec<String> {
         let Some((user, _, thread)) = group.ready.next(1).next() else { return done };
         group.choose(&thread, Uuid::from_bytes([7; 16]), NOW);
         let mut rows = store.batch();
-        rows.put_work("acme", &thread, "g", &WorkRow { group_id: ID, cursor: 1, ..WorkRow::default() });
+        let row = WorkRow { group_id: ID, cursor: 1, ..WorkRow::default() };
+        rows.put_work(("acme", &thread, "g"), &WorkRow::default(), &row, 1);
         rows.delete_waiting("acme", "g", &thread, 1);
         store.commit(rows).expect("the store takes it");
         group.look_at(store, &thread, Why::Moved, NOW).expect("the store answers");
@@ -107,8 +113,9 @@ fn what_is_to_be_tried_later_keeps_out_nothing_that_can_be_done_now_and_is_found
         let (thread, failed) = (format!("f{n}"), NOW + 10_000 + n);
         arrive(&store, "ada", &thread, "x.job");
         let mut rows = store.batch();
-        let failed = Some(FailedRow { seq: 1, attempts: 1, not_before: failed, tries: Vec::new() });
-        rows.put_work("acme", &thread, "g", &WorkRow { group_id: ID, failed, ..WorkRow::default() });
+        let failed = vec![FailedRow { seq: 1, after: 0, attempts: 1, not_before: failed, tries: Vec::new() }];
+        let row = WorkRow { group_id: ID, failed, ..WorkRow::default() };
+        rows.put_work(("acme", &thread, "g"), &WorkRow::default(), &row, 0);
         store.commit(rows).expect("the store takes it");
         group.look_at(&store, &thread.as_str().into(), Why::Moved, NOW).expect("the store answers");
     }
@@ -134,7 +141,8 @@ fn what_is_to_be_tried_later_keeps_out_nothing_that_can_be_done_now_and_is_found
         };
         group.choose(&thread, Uuid::from_bytes([7; 16]), now);
         let mut rows = store.batch();
-        rows.put_work("acme", &thread, "g", &WorkRow { group_id: ID, cursor: 1, ..WorkRow::default() });
+        let row = WorkRow { group_id: ID, cursor: 1, ..WorkRow::default() };
+        rows.put_work(("acme", &thread, "g"), &WorkRow::default(), &row, 1);
         rows.delete_waiting("acme", "g", &thread, 1);
         store.commit(rows).expect("the store takes it");
         group.look_at(&store, &thread, Why::Moved, now).expect("the store answers");
@@ -152,21 +160,21 @@ fn where_all_that_is_held_is_to_be_tried_later_what_waits_outside_is_found_befor
     }
     let put = |thread: &str, row: WorkRow| {
         let mut rows = store.batch();
-        rows.put_work("acme", thread, "g", &WorkRow { group_id: ID, ..row });
+        rows.put_work(("acme", thread, "g"), &WorkRow::default(), &WorkRow { group_id: ID, ..row }, 0);
         store.commit(rows).expect("the store takes it");
     };
     // Another node's.
     let (id, kind, holder, until) = ([8; 16], "x.job".into(), "wim".into(), NOW + 5_000);
-    let lease = LeaseRow { id, seq: 1, kind, attempt: 1, attempts: 5, holder, at: NOW, until };
-    put("t19", WorkRow { lease: Some(lease), ..WorkRow::default() });
+    let lease = LeaseRow { id, seq: 1, after: 0, kind, attempt: 1, attempts: 5, holder, at: NOW, until };
+    put("t19", WorkRow { leases: vec![lease], ..WorkRow::default() });
     let mut group = group_of(&store, 4);
     group.look_further(&store, NOW).expect("the store answers");
     let held: Vec<_> = group.heads.keys().cloned().collect();
     assert!(held.len() < 10 && group.ready.len() == held.len(), "{held:?}");
 
     for thread in &held {
-        let failed = FailedRow { seq: 1, attempts: 1, not_before: NOW + 10_000, tries: Vec::new() };
-        put(thread, WorkRow { failed: Some(failed), ..WorkRow::default() });
+        let failed = FailedRow { seq: 1, after: 0, attempts: 1, not_before: NOW + 10_000, tries: Vec::new() };
+        put(thread, WorkRow { failed: vec![failed], ..WorkRow::default() });
         group.look_at(&store, thread, Why::Moved, NOW).expect("the store answers");
     }
     assert!(group.later == held.len() && group.ready.len() == 0);
@@ -192,6 +200,113 @@ fn a_walk_for_what_is_to_be_tried_now_takes_half_of_the_time_at_most() {
 }
 
 #[test]
+fn threads_that_are_paused_keep_out_nothing_that_can_be_done_and_wait_until_they_are_resumed() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let store = Store::open(folder.path()).expect("it opens");
+    let mut group = group_of(&store, 4);
+    let pause = |thread: &str, paused_at| {
+        let mut rows = store.batch();
+        let row = WorkRow { group_id: ID, paused_at, ..WorkRow::default() };
+        rows.put_work(("acme", thread, "g"), &WorkRow::default(), &row, 0);
+        store.commit(rows).expect("the store takes it");
+    };
+    let threads: Vec<Arc<str>> = (0..8).map(|n| format!("p{n}").into()).collect();
+    for thread in &threads {
+        arrive(&store, "ada", thread, "x.job");
+        pause(thread, Some(NOW));
+        group.look_at(&store, thread, Why::Came, NOW).expect("the store answers");
+    }
+    assert!(group.heads.len() < 8 && group.later == group.heads.len(), "there is no room for all");
+    for n in 0..3 {
+        arrive(&store, "ada", &format!("t{n}"), "x.job");
+        group.look_at(&store, &format!("t{n}").into(), Why::Came, NOW).expect("the store answers");
+    }
+    assert!(group.ready.len() >= 2, "{} of 3 can be done", group.ready.len());
+    assert_eq!(work_off(&mut group, &store).len(), 3);
+    assert!(group.next_due(NOW).is_none() && !group.is_looking(NOW), "nothing is looked for in vain");
+
+    for thread in &threads {
+        pause(thread, None);
+        group.look_at(&store, thread, Why::Moved, NOW).expect("the store answers");
+    }
+    assert_eq!(work_off(&mut group, &store).len(), 8);
+    assert_eq!((group.heads.len(), group.bytes, group.later), (0, 0, 0));
+}
+
+#[test]
+fn of_a_group_without_order_each_event_is_charged_for_and_those_left_out_are_found() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let store = Store::open(folder.path()).expect("it opens");
+    let mut group = group_of(&store, 4);
+    let mut rows = store.batch();
+    rows.put_group("acme", "g", &GroupRow { order: WorkOrder::None, ..group_row() });
+    for seq in 1..=20 {
+        let row = WaitingRow { kind: "x.job".to_owned(), user: "ada".to_owned(), at: NOW, class: 1 };
+        rows.put_waiting("acme", "g", "t", seq, &row);
+    }
+    store.commit(rows).expect("the store takes it");
+    group.reload(&store).expect("the store answers");
+
+    let mut done = Vec::new();
+    while done.len() < 20 {
+        while group.is_looking(NOW) {
+            group.look_further(&store, NOW).expect("the store answers");
+        }
+        assert!(group.bytes() <= group.max_bytes && group.heads.len() <= 4, "{} are held", group.heads.len());
+        let (_, _, key) = group.ready.next(1).next().expect("there is more");
+        let seq = group.heads[&key].seq;
+        group.choose(&key, Uuid::from_bytes([7; 16]), NOW);
+        done.push(seq);
+        let mut rows = store.batch();
+        let passed = done.iter().map(|seq| PassedRow { after: seq - 1, to: *seq }).collect();
+        let row = WorkRow { group_id: ID, passed, ..WorkRow::default() };
+        rows.put_work(("acme", "t", "g"), &WorkRow::default(), &row, 1);
+        rows.delete_waiting("acme", "g", "t", seq);
+        store.commit(rows).expect("the store takes it");
+        group.look_at(&store, &"t".into(), Why::Moved, NOW).expect("the store answers");
+    }
+    done.sort_unstable();
+    assert_eq!(done, (1..=20).collect::<Vec<_>>());
+    assert_eq!((group.heads.len(), group.bytes, group.seqs.len()), (0, 0, 0));
+}
+
+#[test]
+fn of_a_group_without_order_what_was_left_out_of_a_thread_is_found_though_some_of_it_is_held() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let store = Store::open(folder.path()).expect("it opens");
+    let mut group = group_of(&store, 4);
+    let mut rows = store.batch();
+    rows.put_group("acme", "g", &GroupRow { order: WorkOrder::None, ..group_row() });
+    let failed = FailedRow { seq: 1, after: 0, attempts: 1, not_before: NOW + 10_000, tries: Vec::new() };
+    let row = WorkRow { group_id: ID, failed: vec![failed], ..WorkRow::default() };
+    rows.put_work(("acme", "t", "g"), &WorkRow::default(), &row, 0);
+    store.commit(rows).expect("the store takes it");
+    group.reload(&store).expect("the store answers");
+    let mut arrive = |user: &str, thread: &str, seq| {
+        let mut rows = store.batch();
+        let row = WaitingRow { kind: "x.job".to_owned(), user: user.to_owned(), at: NOW, class: 1 };
+        rows.put_waiting("acme", "g", thread, seq, &row);
+        store.commit(rows).expect("the store takes it");
+        group.look_at(&store, &thread.into(), Why::Came, NOW).expect("the store answers");
+    };
+    arrive("ada", "t", 1);
+    for n in 0..20 {
+        arrive(&format!("u{n}"), &format!("u{n}"), 1);
+    }
+    arrive("ada", "t", 2);
+    let held = |group: &Group| group.seqs.get("t").is_some_and(|seqs| seqs.contains(&2));
+    assert!(group.later == 1 && group.missed && !held(&group), "there is no room for it");
+
+    for thread in group.heads.keys().filter(|key| !key.starts_with("t\0")).cloned().collect::<Vec<_>>() {
+        group.remove(&thread);
+    }
+    while group.is_looking(NOW) && !held(&group) {
+        group.look_further(&store, NOW).expect("the store answers");
+    }
+    assert!(held(&group), "and now there is");
+}
+
+#[test]
 fn a_worker_has_its_credit_back_for_what_it_settles_after_the_group_has_changed_or_is_gone() {
     for changed in [Some(GroupRow { revision: [2; 16], ..group_row() }), None] {
         let folder = tempfile::tempdir().expect("a temporary folder");
@@ -205,15 +320,16 @@ fn a_worker_has_its_credit_back_for_what_it_settles_after_the_group_has_changed_
         let (thread, lease) = (Arc::from("t"), Uuid::from_bytes([7; 16]));
         group.choose(&thread, lease, NOW);
         group.workers.send(1).expect("it is there");
-        group.given.insert(lease, Given { worker: 1, thread: thread.clone(), lease_ms: 1_000, arrived: false });
+        group.given.insert(lease, Given { worker: 1, key: thread.clone(), lease_ms: 1_000, arrived: false });
         let (id, kind, holder, until) = (lease.into_bytes(), "x.job".into(), "wim".into(), NOW + 1_000);
-        let leased = LeaseRow { id, seq: 1, kind, attempt: 1, attempts: 5, holder, at: NOW, until };
-        let put = |cursor, lease| {
+        let leased = LeaseRow { id, seq: 1, after: 0, kind, attempt: 1, attempts: 5, holder, at: NOW, until };
+        let put = |cursor, leases| {
             let mut rows = store.batch();
-            rows.put_work("acme", "t", "g", &WorkRow { group_id: ID, cursor, lease, ..WorkRow::default() });
+            let row = WorkRow { group_id: ID, cursor, leases, ..WorkRow::default() };
+            rows.put_work(("acme", "t", "g"), &WorkRow::default(), &row, 0);
             store.commit(rows).expect("the store takes it");
         };
-        put(0, Some(leased));
+        put(0, vec![leased]);
         let arrived = group.look_at(&store, &thread, Why::Moved, NOW).expect("the store answers");
         assert!(arrived.len() == 1 && !group.workers.any_free());
 
@@ -224,7 +340,7 @@ fn a_worker_has_its_credit_back_for_what_it_settles_after_the_group_has_changed_
         }
         store.commit(rows).expect("the store takes it");
         group.reload(&store).expect("the store answers");
-        put(1, None);
+        put(1, Vec::new());
         group.look_at(&store, &thread, Why::Moved, NOW).expect("the store answers");
         assert!(group.workers.any_free() && group.given.is_empty(), "{changed:?}");
         assert_eq!((group.heads.len(), group.bytes, group.next_due(NOW)), (0, 0, None));

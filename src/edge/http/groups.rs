@@ -20,8 +20,8 @@ use crate::edge::blocking;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::without_type;
 use crate::protocol::groups::{
-    GroupDeleted, GroupDetail, GroupItem, GroupList, LeaseBody, SettleBody, Settled, SettledList, SettlementBody,
-    Settlements, WorkItem, WorkList,
+    GroupDeleted, GroupDetail, GroupItem, GroupList, LeaseBody, PauseBody, SettleBody, Settled, SettledList,
+    SettlementBody, Settlements, ThreadPaused, WorkItem, WorkList,
 };
 use crate::protocol::json::decode;
 use crate::protocol::work::{Backoff, Delivery, GroupSettings, Outcome, StartFrom, Work, check_group};
@@ -48,6 +48,9 @@ fn item(group: &str, row: GroupRow) -> GroupItem {
         lease_ms: row.lease_ms,
         attempts: row.attempts,
         backoff: Backoff { min_ms: row.backoff_min_ms, max_ms: row.backoff_max_ms },
+        limit: row.limit,
+        overflow: row.overflow,
+        order: row.order,
         paused: row.paused,
         created_at: clock::rfc3339(row.created_at),
     }
@@ -79,8 +82,10 @@ pub async fn read(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     let detail = GroupDetail {
         group: item(&group, row),
         depth: stats.depth.events,
-        oldest_ms: stats.depth.oldest_at.map(|at| clock::now_ms().saturating_sub(at)),
+        overflowing: stats.depth.overflowing,
+        oldest_ms: stats.oldest_at.map(|at| clock::now_ms().saturating_sub(at)),
         in_flight: stats.depth.in_flight,
+        paused_threads: stats.paused_threads,
         workers: stats.workers,
     };
     Ok(json(StatusCode::OK, &detail))
@@ -100,17 +105,24 @@ pub async fn put(api: Arc<Api>, mut it: Request) -> Result<Reply, Error> {
 
 /// `POST /v1/groups/{group}/pause`
 pub async fn pause(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
-    set_paused(&api, &it, true).await
+    set_paused(&api, it, true).await
 }
 
 /// `POST /v1/groups/{group}/resume`
 pub async fn resume(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
-    set_paused(&api, &it, false).await
+    set_paused(&api, it, false).await
 }
 
-async fn set_paused(api: &Api, it: &Request, paused: bool) -> Result<Reply, Error> {
+async fn set_paused(api: &Api, mut it: Request, paused: bool) -> Result<Reply, Error> {
     it.no_query()?;
-    let group = name_of(it)?;
+    let group = name_of(&it)?;
+    let body = api.body(&mut it).await?;
+    let of: PauseBody = if body.text.trim().is_empty() { PauseBody::default() } else { decode(&body.text)? };
+    drop(body);
+    if let Some(thread) = of.thread {
+        api.dispatcher.pause_thread(&it.who, &group, &thread, paused).await?;
+        return Ok(json(StatusCode::OK, &ThreadPaused { group: &group, thread: &thread, paused }));
+    }
     api.dispatcher.pause(&it.who, &group, paused).await?;
     as_it_is(api, &it.who, &group, StatusCode::OK).await
 }

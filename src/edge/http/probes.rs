@@ -13,7 +13,7 @@ use crate::edge::health::{Health, OtherParts, Purpose};
 use crate::memory::{Budget, CONNECTION};
 use crate::outbound::ServiceStatus;
 use crate::protocol::error::Error;
-use crate::protocol::http::DependencyHealth;
+use crate::protocol::http::{DependencyHealth, WorkHealth};
 use crate::store::Store;
 use crate::{clock, telemetry};
 
@@ -47,7 +47,9 @@ pub async fn ready(probes: Arc<Probes>, request: AnonymousRequest) -> Result<Rep
     };
     let rebuilding = probes.store.replaces().map(str::to_owned);
     let dependencies = probes.auth.services().iter().map(|service| dependency(service.status())).collect();
-    let ready = probes.health.ready(purpose, OtherParts { store, rebuilding, dependencies }).await;
+    let (_, overflowing) = probes.store.all_depths();
+    let work = WorkHealth { overflowing };
+    let ready = probes.health.ready(purpose, OtherParts { store, rebuilding, dependencies, work }).await;
     Ok(json(if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &ready))
 }
 

@@ -7,9 +7,14 @@ use weft::clock;
 use weft::ingest::admit::new_event;
 use weft::log::embedded::EmbeddedLog;
 use weft::log::{Grant, RULES, Record, Topic};
+use weft::protocol::dead_letters::letter_of;
 use weft::protocol::event::LogEvent;
 use weft::protocol::ids::log_key;
-use weft::protocol::work::{GroupRecord, GroupSettings, Settlement, WorkLeasedRecord, WorkSettledRecord};
+use weft::protocol::records::LetterActRecord;
+use weft::protocol::work::{
+    GroupRecord, GroupSettings, Overflow, Settlement, WorkLeasedRecord, WorkOrder, WorkOverflowedRecord,
+    WorkPausedRecord, WorkSettledRecord,
+};
 
 use super::{Line, NEWEST, PARTITIONS, append, files, outcome, read_all};
 use crate::connection::tickets;
@@ -389,6 +394,7 @@ fn by_hand() -> Vec<Record> {
     ]
     .into_iter()
     .chain(work(now + 60 * HOUR))
+    .chain(work_side_by_side(now + 60 * HOUR))
     .collect()
 }
 
@@ -417,6 +423,7 @@ fn work(now: u64) -> Vec<Record> {
             seq,
             event_kind: "user_message".to_owned(),
             after,
+            parallel: false,
             attempt,
             attempts: 2,
             holder: "wim".to_owned(),
@@ -465,5 +472,145 @@ fn work(now: u64) -> Vec<Record> {
         settle(6, Settlement::Expired, 61_000),
         lease(7, 2, 2, 0, 1),
         group("group_deleted", None, false),
+    ]
+}
+
+/// What version 5 of the rules brought, and that work is requeued: of a group of its own.
+fn work_side_by_side(now: u64) -> Vec<Record> {
+    const GROUP: &str = "beside";
+    const GROUP_ID: [u8; 16] = [3; 16];
+    let at = || clock::rfc3339(now + 62_000);
+    let until = || clock::rfc3339(now + 120_000);
+    let lease = |lease: u8, parallel: bool, seq: u64, after: u64, attempt: u32| {
+        Record::from(&WorkLeasedRecord {
+            kind: "work_leased".to_owned(),
+            id: Uuid::from_bytes([100 + lease; 16]),
+            tenant: TENANT.to_owned(),
+            thread: "talk".to_owned(),
+            group: GROUP.to_owned(),
+            group_id: Uuid::from_bytes(GROUP_ID),
+            seq,
+            event_kind: "user_message".to_owned(),
+            after,
+            parallel,
+            attempt,
+            attempts: 2,
+            holder: "wim".to_owned(),
+            at: at(),
+            until: until(),
+        })
+    };
+    let settle = |lease: u8, outcome: Settlement| {
+        Record::from(&WorkSettledRecord {
+            kind: "work_settled".to_owned(),
+            id: clock::event_id(),
+            tenant: TENANT.to_owned(),
+            thread: "talk".to_owned(),
+            group: GROUP.to_owned(),
+            lease: Uuid::from_bytes([100 + lease; 16]),
+            outcome,
+            reason: Some("why".to_owned()),
+            until: Some(at()),
+            by: "wim".to_owned(),
+            at: at(),
+        })
+    };
+    let overflow = |seq: u64, after: u64| {
+        Record::from(&WorkOverflowedRecord {
+            kind: "work_overflowed".to_owned(),
+            id: clock::event_id(),
+            tenant: TENANT.to_owned(),
+            thread: "talk".to_owned(),
+            group: GROUP.to_owned(),
+            group_id: Uuid::from_bytes(GROUP_ID),
+            seq,
+            event_kind: "user_message".to_owned(),
+            after,
+            limit: 3,
+            at: at(),
+        })
+    };
+    let pause = |kind: &str, thread: &str| {
+        Record::from(&WorkPausedRecord {
+            kind: kind.to_owned(),
+            id: clock::event_id(),
+            tenant: TENANT.to_owned(),
+            thread: thread.to_owned(),
+            group: GROUP.to_owned(),
+            group_id: Uuid::from_bytes(GROUP_ID),
+            by: "root".to_owned(),
+            at: at(),
+        })
+    };
+    let requeue = |reason: &str, seq: u64, round: u32| {
+        let seq = seq.to_be_bytes();
+        let facts: [&[u8]; 5] = [b"work", TENANT.as_bytes(), b"talk", &GROUP_ID, &seq];
+        Record::from(&LetterActRecord {
+            kind: "letter_requeued".to_owned(),
+            id: clock::event_id(),
+            letter: letter_of(&facts),
+            reason: reason.to_owned(),
+            tenant: TENANT.to_owned(),
+            thread: Some("talk".to_owned()),
+            round,
+            by: "root".to_owned(),
+            note: None,
+            attempt: None,
+            at: at(),
+        })
+    };
+    let settings =
+        GroupSettings { limit: 3, overflow: Overflow::DeadLetter, order: WorkOrder::None, ..GroupSettings::default() };
+    let group = GroupRecord {
+        kind: "group_set".to_owned(),
+        id: clock::event_id(),
+        tenant: TENANT.to_owned(),
+        group: GROUP.to_owned(),
+        settings: Some(settings),
+        if_absent: false,
+        by: "root".to_owned(),
+        at: at(),
+    };
+    vec![
+        Record::from(&group),
+        // Several at a time, done in another order; one of them twice, and one that was done.
+        lease(1, true, 2, 1, 1),
+        lease(2, true, 1, 0, 1),
+        lease(3, true, 1, 0, 1),
+        lease(4, true, 4, 3, 1),
+        settle(4, Settlement::Done),
+        lease(5, true, 4, 3, 1),
+        settle(1, Settlement::Retry),
+        lease(6, true, 2, 1, 2),
+        lease(7, false, 5, 0, 1),
+        settle(6, Settlement::Lost),
+        settle(2, Settlement::Reject),
+        // Both are letters: work again, beside the rest; one is done, one fails again.
+        requeue("attempts", 2, 0),
+        requeue("attempts", 2, 0),
+        requeue("rejected", 1, 0),
+        lease(8, true, 2, 4, 1),
+        settle(8, Settlement::Done),
+        lease(9, true, 1, 4, 1),
+        settle(9, Settlement::Reject),
+        // What makes room, from the middle; what is begun does not.
+        lease(10, true, 5, 4, 1),
+        overflow(5, 4),
+        overflow(7, 6),
+        overflow(7, 6),
+        settle(10, Settlement::Done),
+        requeue("overflow", 7, 0),
+        // In order again: what was requeued first.
+        lease(11, false, 8, 2, 1),
+        lease(12, false, 7, 2, 1),
+        settle(12, Settlement::Done),
+        pause("work_paused", "talk"),
+        pause("work_paused", "talk"),
+        pause("work_paused", "nowhere"),
+        lease(13, false, 8, 2, 1),
+        pause("work_resumed", "talk"),
+        lease(14, false, 8, 2, 1),
+        pause("work_paused", "talk"),
+        settle(14, Settlement::Done),
     ]
 }

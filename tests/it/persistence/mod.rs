@@ -1,8 +1,9 @@
 //! What is kept: keys, chains, projections that come back from the log. Here on a server; [`generations`] takes the log
 //! away from under it, [`projector`] drives the projector itself, and [`random_log`] holds it against logs that nobody
-//! thought of; [`work`] does so for who works on what; [`exports`] takes all of it away
-//! and proves it.
+//! thought of; [`work`] does so for who works on what, and [`beside`] where that is several at a time; [`exports`] takes all
+//! of it away and proves it.
 
+mod beside;
 mod clocks;
 mod exports;
 mod generations;

@@ -307,6 +307,7 @@ impl Writer {
             seq: after + 1,
             event_kind: "x.said".into(),
             after,
+            parallel: false,
             attempt: 1 + self.chance.below(2) as u32,
             attempts: 2,
             holder: "wim".into(),

@@ -17,11 +17,11 @@ use weft::store::{Store, StoreError};
 use super::projector::{Split, append, entries, open_store, project, record};
 use crate::support::TENANT;
 
-const THREADS: [&str; 2] = ["t", "u"];
-const GROUP: &str = "g";
-const ATTEMPTS: u32 = 3;
-const LEASE: u64 = 30_000;
-const BEGIN: u64 = 1_800_000_000_000;
+pub(super) const THREADS: [&str; 2] = ["t", "u"];
+pub(super) const GROUP: &str = "g";
+pub(super) const ATTEMPTS: u32 = 3;
+pub(super) const LEASE: u64 = 30_000;
+pub(super) const BEGIN: u64 = 1_800_000_000_000;
 
 #[derive(Debug, Clone)]
 enum Act {
@@ -173,10 +173,18 @@ impl Thread {
 }
 
 fn leased(id: Uuid, at: usize, seq: u64, after: u64, attempt: u32, holder: &str, now: u64) -> Record {
-    Record::from(&work_leased(id, at, seq, after, attempt, holder, now))
+    Record::from(&lease_record(id, at, seq, after, attempt, holder, now))
 }
 
-fn work_leased(id: Uuid, at: usize, seq: u64, after: u64, attempt: u32, holder: &str, now: u64) -> WorkLeasedRecord {
+pub(super) fn lease_record(
+    id: Uuid,
+    at: usize,
+    seq: u64,
+    after: u64,
+    attempt: u32,
+    holder: &str,
+    now: u64,
+) -> WorkLeasedRecord {
     WorkLeasedRecord {
         kind: "work_leased".into(),
         id,
@@ -187,6 +195,7 @@ fn work_leased(id: Uuid, at: usize, seq: u64, after: u64, attempt: u32, holder: 
         seq,
         event_kind: "user_message".into(),
         after,
+        parallel: false,
         attempt,
         attempts: ATTEMPTS,
         holder: holder.into(),
@@ -195,7 +204,7 @@ fn work_leased(id: Uuid, at: usize, seq: u64, after: u64, attempt: u32, holder: 
     }
 }
 
-fn settled(lease: Uuid, at: usize, outcome: Settlement, by: &str, now: u64) -> Record {
+pub(super) fn settled(lease: Uuid, at: usize, outcome: Settlement, by: &str, now: u64) -> Record {
     Record::from(&WorkSettledRecord {
         kind: "work_settled".into(),
         id: clock::event_id(),
@@ -211,22 +220,28 @@ fn settled(lease: Uuid, at: usize, outcome: Settlement, by: &str, now: u64) -> R
     })
 }
 
+/// The reasons of a thread's letters, by seq.
+pub(super) fn letters(store: &Store, thread: &str) -> BTreeMap<u64, String> {
+    let filter = DeadLetterFilter { thread: Some(thread.into()), ..DeadLetterFilter::default() };
+    let mut dead = BTreeMap::new();
+    let visit = |_, row: weft::store::dead_letters::DeadLetterRow, _| {
+        assert_eq!((row.name.as_deref(), row.error.is_empty()), (Some(GROUP), false));
+        dead.insert(row.seq.unwrap(), row.reason);
+        Ok::<_, StoreError>(std::ops::ControlFlow::Continue(()))
+    };
+    store.dead_letters([TENANT, ""], &filter, weft::store::dead_letters::Order::OldestFirst, None, visit).unwrap();
+    dead
+}
+
 fn check(store: &Store, model: &Model) {
     for (thread, expected) in THREADS.into_iter().zip(&model.threads) {
         let row = store.work(TENANT, thread, GROUP).unwrap().unwrap_or_default();
         assert_eq!(row.cursor, expected.done, "{thread}");
-        let lease = row.lease.map(|lease| (Uuid::from_bytes(lease.id), lease.seq, lease.attempt, lease.until));
+        let lease = row.leases.first().map(|lease| (Uuid::from_bytes(lease.id), lease.seq, lease.attempt, lease.until));
         assert_eq!(lease, expected.lease.map(|it| (it.id, it.seq, it.attempt, it.until)), "{thread}");
-        assert_eq!(row.failed.map_or(0, |failed| failed.attempts), expected.failures, "{thread}");
+        assert_eq!(row.failed.first().map_or(0, |failed| failed.attempts), expected.failures, "{thread}");
 
-        let filter = DeadLetterFilter { thread: Some(thread.into()), ..DeadLetterFilter::default() };
-        let mut dead = BTreeMap::new();
-        let visit = |_, row: weft::store::dead_letters::DeadLetterRow, _| {
-            assert_eq!((row.name.as_deref(), row.error.is_empty()), (Some(GROUP), false));
-            dead.insert(row.seq.unwrap(), row.reason);
-            Ok::<_, StoreError>(std::ops::ControlFlow::Continue(()))
-        };
-        store.dead_letters([TENANT, ""], &filter, weft::store::dead_letters::Order::OldestFirst, None, visit).unwrap();
+        let dead = letters(store, thread);
         let expected: BTreeMap<_, _> = expected.dead.iter().map(|(seq, why)| (*seq, (*why).to_owned())).collect();
         assert_eq!(dead, expected, "{thread}");
     }
@@ -270,7 +285,7 @@ fn a_lease_of_a_group_that_was_made_again_ends_what_a_holder_of_the_one_before_m
     let folder = tempfile::tempdir().unwrap();
     let log = EmbeddedLog::open(&folder.path().join("log"), 1).unwrap();
     let lease = |group: u8, holder| {
-        let of = work_leased(clock::event_id(), 0, 1, 0, 1, holder, BEGIN);
+        let of = lease_record(clock::event_id(), 0, 1, 0, 1, holder, BEGIN);
         Record::from(&WorkLeasedRecord { group_id: Uuid::from_bytes([group; 16]), ..of })
     };
     append(

@@ -129,7 +129,7 @@ async fn play(world: Arc<World>, seed: u64) {
         let Ok(Some(group)) = node.store.group(&tenant, GROUP) else { return false };
         (0..THREADS).all(|thread| {
             let row = node.store.work(&tenant, &format!("t{thread}"), GROUP).unwrap().unwrap_or_default();
-            row.group_id == group.id && row.cursor == EACH as u64 && row.lease.is_none()
+            row.group_id == group.id && row.cursor == EACH as u64 && row.leases.is_empty()
         })
     })
     .await;

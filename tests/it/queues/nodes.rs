@@ -77,8 +77,10 @@ impl Node {
         let projecting = pump.start().unwrap();
         let submit = Arc::new(Submit::new(log.clone(), pending));
         let level = Arc::new(Level::new(log.clone(), status.clone()));
-        let (dispatcher, dispatching) = Dispatcher::start(store.clone(), submit.clone(), level, MEMORY).unwrap();
-        let (threads, ended) = (vec![projecting, dispatching], watch::Sender::new(false));
+        let (dispatcher, dispatching) =
+            Dispatcher::start(store.clone(), submit.clone(), level, status.clone(), MEMORY).unwrap();
+        let threads = std::iter::once(projecting).chain(dispatching).collect();
+        let ended = watch::Sender::new(false);
         Node { store, submit, dispatcher, status, stop, threads, ended }
     }
 

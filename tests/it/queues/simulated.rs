@@ -249,6 +249,7 @@ impl World<'_> {
             seq: state.done + 1,
             event_kind: "user_message".into(),
             after: state.done,
+            parallel: false,
             attempt: state.failures + 1,
             attempts: ATTEMPTS,
             holder: holder.clone(),
@@ -335,11 +336,16 @@ fn check(store: &Store, seed: u64, view: &View, ledger: &Ledger) {
     for (at, expected) in view.states.iter().enumerate() {
         let (tenant, thread) = (tenant(seed), thread(at));
         let row = store.work(&tenant, &thread, GROUP).unwrap().unwrap_or_default();
-        let lease = row.lease.map(|it| {
+        assert!(
+            row.leases.len() < 2 && row.failed.len() < 2 && row.passed.is_empty(),
+            "seed {seed}, {thread}: {row:?}"
+        );
+        let lease = row.leases.into_iter().next().map(|it| {
             let (id, until) = (Uuid::from_bytes(it.id), it.until);
             Lease { id, seq: it.seq, attempt: it.attempt, holder: it.holder, until }
         });
-        let (group_id, failures) = (Uuid::from_bytes(row.group_id), row.failed.map_or(0, |failed| failed.attempts));
+        let (group_id, failures) =
+            (Uuid::from_bytes(row.group_id), row.failed.first().map_or(0, |failed| failed.attempts));
         assert_eq!(State { group_id, done: row.cursor, failures, lease }, *expected, "seed {seed}, {thread}");
         let finished = ledger.finished(&(tenant, thread, GROUP.to_owned()));
         assert_eq!(finished, (1..=view.heads[at]).collect::<Vec<_>>(), "seed {seed}: each once and in order");

@@ -335,7 +335,14 @@ fn samples_of_what_the_server_writes_are_all_there_and_lack_nothing() {
                 less.as_object_mut().unwrap().remove(&field);
                 needed += usize::from(!schema.is_valid(&less));
             }
-            let optional = ["http.thread", "http.group-settings", "http.lease", "http.settle", "http.dead-letter-act"];
+            let optional = [
+                "http.thread",
+                "http.group-settings",
+                "http.group-pause",
+                "http.lease",
+                "http.settle",
+                "http.dead-letter-act",
+            ];
             assert!(needed > 0 || optional.contains(&&**name), "{name}: {sample}");
         }
     }

@@ -11,11 +11,13 @@ use weft::clock;
 
 use super::{Serving, run};
 use crate::on_both_logs;
-use crate::support::{LogKind, Server, accepted, eventually, has, publish, refused, refused_with, token, weft};
+use crate::reliability::dead_letters::{list, root_of};
+use crate::reliability::letter_acts::post;
+use crate::support::{LogKind, Server, TENANT, accepted, eventually, has, publish, refused, refused_with, token, weft};
 
 const AGENT: &str = "publish subscribe agent";
 
-async fn as_admin(server: &Server, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+pub(super) async fn as_admin(server: &Server, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
     server.http_with(method, path, &token("root", "admin"), body, &[]).await
 }
 
@@ -23,12 +25,12 @@ async fn as_worker(server: &Server, path: &str, body: Value) -> (u16, Value) {
     server.http_with("POST", path, &token("wim", AGENT), Some(body), &[]).await
 }
 
-async fn make(server: &Server, group: &str, settings: Value) {
+pub(super) async fn make(server: &Server, group: &str, settings: Value) {
     let (status, made) = as_admin(server, "PUT", &format!("/v1/groups/{group}"), Some(settings)).await;
     assert_eq!(status, 201, "{made}");
 }
 
-async fn group(server: &Server, group: &str) -> Value {
+pub(super) async fn group(server: &Server, group: &str) -> Value {
     as_admin(server, "GET", &format!("/v1/groups/{group}"), None).await.1
 }
 
@@ -37,20 +39,20 @@ async fn has_workers(server: &Server, name: &str, workers: usize) {
 }
 
 /// What one request leases.
-async fn lease(server: &Server, group: &str, body: Value) -> Vec<Value> {
+pub(super) async fn lease(server: &Server, group: &str, body: Value) -> Vec<Value> {
     let (status, leased) = as_worker(server, &format!("/v1/groups/{group}/lease"), body).await;
     assert_eq!(status, 200, "{leased}");
     leased["work"].as_array().unwrap().clone()
 }
 
 /// The one piece of work that a request waits for.
-async fn lease_one(server: &Server, group: &str) -> Value {
+pub(super) async fn lease_one(server: &Server, group: &str) -> Value {
     let leased = lease(server, group, json!({"wait_ms": 30_000})).await;
     assert_eq!(leased.len(), 1, "{leased:?}");
     leased[0].clone()
 }
 
-async fn settle(server: &Server, work: &Value, outcome: &str) -> (u16, Value) {
+pub(super) async fn settle(server: &Server, work: &Value, outcome: &str) -> (u16, Value) {
     let path = format!("/v1/groups/{}/settle", work["group"].as_str().unwrap());
     as_worker(server, &path, json!({"delivery": work["delivery"], "outcome": outcome})).await
 }
@@ -105,7 +107,9 @@ async fn what_is_wrong_with_a_request_about_a_group_is_said_by_its_field() {
         (json!({"lease_ms": 999}), "lease_ms"),
         (json!({"attempts": 21}), "attempts"),
         (json!({"backoff": {"min_ms": 2, "max_ms": 1}}), "backoff"),
-        (json!({"order": "none"}), "order"),
+        (json!({"order": "some"}), "order"),
+        (json!({"limit": 0}), "limit"),
+        (json!({"overflow": "drop"}), "overflow"),
     ] {
         refused(&as_admin(&server, "PUT", "/v1/groups/h", Some(body)).await.1, "bad_request", field);
     }
@@ -247,6 +251,47 @@ async fn a_group_that_is_paused_gives_nothing_to_who_waits_until_it_is_resumed()
     let (work, resumed) = tokio::join!(lease_one(&server, "g"), resumed);
     assert_eq!(resumed.1["paused"], false);
     has(&work["event"], json!({"thread": "t", "seq": 1}));
+}
+
+#[tokio::test]
+async fn letters_of_work_are_listed_counted_and_requeued_by_their_group() {
+    let server = Server::start(LogKind::embedded());
+    let root = root_of(TENANT);
+    make(&server, "g", json!({})).await;
+    make(&server, "h", json!({"kinds": ["x.job"]})).await;
+    let mut ada = server.connect("ada").await;
+    for thread in ["t", "u"] {
+        ada.say(thread, "do it").await;
+    }
+    accepted(&ada.ask(publish("v", "x.job", json!({}))).await);
+    for group in ["g", "g", "h"] {
+        let work = lease_one(&server, group).await;
+        assert_eq!(settle(&server, &work, "reject").await.0, 200);
+    }
+
+    assert_eq!(list(&server, &root, "").await.len(), 3);
+    let of_h = list(&server, &root, "?group=h").await;
+    assert_eq!(of_h.len(), 1, "{of_h:?}");
+    has(&of_h[0], json!({"name": "h", "reason": "rejected", "thread": "v"}));
+    assert_eq!(list(&server, &root, "?group=g").await.len(), 2);
+    assert_eq!(list(&server, &root, "?group=none").await, Vec::<Value>::new());
+    let counts = async |query: &str| as_admin(&server, "GET", &format!("/v1/dead-letters/counts{query}"), None).await.1;
+    assert_eq!(counts("").await["total"], 3);
+    let of_g = counts("?group=g").await;
+    has(&of_g, json!({"total": 2, "reasons": [{"reason": "rejected", "count": 2}]}));
+    has(&of_g["fingerprints"][0], json!({"kind": "user_message", "count": 2}));
+    assert!(of_g["fingerprints"][0]["oldest"].is_string() && of_g["fingerprints"][1].is_null(), "{of_g}");
+    has(&counts("?group=none").await, json!({"total": 0, "fingerprints": []}));
+
+    let (_, said) = post(&server, &root, "/requeue", json!({"filter": {"group": "g"}})).await;
+    has(&said, json!({"done": 2, "refused": 0}));
+    has(&counts("?group=g").await, json!({"total": 0}));
+    assert_eq!(list(&server, &root, "").await, of_h);
+    let flags = ["--url", &server.url, "--token", &root];
+    let (_, printed, _) = run(&[&["dead-letters", "counts", "--group", "h", "--json"], &flags[..]].concat());
+    has(&serde_json::from_str::<Value>(&printed).unwrap(), json!({"total": 1}));
+    let (_, printed, _) = run(&[&["dead-letters", "--group", "g"], &flags[..]].concat());
+    assert_eq!(printed.trim(), "no dead letters");
 }
 
 /// `weft work` as a user.
@@ -454,13 +499,27 @@ async fn the_command_sets_lists_shows_pauses_and_deletes_groups() {
     assert_eq!((rows.len(), rows[1][0], rows[1][1], rows[1].last()), (2, "jobs", "1", Some(&"paused")), "{listed}");
     assert!(listed.lines().all(|line| line.len() <= 80), "{listed}");
     groups("resume jobs");
+    assert_eq!(groups("pause jobs --thread t").1.trim(), "thread t of jobs is paused");
+    assert!(groups("show jobs").1.contains("paused     t\n"));
+    assert_eq!(groups("resume jobs --thread t").1.trim(), "thread t of jobs is resumed");
+    let (_, set, _) = groups("set jobs --limit 1 --overflow reject --order none");
+    for wanted in ["jobs (overflowing)", "limit      1 waiting, then reject", "order      none", "attempts   2"] {
+        assert!(groups("show jobs").1.contains(wanted), "{wanted} in {set}");
+    }
     let (_, listed, _) = groups("list --json");
     has(&serde_json::from_str::<Value>(&listed).unwrap()["groups"][0], json!({"paused": false, "depth": 1}));
     assert_eq!(groups("delete jobs").1.trim(), "jobs is deleted");
 
     let (code, _, said) = groups("show jobs");
     assert!(code == 1 && said.starts_with("weft: not_found: "), "{said}");
-    for wrong in ["show", "list jobs", "show jobs --attempts 2", "set jobs --from end"] {
+    for wrong in [
+        "show",
+        "list jobs",
+        "show jobs --attempts 2",
+        "set jobs --from end",
+        "show jobs --thread t",
+        "set jobs --order some",
+    ] {
         assert_eq!(groups(wrong).0, 2, "{wrong}");
     }
 }

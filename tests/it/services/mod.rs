@@ -4,6 +4,7 @@ mod analysts;
 mod batch;
 mod contract;
 mod examples;
+mod full;
 mod generated;
 mod groups;
 mod keys;
