@@ -20,9 +20,15 @@ use crate::store::{EventRange, GroupRow, Store, StoreError, WaitingRow};
 const CHUNK: usize = 1_000;
 /// Threads with nothing newer than so long before the group began are not read. Clocks of nodes may differ, but not so much.
 const MARGIN_MS: u64 = 86_400_000;
-/// Adds what is missing of this revision of the group; `false` if the group has another one by now, or is gone. It takes as
-/// long as the tenant has threads: off the runtime's workers.
-pub fn complete(store: &Store, tenant: &str, group: &str, row: &GroupRow) -> Result<bool, StoreError> {
+/// Adds what is missing of this revision of the group; `false` if the group has another one by now or is gone, or if it was to
+/// go on no more. It takes as long as the tenant has threads: off the runtime's workers.
+pub fn complete(
+    store: &Store,
+    tenant: &str,
+    group: &str,
+    row: &GroupRow,
+    goes_on: &dyn Fn() -> bool,
+) -> Result<bool, StoreError> {
     if store.waiting_complete(tenant, group)? == Some(row.revision) {
         return Ok(true);
     }
@@ -36,7 +42,7 @@ pub fn complete(store: &Store, tenant: &str, group: &str, row: &GroupRow) -> Res
                 return Ok(false);
             }
         }
-        if !is_of(store, (tenant, group), row)? {
+        if !goes_on() || !is_of(store, (tenant, group), row)? {
             return Ok(false);
         }
     }
@@ -116,7 +122,7 @@ mod tests {
         rows.put_group("acme", "g", &row(2));
         store.commit(rows).expect("it commits");
 
-        let complete = |revision| complete(&store, "acme", "g", &row(revision)).expect("the store answers");
+        let complete = |revision| complete(&store, "acme", "g", &row(revision), &|| true).expect("the store answers");
         let marked = || store.waiting_complete("acme", "g").expect("the store answers");
         assert_eq!((complete(1), marked()), (false, None));
         assert_eq!((complete(2), marked(), complete(2)), (true, Some([2; 16]), true));

@@ -272,11 +272,11 @@ impl Dispatcher {
             let depth = match store.depth(tenant, group) {
                 Some(depth) => depth,
                 None => {
-                    while !index::complete(&store, tenant, group, &row)? {
+                    while !index::complete(&store, tenant, group, &row, &|| true)? {
                         // It was changed meanwhile.
                         row = store.group(tenant, group)?.ok_or_else(no_group)?;
                     }
-                    store.count_depth(tenant, group, &row)?;
+                    store.count_depth(tenant, group, &row, &|| true)?;
                     store.depth(tenant, group).unwrap_or_default()
                 }
             };

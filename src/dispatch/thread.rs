@@ -370,7 +370,7 @@ impl Thread {
         let (store, inbox, key) = (self.store.clone(), self.inbox.clone(), key.clone());
         let (tenant, name) = (group.tenant.clone(), group.name.clone());
         let complete = move || {
-            let done = panics::caught(|| index::complete(&store, &tenant, &name, &row));
+            let done = panics::caught(|| index::complete(&store, &tenant, &name, &row, &|| true));
             let complete = match done {
                 Ok(Ok(complete)) => complete,
                 Ok(Err(error)) => {

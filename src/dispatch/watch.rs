@@ -70,6 +70,10 @@ impl Bell {
         self.rung.notify_one();
     }
 
+    fn is_closed(&self) -> bool {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).closed
+    }
+
     /// Waits for a tick, or until it is rung; `false` when it is closed.
     fn wait(&self) -> bool {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -155,9 +159,11 @@ impl Watch {
         }
         self.counts_at = None;
         for (tenant, group, row) in self.store.uncounted() {
-            // One that was changed meanwhile is counted by what it is then.
-            let counted = index::complete(&self.store, &tenant, &group, &row)
-                .and_then(|complete| if complete { self.store.count_depth(&tenant, &group, &row) } else { Ok(()) });
+            // The server waits for this thread when it stops.
+            let goes_on = || !self.bell.is_closed();
+            // One that was changed meanwhile is counted as what it is then.
+            let counted = index::complete(&self.store, &tenant, &group, &row, &goes_on)
+                .and_then(|complete| Ok(complete && self.store.count_depth(&tenant, &group, &row, &goes_on)?));
             if let Err(error) = counted {
                 tracing::warn!(%error, group, "what waits for a group cannot be counted");
                 self.counts_at = Some(Instant::now() + AFTER_ERROR);
@@ -196,7 +202,7 @@ impl Watch {
         }
         if shedding.victims.is_empty() || shedding.good_until <= Instant::now() {
             let began = Instant::now();
-            shedding.victims = victims(&self.store, group)?;
+            shedding.victims = victims(&self.store, group, &|| !self.bell.is_closed())?;
             shedding.good_until = Instant::now() + (began.elapsed() * GOOD_FOR).max(TICK);
         }
         let too_many = usize::try_from(group.depth.waiting() - group.row.limit).unwrap_or(usize::MAX);
@@ -274,9 +280,9 @@ impl Watch {
 }
 
 /// What could make room in a group, the first to go at the end.
-fn victims(store: &Store, group: &GroupDepth) -> Result<Vec<Victim>, StoreError> {
+fn victims(store: &Store, group: &GroupDepth, goes_on: &dyn Fn() -> bool) -> Result<Vec<Victim>, StoreError> {
     let mut kept: BinaryHeap<Reverse<Victim>> = BinaryHeap::new();
-    store.visit_waiting(&group.tenant, &group.group, &group.row, |waiting| {
+    store.visit_waiting(&group.tenant, &group.group, &group.row, goes_on, |waiting| {
         if !waiting.is_new {
             return;
         }

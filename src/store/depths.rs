@@ -19,6 +19,9 @@ use super::{GroupRow, Store, StoreError, WaitingRow, WorkChange, WorkRow, keys};
 use crate::clock;
 use crate::protocol::work::Overflow;
 
+/// After so many rows a walk asks whether it is to go on.
+const BETWEEN_ASKED: u64 = 1_000;
+
 /// How much waits for a group.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Depth {
@@ -255,16 +258,17 @@ impl Store {
         groups.find(|(_, kinds)| kinds.iter().any(|it| it == kind)).map(|(group, _)| group.clone())
     }
 
-    /// Visits everything that waits for a group or is worked on, thread by thread and in order. It takes as long as there is
-    /// much: off the runtime's workers.
+    /// Visits everything that waits for a group or is worked on, thread by thread and in order; `false` if it was to go on no
+    /// more. It takes as long as there is much: off the runtime's workers.
     pub fn visit_waiting(
         &self,
         tenant: &str,
         group: &str,
         row: &GroupRow,
+        goes_on: &dyn Fn() -> bool,
         visit: impl FnMut(&Waiting<'_>),
-    ) -> Result<(), StoreError> {
-        self.visit_waiting_in(&self.db.snapshot(), (tenant, group), row, visit)
+    ) -> Result<bool, StoreError> {
+        self.visit_waiting_in(&self.db.snapshot(), (tenant, group), row, goes_on, visit)
     }
 
     fn visit_waiting_in(
@@ -272,8 +276,10 @@ impl Store {
         snapshot: &Snapshot<'_>,
         (tenant, group): (&str, &str),
         row: &GroupRow,
+        goes_on: &dyn Fn() -> bool,
         mut visit: impl FnMut(&Waiting<'_>),
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
+        let mut rows = 0;
         for partition in self.partitions() {
             let prefix = keys::prefix(partition, &[tenant, group]);
             let mut options = ReadOptions::default();
@@ -282,6 +288,10 @@ impl Store {
             let (mut thread, mut work, mut after) = (String::new(), WorkRow::default(), 0);
             for item in snapshot.iterator_cf_opt(&self.family(WAITING), options, IteratorMode::Start) {
                 let (key, value) = item.map_err(|error| self.note(error.into()))?;
+                rows += 1;
+                if rows % BETWEEN_ASKED == 0 && !goes_on() {
+                    return Ok(false);
+                }
                 let Some((in_thread, seq)) = split_waiting(&key[prefix.len()..]) else { continue };
                 let waits: WaitingRow = self.decoded(WAITING, &value)?;
                 if in_thread != thread {
@@ -299,12 +309,18 @@ impl Store {
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
-    /// Counts what waits for a group whose index is complete; `false` if its settings changed meanwhile. It takes as long as
-    /// there is much: off the runtime's workers.
-    pub fn count_depth(&self, tenant: &str, group: &str, row: &GroupRow) -> Result<bool, StoreError> {
+    /// Counts what waits for a group whose index is complete; `false` if its settings changed meanwhile, or it was to go on no
+    /// more. It takes as long as there is much: off the runtime's workers.
+    pub fn count_depth(
+        &self,
+        tenant: &str,
+        group: &str,
+        row: &GroupRow,
+        goes_on: &dyn Fn() -> bool,
+    ) -> Result<bool, StoreError> {
         let walk = self.depths.walks.fetch_add(1, Ordering::Relaxed) as u64;
         let is_this = |entry: &Entry| (entry.row.id, entry.row.revision) == (row.id, row.revision);
         let mut found = false;
@@ -324,7 +340,7 @@ impl Store {
         }
 
         let (mut events, mut in_flight, mut last) = (0, 0, None);
-        self.visit_waiting_in(&snapshot, (tenant, group), row, |waiting| {
+        let is_whole = self.visit_waiting_in(&snapshot, (tenant, group), row, goes_on, |waiting| {
             events += 1;
             if last.as_deref() != Some(waiting.thread) {
                 in_flight += waiting.work.leases.len() as i64;
@@ -334,7 +350,7 @@ impl Store {
         drop(snapshot);
         let mut counted = false;
         self.depths.change(&mut self.depths.groups(), tenant, group, |entry| {
-            if entry.state == State::Counting(walk) {
+            if is_whole && entry.state == State::Counting(walk) {
                 entry.events += events;
                 entry.in_flight += in_flight;
                 (entry.state, counted) = (State::Counted, true);
@@ -423,7 +439,7 @@ mod tests {
         put_group(&store, Some(&row));
         (1..=5).for_each(|seq| arrive(&store, seq));
         assert_eq!(counts(&store), None, "nobody has counted");
-        assert!(store.count_depth("acme", "g", &row).expect("it is read"));
+        assert!(store.count_depth("acme", "g", &row, &|| true).expect("it is read"));
         assert_eq!(counts(&store), Some((5, 0)));
 
         work(&store, 0, Some(1), 0);
@@ -437,8 +453,11 @@ mod tests {
         let changed = GroupRow { revision: [3; 16], ..row.clone() };
         put_group(&store, Some(&changed));
         assert_eq!(counts(&store), None);
-        assert!(!store.count_depth("acme", "g", &row).expect("it is read"), "of these settings nobody wants to know");
-        assert!(store.count_depth("acme", "g", &changed).expect("it is read"));
+        assert!(
+            !store.count_depth("acme", "g", &row, &|| true).expect("it is read"),
+            "of these settings nobody wants to know"
+        );
+        assert!(store.count_depth("acme", "g", &changed, &|| true).expect("it is read"));
         assert_eq!(counts(&store), Some((5, 1)));
         put_group(&store, None);
         assert!(counts(&store).is_none() && store.uncounted().is_empty() && store.depths(|_, _, _| true).is_empty());
@@ -455,10 +474,24 @@ mod tests {
             for n in 2..20 {
                 let row = GroupRow { revision: [n; 16], ..group(100, Overflow::Accept) };
                 put_group(&store, Some(&row));
-                assert!(store.count_depth("acme", "g", &row).expect("it is read"));
+                assert!(store.count_depth("acme", "g", &row, &|| true).expect("it is read"));
             }
         });
         assert_eq!(counts(&store), Some((2_000, 0)));
+    }
+
+    #[test]
+    fn a_walk_that_is_to_go_on_no_more_ends_and_another_one_counts() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(folder.path()).expect("it opens");
+        store.listen_to_work(|_| {}).expect("it is read");
+        let row = group(10_000, Overflow::Accept);
+        put_group(&store, Some(&row));
+        (1..=BETWEEN_ASKED).for_each(|seq| arrive(&store, seq));
+        assert!(!store.count_depth("acme", "g", &row, &|| false).expect("it is read"));
+        assert_eq!((counts(&store), store.uncounted().len()), (None, 1));
+        assert!(store.count_depth("acme", "g", &row, &|| true).expect("it is read"));
+        assert_eq!(counts(&store), Some((BETWEEN_ASKED, 0)));
     }
 
     #[test]
@@ -470,7 +503,7 @@ mod tests {
         let row = group(2, Overflow::Reject);
         put_group(&store, Some(&row));
         arrive(&store, 1);
-        store.count_depth("acme", "g", &row).expect("it is read");
+        store.count_depth("acme", "g", &row, &|| true).expect("it is read");
         assert!(!full("x.job"));
         arrive(&store, 2);
         assert!(full("x.job") && !full("x.other"));
