@@ -126,6 +126,10 @@ impl Document {
                 let most = bound("maximum").unwrap_or(least + 1_000);
                 (least..=most).prop_map(Value::from).boxed()
             }
+            "number" => {
+                let bound = |name: &str, other| fields.get(name).and_then(Value::as_f64).unwrap_or(other);
+                (bound("minimum", 0.0)..=bound("maximum", 1_000.0)).prop_map(Value::from).boxed()
+            }
             "string" if fields.contains_key("pattern") => "x\\.[a-z]{1,8}".prop_map(Value::from).boxed(),
             "string" => {
                 let (least, most) = (bound("minLength").unwrap_or(0), bound("maxLength").unwrap_or(12).min(12));
