@@ -57,8 +57,7 @@ pub fn find(
     (tenant, name, thread): (&str, &str, &str),
     group: &GroupRow,
 ) -> Result<(Vec<Found>, WorkRow), StoreError> {
-    let work = store.work(tenant, thread, name)?.filter(|work| work.group_id == group.id);
-    let work = work.unwrap_or_default();
+    let work = store.work_of(tenant, thread, name, &group.id)?;
     let is_parallel = group.order == WorkOrder::None;
     let mut begun: BTreeSet<u64> = work.leases.iter().map(|lease| lease.seq).collect();
     if is_parallel {
@@ -112,8 +111,8 @@ pub fn oldest(store: &Store, tenant: &str, group: &str, row: &GroupRow) -> Resul
         let (heads, next) = store.waiting_threads(tenant, group, start, CHUNK)?;
         (from, left) = (next, left.saturating_sub(heads.len()));
         for head in heads {
-            let work = store.work(tenant, &head.thread, group)?.filter(|work| work.group_id == row.id);
-            let waits = work.is_none_or(|work| !work.is_past(head.seq)) && row.wants(&head.row.kind, head.row.at);
+            let work = store.work_of(tenant, &head.thread, group, &row.id)?;
+            let waits = !work.is_past(head.seq) && row.wants(&head.row.kind, head.row.at);
             let at = match waits {
                 true => Some(head.row.at),
                 // It is of former settings, or was requeued.

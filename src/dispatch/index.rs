@@ -59,8 +59,7 @@ fn is_of(store: &Store, (tenant, group): (&str, &str), row: &GroupRow) -> Result
 
 fn complete_thread(store: &Store, whose: (&str, &str), thread: &str, row: &GroupRow) -> Result<bool, StoreError> {
     let (tenant, group) = whose;
-    let work = store.work(tenant, thread, group)?.filter(|work| work.group_id == row.id);
-    let work = work.unwrap_or_default();
+    let work = store.work_of(tenant, thread, group, &row.id)?;
     let mut from = work.cursor + 1;
     loop {
         let (mut batch, mut read) = (store.batch(), 0);
@@ -95,28 +94,13 @@ pub fn waiting_row(frame: &str, class: u8) -> Option<WaitingRow> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::work::{Overflow, WorkOrder};
     use crate::store::ThreadRow;
 
     #[test]
     fn an_index_is_completed_for_a_group_as_it_is_and_for_no_revision_before() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let store = Store::open(folder.path()).expect("it opens");
-        let row = |revision| GroupRow {
-            id: [1; 16],
-            created_at: 0,
-            kinds: vec!["x.job".to_owned()],
-            from: 0,
-            lease_ms: 1_000,
-            attempts: 1,
-            backoff_min_ms: 0,
-            backoff_max_ms: 0,
-            limit: 100_000,
-            overflow: Overflow::Accept,
-            order: WorkOrder::Thread,
-            paused: false,
-            revision: [revision; 16],
-        };
+        let row = |revision| GroupRow { revision: [revision; 16], ..GroupRow::of_tests() };
         let mut rows = store.batch();
         rows.put_thread("acme", "t", &ThreadRow::default());
         rows.put_group("acme", "g", &row(2));

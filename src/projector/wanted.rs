@@ -112,30 +112,11 @@ impl Wanted {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::work::{Overflow, WorkOrder};
-
-    fn group() -> GroupRow {
-        GroupRow {
-            id: [1; 16],
-            created_at: 0,
-            kinds: vec!["x.job".to_owned()],
-            from: 0,
-            lease_ms: 1_000,
-            attempts: 1,
-            backoff_min_ms: 0,
-            backoff_max_ms: 0,
-            limit: 100_000,
-            overflow: Overflow::Accept,
-            order: WorkOrder::Thread,
-            paused: false,
-            revision: [1; 16],
-        }
-    }
 
     #[test]
     fn only_a_group_that_was_made_later_is_newer_than_another_of_its_name() {
         let mut wanted = Wanted::default();
-        wanted.set("acme", "g", Some(&GroupRow { id: [2; 16], ..group() }));
+        wanted.set("acme", "g", Some(&GroupRow { id: [2; 16], ..GroupRow::of_tests() }));
         let newer = [1, 2, 3].map(|id| wanted.is_newer("acme", "g", &[id; 16]));
         assert_eq!(newer, [true, false, false]);
         assert!(!wanted.is_newer("acme", "other", &[1; 16]) && !wanted.is_newer("other", "g", &[1; 16]));
@@ -150,7 +131,7 @@ mod tests {
         let get = || shared.get(&store).expect("it is read");
         let (before, other, mut changes) = (get(), get(), get());
         assert!(commit(before), "nothing has changed");
-        changes.set("acme", "g", Some(&group()));
+        changes.set("acme", "g", Some(&GroupRow::of_tests()));
         assert!(commit(changes));
         assert!(!commit(other), "it did not know of the group");
 

@@ -36,6 +36,26 @@ impl GroupRow {
     pub fn wants(&self, kind: &str, at: u64) -> bool {
         at >= self.from && self.kinds.iter().any(|wanted| wanted == kind)
     }
+
+    /// A group as unit tests have it, whose work are all events of the kind `x.job`.
+    #[cfg(test)]
+    pub fn of_tests() -> GroupRow {
+        GroupRow {
+            id: [1; 16],
+            created_at: 0,
+            kinds: vec!["x.job".to_owned()],
+            from: 0,
+            lease_ms: 30_000,
+            attempts: 5,
+            backoff_min_ms: 0,
+            backoff_max_ms: 0,
+            limit: 100_000,
+            overflow: Overflow::Accept,
+            order: WorkOrder::Thread,
+            paused: false,
+            revision: [1; 16],
+        }
+    }
 }
 
 /// An event that waits for a group, or that did: what is up to the thread's cursor is done.
@@ -111,7 +131,7 @@ impl WorkRow {
 
     /// Whether somebody works on an event, or has tried to and will again.
     pub fn is_begun(&self, seq: u64) -> bool {
-        self.leases.iter().any(|lease| lease.seq == seq) || self.failed.iter().any(|failed| failed.seq == seq)
+        self.lease_on(seq).is_some() || self.failed_at(seq).is_some()
     }
 
     pub fn lease_on(&self, seq: u64) -> Option<&LeaseRow> {
@@ -184,6 +204,12 @@ impl Store {
     /// How far a group is with a thread, if it has done anything there.
     pub fn work(&self, tenant: &str, thread: &str, group: &str) -> Result<Option<WorkRow>, StoreError> {
         self.get(WORK, &keys::joined(self.partition(tenant, thread), &[tenant, thread, group]))
+    }
+
+    /// How far the group with this id is with a thread: another one of its name does not count.
+    pub fn work_of(&self, tenant: &str, thread: &str, group: &str, id: &[u8; 16]) -> Result<WorkRow, StoreError> {
+        let work = self.work(tenant, thread, group)?.filter(|work| work.group_id == *id);
+        Ok(work.unwrap_or_default())
     }
 
     /// The threads of which a group with this id gives out no work, and since when: up to `limit` of them.

@@ -1,28 +1,13 @@
 //! A group that has room for few, and what is looked at, left out and found.
 
 use super::*;
-use crate::protocol::work::Overflow;
 use crate::store::{FailedRow, LeaseRow, PassedRow, WaitingRow, WorkRow};
 
 const NOW: u64 = 1_800_000_000_000;
 const ID: [u8; 16] = [1; 16];
 
 fn group_row() -> GroupRow {
-    GroupRow {
-        id: ID,
-        created_at: NOW,
-        kinds: vec!["x.job".to_owned()],
-        from: 0,
-        lease_ms: 30_000,
-        attempts: 5,
-        backoff_min_ms: 0,
-        backoff_max_ms: 0,
-        limit: 100_000,
-        overflow: Overflow::Accept,
-        order: WorkOrder::Thread,
-        paused: false,
-        revision: ID,
-    }
+    GroupRow { created_at: NOW, ..GroupRow::of_tests() }
 }
 
 fn arrive(store: &Store, user: &str, thread: &str, kind: &str) {

@@ -8,12 +8,11 @@ use serde_json::json;
 use uuid::Uuid;
 use weft::clock;
 use weft::log::Record;
-use weft::log::embedded::EmbeddedLog;
 use weft::protocol::work::{Settlement, WorkLeasedRecord, WorkOverflowedRecord, WorkPausedRecord};
 use weft::store::Store;
 
-use super::projector::{Split, append, entries, project, record};
-use super::work::{ATTEMPTS, BEGIN, GROUP, LEASE, THREADS, lease_record, letters, settled};
+use super::projector::record;
+use super::work::{ATTEMPTS, BEGIN, GROUP, LEASE, THREADS, comes_to, lease_record, letters, settled};
 use crate::support::TENANT;
 
 const GROUP_ID: Uuid = Uuid::from_bytes([1; 16]);
@@ -220,8 +219,6 @@ proptest! {
         steps in proptest::collection::vec(step(), 1..150),
         restarts in proptest::collection::vec((1..20usize, proptest::bool::weighted(0.3)), 1..6),
     ) {
-        let folder = tempfile::tempdir().unwrap();
-        let log = EmbeddedLog::open(&folder.path().join("log"), 1).unwrap();
         let (mut model, mut now) = (Model::default(), BEGIN);
         let (records, counts): (Vec<Record>, Vec<bool>) = steps
             .iter()
@@ -230,17 +227,6 @@ proptest! {
                 model.step(now, act)
             })
             .unzip();
-        append(&log, records);
-
-        let entries = entries(&log);
-        let (at_once, verdicts) = project(&log, &entries, &folder.path().join("at-once"), &[(usize::MAX / 2, false)]);
-        prop_assert_eq!(verdicts.iter().map(Result::is_ok).collect::<Vec<_>>(), counts);
-        check(&at_once, &model);
-        let restarts: Vec<Split> = restarts;
-        let (split, again) = project(&log, &entries, &folder.path().join("split"), &restarts);
-        prop_assert_eq!(&verdicts, &again);
-        if let Err(differs) = weft::projector::rebuild::compare(&at_once, &split) {
-            return Err(TestCaseError::fail(differs.to_string()));
-        }
+        comes_to(records, &counts, &restarts, |store| check(store, &model))?;
     }
 }

@@ -233,6 +233,28 @@ pub(super) fn letters(store: &Store, thread: &str) -> BTreeMap<u64, String> {
     dead
 }
 
+/// Projects a log of these records at once and split up: of each it is as expected whether it counts, what they come to is what
+/// `check` says, and it is the same both times.
+pub(super) fn comes_to(
+    records: Vec<Record>,
+    counts: &[bool],
+    restarts: &[Split],
+    check: impl FnOnce(&Store),
+) -> Result<(), TestCaseError> {
+    let folder = tempfile::tempdir().unwrap();
+    let log = EmbeddedLog::open(&folder.path().join("log"), 1).unwrap();
+    append(&log, records);
+
+    let entries = entries(&log);
+    let (at_once, verdicts) = project(&log, &entries, &folder.path().join("at-once"), &[(usize::MAX / 2, false)]);
+    prop_assert_eq!(verdicts.iter().map(Result::is_ok).collect::<Vec<_>>(), counts);
+    check(&at_once);
+    let (split, again) = project(&log, &entries, &folder.path().join("split"), restarts);
+    prop_assert_eq!(&verdicts, &again);
+    let differs = weft::projector::rebuild::compare(&at_once, &split).err();
+    differs.map_or(Ok(()), |differs| Err(TestCaseError::fail(differs.to_string())))
+}
+
 fn check(store: &Store, model: &Model) {
     for (thread, expected) in THREADS.into_iter().zip(&model.threads) {
         let row = store.work(TENANT, thread, GROUP).unwrap().unwrap_or_default();
@@ -255,8 +277,6 @@ proptest! {
         steps in proptest::collection::vec(step(), 1..120),
         restarts in proptest::collection::vec((1..20usize, proptest::bool::weighted(0.3)), 1..6),
     ) {
-        let folder = tempfile::tempdir().unwrap();
-        let log = EmbeddedLog::open(&folder.path().join("log"), 1).unwrap();
         let (mut model, mut now) = (Model::default(), BEGIN);
         let (records, counts): (Vec<Record>, Vec<bool>) = steps
             .iter()
@@ -265,18 +285,7 @@ proptest! {
                 model.step(now, *thread, act)
             })
             .unzip();
-        append(&log, records);
-
-        let entries = entries(&log);
-        let (at_once, verdicts) = project(&log, &entries, &folder.path().join("at-once"), &[(usize::MAX / 2, false)]);
-        prop_assert_eq!(verdicts.iter().map(Result::is_ok).collect::<Vec<_>>(), counts);
-        check(&at_once, &model);
-        let restarts: Vec<Split> = restarts;
-        let (split, again) = project(&log, &entries, &folder.path().join("split"), &restarts);
-        prop_assert_eq!(&verdicts, &again);
-        if let Err(differs) = weft::projector::rebuild::compare(&at_once, &split) {
-            return Err(TestCaseError::fail(differs.to_string()));
-        }
+        comes_to(records, &counts, &restarts, |store| check(store, &model))?;
     }
 }
 
