@@ -54,7 +54,10 @@ pub struct GroupDepth {
     pub tenant: String,
     pub group: String,
     pub row: GroupRow,
-    pub depth: Depth,
+    /// Nothing if that is not counted yet.
+    pub depth: Option<Depth>,
+    /// When something last changed there; milliseconds.
+    pub changed_at: u64,
 }
 
 /// An event that waits for a group, or is worked on.
@@ -221,14 +224,20 @@ impl Store {
         self.depths.groups().get(tenant)?.get(group)?.depth()
     }
 
-    /// Of those that are counted, the groups for which `wanted` holds, of settings, depth and when something last changed
-    /// (milliseconds).
-    pub fn depths(&self, wanted: impl Fn(&GroupRow, &Depth, u64) -> bool) -> Vec<GroupDepth> {
+    /// The groups for which `wanted` holds, of settings, depth (if that is counted) and when something last changed
+    /// (milliseconds). Commits wait while it looks.
+    pub fn depths(&self, mut wanted: impl FnMut(&GroupRow, Option<Depth>, u64) -> bool) -> Vec<GroupDepth> {
         let groups = self.depths.groups();
         let all = groups.iter().flat_map(|(tenant, of_tenant)| of_tenant.iter().map(move |it| (tenant, it)));
         let found = all.filter_map(|(tenant, (group, entry))| {
-            let depth = entry.depth().filter(|depth| wanted(&entry.row, depth, entry.changed_at))?;
-            Some(GroupDepth { tenant: tenant.clone(), group: group.clone(), row: entry.row.clone(), depth })
+            let (depth, changed_at) = (entry.depth(), entry.changed_at);
+            wanted(&entry.row, depth, changed_at).then(|| GroupDepth {
+                tenant: tenant.clone(),
+                group: group.clone(),
+                row: entry.row.clone(),
+                depth,
+                changed_at,
+            })
         });
         found.collect()
     }
@@ -238,14 +247,6 @@ impl Store {
         let groups = self.depths.groups();
         let all = groups.values().flat_map(HashMap::values).filter_map(Entry::depth);
         all.fold((0, 0), |(waiting, full), depth| (waiting + depth.waiting(), full + usize::from(depth.overflowing)))
-    }
-
-    /// Groups of which it is to be counted how much waits.
-    pub fn uncounted(&self) -> Vec<(String, String, GroupRow)> {
-        let groups = self.depths.groups();
-        let all = groups.iter().flat_map(|(tenant, of_tenant)| of_tenant.iter().map(move |it| (tenant, it)));
-        let uncounted = all.filter(|(_, (_, entry))| entry.state != State::Counted);
-        uncounted.map(|(tenant, (group, entry))| (tenant.clone(), group.clone(), entry.row.clone())).collect()
     }
 
     /// The group, if there is one, that has no room for an event of this kind.
@@ -363,27 +364,12 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::work::WorkOrder;
     use crate::store::LeaseRow;
 
     const ID: [u8; 16] = [1; 16];
 
     fn group(limit: u64, overflow: Overflow) -> GroupRow {
-        GroupRow {
-            id: ID,
-            created_at: 0,
-            kinds: vec!["x.job".to_owned()],
-            from: 0,
-            lease_ms: 1_000,
-            attempts: 1,
-            backoff_min_ms: 0,
-            backoff_max_ms: 0,
-            limit,
-            overflow,
-            order: WorkOrder::Thread,
-            paused: false,
-            revision: ID,
-        }
+        GroupRow { limit, overflow, ..GroupRow::of_tests() }
     }
 
     fn put_group(store: &Store, row: Option<&GroupRow>) {
@@ -460,7 +446,7 @@ mod tests {
         assert!(store.count_depth("acme", "g", &changed, &|| true).expect("it is read"));
         assert_eq!(counts(&store), Some((5, 1)));
         put_group(&store, None);
-        assert!(counts(&store).is_none() && store.uncounted().is_empty() && store.depths(|_, _, _| true).is_empty());
+        assert!(counts(&store).is_none() && store.depths(|_, _, _| true).is_empty());
     }
 
     #[test]
@@ -489,7 +475,7 @@ mod tests {
         put_group(&store, Some(&row));
         (1..=BETWEEN_ASKED).for_each(|seq| arrive(&store, seq));
         assert!(!store.count_depth("acme", "g", &row, &|| false).expect("it is read"));
-        assert_eq!((counts(&store), store.uncounted().len()), (None, 1));
+        assert_eq!((counts(&store), store.depths(|_, depth, _| depth.is_none()).len()), (None, 1));
         assert!(store.count_depth("acme", "g", &row, &|| true).expect("it is read"));
         assert_eq!(counts(&store), Some((BETWEEN_ASKED, 0)));
     }

@@ -25,6 +25,21 @@ async fn make_counted(server: &Server, name: &str, settings: Value) {
     has(&group(server, name).await, json!({"depth": 0, "overflowing": false}));
 }
 
+/// So many jobs, in five threads.
+async fn publish_jobs(server: &Server, jobs: usize) {
+    let mut ada = server.connect("ada").await;
+    for n in 0..jobs {
+        let mut command = publish(&format!("t{}", n % 5), "x.job", json!({}));
+        command["id"] = n.into();
+        ada.send(&command).await;
+        if n % 50 == 49 {
+            for _ in 0..50 {
+                ada.recv_type("published").await;
+            }
+        }
+    }
+}
+
 async fn readiness(server: &Server) -> (u16, Value) {
     server.http("GET", "/readyz", "ada", None).await
 }
@@ -112,17 +127,7 @@ on_both_logs!(the_oldest_of_the_lowest_priority_makes_room_and_is_work_again_onc
 async fn a_group_that_begins_with_more_than_its_limit_makes_letters_of_the_rest_bit_by_bit() {
     const EVENTS: usize = 700;
     let server = Server::start_unlimited(LogKind::embedded());
-    let mut ada = server.connect("ada").await;
-    for n in 0..EVENTS {
-        let mut command = publish(&format!("t{}", n % 5), "x.job", json!({}));
-        command["id"] = n.into();
-        ada.send(&command).await;
-        if n % 50 == 49 {
-            for _ in 0..50 {
-                ada.recv_type("published").await;
-            }
-        }
-    }
+    publish_jobs(&server, EVENTS).await;
     let began = Instant::now();
     make(&server, "g", json!({"kinds": ["x.job"], "from": "start", "limit": 100, "overflow": "dead_letter"})).await;
     let waiting = async || group(&server, "g").await["depth"].as_u64().unwrap();
@@ -131,6 +136,30 @@ async fn a_group_that_begins_with_more_than_its_limit_makes_letters_of_the_rest_
     assert!(began.elapsed() >= Duration::from_millis(400), "{:?}", began.elapsed());
     let (_, counts) = as_admin(&server, "GET", "/v1/dead-letters/counts?group=g", None).await;
     has(&counts, json!({"total": EVENTS - 100}));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_that_is_far_beyond_its_limit_holds_up_no_other_that_makes_room() {
+    const EVENTS: usize = 2_000;
+    let server = Server::start_unlimited(LogKind::embedded());
+    let groups = ["a", "b", "c"];
+    for name in groups {
+        make_counted(&server, name, json!({"limit": 100, "overflow": "dead_letter"})).await;
+    }
+    publish_jobs(&server, EVENTS).await;
+    let mut times = Vec::new();
+    for name in groups {
+        eventually("no more wait than may", async || group(&server, name).await["depth"] == 100).await;
+        let (_, counts) = as_admin(&server, "GET", &format!("/v1/dead-letters/counts?group={name}"), None).await;
+        has(&counts, json!({"total": EVENTS - 100}));
+        let of_overflow = &counts["fingerprints"][0];
+        times.push(
+            ["oldest", "newest"].map(|it| of_overflow[it].as_str().unwrap_or_else(|| panic!("{counts}")).to_owned()),
+        );
+    }
+    let first = times.iter().map(|[first, _]| first).max();
+    let last = times.iter().map(|[_, last]| last).min();
+    assert!(first < last, "one after the other: {times:?}");
 }
 
 on_both_logs!(a_thread_that_is_paused_holds_up_no_other_and_its_wait_counts_as_paused, |log| async move {
