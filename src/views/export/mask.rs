@@ -85,7 +85,9 @@ impl Masks {
         let mut begin = 0;
         for token in tokens {
             let end = begin + token.text.len();
-            let mine = found.iter().filter(|(range, _)| range.start < end && range.end > begin);
+            // They are in order and do not overlap.
+            let first = found.partition_point(|(range, _)| range.end <= begin);
+            let mine = found[first..].iter().take_while(|(range, _)| range.start < end);
             let (mut text, mut from, mut hit) = (String::new(), begin, false);
             for (range, label) in mine {
                 hit = true;

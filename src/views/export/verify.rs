@@ -97,6 +97,7 @@ impl<R: BufRead> Lines<R> {
     /// The next one, with its end; empty at the end of the file.
     fn next(&mut self) -> Result<&[u8], Flaw> {
         self.line.clear();
+        let mut is_open = false;
         loop {
             let before = self.line.len();
             let room = (MAX_LINE - before) as u64 + 1;
@@ -106,7 +107,7 @@ impl<R: BufRead> Lines<R> {
             if self.line.len() > MAX_LINE {
                 return Err(self.flaw("it is longer than any line of an export"));
             }
-            let is_open = self.line.iter().filter(|byte| **byte == b'"').count() % 2 == 1;
+            is_open ^= self.line[before..].iter().filter(|byte| **byte == b'"').count() % 2 == 1;
             if read == 0 || self.format != Format::Csv || !is_open {
                 return Ok(&self.line);
             }
