@@ -1,14 +1,14 @@
 //! `weft export`: writes what `GET /v1/export` sends, and goes on where that was cut off.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, IsTerminal, Write};
+use std::io::{self, BufReader, IsTerminal, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::common::{Failure, Server, segment};
 use crate::client::{ClientError, Http};
-use crate::views::export::verify::{self, Resume};
-use crate::views::export::{Format, Note};
+use crate::views::export::verify::{self, Flaw};
+use crate::views::export::{Format, Header, Note};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -82,9 +82,8 @@ fn put(path: &mut String, name: &str, value: Option<&str>) {
     }
 }
 
-/// The request that a file's first line is the answer to, and goes on after its last mark.
-fn path_of(resume: &Resume) -> String {
-    let header = &resume.header;
+/// The request that a file's first line is the answer to, or what follows the mark with this cursor.
+fn path_of(header: &Header, cursor: Option<&String>) -> String {
     let format = Format::ALL.into_iter().find(|(_, format)| *format == header.format).map_or("jsonl", |(name, _)| name);
     let mut path = format!("/v1/export?format={format}");
     let positions: Vec<String> = header.positions.iter().map(u64::to_string).collect();
@@ -97,7 +96,7 @@ fn path_of(resume: &Resume) -> String {
         ("kinds", header.kinds.as_ref()),
         ("from", header.from.as_ref()),
         ("mask", header.mask.as_ref()),
-        ("cursor", resume.cursor.as_ref()),
+        ("cursor", cursor),
     ];
     for (name, value) in parameters {
         put(&mut path, name, value.map(String::as_str));
@@ -105,25 +104,26 @@ fn path_of(resume: &Resume) -> String {
     path
 }
 
-fn look(file: &Path) -> Result<Resume, Failure> {
+/// What is in a file, as far as `look` reads it.
+fn look<T>(file: &Path, look: impl FnOnce(BufReader<File>) -> Result<T, Flaw>) -> Result<T, Failure> {
     let open = File::open(file).map_err(|error| format!("{}: {error}", file.display()))?;
-    Ok(verify::resume(BufReader::new(open)).map_err(|flaw| format!("{}: {flaw}", file.display()))?)
+    Ok(look(BufReader::new(open)).map_err(|flaw| format!("{}: {flaw}", file.display()))?)
 }
 
 pub async fn run(args: Args) -> Result<(), Failure> {
     let (path, begin) = match (&args.out, &args.repeat) {
         (Some(out), None) if args.resume => {
-            let found = look(out)?;
+            let found = look(out, verify::resume)?;
             if found.is_complete {
                 eprintln!("weft export: {} is complete", out.display());
                 return Ok(());
             }
-            (path_of(&found), found.bytes)
+            (path_of(&found.header, found.cursor.as_ref()), found.bytes)
         }
-        (_, Some(file)) => (path_of(&Resume { cursor: None, ..look(file)? }), 0),
+        (_, Some(file)) => (path_of(&look(file, verify::header)?, None), 0),
         _ => (args.path(), 0),
     };
-    let mut sink = Sink::open(args.out.as_deref(), begin, args.resume)?;
+    let mut sink = Sink::new(args.out.clone(), begin, args.resume)?;
     let mut http = Http::connect(&args.server.url, &args.server.token).await?;
     let sent = http.get_in_pieces(&path, |piece| sink.write(&piece)).await;
     let closed = sink.close();
@@ -132,11 +132,17 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         // Whoever reads has gone away, as `head` does.
         Err(Stop::Reader) => Ok(()),
         Err(Stop::Client(error @ ClientError::Refused { .. })) => Err(error.into()),
-        Err(Stop::Client(ClientError::Lost(_)) | Stop::Failed(_)) if args.out.is_some() => {
+        Err(Stop::Client(ClientError::Lost(_))) if sink.file.is_some() => {
             Err("the export was cut off; go on with --resume".into())
         }
         Err(Stop::Client(error)) => Err(error.into()),
-        Err(Stop::Failed(error)) => Err(error.into()),
+        Err(Stop::Failed(error)) => match &args.out {
+            Some(out) if sink.file.is_some() => {
+                Err(format!("{}: {error}: the export was cut off; go on with --resume", out.display()).into())
+            }
+            Some(out) => Err(format!("{}: {error}", out.display()).into()),
+            None => Err(error.into()),
+        },
     }
 }
 
@@ -155,7 +161,10 @@ impl From<ClientError> for Stop {
 
 /// Where the export goes, and how far it is.
 struct Sink {
+    out: Option<PathBuf>,
+    /// `out`, once something was written to it.
     file: Option<File>,
+    resume: bool,
     /// The end of the body, to tell a whole export from one that was cut off.
     tail: Vec<u8>,
     bytes: u64,
@@ -168,26 +177,34 @@ const TAIL: usize = 4 << 10;
 const SHOW_EVERY: Duration = Duration::from_millis(500);
 
 impl Sink {
-    /// A file is opened when the first piece comes in, so that a request that is refused leaves what was there.
-    fn open(out: Option<&Path>, begin: u64, resume: bool) -> Result<Sink, Failure> {
-        let file = match out {
-            None => None,
-            Some(out) => {
-                let failed = |error: io::Error| format!("{}: {error}", out.display());
-                let options = OpenOptions::new().write(true).create(true).truncate(false).open(out);
-                let file = options.map_err(failed)?;
-                if !resume && file.metadata().map_err(failed)?.len() > 0 {
-                    return Err(format!("{} is there already: --resume goes on with it", out.display()).into());
-                }
-                file.set_len(begin).map_err(failed)?;
-                io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(failed)?;
-                Some(file)
+    /// `begin`: how much of the file is kept, if the export goes on with it.
+    fn new(out: Option<PathBuf>, begin: u64, resume: bool) -> Result<Sink, Failure> {
+        let now = Instant::now();
+        let sink = Sink { out, file: None, resume, tail: Vec::new(), bytes: begin, begun: now, shown: now };
+        match &sink.out {
+            Some(out) if !resume && out.metadata().is_ok_and(|it| it.len() > 0) => {
+                Err(format!("{} is there already: --resume goes on with it", out.display()).into())
             }
-        };
-        Ok(Sink { file, tail: Vec::new(), bytes: begin, begun: Instant::now(), shown: Instant::now() })
+            _ => Ok(sink),
+        }
+    }
+
+    /// A file is opened, and what follows the last mark cut off, when the first piece comes in: a request that fails leaves
+    /// what was there.
+    fn open(&self, out: &Path) -> io::Result<File> {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(out)?;
+        if !self.resume && file.metadata()?.len() > 0 {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        file.set_len(self.bytes)?;
+        file.seek(SeekFrom::End(0))?;
+        Ok(file)
     }
 
     fn write(&mut self, piece: &[u8]) -> Result<(), Stop> {
+        if let (Some(out), None) = (&self.out, &self.file) {
+            self.file = Some(self.open(out).map_err(Stop::Failed)?);
+        }
         let written = match &mut self.file {
             Some(file) => file.write_all(piece),
             None => io::stdout().lock().write_all(piece),

@@ -60,6 +60,11 @@ pub fn verify(file: impl BufRead) -> Result<Verified, Flaw> {
     Ok(Verified { header, lines: data, threads, proved, partly, digest })
 }
 
+/// What an export is of. Nothing after that is read.
+pub fn header(file: impl BufRead) -> Result<Header, Flaw> {
+    Ok(Check::begin(file)?.header)
+}
+
 /// Finds the last mark before which everything is as it should be. What is wrong after that counts as cut off.
 pub fn resume(file: impl BufRead) -> Result<Resume, Flaw> {
     let mut check = Check::begin(file)?;

@@ -312,6 +312,38 @@ async fn an_export_that_was_cut_off_anywhere_goes_on_to_the_same_bytes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_is_as_it_was_until_the_first_bytes_come_that_follow_it() {
+    let mut server = Server::start(LogKind::embedded());
+    conversations(&server).await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("cut");
+    let path = file.to_str().unwrap();
+    // It has no mark: all of it would be asked for again.
+    let whole = export(&server, "").await.into_bytes();
+    let cut = &whole[..whole.len() - 10];
+    std::fs::write(&file, cut).unwrap();
+    let resume = ["export", "--resume", "--out", path, "--url", &server.url, "--token"];
+    let refused = weft().args(resume).arg(token("ada", "")).output().unwrap();
+    assert!(refused.status.code() == Some(1) && said(&refused).contains("forbidden"), "{}", said(&refused));
+    assert!(std::fs::read(&file).unwrap() == cut);
+    let new = folder.path().join("new");
+    let refused =
+        weft().args(["export", "--out", new.to_str().unwrap(), "--url", &server.url, "--token", "x"]).output();
+    assert_eq!((refused.unwrap().status.code(), new.exists()), (Some(1), false));
+
+    server.stop().await;
+    let away = run(&server, &["export", "--resume", "--out", path]);
+    assert_eq!(away.status.code(), Some(1), "{}", said(&away));
+    assert!(std::fs::read(&file).unwrap() == cut);
+
+    server.up();
+    server.ready().await;
+    let resumed = run(&server, &["export", "--resume", "--out", path]);
+    assert!(resumed.status.success(), "{}", said(&resumed));
+    assert!(std::fs::read(&file).unwrap() == whole);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn few_exports_run_at_once_and_a_reader_that_takes_nothing_holds_little_memory() {
     let server = Server::start_unlimited(LogKind::embedded());
     fill(&server, 24).await;
