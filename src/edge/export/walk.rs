@@ -16,7 +16,7 @@ use super::query::ExportQuery;
 use crate::auth::Principal;
 use crate::clock;
 use crate::edge::cursor::check_epoch;
-use crate::memory::Charge;
+use crate::memory::{self, Charge};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::StoredFrame;
 use crate::protocol::json;
@@ -35,10 +35,12 @@ const LOOK: usize = 10_000;
 const LOOK_BYTES: usize = 8 << 20;
 /// Threads that are listed at once.
 const THREADS: usize = 256;
-/// A line of chat messages ends with the event that brings it to so many bytes, or events.
+/// A line of chat messages ends with the event that brings it to so many bytes, or events; or those that were looked at for
+/// it, taken or not, to [`LOOK_BYTES`].
 const PART_BYTES: usize = 256 << 10;
 const PART_EVENTS: usize = 4_096;
-/// An event larger than this is charged for itself, so many times: as it is, masked, and as what it becomes.
+/// An event larger than this is charged for itself, so many times: as it is, masked, and as what it becomes. So is what is
+/// read beside it.
 const LARGE: usize = 64 << 10;
 const COPIES: usize = 6;
 /// How far up the runs that a run works for are looked for.
@@ -105,6 +107,8 @@ struct Cursor {
 }
 
 const TAG: usize = 8;
+/// No export counts so far: from here on nothing overflows.
+const MOST: u64 = 1 << 62;
 
 impl Walk {
     pub fn begin(store: &Arc<Store>, epoch: &str, who: &Principal, query: ExportQuery) -> Result<Walk, Error> {
@@ -177,6 +181,10 @@ impl Walk {
             return Err(refused());
         }
         let at: Cursor = serde_json::from_slice(text).map_err(|_| refused())?;
+        // Whoever knows the first line can make a tag.
+        if [at.seq, at.lines, at.all_lines, at.all_threads].iter().any(|it| *it > MOST) {
+            return Err(refused());
+        }
         if let Some(after) = &mut self.list_after {
             *after = Some(at.thread.clone());
         }
@@ -215,15 +223,15 @@ impl Walk {
 
     /// Goes on for a while; gives what was written meanwhile.
     pub fn turn(&mut self, charge: &mut Charge) -> Result<String, Error> {
-        let mut looked = Looked::default();
-        while !self.finished && self.writer.len() < TURN_BYTES && looked.may_go_on() {
+        let mut turn = Turn { charge, events: 0, bytes: 0 };
+        while !self.finished && self.writer.len() < TURN_BYTES && turn.may_go_on() {
             let Some(mut open) = self.open.take() else {
-                self.next_thread(&mut looked)?;
+                self.next_thread(&mut turn)?;
                 continue;
             };
             match self.format() {
-                Format::Chat => self.part(&mut open, &mut looked, charge)?,
-                Format::Jsonl | Format::Csv | Format::Otel => self.events(&mut open, &mut looked, charge)?,
+                Format::Chat => self.part(&mut open, &mut turn)?,
+                Format::Jsonl | Format::Csv | Format::Otel => self.events(&mut open, &mut turn)?,
             }
             match open.is_over {
                 true => self.close(open),
@@ -233,8 +241,8 @@ impl Walk {
         Ok(self.writer.take())
     }
 
-    fn next_thread(&mut self, looked: &mut Looked) -> Result<(), Error> {
-        looked.events += 1;
+    fn next_thread(&mut self, turn: &mut Turn<'_>) -> Result<(), Error> {
+        turn.events += 1;
         if let Some(name) = self.listed.pop_front() {
             self.open = Some(self.open_thread(name));
             return Ok(());
@@ -245,7 +253,7 @@ impl Walk {
             return Ok(());
         };
         let rows = self.store.threads_after(&self.tenant, after.as_deref(), THREADS)?;
-        looked.events += rows.len();
+        turn.events += rows.len();
         self.listed = rows.into_iter().map(|(name, _)| name).collect();
         self.list_after = (self.listed.len() == THREADS).then(|| self.listed.back().cloned());
         Ok(())
@@ -265,7 +273,7 @@ impl Walk {
     }
 
     /// Reads events one after the other, and writes what each becomes.
-    fn events(&mut self, open: &mut OpenThread, looked: &mut Looked, charge: &mut Charge) -> Result<(), Error> {
+    fn events(&mut self, open: &mut OpenThread, turn: &mut Turn<'_>) -> Result<(), Error> {
         let (store, tenant, name) = (self.store.clone(), self.tenant.clone(), open.name.clone());
         let range = EventRange { from: open.seq + 1, ..EventRange::all() };
         open.is_over = true;
@@ -273,23 +281,28 @@ impl Walk {
             if row.offset >= open.end {
                 return Ok(ControlFlow::Break(()));
             }
-            if self.writer.len() >= TURN_BYTES || !looked.may_go_on() {
+            if self.writer.len() >= TURN_BYTES || !turn.may_go_on() {
                 open.is_over = false;
                 return Ok(ControlFlow::Break(()));
             }
-            looked.add(row);
-            charge_large(row, charge)?;
+            turn.look_at(row)?;
             let before = std::mem::replace(&mut open.link, row.hash);
             open.seq = seq;
             if self.filter.takes(row) {
-                self.line(open, &before, row)?;
+                self.line(open, &before, row, turn)?;
             }
             Ok::<_, Error>(ControlFlow::Continue(()))
         })
     }
 
     /// Writes what an event becomes.
-    fn line(&mut self, open: &mut OpenThread, before: &[u8; 32], row: &EventRow<'_>) -> Result<(), Error> {
+    fn line(
+        &mut self,
+        open: &mut OpenThread,
+        before: &[u8; 32],
+        row: &EventRow<'_>,
+        turn: &mut Turn<'_>,
+    ) -> Result<(), Error> {
         let written = self.writer.len();
         match self.format() {
             Format::Jsonl => {
@@ -298,7 +311,7 @@ impl Walk {
                 put_event(self.writer.out(), &frame, made, &row.hash, self.whole);
             }
             Format::Csv => csv::put_event(self.writer.out(), &self.filter.masked(row.frame), &row.hash),
-            Format::Otel => self.span(open, row)?,
+            Format::Otel => self.span(open, row, turn)?,
             Format::Chat => {}
         }
         if self.writer.len() > written {
@@ -327,7 +340,7 @@ impl Walk {
     }
 
     /// The span that ends with an event, if one does. What it needs of the run does not change once the run has begun.
-    fn span(&mut self, open: &OpenThread, row: &EventRow<'_>) -> Result<(), Error> {
+    fn span(&mut self, open: &OpenThread, row: &EventRow<'_>, turn: &mut Turn<'_>) -> Result<(), Error> {
         let ends_run = matches!(row.kind, AGENT_COMPLETED | AGENT_FAILED | AGENT_CANCELLED);
         if !(ends_run || row.kind == TOOL_COMPLETED) {
             return Ok(());
@@ -345,10 +358,10 @@ impl Walk {
             Some(call) if !ends_run => self.store.call(&key, call)?.map(|row| row.begun.seq),
             _ => Some(found.started.seq),
         };
-        let Some(begun) = begun.map(|seq| self.store.event(tenant, thread, seq)).transpose()?.flatten() else {
+        let Some(begun) = begun.map(|seq| self.beside(row, open, seq, turn)).transpose()?.flatten() else {
             return Ok(());
         };
-        let (begun, ended) = (self.filter.masked(&begun.frame), self.filter.masked(row.frame));
+        let ended = self.filter.masked(row.frame);
         match &call {
             Some(call) if !ends_run => otel::put_call(self.writer.out(), &owner, call, &begun, &ended),
             _ => otel::put_run(self.writer.out(), &owner, &begun, &ended),
@@ -368,32 +381,31 @@ impl Walk {
     }
 
     /// Reads a part of a thread, and writes it as a line of chat messages.
-    fn part(&mut self, open: &mut OpenThread, looked: &mut Looked, charge: &mut Charge) -> Result<(), Error> {
+    fn part(&mut self, open: &mut OpenThread, turn: &mut Turn<'_>) -> Result<(), Error> {
         let (store, tenant) = (self.store.clone(), self.tenant.clone());
-        let (mut events, mut bytes) = (Vec::new(), 0);
+        let (name, mut events) = (open.name.clone(), Vec::new());
+        let (mut read, mut looked_at, mut bytes, mut is_cut) = (0, 0, 0, false);
         let range = EventRange { from: open.seq + 1, limit: PART_EVENTS, ..EventRange::all() };
-        let mut read = 0;
-        let mut is_cut = false;
-        store.visit_events(&tenant, &open.name, range, |seq, row| {
+        store.visit_events(&tenant, &name, range, |seq, row| {
             if row.offset >= open.end {
                 is_cut = true;
                 return Ok(ControlFlow::Break(()));
             }
-            if bytes >= PART_BYTES {
+            if bytes >= PART_BYTES || looked_at >= LOOK_BYTES {
                 return Ok(ControlFlow::Break(()));
             }
-            (open.seq, open.link, read) = (seq, row.hash, read + 1);
-            looked.add(row);
-            charge_large(row, charge)?;
+            (open.seq, open.link) = (seq, row.hash);
+            (read, looked_at) = (read + 1, looked_at + row.frame.len());
+            turn.look_at(row)?;
             if self.filter.takes(row) {
-                let result = self.result_of(&open.name, row, open.end)?;
+                let result = self.result_of(row, open, turn)?;
                 bytes += row.frame.len() + result.as_ref().map_or(0, |it| it.frame.len());
                 let (kind, privileged) = (row.kind.to_owned(), row.privileged);
                 events.push(PartEvent { seq, kind, privileged, frame: self.filter.masked(row.frame), result });
             }
             Ok::<_, Error>(ControlFlow::Continue(()))
         })?;
-        open.is_over = is_cut || (read < PART_EVENTS && bytes < PART_BYTES);
+        open.is_over = is_cut || (read < PART_EVENTS && bytes < PART_BYTES && looked_at < LOOK_BYTES);
         let first = events.first().map_or(0, |event| event.seq);
         if put_part(self.writer.out(), &open.name, events) {
             open.count(first);
@@ -403,40 +415,70 @@ impl Walk {
     }
 
     /// What a call came to, if that is in the export.
-    fn result_of(&self, thread: &str, row: &EventRow<'_>, end: u64) -> Result<Option<CallResult>, Error> {
+    fn result_of(
+        &self,
+        row: &EventRow<'_>,
+        open: &OpenThread,
+        turn: &mut Turn<'_>,
+    ) -> Result<Option<CallResult>, Error> {
         if row.kind != TOOL_EXECUTING {
             return Ok(None);
         }
         let Some(frame) = StoredFrame::parse(row.frame) else { return Ok(None) };
         let (Some(run), Some(call)) = (frame.run.as_deref(), frame.fields().string("call")) else { return Ok(None) };
-        let key = RunKey::new(&self.tenant, thread, run);
+        let key = RunKey::new(&self.tenant, &open.name, run);
         let Some(done) = self.store.call(&key, &call)?.and_then(|row| row.done) else { return Ok(None) };
-        let range = EventRange { from: done.seq, to: done.seq, limit: 1, ..EventRange::all() };
-        let mut result = None;
-        self.store.visit_events(&self.tenant, thread, range, |seq, row| {
-            let is_in = row.offset < end;
-            result = is_in.then(|| CallResult { seq, frame: self.filter.masked(row.frame) });
+        let frame = self.beside(row, open, done.seq, turn)?;
+        Ok(frame.map(|frame| CallResult { seq: done.seq, frame }))
+    }
+
+    /// The masked frame of an event that goes with the one in `row`, if it is in the export. Both are held at a time.
+    fn beside(
+        &self,
+        row: &EventRow<'_>,
+        open: &OpenThread,
+        seq: u64,
+        turn: &mut Turn<'_>,
+    ) -> Result<Option<String>, Error> {
+        let range = EventRange { from: seq, to: seq, limit: 1, ..EventRange::all() };
+        let mut frame = None;
+        self.store.visit_events(&self.tenant, &open.name, range, |_, found| {
+            if found.offset < open.end {
+                turn.hold(row.frame.len() + found.frame.len())?;
+                frame = Some(self.filter.masked(found.frame));
+            }
             Ok::<_, Error>(ControlFlow::Break(()))
         })?;
-        Ok(result)
+        Ok(frame)
     }
 }
 
-/// How much a turn has looked at.
-#[derive(Default)]
-struct Looked {
+/// What a turn has looked at, and what it is charged for.
+struct Turn<'a> {
+    charge: &'a mut Charge,
     events: usize,
     bytes: usize,
 }
 
-impl Looked {
-    fn add(&mut self, row: &EventRow<'_>) {
-        self.events += 1;
-        self.bytes += row.frame.len();
-    }
-
+impl Turn<'_> {
     fn may_go_on(&self) -> bool {
         self.events < LOOK && self.bytes < LOOK_BYTES
+    }
+
+    fn look_at(&mut self, row: &EventRow<'_>) -> Result<(), Error> {
+        self.events += 1;
+        self.bytes += row.frame.len();
+        self.hold(row.frame.len())
+    }
+
+    /// Charges what events of so many bytes take. Nobody may have more than the largest charge: whoever could not be charged
+    /// for an event would never get past it.
+    fn hold(&mut self, bytes: usize) -> Result<(), Error> {
+        if bytes <= LARGE {
+            return Ok(());
+        }
+        let no_memory = |_| Error::new(Code::Unavailable, "the server has no memory left for this export");
+        self.charge.grow_to((super::TURN_MEMORY + bytes * COPIES).min(memory::LARGEST)).map_err(no_memory)
     }
 }
 
@@ -469,12 +511,4 @@ impl Filter {
     fn masked(&self, frame: &str) -> String {
         self.masks.as_ref().map_or_else(|| frame.to_owned(), |masks| masks.frame(frame))
     }
-}
-
-fn charge_large(row: &EventRow<'_>, charge: &mut Charge) -> Result<(), Error> {
-    if row.frame.len() <= LARGE {
-        return Ok(());
-    }
-    let no_memory = |_| Error::new(Code::Unavailable, "the server has no memory left for this export");
-    charge.grow_to(super::TURN_MEMORY + row.frame.len() * COPIES).map_err(no_memory)
 }
