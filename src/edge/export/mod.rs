@@ -37,8 +37,8 @@ const OF_TENANT: usize = 2;
 const RETRY_MS: u64 = 5_000;
 /// What a turn holds: its text, which grows by doubling, and what that is made of. A larger event is charged for itself.
 const TURN_MEMORY: usize = 2 << 20;
-/// How long a turn waits for memory.
-const MEMORY_WITHIN: Duration = Duration::from_secs(30);
+/// How long a turn waits for memory: less than a connection may be silent, so that the client is told.
+const MEMORY_WITHIN: Duration = Duration::from_secs(20);
 
 /// What exports work with.
 pub struct Exports {

@@ -33,6 +33,11 @@ use crate::views::export::{Format, Header, MARK_BYTES, Note, VERSION, Values, Wr
 const TURN_BYTES: usize = 256 << 10;
 const LOOK: usize = 10_000;
 const LOOK_BYTES: usize = 8 << 20;
+/// There is a mark also once so many bytes of events were looked at since the seal before, each with so many beside its text:
+/// where little is taken, an export that is cut off has come further, and its connection is not taken for one that has stalled.
+/// A disk reads this in a few seconds.
+const MARK_LOOK: usize = 32 << 20;
+const ROW_BYTES: usize = 64;
 /// Threads that are listed at once.
 const THREADS: usize = 256;
 /// A line of chat messages ends with the event that brings it to so many bytes, or events; or those that were looked at for
@@ -63,6 +68,9 @@ pub struct Walk {
     open: Option<OpenThread>,
     lines: u64,
     threads: u64,
+    /// Bytes that were looked at since the last seal. Only events that belong to the export's positions count, so that seals
+    /// stand in the same places each time.
+    looked_at: usize,
     finished: bool,
 }
 
@@ -156,6 +164,7 @@ impl Walk {
             open: None,
             lines: 0,
             threads: 0,
+            looked_at: 0,
             finished: false,
         };
         match query.resume {
@@ -291,6 +300,8 @@ impl Walk {
             if self.filter.takes(row) {
                 self.line(open, &before, row, turn)?;
             }
+            self.looked_at += row.frame.len() + ROW_BYTES;
+            self.mark(open);
             Ok::<_, Error>(ControlFlow::Continue(()))
         })
     }
@@ -316,16 +327,16 @@ impl Walk {
         }
         if self.writer.len() > written {
             open.count(open.seq);
-            self.mark(open);
         }
         Ok(())
     }
 
     /// A place to go on from, if it is time for one.
     fn mark(&mut self, open: &OpenThread) {
-        if self.writer.since_seal() < MARK_BYTES {
+        if self.writer.since_seal() < MARK_BYTES && self.looked_at < MARK_LOOK {
             return;
         }
+        self.looked_at = 0;
         let text = json::encode(&Cursor {
             thread: open.name.clone(),
             seq: open.seq,
@@ -409,8 +420,9 @@ impl Walk {
         let first = events.first().map_or(0, |event| event.seq);
         if put_part(self.writer.out(), &open.name, events) {
             open.count(first);
-            self.mark(open);
         }
+        self.looked_at += looked_at + read * ROW_BYTES;
+        self.mark(open);
         Ok(())
     }
 

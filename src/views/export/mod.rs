@@ -4,7 +4,8 @@
 //! - the first line is a note that says what was asked for, of which log, and up to which of its positions ([`Header`]);
 //! - then come lines of data, thread by thread;
 //! - after a thread's events, in the formats that have them as they are, comes a note with its head and hash;
-//! - about every [`MARK_BYTES`] there is a note from which an export that was cut off goes on;
+//! - about every [`MARK_BYTES`], and where much was looked at to write little, there is a note from which an export that was
+//!   cut off goes on;
 //! - the last line is a note with the number of all lines of data.
 //!
 //! The last two kinds of notes are seals. Each has a digest of every byte since the seal before it, and of that seal's

@@ -312,6 +312,26 @@ async fn an_export_that_was_cut_off_anywhere_goes_on_to_the_same_bytes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_export_that_takes_little_of_much_has_marks_and_goes_on_after_them() {
+    let server = Server::start_unlimited(LogKind::embedded());
+    fill(&server, 34).await;
+    let never = "since=9999-01-01T00:00:00Z";
+    for query in ["kinds=x.none", &format!("format=csv&{never}"), "format=otel", &format!("format=chat&{never}")] {
+        let text = export(&server, query).await;
+        assert_eq!(proved(&text).lines, 0, "{query}");
+        let marks: Vec<&str> = text.split_inclusive('\n').filter(|line| line.contains("cursor")).collect();
+        assert_eq!(marks.len(), 1, "{query}: {text}");
+        let field = |name: &str| {
+            let plain = marks[0].replace("\"\"", "\"");
+            plain.split_once(&format!(r#""{name}":""#)).unwrap().1.split('"').next().unwrap().to_owned()
+        };
+        let (_, rest) = text.split_once(marks[0]).unwrap();
+        let query = format!("{query}&{}&cursor={}.{}", again(&text), field("cursor"), field("blake3"));
+        assert_eq!(export(&server, &query).await, rest);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_is_as_it_was_until_the_first_bytes_come_that_follow_it() {
     let mut server = Server::start(LogKind::embedded());
     conversations(&server).await;
