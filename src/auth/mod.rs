@@ -47,4 +47,9 @@ impl Principal {
         let key = log_key(tenant, user).into();
         Principal { tenant: tenant.into(), user: user.into(), key, scopes, expires_at, issued_at: None, session: None }
     }
+
+    /// The second from which on its token is taken no more: clocks differ.
+    pub fn ends_at(&self) -> u64 {
+        self.expires_at.saturating_add(LEEWAY)
+    }
 }

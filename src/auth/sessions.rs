@@ -200,7 +200,7 @@ impl Sessions {
         let mut state = self.lock();
         if let Some(good) = state.good.get(&hash).filter(|good| now < good.asked + GOOD_FOR) {
             let good = good.clone();
-            let expired = good.who.expires_at.saturating_add(super::claims::LEEWAY) < clock::now_s();
+            let expired = good.who.ends_at() < clock::now_s();
             return (!expired).then(|| Ok(state.enter(session, hash, good)));
         }
         let (until, error) = state.refused.get(&hash)?;

@@ -1,11 +1,33 @@
-//! The cursors that clients come back with: whether one is of this log, and where reading begins after it. Pure.
+//! The cursors that clients come back with: whether one is of this log, and where reading begins after it; and those that the
+//! server makes, with a tag. Pure.
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use warp::http::{HeaderMap, HeaderValue};
 
 use crate::protocol::error::{Code, Error};
 
 /// The header that says which epoch the seqs of an answer are of.
 const EPOCH: &str = "weft-epoch";
+const TAG: usize = 8;
+
+/// A place as a cursor, with a tag that binds it to what `key` is made of.
+pub fn seal(key: &[u8; 32], place: &[u8]) -> String {
+    URL_SAFE_NO_PAD.encode([&tag(key, place)[..], place].concat())
+}
+
+/// The place of a cursor that was made with this key.
+pub fn open(key: &[u8; 32], cursor: &str) -> Option<Vec<u8>> {
+    let bytes = URL_SAFE_NO_PAD.decode(cursor).ok()?;
+    let (given, place) = bytes.split_first_chunk::<TAG>()?;
+    (tag(key, place) == *given).then(|| place.to_vec())
+}
+
+fn tag(key: &[u8; 32], place: &[u8]) -> [u8; TAG] {
+    let mut tag = [0; TAG];
+    tag.copy_from_slice(&blake3::keyed_hash(key, place).as_bytes()[..TAG]);
+    tag
+}
 
 /// Whether cursors from `epoch` mean something in this log. Without an epoch they are taken as this log's.
 pub fn recovers(epoch: Option<&str>, of_log: &str) -> bool {

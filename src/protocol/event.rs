@@ -314,8 +314,16 @@ pub fn with_thread(frame: &str, thread: &str, called: &str) -> String {
 
 /// The next link of a thread's hash chain: BLAKE3 of the link before, the seq (big-endian) and the record's value.
 pub fn chain(previous: &[u8; 32], seq: u64, value: &[u8]) -> [u8; 32] {
+    chain_parts(previous, seq, [value])
+}
+
+/// As [`chain`], of a value in several parts.
+pub fn chain_parts<const N: usize>(previous: &[u8; 32], seq: u64, value: [&[u8]; N]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(previous).update(&seq.to_be_bytes()).update(value);
+    hasher.update(previous).update(&seq.to_be_bytes());
+    for part in value {
+        hasher.update(part);
+    }
     *hasher.finalize().as_bytes()
 }
 

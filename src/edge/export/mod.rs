@@ -22,7 +22,7 @@ use self::walk::Walk;
 use super::blocking;
 use super::cursor::name_epoch;
 use super::http::request::Request;
-use crate::auth::{Authenticator, LEEWAY, Principal, Rights, scopes};
+use crate::auth::{Authenticator, Principal, Rights, scopes};
 use crate::memory::{self, Pool};
 use crate::projector::level::Level;
 use crate::protocol::error::{Code, Error};
@@ -155,7 +155,7 @@ impl Running {
 
 /// The token may end, and its user may be revoked, while an export runs.
 fn check_right(exports: &Exports, who: &Principal) -> Result<(), Error> {
-    if who.expires_at.saturating_add(LEEWAY) <= clock::now_s() {
+    if who.ends_at() <= clock::now_s() {
         return Err(Error::new(Code::Unauthenticated, "the token has expired"));
     }
     exports.auth.check_revoked(who)?;

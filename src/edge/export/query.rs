@@ -1,6 +1,5 @@
 //! What of the tenant's threads an export shall have, as the request says it.
 
-use crate::clock;
 use crate::edge::http::request::{Query, Request};
 use crate::protocol::error::Error;
 use crate::protocol::ids::ThreadAddress;
@@ -79,11 +78,9 @@ fn named(it: &Request, thread: &str) -> Result<String, Error> {
     Ok(ThreadAddress::parse(&it.who.user, thread.to_owned())?.name)
 }
 
+/// A time, as it was sent as well.
 fn time(query: &Query<'_>, name: &'static str) -> Result<Option<(String, u64)>, Error> {
-    let Some(text) = query.text(name) else { return Ok(None) };
-    let ms = clock::parse_rfc3339(text)
-        .ok_or_else(|| Error::field(name, format!("{name} must be RFC 3339, not {text:.60}")))?;
-    Ok(Some((text.to_owned(), ms)))
+    Ok(query.text(name).map(str::to_owned).zip(query.time(name)?))
 }
 
 fn kinds(query: &Query<'_>) -> Result<Option<(String, Vec<String>)>, Error> {

@@ -8,14 +8,12 @@ use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
 
 use super::query::ExportQuery;
 use crate::auth::Principal;
 use crate::clock;
-use crate::edge::cursor::check_epoch;
+use crate::edge::cursor::{self, check_epoch};
 use crate::memory::{self, Charge};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::StoredFrame;
@@ -114,7 +112,6 @@ struct Cursor {
     all_threads: u64,
 }
 
-const TAG: usize = 8;
 /// No export counts so far: from here on nothing overflows.
 const MOST: u64 = 1 << 62;
 
@@ -184,12 +181,8 @@ impl Walk {
 
     fn resume(&mut self, cursor: &str) -> Result<(), Error> {
         let refused = || Error::new(Code::CursorInvalid, "the cursor is not of this export").at("cursor");
-        let bytes = URL_SAFE_NO_PAD.decode(cursor).map_err(|_| refused())?;
-        let (tag, text) = bytes.split_first_chunk::<TAG>().ok_or_else(refused)?;
-        if self.tag(text) != *tag {
-            return Err(refused());
-        }
-        let at: Cursor = serde_json::from_slice(text).map_err(|_| refused())?;
+        let text = cursor::open(&self.key, cursor).ok_or_else(refused)?;
+        let at: Cursor = serde_json::from_slice(&text).map_err(|_| refused())?;
         // Whoever knows the first line can make a tag.
         if [at.seq, at.lines, at.all_lines, at.all_threads].iter().any(|it| *it > MOST) {
             return Err(refused());
@@ -207,12 +200,6 @@ impl Walk {
         })?;
         (self.open, self.lines, self.threads) = (Some(open), at.all_lines, at.all_threads);
         Ok(())
-    }
-
-    fn tag(&self, cursor: &[u8]) -> [u8; TAG] {
-        let mut tag = [0; TAG];
-        tag.copy_from_slice(&blake3::keyed_hash(&self.key, cursor).as_bytes()[..TAG]);
-        tag
     }
 
     fn open_thread(&self, name: String) -> OpenThread {
@@ -346,7 +333,7 @@ impl Walk {
             all_lines: self.lines,
             all_threads: self.threads,
         });
-        let cursor = URL_SAFE_NO_PAD.encode([&self.tag(text.as_bytes())[..], text.as_bytes()].concat());
+        let cursor = cursor::seal(&self.key, text.as_bytes());
         self.writer.seal(&Note::Mark { cursor, blake3: None });
     }
 

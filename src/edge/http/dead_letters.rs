@@ -55,21 +55,14 @@ const FILTERS: [&str; 7] = ["reason", "thread", "fingerprint", "kind", "group", 
 
 fn read_filter(query: &Query<'_>) -> Result<DeadLetterFilter, Error> {
     let text = |name| query.text(name).map(str::to_owned);
-    let time = |name| {
-        let read = |text: &str| {
-            clock::parse_rfc3339(text)
-                .ok_or_else(|| Error::field(name, format!("{name} must be RFC 3339, not {text:.60}")))
-        };
-        query.text(name).map(read).transpose()
-    };
     Ok(DeadLetterFilter {
         reason: text("reason"),
         thread: text("thread"),
         kind: text("kind"),
         group: text("group"),
         fingerprint: query.text("fingerprint").map(read_fingerprint).transpose()?,
-        since: time("since")?,
-        until: time("until")?,
+        since: query.time("since")?,
+        until: query.time("until")?,
     })
 }
 

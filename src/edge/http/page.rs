@@ -7,15 +7,12 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-
 use super::meter::Meter;
 use super::request::Query;
 use crate::auth::Principal;
+use crate::edge::cursor;
 use crate::protocol::error::{Code, Error};
 
-const TAG: usize = 8;
 /// A page ends once it has so many bytes.
 pub const PAGE_BYTES: usize = 4 << 20;
 /// About the largest event, but for those that close a message written in deltas.
@@ -137,27 +134,15 @@ impl<K: SortKey> Page<K> {
 
     /// The cursor of what comes after this key.
     pub fn seal(&self, last: &K) -> String {
-        let key = last.to_bytes();
-        URL_SAFE_NO_PAD.encode([&self.tag(&key)[..], &key].concat())
+        cursor::seal(&self.list, &last.to_bytes())
     }
 
     fn open(&self, cursor: &str) -> Result<K, Error> {
-        let refused = || {
+        let key = cursor::open(&self.list, cursor).and_then(|key| K::from_bytes(&key));
+        key.ok_or_else(|| {
             Error::new(Code::CursorInvalid, "the cursor is not of this list, or from before the log was rolled back")
                 .at("cursor")
-        };
-        let bytes = URL_SAFE_NO_PAD.decode(cursor).map_err(|_| refused())?;
-        let (tag, key) = bytes.split_first_chunk::<TAG>().ok_or_else(refused)?;
-        if self.tag(key) != *tag {
-            return Err(refused());
-        }
-        K::from_bytes(key).ok_or_else(refused)
-    }
-
-    fn tag(&self, key: &[u8]) -> [u8; TAG] {
-        let mut tag = [0; TAG];
-        tag.copy_from_slice(&blake3::keyed_hash(&self.list, key).as_bytes()[..TAG]);
-        tag
+        })
     }
 }
 

@@ -15,6 +15,7 @@ use warp::hyper::upgrade::OnUpgrade;
 
 use super::reply::{Reply, problem, problem_with};
 use crate::auth::Principal;
+use crate::clock;
 use crate::edge::listener::ConnectionPermit;
 use crate::edge::matcher::Params;
 use crate::protocol::error::{Code, Error};
@@ -234,6 +235,13 @@ impl Query<'_> {
             Ok(number) if (1..=most).contains(&number) => Ok(number),
             _ => Err(Error::field(name, format!("{name} must be a whole number from 1 to {most}, not {text:.60}"))),
         }
+    }
+
+    /// A time, in milliseconds since the Unix epoch.
+    pub fn time(&self, name: &'static str) -> Result<Option<u64>, Error> {
+        let Some(text) = self.text(name) else { return Ok(None) };
+        let time = clock::parse_rfc3339(text);
+        time.map(Some).ok_or_else(|| Error::field(name, format!("{name} must be RFC 3339, not {text:.60}")))
     }
 
     /// `limit`: 100 unless given, 1 to 1,000.

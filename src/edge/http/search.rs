@@ -11,7 +11,7 @@ use warp::http::StatusCode;
 use super::meter::Meter;
 use super::page::{COPIES, EVENT_BYTES, PAGE_BYTES, Page, SortKey};
 use super::reply::{Reply, charged, json};
-use super::request::{Query, Request};
+use super::request::Request;
 use super::{Api, if_readable};
 use crate::auth::Principal;
 use crate::clock;
@@ -73,8 +73,8 @@ impl Wanted {
             from: text("from"),
             kind: text("kind"),
             run: text("run"),
-            since: time(&query, "since")?,
-            until: time(&query, "until")?,
+            since: query.time("since")?,
+            until: query.time("until")?,
         };
         let ask = Ask {
             tenant: it.who.tenant.to_string(),
@@ -91,13 +91,6 @@ impl Wanted {
     fn may_lack(&self, found: &Found) -> bool {
         found.hits.is_empty() || (found.corrected.is_some() && self.ask.after.is_none())
     }
-}
-
-fn time(query: &Query<'_>, name: &'static str) -> Result<Option<u64>, Error> {
-    let Some(text) = query.text(name) else { return Ok(None) };
-    let time = clock::parse_rfc3339(text);
-    time.map(Some)
-        .ok_or_else(|| Error::field(name, format!("{name} must be a time such as 2026-11-27T10:00:00Z (RFC 3339)")))
 }
 
 /// `GET /v1/search`

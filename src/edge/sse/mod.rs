@@ -19,7 +19,7 @@ use warp::sse::{self, Event};
 
 use super::cursor::{beyond_head, first_cursor, name_epoch, recovers};
 use super::http::request::{Query, Request};
-use crate::auth::{Authenticator, LEEWAY, Principal, Rights};
+use crate::auth::{Authenticator, Principal, Rights};
 use crate::delivery::Delivery;
 use crate::delivery::feed::{Feed, Out};
 use crate::delivery::outbox::{Answer, Demand};
@@ -268,7 +268,7 @@ impl<F: EventFormat> ThreadStream<F> {
                 continue;
             }
 
-            let left = self.who.expires_at.saturating_add(LEEWAY).saturating_sub(clock::now_s());
+            let left = self.who.ends_at().saturating_sub(clock::now_s());
             if left == 0 {
                 self.end(&Error::new(Code::Unauthenticated, "the token has expired"));
                 continue;

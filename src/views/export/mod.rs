@@ -22,7 +22,7 @@ pub mod verify;
 
 use serde::{Deserialize, Serialize};
 
-use crate::protocol::json;
+use crate::protocol::{event, json};
 
 /// The version of the format.
 pub const VERSION: u32 = 1;
@@ -294,9 +294,7 @@ impl Values {
         let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
         let (number, rest) = rest.split_at(digits);
         let rest = rest.strip_prefix(',').filter(|_| number.parse() == Ok(seq))?;
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(before).update(&seq.to_be_bytes()).update(self.value.as_bytes()).update(rest.as_bytes());
-        Some(*hasher.finalize().as_bytes())
+        Some(event::chain_parts(before, seq, [self.value.as_bytes(), rest.as_bytes()]))
     }
 }
 
