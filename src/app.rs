@@ -1,8 +1,8 @@
 //! Puts the parts together, and takes them apart in order. The only file that names them all.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -19,7 +19,7 @@ use crate::delivery::registry::Registry;
 use crate::delivery::{Delivery, Sources};
 use crate::dispatch::Dispatcher;
 use crate::edge::contract;
-use crate::edge::export::Exports;
+use crate::edge::export::{Exports, Limits};
 use crate::edge::health::Health;
 use crate::edge::http::Api;
 use crate::edge::http::documents::LazyDocuments;
@@ -457,7 +457,7 @@ fn edge(handles: Handles) -> Edge {
         store: store.clone(),
         epoch: epoch.clone(),
         memory: memory.readers.clone(),
-        open: Mutex::default(),
+        limits: Limits::default(),
     };
     let frames = memory.frames.clone();
     let probes = Probes {

@@ -1,8 +1,8 @@
 //! `GET /v1/export`: what an analyst takes away of its tenant's threads.
 //!
 //! An export is read as fast as its client takes it: in bounded turns on blocking threads ([`walk`]), each charged to the
-//! node's memory from before it reads until its text has left. Rights are looked up again before every turn. Few exports run
-//! at once, and fewer of one tenant. What is in the text, and what proves it: [`crate::views::export`].
+//! node's memory from before it reads until its text has left. Rights are looked up again before every turn. Few turns
+//! run at once; more exports may be open, since a client that reads slowly costs little, but few of one tenant. What is in the text, and what proves it: [`crate::views::export`].
 
 mod query;
 mod walk;
@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream;
+use tokio::sync::Semaphore;
 use warp::Reply as _;
 use warp::http::{HeaderValue, header};
 use warp::reply::Response;
@@ -30,9 +31,11 @@ use crate::store::Store;
 use crate::views::export::{Format, Note};
 use crate::{clock, panics};
 
-/// Exports at once on a node, and of them those of one tenant.
-const AT_ONCE: usize = 4;
+/// Exports that are open on a node, and of them those of one tenant.
+const OPEN: usize = 16;
 const OF_TENANT: usize = 2;
+/// Those that read at the same time.
+const AT_ONCE: usize = 4;
 /// When to come back if there are so many.
 const RETRY_MS: u64 = 5_000;
 /// What a turn holds: its text, which grows by doubling, and what that is made of. A larger event is charged for itself.
@@ -50,8 +53,19 @@ pub struct Exports {
     pub epoch: String,
     /// What exports hold is charged to it.
     pub memory: Pool,
+    pub limits: Limits,
+}
+
+pub struct Limits {
     /// How many of each tenant are open.
-    pub open: Mutex<HashMap<Arc<str>, usize>>,
+    open: Mutex<HashMap<Arc<str>, usize>>,
+    turns: Arc<Semaphore>,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { open: Mutex::default(), turns: Arc::new(Semaphore::new(AT_ONCE)) }
+    }
 }
 
 /// One of the exports that may be open at once.
@@ -62,21 +76,35 @@ struct Permit {
 
 impl Exports {
     fn permit(self: &Arc<Exports>, tenant: &Arc<str>) -> Result<Permit, Error> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.limits.open.lock().unwrap_or_else(PoisonError::into_inner);
         let of_tenant = open.get(tenant).copied().unwrap_or_default();
-        if of_tenant >= OF_TENANT || open.values().sum::<usize>() >= AT_ONCE {
-            let why =
-                format!("{AT_ONCE} exports run at once on a node, {OF_TENANT} of them of one tenant: come back later");
+        if of_tenant >= OF_TENANT || open.values().sum::<usize>() >= OPEN {
+            let why = format!("{OPEN} exports are open at once on a node, {OF_TENANT} of one tenant: come back later");
             return Err(Error::new(Code::Unavailable, why).retry_after(RETRY_MS));
         }
         open.insert(tenant.clone(), of_tenant + 1);
         Ok(Permit { exports: self.clone(), tenant: tenant.clone() })
     }
+
+    /// Reads off the threads that serve sockets, once it is its turn. Whoever waits for memory does so before this.
+    async fn in_turn<T: Send + 'static>(
+        &self,
+        read: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let turn = self.limits.turns.clone().acquire_owned().await;
+        let turn = turn.map_err(|_| Error::new(Code::Internal, "no export has its turn any more"))?;
+        blocking(move || {
+            // Also of those whose client is gone meanwhile.
+            let _turn = turn;
+            read()
+        })
+        .await
+    }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let mut open = self.exports.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.exports.limits.open.lock().unwrap_or_else(PoisonError::into_inner);
         match open.get_mut(&self.tenant) {
             Some(count) if *count > 1 => *count -= 1,
             _ => drop(open.remove(&self.tenant)),
@@ -91,13 +119,14 @@ pub async fn export(exports: Arc<Exports>, it: Request) -> Result<Response, Erro
     // Whatever was in the log when this was asked for is in the export.
     exports.level.reach().await?;
     let (reading, who) = (exports.clone(), it.who.clone());
-    let walk = blocking(move || {
-        if let Some(thread) = &wanted.thread {
-            reading.rights.readable(&who, thread)?;
-        }
-        Walk::begin(&reading.store, &reading.epoch, &who, wanted)
-    })
-    .await?;
+    let walk = exports
+        .in_turn(move || {
+            if let Some(thread) = &wanted.thread {
+                reading.rights.readable(&who, thread)?;
+            }
+            Walk::begin(&reading.store, &reading.epoch, &who, wanted)
+        })
+        .await?;
 
     let format = walk.format();
     let running = Running { permit, who: it.who, walk };
@@ -142,14 +171,16 @@ impl Running {
         let charged = exports.memory.charge(&who.key, TURN_MEMORY, MEMORY_WITHIN).await;
         let no_memory = |_| Error::new(Code::Unavailable, "the server has had no memory left for this export");
         let mut charge = charged.map_err(no_memory)?;
-        blocking(move || {
-            // A panic costs this export alone, and ends it with an error like any other.
-            let text = panics::catch(|| walk.turn(&mut charge))??;
-            charge.shrink_to(text.len());
-            let text = Bytes::from(text.into_boxed_str().into_string());
-            Ok((Running { permit, who, walk }, memory::charged(text, charge)))
-        })
-        .await
+        let reading = exports.clone();
+        reading
+            .in_turn(move || {
+                // A panic costs this export alone, and ends it with an error like any other.
+                let text = panics::catch(|| walk.turn(&mut charge))??;
+                charge.shrink_to(text.len());
+                let text = Bytes::from(text.into_boxed_str().into_string());
+                Ok((Running { permit, who, walk }, memory::charged(text, charge)))
+            })
+            .await
     }
 }
 

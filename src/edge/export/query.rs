@@ -4,7 +4,6 @@ use crate::edge::http::request::{Query, Request};
 use crate::protocol::error::Error;
 use crate::protocol::ids::ThreadAddress;
 use crate::views::export::Format;
-use crate::views::export::mask::Masks;
 
 /// Kinds that one export may name.
 const MAX_KINDS: usize = 100;
@@ -24,7 +23,8 @@ pub struct ExportQuery {
     pub until: Option<(String, u64)>,
     pub kinds: Option<(String, Vec<String>)>,
     pub from: Option<String>,
-    pub mask: Option<(String, Masks)>,
+    /// As it was sent: compiling takes time, and is no part of reading a request.
+    pub mask: Option<String>,
     /// Those of an export that is repeated.
     pub epoch: Option<String>,
     pub positions: Option<Vec<u64>>,
@@ -44,7 +44,7 @@ impl ExportQuery {
             until: time(&query, "until")?,
             kinds: kinds(&query)?,
             from: query.text("from").map(str::to_owned),
-            mask: mask(&query)?,
+            mask: bounded(&query, "mask")?.map(str::to_owned),
             epoch: query.text("epoch").map(str::to_owned),
             positions: positions(&query)?,
             resume: query.text("cursor").map(resume_point).transpose()?,
@@ -90,12 +90,6 @@ fn kinds(query: &Query<'_>) -> Result<Option<(String, Vec<String>)>, Error> {
         return Err(Error::field("kinds", format!("kinds has at most {MAX_KINDS} entries")));
     }
     Ok(Some((text.to_owned(), kinds)))
-}
-
-fn mask(query: &Query<'_>) -> Result<Option<(String, Masks)>, Error> {
-    let Some(text) = bounded(query, "mask")? else { return Ok(None) };
-    let masks = Masks::parse(text).map_err(|why| Error::field("mask", why))?;
-    Ok(Some((text.to_owned(), masks)))
 }
 
 fn bounded<'a>(query: &'a Query<'_>, name: &'static str) -> Result<Option<&'a str>, Error> {

@@ -23,7 +23,7 @@ use crate::store::runs::{RunKey, RunRow};
 use crate::store::{EventRange, EventRow, Store};
 use crate::views::chat::CallResult;
 use crate::views::export::chat::{PartEvent, put_part};
-use crate::views::export::mask::Masks;
+use crate::views::export::mask::{self, Masks};
 use crate::views::export::otel::{self, SpanOwner};
 use crate::views::export::{Format, Header, MARK_BYTES, Note, VERSION, Values, Writer, csv, put_event};
 
@@ -127,6 +127,7 @@ impl Walk {
                 return Err(Error::new(Code::CursorInvalid, why).at("positions"));
             }
         };
+        let masks = query.mask.as_deref().map(Masks::parse).transpose().map_err(|why| Error::field("mask", why))?;
         let text = |it: &Option<(String, u64)>| it.as_ref().map(|(text, _)| text.clone());
         let header = Header {
             version: VERSION,
@@ -139,7 +140,7 @@ impl Walk {
             until: text(&query.until),
             kinds: query.kinds.as_ref().map(|(text, _)| text.clone()),
             from: query.from.clone(),
-            mask: query.mask.as_ref().map(|(text, _)| text.clone()),
+            mask: query.mask.clone(),
         };
         let note = Note::Export(header.clone());
         let mut walk = Walk {
@@ -151,7 +152,7 @@ impl Walk {
                 since: query.since.map(|(_, at)| at),
                 until: query.until.map(|(_, at)| at),
                 from: query.from,
-                masks: query.mask.map(|(_, masks)| masks),
+                masks,
             },
             whole: header.is_whole(),
             writer: Writer::new(query.format, query.resume.as_ref().map(|it| it.digest)),
@@ -305,10 +306,10 @@ impl Walk {
         match self.format() {
             Format::Jsonl => {
                 let made = if self.whole { open.values.link(before, open.seq, row.frame) } else { None };
-                let frame = self.filter.masked(row.frame);
+                let frame = self.filter.masked(row.frame)?;
                 put_event(self.writer.out(), &frame, made, &row.hash, self.whole);
             }
-            Format::Csv => csv::put_event(self.writer.out(), &self.filter.masked(row.frame), &row.hash),
+            Format::Csv => csv::put_event(self.writer.out(), &self.filter.masked(row.frame)?, &row.hash),
             Format::Otel => self.span(open, row, turn)?,
             Format::Chat => {}
         }
@@ -359,7 +360,7 @@ impl Walk {
         let Some(begun) = begun.map(|seq| self.beside(row, open, seq, turn)).transpose()?.flatten() else {
             return Ok(());
         };
-        let ended = self.filter.masked(row.frame);
+        let ended = self.filter.masked(row.frame)?;
         match &call {
             Some(call) if !ends_run => otel::put_call(self.writer.out(), &owner, call, &begun, &ended),
             _ => otel::put_run(self.writer.out(), &owner, &begun, &ended),
@@ -399,7 +400,7 @@ impl Walk {
                 let result = self.result_of(row, open, turn)?;
                 bytes += row.frame.len() + result.as_ref().map_or(0, |it| it.frame.len());
                 let (kind, privileged) = (row.kind.to_owned(), row.privileged);
-                events.push(PartEvent { seq, kind, privileged, frame: self.filter.masked(row.frame), result });
+                events.push(PartEvent { seq, kind, privileged, frame: self.filter.masked(row.frame)?, result });
             }
             Ok::<_, Error>(ControlFlow::Continue(()))
         })?;
@@ -444,7 +445,7 @@ impl Walk {
         self.store.visit_events(&self.tenant, &open.name, range, |_, found| {
             if found.offset < open.end {
                 turn.hold(row.frame.len() + found.frame.len())?;
-                frame = Some(self.filter.masked(found.frame));
+                frame = Some(self.filter.masked(found.frame)?);
             }
             Ok::<_, Error>(ControlFlow::Break(()))
         })?;
@@ -507,7 +508,11 @@ impl Filter {
             && self.from.as_deref().is_none_or(|from| from == frame.from)
     }
 
-    fn masked(&self, frame: &str) -> String {
-        self.masks.as_ref().map_or_else(|| frame.to_owned(), |masks| masks.frame(frame))
+    fn masked(&self, frame: &str) -> Result<String, Error> {
+        let Some(masks) = &self.masks else { return Ok(frame.to_owned()) };
+        masks.frame(frame, mask::WITHIN).map_err(|_| {
+            let seconds = mask::WITHIN.as_secs();
+            Error::field("mask", format!("mask takes longer than {seconds} s for an event: make its regexes simpler"))
+        })
     }
 }

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use regex::{Regex, RegexBuilder};
 
@@ -14,14 +15,22 @@ use crate::protocol::json;
 /// Masks of one export, and characters of a regex.
 const MAX_MASKS: usize = 16;
 const MAX_REGEX: usize = 256;
-/// What a regex may take when it is compiled.
+/// What a regex may take when it is compiled, and what it may keep of each text for the next one, forwards and backwards.
 const REGEX_BYTES: usize = 256 << 10;
+const REGEX_CACHE: usize = 512 << 10;
+/// Time for the texts of one event. A search is linear in its text, but a regex whose matches are short and that looks far
+/// ahead makes as many searches as there are characters.
+pub const WITHIN: Duration = Duration::from_secs(1);
 
 const EMAIL: &str = r"[\p{L}\p{N}._%+'-]+@[\p{L}\p{N}-]+(?:\.[\p{L}\p{N}-]+)+";
 const CARD: &str = r"[0-9](?:[ -]?[0-9]){12,18}";
 const PHONE: &str = r"[+(]?[0-9](?:[ ()./-]{0,2}[0-9]){6,14}";
 
 pub struct Masks(Vec<Mask>);
+
+/// The masks take too long for an event.
+#[derive(Debug, PartialEq, Eq)]
+pub struct TooSlow;
 
 struct Mask {
     regex: Regex,
@@ -48,8 +57,10 @@ impl Masks {
         }
     }
 
-    /// The event frame with its texts masked.
-    pub fn frame(&self, frame: &str) -> String {
+    /// The event frame with its texts masked, within about this time: no match is looked for after it.
+    pub fn frame(&self, frame: &str, within: Duration) -> Result<String, TooSlow> {
+        let begun = Instant::now();
+        let go_on = move || if begun.elapsed() < within { Ok(()) } else { Err(TooSlow) };
         let tokens = tokens(frame);
         let mut replaced: Vec<(Range<usize>, String)> = Vec::new();
         let mut lists: BTreeMap<usize, Vec<&Token>> = BTreeMap::new();
@@ -57,13 +68,13 @@ impl Masks {
             match token.list {
                 // The texts of a message's parts are one text.
                 Some(list) => lists.entry(list).or_default().push(token),
-                None => self.mask_run(&[token], &mut replaced),
+                None => self.mask_run(&[token], &go_on, &mut replaced)?,
             }
         }
-        lists.values().for_each(|run| self.mask_run(run, &mut replaced));
+        lists.values().try_for_each(|run| self.mask_run(run, &go_on, &mut replaced))?;
         replaced.sort_by_key(|(range, _)| range.start);
         if replaced.is_empty() {
-            return frame.to_owned();
+            return Ok(frame.to_owned());
         }
         let (mut out, mut from) = (String::with_capacity(frame.len()), 0);
         for (range, text) in replaced {
@@ -72,15 +83,20 @@ impl Masks {
             from = range.end;
         }
         out.push_str(&frame[from..]);
-        out
+        Ok(out)
     }
 
     /// Masks tokens that are one text together.
-    fn mask_run(&self, tokens: &[&Token], replaced: &mut Vec<(Range<usize>, String)>) {
+    fn mask_run(
+        &self,
+        tokens: &[&Token],
+        go_on: &impl Fn() -> Result<(), TooSlow>,
+        replaced: &mut Vec<(Range<usize>, String)>,
+    ) -> Result<(), TooSlow> {
         let joined: String = tokens.iter().map(|token| &*token.text).collect();
-        let found = self.find(&joined);
+        let found = self.find(&joined, go_on)?;
         if found.is_empty() {
-            return;
+            return Ok(());
         }
         let mut begin = 0;
         for token in tokens {
@@ -105,15 +121,24 @@ impl Masks {
             }
             begin = end;
         }
+        Ok(())
     }
 
     /// What is masked in a text, in order and without overlaps.
-    fn find(&self, text: &str) -> Vec<(Range<usize>, &'static str)> {
+    fn find(
+        &self,
+        text: &str,
+        go_on: &impl Fn() -> Result<(), TooSlow>,
+    ) -> Result<Vec<(Range<usize>, &'static str)>, TooSlow> {
         let mut found: Vec<(Range<usize>, &'static str)> = Vec::new();
         for mask in &self.0 {
-            let matches = mask.regex.find_iter(text).map(|it| it.range());
-            let counted = matches.filter(|range| !range.is_empty() && (mask.counts)(text, range.clone()));
-            found.extend(counted.map(|range| (range, mask.label)));
+            go_on()?;
+            for range in mask.regex.find_iter(text).map(|it| it.range()) {
+                go_on()?;
+                if !range.is_empty() && (mask.counts)(text, range.clone()) {
+                    found.push((range, mask.label));
+                }
+            }
         }
         found.sort_by_key(|(range, _)| (range.start, std::cmp::Reverse(range.end)));
         let mut merged: Vec<(Range<usize>, &'static str)> = Vec::new();
@@ -123,7 +148,7 @@ impl Masks {
                 _ => merged.push((range, label)),
             }
         }
-        merged
+        Ok(merged)
     }
 }
 
@@ -151,7 +176,7 @@ fn split_item(list: &str) -> Result<(&str, &str), String> {
 
 impl Mask {
     fn parse(item: &str) -> Result<Mask, String> {
-        let build = |regex: &str| RegexBuilder::new(regex).size_limit(REGEX_BYTES).build();
+        let build = |regex: &str| RegexBuilder::new(regex).size_limit(REGEX_BYTES).dfa_size_limit(REGEX_CACHE).build();
         let (regex, label, counts): (_, _, fn(&str, Range<usize>) -> bool) = match item {
             "email" => (EMAIL, "[email]", |_, _| true),
             "phone" => (PHONE, "[phone]", is_phone),
@@ -295,11 +320,13 @@ fn list_of(stack: &[Within]) -> Option<usize> {
 mod tests {
     use super::*;
 
+    const AMPLE: Duration = Duration::from_secs(3_600);
+
     fn masked(masks: &str, data: &str) -> String {
         let frame = format!(
             r#"{{"type":"event","thread":"t","seq":12345678901,"kind":"x.y","event":"e","from":"ada","at":"2026-11-27","data":{data}}}"#
         );
-        let masked = Masks::parse(masks).expect("masks").frame(&frame);
+        let masked = Masks::parse(masks).expect("masks").frame(&frame, AMPLE).expect("in time");
         serde_json::from_str::<serde_json::Value>(&masked).expect("JSON as before");
         let (before, after) = masked.split_once(r#""data":"#).expect("data");
         assert_eq!(before, frame.split_once(r#""data":"#).expect("data").0, "nothing else has changed");
@@ -335,7 +362,19 @@ mod tests {
         let frame = r#"{"type":"event","thread":"t","seq":1,"from":"ada@example.org","data":{},"key":"k@b.org","run":"r@b.org"}"#;
         let expected =
             r#"{"type":"event","thread":"t","seq":1,"from":"[email]","data":{},"key":"[email]","run":"r@b.org"}"#;
-        assert_eq!(Masks::parse("email").expect("a mask").frame(frame), expected);
+        assert_eq!(Masks::parse("email").expect("a mask").frame(frame, AMPLE), Ok(expected.to_owned()));
+    }
+
+    #[test]
+    fn a_search_ends_when_its_time_is_over_however_many_matches_there_are() {
+        // Each match is one character, and is known to be no longer at the end of the text alone.
+        let masks = Masks::parse("/.*[^A-Z]|[A-Z]/").expect("a mask");
+        let frame = format!(r#"{{"type":"event","data":"{}"}}"#, "A".repeat(1 << 20));
+        assert_eq!(masks.frame(&frame, Duration::from_millis(1)), Err(TooSlow));
+        assert_eq!(
+            masks.frame(r#"{"type":"event","data":true}"#, Duration::ZERO),
+            Ok(r#"{"type":"event","data":true}"#.into())
+        );
     }
 
     #[test]

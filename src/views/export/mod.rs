@@ -12,7 +12,8 @@
 //! digest; what follows the digest in its line is always the same. So a byte that was changed, left out or added is found,
 //! and no more than what is between two seals has to be held, or hashed again, to go on.
 //!
-//! Nothing here depends on the time or on how the lines were read: the same events are the same bytes.
+//! Nothing here depends on the time or on how the lines were read: the same events are the same bytes. Only whether a mask
+//! takes too long does, and that ends an export.
 
 pub mod chat;
 pub mod csv;

@@ -265,10 +265,13 @@ fn said(output: &Output) -> String {
 
 /// A tenant with about so many MiB, whose events are large.
 async fn fill(server: &Server, mib: usize) {
-    let mut ada = server.connect("ada").await;
+    fill_by(&mut server.connect("ada").await, mib).await;
+}
+
+async fn fill_by(user: &mut Socket, mib: usize) {
     let text = "0123456789abcdef".repeat(3_900);
     for n in 0..mib * 17 {
-        ada.say(&format!("t{}", n % 5), &format!("{n} {text}")).await;
+        user.say(&format!("t{}", n % 5), &format!("{n} {text}")).await;
     }
 }
 
@@ -382,6 +385,28 @@ async fn few_exports_run_at_once_and_a_reader_that_takes_nothing_holds_little_me
     drop(first);
     eventually("there is room", async || ask(&server, "thread=t1", &analyst()).await.0 == 200).await;
     assert_eq!(proved(&second.text().await.unwrap()).threads, 5);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_of_other_tenants_that_take_nothing_leave_room_for_an_export() {
+    let server = Server::start_unlimited(LogKind::embedded());
+    conversations(&server).await;
+    let mut silent = Vec::new();
+    for tenant in ["slow", "slower"] {
+        let token = |sub, scope| mint(SECRET, &Claims { tenant: tenant.into(), ..claims(sub, scope) }).unwrap();
+        fill_by(&mut Socket::open(&server.url, &token("eve", "")).await, 16).await;
+        for _ in 0..2 {
+            let request = reqwest::Client::new().get(format!("{}/v1/export", server.url));
+            let reply = request.bearer_auth(token("ana", "analyst")).send().await.unwrap();
+            assert_eq!(reply.status().as_u16(), 200);
+            silent.push(reply);
+        }
+    }
+    assert_eq!(proved(&export(&server, "").await).threads, 2);
+    // They were open all the while.
+    for reply in silent {
+        assert_eq!(proved(&reply.text().await.unwrap()).threads, 5);
+    }
 }
 
 #[tokio::test]
