@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal, Write};
 
 use comfy_table::{Table, presets};
 use serde_json::{Value, json};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::auth::jwt::{self, Claims};
 use crate::clock;
@@ -24,6 +25,26 @@ pub struct Server {
     /// The token to authenticate with (`weft token` makes one).
     #[arg(long, env = "WEFT_TOKEN", hide_env_values = true)]
     pub token: String,
+}
+
+/// What asks a command to end: Ctrl-C, or SIGTERM. From the moment on at which this is made neither ends the process by itself;
+/// one that comes while nobody waits for it is kept.
+pub struct Stop {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Stop {
+    pub fn new() -> io::Result<Stop> {
+        Ok(Stop { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    pub async fn asked(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
 }
 
 /// A token that is good for `ttl_s` seconds.

@@ -254,7 +254,7 @@ impl Demo {
         let seq = event.seq.map_or_else(|| "~".to_owned(), |seq| format!("#{seq}"));
         let from = self.out.paint(style, format_args!("{:<6}", event.from));
         let kind = self.out.paint(Style::Dim, format_args!("{:<15}", event.kind));
-        format!("{seq:>4}  {from} {kind} {}", summary(event))
+        format!("{seq:>4}  {from} {kind} {}", summary(&event.kind, &event.data))
     }
 
     fn cut_ben(&mut self) -> Result<(), Failure> {

@@ -3,7 +3,8 @@
 use form_urlencoded::Serializer;
 use serde_json::{Value, json};
 
-use super::common::{Failure, Output, Server, Style, printable};
+use super::common::{Failure, Output, Server, Style, printable, when};
+use super::tail::summary;
 use crate::client::Http;
 
 /// Characters of a thread's name that are shown, and of who wrote it.
@@ -144,18 +145,14 @@ fn show(out: &Output, hit: &Value) -> Result<bool, Failure> {
 /// When, where, who, what.
 fn line(out: &Output, thread: &Value, event: &Value, text: &str) -> String {
     let shown = |value: &Value| printable(value.as_str().unwrap_or_default()).chars().take(NAME).collect::<String>();
-    let at = event["at"].as_str().unwrap_or_default();
-    // To the second, with the zone: times of the server are UTC.
-    let at = at.get(..19).map_or(at.to_owned(), |at| format!("{}Z", at));
+    let at = when(event["at"].as_str().unwrap_or_default());
     let place = out.paint(Style::Cyan, format!("{} {}", shown(thread), event["seq"]));
     format!("{at}  {place}  {}: {text}", shown(&event["from"]))
 }
 
 /// What an event says, in one line.
 fn text_of(event: &Value) -> String {
-    let data = &event["data"];
-    let text = data["content"].as_str().map_or_else(|| data.to_string(), str::to_owned);
-    printable(&text).chars().take(200).collect()
+    summary(event["kind"].as_str().unwrap_or_default(), &event["data"]).chars().take(200).collect()
 }
 
 /// A text with what was found in bold.

@@ -4,9 +4,7 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use tokio::signal::unix::{SignalKind, signal};
-
-use super::common::{Failure, Output, Style, mint};
+use super::common::{Failure, Output, Stop, Style, mint};
 use super::demo;
 use crate::app::App;
 use crate::clock;
@@ -42,15 +40,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
         tracing::warn!(%error, "cannot raise the number of open files");
     }
-    let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let stopped = async {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    };
-
-    tokio::pin!(stopped);
+    let mut stop = Stop::new()?;
 
     let data = config.data.clone();
     let mut app = App::start(config.clone()).await?;
@@ -60,7 +50,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         let play = args.demo && restarted.is_none();
         let damage = tokio::select! {
             result = serve(&app, &data, secret.as_deref(), play) => break result,
-            () = &mut stopped => break Ok(()),
+            () = stop.asked() => break Ok(()),
             damage = app.projections_damaged() => damage,
         };
         tracing::error!(damage, "the projections are damaged: draining, then starting anew");

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
-use super::common::{Failure, Output, Server, Style, point_in_time, printable, when};
+use super::common::{Failure, Output, Server, Stop, Style, point_in_time, printable, when};
 use crate::client::{ClientEvent, ClientItem, Resuming, Start};
 use crate::clock;
 use crate::protocol::ids::ALL_THREADS;
@@ -77,16 +77,14 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     // Threads of which not all that was there has come yet.
     let mut behind: HashSet<String> = events.threads().map(str::to_owned).collect();
     let mut connected = true;
+    let mut stop = Stop::new()?;
     loop {
         if args.until_head && behind.is_empty() {
             return Ok(events.close().await?);
         }
         let item = tokio::select! {
             item = events.next() => item?,
-            stop = tokio::signal::ctrl_c() => {
-                stop?;
-                return Ok(events.close().await?);
-            }
+            () = stop.asked() => return Ok(events.close().await?),
         };
 
         // Everything but events goes to standard error, so that standard output can be piped.
@@ -118,14 +116,13 @@ fn line(out: &Output, args: &Args, event: &ClientEvent) -> String {
     let time = when(&event.at);
     let from = out.paint(Style::Cyan, format_args!("{:<10}", printable(&event.from)));
     let kind = out.paint(Style::Dim, format_args!("{:<15}", printable(&event.kind)));
-    format!("{thread}{seq:>6} {time} {from} {kind} {}", summary(event))
+    format!("{thread}{seq:>6} {time} {from} {kind} {}", summary(&event.kind, &event.data))
 }
 
-/// The event's payload in a few words: its text where it has one, otherwise its JSON.
-pub fn summary(event: &ClientEvent) -> String {
-    let data = &event.data;
+/// An event's payload in a few words: its text where it has one, otherwise its JSON.
+pub fn summary(kind: &str, data: &Value) -> String {
     let text = |field: &str| data[field].as_str().map(printable);
-    let shown = match event.kind.as_str() {
+    let shown = match kind {
         TOOL_EXECUTING => text("tool").map(|tool| format!("{tool} {}", compact(&data["arguments"]))),
         TOOL_COMPLETED => Some(compact(data.get("result").unwrap_or(&data["error"]))),
         AGENT_STARTED => text("agent").map(|agent| format!("{agent}: {}", compact(&data["input"]))),

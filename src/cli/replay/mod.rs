@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use self::keys::{Key, Keys};
-use super::common::{Failure, Output, Server, Style, printable, segment, when};
+use super::common::{Failure, Output, Server, Stop, Style, printable, segment, when};
 use super::tail::summary;
 use crate::client::{ClientEvent, Http, PublishDraft, Resuming, Start};
 use crate::clock;
@@ -91,16 +91,29 @@ impl Args {
 }
 
 pub async fn run(args: Args) -> Result<(), Failure> {
-    let out = Output::new();
     let mut pages = Pages::open(&args).await?;
     let mut target = match args.server() {
         Some(url) => Some(Target::open(url, &args).await?),
         None => None,
     };
+    // Whatever the replay waits for, it ends when it is asked to, and leaves the terminal as it was.
+    let mut stop = Stop::new()?;
+    tokio::select! {
+        played = play(&args, &mut pages, target.as_mut()) => played?,
+        () = stop.asked() => {}
+    }
+    match target {
+        Some(target) => target.close().await,
+        None => Ok(()),
+    }
+}
+
+async fn play(args: &Args, pages: &mut Pages, mut target: Option<&mut Target>) -> Result<(), Failure> {
+    let out = Output::new();
     let mut player = Player { speed: args.speed, longest: args.longest, paused: args.step, last_at: None };
     let mut keys = Keys::open(args.step);
     while let Some(event) = pages.next().await? {
-        match player.wait(&event, &mut keys).await? {
+        match player.wait(&event, &mut keys).await {
             Wait::Over => {}
             Wait::Seek(by) => {
                 pages.seek(event.seq.unwrap_or_default(), by);
@@ -116,17 +129,14 @@ pub async fn run(args: Args) -> Result<(), Failure> {
             target.publish(event).await?;
         }
     }
-    match target {
-        Some(target) => target.close().await,
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 fn line(out: &Output, event: &ClientEvent) -> String {
     let seq = event.seq.unwrap_or_default();
     let from = format!("{:<10}", printable(&event.from));
     let kind = out.paint(style_of(&event.kind), format_args!("{:<15}", printable(&event.kind)));
-    format!("#{seq:<5} {} {from} {kind} {}", when(&event.at), summary(event))
+    format!("#{seq:<5} {} {from} {kind} {}", when(&event.at), summary(&event.kind, &event.data))
 }
 
 /// People, agents, tools, failures, and what is about the thread, at a glance.
@@ -202,17 +212,13 @@ enum Wait {
 
 impl Player {
     /// Waits until it is the event's turn, or somebody presses a key that says otherwise.
-    async fn wait(&mut self, event: &ClientEvent, keys: &mut Keys) -> Result<Wait, Failure> {
+    async fn wait(&mut self, event: &ClientEvent, keys: &mut Keys) -> Wait {
         let at = clock::parse_rfc3339(&event.at);
         let begun = Instant::now();
         loop {
             let due = begun + self.pause(at);
             let key = tokio::select! {
                 key = keys.next() => key,
-                stop = tokio::signal::ctrl_c() => {
-                    stop?;
-                    return Ok(Wait::Quit);
-                }
                 () = tokio::time::sleep_until(due), if !self.paused => break,
             };
             match key {
@@ -220,16 +226,16 @@ impl Player {
                 Some(Key::Pause) => self.paused = !self.paused,
                 Some(Key::Faster) => self.speed = (self.speed * 2.0).min(FASTEST),
                 Some(Key::Slower) => self.speed = (self.speed / 2.0).max(SLOWEST),
-                Some(Key::Back) => return Ok(self.seek(-(SEEK as i64))),
-                Some(Key::Forward) => return Ok(self.seek(SEEK as i64)),
-                Some(Key::Quit) => return Ok(Wait::Quit),
+                Some(Key::Back) => return self.seek(-(SEEK as i64)),
+                Some(Key::Forward) => return self.seek(SEEK as i64),
+                Some(Key::Quit) => return Wait::Quit,
                 // No more keys come: with --step there is nothing to wait for.
-                None if self.paused => return Ok(Wait::Quit),
+                None if self.paused => return Wait::Quit,
                 None => keys.close(),
             }
         }
         self.last_at = at.or(self.last_at);
-        Ok(Wait::Over)
+        Wait::Over
     }
 
     fn seek(&mut self, by: i64) -> Wait {

@@ -10,12 +10,11 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use serde_json::json;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::time::{Instant, sleep_until};
 
 use self::job::{Ended, Job, Outcome};
-use super::common::{Failure, Output, Server, Style, cell, printable};
+use super::common::{Failure, Output, Server, Stop, Style, cell, printable};
 use crate::client::{ClientWork, ConsumeDraft, ErrorFrame, NotDone, PublishDraft, SettleDraft, Worker, WorkerItem};
 use crate::protocol::kinds::AGENT_MESSAGE;
 
@@ -82,7 +81,7 @@ struct Shift {
 
 impl Shift {
     async fn work(&mut self, mut ended: Receiver<Ended>) -> Result<(), Failure> {
-        let (mut interrupted, mut terminated) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        let mut stop = Stop::new()?;
         eprintln!("weft work: takes work of {}", printable(self.worker.group()));
         while !self.is_over() {
             let extend_at = self.running.values().map(|running| running.extend_at).min();
@@ -90,7 +89,7 @@ impl Shift {
                 item = self.worker.next() => self.take(item?).await?,
                 Some(ended) = ended.recv() => self.end(ended).await?,
                 () = at(extend_at) => self.extend().await?,
-                () = stopped(&mut interrupted, &mut terminated) => self.stop().await,
+                () = stop.asked() => self.stop().await,
             }
         }
         Ok(())
@@ -275,13 +274,6 @@ async fn at(time: Option<Instant>) {
     match time {
         Some(time) => sleep_until(time).await,
         None => std::future::pending().await,
-    }
-}
-
-async fn stopped(interrupted: &mut Signal, terminated: &mut Signal) {
-    tokio::select! {
-        _ = interrupted.recv() => {}
-        _ = terminated.recv() => {}
     }
 }
 

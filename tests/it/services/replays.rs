@@ -1,7 +1,7 @@
 //! `weft replay`: a thread again, whole or in part, step by step, or into another server.
 
-use std::io::Write;
-use std::process::Stdio;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
@@ -73,6 +73,32 @@ async fn with_step_each_line_of_input_plays_one_event() {
     let output = replay.wait_with_output().unwrap();
     assert!(output.status.success());
     assert_eq!(seqs(std::str::from_utf8(&output.stdout).unwrap()), [1, 2, 3, 14, 1]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replay_that_is_asked_to_end_ends_as_if_it_were_over() {
+    let (here, there) = (Server::start_unlimited(LogKind::embedded()), Server::start_unlimited(LogKind::embedded()));
+    conversation(&here).await;
+    let agent = token("eve", "publish subscribe agent analyst");
+    for signal in ["-INT", "-TERM"] {
+        let mut replay = weft()
+            .args(["replay", "t", "--step", "--url", &here.url, "--token", &agent, "--to", &there.url])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // Once the third event is printed, the second is done with, which no client can publish.
+        let mut input = replay.stdin.take().unwrap();
+        input.write_all(b"\n\n\n").unwrap();
+        let printed = BufReader::new(replay.stdout.take().unwrap()).lines().take(3).filter(Result::is_ok).count();
+        assert_eq!(printed, 3);
+        assert!(Command::new("kill").args([signal, &replay.id().to_string()]).status().unwrap().success());
+        let ended = replay.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(0), "{signal}: {said}");
+        assert!(said.contains("1 events that only a server writes"), "{signal}: {said}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
