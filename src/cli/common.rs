@@ -2,12 +2,14 @@
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
+use std::ops::ControlFlow;
 
 use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::auth::jwt::{self, Claims};
+use crate::client::Http;
 use crate::clock;
 
 /// Why a command failed, in words for the person who typed it.
@@ -71,13 +73,82 @@ pub fn print_rows(
     rows: &[Value],
     table: impl FnOnce(&[Value]) -> Table,
 ) -> Result<(), Failure> {
-    let out = Output::new();
-    match rows {
-        _ if json => out.line(json!({ field: rows })),
-        [] => out.line(none),
-        rows => out.line(table(rows)),
+    let mut list = List::new(json, field);
+    if list.page(rows, table)?.is_continue() {
+        list.end(none)?;
     }
-    .map(drop)
+    Ok(())
+}
+
+/// Prints the rows of a list page by page, as [`print_rows`] does all of them; of these tables the first alone has a header.
+pub struct List<'a> {
+    json: bool,
+    field: &'a str,
+    out: Output,
+    rows: usize,
+    /// The list of JSON is begun.
+    begun: bool,
+}
+
+impl<'a> List<'a> {
+    pub fn new(json: bool, field: &'a str) -> List<'a> {
+        List { json, field, out: Output::new(), rows: 0, begun: false }
+    }
+
+    /// The rows of a list of the server's, as far as they are to be kept; one page of them is held at a time. `none` is said of
+    /// a list without rows, and of one without any that are kept.
+    pub async fn print(
+        mut self,
+        http: &mut Http,
+        path: &str,
+        keep: impl Fn(&Value) -> bool,
+        none: [&str; 2],
+        table: impl Fn(&[Value]) -> Table,
+    ) -> Result<(), Failure> {
+        let (field, mut there, mut goes_on) = (self.field, false, ControlFlow::Continue(()));
+        http.each_page(path, field, |mut rows| {
+            there |= !rows.is_empty();
+            rows.retain(&keep);
+            goes_on = self.page(&rows, &table)?;
+            Ok::<_, Failure>(goes_on)
+        })
+        .await?;
+        if goes_on.is_continue() { self.end(none[usize::from(there)]) } else { Ok(()) }
+    }
+
+    /// Breaks when the reader of the output has gone away.
+    fn page(&mut self, rows: &[Value], table: impl FnOnce(&[Value]) -> Table) -> Result<ControlFlow<()>, Failure> {
+        let mut text = String::new();
+        if self.json {
+            if !std::mem::replace(&mut self.begun, true) {
+                text = format!("{{{}:[", json!(self.field));
+            }
+            for (at, row) in rows.iter().enumerate() {
+                if self.rows + at > 0 {
+                    text.push(',');
+                }
+                text += &row.to_string();
+            }
+        } else if !rows.is_empty() {
+            let table = table(rows).to_string();
+            for line in table.lines().skip(usize::from(self.rows > 0)) {
+                text += line;
+                text.push('\n');
+            }
+        }
+        self.rows += rows.len();
+        Ok(if self.out.put(&text)? { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+    }
+
+    /// `none` is for a list without rows.
+    fn end(self, none: &str) -> Result<(), Failure> {
+        let end = match self.rows {
+            _ if self.json => "]}\n".to_owned(),
+            0 => format!("{none}\n"),
+            _ => return Ok(()),
+        };
+        self.out.put(&end).map(drop)
+    }
 }
 
 /// A table whose lines are no wider than they may be, as far as one column can be cut for that: `flexible`, which is never cut
@@ -194,8 +265,13 @@ impl Output {
 
     /// Writes a line; false when its reader has gone away.
     pub fn line(&self, text: impl Display) -> Result<bool, Failure> {
+        self.put(format_args!("{text}\n"))
+    }
+
+    /// Writes a text as it is; false when its reader has gone away.
+    fn put(&self, text: impl Display) -> Result<bool, Failure> {
         let mut out = io::stdout().lock();
-        match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        match write!(out, "{text}").and_then(|()| out.flush()) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
             Err(error) => Err(error.into()),

@@ -3,7 +3,7 @@
 use comfy_table::{CellAlignment, Table};
 use serde_json::Value;
 
-use super::common::{self, Failure, Output, Server, cell, point_in_time, print_rows, when};
+use super::common::{self, Failure, List, Output, Server, cell, point_in_time, when};
 use crate::client::Http;
 use crate::clock;
 
@@ -50,11 +50,8 @@ impl Args {
 pub async fn run(args: Args) -> Result<(), Failure> {
     let mut http = Http::connect(&args.server.url, &args.server.token).await?;
     let path = format!("/v1/threads?limit=1000&all={}", args.all);
-    let mut threads = http.all_pages(&path, "threads").await?;
-    let there = threads.len();
-    threads.retain(|row| args.lists(row));
-    let none = if there == 0 { "no threads yet" } else { "no thread is such" };
-    print_rows(args.json, "threads", none, &threads, table)
+    let list = List::new(args.json, "threads");
+    list.print(&mut http, &path, |row| args.lists(row), ["no threads yet", "no thread is such"], table).await
 }
 
 fn table(threads: &[Value]) -> Table {

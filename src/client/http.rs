@@ -1,5 +1,7 @@
 //! Plain HTTP/1.1 on one connection that is kept open, for what the WebSocket has no command for.
 
+use std::ops::ControlFlow;
+
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1::{SendRequest, handshake};
@@ -54,16 +56,36 @@ impl Http {
     /// All rows of a list that comes in pages, under the name of its field. `path` has a query already.
     pub async fn all_pages(&mut self, path: &str, field: &str) -> Result<Vec<Value>, ClientError> {
         let mut rows = Vec::new();
+        self.each_page(path, field, |page| {
+            rows.extend(page);
+            Ok::<_, ClientError>(ControlFlow::Continue(()))
+        })
+        .await?;
+        Ok(rows)
+    }
+
+    /// Hands the rows of such a list over page by page, until there are no more or `take` has enough.
+    pub async fn each_page<E: From<ClientError>>(
+        &mut self,
+        path: &str,
+        field: &str,
+        mut take: impl FnMut(Vec<Value>) -> Result<ControlFlow<()>, E>,
+    ) -> Result<(), E> {
         let mut next = path.to_owned();
         loop {
             let mut page = self.get(&next).await?;
-            match page[field].take() {
-                Value::Array(found) => rows.extend(found),
-                other => return Err(ClientError::Malformed(format!("{other} in place of a list of {field}"))),
+            let goes_on = match page[field].take() {
+                Value::Array(rows) => take(rows)?,
+                other => {
+                    return Err(ClientError::Malformed(format!("{other} in place of a list of {field}")).into());
+                }
+            };
+            if goes_on.is_break() {
+                return Ok(());
             }
             match page["next"].as_str() {
                 Some(cursor) => next = format!("{path}&cursor={cursor}"),
-                None => return Ok(rows),
+                None => return Ok(()),
             }
         }
     }

@@ -6,7 +6,7 @@ mod waterfall;
 use comfy_table::Table;
 use serde_json::Value;
 
-use super::common::{self, Failure, Output, Server, cell, print_rows, when};
+use super::common::{self, Failure, List, Output, Server, cell, print_rows, when};
 use crate::client::Http;
 use crate::clock;
 
@@ -52,9 +52,8 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         (None, Some(StateFilter::Waiting)) => "/v1/runs?state=waiting&limit=1000".to_owned(),
         (None, _) => "/v1/runs?limit=1000".to_owned(),
     };
-    let runs = http.all_pages(&path, "runs").await?;
     let none = if args.thread.is_some() { "no runs yet" } else { "no run is open" };
-    print_rows(args.json, "runs", none, &runs, table)
+    List::new(args.json, "runs").print(&mut http, &path, |_| true, [none; 2], table).await
 }
 
 fn runs_of(thread: &str) -> String {

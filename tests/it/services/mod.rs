@@ -13,6 +13,7 @@ mod schemas;
 mod sessions;
 mod work;
 
+use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -403,6 +404,29 @@ async fn the_demo_plays_against_a_running_server() {
     for kind in ["agent_started", "agent_thinking", "tool_executing", "tool_completed", "agent_completed"] {
         assert!(said.contains(kind), "{kind} in {said}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_list_of_several_pages_is_one_table_or_one_list_as_json() {
+    const THREADS: usize = 1_005;
+    let server = Server::start_unlimited(LogKind::embedded());
+    let mut ada = server.connect("ada").await;
+    for n in 0..THREADS {
+        ada.say(&format!("t{n}"), "hello").await;
+    }
+    let ada = token("ada", "");
+    let threads = |more: &[&str]| run(&[&["threads", "--url", &server.url, "--token", &ada], more].concat());
+    let (code, table, said) = threads(&[]);
+    assert_eq!((code, table.lines().count()), (0, 1 + THREADS), "{said}");
+    assert_eq!(table.matches("unread").count(), 1, "one header");
+    let (_, listed, _) = threads(&["--json"]);
+    let listed: Value = serde_json::from_str(&listed).unwrap();
+    let names: HashSet<&str> =
+        listed["threads"].as_array().unwrap().iter().map(|row| row["thread"].as_str().unwrap()).collect();
+    assert_eq!(names.len(), THREADS);
+    let (_, listed, _) = threads(&["--json", "--until", "1970-01-01T00:00:00Z"]);
+    assert_eq!(listed, "{\"threads\":[]}\n");
+    assert_eq!(threads(&["--until", "1970-01-01T00:00:00Z"]).1, "no thread is such\n");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
