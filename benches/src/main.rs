@@ -11,6 +11,7 @@ mod crowd;
 mod crowded;
 mod export;
 mod fanout;
+mod fill;
 mod grow;
 mod idle;
 mod latency;
@@ -24,6 +25,7 @@ mod replay;
 mod reply;
 mod report;
 mod rounds;
+mod search;
 mod slow;
 mod socket;
 mod target;
@@ -71,10 +73,12 @@ enum Bench {
     Crowded(#[command(flatten)] With<crowded::CrowdedArgs>),
     /// Deliveries a second to many readers of one thread.
     Fanout(#[command(flatten)] With<fanout::FanoutArgs>),
-    /// Events a second of an export, and what it costs the server in memory.
+    /// Events and bytes a second of an export, beside the same bytes from a file, and what it costs the server in memory.
     Export(#[command(flatten)] With<export::ExportArgs>),
     /// The server's memory for a connection that is subscribed and silent.
     Idle(#[command(flatten)] With<idle::IdleArgs>),
+    /// Events a second into the index of search, and how long searches take, beside tantivy bare with the same texts.
+    Search(#[command(flatten)] With<search::SearchArgs>),
     /// Events a second from the store, from a thread's start until caught up.
     Replay(#[command(flatten)] With<replay::ReplayArgs>),
     /// From the moment at which all clients come back at once until each has what it missed.
@@ -169,6 +173,7 @@ async fn measure(bench: Bench, log: LogKind) -> Result<Report, Failure> {
         Bench::Crowded(with) => crowded::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Fanout(with) => fanout::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Export(with) => export::run(&Target::new(&with.target)?, &with.args).await?,
+        Bench::Search(with) => search::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Idle(with) => idle::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Replay(with) => replay::run(&Target::new(&with.target)?, &with.args).await?,
         Bench::Reconnect(with) => reconnect::run(&Target::new(&with.target)?, &with.args).await?,
