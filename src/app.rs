@@ -38,6 +38,7 @@ use crate::log::embedded::EmbeddedLog;
 use crate::log::kafka::{KafkaConfig, KafkaLog, Known};
 use crate::log::{Identity, IfUnnamed, Log, LogError, Reader};
 use crate::memory::{Budget, Plan};
+use crate::outbound::Outbound;
 use crate::partitioning::NEW_LOG_PARTITIONS;
 use crate::projector::level::Level;
 use crate::projector::opening::{self, OpenError};
@@ -220,9 +221,11 @@ impl App {
             stalled_after: config.run_stalled_after(),
         };
 
-        let issuers: Vec<_> =
-            issuers.into_iter().map(Issuer::new).collect::<Result<_, _>>().map_err(ConfigError::new)?;
-        let sessions = sessions.map(Sessions::new).transpose().map_err(ConfigError::new)?;
+        let outbound = Outbound::new(config.dns_server, config.service_hosts.clone()).map_err(ConfigError::new)?;
+        let issuers = issuers.into_iter().map(|issuer| Issuer::new(issuer, outbound.clone()));
+        let issuers: Vec<_> = issuers.collect::<Result<_, _>>().map_err(ConfigError::new)?;
+        let sessions = sessions.map(|sessions| Sessions::new(sessions, outbound)).transpose();
+        let sessions = sessions.map_err(ConfigError::new)?;
         let (sessions, ended_sessions) = sessions.unzip();
         let keys = Keys { own: verifier, issuers: issuers.clone(), audience: config.jwt_audience.clone() };
         let auth = Arc::new(Authenticator::new(keys, sessions.clone(), store.clone()));

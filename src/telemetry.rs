@@ -135,6 +135,11 @@ const METRICS: &[(&str, Type, &str)] = &[
         Type::Gauge,
         "How a service's circuit breaker is, by service and host: 0 closed, 1 half-open, 2 open",
     ),
+    (
+        "weft_outbound_instances",
+        Type::Gauge,
+        "Instances of a service, by service, host and state: in, or out while their circuit breaker is not closed",
+    ),
     ("weft_unknown_outcomes_total", Type::Counter, "Publishes answered with outcome unknown"),
     ("weft_panics_total", Type::Counter, "Panics: each is a bug"),
 ];
@@ -407,6 +412,9 @@ pub fn outbound_seconds(service: &'static str) -> Histogram {
 }
 pub fn outbound_breaker(service: &'static str, host: &str) -> Gauge {
     gauge!("weft_outbound_breaker", "service" => service, "host" => host.to_owned())
+}
+pub fn outbound_instances(service: &'static str, host: &str, state: &'static str) -> Gauge {
+    gauge!("weft_outbound_instances", "service" => service, "host" => host.to_owned(), "state" => state)
 }
 pub fn unknown_outcomes() -> Counter {
     counter!("weft_unknown_outcomes_total")

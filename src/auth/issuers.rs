@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use super::jwks::KeySet;
 use crate::clock;
 use crate::outbound::address::Target;
-use crate::outbound::{CallError, Request, Service, ServiceConfig};
+use crate::outbound::{CallError, Outbound, Request, Service, ServiceConfig};
 use crate::protocol::error::{Code, Error};
 
 /// Where an issuer describes itself, below its own address.
@@ -76,6 +76,7 @@ struct Description {
 
 pub struct Issuer {
     config: IssuerConfig,
+    outbound: Arc<Outbound>,
     /// Who has the keys, or the description.
     service: Arc<Service>,
     /// Who has the keys, by what the description says.
@@ -107,11 +108,12 @@ enum Looked {
 }
 
 impl Issuer {
-    pub fn new(config: IssuerConfig) -> Result<Arc<Issuer>, String> {
+    pub fn new(config: IssuerConfig, outbound: Arc<Outbound>) -> Result<Arc<Issuer>, String> {
         let name = if config.describes_itself() { "oidc" } else { "jwks" };
-        let service = service(name, &config.target)?;
+        let service = service(name, &config.target, &outbound)?;
         Ok(Arc::new(Issuer {
             config,
+            outbound,
             service,
             described: Mutex::default(),
             keys: ArcSwapOption::empty(),
@@ -240,7 +242,7 @@ impl Issuer {
         match (asked, &*described) {
             (Ok(target), Some((url, service))) if target.url == *url => Ok(service.clone()),
             (Ok(target), _) => {
-                let service = service("jwks", &target).map_err(CallError::Unusable)?;
+                let service = service("jwks", &target, &self.outbound).map_err(CallError::Unusable)?;
                 *described = Some((target.url, service.clone()));
                 Ok(service)
             }
@@ -262,8 +264,8 @@ impl Issuer {
     }
 }
 
-fn service(name: &'static str, target: &Target) -> Result<Arc<Service>, String> {
-    Service::new(ServiceConfig {
+fn service(name: &'static str, target: &Target, outbound: &Arc<Outbound>) -> Result<Arc<Service>, String> {
+    let config = ServiceConfig {
         name,
         label: target.label(),
         target: target.clone(),
@@ -273,7 +275,8 @@ fn service(name: &'static str, target: &Target) -> Result<Arc<Service>, String> 
         attempts: 1,
         max_calls: 1,
         max_bytes: MAX_BYTES,
-    })
+    };
+    Service::new(config, outbound.clone())
 }
 
 /// How long an answer is good for, as it says itself, within bounds.

@@ -25,7 +25,7 @@ use super::Principal;
 use super::claims::{Named, WhoseClaims};
 use crate::clock;
 use crate::outbound::address::Target;
-use crate::outbound::{CallError, Request, Service, ServiceConfig};
+use crate::outbound::{CallError, Outbound, Request, Service, ServiceConfig};
 use crate::protocol::error::{Code, Error};
 
 /// For one attempt, for all of them, and what a new session waits for at most.
@@ -155,8 +155,11 @@ impl Drop for Asking<'_> {
 
 impl Sessions {
     /// Also gives the users of sessions that are over, as `tenant/user`.
-    pub fn new(config: SessionsConfig) -> Result<(Arc<Sessions>, mpsc::Receiver<Arc<str>>), String> {
-        let service = Service::new(ServiceConfig {
+    pub fn new(
+        config: SessionsConfig,
+        outbound: Arc<Outbound>,
+    ) -> Result<(Arc<Sessions>, mpsc::Receiver<Arc<str>>), String> {
+        let service = ServiceConfig {
             name: "introspection",
             label: config.target.label(),
             target: config.target,
@@ -165,7 +168,8 @@ impl Sessions {
             attempts: ATTEMPTS,
             max_calls: MAX_CALLS,
             max_bytes: MAX_BYTES,
-        })?;
+        };
+        let service = Service::new(service, outbound)?;
         let state = State {
             good: LruCache::new(KEPT),
             refused: LruCache::new(KEPT_REFUSALS),
@@ -356,7 +360,8 @@ mod tests {
     fn asked_at(listener: &TcpListener) -> Arc<Sessions> {
         let url = format!("http://{}/", listener.local_addr().expect("its address"));
         let target = Target::configured(&url, &[]).expect("an address");
-        Sessions::new(SessionsConfig { target, client: None, audience: None }).expect("the sessions").0
+        let outbound = Outbound::new(None, None).expect("nothing to look up");
+        Sessions::new(SessionsConfig { target, client: None, audience: None }, outbound).expect("the sessions").0
     }
 
     /// The session that the next call asks for, and the connection, which stays open without an answer.

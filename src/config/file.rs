@@ -75,7 +75,7 @@ fn unknown(known: &Map<String, Value>, key: &str) -> String {
 /// What the value of a key must be, in words.
 fn must_be(key: &str) -> &'static str {
     match key {
-        "listen" | "admin_listen" => r#"an address such as "127.0.0.1:8080""#,
+        "listen" | "admin_listen" | "dns_server" => r#"an address such as "127.0.0.1:8080""#,
         "log" => r#""embedded" or "kafka""#,
         "jwks_url" => r#"a list such as ["https://auth.example/keys"]"#,
         "private_hosts" => r#"a list such as ["auth", "*.svc.cluster.local"]"#,
@@ -192,6 +192,8 @@ mod tests {
             introspect_client_id = "weft"
             introspect_client_secret = "s"
             private_hosts = ["auth"]
+            service_hosts = "services"
+            dns_server = "127.0.0.1:53"
             allow_origin = ["https://app.example"]
             max_connections = 1
             max_user_connections = 2

@@ -134,6 +134,14 @@ pub struct ServeArgs {
     #[arg(long, env = "WEFT_PRIVATE_HOSTS", value_delimiter = ',', value_name = "HOST")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub private_hosts: Option<Vec<String>>,
+    /// A file of where services are: HOST ADDRESS[:PORT]… a line, in place of DNS; read again when it has changed
+    #[arg(long, env = "WEFT_SERVICE_HOSTS", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub service_hosts: Option<PathBuf>,
+    /// The DNS server that is asked for other services [default: the system's]
+    #[arg(long, env = "WEFT_DNS_SERVER", value_name = "IP:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dns_server: Option<SocketAddr>,
     /// Origins that browsers may connect from beside the server's own, such as https://app.example, with commas between them; * for all
     #[arg(long, env = "WEFT_ALLOW_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -217,6 +225,10 @@ pub struct Config {
     #[serde(default)]
     pub introspect_client_secret: Option<String>,
     pub private_hosts: Vec<String>,
+    #[serde(default)]
+    pub service_hosts: Option<PathBuf>,
+    #[serde(default)]
+    pub dns_server: Option<SocketAddr>,
     pub allow_origin: Vec<String>,
     pub max_connections: usize,
     pub max_user_connections: usize,
@@ -305,6 +317,8 @@ impl Default for Config {
             introspect_client_id: None,
             introspect_client_secret: None,
             private_hosts: Vec::new(),
+            service_hosts: None,
+            dns_server: None,
             allow_origin: Vec::new(),
             max_connections: 100_000,
             max_user_connections: 250,

@@ -4,17 +4,12 @@
 //! - `http://` goes to private addresses alone: on the way to others anybody could change the answer.
 //! - An address that the operator has written as such (`127.0.0.1`, and `localhost`) is configured by that.
 //!
-//! What counts is the address that a name resolves to, looked at each time before a connection is opened: a name that is
-//! bound to another address meanwhile leads nowhere.
+//! What counts is the address that a name resolves to. A connection is opened to the very address that was looked at, so
+//! that a name which is bound to another one meanwhile leads nowhere.
 
-use std::future::Future;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::pin::Pin;
-use std::sync::Arc;
 
 use reqwest::Url;
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 
 /// Which addresses a service may be at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,10 +50,10 @@ impl Target {
         let https = url.scheme() == "https";
         let host = url.host_str().unwrap_or_default();
         let reach = match literal(host) {
-            Some(address) if address.is_unspecified() || address.is_multicast() => {
+            Some(address) if is_nobodys(address) => {
                 return Err(format!("{text:.100}: {address} is no address of a service"));
             }
-            Some(address) if is_public(canonical(address)) && !https => return Err(needs_https(text)),
+            Some(address) if !https && is_public(canonical(address)) => return Err(needs_https(text)),
             Some(_) => Reach::Literal,
             None if host == "localhost" => Reach::Loopback,
             None => by_name(host, https, private_hosts).ok_or_else(|| needs_https(text))?,
@@ -108,8 +103,25 @@ fn needs_https(text: &str) -> String {
 }
 
 /// An address in place of a host's name; in URLs those of IPv6 are in brackets.
-fn literal(host: &str) -> Option<IpAddr> {
+pub fn literal(host: &str) -> Option<IpAddr> {
     host.trim_start_matches('[').trim_end_matches(']').parse().ok()
+}
+
+/// Why a service cannot be at an address that the operator has written, if it cannot.
+pub fn check_written(address: IpAddr, https: bool) -> Result<(), &'static str> {
+    if is_nobodys(address) {
+        return Err("that is no address of a service");
+    }
+    if !https && is_public(canonical(address)) {
+        return Err("http:// is for private addresses alone");
+    }
+    Ok(())
+}
+
+/// Unspecified and multicast ones.
+fn is_nobodys(address: IpAddr) -> bool {
+    let address = canonical(address);
+    address.is_unspecified() || address.is_multicast()
 }
 
 /// What a host that has a name may be; `None` if it must have `https`.
@@ -183,30 +195,8 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
     (0x2000..0x4000).contains(&first) && !(first == 0x2001 && matches!(second, 0 | 0xdb8)) && first != 0x2002
 }
 
-type Lookup = Pin<Box<dyn Future<Output = io::Result<Vec<SocketAddr>>> + Send>>;
-
-/// Resolves names, and passes on only the addresses that a service may be at.
-#[derive(Clone)]
-pub struct CheckedResolver {
-    reach: Reach,
-    lookup: Arc<dyn Fn(String) -> Lookup + Send + Sync>,
-}
-
-impl CheckedResolver {
-    /// With the system's resolver.
-    pub fn new(reach: Reach) -> CheckedResolver {
-        CheckedResolver::with(reach, |host| {
-            Box::pin(async move { Ok(tokio::net::lookup_host((host, 0)).await?.collect()) })
-        })
-    }
-
-    fn with(reach: Reach, lookup: impl Fn(String) -> Lookup + Send + Sync + 'static) -> CheckedResolver {
-        CheckedResolver { reach, lookup: Arc::new(lookup) }
-    }
-}
-
 /// A name that leads to no address that is allowed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{host} resolves to {address}, which is {what}: see --private-hosts")]
 pub struct NotAllowed {
     host: String,
@@ -214,28 +204,23 @@ pub struct NotAllowed {
     what: &'static str,
 }
 
-impl Resolve for CheckedResolver {
-    fn resolve(&self, name: Name) -> Resolving {
-        let (reach, host) = (self.reach, name.as_str().to_owned());
-        let found = (self.lookup)(host.clone());
-        Box::pin(async move {
-            let found = found.await?;
-            let allowed: Vec<SocketAddr> = found.iter().copied().filter(|it| reach.allows(it.ip())).collect();
-            if allowed.is_empty()
-                && let Some(address) = found.first().map(SocketAddr::ip)
-            {
+impl Reach {
+    /// Of what a name resolves to, the addresses that are allowed; an error if it resolves to others alone.
+    pub fn keep_allowed(self, host: &str, found: &mut Vec<SocketAddr>) -> Result<(), NotAllowed> {
+        let first = found.first().map(SocketAddr::ip);
+        found.retain(|it| self.allows(it.ip()));
+        match first {
+            Some(address) if found.is_empty() => {
                 let what = if is_public(canonical(address)) { "public" } else { "not public" };
-                return Err(NotAllowed { host, address, what }.into());
+                Err(NotAllowed { host: host.to_owned(), address, what })
             }
-            Ok(Box::new(allowed.into_iter()) as Addrs)
-        })
+            _ => Ok(()),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
     use super::*;
 
     fn address(text: &str) -> IpAddr {
@@ -327,28 +312,14 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn a_name_that_is_bound_to_another_address_meanwhile_leads_nowhere() {
-        let asked = AtomicUsize::new(0);
-        let rebinding = CheckedResolver::with(Reach::Public, move |_| {
-            let address = ["93.184.216.34", "127.0.0.1"][asked.fetch_add(1, Ordering::Relaxed).min(1)];
-            let found = SocketAddr::new(self::address(address), 0);
-            Box::pin(async move { Ok(vec![found]) })
-        });
-        let resolve = || rebinding.resolve("auth.example".parse().expect("a name"));
-        let first: Vec<SocketAddr> = resolve().await.expect("public").collect();
-        assert_eq!(first.len(), 1);
-        let why = resolve().await.err().expect("no longer public").to_string();
-        assert!(why.starts_with("auth.example resolves to 127.0.0.1, which is not public"), "{why}");
-    }
-
-    #[tokio::test]
-    async fn of_several_addresses_only_those_that_are_allowed_are_passed_on() {
-        let both = CheckedResolver::with(Reach::Private, |_| {
-            let found = ["169.254.169.254:0", "10.0.0.1:0", "8.8.8.8:0"].map(|it| it.parse().expect("an address"));
-            Box::pin(async move { Ok(found.to_vec()) })
-        });
-        let found: Vec<SocketAddr> = both.resolve("auth".parse().expect("a name")).await.expect("one").collect();
-        assert_eq!(found, ["10.0.0.1:0".parse().expect("an address")]);
+    #[test]
+    fn of_several_addresses_only_those_that_are_allowed_are_used() {
+        let parse = |list: &[&str]| list.iter().map(|it| it.parse().expect("an address")).collect::<Vec<SocketAddr>>();
+        let mut found = parse(&["169.254.169.254:80", "10.0.0.1:80", "8.8.8.8:80"]);
+        assert_eq!(Reach::Private.keep_allowed("auth", &mut found), Ok(()));
+        assert_eq!(found, parse(&["10.0.0.1:80"]));
+        let why = Reach::Public.keep_allowed("auth.example", &mut found).expect_err("a private one").to_string();
+        assert_eq!(why, "auth.example resolves to 10.0.0.1, which is not public: see --private-hosts");
+        assert_eq!(Reach::Public.keep_allowed("auth.example", &mut Vec::new()), Ok(()), "that is another matter");
     }
 }

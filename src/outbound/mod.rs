@@ -4,7 +4,8 @@
 //! - Calls at a time are bounded. Those beyond wait for their turn, as long as a whole attempt still fits before their deadline:
 //!   one that is cut short would look like a failure of the service.
 //! - A call that failed is made again only if it is safe to repeat, after a pause, and while the budget of [`retries`] allows.
-//! - A service that keeps failing is left alone for a while ([`breaker`]): then a call fails at once.
+//! - A service may have several [`instances`], which [`discovery`] finds. One that keeps failing is left alone for a while
+//!   ([`breaker`]); if all are, a call fails at once.
 //! - Redirects are not followed, proxies of the environment are not used, and a name leads only to the addresses that
 //!   [`address`] allows.
 //!
@@ -13,26 +14,54 @@
 
 pub mod address;
 mod breaker;
+mod connector;
+mod discovery;
+mod hosts;
+mod instances;
 mod retries;
 
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use reqwest::StatusCode;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap};
-use reqwest::{Client, StatusCode};
-use tokio::sync::Semaphore;
+use tokio::sync::{Mutex as AsyncMutex, Semaphore};
 
-use self::address::{CheckedResolver, NotAllowed, Target};
-use self::breaker::{Breaker, Permit, State};
+use self::address::Target;
+use self::breaker::{Permit, State};
+use self::connector::Connector;
+use self::discovery::{Discovery, FindError, Place};
+pub use self::instances::InstanceStatus;
+use self::instances::{Chosen, Instances};
 use self::retries::RetryBudget;
 use crate::{clock, telemetry};
 
-/// Connections that are kept open for the next calls.
-const IDLE_CONNECTIONS: usize = 4;
-const IDLE_FOR: Duration = Duration::from_secs(30);
+/// Instances that are tried one after another because no connection to them comes about: none of them was asked anything.
+const CONNECTS: usize = 3;
+/// How long a call waits for a lookup while it is known where the instances were.
+const LOOKUP: Duration = Duration::from_millis(500);
+/// When what could not be looked up is looked up again, and when if it is known where the instances were.
+const LOOK_UP_AGAIN: Duration = Duration::from_secs(1);
+const LOOK_UP_AGAIN_IF_KNOWN: Duration = Duration::from_secs(5);
 /// When to try again what has no better time of its own.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// What all services have in common.
+pub struct Outbound {
+    discovery: Discovery,
+    connector: Connector,
+}
+
+impl Outbound {
+    /// Asks the system's DNS unless another server is named. `hosts` is the file of `--service-hosts`.
+    pub fn new(dns_server: Option<SocketAddr>, hosts: Option<PathBuf>) -> Result<Arc<Outbound>, String> {
+        let discovery = Discovery::new(dns_server, hosts)?;
+        Ok(Arc::new(Outbound { discovery, connector: Connector::default() }))
+    }
+}
 
 /// What a service is called with.
 #[derive(Debug, Clone)]
@@ -79,8 +108,12 @@ pub enum CallError {
     Busy,
     #[error("no whole answer came in time")]
     TimedOut,
-    #[error("it cannot be reached: {0}")]
-    Unreachable(String),
+    #[error("there is no connection to it: {0}")]
+    NotConnected(String),
+    #[error("the connection to it was lost: {0}")]
+    Lost(String),
+    #[error("{0}")]
+    NotFound(String),
     #[error("{0}")]
     NotAllowed(String),
     #[error("it answered with a redirect ({0}), which is not followed")]
@@ -100,7 +133,7 @@ impl CallError {
             CallError::Open(_) => "open",
             CallError::Busy => "busy",
             CallError::TimedOut => "timeout",
-            CallError::Unreachable(_) => "unreachable",
+            CallError::NotConnected(_) | CallError::Lost(_) | CallError::NotFound(_) => "unreachable",
             CallError::NotAllowed(_) => "not_allowed",
             CallError::Redirected(_) | CallError::Status(_) => "status",
             CallError::TooLarge(_) => "too_large",
@@ -120,7 +153,7 @@ impl CallError {
     /// Whether the same call may bring something else in a moment.
     fn is_passing(&self) -> bool {
         match self {
-            CallError::TimedOut | CallError::Unreachable(_) => true,
+            CallError::TimedOut | CallError::NotConnected(_) | CallError::Lost(_) => true,
             CallError::Status(status) => matches!(status, 500 | 502 | 503 | 504),
             _ => false,
         }
@@ -144,24 +177,29 @@ fn round_up(duration: Duration) -> Duration {
 pub struct ServiceStatus {
     pub name: &'static str,
     pub label: String,
-    /// Whether the last call brought something, and the breaker is closed.
+    /// Whether the last call brought something.
     pub ok: bool,
     pub breaker: &'static str,
     /// Since when `ok` is what it is, in milliseconds since the Unix epoch.
     pub since: u64,
     /// Why a call failed last, and when.
     pub last_error: Option<(String, u64)>,
+    pub instances: Vec<InstanceStatus>,
 }
 
 pub struct Service {
     config: ServiceConfig,
-    client: Client,
+    outbound: Arc<Outbound>,
+    /// Held while it is looked up where the instances are.
+    looking_up: AsyncMutex<()>,
     calls: Semaphore,
     state: Mutex<ServiceState>,
 }
 
 struct ServiceState {
-    breaker: Breaker,
+    instances: Instances,
+    /// Why they were not found when they were looked up last, and until when that holds if none are known.
+    not_found: Option<(CallError, Instant)>,
     budget: RetryBudget,
     shown: State,
     ok: bool,
@@ -172,42 +210,35 @@ struct ServiceState {
 /// A call under way. One that is dropped before it has an outcome gives its place back.
 struct Call<'a> {
     service: &'a Service,
+    address: SocketAddr,
     permit: Option<Permit>,
 }
 
 impl Drop for Call<'_> {
     fn drop(&mut self) {
         if let Some(permit) = self.permit.take() {
-            self.service.lock().breaker.abandoned(permit);
+            self.service.lock().instances.abandoned(self.address, permit);
         }
     }
 }
 
 impl Service {
-    pub fn new(config: ServiceConfig) -> Result<Arc<Service>, String> {
-        let client = Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .retry(reqwest::retry::never())
-            .referer(false)
-            .user_agent(concat!("weft/", env!("CARGO_PKG_VERSION")))
-            .dns_resolver(CheckedResolver::new(config.target.reach))
-            .connect_timeout(config.timeout)
-            .pool_max_idle_per_host(IDLE_CONNECTIONS)
-            .pool_idle_timeout(IDLE_FOR)
-            .build()
-            .map_err(|error| format!("no client for {}: {error}", config.name))?;
+    /// An error if no connection to it can ever come about.
+    pub fn new(config: ServiceConfig, outbound: Arc<Outbound>) -> Result<Arc<Service>, String> {
+        outbound.connector.check(&config.target.url)?;
         let calls = Semaphore::new(config.max_calls);
         let state = ServiceState {
-            breaker: Breaker::default(),
+            instances: Instances::default(),
+            not_found: None,
             budget: RetryBudget::default(),
             shown: State::Closed,
             ok: true,
             since: clock::now_ms(),
             last_error: None,
         };
-        let service = Service { config, client, calls, state: Mutex::new(state) };
-        service.set_gauge(State::Closed);
+        let (looking_up, state) = (AsyncMutex::default(), Mutex::new(state));
+        let service = Service { config, outbound, looking_up, calls, state };
+        service.measure();
         Ok(Arc::new(service))
     }
 
@@ -221,20 +252,21 @@ impl Service {
 
     pub fn status(&self) -> ServiceStatus {
         let state = self.lock();
-        let breaker = state.breaker.state(Instant::now());
+        let now = Instant::now();
         ServiceStatus {
             name: self.config.name,
             label: self.config.label.clone(),
             ok: state.ok,
-            breaker: breaker.as_str(),
+            breaker: state.instances.state(now).as_str(),
             since: state.since,
             last_error: state.last_error.clone(),
+            instances: state.instances.status(now),
         }
     }
 
     /// Whether a call would fail at once.
     pub fn is_open(&self) -> bool {
-        self.lock().breaker.state(Instant::now()) == State::Open
+        self.lock().instances.state(Instant::now()) == State::Open
     }
 
     /// Calls the service, and reads its answer with `read`: an answer that cannot be used is a failure as any other.
@@ -245,6 +277,7 @@ impl Service {
     ) -> Result<T, CallError> {
         let begin = Instant::now();
         let called = self.call_in_time(request, &read).await;
+        self.note(called.as_ref().err());
         let outcome = called.as_ref().map_or_else(CallError::outcome, |_| "ok");
         telemetry::outbound_calls(self.config.name, outcome).increment(1);
         telemetry::outbound_seconds(self.config.name).record(begin.elapsed());
@@ -259,7 +292,8 @@ impl Service {
     ) -> Result<T, CallError> {
         let until = Instant::now() + self.config.deadline;
         // Before it waits for a turn: nobody queues up for what is not called.
-        if let Some(pause) = self.lock().breaker.pause(Instant::now()) {
+        let pause = self.lock().instances.pause(Instant::now());
+        if let Some(pause) = pause {
             return Err(CallError::Open(pause));
         }
         let patience = self.config.deadline.saturating_sub(self.config.timeout);
@@ -267,15 +301,18 @@ impl Service {
         let Ok(Ok(_turn)) = turn else { return Err(CallError::Busy) };
         self.lock().budget.earn();
 
-        let mut failed = 0;
+        let (mut failed, mut tried) = (0, Vec::new());
         loop {
             let left = until.saturating_duration_since(Instant::now());
             // An attempt that takes all that is left ends just before the call does, so that its outcome counts.
             let within = self.config.timeout.min(left.mul_f64(0.98));
-            let error = match self.attempt(request, read, within).await {
+            let error = match self.attempt(request, read, within, &mut tried).await {
                 Ok(read) => return Ok(read),
                 Err(error) => error,
             };
+            if matches!(error, CallError::NotConnected(_)) && self.has_others(&tried) {
+                continue;
+            }
             failed += 1;
             let pause = retries::pause(failed);
             let in_time = Instant::now() + pause < until;
@@ -287,39 +324,107 @@ impl Service {
         }
     }
 
+    /// Whether another instance can be called in place of those that were tried, which are not too many yet.
+    fn has_others(&self, tried: &[SocketAddr]) -> bool {
+        tried.len() < CONNECTS && self.lock().instances.has_others(tried, Instant::now())
+    }
+
+    /// Calls an instance, one that was not tried if there is one.
     async fn attempt<T>(
         &self,
         request: Request<'_>,
         read: &impl Fn(&Answer) -> Result<T, String>,
         within: Duration,
+        tried: &mut Vec<SocketAddr>,
     ) -> Result<T, CallError> {
-        let permit = self.lock().breaker.admit(Instant::now()).map_err(CallError::Open)?;
-        let mut call = Call { service: self, permit: Some(permit) };
+        let until = tokio::time::Instant::now() + within;
+        let looked_up = tokio::time::timeout_at(until, self.look_up()).await;
+        looked_up.unwrap_or_else(|_| Err(not_in_time()))?;
+        let chosen = self.lock().instances.choose(tried, Instant::now()).map_err(CallError::Open)?;
+        let (address, permit) = (chosen.address, chosen.permit);
+        let mut call = Call { service: self, address, permit: Some(permit) };
+        tried.push(address);
         self.show();
 
-        let answered = tokio::time::timeout(within, self.send(request)).await;
+        let answered = tokio::time::timeout_at(until, self.send(chosen, request)).await;
         let answered = answered.unwrap_or(Err(CallError::TimedOut));
         let result = answered.and_then(|answer| read(&answer).map_err(CallError::Unusable));
-        if let Some(permit) = call.permit.take() {
-            self.finish(permit, result.as_ref().err());
-        }
+        call.permit = None;
+        self.finish(address, permit, result.as_ref().err());
         result
     }
 
-    async fn send(&self, request: Request<'_>) -> Result<Answer, CallError> {
-        let url = self.config.target.url.clone();
+    /// Finds out where the instances are, unless that is known. While it cannot be found out they are where they were.
+    async fn look_up(&self) -> Result<(), CallError> {
+        if let Some(known) = self.is_known() {
+            return known;
+        }
+        // One looks it up. The others go on with what was known, or wait for that.
+        let _looking_up = match self.looking_up.try_lock() {
+            Ok(looking_up) => looking_up,
+            Err(_) if !self.lock().instances.is_empty() => return Ok(()),
+            Err(_) => self.looking_up.lock().await,
+        };
+        if let Some(known) = self.is_known() {
+            return known;
+        }
+        let patience = if self.lock().instances.is_empty() { self.config.timeout } else { LOOKUP };
+        let found = tokio::time::timeout(patience, self.outbound.discovery.find(&self.config.target)).await;
+        let found = found.map_err(|_| not_in_time()).and_then(|found| found.map_err(CallError::from));
+        let replaced = found.and_then(|(places, good_for)| self.replace(places, good_for));
+        self.show();
+        replaced.or_else(|error| self.not_found(error))
+    }
+
+    /// Whether it is known where the instances are, or why not. `None`: it is to be looked up.
+    fn is_known(&self) -> Option<Result<(), CallError>> {
+        let (state, now) = (self.lock(), Instant::now());
+        match &state.not_found {
+            Some((error, until)) if state.instances.is_empty() && now < *until => Some(Err(error.clone())),
+            _ => state.instances.is_known(now).then_some(Ok(())),
+        }
+    }
+
+    fn replace(&self, places: Vec<Place>, good_for: Duration) -> Result<(), CallError> {
+        let mut state = self.lock();
+        let ServiceConfig { target, timeout, .. } = &self.config;
+        // Where there are others, some of the time is left for them.
+        let patience = if places.len() > 1 { *timeout / 2 } else { *timeout };
+        let connect = |place: &Place| self.outbound.connector.connect(&target.url, place, patience);
+        state.instances.replace(places, Instant::now() + good_for, connect).map_err(CallError::NotFound)?;
+        state.not_found = None;
+        Ok(())
+    }
+
+    /// The instances were not found: an error if none are known.
+    fn not_found(&self, error: CallError) -> Result<(), CallError> {
+        let (mut state, now) = (self.lock(), Instant::now());
+        let is_new = state.not_found.replace((error.clone(), now + LOOK_UP_AGAIN)).is_none();
+        if state.instances.is_empty() {
+            return Err(error);
+        }
+        state.instances.keep(now + LOOK_UP_AGAIN_IF_KNOWN);
+        if is_new {
+            let (service, label) = (self.config.name, &self.config.label);
+            tracing::warn!(service, label, %error, "it is not found where a service is: it is called where it was");
+        }
+        Ok(())
+    }
+
+    async fn send(&self, to: Chosen, request: Request<'_>) -> Result<Answer, CallError> {
+        let Chosen { url, client, .. } = to;
         let request = match request {
-            Request::Get => self.client.get(url),
+            Request::Get => client.get(url),
             Request::Ask { form, basic } => {
                 let body = form_urlencoded::Serializer::new(String::new()).extend_pairs(form).finish();
-                let post = self.client.post(url).header(CONTENT_TYPE, "application/x-www-form-urlencoded").body(body);
+                let post = client.post(url).header(CONTENT_TYPE, "application/x-www-form-urlencoded").body(body);
                 match basic {
                     Some((name, password)) => post.basic_auth(name, Some(password)),
                     None => post,
                 }
             }
         };
-        let mut reply = request.header(ACCEPT, "application/json").send().await.map_err(unreachable)?;
+        let mut reply = request.header(ACCEPT, "application/json").send().await.map_err(not_answered)?;
         let status = reply.status();
         if status.is_redirection() {
             return Err(CallError::Redirected(status.as_u16()));
@@ -330,7 +435,7 @@ impl Service {
 
         let most = self.config.max_bytes;
         let mut body = BytesMut::new();
-        while let Some(chunk) = reply.chunk().await.map_err(unreachable)? {
+        while let Some(chunk) = reply.chunk().await.map_err(not_answered)? {
             if body.len() + chunk.len() > most {
                 return Err(CallError::TooLarge(most));
             }
@@ -339,50 +444,81 @@ impl Service {
         Ok(Answer { headers: std::mem::take(reply.headers_mut()), body: body.freeze() })
     }
 
-    /// What became of a call changes how the service is seen.
-    fn finish(&self, permit: Permit, error: Option<&CallError>) {
+    /// What became of an attempt changes how the instance is seen.
+    fn finish(&self, address: SocketAddr, permit: Permit, error: Option<&CallError>) {
         {
-            let mut state = self.lock();
-            let now = Instant::now();
-            match error {
-                Some(error) if error.is_failure() => state.breaker.failed(permit, now),
-                _ => state.breaker.succeeded(permit),
-            }
-            let ok = error.is_none();
-            if ok != state.ok {
-                (state.ok, state.since) = (ok, clock::now_ms());
+            let (mut state, now) = (self.lock(), Instant::now());
+            let before = state.instances.state_of(address, now);
+            match error.filter(|error| error.is_failure()) {
+                Some(error) => state.instances.failed(address, permit, &error.to_string(), now),
+                None => state.instances.succeeded(address, permit),
             }
             if let Some(error) = error {
                 state.last_error = Some((error.to_string(), clock::now_ms()));
+            }
+            let (after, (instances, _)) = (state.instances.state_of(address, now), state.instances.counts(now));
+            // That of the only one is the service's.
+            if instances > 1 && before != after {
+                self.say(address, after, error);
             }
         }
         self.show();
     }
 
-    /// Brings the metric up to date: a breaker becomes half-open by time alone.
-    pub fn measure(&self) {
-        let state = self.lock();
-        self.set_gauge(state.breaker.state(Instant::now()));
+    /// What became of a call changes how the service is seen, unless it got no turn.
+    fn note(&self, error: Option<&CallError>) {
+        if matches!(error, Some(CallError::Busy)) {
+            return;
+        }
+        let mut state = self.lock();
+        let ok = error.is_none();
+        if ok != state.ok {
+            (state.ok, state.since) = (ok, clock::now_ms());
+        }
+        if let Some(error) = error.filter(|error| !matches!(error, CallError::Open(_))) {
+            state.last_error = Some((error.to_string(), clock::now_ms()));
+        }
     }
 
-    fn set_gauge(&self, breaker: State) {
-        let value = match breaker {
+    /// Brings the metrics up to date: a breaker becomes half-open by time alone.
+    pub fn measure(&self) {
+        self.set_gauges(&self.lock().instances, Instant::now());
+    }
+
+    fn set_gauges(&self, instances: &Instances, now: Instant) {
+        let value = match instances.state(now) {
             State::Closed => 0.0,
             State::HalfOpen => 1.0,
             State::Open => 2.0,
         };
-        telemetry::outbound_breaker(self.config.name, &self.config.label).set(value);
+        let (service, label) = (self.config.name, &self.config.label);
+        telemetry::outbound_breaker(service, label).set(value);
+        let (all, out) = instances.counts(now);
+        telemetry::outbound_instances(service, label, "in").set((all - out) as f64);
+        telemetry::outbound_instances(service, label, "out").set(out as f64);
+    }
+
+    /// Says in the log when the breaker of one of several instances has changed.
+    fn say(&self, address: SocketAddr, state: Option<State>, error: Option<&CallError>) {
+        let (service, label) = (self.config.name, &self.config.label);
+        match (state, error) {
+            (Some(State::Open), Some(why)) => {
+                tracing::warn!(service, label, %address, %why, "an instance keeps failing, and is left out for a while");
+            }
+            (Some(State::Closed), _) => tracing::info!(service, label, %address, "an instance works again"),
+            _ => {}
+        }
     }
 
     /// Says in the log and the metrics when the breaker has changed.
     fn show(&self) {
         let mut state = self.lock();
-        let now = state.breaker.state(Instant::now());
+        self.set_gauges(&state.instances, Instant::now());
+        let now = state.instances.state(Instant::now());
         if now == state.shown {
             return;
         }
         state.shown = now;
-        self.set_gauge(now);
         let (service, label) = (self.config.name, &self.config.label);
         let why = state.last_error.as_ref().map_or("", |(why, _)| why);
         match now {
@@ -395,18 +531,28 @@ impl Service {
     }
 }
 
+impl From<FindError> for CallError {
+    fn from(error: FindError) -> CallError {
+        match error {
+            FindError::NotAllowed(why) => CallError::NotAllowed(why),
+            FindError::NotFound(why) => CallError::NotFound(why),
+        }
+    }
+}
+
+fn not_in_time() -> CallError {
+    CallError::NotFound("its name was not looked up in time".to_owned())
+}
+
 /// Why nothing came, without the URL: that is configured, and may be long.
-fn unreachable(error: reqwest::Error) -> CallError {
+fn not_answered(error: reqwest::Error) -> CallError {
     let mut source: Option<&(dyn std::error::Error + 'static)> = Some(&error);
     let mut last = error.to_string();
-    while let Some(error) = source {
-        if let Some(refused) = error.downcast_ref::<NotAllowed>() {
-            return CallError::NotAllowed(refused.to_string());
-        }
-        last = error.to_string();
-        source = error.source();
+    while let Some(inner) = source {
+        last = inner.to_string();
+        source = inner.source();
     }
-    CallError::Unreachable(last)
+    if error.is_connect() { CallError::NotConnected(last) } else { CallError::Lost(last) }
 }
 
 #[cfg(test)]
@@ -418,7 +564,7 @@ mod tests {
         let long = Duration::from_secs(60);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}/", listener.local_addr().expect("its address"));
-        let service = Service::new(ServiceConfig {
+        let service = ServiceConfig {
             name: "test",
             label: String::new(),
             target: Target::configured(&url, &[]).expect("an address"),
@@ -427,8 +573,8 @@ mod tests {
             attempts: 1,
             max_calls: 1,
             max_bytes: 1,
-        })
-        .expect("a service");
+        };
+        let service = Service::new(service, Outbound::new(None, None).expect("nothing to look up")).expect("a service");
         let turn = service.calls.acquire().await.expect("the only turn");
         let call = service.call(Request::Get, |_| Ok(()));
         let called = tokio::time::timeout(long / 4, call).await.expect("it does not wait until its deadline");
@@ -437,6 +583,6 @@ mod tests {
 
         drop(turn);
         let (called, _) = tokio::join!(service.call(Request::Get, |_| Ok(())), async { drop(listener.accept().await) });
-        assert!(matches!(called, Err(CallError::Unreachable(_))), "called, and not answered: {called:?}");
+        assert!(matches!(called, Err(CallError::Lost(_))), "called, and not answered: {called:?}");
     }
 }

@@ -487,7 +487,7 @@ pub struct DependencyHealth {
     pub name: &'static str,
     pub host: String,
     pub ok: bool,
-    /// Of its circuit breaker: `closed`, `half_open` or `open`.
+    /// Of the circuit breakers of its instances the best: `closed`, `half_open` or `open`.
     pub breaker: &'static str,
     /// Since when `ok` is what it is.
     pub since: String,
@@ -496,6 +496,19 @@ pub struct DependencyHealth {
     pub last_error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_error_at: Option<String>,
+    /// As far as it is known where they are.
+    pub instances: Vec<InstanceHealth>,
+}
+
+/// One of the addresses of another service.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct InstanceHealth {
+    pub address: String,
+    /// `open`: it is left out for a while.
+    pub breaker: &'static str,
+    /// Why it failed last, if it did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
 }
 
 /// Work queues. That they are full makes no node unready.

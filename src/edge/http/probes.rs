@@ -11,9 +11,9 @@ use crate::auth::Authenticator;
 use crate::delivery::registry::Registry;
 use crate::edge::health::{Health, OtherParts, Purpose};
 use crate::memory::{Budget, CONNECTION};
-use crate::outbound::ServiceStatus;
+use crate::outbound::{InstanceStatus, ServiceStatus};
 use crate::protocol::error::Error;
-use crate::protocol::http::{DependencyHealth, WorkHealth};
+use crate::protocol::http::{DependencyHealth, InstanceHealth, WorkHealth};
 use crate::store::Store;
 use crate::{clock, telemetry};
 
@@ -63,7 +63,12 @@ fn dependency(status: ServiceStatus) -> DependencyHealth {
         since: clock::rfc3339(status.since),
         last_error,
         last_error_at: at.map(clock::rfc3339),
+        instances: status.instances.into_iter().map(instance).collect(),
     }
+}
+
+fn instance(status: InstanceStatus) -> InstanceHealth {
+    InstanceHealth { address: status.address.to_string(), breaker: status.breaker, last_error: status.last_error }
 }
 
 /// `GET /metrics`

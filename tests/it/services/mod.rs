@@ -3,6 +3,7 @@
 mod analysts;
 mod batch;
 mod contract;
+mod discovery;
 mod examples;
 mod full;
 mod generated;

@@ -43,6 +43,7 @@ struct State {
     paths: HashMap<String, Behaviour>,
     sessions: HashMap<String, Value>,
     asked: BTreeMap<String, usize>,
+    connections: usize,
     /// The newest `Authorization` header.
     authorization: String,
     /// What `Cache-Control` says, in seconds.
@@ -57,7 +58,11 @@ pub struct AuthService {
 
 impl AuthService {
     pub async fn start() -> AuthService {
-        let mut service = AuthService { address: ([127, 0, 0, 1], 0).into(), state: Arc::default(), serving: None };
+        AuthService::start_at(([127, 0, 0, 1], 0).into()).await
+    }
+
+    pub async fn start_at(address: SocketAddr) -> AuthService {
+        let mut service = AuthService { address, state: Arc::default(), serving: None };
         service.set(INTROSPECT, Behaviour::Introspect);
         service.back().await;
         service
@@ -75,6 +80,7 @@ impl AuthService {
         self.serving = Some(tokio::spawn(async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
+                state.lock().unwrap().connections += 1;
                 connections.spawn(serve(stream, state.clone()));
             }
         }));
@@ -105,6 +111,11 @@ impl AuthService {
     /// How often a path was asked for.
     pub fn asked(&self, path: &str) -> usize {
         self.state.lock().unwrap().asked.get(path).copied().unwrap_or(0)
+    }
+
+    /// How many connections there were.
+    pub fn connections(&self) -> usize {
+        self.state.lock().unwrap().connections
     }
 
     pub fn authorization(&self) -> String {

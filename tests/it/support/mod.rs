@@ -2,6 +2,7 @@
 //! shows what is on the wire. Nothing waits by sleeping; every wait is for something, with a limit that only a hang meets.
 
 pub mod auth_service;
+pub mod dns;
 pub mod faults;
 pub mod kafka;
 pub mod schemas;
