@@ -134,7 +134,7 @@ pub struct ServeArgs {
     #[arg(long, env = "WEFT_PRIVATE_HOSTS", value_delimiter = ',', value_name = "HOST")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub private_hosts: Option<Vec<String>>,
-    /// A file of where services are: HOST ADDRESS[:PORT]… a line, in place of DNS; read again when it has changed
+    /// A file of where services are: HOST ADDRESS[:PORT]… a line, in place of DNS; read again each second
     #[arg(long, env = "WEFT_SERVICE_HOSTS", value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub service_hosts: Option<PathBuf>,
