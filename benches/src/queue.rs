@@ -79,29 +79,30 @@ pub async fn run(target: &Target, args: &QueueArgs) -> Result<Vec<Figure>, Failu
     }
     raise_open_files(args.workers + args.threads.min(AT_ONCE.max(1_000)) + 100)?;
     let group = target.name("group", args.workers);
-    let mut workers =
-        target.many(args.workers, async |number| target.agent(&target.name("queue-worker", number)).await).await?;
     // Makes the group, whose work is what comes from now on.
-    consume(&mut workers[0], &group, 0).await?;
+    consume(&mut worker(target, 0).await?, &group, 0).await?;
 
     let work = Rc::new(Work::new(target, args)?);
     match args.waiting {
-        Some(waiting) => much_waits(target, args, &work, workers, &group, waiting).await,
-        None => little_waits(target, args, &work, workers, &group).await,
+        Some(waiting) => much_waits(target, args, &work, &group, waiting).await,
+        None => little_waits(target, args, &work, &group).await,
     }
 }
 
-async fn little_waits(
-    target: &Target,
-    args: &QueueArgs,
-    work: &Rc<Work>,
-    workers: Vec<Socket>,
-    group: &str,
-) -> Result<Vec<Figure>, Failure> {
+async fn worker(target: &Target, number: usize) -> Result<Socket, Failure> {
+    target.agent(&target.name("queue-worker", number)).await
+}
+
+/// They come when the work is there: a connection that nobody reads from ends.
+async fn workers(target: &Target, args: &QueueArgs) -> Result<Vec<Socket>, Failure> {
+    target.many(args.workers, async |number| worker(target, number).await).await
+}
+
+async fn little_waits(target: &Target, args: &QueueArgs, work: &Rc<Work>, group: &str) -> Result<Vec<Figure>, Failure> {
     let events = args.events;
     progress(&format!("{events} events that wait for a group"));
     work.fill(target, args, 0..args.threads, events).await?;
-    let (settled, workers) = work.settle(args, workers, group, events).await?;
+    let (settled, workers) = work.settle(args, workers(target, args).await?, group, events).await?;
     let name = format!("work settled, {} workers", args.workers);
     if args.work_ms > 0 {
         let possible = args.workers as f64 * 1_000.0 / args.work_ms as f64;
@@ -126,7 +127,6 @@ async fn much_waits(
     target: &Target,
     args: &QueueArgs,
     work: &Rc<Work>,
-    mut workers: Vec<Socket>,
     group: &str,
     waiting: u64,
 ) -> Result<Vec<Figure>, Failure> {
@@ -139,11 +139,12 @@ async fn much_waits(
         progress(&format!("{events} events that wait for a group"));
         work.fill(target, args, threads, events).await?;
         // Somebody waits for work, so that it is known what comes next.
-        consume(&mut workers[0], group, 1).await?;
+        let mut worker = worker(target, 0).await?;
+        consume(&mut worker, group, 1).await?;
         tokio::time::sleep(REST).await;
         memory.push(target.metric("process_resident_memory_bytes").await? / 1e6);
     }
-    let (settled, _) = work.settle(args, workers, group, args.events).await?;
+    let (settled, _) = work.settle(args, workers(target, args).await?, group, args.events).await?;
     Ok(vec![
         Figure::less(&format!("memory, {FEW} waiting"), memory[0], "MB"),
         Figure::less(&format!("memory more, {waiting} waiting"), memory[1] - memory[0], "MB"),
