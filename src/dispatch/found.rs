@@ -27,6 +27,11 @@ pub struct Found {
 }
 
 impl Found {
+    /// The next event of a thread of which nothing is begun.
+    pub fn first(seq: u64, row: WaitingRow, cursor: u64) -> Found {
+        Found { seq, row, after: cursor, attempt: 1, lease: None, not_before: None }
+    }
+
     /// What a thread's row says of the event.
     fn new(seq: u64, row: WaitingRow, after: u64, work: &WorkRow) -> Found {
         let (lease, failed) = (work.lease_on(seq), work.failed_at(seq));
@@ -102,6 +107,17 @@ fn row_of(
     }
     let event = store.event(tenant, thread, seq)?;
     Ok(event.and_then(|event| waiting_row(&event.frame, event.class as u8)))
+}
+
+/// The events that come next in a thread of which nothing is begun, and where there is an order: up to `limit` of them.
+pub fn upcoming(
+    store: &Store,
+    whose: (&str, &str, &str),
+    group: &GroupRow,
+    cursor: u64,
+    limit: usize,
+) -> Result<Vec<(u64, WaitingRow)>, StoreError> {
+    store.waiting_after(whose, cursor, limit, |_, row| group.wants(&row.kind, row.at))
 }
 
 /// When the event was published that waits longest, of the first ones of so many threads; milliseconds.

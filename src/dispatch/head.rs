@@ -1,5 +1,6 @@
 //! An event that is held since it could be next in its thread, and what is known of it.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use uuid::Uuid;
@@ -8,12 +9,15 @@ use super::found::thread_of;
 use super::ready::{Piece, Rank};
 use super::waits::Waiting;
 use crate::protocol::work::Wait;
+use crate::store::WaitingRow;
 
 /// What a thread costs that is held, beside the names of its own and of its user: measured, where the table of them has just
 /// grown.
 pub const HEAD_BYTES: usize = 600;
 /// What is held by its seq costs more: its thread may be in a table of those for it alone.
 const SEQ_BYTES: usize = 200;
+/// What an event costs that comes after it, beside its names.
+const UPCOMING_BYTES: usize = 150;
 /// What a user costs who has anything that is ready.
 pub const USER_BYTES: usize = 400;
 
@@ -42,6 +46,8 @@ pub struct Head {
     pub waiting: Waiting,
     /// When it is looked at again; milliseconds.
     pub timer: Option<u64>,
+    /// Some of what comes after it in the thread, if that was read; nothing is missing between.
+    pub upcoming: VecDeque<(u64, WaitingRow)>,
 }
 
 impl Head {
@@ -49,7 +55,9 @@ impl Head {
     pub fn bytes(&self, key: &str) -> usize {
         let thread = thread_of(key).len();
         let with_seq = if thread < key.len() { SEQ_BYTES + thread } else { 0 };
-        HEAD_BYTES + key.len() + with_seq + self.user.len()
+        let upcoming: usize =
+            self.upcoming.iter().map(|(_, row)| UPCOMING_BYTES + row.kind.len() + row.user.len()).sum();
+        HEAD_BYTES + key.len() + with_seq + self.user.len() + upcoming
     }
 
     /// It can be done, but not now.

@@ -165,10 +165,9 @@ impl Thread {
                 };
                 self.with(&key, look, now);
             }
-            WorkChange::Work { thread, .. } => {
-                let look =
-                    |group: &mut Group, store: &Store| group.look_at(store, &thread.as_str().into(), Why::Moved, now);
-                self.with(&key, look, now);
+            WorkChange::Work { thread, group_id, now: work, .. } => {
+                let thread = thread.as_str().into();
+                self.with(&key, |group, store| group.moved(store, &thread, (group_id, *work), now), now);
             }
             WorkChange::Group { .. } => {
                 self.with(&key, |group, store| group.reload(store).map(|()| Vec::new()), now);

@@ -66,7 +66,7 @@ pub use self::threads::ThreadRow;
 pub use self::tickets::{OpenTicket, TicketsRow};
 use self::work::WorkListener;
 pub use self::work::{
-    FailedRow, GroupRow, LeaseRow, PassedRow, WaitingHead, WaitingRow, WaitingStart, WorkChange, WorkRow,
+    FailedRow, GroupRow, LeaseRow, PassedRow, SimpleWork, WaitingHead, WaitingRow, WaitingStart, WorkChange, WorkRow,
 };
 use crate::codec::{self, CodecError};
 use crate::disk;

@@ -96,9 +96,27 @@ pub enum WorkChange {
     Waiting { tenant: String, group: String, thread: String },
     /// A lease was given or is over; a thread's cursor has moved. Of the group with this id so many more wait or are worked
     /// on, and so many more are worked on.
-    Work { tenant: String, group: String, thread: String, group_id: [u8; 16], events: i64, in_flight: i64 },
+    Work {
+        tenant: String,
+        group: String,
+        thread: String,
+        group_id: [u8; 16],
+        events: i64,
+        in_flight: i64,
+        /// What the thread's row came to by this, if that is simple.
+        now: Option<SimpleWork>,
+    },
     /// A group was made, changed or deleted.
     Group { tenant: String, group: String },
+}
+
+/// How far a group is with a thread of which there is nothing else to say: nothing failed, was requeued, is passed over or paused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SimpleWork {
+    /// One event is worked on, by the lease with this id and until then; milliseconds.
+    Leased { id: [u8; 16], until: u64 },
+    /// None is. Everything up to this seq is done.
+    Free { cursor: u64 },
 }
 
 /// Hears what commits change, once they are visible. It must not block.
@@ -132,6 +150,19 @@ impl WorkRow {
     /// Whether somebody works on an event, or has tried to and will again.
     pub fn is_begun(&self, seq: u64) -> bool {
         self.lease_on(seq).is_some() || self.failed_at(seq).is_some()
+    }
+
+    /// The same in short, if there is nothing to it that this does not say.
+    pub fn simple(&self) -> Option<SimpleWork> {
+        let WorkRow { group_id: _, cursor, passed, leases, failed, requeued, paused_at } = self;
+        if !passed.is_empty() || !failed.is_empty() || !requeued.is_empty() || paused_at.is_some() {
+            return None;
+        }
+        match &leases[..] {
+            [] => Some(SimpleWork::Free { cursor: *cursor }),
+            [lease] => Some(SimpleWork::Leased { id: lease.id, until: lease.until }),
+            _ => None,
+        }
     }
 
     pub fn lease_on(&self, seq: u64) -> Option<&LeaseRow> {
@@ -364,6 +395,7 @@ impl Batch<'_> {
             group_id: row.group_id,
             events: -(past as i64),
             in_flight: leases(row) - before,
+            now: row.simple(),
         });
     }
 

@@ -4,7 +4,7 @@
 //! What is held of a thread is what the store said when it was last looked at ([`Group::look_at`]), which happens after each
 //! commit that changes something there. Nothing is kept that could not be read again.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use uuid::Uuid;
@@ -15,12 +15,14 @@ use super::ready::{KIND_BYTES, PLACE_BYTES, Ready, rank};
 use super::waits::{Holds, Waiting};
 use super::workers::Workers;
 use crate::protocol::work::{MAX_PARALLEL, WorkOrder};
-use crate::store::{GroupRow, Store, StoreError, WaitingStart};
+use crate::store::{GroupRow, SimpleWork, Store, StoreError, WaitingRow, WaitingStart};
 
 /// What a group may hold in any case.
 const MIN_BYTES: usize = 20 * (HEAD_BYTES + USER_BYTES);
 /// Threads that are looked for at once.
 const CHUNK: usize = 500;
+/// How many events of a thread are read at once where one is done and the next is asked for.
+const UPCOMING: usize = 8;
 /// When a paused thread is looked at again, unless it is resumed.
 const NEVER: u64 = u64::MAX;
 /// Between two walks for what is to be tried now and was left out.
@@ -164,6 +166,9 @@ impl Group {
         for key in others.collect::<Vec<_>>() {
             self.remove(&key);
         }
+        for key in self.heads.keys().cloned().collect::<Vec<_>>() {
+            self.hold_upcoming(&key, VecDeque::new());
+        }
         self.due = None;
     }
 
@@ -265,6 +270,68 @@ impl Group {
         Ok(arrivals)
     }
 
+    /// Something was leased or settled in a thread, and by the commit the thread's row came to `work`: the store is asked only for
+    /// what that does not say.
+    pub fn moved(
+        &mut self,
+        store: &Store,
+        thread: &Arc<str>,
+        (group_id, work): (&[u8; 16], Option<SimpleWork>),
+        now: u64,
+    ) -> Result<Vec<Arrival>, StoreError> {
+        let is_this = |row: &&GroupRow| row.id == *group_id && row.order == WorkOrder::Thread;
+        let held = self.heads.get(thread);
+        match (self.row.as_ref().filter(is_this), work) {
+            (Some(_), Some(SimpleWork::Leased { id, until })) if self.is_chosen(thread, Uuid::from_bytes(id)) => {
+                Ok(self.is_leased(thread, Uuid::from_bytes(id), until).into_iter().collect())
+            }
+            // What is held may already be what a later commit brought.
+            (Some(_), Some(SimpleWork::Free { cursor })) if held.is_some_and(|head| head.seq <= cursor) => {
+                self.is_free(store, thread, cursor, now)
+            }
+            _ => self.look_at(store, thread, Why::Moved, now),
+        }
+    }
+
+    /// The lease that was asked for came to be.
+    fn is_leased(&mut self, thread: &Arc<str>, lease: Uuid, until: u64) -> Option<Arrival> {
+        let head = self.heads.get_mut(thread)?;
+        (head.state, head.timer) = (State::Leased { lease, until }, Some(until));
+        self.timers.insert((until, thread.clone()));
+        self.arrival(lease, thread)
+    }
+
+    /// What was held of a thread is done, and nothing is begun there: what comes next is held.
+    fn is_free(&mut self, store: &Store, thread: &Arc<str>, cursor: u64, now: u64) -> Result<Vec<Arrival>, StoreError> {
+        let (Some(row), Some(old)) = (&self.row, self.heads.get_mut(thread)) else { return Ok(Vec::new()) };
+        let mut upcoming = old.upcoming.clone();
+        upcoming.retain(|(seq, _)| *seq > cursor);
+        if upcoming.is_empty() {
+            upcoming = found::upcoming(store, (&self.tenant, &self.name, thread), row, cursor, UPCOMING)?.into();
+        }
+        let Some((seq, waits)) = upcoming.pop_front() else {
+            if let Some(old) = self.remove(thread) {
+                self.over(&old, &[]);
+            }
+            return Ok(Vec::new());
+        };
+        let arrival = self.hold(thread, Found::first(seq, waits, cursor), (&[], None), Why::Moved, now);
+        self.hold_upcoming(thread, upcoming);
+        Ok(arrival.into_iter().collect())
+    }
+
+    /// Holds what comes after a thread's next event, if there is room.
+    fn hold_upcoming(&mut self, thread: &Arc<str>, upcoming: VecDeque<(u64, WaitingRow)>) {
+        let (held, most) = (self.bytes(), self.max_bytes);
+        let Some(head) = self.heads.get_mut(thread) else { return };
+        let before = head.bytes(thread);
+        head.upcoming = upcoming;
+        if held - before + head.bytes(thread) > most {
+            head.upcoming = VecDeque::new();
+        }
+        self.bytes = self.bytes - before + head.bytes(thread);
+    }
+
     /// Looks at a thread, and holds what is next there.
     pub fn look_at(
         &mut self,
@@ -343,6 +410,7 @@ impl Group {
             state: State::Ready,
             waiting,
             timer: None,
+            upcoming: VecDeque::new(),
         };
         let mut arrival = None;
         match (lease, not_before) {

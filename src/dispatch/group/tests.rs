@@ -331,3 +331,67 @@ fn a_worker_has_its_credit_back_for_what_it_settles_after_the_group_has_changed_
         assert_eq!((group.heads.len(), group.bytes, group.next_due(NOW)), (0, 0, None));
     }
 }
+
+#[test]
+fn what_a_commit_says_of_a_thread_is_held_as_if_the_store_had_been_asked() {
+    for seed in 1..=50_u64 {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(folder.path()).expect("it opens");
+        let (mut told, mut asks, thread) = (group_of(&store, 4), group_of(&store, 4), Arc::<str>::from("t"));
+        let (mut row, mut last, mut random) = (WorkRow { group_id: ID, ..WorkRow::default() }, 0, seed);
+        // xorshift64
+        let mut one_of = |many: u64| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random % many
+        };
+        for step in 1..=200 {
+            let (mut rows, before) = (store.batch(), row.clone());
+            let held = told.heads.get(&thread).map(|head| (head.seq, head.after, head.attempt));
+            match (row.leases.pop(), held) {
+                (Some(lease), _) if one_of(4) > 0 => {
+                    (row.cursor, row.failed) = (lease.seq, Vec::new());
+                    rows.delete_waiting("acme", "g", "t", lease.seq);
+                }
+                (Some(LeaseRow { seq, after, attempt: attempts, .. }), _) => {
+                    row.failed = vec![FailedRow { seq, after, attempts, not_before: NOW, tries: Vec::new() }];
+                }
+                (None, Some((seq, after, attempt))) if one_of(3) > 0 => {
+                    let id = Uuid::from_u128(step);
+                    // Or it is another node's.
+                    if one_of(4) > 0 {
+                        told.choose(&thread, id, NOW);
+                        asks.choose(&thread, id, NOW);
+                    }
+                    let (id, kind, holder) = (id.into_bytes(), "x.job".into(), "wim".into());
+                    let until = NOW + one_of(1_000);
+                    row.leases = vec![LeaseRow { id, seq, after, kind, attempt, attempts: 9, holder, at: NOW, until }];
+                }
+                (None, _) => {
+                    last += 1;
+                    let waits = WaitingRow { kind: "x.job".to_owned(), user: "ada".to_owned(), at: NOW, class: 1 };
+                    rows.put_waiting("acme", "g", "t", last, &waits);
+                }
+            }
+            let moved = row != before;
+            if moved {
+                rows.put_work(("acme", "t", "g"), &before, &row, 0);
+            }
+            store.commit(rows).expect("the store takes it");
+            if moved {
+                told.moved(&store, &thread, (&ID, row.simple()), NOW).expect("the store answers");
+            } else if !told.is_full("t") {
+                told.look_at(&store, &thread, Why::Came, NOW).expect("the store answers");
+            }
+            asks.look_at(&store, &thread, Why::Moved, NOW).expect("the store answers");
+            let holds = |group: &Group| {
+                let head = group.heads.get(&thread).map(|it| (it.seq, it.after, it.attempt, it.state, it.timer));
+                (head, group.ready.len(), group.timers.clone())
+            };
+            assert_eq!(holds(&told), holds(&asks), "seed {seed}, step {step}");
+        }
+        assert!(row.cursor > 20, "seed {seed}");
+        assert!(told.bytes() <= told.max_bytes);
+    }
+}
