@@ -137,7 +137,9 @@ impl Store {
 
     /// The event with this seq.
     pub fn event(&self, tenant: &str, thread: &str, seq: u64) -> Result<Option<StoredEvent>, StoreError> {
-        Ok(self.events(tenant, thread, EventRange { from: seq, to: seq, limit: 1, ..EventRange::all() })?.pop())
+        let key = keys::event(self.partition(tenant, thread), tenant, thread, seq);
+        let found = self.db.get_pinned_cf(&self.family(EVENTS), key).map_err(|error| self.note(error.into()))?;
+        found.map(|bytes| Ok(StoredEvent::new(seq, &self.decoded(EVENTS, &bytes)?))).transpose()
     }
 
     /// The newest event's frame.
