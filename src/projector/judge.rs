@@ -12,7 +12,7 @@ use super::thread::{AcceptedEvent, Thread, ThreadChange, ThreadEffect, repeated}
 use super::tickets::Tickets;
 use super::transaction::{EventRecord, Transaction};
 use super::wanted::Wanted;
-use super::work::{WorkAct, Works};
+use super::work::{KeptWorks, WorkAct, Works};
 use super::{Published, ThreadUpdate, Update, Verdict};
 use crate::log::Grant;
 use crate::protocol::error::Code;
@@ -37,11 +37,16 @@ pub(super) struct BatchState<'s> {
 impl<'s> BatchState<'s> {
     /// `letters` is locked from when the batch comes to a dead letter until it is dropped, where others may write some.
     pub(super) fn new(store: &'s Store, letters: Option<&'s Mutex<()>>) -> BatchState<'s> {
-        BatchState::with(store, letters, Wanted::default())
+        BatchState::with(store, letters, Wanted::default(), KeptWorks::default())
     }
 
-    /// The same; what is `wanted` is put into the index of what waits.
-    pub(super) fn with(store: &'s Store, letters: Option<&'s Mutex<()>>, wanted: Wanted) -> BatchState<'s> {
+    /// The same; what is `wanted` is put into the index of what waits, and what is kept of work need not be read.
+    pub(super) fn with(
+        store: &'s Store,
+        letters: Option<&'s Mutex<()>>,
+        wanted: Wanted,
+        kept: KeptWorks,
+    ) -> BatchState<'s> {
         BatchState {
             tx: Transaction::new(store, wanted),
             receipts: Receipts::default(),
@@ -49,7 +54,7 @@ impl<'s> BatchState<'s> {
             keys: Keys::default(),
             tickets: Tickets::default(),
             groups: Groups::default(),
-            works: Works::default(),
+            works: Works::with(kept),
             runs: Runs::default(),
             messages: Messages::default(),
         }

@@ -18,6 +18,7 @@
 
 mod cached_threads;
 mod checkpoints;
+mod commit;
 mod dead_letters;
 mod deliveries;
 mod driver;
@@ -49,11 +50,13 @@ mod work_state;
 
 use std::sync::Arc;
 
-use tokio_tungstenite::tungstenite::Utf8Bytes;
 use uuid::Uuid;
 
 use self::cached_threads::CachedThreads;
 use self::checkpoints::{Checkpoints, Crossed, Disagreement};
+pub use self::commit::{
+    AccessChange, Commit, CommittedEvent, Published, RequeuedNotice, RunNotice, ThreadUpdate, Update, Verdict,
+};
 pub use self::driver::PublishCommit;
 use self::judge::BatchState;
 pub use self::keys::KEY_LIFETIME;
@@ -69,10 +72,9 @@ pub use self::tickets::MAX_OPEN_TICKETS;
 use self::tickets::PurgedTickets;
 use self::transaction::{EventRecord, read_event};
 use self::wanted::SharedWanted;
+use self::work::KeptWorks;
 use crate::log::{Checkpoint, Entry, Foreign, Log, Positions, Record, Topic};
-use crate::protocol::delta::Delta;
 use crate::protocol::error::Error;
-use crate::protocol::event::Priority;
 use crate::protocol::letters::Effect;
 use crate::protocol::tickets::{TicketOwner, owner_of_key};
 use crate::protocol::work::tenant_of_key;
@@ -86,83 +88,6 @@ const BATCH: usize = 1_024;
 /// than its rows. One record adds one event, but for the end of a run: that closes up to 8 MiB of text, each message read
 /// when it is its turn, so that memory holds the rows and the frames of one such record and no more.
 const COMMIT_BYTES: usize = 8 << 20;
-
-/// The projector's judgement of one record.
-pub type Verdict = Result<Published, Error>;
-
-/// A record that was accepted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Published {
-    pub seq: u64,
-    pub event: Uuid,
-    /// The event was there before: by its key, or because nothing had to change.
-    pub duplicate: bool,
-}
-
-/// What became visible with one commit, in log order.
-#[derive(Default)]
-pub struct Commit {
-    pub events: Vec<ThreadUpdate>,
-    pub verdicts: Vec<(Uuid, Verdict)>,
-    /// The reasons of new dead letters.
-    pub dead_letters: Vec<String>,
-    pub requeued: Vec<RequeuedNotice>,
-}
-
-/// A durable subscription of a user's is to be sent an event of a thread again.
-#[derive(Debug)]
-pub struct RequeuedNotice {
-    /// `tenant/user`.
-    pub user: String,
-    pub thread: String,
-}
-
-/// What became visible in a thread.
-pub struct ThreadUpdate {
-    /// `tenant/thread`.
-    pub key: Arc<str>,
-    pub update: Update,
-}
-
-pub enum Update {
-    /// An event that has its seq.
-    Event(Arc<CommittedEvent>, Option<AccessChange>),
-    /// A delta of a message that is being written.
-    Delta(Arc<Delta>),
-    /// A user's lease on work there is over, and with it a right to read the thread.
-    LeaseOver { user: Arc<str> },
-}
-
-/// What readers need of an event: one for all of them.
-#[derive(Debug)]
-pub struct CommittedEvent {
-    pub seq: u64,
-    pub kind: Box<str>,
-    pub priority: Option<Priority>,
-    pub frame: Utf8Bytes,
-    /// The message that it closes, if that was written in deltas.
-    pub closes: Option<Arc<str>>,
-    /// What it means to the agent whose run it is about.
-    pub run: Option<RunNotice>,
-}
-
-/// What an event means to the user who started the run that it is about.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum RunNotice {
-    /// The run has ended, and with it a right to read the thread.
-    Ended { user: Box<str> },
-    /// Somebody wants the run cancelled.
-    ToCancel { user: Box<str>, run: Box<str> },
-}
-
-/// Who may read the thread from this event on, or be connected at all.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum AccessChange {
-    Joined(Vec<String>),
-    Left(String),
-    /// The user's sessions end.
-    Revoked(String),
-}
 
 /// What the log calls its partitions.
 #[derive(Clone)]
@@ -257,6 +182,8 @@ pub struct Projector {
     /// For each partition the offset to read next, as the store has it.
     committed: Positions,
     threads: CachedThreads,
+    /// None after a batch that was undone.
+    works: KeptWorks,
     /// What groups want, as far as any projector of the store knows.
     wanted: SharedWanted,
     /// On a log that other nodes read as well.
@@ -280,6 +207,7 @@ impl Projector {
             partitions: progress.into_iter().map(PartitionState::new).collect(),
             touched: Vec::new(),
             threads: CachedThreads::new(1),
+            works: KeptWorks::default(),
             wanted: SharedWanted::default(),
             share: None,
             first_rules: log.first_rules(),
@@ -295,6 +223,7 @@ impl Projector {
             touched: Vec::new(),
             committed: self.committed.clone(),
             threads: CachedThreads::new(share.of),
+            works: KeptWorks::default(),
             wanted: self.wanted.clone(),
             checkpoints: self.checkpoints.clone(),
             share: Some(share),
@@ -398,7 +327,7 @@ impl Projector {
         let store = self.store.clone();
         let letters = self.share.as_ref().map(|share| share.letters.clone());
         let known = self.wanted.get(&store).map_err(ProjectError::from)?;
-        let mut state = BatchState::with(&store, letters.as_deref(), known);
+        let mut state = BatchState::with(&store, letters.as_deref(), known, std::mem::take(&mut self.works));
 
         let mut applied = 0;
         for entry in entries {
@@ -416,7 +345,7 @@ impl Projector {
         }
 
         // The rest of the state is dropped after the commit: until then nobody else reads the dead letters that it changes.
-        let BatchState { tx, .. } = state;
+        let BatchState { tx, works, .. } = state;
         let (mut rows, wanted) = (tx.rows, tx.wanted);
         self.threads.write(&mut rows);
         for (partition, before) in &self.touched {
@@ -443,6 +372,7 @@ impl Projector {
         }
         self.committed = next;
         self.threads.shrink();
+        self.works = works.keep();
         Ok((applied, tx.commit))
     }
 

@@ -41,10 +41,18 @@ use crate::store::{LeaseRow, Store, StoreError, WaitingRow, WorkRow};
 /// Where work is: tenant, thread, group.
 type Place = (String, String, String);
 
-/// What this batch has changed.
+/// Beyond so many rows all are forgotten that were kept; each is some hundred bytes.
+const MAX_KEPT: usize = 4_096;
+
+/// Rows as the store has them, of threads that were leased or settled last: what a lease has written, its settlement need not
+/// read. Only simple ones, which are small.
 #[derive(Default)]
+pub(super) struct KeptWorks(HashMap<Place, WorkRow>);
+
+/// What this batch has changed.
 pub(super) struct Works {
     rows: HashMap<Place, WorkRow>,
+    kept: KeptWorks,
 }
 
 /// A record about work, checked.
@@ -73,6 +81,25 @@ pub(super) fn is_work(record: &Record) -> bool {
 }
 
 impl Works {
+    pub(super) fn with(kept: KeptWorks) -> Works {
+        Works { rows: HashMap::new(), kept }
+    }
+
+    /// What is kept once all this is in the store.
+    pub(super) fn keep(self) -> KeptWorks {
+        let Works { rows, kept: KeptWorks(mut kept) } = self;
+        if kept.len() + rows.len() > MAX_KEPT {
+            kept.clear();
+        }
+        for (place, row) in rows {
+            match row.simple() {
+                Some(_) => drop(kept.insert(place, row)),
+                None => drop(kept.remove(&place)),
+            }
+        }
+        KeptWorks(kept)
+    }
+
     /// Applies a record at this log time of its partition; `head` is the thread's.
     pub(super) fn judge(
         &mut self,
@@ -149,7 +176,7 @@ impl Works {
     }
 
     fn row(&self, store: &Store, place: &Place) -> Result<WorkRow, StoreError> {
-        match self.rows.get(place) {
+        match self.rows.get(place).or_else(|| self.kept.0.get(place)) {
             Some(row) => Ok(row.clone()),
             None => Ok(store.work(&place.0, &place.1, &place.2)?.unwrap_or_default()),
         }
