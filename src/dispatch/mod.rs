@@ -272,12 +272,13 @@ impl Dispatcher {
             let depth = match store.depth(tenant, group) {
                 Some(depth) => depth,
                 None => {
-                    while !index::complete(&store, tenant, group, &row, &|| true)? {
+                    while !(index::complete(&store, tenant, group, &row, &|| true)?
+                        && store.count_depth(tenant, group, &row, &|| true)?)
+                    {
                         // It was changed meanwhile.
                         row = store.group(tenant, group)?.ok_or_else(no_group)?;
                     }
-                    store.count_depth(tenant, group, &row, &|| true)?;
-                    store.depth(tenant, group).unwrap_or_default()
+                    store.depth(tenant, group).ok_or_else(no_group)?
                 }
             };
             let paused = store.paused_threads(tenant, group, &row.id, PAUSED_SHOWN)?;

@@ -1,8 +1,8 @@
 //! How much waits for each group, counted in memory as commits change it.
 //!
-//! A count begins with one walk over what waits, as it is at one moment; from then on each commit adds what it changes. So that
-//! no commit falls between the two, the moment is taken while none is under way (`gate`). What waits depends on the group's
-//! settings: each revision of them is counted anew.
+//! Each commit adds what it changes, and one walk over what waits says what there was before, as it is at one moment. So that
+//! no commit falls between the two, the moment is taken while none is under way (`gate`). Walks may go on side by side: the
+//! first that comes to its end counts. What waits depends on the group's settings: each revision of them is counted anew.
 //!
 //! A count is what this node knows, a hint and no verdict: other nodes are ahead of it or behind. It is exact, but for an event
 //! that a group passes over which it once wanted: that stays counted until the next revision or start.
@@ -73,17 +73,10 @@ pub struct Waiting<'a> {
     pub is_new: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    Uncounted,
-    /// By this walk; what is counted so far is what changed since it began.
-    Counting(u64),
-    Counted,
-}
-
 struct Entry {
     row: GroupRow,
-    state: State,
+    /// Before that, the sums are of what has changed.
+    counted: bool,
     events: i64,
     in_flight: i64,
     changed_at: u64,
@@ -91,11 +84,11 @@ struct Entry {
 
 impl Entry {
     fn new(row: GroupRow) -> Entry {
-        Entry { row, state: State::Uncounted, events: 0, in_flight: 0, changed_at: clock::now_ms() }
+        Entry { row, counted: false, events: 0, in_flight: 0, changed_at: clock::now_ms() }
     }
 
     fn depth(&self) -> Option<Depth> {
-        (self.state == State::Counted).then(|| Depth::new(self.events, self.in_flight, &self.row))
+        self.counted.then(|| Depth::new(self.events, self.in_flight, &self.row))
     }
 
     fn rejects(&self) -> bool {
@@ -115,8 +108,6 @@ pub(super) struct Depths {
     rejecting: RwLock<HashMap<String, HashMap<String, Vec<String>>>>,
     /// How many tenants have some: most of the time none, and then nothing else is asked.
     any_rejecting: AtomicUsize,
-    /// Tells one walk from the next.
-    walks: AtomicUsize,
 }
 
 impl Depths {
@@ -159,7 +150,7 @@ impl Depths {
 
     fn set(&self, groups: &mut Groups, tenant: &str, group: &str, row: Option<GroupRow>) {
         let Some(row) = row else {
-            self.change(groups, tenant, group, |entry| entry.state = State::Uncounted);
+            self.change(groups, tenant, group, |entry| entry.counted = false);
             if let Some(of_tenant) = groups.get_mut(tenant) {
                 of_tenant.remove(group);
                 if of_tenant.is_empty() {
@@ -322,23 +313,17 @@ impl Store {
         row: &GroupRow,
         goes_on: &dyn Fn() -> bool,
     ) -> Result<bool, StoreError> {
-        let walk = self.depths.walks.fetch_add(1, Ordering::Relaxed) as u64;
         let is_this = |entry: &Entry| (entry.row.id, entry.row.revision) == (row.id, row.revision);
-        let mut found = false;
-        let snapshot = {
+        let (snapshot, before) = {
             let _alone = self.depths.gate.write().unwrap_or_else(PoisonError::into_inner);
-            self.depths.change(&mut self.depths.groups(), tenant, group, |entry| {
-                // What is counted already is so for whoever asks.
-                if is_this(entry) && entry.state != State::Counted {
-                    *entry = Entry { state: State::Counting(walk), events: 0, in_flight: 0, ..Entry::new(row.clone()) };
-                    found = true;
-                }
-            });
-            self.db.snapshot()
+            let groups = self.depths.groups();
+            let entry = groups.get(tenant).and_then(|groups| groups.get(group));
+            match entry.filter(|entry| is_this(entry)) {
+                None => return Ok(false),
+                Some(entry) if entry.counted => return Ok(true),
+                Some(entry) => (self.db.snapshot(), (entry.events, entry.in_flight)),
+            }
         };
-        if !found {
-            return Ok(self.depth(tenant, group).is_some());
-        }
 
         let (mut events, mut in_flight, mut last) = (0, 0, None);
         let is_whole = self.visit_waiting_in(&snapshot, (tenant, group), row, goes_on, |waiting| {
@@ -351,11 +336,12 @@ impl Store {
         drop(snapshot);
         let mut counted = false;
         self.depths.change(&mut self.depths.groups(), tenant, group, |entry| {
-            if is_whole && entry.state == State::Counting(walk) {
-                entry.events += events;
-                entry.in_flight += in_flight;
-                (entry.state, counted) = (State::Counted, true);
+            if is_whole && is_this(entry) && !entry.counted {
+                entry.events += events - before.0;
+                entry.in_flight += in_flight - before.1;
+                (entry.counted, entry.changed_at) = (true, clock::now_ms());
             }
+            counted = is_this(entry) && entry.counted;
         });
         Ok(counted)
     }
@@ -478,6 +464,24 @@ mod tests {
         assert_eq!((counts(&store), store.depths(|_, depth, _| depth.is_none()).len()), (None, 1));
         assert!(store.count_depth("acme", "g", &row, &|| true).expect("it is read"));
         assert_eq!(counts(&store), Some((BETWEEN_ASKED, 0)));
+    }
+
+    #[test]
+    fn of_two_walks_at_a_time_the_first_at_its_end_counts_and_the_other_changes_nothing() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(folder.path()).expect("it opens");
+        store.listen_to_work(|_| {}).expect("it is read");
+        let row = group(10_000, Overflow::Accept);
+        put_group(&store, Some(&row));
+        (1..=BETWEEN_ASKED).for_each(|seq| arrive(&store, seq));
+        let another = || {
+            arrive(&store, BETWEEN_ASKED + 1);
+            assert!(store.count_depth("acme", "g", &row, &|| true).expect("it is read"));
+            arrive(&store, BETWEEN_ASKED + 2);
+            true
+        };
+        assert!(store.count_depth("acme", "g", &row, &another).expect("it is read"), "it is counted");
+        assert_eq!(counts(&store), Some((BETWEEN_ASKED + 2, 0)));
     }
 
     #[test]
