@@ -79,14 +79,16 @@ pub async fn run(target: &Target, args: &QueueArgs) -> Result<Vec<Figure>, Failu
     }
     raise_open_files(args.workers + args.threads.min(AT_ONCE.max(1_000)) + 100)?;
     let group = target.name("group", args.workers);
-    // Makes the group, whose work is what comes from now on.
-    consume(&mut worker(target, 0).await?, &group, 0).await?;
-
     let work = Rc::new(Work::new(target, args)?);
     match args.waiting {
         Some(waiting) => much_waits(target, args, &work, &group, waiting).await,
         None => little_waits(target, args, &work, &group).await,
     }
+}
+
+/// Makes the group, whose work is what comes from now on.
+async fn make(target: &Target, group: &str) -> Result<(), Failure> {
+    consume(&mut worker(target, 0).await?, group, 0).await
 }
 
 async fn worker(target: &Target, number: usize) -> Result<Socket, Failure> {
@@ -100,6 +102,7 @@ async fn workers(target: &Target, args: &QueueArgs) -> Result<Vec<Socket>, Failu
 
 async fn little_waits(target: &Target, args: &QueueArgs, work: &Rc<Work>, group: &str) -> Result<Vec<Figure>, Failure> {
     let events = args.events;
+    make(target, group).await?;
     progress(&format!("{events} events that wait for a group"));
     work.fill(target, args, 0..args.threads, events).await?;
     let (settled, workers) = work.settle(args, workers(target, args).await?, group, events).await?;
@@ -133,6 +136,10 @@ async fn much_waits(
     if waiting <= FEW || args.events > waiting {
         return Err(format!("--waiting must be more than {FEW}, and no less than --events").into());
     }
+    // What a server takes that holds so much, and of which nothing waits.
+    progress(&format!("{waiting} events that are no work"));
+    work.fill(target, args, 0..args.threads, waiting).await?;
+    make(target, group).await?;
     let mut memory = Vec::new();
     let few = (args.threads as u64 * FEW / waiting).max(1) as usize;
     for (threads, events) in [(0..few, FEW), (few..args.threads.max(few + 1), waiting - FEW)] {
