@@ -10,12 +10,13 @@
 //! - a cell has what its thread's row had at the newest commit, or says that this is not known yet. It is in the table before
 //!   its row is read, so that no commit is missed between;
 //! - in sum at most [`USERS`] lists with [`ENTRIES`] threads are kept, some 100 bytes each. The list that was not asked for
-//!   the longest goes first.
+//!   the longest goes first;
+//! - a list that is longer than that is read anew by whoever asks, seconds of work: one of such lists at a time.
 
 use std::borrow::Borrow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{Hash, Hasher};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::contacts::MembershipChange;
@@ -107,6 +108,17 @@ pub type UserThreads = Arc<Vec<Arc<Cell>>>;
 #[derive(Default)]
 pub(super) struct Activity {
     state: Mutex<State>,
+    /// Somebody reads a list that is too long to be kept.
+    reads_long: AtomicBool,
+}
+
+/// Whoever has it reads a list that is too long to be kept.
+struct LongRead<'a>(&'a AtomicBool);
+
+impl Drop for LongRead<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 #[derive(Default)]
@@ -117,6 +129,8 @@ struct State {
     entries: usize,
     /// Lists that are kept no longer, whose cells whoever reads next releases: a commit is not to wait for that.
     gone: Vec<UserThreads>,
+    /// Users whose lists were too long to be kept, [`USERS`] at most.
+    long: HashSet<Vec<u8>>,
     /// Users whose threads are being read.
     reading: HashMap<Vec<u8>, Reading>,
     clock: u64,
@@ -138,20 +152,35 @@ struct Kept {
 
 impl Store {
     /// The user's threads with when they were last active. Reads as many rows as there are threads when that is not known
-    /// any more, and none otherwise. For threads that may block.
-    pub fn active_threads(&self, tenant: &str, user: &str) -> Result<UserThreads, StoreError> {
+    /// any more, and none otherwise. For threads that may block. Nothing if the list is too long to be kept, and another such
+    /// list is being read.
+    pub fn active_threads(&self, tenant: &str, user: &str) -> Result<Option<UserThreads>, StoreError> {
         let key = keys::in_tenant(tenant, user);
+        let Ok(_long_read) = self.activity.may_read(&key) else { return Ok(None) };
         let threads = self.activity.threads(&key, tenant, || self.threads_of(tenant, user).collect())?;
         for cell in threads.iter().filter(|cell| cell.last_at() == UNKNOWN) {
             if let Some(row) = self.thread(tenant, cell.thread())? {
                 self.activity.fill(cell, &row);
             }
         }
-        Ok(threads)
+        Ok(Some(threads))
     }
 }
 
+/// A list that is too long to be kept is being read.
+struct Busy;
+
 impl Activity {
+    fn may_read(&self, user: &[u8]) -> Result<Option<LongRead<'_>>, Busy> {
+        if !self.state().long.contains(user) {
+            return Ok(None);
+        }
+        match self.reads_long.swap(true, Ordering::Acquire) {
+            true => Err(Busy),
+            false => Ok(Some(LongRead(&self.reads_long))),
+        }
+    }
+
     fn threads(
         &self,
         user: &[u8],
@@ -281,8 +310,12 @@ impl State {
         self.forget(user);
         if threads.len() > ENTRIES {
             self.gone.push(threads);
+            if self.long.len() < USERS {
+                self.long.insert(user.to_owned());
+            }
             return;
         }
+        self.long.remove(user);
         self.shrink(threads.len());
         self.entries += threads.len();
         self.kept.insert(user.to_owned(), Kept { threads, used: self.clock });
@@ -409,5 +442,13 @@ mod tests {
         let beyond = [&many[..], &["one more"]].concat();
         assert_eq!(read(&activity, "beyond", &beyond).len(), ENTRIES + 1);
         assert_eq!(sizes(), (1, ENTRIES, ENTRIES), "what is beyond is not kept");
+
+        let may_read = |user: &str| activity.may_read(&keys::in_tenant("acme", user));
+        let long_read = may_read("beyond").map_err(|_| "busy").expect("nobody reads one");
+        assert!(long_read.is_some() && may_read("beyond").is_err(), "one at a time");
+        assert!(may_read("everywhere").is_ok_and(|it| it.is_none()), "and of others any number");
+        drop(long_read);
+        read(&activity, "beyond", &[]);
+        assert!(may_read("beyond").is_ok_and(|it| it.is_none()), "it is long no more");
     }
 }

@@ -26,7 +26,7 @@ use crate::protocol::ids::ThreadAddress;
 use crate::protocol::json;
 use crate::protocol::kinds::{MEMBER_ADDED, THREAD_CREATED, THREAD_UPDATED};
 use crate::store::ThreadRow;
-use crate::store::activity::Cell;
+use crate::store::activity::{Cell, UserThreads};
 
 /// About the size of an entry of the list without its members and its newest event.
 const ITEM_BYTES: usize = 1 << 10;
@@ -66,7 +66,7 @@ pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
     let mut meter = api.meter(&it.who, page.memory()).await?;
     blocking(move || {
         let who = &it.who;
-        let threads = api.store.active_threads(&who.tenant, &who.user)?;
+        let threads = active_threads(&api, who)?;
         let rows = page_by_activity(&threads, page.after.as_ref(), page.limit + 1);
 
         let make = |(_, thread): &ByActivity, (), meter: &mut Meter| {
@@ -77,6 +77,12 @@ pub async fn list(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
         Ok(charged(json(StatusCode::OK, &ThreadList { threads, next }), meter))
     })
     .await
+}
+
+/// The user's threads. One who is in so many that they are not kept in memory waits for others of that kind.
+pub fn active_threads(api: &Api, who: &Principal) -> Result<UserThreads, Error> {
+    let busy = || Error::new(Code::Unavailable, "another list of very many threads is being read").retry_after(1_000);
+    api.store.active_threads(&who.tenant, &who.user)?.ok_or_else(busy)
 }
 
 /// The first threads after `after`, newest activity first. Looks at all of the user's, in memory alone.

@@ -11,6 +11,7 @@ use super::meter::Meter;
 use super::page::Page;
 use super::reply::{Reply, charged, json};
 use super::request::Request;
+use super::threads::active_threads;
 use super::{Api, if_readable};
 use crate::auth::{Principal, scopes};
 use crate::edge::blocking;
@@ -65,7 +66,7 @@ pub async fn open(api: Arc<Api>, it: Request) -> Result<Reply, Error> {
             let runs = api.store.open_runs_by_time(&it.who.tenant, waiting, page.after.as_deref());
             page.fill(runs.map(|run| Ok(run?)), &mut meter, make)?
         } else {
-            let threads = api.store.active_threads(&it.who.tenant, &it.who.user)?;
+            let threads = active_threads(&api, &it.who)?;
             let runs = page.select(runs_of_member(&api, &it.who, &threads, waiting))?;
             page.fill(runs.into_iter().map(Ok), &mut meter, make)?
         };
