@@ -1,6 +1,9 @@
 //! Every column family of the projections, in one list, tuned for how it is read and written.
 
-use rocksdb::{BlockBasedOptions, Cache, ColumnFamilyDescriptor, DBCompressionType, Env, Options, WriteBufferManager};
+use rocksdb::{
+    BlockBasedIndexType, BlockBasedOptions, Cache, ColumnFamilyDescriptor, DBCompressionType, Env, Options,
+    WriteBufferManager,
+};
 
 /// How a family is used.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -12,6 +15,8 @@ enum Access {
     RareLookup,
     /// Written once in key order, read in ranges.
     Range,
+    /// The same, and single rows of it are looked up by their whole key.
+    RangeAndLookup,
 }
 
 pub const META: &str = "default";
@@ -64,7 +69,7 @@ const FAMILIES: &[(&str, Access)] = &[
     // tenant 0 user 0 thread → empty
     (MEMBERSHIPS, Access::Range),
     // tenant 0 thread 0 seq → EventRow
-    (EVENTS, Access::Range),
+    (EVENTS, Access::RangeAndLookup),
     // offset · seq → ArrivalRow: the same events in the order of their records
     (ARRIVALS, Access::Range),
     // tenant 0 thread 0 user 0 key → KeyRow
@@ -180,6 +185,12 @@ fn tuning(access: Access, buffers: &Buffers) -> Options {
     blocks.set_block_cache(&buffers.cache);
     blocks.set_cache_index_and_filter_blocks(true);
     blocks.set_format_version(6);
+    // Indexes and filters of files are cut into blocks as well. Otherwise a lookup in a large store, whose indexes have no room in
+    // the cache, reads and unpacks some hundred KiB to find one row.
+    blocks.set_index_type(BlockBasedIndexType::TwoLevelIndexSearch);
+    blocks.set_partition_filters(true);
+    blocks.set_metadata_block_size(4 << 10);
+    blocks.set_pin_top_level_index_and_filter(true);
     let mut options = Options::default();
     options.set_compression_type(DBCompressionType::Lz4);
     match access {
@@ -190,9 +201,12 @@ fn tuning(access: Access, buffers: &Buffers) -> Options {
             options.set_memtable_whole_key_filtering(true);
         }
         Access::RareLookup => blocks.set_bloom_filter(10.0, false),
-        Access::Range => {
+        Access::Range | Access::RangeAndLookup => {
             blocks.set_block_size(16 << 10);
             options.set_level_zero_file_num_compaction_trigger(8);
+            if access == Access::RangeAndLookup {
+                blocks.set_bloom_filter(10.0, false);
+            }
         }
     }
     options.set_block_based_table_factory(&blocks);
