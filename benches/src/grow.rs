@@ -20,6 +20,8 @@ use weft::cli::common::Failure;
 /// Unanswered publishes while data is made.
 const WINDOW: u64 = 1_000;
 const PAYLOAD: usize = 64;
+/// How many threads a user has at the most.
+const OF_A_USER: usize = 1_000;
 /// Files that this process needs beside idle connections.
 const OTHER_FILES: usize = 100;
 /// How often the kernel counts what a process took, a second.
@@ -39,7 +41,7 @@ pub struct GrowArgs {
     /// Where the servers' data is, in folders of their own; removed afterwards.
     #[arg(long, default_value = "./grow-data")]
     pub data: PathBuf,
-    /// Threads, all of one user.
+    /// Threads, 1,000 of a user.
     #[arg(long, value_delimiter = ',', default_value = "1,1000,20000")]
     pub threads: Vec<u64>,
     #[arg(long, value_delimiter = ',', default_value = "16,1024")]
@@ -127,7 +129,10 @@ async fn measure_in(args: &GrowArgs, size: Size, folder: &Path) -> Result<[f64; 
     let server = Server::start(args, size, folder).await?;
     let owner = server.target.name("owner", 0);
     let threads: Vec<String> = (0..size.threads as usize).map(|n| server.target.name("t", n)).collect();
-    fill(&server.target, &owner, size.threads, |n| &threads[n as usize]).await?;
+    for (number, threads) in threads.chunks(OF_A_USER).enumerate() {
+        let owner = server.target.name("owner", number);
+        fill(&server.target, &owner, threads.len() as u64, |n| &threads[n as usize]).await?;
+    }
     fill(&server.target, &owner, size.events, |_| &threads[0]).await?;
     let idle = idle(&server.target, size.connections as usize).await?;
 
@@ -137,8 +142,9 @@ async fn measure_in(args: &GrowArgs, size: Size, folder: &Path) -> Result<[f64; 
     Publisher::open(&server.target, &owner, frame, 64).await?.run(|sent| sent < operations, |_, _| ()).await?;
     let published = server.cpu()?;
     for n in 0..few {
-        let thread = &threads[(n * size.threads / few) as usize];
-        drop(server.target.socket(&owner).await?.subscribed(thread).await?);
+        let number = (n * size.threads / few) as usize;
+        let owner = server.target.name("owner", number / OF_A_USER);
+        drop(server.target.socket(&owner).await?.subscribed(&threads[number]).await?);
     }
     let subscribed = server.cpu()?;
     let mut http = server.target.http(&owner).await?;

@@ -150,13 +150,24 @@ impl Target {
 
     /// Waits until a metric is at most `most`.
     pub async fn down_to(&self, name: &str, most: f64) -> Result<(), Failure> {
-        let down = async {
-            while self.metric(name).await? > most {
+        self.metric_when(name, PATIENCE, |now| now <= most).await
+    }
+
+    /// Waits for so long at most until a metric is as it `is_wanted`.
+    pub async fn metric_when(
+        &self,
+        name: &str,
+        within: Duration,
+        is_wanted: impl Fn(f64) -> bool,
+    ) -> Result<(), Failure> {
+        let wanted = async {
+            while !is_wanted(self.metric(name).await?) {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
             Ok(())
         };
-        tokio::time::timeout(PATIENCE, down).await?
+        let waited = tokio::time::timeout(within, wanted).await;
+        waited.map_err(|_| format!("{name} is not as wanted after {} s", within.as_secs()))?
     }
 }
 
