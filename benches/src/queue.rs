@@ -30,7 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 const FILL_WINDOW: usize = 100;
 /// What a worker may hold, and what it may where its work takes time: what it does, and what comes next.
 const CREDIT: usize = 64;
-const BUSY_CREDIT: usize = 2;
+const BUSY_CREDIT: usize = 4;
 /// What waits where that is little.
 const FEW: u64 = 10_000;
 /// Threads that are published to at once where there are many.

@@ -101,8 +101,7 @@ pub async fn run(target: &Target, args: &SearchArgs) -> Result<Vec<Figure>, Fail
     let target = target.of_tenant(&target.name("search", 0));
     let vocabulary = Vocabulary::new(args.words);
     let (user, threads) = (target.name("reader", 0), fill::names(&target, "search", args.threads));
-    let mut http = target.http(&user).await?;
-    if let Err(error) = http.get("/v1/search?q=nothing").await {
+    if let Err(error) = target.http(&user).await?.get("/v1/search?q=nothing").await {
         return Err(format!("the server does not search: {error}").into());
     }
 
@@ -118,6 +117,8 @@ pub async fn run(target: &Target, args: &SearchArgs) -> Result<Vec<Figure>, Fail
     progress("the same texts with tantivy bare");
     let folder = std::env::temp_dir().join(target.name("weft-bench-search", 0));
     let raw = Raw::index(&folder, (0..args.events as usize).map(|number| vocabulary.text(number as u64)))?;
+    // Not before: a connection that asks for nothing ends.
+    let mut http = target.http(&user).await?;
     let mut figures = vec![
         Figure::more("published and indexed", indexed, "events/s"),
         Figure::more("indexed by tantivy bare", raw.indexed, "events/s"),
