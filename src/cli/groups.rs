@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::common::{self, Failure, Output, Server, Style, cell, print_rows, printable, segment};
 use crate::client::{ClientError, Http};
-use crate::protocol::work::Backoff;
+use crate::protocol::work::{Backoff, Boost};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -72,14 +72,21 @@ pub struct Settings {
     /// With set: whether a thread's events are worked on one at a time and in order.
     #[arg(long, value_parser = ["thread", "none"])]
     pub order: Option<String>,
+    /// With set: by how much earlier an event of high priority counts as arrived, in milliseconds.
+    #[arg(long, value_name = "MS")]
+    pub boost_high_ms: Option<u64>,
+    /// With set: by how much later one of low priority does, in milliseconds.
+    #[arg(long, value_name = "MS")]
+    pub boost_low_ms: Option<u64>,
 }
 
 impl Settings {
     fn is_empty(&self) -> bool {
-        let Settings { kinds, from, lease_ms, attempts, backoff_min_ms, backoff_max_ms, limit, overflow, order } = self;
-        let numbers = [lease_ms, attempts, backoff_min_ms, backoff_max_ms, limit];
-        let words = [from, overflow, order];
-        kinds.is_none() && words.iter().all(|word| word.is_none()) && numbers.iter().all(|number| number.is_none())
+        let Settings { kinds, from, lease_ms, attempts, limit, overflow, order, .. } = self;
+        let Settings { backoff_min_ms, backoff_max_ms, boost_high_ms, boost_low_ms, .. } = self;
+        let times = [lease_ms, backoff_min_ms, backoff_max_ms, boost_high_ms, boost_low_ms];
+        let (numbers, words) = (times.into_iter().chain([attempts, limit]), [from, overflow, order]);
+        kinds.is_none() && words.iter().all(|word| word.is_none()) && numbers.into_iter().all(Option::is_none)
     }
 
     /// The body of a `PUT`: these settings, and otherwise those that the group has.
@@ -97,19 +104,24 @@ impl Settings {
         set("limit", self.limit.map(Value::from));
         set("overflow", self.overflow.as_ref().map(|overflow| json!(overflow)));
         set("order", self.order.as_ref().map(|order| json!(order)));
-        if self.backoff_min_ms.is_some() || self.backoff_max_ms.is_some() {
-            let mut backoff = group.get("backoff").cloned().unwrap_or_else(|| json!(Backoff::default()));
-            for (name, given) in [("min_ms", self.backoff_min_ms), ("max_ms", self.backoff_max_ms)] {
-                if let Some(ms) = given {
-                    backoff[name] = ms.into();
-                }
-            }
-            set("backoff", Some(backoff));
-        } else {
-            set("backoff", None);
-        }
+        let ms = |given: Option<u64>| given.map(Value::from);
+        let later = self.boost_low_ms.map(|ms| Value::from(i64::try_from(ms).map_or(i64::MIN, |ms| -ms)));
+        let backoff = [("min_ms", ms(self.backoff_min_ms)), ("max_ms", ms(self.backoff_max_ms))];
+        let boost = [("high_ms", ms(self.boost_high_ms)), ("low_ms", later)];
+        set("backoff", changed(group, "backoff", backoff, json!(Backoff::default())));
+        set("boost", changed(group, "boost", boost, json!(Boost::default())));
         body
     }
+}
+
+/// A setting of several fields with those that are given, if any are.
+fn changed(group: &Value, setting: &str, given: [(&str, Option<Value>); 2], default: Value) -> Option<Value> {
+    let mut changed = group.get(setting).cloned().unwrap_or(default);
+    let mut any = false;
+    for (name, value) in given.into_iter().filter_map(|(name, value)| Some((name, value?))) {
+        (changed[name], any) = (value, true);
+    }
+    any.then_some(changed)
 }
 
 impl Args {
@@ -232,6 +244,7 @@ fn print_one(args: &Args, group: &Value) -> Result<(), Failure> {
         ("backoff", Some(backoff)),
         ("limit", Some(format!("{} waiting, then {}", group["limit"], cell(&group["overflow"])))),
         ("order", Some(cell(&group["order"]))),
+        ("boost", Some(format!("high {} ms, low {} ms", group["boost"]["high_ms"], group["boost"]["low_ms"]))),
         ("created", Some(cell(&group["created_at"]))),
         ("depth", group["depth"].as_u64().map(|depth| depth.to_string())),
         ("oldest", group["oldest_ms"].as_u64().map(age)),
@@ -261,6 +274,8 @@ mod tests {
             limit: None,
             overflow: None,
             order: None,
+            boost_high_ms: None,
+            boost_low_ms: None,
         };
         assert_eq!(none().over(&json!({})), json!({}), "a new group has the server's defaults");
         let there = json!({
@@ -273,5 +288,7 @@ mod tests {
             body,
             json!({"kinds": ["x.a"], "from": "now", "lease_ms": 5_000, "attempts": 3, "backoff": backoff})
         );
+        let body = Settings { boost_low_ms: Some(30), ..none() }.over(&json!({}));
+        assert_eq!(body, json!({"boost": {"high_ms": 60_000, "low_ms": -30}}));
     }
 }

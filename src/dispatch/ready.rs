@@ -6,8 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-/// How much earlier or later work counts as arrived, in milliseconds, by the class of its priority: high, normal, low.
-const HEAD_START: [i64; 3] = [60_000, 0, -60_000];
+use crate::protocol::work::Boost;
 
 /// What a user's queue of one kind costs: a node of a tree, the first places of a list, and the user's turn. And what the place
 /// of a piece in it costs, where the tree's nodes are half full.
@@ -17,9 +16,9 @@ pub const PLACE_BYTES: usize = 48;
 /// Sorts what waits for its turn: smaller is sooner.
 pub type Rank = i64;
 
-/// The rank of what arrived at this time, in milliseconds.
-pub fn rank(at: u64, class: u8) -> Rank {
-    let start = HEAD_START.get(usize::from(class)).copied().unwrap_or(0);
+/// The rank of what arrived at this time, in milliseconds, with a priority of this class.
+pub fn rank(at: u64, class: u8, boost: Boost) -> Rank {
+    let start = [boost.high_ms, 0, boost.low_ms].get(usize::from(class)).copied().unwrap_or(0);
     i64::try_from(at).unwrap_or(i64::MAX).saturating_sub(start)
 }
 
@@ -213,6 +212,10 @@ impl Ready {
 mod tests {
     use super::*;
 
+    fn rank_of(at: u64, class: u8) -> Rank {
+        rank(at, class, Boost::default())
+    }
+
     fn insert(ready: &mut Ready, user: &str, rank: Rank, thread: &str, kind: Option<&str>) {
         let (user, thread, kind) = (&user.into(), &thread.into(), kind.map(Arc::from));
         ready.insert(Piece { user, rank, thread, kind: kind.as_ref() });
@@ -221,7 +224,7 @@ mod tests {
     fn ready(work: &[(&str, u64, u8, &str)]) -> Ready {
         let mut ready = Ready::default();
         for (user, at, class, thread) in work {
-            insert(&mut ready, user, rank(*at, *class), thread, None);
+            insert(&mut ready, user, rank_of(*at, *class), thread, None);
         }
         ready
     }
@@ -247,6 +250,8 @@ mod tests {
         ]);
         assert_eq!(take_all(&mut work), "low high normal high-later");
         assert_eq!((work.len(), work.most()), (0, None));
+        let boost = Boost { high_ms: 5, low_ms: 0 };
+        assert_eq!([0, 1, 2, 9].map(|class| rank(100, class, boost)), [95, 100, 100, 100]);
     }
 
     #[test]
@@ -254,7 +259,7 @@ mod tests {
         let mut work = ready(&[("ada", 1, 1, "a1"), ("ada", 2, 1, "a2"), ("ada", 3, 1, "a3"), ("ada", 4, 1, "a4")]);
         assert_eq!(take(&mut work).as_deref(), Some("a1"));
         for (user, thread) in [("ben", "b1"), ("ben", "b2"), ("cid", "c1")] {
-            insert(&mut work, user, rank(100, 1), thread, None);
+            insert(&mut work, user, rank_of(100, 1), thread, None);
         }
         assert_eq!(take_all(&mut work), "b1 c1 a2 b2 a3 a4");
     }
@@ -265,8 +270,8 @@ mod tests {
         assert_eq!((take(&mut work), take(&mut work)), (Some("a1".into()), Some("b1".into())));
         assert_eq!((take(&mut work), take(&mut work)), (Some("a2".into()), Some("a3".into())));
         for n in 4..8 {
-            insert(&mut work, "ada", rank(n, 1), &format!("a{n}"), None);
-            insert(&mut work, "ben", rank(n, 1), &format!("b{n}"), None);
+            insert(&mut work, "ada", rank_of(n, 1), &format!("a{n}"), None);
+            insert(&mut work, "ben", rank_of(n, 1), &format!("b{n}"), None);
         }
         let taken = take_all(&mut work);
         let turns: String = taken.split(' ').map(|thread| &thread[..1]).collect();
@@ -279,9 +284,9 @@ mod tests {
         let most = |work: &Ready| work.most().map(|(many, last)| (many, last.to_string()));
         assert_eq!(most(&work), Some((2, "a2".into())));
         for _ in 0..2 {
-            work.remove(Piece { user: &"ada".into(), rank: rank(1, 1), thread: &"a1".into(), kind: None });
+            work.remove(Piece { user: &"ada".into(), rank: rank_of(1, 1), thread: &"a1".into(), kind: None });
         }
-        insert(&mut work, "ben", rank(4, 1), "b2", None);
+        insert(&mut work, "ben", rank_of(4, 1), "b2", None);
         assert_eq!(most(&work), Some((2, "b2".into())));
         assert_eq!((work.count_of("ada"), work.count_of("eve"), work.len()), (1, 0, 3));
     }
@@ -291,8 +296,8 @@ mod tests {
         let mut pieces = HashMap::new();
         let mut insert = |user: &str, at: u64, thread: &str, kind: usize| {
             let (user, thread): (Arc<str>, Arc<str>) = (user.into(), thread.into());
-            work.insert(Piece { user: &user, rank: rank(at, 1), thread: &thread, kind: Some(&kinds[kind]) });
-            pieces.insert(thread, (user, rank(at, 1), &kinds[kind]));
+            work.insert(Piece { user: &user, rank: rank_of(at, 1), thread: &thread, kind: Some(&kinds[kind]) });
+            pieces.insert(thread, (user, rank_of(at, 1), &kinds[kind]));
         };
         for n in 0..2_000 {
             insert("ada", n, &format!("a{n:04}"), 0);

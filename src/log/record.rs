@@ -18,7 +18,7 @@ use crate::protocol::{ids, json};
 /// log comes to the same whenever it is read, and by whichever later version of Weft. A rule that can change a verdict or
 /// a row never changes: it is succeeded by another one in a new version ([`crate::projector`]). A record of a newer version
 /// than this stops who reads it ([`super::LogError::NewerRules`]); one that was skipped would be missing in all that follows.
-pub const RULES: u16 = 5;
+pub const RULES: u16 = 6;
 
 /// What a record belongs to. Every topic has the same number of partitions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

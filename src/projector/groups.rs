@@ -12,7 +12,9 @@ use crate::clock;
 use crate::log::{Foreign, Record};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::kinds::{GROUP_DELETED, GROUP_PAUSED, GROUP_RESUMED, GROUP_SET};
-use crate::protocol::work::{GroupRecord, GroupSettings, MAX_GROUPS, Overflow, StartFrom, WorkOrder, check_group};
+use crate::protocol::work::{
+    Boost, GroupRecord, GroupSettings, MAX_GROUPS, Overflow, StartFrom, WorkOrder, check_group,
+};
 use crate::protocol::{ids, json};
 use crate::store::{GroupRow, Store, StoreError};
 
@@ -113,6 +115,7 @@ fn new_row(id: uuid::Uuid, at: u64, from: u64) -> GroupRow {
         limit: 0,
         overflow: Overflow::Accept,
         order: WorkOrder::Thread,
+        boost: Boost::default(),
         paused: false,
         revision: id.into_bytes(),
     }
@@ -133,6 +136,7 @@ fn with_settings(row: &GroupRow, settings: &GroupSettings, id: uuid::Uuid) -> Gr
         limit: settings.limit,
         overflow: settings.overflow,
         order: settings.order,
+        boost: settings.boost,
         ..row.clone()
     }
 }
@@ -161,6 +165,9 @@ fn read_act(tenant: &str, record: &Record) -> Result<GroupAct, String> {
             let is_older = (settings.limit, settings.overflow, settings.order) == (limit, overflow, order);
             if record.rules < rules::WORK_OVERFLOWS && !is_older {
                 return Err("limit, overflow and order are of version 5 of the rules".to_owned());
+            }
+            if record.rules < rules::GROUPS_HAVE_BOOSTS && settings.boost != Boost::default() {
+                return Err("boost is of version 6 of the rules".to_owned());
             }
             Act::Set { settings, if_absent: it.if_absent }
         }

@@ -29,6 +29,9 @@ pub(super) const WORK_OVERFLOWS: u16 = 5;
 /// Version 5: a lease may stand beside others of its thread. Before that a lease that said so was foreign.
 pub(super) const WORK_IN_PARALLEL: u16 = 5;
 
+/// Version 6: a group says what priorities are worth. Before that settings that did were foreign.
+pub(super) const GROUPS_HAVE_BOOSTS: u16 = 6;
+
 /// Version 4: an event that another program's producer wrote without Weft's headers is held to what a client is held to. Before
 /// that a record without them was foreign.
 pub(super) const PLAIN_EVENTS: u16 = 4;

@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 
 use super::error::{Code, Error};
 use super::event::EventItem;
-use super::work::{Backoff, Outcome, Overflow, StartFrom, Wait, WorkOrder};
+use super::work::{Backoff, Boost, Outcome, Overflow, StartFrom, Wait, WorkOrder};
 
 /// How much work one request may lease.
 pub const MAX_LEASED: u32 = 100;
@@ -32,6 +32,7 @@ pub struct GroupItem {
     pub limit: u64,
     pub overflow: Overflow,
     pub order: WorkOrder,
+    pub boost: Boost,
     /// Nobody gets work until it is resumed.
     pub paused: bool,
     /// RFC 3339.

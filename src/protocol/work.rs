@@ -61,6 +61,22 @@ impl Default for Backoff {
     }
 }
 
+/// By how much earlier an event counts as arrived that has priority `high` or `low`; less than 0 is later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Encode, Decode)]
+#[serde(deny_unknown_fields)]
+pub struct Boost {
+    #[schemars(range(min = 0, max = 86_400_000))]
+    pub high_ms: i64,
+    #[schemars(range(min = -86_400_000, max = 0))]
+    pub low_ms: i64,
+}
+
+impl Default for Boost {
+    fn default() -> Boost {
+        Boost { high_ms: 60_000, low_ms: -60_000 }
+    }
+}
+
 /// Where a new group begins.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -122,6 +138,9 @@ pub struct GroupSettings {
     /// Whether a thread's events are worked on one at a time and in order.
     #[serde(skip_serializing_if = "is_default")]
     pub order: WorkOrder,
+    /// What priorities are worth.
+    #[serde(skip_serializing_if = "is_default")]
+    pub boost: Boost,
 }
 
 const DEFAULT_LIMIT: u64 = 100_000;
@@ -147,6 +166,7 @@ impl Default for GroupSettings {
             limit: DEFAULT_LIMIT,
             overflow: Overflow::default(),
             order: WorkOrder::default(),
+            boost: Boost::default(),
         }
     }
 }
@@ -173,6 +193,12 @@ impl GroupSettings {
         if min_ms > max_ms || max_ms > MAX_DELAY_MS {
             let why = format!("backoff must have min_ms no more than max_ms, and max_ms no more than {MAX_DELAY_MS}");
             return Err(Error::field("backoff", why));
+        }
+        let Boost { high_ms, low_ms } = self.boost;
+        let most = MAX_DELAY_MS as i64;
+        if !(0..=most).contains(&high_ms) || !(-most..=0).contains(&low_ms) {
+            let why = format!("boost must have high_ms from 0 to {most}, and low_ms from -{most} to 0");
+            return Err(Error::field("boost", why));
         }
         Ok(())
     }

@@ -77,7 +77,7 @@ use crate::protocol::tickets::{self as ticket, TicketOwner};
 use crate::protocol::work::log_key as groups_key;
 
 /// The version of the rows below; a store of another version is rebuilt.
-const SCHEMA: u8 = 18;
+const SCHEMA: u8 = 19;
 
 /// Until a store is begun.
 const UNKNOWN_PARTITIONING: Partitioning = Partitioning::new(KeyHash::Crc32, 1);

@@ -6,7 +6,7 @@ use rocksdb::ReadOptions;
 use super::catalogue::{GROUPS, PAUSED_THREADS, WAITING, WORK, WORKERS};
 use super::dead_letters::TryRow;
 use super::{Batch, Partition, Store, StoreError, keys};
-use crate::protocol::work::{Overflow, WorkOrder};
+use crate::protocol::work::{Boost, Overflow, WorkOrder};
 
 /// A group and its settings.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -26,6 +26,7 @@ pub struct GroupRow {
     pub limit: u64,
     pub overflow: Overflow,
     pub order: WorkOrder,
+    pub boost: Boost,
     pub paused: bool,
     /// The id of the record that last said which events are its work.
     pub revision: [u8; 16],
@@ -52,6 +53,7 @@ impl GroupRow {
             limit: 100_000,
             overflow: Overflow::Accept,
             order: WorkOrder::Thread,
+            boost: Boost::default(),
             paused: false,
             revision: [1; 16],
         }

@@ -141,7 +141,7 @@ impl Group {
     pub fn reload(&mut self, store: &Store) -> Result<(), StoreError> {
         let row = store.group(&self.tenant, &self.name)?;
         let revision = |row: &Option<GroupRow>| row.as_ref().map(|row| (row.id, row.revision));
-        let order = |row: &Option<GroupRow>| row.as_ref().map(|row| row.order);
+        let order = |row: &Option<GroupRow>| row.as_ref().map(|row| (row.order, row.boost));
         if revision(&row) != revision(&self.row) {
             self.index = Index::Unknown;
             self.scan = None;
@@ -404,7 +404,7 @@ impl Group {
             seq,
             kind: kind.unwrap_or_else(|| row.kind.as_str().into()),
             user: self.ready.user(&row.user).unwrap_or_else(|| row.user.as_str().into()),
-            rank: rank(row.at, row.class),
+            rank: rank(row.at, row.class, self.row.as_ref().map(|row| row.boost).unwrap_or_default()),
             after,
             attempt,
             state: State::Ready,

@@ -51,6 +51,7 @@ fn item(group: &str, row: GroupRow) -> GroupItem {
         limit: row.limit,
         overflow: row.overflow,
         order: row.order,
+        boost: row.boost,
         paused: row.paused,
         created_at: clock::rfc3339(row.created_at),
     }

@@ -97,11 +97,11 @@ struct FamilyOutcome {
 }
 
 /// The versions that have their files. The newest one gets them before it is released.
-const RELEASED: [&str; 6] =
-    ["version-1", "version-2", "version-3-letters", "version-4-work", "version-4-deliveries", NEWEST];
+const RELEASED: [&str; 7] =
+    ["version-1", "version-2", "version-3-letters", "version-4-work", "version-4-deliveries", "version-5-work", NEWEST];
 
-/// The files that the present version gets: work side by side is new in it, full groups and paused threads.
-const NEWEST: &str = "version-5-work";
+/// The files that the present version gets: in it groups say what priorities are worth.
+const NEWEST: &str = "version-6-boost";
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden")

@@ -12,7 +12,7 @@ use weft::protocol::event::LogEvent;
 use weft::protocol::ids::log_key;
 use weft::protocol::records::LetterActRecord;
 use weft::protocol::work::{
-    GroupRecord, GroupSettings, Overflow, Settlement, WorkLeasedRecord, WorkOrder, WorkOverflowedRecord,
+    Boost, GroupRecord, GroupSettings, Overflow, Settlement, WorkLeasedRecord, WorkOrder, WorkOverflowedRecord,
     WorkPausedRecord, WorkSettledRecord,
 };
 
@@ -475,7 +475,7 @@ fn work(now: u64) -> Vec<Record> {
     ]
 }
 
-/// What version 5 of the rules brought, and that work is requeued: of a group of its own.
+/// What versions 5 and 6 of the rules brought, and that work is requeued: of a group of its own.
 fn work_side_by_side(now: u64) -> Vec<Record> {
     const GROUP: &str = "beside";
     const GROUP_ID: [u8; 16] = [3; 16];
@@ -559,8 +559,14 @@ fn work_side_by_side(now: u64) -> Vec<Record> {
             at: at(),
         })
     };
-    let settings =
-        GroupSettings { limit: 3, overflow: Overflow::DeadLetter, order: WorkOrder::None, ..GroupSettings::default() };
+    let settings = GroupSettings {
+        limit: 3,
+        overflow: Overflow::DeadLetter,
+        order: WorkOrder::None,
+        // New with version 6.
+        boost: Boost { high_ms: 5_000, low_ms: 0 },
+        ..GroupSettings::default()
+    };
     let group = GroupRecord {
         kind: "group_set".to_owned(),
         id: clock::event_id(),

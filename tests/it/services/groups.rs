@@ -63,8 +63,12 @@ on_both_logs!(a_group_is_made_changed_listed_paused_and_deleted, |log| async mov
     assert_eq!(status, 201, "{made}");
     has(&made, json!({"group": "g", "kinds": ["user_message"], "from": "now", "lease_ms": 30_000, "attempts": 5}));
     has(&made, json!({"backoff": {"min_ms": 1_000, "max_ms": 60_000}, "paused": false}));
+    has(&made, json!({"boost": {"high_ms": 60_000, "low_ms": -60_000}}));
 
-    let settings = json!({"kinds": ["x.job"], "attempts": 2, "backoff": {"min_ms": 1, "max_ms": 2}, "lease_ms": 1_000});
+    let settings = json!({
+        "kinds": ["x.job"], "attempts": 2, "backoff": {"min_ms": 1, "max_ms": 2}, "lease_ms": 1_000,
+        "boost": {"high_ms": 5, "low_ms": 0},
+    });
     let (status, changed) = as_admin(&server, "PUT", "/v1/groups/g", Some(settings.clone())).await;
     assert_eq!(status, 200, "{changed}");
     has(&changed, settings.clone());
@@ -107,6 +111,10 @@ async fn what_is_wrong_with_a_request_about_a_group_is_said_by_its_field() {
         (json!({"lease_ms": 999}), "lease_ms"),
         (json!({"attempts": 21}), "attempts"),
         (json!({"backoff": {"min_ms": 2, "max_ms": 1}}), "backoff"),
+        (json!({"boost": {"high_ms": -1, "low_ms": 0}}), "boost"),
+        (json!({"boost": {"high_ms": 0, "low_ms": 1}}), "boost"),
+        (json!({"boost": {"high_ms": 86_400_001, "low_ms": 0}}), "boost"),
+        (json!({"boost": {"high_ms": 1}}), "boost.low_ms"),
         (json!({"order": "some"}), "order"),
         (json!({"limit": 0}), "limit"),
         (json!({"overflow": "drop"}), "overflow"),

@@ -7,6 +7,7 @@ use weft::clock;
 use weft::log::Record;
 use weft::protocol::work::GroupRecord;
 
+use super::groups::as_admin;
 use crate::on_both_logs;
 use crate::persistence::rules::{append_to, open};
 use crate::reliability::dead_letters::{list, rebuilt, root_of};
@@ -286,6 +287,31 @@ async fn one_users_many_do_not_hold_up_anothers_first_and_priority_is_a_head_sta
     // Ada had the last turn, so it is Ben's; of hers the urgent one is first.
     assert_eq!(order[..2].iter().map(String::as_str).collect::<BTreeSet<_>>(), BTreeSet::from(["b", "urgent"]));
     assert_eq!(order[2], "a0");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_groups_boost_says_what_priorities_are_worth_also_of_what_waits_already() {
+    let server = Server::start_unlimited(LogKind::embedded());
+    let mut wim = worker(&server, "wim", "g", json!({})).await;
+    let mut ada = server.connect("ada").await;
+    ada.say("busy", "the worker is busy with this").await;
+    let busy = wim.recv_type("work").await;
+    for priority in ["low", "normal", "high"] {
+        let mut job = publish(priority, "user_message", json!({"content": "one of three"}));
+        job["priority"] = json!(priority);
+        accepted(&ada.ask(job).await);
+    }
+    let boost = json!({"boost": {"high_ms": 0, "low_ms": 0}});
+    assert_eq!(as_admin(&server, "PUT", "/v1/groups/g", Some(boost)).await.0, 200);
+    done(&mut wim, &busy).await;
+
+    let mut order = Vec::new();
+    for _ in 0..3 {
+        let work = wim.recv_type("work").await;
+        order.push(place(&work).0);
+        done(&mut wim, &work).await;
+    }
+    assert_eq!(order, ["low", "normal", "high"], "as they came");
 }
 
 /// A record about the group `g`; its settings are of `group_set`.
