@@ -35,6 +35,7 @@ use crate::ingest::pending::Pending;
 use crate::ingest::submit::Submit;
 use crate::ingest::tickets::Tickets;
 use crate::log::embedded::EmbeddedLog;
+use crate::log::embedded::read_only::ReadOnlyLog;
 use crate::log::kafka::{KafkaConfig, KafkaLog, Known};
 use crate::log::{Identity, IfUnnamed, Log, LogError, Reader};
 use crate::memory::{Budget, Plan};
@@ -45,7 +46,7 @@ use crate::projector::opening::{self, OpenError};
 use crate::projector::{Projector, Pump, Status};
 use crate::reaper::Reaper;
 use crate::search::Search;
-use crate::store::{Progress, Store, StoreError, StoreMemory};
+use crate::store::{Origin, Progress, Store, StoreError, StoreMemory};
 use crate::{panics, telemetry};
 
 /// How long sessions get to finish what was accepted, on the way down.
@@ -103,6 +104,40 @@ pub fn open_log_by_word(config: &Config, epoch: Option<&str>) -> Result<Arc<dyn 
     open_log_with(config, None, IfUnnamed::Name(epoch))
 }
 
+/// The same to look at it while no server runs: the embedded log is not changed by that, and nothing is made where there is no
+/// log. `origin` is what the projections are made of.
+pub fn open_log_to_read(config: &Config, origin: Option<Origin>) -> Result<Arc<dyn Log>, LogError> {
+    match config.log {
+        LogChoice::Embedded => Ok(Arc::new(ReadOnlyLog::open(&config.log_dir())?)),
+        LogChoice::Kafka => {
+            let kafka = kafka_config(config);
+            if KafkaLog::find_partitions(&kafka)?.is_none() {
+                let why = format!("there are no topics {}… on {}", kafka.topic_prefix, kafka.brokers);
+                return Err(LogError::Unavailable(why));
+            }
+            open_log_with(config, origin.and_then(known).as_ref(), IfUnnamed::Refuse)
+        }
+    }
+}
+
+/// What a node that has projections knows of its log.
+fn known(origin: Origin) -> Option<Known> {
+    let offset = *origin.positions.first()?;
+    let identity = Identity { starts: origin.starts, ..Identity::of_epoch(&origin.epoch) };
+    Some(Known { identity, offset })
+}
+
+fn kafka_config(config: &Config) -> KafkaConfig {
+    KafkaConfig {
+        brokers: config.brokers.clone(),
+        partitions: config.partitions.unwrap_or(NEW_LOG_PARTITIONS),
+        topic_prefix: config.topic_prefix.clone(),
+        group: format!("{}projector-{}", config.topic_prefix, config.node()),
+        settings: config.kafka_config.clone(),
+        memory: config.memory().log,
+    }
+}
+
 fn open_log_with(config: &Config, known: Option<&Known>, if_unnamed: IfUnnamed<'_>) -> Result<Arc<dyn Log>, LogError> {
     Ok(match config.log {
         LogChoice::Embedded => {
@@ -113,14 +148,7 @@ fn open_log_with(config: &Config, known: Option<&Known>, if_unnamed: IfUnnamed<'
         LogChoice::Kafka => {
             std::fs::create_dir_all(&config.data)
                 .map_err(|error| LogError::Unavailable(format!("{}: {error}", config.data.display())))?;
-            let mut kafka = KafkaConfig {
-                brokers: config.brokers.clone(),
-                partitions: config.partitions.unwrap_or(NEW_LOG_PARTITIONS),
-                topic_prefix: config.topic_prefix.clone(),
-                group: format!("{}projector-{}", config.topic_prefix, config.node()),
-                settings: config.kafka_config.clone(),
-                memory: config.memory().log,
-            };
+            let mut kafka = kafka_config(config);
             if config.partitions.is_none()
                 && let Some(found) = KafkaLog::find_partitions(&kafka)?
             {
@@ -159,11 +187,7 @@ fn open(config: &Config) -> Result<OpenedParts, StartError> {
         LogChoice::Embedded => (open_log(config)?, Store::open_or_set_aside(&path, memory)?),
         LogChoice::Kafka => {
             let store = Store::open_or_set_aside(&path, memory)?;
-            let known = store.origin()?.and_then(|origin| {
-                let offset = *origin.positions.first()?;
-                let identity = Identity { starts: origin.starts, ..Identity::of_epoch(&origin.epoch) };
-                Some(Known { identity, offset })
-            });
+            let known = store.origin()?.and_then(known);
             (open_log_with(config, known.as_ref(), IfUnnamed::Refuse)?, store)
         }
     };

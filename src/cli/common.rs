@@ -65,6 +65,32 @@ pub fn mint(secret: &str, tenant: &str, sub: &str, scope: &str, ttl_s: u64) -> R
     Ok(jwt::mint(secret, &claims)?)
 }
 
+/// How far a long command is, for a person to watch: on a terminal, in one line that is written again and again.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress {
+    is_terminal: bool,
+}
+
+impl Progress {
+    pub fn on_terminal() -> Progress {
+        Progress { is_terminal: io::stderr().is_terminal() }
+    }
+
+    pub fn show(self, text: impl Display) {
+        if self.is_terminal {
+            // An error in writing it changes nothing.
+            drop(write!(io::stderr(), "\r{text}\x1b[K"));
+        }
+    }
+
+    /// Ends the line.
+    pub fn end(self) {
+        if self.is_terminal {
+            eprintln!();
+        }
+    }
+}
+
 /// Prints the rows of a list: as JSON under the name of their field, or as a table, or the text `none` where there are none.
 pub fn print_rows(
     json: bool,

@@ -9,8 +9,8 @@ use crate::config::{Config, LogChoice, StorageArgs};
 use crate::disk;
 use crate::log::LogError;
 use crate::log::embedded::examine::{self, Examined};
-use crate::store::Store;
 use crate::store::damage::ExaminedStore;
+use crate::store::{Store, StoreError};
 
 /// With less room a flush or a rebuild can fail.
 const ROOM: u64 = 256 << 20;
@@ -167,6 +167,10 @@ fn projections(dir: &Path, checks: &mut Vec<Check>) -> Option<ExaminedStore> {
         }
         Ok(None) => {
             checks.push(Check::good("projections", "there are none; a start makes them from the log"));
+            None
+        }
+        Err(error @ StoreError::OtherVersion(_)) => {
+            checks.push(Check::good("projections", error.to_string()));
             None
         }
         Err(error) => {

@@ -63,8 +63,8 @@ enum CliCommand {
     Runs(runs::Args),
     /// Write the tenant's threads, or one, to a file or to standard output; scope analyst
     Export(Box<export::Args>),
-    /// Prove that an export is complete and unaltered, without a server
-    Verify(verify::Args),
+    /// Prove that log, projections and search index of a stopped server are whole, or that an export is, without a server
+    Verify(Box<verify::Args>),
     /// Play a thread again, at its pace or faster, or step by step, here or into another server
     Replay(Box<replay::Args>),
     /// Rebuild the projections from the log, of a stopped server
@@ -120,7 +120,7 @@ impl Cli {
             CliCommand::Work(args) => work::run(args).await,
             CliCommand::Runs(args) => runs::run(args).await,
             CliCommand::Export(args) => export::run(*args).await,
-            CliCommand::Verify(args) => verify::run(&args),
+            CliCommand::Verify(args) => verify::run(*args).await,
             CliCommand::Replay(args) => replay::run(*args).await,
             CliCommand::Rebuild(args) => rebuild::run(args).await,
             CliCommand::Doctor(args) => doctor::run(args).await,

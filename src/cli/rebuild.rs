@@ -1,9 +1,8 @@
 //! `weft rebuild`: rebuilds the projections from the log.
 
-use std::io::{IsTerminal, Write};
 use std::time::Instant;
 
-use super::common::Failure;
+use super::common::{Failure, Progress};
 use crate::app::{open_log, open_log_by_word};
 use crate::config::{Config, LogChoice, StorageArgs};
 use crate::projector::rebuild;
@@ -28,13 +27,8 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     }
 
     let begin = Instant::now();
-    let terminal = std::io::stderr().is_terminal();
-    let progress = move |records: u64| {
-        if terminal {
-            // For a person to watch: an error in writing it changes nothing.
-            drop(write!(std::io::stderr(), "\r{records} records"));
-        }
-    };
+    let shown = Progress::on_terminal();
+    let progress = move |records: u64| shown.show(format_args!("{records} records"));
 
     let (check, discard) = (args.check, args.discard);
     let work = move || {
@@ -58,9 +52,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     };
 
     let rebuilt = tokio::task::spawn_blocking(work).await??;
-    if terminal {
-        eprintln!();
-    }
+    shown.end();
 
     let done = if check { "the projections equal the log's" } else { "rebuilt" };
     println!("{done}: {} records in {:.1} s", rebuilt.records, begin.elapsed().as_secs_f64());

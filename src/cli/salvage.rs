@@ -1,11 +1,10 @@
 //! `weft salvage`: copies every record that can be read of a damaged embedded log into a new data folder.
 
-use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::common::{Failure, Output};
+use super::common::{Failure, Output, Progress};
 use crate::config::{Config, LogChoice, StorageArgs};
 use crate::log::embedded::salvage::{Salvaged, salvage};
 use crate::partitioning::NEW_LOG_PARTITIONS;
@@ -27,13 +26,8 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     if config.log != LogChoice::Embedded {
         return Err("only the embedded log can be salvaged; Kafka's records are its brokers'".into());
     }
-    let terminal = std::io::stderr().is_terminal();
-    let progress = move |records: u64| {
-        if terminal {
-            // For a person to watch: an error in writing it changes nothing.
-            drop(write!(std::io::stderr(), "\r{records} records"));
-        }
-    };
+    let shown = Progress::on_terminal();
+    let progress = move |records: u64| shown.show(format_args!("{records} records"));
     let (source, target) = (config.log_dir(), args.out.join("log"));
     if !source.is_dir() {
         return Err(format!("there is no log in {}", source.display()).into());
@@ -42,9 +36,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         salvage(&source, &target, config.partitions.unwrap_or(NEW_LOG_PARTITIONS), progress)
     })
     .await??;
-    if terminal {
-        eprintln!();
-    }
+    shown.end();
     let out = Output::new();
     if args.json {
         let missing: Vec<_> = salvaged.missing.iter().map(|(from, to)| json!({"from": from, "to": to})).collect();

@@ -11,7 +11,7 @@
 //!   panics at ([`poison`]); when the store fails, the same records are tried again.
 //!
 //! [`opening`] says which store goes on, [`pump`] is the thread that reads and [`projectors`] are those beside it, [`rebuild`]
-//! makes the store anew. Of one record, [`judge`] says what becomes of an event, with [`thread`], [`keys`] (by
+//! makes the store anew, [`verify`] holds it against the log. Of one record, [`judge`] says what becomes of an event, with [`thread`], [`keys`] (by
 //! [`log_time`]), [`runs`] and [`messages`] for the parts; [`tickets`] judges who gets in with a ticket, [`work`] who works
 //! on what for a group, [`groups`] what a group is like; [`receipts`] and [`dead_letters`] apply the other topics,
 //! [`plain`] judges what other programs write. [`checkpoints`] compares this node with others.
@@ -44,6 +44,7 @@ mod status;
 mod thread;
 mod tickets;
 mod transaction;
+pub mod verify;
 mod wanted;
 mod work;
 mod work_state;

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use super::opening::{self, OpenError};
 use super::{ProjectError, Projector};
-use crate::log::{Cause, Identity, Log, LogError};
-use crate::store::{Origin, Store, StoreError, StoreMemory};
+use crate::log::{Cause, Identity, Log, LogError, Positions};
+use crate::store::{Difference, Origin, Store, StoreError, StoreMemory};
 
 /// Records read from the log at once: more than live, since no client waits.
 const BATCH: usize = 8_192;
@@ -31,8 +31,8 @@ pub enum RebuildError {
     Move(#[from] std::io::Error),
     #[error("the projections have not read the whole log: start the server, stop it, and check again")]
     NotCaughtUp,
-    #[error("the projections differ from the log in {0}")]
-    Differs(String),
+    #[error("the projections differ from the log: {0}")]
+    Differs(Box<Difference>),
 }
 
 /// What a rebuild has done.
@@ -119,7 +119,7 @@ pub fn check(log: &dyn Log, projections: &Path, progress: impl FnMut(u64)) -> Re
     let (store, records) = project_all(log, &new, progress)?;
     // After a kill the projections are older than the log. That is no difference: the next start goes on from there.
     let result = if current.progress()? == store.progress()? {
-        compare(&current, &store)
+        compare(&store, &current)
     } else {
         Err(RebuildError::NotCaughtUp)
     };
@@ -130,54 +130,66 @@ pub fn check(log: &dyn Log, projections: &Path, progress: impl FnMut(u64)) -> Re
 
 /// Projects the whole log, up to its end of now, into a new store.
 fn project_all(log: &dyn Log, path: &Path, mut progress: impl FnMut(u64)) -> Result<(Arc<Store>, u64), RebuildError> {
-    let mut store = Store::open(path)?;
-    let begin = opening::begin(&mut store, log)?;
-    let store = Arc::new(store);
-    let bounds = log.bounds()?;
-
-    let mut projector = Projector::new(store.clone(), log, begin);
-    let mut reader = log.reader(&projector.positions())?;
-    let mut records = 0;
-
-    while reader.positions().iter().zip(&bounds).any(|(next, bounds)| *next < bounds.end) {
-        let before = reader.positions().clone();
-        let entries = reader.next(BATCH, WAIT)?;
-        // Without entries the position may still move: past what Kafka writes for itself.
-        if entries.is_empty() && *reader.positions() == before {
-            return Err(LogError::Unavailable("it does not return the records that it holds".into()).into());
-        }
-
-        let mut done = 0;
-        loop {
-            let (applied, _) = projector.project(&entries[done..], reader.positions())?;
-            done += applied;
-            if done >= entries.len() {
-                break;
-            }
-        }
-
-        records += entries.len() as u64;
-        progress(records);
-    }
-    Ok((store, records))
+    let mut projecting = Projecting::begin(log, path)?;
+    projecting.to(&log.ends()?, &mut progress)?;
+    Ok((projecting.store, projecting.records))
 }
 
-/// Fails at the first row in which two stores differ.
-pub fn compare(a: &Store, b: &Store) -> Result<(), RebuildError> {
-    let (mut ours, mut theirs) = (a.rows(), b.rows());
-    loop {
-        match (ours.next().transpose()?, theirs.next().transpose()?) {
-            (None, None) => return Ok(()),
-            (x, y) if x == y => {}
-            (x, y) => {
-                let (family, key, _) = x.or(y).unwrap_or_default();
-                return Err(RebuildError::Differs(format!("family {family}, key {:?}", String::from_utf8_lossy(&key))));
+/// A log on its way into a store that is made of it alone.
+pub(super) struct Projecting<'l> {
+    log: &'l dyn Log,
+    pub(super) store: Arc<Store>,
+    projector: Projector,
+    pub(super) records: u64,
+}
+
+impl<'l> Projecting<'l> {
+    /// An empty store in `path`.
+    pub(super) fn begin(log: &'l dyn Log, path: &Path) -> Result<Projecting<'l>, RebuildError> {
+        let mut store = Store::open(path)?;
+        let begin = opening::begin(&mut store, log)?;
+        let store = Arc::new(store);
+        Ok(Projecting { log, projector: Projector::new(store.clone(), log, begin), store, records: 0 })
+    }
+
+    /// Goes on up to these positions, and no further. `progress` gets how many records are done.
+    pub(super) fn to(&mut self, ends: &[u64], progress: &mut impl FnMut(u64)) -> Result<(), RebuildError> {
+        let mut reader = self.log.reader(&self.projector.positions())?;
+        while reader.positions().iter().zip(ends).any(|(next, end)| next < end) {
+            let before = reader.positions().clone();
+            let mut entries = reader.next(BATCH, WAIT)?;
+            // Without entries the position may still move: past what Kafka writes for itself.
+            if entries.is_empty() && *reader.positions() == before {
+                return Err(LogError::Unavailable("it does not return the records that it holds".into()).into());
             }
+            entries.retain(|entry| entry.at.offset < ends[entry.at.partition as usize]);
+            let positions: Positions = reader.positions().iter().zip(ends).map(|(next, end)| *next.min(end)).collect();
+
+            let mut done = 0;
+            loop {
+                let (applied, _) = self.projector.project(&entries[done..], &positions)?;
+                done += applied;
+                if done >= entries.len() {
+                    break;
+                }
+            }
+
+            self.records += entries.len() as u64;
+            progress(self.records);
         }
+        Ok(())
     }
 }
 
-fn remove(path: &Path) -> std::io::Result<()> {
+/// Fails at the first row in which a store is not as another one.
+pub fn compare(expected: &Store, found: &Store) -> Result<(), RebuildError> {
+    match expected.compare(found, |_| {})? {
+        Ok(_) => Ok(()),
+        Err(difference) => Err(RebuildError::Differs(Box::new(difference))),
+    }
+}
+
+pub(super) fn remove(path: &Path) -> std::io::Result<()> {
     match std::fs::remove_dir_all(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         result => result,

@@ -212,16 +212,16 @@ impl Search<'_> {
 type Values = std::sync::Arc<dyn tantivy::columnar::ColumnValues<u64>>;
 
 /// The columns of a segment.
-struct Columns {
-    at: Values,
+pub struct Columns {
+    pub at: Values,
     partition: Values,
     offset: Values,
     seq: Values,
-    thread: Values,
+    pub thread: Values,
 }
 
 impl Columns {
-    fn open(view: &View, segment: &SegmentTimes) -> Result<Columns, TantivyError> {
+    pub fn open(view: &View, segment: &SegmentTimes) -> Result<Columns, TantivyError> {
         let fields = view.searcher.segment_reader(segment.number).fast_fields();
         let column = |name| fields.column_first_or_default::<u64>(name);
         Ok(Columns {
@@ -233,7 +233,7 @@ impl Columns {
         })
     }
 
-    fn key(&self, event: u32, at: u64, score: u32) -> Key {
+    pub fn key(&self, event: u32, at: u64, score: u32) -> Key {
         Key {
             score,
             at,

@@ -95,6 +95,16 @@ impl Progress {
         places
     }
 
+    /// Whether this version reads it.
+    pub fn is_current(&self) -> bool {
+        self.format == FORMAT
+    }
+
+    /// What it is of: the log's epoch, and the language.
+    pub fn origin(&self) -> (&str, &str) {
+        (&self.epoch, &self.language)
+    }
+
     /// Whether an index with this progress can be gone on with.
     fn fits(&self, other: &Progress) -> bool {
         (self.format, &self.epoch, &self.language) == (other.format, &other.epoch, &other.language)
@@ -208,13 +218,7 @@ fn try_open(path: &Path, memory: usize) -> Result<Files, TantivyError> {
     let directory = MmapDirectory::open(path)?;
     let (schema, columns) = schema();
     let index = Index::open_or_create(directory, schema)?;
-    let found = match index.load_metas()?.payload {
-        Some(payload) => {
-            let read = serde_json::from_str(&payload);
-            Some(read.map_err(|error| TantivyError::InvalidArgument(format!("its progress: {error}")))?)
-        }
-        None => None,
-    };
+    let found = read_progress(index.load_metas()?.payload.as_deref())?;
     let reader = index.reader_builder().reload_policy(ReloadPolicy::Manual).try_into()?;
     let options = IndexWriterOptions::builder()
         .num_worker_threads(1)
@@ -225,6 +229,40 @@ fn try_open(path: &Path, memory: usize) -> Result<Files, TantivyError> {
     // Which segments become one is decided by their time, which tantivy's policies do not see.
     writer.set_merge_policy(Box::new(NoMergePolicy));
     Ok(Files { columns, reader, writer, way: Arc::default(), found })
+}
+
+/// An index that is only looked at.
+pub struct Looked {
+    pub view: View,
+    /// Nothing if nothing was ever committed.
+    pub progress: Option<Progress>,
+}
+
+/// Opens the index in `path`, whose files are held against their checksums, and changes nothing in it. The error is the
+/// library's, or says which file is not what was written.
+pub fn look(path: &Path) -> Result<Looked, TantivyError> {
+    let index = Index::open(MmapDirectory::open(path)?)?;
+    let (schema, columns) = schema();
+    if index.schema() != schema {
+        return Err(TantivyError::SchemaError("its columns are not those of this version".to_owned()));
+    }
+    let (directory, metas) = (index.directory(), index.load_metas()?);
+    let files = metas.list_segment_files();
+    // Of a segment not all files need be there; one that is missed fails below.
+    for file in files.iter().filter(|file| path.join(file).exists()) {
+        if !directory.validate_checksum(file)? {
+            return Err(TantivyError::InvalidArgument(format!("{} is not what was written", file.display())));
+        }
+    }
+    let progress = read_progress(metas.payload.as_deref())?;
+    let reader: IndexReader = index.reader_builder().reload_policy(ReloadPolicy::Manual).try_into()?;
+    Ok(Looked { view: View::new(columns, reader.searcher())?, progress })
+}
+
+/// How far an index says it has come, in what its commit carries.
+fn read_progress(payload: Option<&str>) -> Result<Option<Progress>, TantivyError> {
+    let read = payload.map(serde_json::from_str).transpose();
+    read.map_err(|error| TantivyError::InvalidArgument(format!("its progress: {error}")))
 }
 
 impl Files {

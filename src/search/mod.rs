@@ -14,7 +14,7 @@
 //!
 //! [`words`] says what a word is, [`document`] what of an event is searched, [`query`] what can be asked, [`matching`] whether an
 //! event has it, [`plan`] how the index is asked and what events are ranked by, [`typos`] what may have been meant, [`merges`]
-//! which segments become one, [`writer`] is the thread.
+//! which segments become one, [`writer`] is the thread; [`verify`] holds an index against the events that it should have.
 
 mod budget;
 mod collect;
@@ -29,6 +29,7 @@ mod tail;
 #[cfg(test)]
 mod tests;
 mod typos;
+pub mod verify;
 mod words;
 mod writer;
 

@@ -19,6 +19,7 @@ pub mod damage;
 pub mod dead_letters;
 pub mod deliveries;
 mod depths;
+mod difference;
 mod events;
 mod idempotency;
 mod key_filter;
@@ -52,6 +53,7 @@ use self::contacts::{Contacts, MembershipChange};
 use self::damage::Damage;
 use self::depths::Depths;
 pub use self::depths::{Depth, GroupDepth, Waiting};
+pub use self::difference::{Compared, Difference};
 pub use self::events::{EventRange, EventRow, StoredEvent};
 pub use self::idempotency::KeyRow;
 use self::key_filter::KeyFilter;
@@ -95,6 +97,8 @@ pub enum StoreError {
         .0.display()
     )]
     Newer(PathBuf),
+    #[error("the projections in {} are of another version of Weft: the start of a server makes them anew", .0.display())]
+    OtherVersion(PathBuf),
     #[error("the damaged projections cannot be set aside: {0}")]
     SetAside(#[from] std::io::Error),
 }

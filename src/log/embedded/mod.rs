@@ -10,15 +10,17 @@
 //! - RocksDB opens only files that were found to be as they were written, up to a torn end for which nobody was answered.
 //!
 //! Files, each using only those before it: [`format`] (rows, keys, options), [`identity`], [`files`] (RocksDB's own formats, and
-//! what is wrong in a folder), [`opening`], [`shared`] (queue, tail, health), [`writer`], [`reader`], [`scrub`]; for a log that is
-//! not open [`examine`] and [`salvage`].
+//! what is wrong in a folder), [`opening`], [`rows`] (reading), [`shared`] (queue, tail, health), [`writer`], [`reader`], [`scrub`]; for a log that is
+//! not open [`read_only`], [`examine`] and [`salvage`].
 
 pub mod examine;
 mod files;
 mod format;
 mod identity;
 mod opening;
+pub mod read_only;
 mod reader;
+mod rows;
 pub mod salvage;
 mod scrub;
 mod shared;
@@ -203,10 +205,8 @@ impl Log for EmbeddedLog {
         Ok(lock(&self.shared.tail).end)
     }
 
-    /// Offsets count over all partitions, so what the slowest partition lacks is what all lack.
     fn between(&self, positions: &[u64], ends: &[u64]) -> u64 {
-        let (slowest, end) = (positions.iter().copied().min(), ends.iter().copied().max());
-        end.unwrap_or(0).saturating_sub(slowest.unwrap_or(0))
+        rows::between(positions, ends)
     }
 
     fn append_checkpoint(&self, _: u32, _: u64, _: &[u8; 32]) {}

@@ -6,7 +6,7 @@ use std::path::Path;
 use rocksdb::DB;
 
 use super::files::{self, FilesError, LogFolder, Whole};
-use super::format::{HOLES, Holes, descriptors, parse_key, records, sized_options};
+use super::format::{HOLES, Holes, descriptors, options, parse_key, records, sized_options};
 use crate::disk;
 use crate::log::{LogError, Position};
 use crate::memory::LogPlan;
@@ -59,8 +59,22 @@ fn try_lock(dir: &Path, file: File) -> Result<File, LogError> {
 
 /// Opens the log in `dir`; makes one only where there is nothing.
 pub(super) fn open(dir: &Path, memory: LogPlan) -> Result<Database, LogError> {
+    let whole = check(dir)?.unwrap_or_default();
+    let options = sized_options(disk::takes_direct_io(dir), memory);
+    checked(dir, &whole, DB::open_cf_descriptors(&options, dir, descriptors(&options)))
+}
+
+/// Opens the log in `dir` to read it, and changes nothing.
+pub(super) fn open_read_only(dir: &Path) -> Result<Database, LogError> {
+    let whole = check(dir)?.ok_or_else(|| LogError::Unavailable(format!("there is no log in {}", dir.display())))?;
+    let options = options(false);
+    checked(dir, &whole, DB::open_cf_descriptors_read_only(&options, dir, descriptors(&options), false))
+}
+
+/// Looks at the files of the log in `dir`, if there is one.
+fn check(dir: &Path) -> Result<Option<Whole>, LogError> {
     let whole = match files::check(dir) {
-        Ok(LogFolder::Nothing) => Whole::default(),
+        Ok(LogFolder::Nothing) => return Ok(None),
         Ok(LogFolder::Log(whole)) => whole,
         Err(FilesError::Damaged(what)) => return Err(damaged(dir, &what)),
         Err(FilesError::Io(what)) => return Err(LogError::Unavailable(what)),
@@ -71,8 +85,12 @@ pub(super) fn open(dir: &Path, memory: LogPlan) -> Result<Database, LogError> {
             "the write-ahead log ends before bytes that make no batch: a write that was never answered, or older"
         );
     }
-    let options = sized_options(disk::takes_direct_io(dir), memory);
-    let db = DB::open_cf_descriptors(&options, dir, descriptors(&options)).map_err(|error| open_error(dir, &error))?;
+    Ok(Some(whole))
+}
+
+/// A database that was opened, if it has what its files were found to hold.
+fn checked(dir: &Path, whole: &Whole, opened: Result<DB, rocksdb::Error>) -> Result<Database, LogError> {
+    let db = opened.map_err(|error| open_error(dir, &error))?;
     let last = last_position(&db)?;
     let database = Database { db, last };
     match (whole.end, database.end()) {

@@ -4,12 +4,10 @@
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use rocksdb::ReadOptions;
-
-use super::format::{Stored, decode, records};
+use super::rows::{self, Range};
 use super::shared::{Shared, lock};
 use super::writer::Writer;
-use crate::log::{Entry, LogError, Position, Positions, READ_BYTES, RULES, Reader, Topic};
+use crate::log::{Entry, LogError, Position, Positions, READ_BYTES, RULES, Reader};
 
 pub(super) struct EmbeddedReader {
     shared: Arc<Shared>,
@@ -134,39 +132,10 @@ impl EmbeddedReader {
     fn read_disk(&mut self, from: u64, end: u64, max: usize) -> Result<(Vec<Entry>, Newer), LogError> {
         let shared = self.shared.clone();
         let db = shared.database()?;
-        let mut options = ReadOptions::default();
-        options.set_readahead_size(1 << 20);
-        options.fill_cache(false);
-        options.set_iterate_upper_bound(end.to_be_bytes().to_vec());
-        let mut rows = db.raw_iterator_cf_opt(&records(&db), options);
-
-        let mut found = Vec::with_capacity(max.min((end - from) as usize));
-        let mut next = shared.holes.skip(from);
-        let (mut bytes, mut newer) = (0, None);
-        rows.seek(from.to_be_bytes());
-        while let Some((key, value)) = rows.item().filter(|_| found.len() < max && bytes <= READ_BYTES) {
-            let at = shared.expect_offset(key, next)?;
-            next = shared.holes.skip(at.offset + 1);
-            if at.offset >= self.positions[at.partition as usize] {
-                let topic = Topic::locate(at.partition, shared.each).0;
-                match decode(topic, value) {
-                    Stored::Record(record) => found.push(Entry { at, record }),
-                    Stored::Newer(version) => {
-                        newer = Some((at, version));
-                        next = at.offset;
-                        break;
-                    }
-                }
-                bytes += value.len();
-            }
-            rows.next();
-        }
-        rows.status().map_err(|error| shared.read_error(&error))?;
-        if !rows.valid() && next < end {
-            return Err(shared.damaged(format!("the records {next}..{end} are missing")));
-        }
-        self.advance(next.min(end));
-        Ok((found, newer))
+        let range = Range { each: shared.each, holes: &shared.holes, from, end, positions: &self.positions };
+        let read = rows::read(&db, &range, max).map_err(|error| shared.note(error))?;
+        self.advance(read.next);
+        Ok((read.entries, read.newer))
     }
 
     /// Offsets count over all partitions, so after `offset` is after it in each of them.

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use rocksdb::DB;
 
-use super::format::{Holes, parse_key};
+use super::format::Holes;
+use super::rows;
 use crate::log::{Append, Entry, Identity, LogError, Position, Topic};
 use crate::memory::LogPlan;
 use crate::telemetry;
@@ -136,12 +137,12 @@ impl Shared {
         Err(LogError::Unavailable(self.health().err().unwrap_or_else(|| "it is being opened again".into())))
     }
 
-    /// What RocksDB's error means to whoever reads.
-    pub(super) fn read_error(&self, error: &rocksdb::Error) -> LogError {
-        if error.kind() == rocksdb::ErrorKind::Corruption {
-            return self.damaged(error.to_string());
+    /// Notes what a read met, if it is damage.
+    pub(super) fn note(&self, error: LogError) -> LogError {
+        match error {
+            LogError::Damaged(what) => self.damaged(what),
+            other => other,
         }
-        LogError::Unavailable(error.to_string())
     }
 
     /// Notes damage, and gives it as an error. The first that is found counts: what follows is often its consequence.
@@ -157,11 +158,7 @@ impl Shared {
 
     /// The position that a row's key says, which has to be at the offset that comes next: offsets have no gaps.
     pub(super) fn expect_offset(&self, key: &[u8], next: u64) -> Result<Position, LogError> {
-        match parse_key(key).filter(|at| at.partition < self.partitions()) {
-            Some(at) if at.offset == next => Ok(at),
-            Some(at) if at.offset > next => Err(self.damaged(format!("the records {next}..{} are missing", at.offset))),
-            _ => Err(self.damaged(format!("a key of {} bytes among the records, at {next}", key.len()))),
-        }
+        rows::expect_offset(key, next, self.partitions()).map_err(|what| self.damaged(what))
     }
 
     pub(super) fn set_failing(&self, why: Option<String>) {

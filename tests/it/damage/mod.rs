@@ -4,6 +4,7 @@
 mod disk;
 mod projections;
 mod tables;
+mod verify;
 mod write_ahead;
 
 use std::fs;
