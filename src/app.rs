@@ -127,7 +127,8 @@ fn known(origin: Origin) -> Option<Known> {
     Some(Known { identity, offset })
 }
 
-fn kafka_config(config: &Config) -> KafkaConfig {
+/// The log on Kafka that is configured; with the number of partitions of a new one, if none is given.
+pub fn kafka_config(config: &Config) -> KafkaConfig {
     KafkaConfig {
         brokers: config.brokers.clone(),
         partitions: config.partitions.unwrap_or(NEW_LOG_PARTITIONS),

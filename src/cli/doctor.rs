@@ -5,10 +5,12 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::common::{Failure, Output, Style};
+use crate::app::kafka_config;
 use crate::config::{Config, LogChoice, StorageArgs};
 use crate::disk;
 use crate::log::LogError;
 use crate::log::embedded::examine::{self, Examined};
+use crate::log::kafka::examine as topics;
 use crate::store::damage::ExaminedStore;
 use crate::store::{Store, StoreError};
 
@@ -27,23 +29,39 @@ pub struct Args {
 /// One thing that was looked at.
 struct Check {
     name: &'static str,
-    /// What is wrong, and how to mend it; else what was found.
-    result: Result<String, (String, String)>,
+    outcome: Outcome,
+}
+
+enum Outcome {
+    Good(String),
+    /// Nothing is wrong yet; what may become so, and how to mend it.
+    Warning(String, String),
+    /// What is wrong, and how to mend it.
+    Wrong(String, String),
 }
 
 impl Check {
     fn good(name: &'static str, found: impl Into<String>) -> Check {
-        Check { name, result: Ok(found.into()) }
+        Check { name, outcome: Outcome::Good(found.into()) }
+    }
+
+    fn warning(name: &'static str, what: impl Into<String>, mend: impl Into<String>) -> Check {
+        Check { name, outcome: Outcome::Warning(what.into(), mend.into()) }
     }
 
     fn bad(name: &'static str, wrong: impl Into<String>, mend: impl Into<String>) -> Check {
-        Check { name, result: Err((wrong.into(), mend.into())) }
+        Check { name, outcome: Outcome::Wrong(wrong.into(), mend.into()) }
+    }
+
+    fn is_wrong(&self) -> bool {
+        matches!(self.outcome, Outcome::Wrong(..))
     }
 
     fn json(&self) -> Value {
-        match &self.result {
-            Ok(found) => json!({"name": self.name, "ok": true, "found": found}),
-            Err((wrong, mend)) => json!({"name": self.name, "ok": false, "wrong": wrong, "mend": mend}),
+        match &self.outcome {
+            Outcome::Good(found) => json!({"name": self.name, "ok": true, "found": found}),
+            Outcome::Warning(what, mend) => json!({"name": self.name, "ok": true, "warning": what, "mend": mend}),
+            Outcome::Wrong(wrong, mend) => json!({"name": self.name, "ok": false, "wrong": wrong, "mend": mend}),
         }
     }
 }
@@ -51,16 +69,22 @@ impl Check {
 pub async fn run(args: Args) -> Result<(), Failure> {
     let config = Config::load(args.storage.config.as_deref(), &args.storage)?;
     let checks = tokio::task::spawn_blocking(move || look(&config)).await?;
-    let wrong = checks.iter().filter(|check| check.result.is_err()).count();
+    let wrong = checks.iter().filter(|check| check.is_wrong()).count();
     let out = Output::new();
     if args.json {
         let checks: Vec<Value> = checks.iter().map(Check::json).collect();
         out.line(json!({"ok": wrong == 0, "checks": checks}))?;
     } else {
         for check in &checks {
-            match &check.result {
-                Ok(found) => out.line(format!("{}   {}: {found}", out.paint(Style::Green, "good"), check.name))?,
-                Err((wrong, mend)) => {
+            match &check.outcome {
+                Outcome::Good(found) => {
+                    out.line(format!("{}   {}: {found}", out.paint(Style::Green, "good"), check.name))?
+                }
+                Outcome::Warning(what, mend) => {
+                    out.line(format!("{}   {}: {what}", out.paint(Style::Yellow, "warn"), check.name))?;
+                    out.line(format!("       {mend}"))?
+                }
+                Outcome::Wrong(wrong, mend) => {
                     out.line(format!("{}  {}: {wrong}", out.paint(Style::Red, "wrong"), check.name))?;
                     out.line(format!("       {mend}"))?
                 }
@@ -82,7 +106,10 @@ fn look(config: &Config) -> Vec<Check> {
     let mut checks = vec![writable(&config.data), room(&config.data)];
     let log = match config.log {
         LogChoice::Embedded => log(&config.log_dir(), &mut checks),
-        LogChoice::Kafka => None,
+        LogChoice::Kafka => {
+            brokers(config, &mut checks);
+            None
+        }
     };
     let store = projections(&config.projections_dir(), &mut checks);
     if let (Some(log), Some(store)) = (log.filter(|log| log.problems.is_empty()), store) {
@@ -152,6 +179,26 @@ fn log(dir: &Path, checks: &mut Vec<Check>) -> Option<Examined> {
         checks.push(Check::good("log", format!("it was salvaged once, without {lost} records that were lost")));
     }
     Some(examined)
+}
+
+/// The topics, as the brokers have them.
+fn brokers(config: &Config, checks: &mut Vec<Check>) {
+    let examined = match topics::examine(kafka_config(config), config.partitions) {
+        Ok(examined) => examined,
+        Err(error) => {
+            let mend = "look whether the brokers run, whether --brokers names them, and whether --kafka-config has what they \
+                        ask for";
+            return checks.push(Check::bad("brokers", error.to_string(), mend));
+        }
+    };
+    checks.push(Check::good("brokers", format!("{} answers", config.brokers)));
+    if examined.found.is_empty() {
+        let found = format!("there are none that begin with {}; a start makes them", config.topic_prefix);
+        checks.push(Check::good("topics", found));
+    }
+    checks.extend(examined.found.into_iter().map(|found| Check::good("topics", found)));
+    checks.extend(examined.problems.into_iter().map(|it| Check::bad("topics", it.what, it.mend)));
+    checks.extend(examined.warnings.into_iter().map(|it| Check::warning("topics", it.what, it.mend)));
 }
 
 fn projections(dir: &Path, checks: &mut Vec<Check>) -> Option<ExaminedStore> {

@@ -5,6 +5,7 @@
 //! one broker, that is as it should be.
 
 use std::collections::HashMap;
+use std::fmt;
 
 use rdkafka::admin::{OwnedResourceSpecifier, ResourceSpecifier};
 use rdkafka::error::KafkaError;
@@ -29,10 +30,25 @@ pub(super) struct TopicFacts {
     pub(super) replicas: u32,
 }
 
+/// What is not as it should be, and how to mend it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    pub what: String,
+    pub mend: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}. To mend it: {}", self.what, self.mend)
+    }
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Findings {
-    pub(super) problems: Vec<String>,
-    pub(super) warnings: Vec<String>,
+    pub(super) problems: Vec<Finding>,
+    pub(super) warnings: Vec<Finding>,
+    /// Records that were deleted while the server runs.
+    pub(super) deleted: Vec<String>,
     /// How many replicas of each topic have to be in sync for it to take a record; 0 when it is not known.
     pub(super) in_sync: [u32; Topic::ALL.len()],
 }
@@ -64,7 +80,10 @@ pub(super) fn check(
         TopicFacts { topic, name, settings, replicas: replicas[topic as usize] }
     });
     let mut findings = judge(&facts, &connection.config.brokers);
-    findings.warnings.extend(connection.warnings());
+    findings.warnings.extend(connection.warnings().into_iter().map(|what| Finding {
+        what,
+        mend: "take that setting away, and name the authority that issued them with ssl.ca.location".to_owned(),
+    }));
     findings
 }
 
@@ -72,32 +91,62 @@ pub(super) fn check(
 pub(super) fn judge(facts: &[TopicFacts], brokers: &str) -> Findings {
     let mut findings = Findings::default();
     // Topics with the same warning share its line.
-    let mut warnings: Vec<(String, Vec<&str>)> = Vec::new();
+    let mut warnings: Vec<(Warning, Vec<&str>)> = Vec::new();
     for it in facts {
         findings.problems.extend(problems(it, brokers));
         findings.in_sync[it.topic as usize] = it.number("min.insync.replicas");
-        for text in it.warnings() {
-            match warnings.iter_mut().find(|(known, _)| *known == text) {
+        for warning in it.warnings() {
+            match warnings.iter_mut().find(|(known, _)| *known == warning) {
                 Some((_, names)) => names.push(&it.name),
-                None => warnings.push((text, vec![&it.name])),
+                None => warnings.push((warning, vec![&it.name])),
             }
         }
     }
-    findings.warnings = warnings.iter().map(|(text, names)| format!("{}: {text}", names.join(", "))).collect();
+    let finding = |((text, mend), names): (Warning, Vec<&str>)| Finding {
+        what: format!("{}: {text}", names.join(", ")),
+        mend: match mend {
+            Mend::Setting(name, value) => {
+                let commands: Vec<String> = names.iter().map(|topic| alter(brokers, topic, name, value)).collect();
+                commands.join("; ")
+            }
+            Mend::Words(words) => words.to_owned(),
+        },
+    };
+    findings.warnings = warnings.into_iter().map(finding).collect();
     findings
 }
 
+/// What may go wrong, and how to mend it.
+type Warning = (String, Mend);
+
+#[derive(Debug, PartialEq, Eq)]
+enum Mend {
+    /// By another value of a topic's setting.
+    Setting(&'static str, &'static str),
+    Words(&'static str),
+}
+
+/// The command that gives a topic another setting.
+fn alter(brokers: &str, topic: &str, setting: &str, value: &str) -> String {
+    format!(
+        "kafka-configs.sh --bootstrap-server {brokers} --alter --entity-type topics --entity-name {topic} --add-config \
+         {setting}={value}"
+    )
+}
+
+const MORE_REPLICAS: Mend = Mend::Words(
+    "give its partitions 3 replicas each with kafka-reassign-partitions.sh, on as many brokers; for development one is enough",
+);
+
 /// What deletes events or dead letters. Of receipts the newest of each key is enough.
-fn problems(it: &TopicFacts, brokers: &str) -> Vec<String> {
+fn problems(it: &TopicFacts, brokers: &str) -> Vec<Finding> {
     if it.topic == Topic::Receipts || it.settings.is_empty() {
         return Vec::new();
     }
     let problem = |setting: &str, does: &str, mended: &str| {
         let (name, value) = (&it.name, it.setting(setting));
-        format!(
-            "{name} {does} ({setting}={value}), and Weft keeps its records for ever. To mend it: kafka-configs.sh \
-             --bootstrap-server {brokers} --alter --entity-type topics --entity-name {name} --add-config {setting}={mended}"
-        )
+        let what = format!("{name} {does} ({setting}={value}), and Weft keeps its records for ever");
+        Finding { what, mend: alter(brokers, name, setting, mended) }
     };
     let mut problems = Vec::new();
     if it.setting("cleanup.policy").contains("compact") {
@@ -119,39 +168,47 @@ impl TopicFacts {
         self.setting(name).parse().unwrap_or(0)
     }
 
-    fn warnings(&self) -> Vec<String> {
+    fn warnings(&self) -> Vec<Warning> {
         let (replicas, in_sync) = (self.replicas, self.number("min.insync.replicas"));
         let mut warnings = Vec::new();
         match replicas {
             0 | REPLICAS.. => {}
-            1 => warnings.push("1 replica: what was answered is gone with its broker's disk".to_owned()),
-            _ => warnings.push(format!(
-                "{replicas} replicas: with {REPLICAS}, losing a broker loses neither events nor service"
-            )),
+            1 => {
+                let what = "1 replica: what was answered is gone with its broker's disk";
+                warnings.push((what.to_owned(), MORE_REPLICAS));
+            }
+            _ => {
+                let what =
+                    format!("{replicas} replicas: with {REPLICAS}, losing a broker loses neither events nor service");
+                warnings.push((what, MORE_REPLICAS));
+            }
         }
         if self.settings.is_empty() {
-            warnings.push("the brokers do not say how the topic is set up; it must keep every record".to_owned());
+            warnings.push((
+                "the brokers do not say how the topic is set up; it must keep every record".to_owned(),
+                Mend::Words("give Weft's user the right DescribeConfigs on its topics"),
+            ));
             return warnings;
         }
+        let in_sync_is_2 = Mend::Setting("min.insync.replicas", "2");
         if replicas > 1 && in_sync == 1 {
-            warnings
-                .push("min.insync.replicas is 1: an event that only one broker has is answered as durable".to_owned());
-        }
-        if replicas > 1 && in_sync >= replicas {
-            warnings.push(format!(
-                "min.insync.replicas is {in_sync} of {replicas}: without any one broker nothing is appended"
-            ));
+            let what = "min.insync.replicas is 1: an event that only one broker has is answered as durable";
+            warnings.push((what.to_owned(), in_sync_is_2));
+        } else if replicas > 1 && in_sync >= replicas {
+            let what =
+                format!("min.insync.replicas is {in_sync} of {replicas}: without any one broker nothing is appended");
+            warnings.push((what, if replicas > IN_SYNC { in_sync_is_2 } else { MORE_REPLICAS }));
         }
         if self.setting("unclean.leader.election.enable") == "true" {
-            warnings.push(
-                "unclean.leader.election.enable is true: a broker without the newest events may be made leader, and they are gone"
-                    .to_owned(),
-            );
+            let what = "unclean.leader.election.enable is true: a broker without the newest events may be made leader, and \
+                        they are gone";
+            warnings.push((what.to_owned(), Mend::Setting("unclean.leader.election.enable", "false")));
         }
         if self.topic == Topic::Receipts {
             let policy = self.setting("cleanup.policy");
             if policy != "compact" {
-                warnings.push(format!("cleanup.policy is {policy}: receipts should be compacted, and nothing else"));
+                let what = format!("cleanup.policy is {policy}: receipts should be compacted, and nothing else");
+                warnings.push((what, Mend::Setting("cleanup.policy", "compact")));
             }
         }
         warnings
@@ -197,8 +254,12 @@ mod tests {
                 let findings = judge(&[facts(topic, 3, &[(setting, value)])], "k:1");
                 let [problem] = &findings.problems[..] else { panic!("{findings:?}") };
                 let name = format!("weft.{}", topic.as_str());
-                for part in [&*name, &format!("{setting}={value}"), mended, "--bootstrap-server k:1"] {
-                    assert!(problem.contains(part), "{problem}");
+                assert!(
+                    problem.what.contains(&name) && problem.what.contains(&format!("{setting}={value}")),
+                    "{problem}"
+                );
+                for part in [&*name, mended, "--bootstrap-server k:1"] {
+                    assert!(problem.mend.contains(part), "{problem}");
                 }
             }
         }
@@ -213,7 +274,7 @@ mod tests {
         let findings = judge(&[facts(Topic::Receipts, 3, &[("retention.ms", "1")])], "k:1");
         assert_eq!((findings.problems.len(), findings.warnings.len()), (0, 0), "{findings:?}");
         let findings = judge(&[facts(Topic::Receipts, 3, &[("cleanup.policy", "delete")])], "k:1");
-        assert!(findings.problems.is_empty() && findings.warnings[0].contains("compacted"), "{findings:?}");
+        assert!(findings.problems.is_empty() && findings.warnings[0].what.contains("compacted"), "{findings:?}");
     }
 
     #[test]
@@ -223,16 +284,26 @@ mod tests {
             assert!(findings.problems.is_empty(), "{findings:?}");
             findings.warnings
         };
+        let texts = |warnings: Vec<Finding>| warnings.into_iter().map(|it| it.what).collect::<Vec<_>>();
         assert_eq!(
-            warned(1, &[("min.insync.replicas", "1")]),
+            texts(warned(1, &[("min.insync.replicas", "1")])),
             [
                 "weft.events, weft.receipts, weft.dead-letters: 1 replica: what was answered is gone with its broker's disk"
             ]
         );
         assert_eq!(warned(2, &[("min.insync.replicas", "1")]).len(), 2);
-        assert!(warned(3, &[("min.insync.replicas", "1")])[0].contains("min.insync.replicas is 1"));
-        assert!(warned(3, &[("min.insync.replicas", "3")])[0].contains("without any one broker"));
-        assert!(warned(3, &[("unclean.leader.election.enable", "true")])[0].contains("unclean"));
+        for (setting, value, what, mended) in [
+            ("min.insync.replicas", "1", "min.insync.replicas is 1", "min.insync.replicas=2"),
+            ("min.insync.replicas", "3", "without any one broker", "min.insync.replicas=2"),
+            ("unclean.leader.election.enable", "true", "is true", "unclean.leader.election.enable=false"),
+        ] {
+            let [warning] = &warned(3, &[(setting, value)])[..] else { panic!("{setting}") };
+            assert!(warning.what.contains(what), "{warning}");
+            assert_eq!(warning.mend.matches(mended).count(), 3, "a command for each topic: {warning}");
+            assert!(warning.mend.contains("--entity-name weft.dead-letters"), "{warning}");
+        }
+        // Fewer would be no majority: what helps is one replica more.
+        assert!(warned(2, &[])[1].mend.contains("kafka-reassign-partitions.sh"));
     }
 
     #[test]
@@ -240,6 +311,6 @@ mod tests {
         let silent = Topic::ALL.map(|topic| TopicFacts { settings: HashMap::new(), ..facts(topic, 3, &[]) });
         let findings = judge(&silent, "k:1");
         assert!(findings.problems.is_empty() && findings.warnings.len() == 1, "{findings:?}");
-        assert!(findings.warnings[0].contains("do not say"), "{findings:?}");
+        assert!(findings.warnings[0].what.contains("do not say"), "{findings:?}");
     }
 }

@@ -8,11 +8,13 @@
 //! Files, each using only those before it: [`settings`] (what is passed on to librdkafka), [`client`] (connections),
 //! [`admin`], [`topics`] (names and partitions), [`headers`] (a record as a message), [`cluster`] (bounds), [`producer`],
 //! [`marker`] (the log's identity), [`keeping`] (what the topics' settings mean), [`setup`] (topics are created and
-//! checked), [`reading`], [`monitor`].
+//! checked), [`reading`], [`monitor`]; [`examine`] for a
+//! log that no server has open.
 
 mod admin;
 mod client;
 mod cluster;
+pub mod examine;
 mod headers;
 mod keeping;
 mod marker;
@@ -33,6 +35,7 @@ use rdkafka::producer::{BaseProducer, Producer};
 pub use self::client::KafkaConfig;
 use self::client::{Connection, QueryClient, TICK};
 use self::cluster::Cluster;
+pub use self::keeping::Finding;
 use self::keeping::Findings;
 pub use self::marker::Known;
 use self::marker::Markers;

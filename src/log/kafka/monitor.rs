@@ -12,6 +12,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::metadata::MetadataTopic;
 
 use super::client::QueryClient;
+use super::keeping::Finding;
 use super::setup::{Shape, added_with_records};
 use super::{Shared, State, keeping, lock};
 use crate::log::{LogError, Topic};
@@ -31,7 +32,7 @@ struct TopicState {
 }
 
 /// A partition as the brokers see it.
-struct Seen {
+pub(super) struct Seen {
     id: i32,
     leader: i32,
     replicas: u32,
@@ -96,8 +97,9 @@ impl Shared {
             *checked = Instant::now();
         }
         let findings = lock(&self.findings);
-        state.problems.extend_from_slice(&findings.problems);
-        state.warnings.extend_from_slice(&findings.warnings);
+        state.problems.extend(findings.problems.iter().map(Finding::to_string));
+        state.problems.extend_from_slice(&findings.deleted);
+        state.warnings.extend(findings.warnings.iter().map(Finding::to_string));
         drop(findings);
         self.set_state(state);
     }
@@ -106,8 +108,10 @@ impl Shared {
     fn away(&self, error: &KafkaError) -> State {
         let findings = lock(&self.findings);
         let mut problems = vec![self.cluster.connection.explain(error)];
-        problems.extend_from_slice(&findings.problems);
-        State { problems, warnings: findings.warnings.clone(), refuse: [true; Topic::ALL.len()] }
+        problems.extend(findings.problems.iter().map(Finding::to_string));
+        problems.extend_from_slice(&findings.deleted);
+        let warnings = findings.warnings.iter().map(Finding::to_string).collect();
+        State { problems, warnings, refuse: [true; Topic::ALL.len()] }
     }
 
     fn topic_state(&self, topic: Topic, found: &MetadataTopic, client: &QueryClient) -> TopicState {
@@ -127,15 +131,9 @@ impl Shared {
             Ok(Some(why)) => return TopicState { problems: vec![why], refuse: true },
             Err(error) => return TopicState { problems: vec![error.to_string()], refuse: false },
         }
-        let seen = found.partitions().iter().map(|it| Seen {
-            id: it.id(),
-            leader: it.leader(),
-            replicas: it.replicas().len() as u32,
-            in_sync: it.isr().len() as u32,
-        });
         let needed = lock(&self.findings).in_sync[topic as usize];
         // Without a leader for one partition the others still take records.
-        TopicState { problems: faults(name, seen, configured, needed), refuse: false }
+        TopicState { problems: faults(name, seen(found), configured, needed), refuse: false }
     }
 
     /// Looks at what changes seldom: the topics' settings, and where they begin.
@@ -148,7 +146,7 @@ impl Shared {
         };
         let mut findings = keeping::check(connection, topics, settings, shapes.map(|it| it.replicas));
         match self.cluster.starts() {
-            Ok(starts) => findings.problems.extend(self.deleted(&starts)),
+            Ok(starts) => findings.deleted = self.deleted(&starts),
             Err(error) => tracing::debug!(%error, "where the topics begin is not known"),
         }
         *lock(&self.findings) = findings;
@@ -199,8 +197,18 @@ fn added(name: &str, found: u32, configured: u32) -> String {
     )
 }
 
+/// The partitions of a topic.
+pub(super) fn seen(found: &MetadataTopic) -> impl Iterator<Item = Seen> {
+    found.partitions().iter().map(|it| Seen {
+        id: it.id(),
+        leader: it.leader(),
+        replicas: it.replicas().len() as u32,
+        in_sync: it.isr().len() as u32,
+    })
+}
+
 /// Pure: what keeps the partitions that are used from taking records. `needed` is `min.insync.replicas`, or 0.
-fn faults(name: &str, partitions: impl Iterator<Item = Seen>, configured: u32, needed: u32) -> Vec<String> {
+pub(super) fn faults(name: &str, partitions: impl Iterator<Item = Seen>, configured: u32, needed: u32) -> Vec<String> {
     let mut faults = Vec::new();
     let (mut leaderless, mut short) = (None, None);
     for it in partitions.filter(|it| u32::try_from(it.id).is_ok_and(|id| id < configured)) {
@@ -221,7 +229,7 @@ fn faults(name: &str, partitions: impl Iterator<Item = Seen>, configured: u32, n
 mod tests {
     use super::*;
 
-    fn seen(leader: i32, in_sync: u32) -> impl Iterator<Item = Seen> {
+    fn three(leader: i32, in_sync: u32) -> impl Iterator<Item = Seen> {
         // The second of three partitions differs.
         (0..3).map(move |id| match id {
             1 => Seen { id, leader, replicas: 3, in_sync },
@@ -231,18 +239,18 @@ mod tests {
 
     #[test]
     fn a_partition_without_a_leader_or_with_too_few_replicas_in_sync_is_named() {
-        assert_eq!(faults("t", seen(1, 3), 3, 2), [""; 0]);
-        assert_eq!(faults("t", seen(1, 2), 3, 2), [""; 0]);
-        assert_eq!(faults("t", seen(-1, 0), 3, 2), ["topic t: partition 1 has no leader"]);
-        let short = faults("t", seen(1, 1), 3, 2);
+        assert_eq!(faults("t", three(1, 3), 3, 2), [""; 0]);
+        assert_eq!(faults("t", three(1, 2), 3, 2), [""; 0]);
+        assert_eq!(faults("t", three(-1, 0), 3, 2), ["topic t: partition 1 has no leader"]);
+        let short = faults("t", three(1, 1), 3, 2);
         assert!(short[0].contains("partition 1") && short[0].contains("1 are in sync"), "{short:?}");
         // What the brokers do not say is not held against them.
-        assert_eq!(faults("t", seen(1, 1), 3, 0), [""; 0]);
+        assert_eq!(faults("t", three(1, 1), 3, 0), [""; 0]);
     }
 
     #[test]
     fn partitions_that_are_not_used_may_be_in_any_state() {
-        assert_eq!(faults("t", seen(-1, 0), 1, 2), [""; 0]);
+        assert_eq!(faults("t", three(-1, 0), 1, 2), [""; 0]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use rdkafka::metadata::MetadataTopic;
 
 use super::admin::{admin_client, admin_options, block_on};
 use super::client::{ASK, Callbacks, Connection, OffsetEdge, QueryClient, TICK, hear, offsets};
-use super::keeping::{self, Findings, IN_SYNC, REPLICAS, Settings};
+use super::keeping::{self, Finding, Findings, IN_SYNC, REPLICAS, Settings};
 use super::topics::Topics;
 use crate::log::{LogError, Topic};
 
@@ -52,7 +52,8 @@ pub(super) fn ensure_topics(
     if findings.problems.is_empty() {
         Ok((found, findings))
     } else {
-        Err(LogError::Unfit(findings.problems.join("; ")))
+        let problems: Vec<String> = findings.problems.iter().map(Finding::to_string).collect();
+        Err(LogError::Unfit(problems.join("; ")))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Kafka in production: brokers that want TLS and SASL, topics whose settings change, partitions that are added, records that
 //! are deleted; and what a server says of all that.
 
+use std::path::Path;
 use std::process::Command;
 
 use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, NewPartitions, ResourceSpecifier};
@@ -148,6 +149,65 @@ async fn a_retention_that_becomes_finite_stops_readiness_for_writes_until_it_is_
     set_retention(&topic, "-1").await;
     server.up();
     server.ready().await;
+}
+
+/// What `weft doctor` says of a node's data and its brokers: the exit code, and the checks.
+fn doctor(data: &Path, log: &LogKind, more: &[&str]) -> (Option<i32>, Vec<Value>) {
+    let mut command = weft();
+    command.args(["doctor", "--json", "--data"]).arg(data).args(log.arguments()).args(more);
+    let output = command.output().unwrap();
+    let printed = String::from_utf8_lossy(&output.stdout);
+    let found: Value = serde_json::from_str(&printed).unwrap_or_else(|_| panic!("{printed} {output:?}"));
+    (output.status.code(), found["checks"].as_array().unwrap().clone())
+}
+
+fn texts(checks: &[Value], name: &str, field: &str) -> Vec<String> {
+    let of = checks.iter().filter(|check| check["name"] == name);
+    of.filter_map(|check| Some(format!("{} => {}", check[field].as_str()?, check["mend"].as_str().unwrap_or(""))))
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_doctor_says_of_the_topics_what_is_wrong_what_may_become_so_and_how_to_mend_each() {
+    let (log, prefix) = on_shared_broker();
+    let mut server = Server::stopped_with(log.clone(), &["--partitions", "2"]);
+    std::fs::create_dir_all(server.data()).unwrap();
+    let (code, checks) = doctor(server.data(), &log, &[]);
+    assert_eq!((code, texts(&checks, "topics", "found").len()), (Some(0), 1), "{checks:?}");
+    assert!(texts(&checks, "topics", "found")[0].contains("there are none"), "{checks:?}");
+
+    server.up();
+    server.ready().await;
+    server.connect("ada").await.say("t", "hello").await;
+    server.stop().await;
+    let (code, checks) = doctor(server.data(), &log, &[]);
+    assert_eq!((code, texts(&checks, "topics", "found").len()), (Some(0), 3), "{checks:?}");
+    assert!(texts(&checks, "topics", "found")[0].contains("events: 2 partitions, 1 replicas"), "{checks:?}");
+    let warned = texts(&checks, "topics", "warning");
+    assert!(
+        warned.len() == 1 && warned[0].contains("1 replica:") && warned[0].contains("kafka-reassign"),
+        "{warned:?}"
+    );
+
+    let (code, checks) = doctor(server.data(), &log, &["--partitions", "3"]);
+    let wrong = texts(&checks, "topics", "wrong");
+    assert!(code == Some(1) && wrong.len() == 1 && wrong[0].contains("start without --partitions"), "{wrong:?}");
+
+    let topic = format!("{prefix}events");
+    set_retention(&topic, "604800000").await;
+    let (code, checks) = doctor(server.data(), &log, &[]);
+    let wrong = texts(&checks, "topics", "wrong");
+    assert!(code == Some(1) && wrong.len() == 1, "{checks:?}");
+    assert!(
+        wrong[0].contains("retention.ms=604800000") && wrong[0].contains("--add-config retention.ms=-1"),
+        "{wrong:?}"
+    );
+    assert!(!server.data().join("log").exists(), "nothing was made");
+
+    let away = LogKind::Kafka { brokers: "127.0.0.1:9".to_owned(), prefix };
+    let (code, checks) = doctor(server.data(), &away, &[]);
+    let wrong = texts(&checks, "brokers", "wrong");
+    assert!(code == Some(1) && wrong.len() == 1 && wrong[0].contains("--brokers names them"), "{checks:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
