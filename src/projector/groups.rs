@@ -207,6 +207,26 @@ mod tests {
     }
 
     #[test]
+    fn settings_of_a_later_version_of_the_rules_make_a_record_of_an_earlier_one_foreign() {
+        let is_read = |version, settings: &str| {
+            let record = GroupRecord {
+                kind: GROUP_SET.to_owned(),
+                id: clock::event_id(),
+                tenant: "acme".to_owned(),
+                group: "g".to_owned(),
+                settings: Some(serde_json::from_str(settings).expect("settings")),
+                if_absent: false,
+                by: "root".to_owned(),
+                at: "2027-01-15T08:00:00Z".to_owned(),
+            };
+            read("acme", &Record { rules: version, ..Record::from(&record) }).is_ok()
+        };
+        let (order, boost) = (r#"{"order":"none"}"#, r#"{"boost":{"high_ms":1,"low_ms":0}}"#);
+        assert!(is_read(4, "{}") && !is_read(4, order) && is_read(5, order));
+        assert!(!is_read(5, boost) && is_read(6, boost));
+    }
+
+    #[test]
     fn a_group_is_made_once_changed_paused_and_deleted() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let store = Store::open(folder.path()).expect("it opens");
