@@ -1,10 +1,13 @@
 //! What readers of the store pass over: as much as they are after, however much there is beside it. Counted, not timed.
 
+use std::ops::ControlFlow;
+
 use rocksdb::perf::{PerfContext, PerfMetric, PerfStatsLevel, set_perf_stats};
 
+use super::dead_letters::{DeadLetterFilter, DeadLetterRow, Order};
 use super::messages::{ClosedRow, MessageKey, MessageRow, TextPosition, WrittenText};
 use super::runs::{Ending, EventRef, RunKey, RunRow};
-use super::{MemberRow, Store, ThreadRow, WorkRow};
+use super::{MemberRow, Store, StoreError, ThreadRow, WorkRow};
 
 /// What `work` reads: rows looked up, rows that iterators come to, and what they pass over of deleted ones.
 fn reads<T>(work: impl FnOnce() -> T) -> (u64, T) {
@@ -117,6 +120,36 @@ fn a_page_of_runs_reads_those_that_it_shows() {
     let (count, seqs) = reads(page);
     assert_eq!(seqs, (1_490..1_500).rev().collect::<Vec<u64>>());
     assert!(count <= 25, "{count}");
+}
+
+#[test]
+fn a_page_of_dead_letters_reads_those_that_it_shows_however_many_there_are() {
+    let (_folder, store) = store();
+    let put = |ids: std::ops::Range<u32>| {
+        let mut rows = store.batch();
+        for n in ids {
+            let id = *uuid::Uuid::from_u128(u128::from(n)).as_bytes();
+            let row = DeadLetterRow::open("rejected", Some("x.job"), u64::from(n), 1, "it is broken".to_owned());
+            rows.put_dead_letter("acme", id, None, &row);
+        }
+        store.commit(rows).expect("it commits");
+    };
+    let page = |reason: Option<&str>| {
+        let filter = DeadLetterFilter { reason: reason.map(str::to_owned), ..DeadLetterFilter::default() };
+        let mut found = Vec::new();
+        let visit = |_, row: DeadLetterRow, _| {
+            found.push(row.at);
+            Ok::<_, StoreError>(if found.len() == 10 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        };
+        store.dead_letters(["acme", ""], &filter, Order::NewestFirst, None, visit).expect("it is read");
+        found
+    };
+    put(1..20);
+    let (few, _) = reads(|| (page(None), page(Some("rejected"))));
+    put(20..20_000);
+    let (many, (all, rejected)) = reads(|| (page(None), page(Some("rejected"))));
+    assert_eq!((&all, &rejected), (&(19_990..20_000).rev().collect(), &all));
+    assert!(few >= 40 && many <= few, "{many} rows of 20,000, and {few} of 20");
 }
 
 #[test]
