@@ -54,6 +54,8 @@ use crate::{clock, telemetry};
 
 /// How many paused threads a group's page shows.
 const PAUSED_SHOWN: usize = 100;
+/// How often it is counted for one answer what waits for a group whose settings change meanwhile.
+const COUNTS: u32 = 10;
 /// How much work a worker may hold at once.
 pub const MAX_CREDIT: u32 = 1_000;
 
@@ -272,10 +274,16 @@ impl Dispatcher {
             let depth = match store.depth(tenant, group) {
                 Some(depth) => depth,
                 None => {
+                    let mut changed = 0;
                     while !(index::complete(&store, tenant, group, &row, &|| true)?
                         && store.count_depth(tenant, group, &row, &|| true)?)
                     {
                         // It was changed meanwhile.
+                        changed += 1;
+                        if changed == COUNTS {
+                            let why = "the group's settings are changed faster than what waits for it is counted";
+                            return Err(Error::new(Code::Unavailable, why).retry_after(1_000));
+                        }
                         row = store.group(tenant, group)?.ok_or_else(no_group)?;
                     }
                     store.depth(tenant, group).ok_or_else(no_group)?

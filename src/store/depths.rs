@@ -403,6 +403,21 @@ mod tests {
     }
 
     #[test]
+    fn what_was_prepared_before_anybody_listened_and_committed_after_is_counted() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(folder.path()).expect("it opens");
+        let row = group(100, Overflow::Accept);
+        let mut rows = store.batch();
+        rows.put_group("acme", "g", &row);
+        let waits = WaitingRow { kind: "x.job".into(), user: "ada".into(), at: 1, class: 1 };
+        rows.put_waiting("acme", "g", "t", 1, &waits);
+        store.listen_to_work(|_| {}).expect("it is read");
+        store.commit(rows).expect("the store takes it");
+        assert!(store.count_depth("acme", "g", &row, &|| true).expect("it is read"));
+        assert_eq!(counts(&store), Some((1, 0)));
+    }
+
+    #[test]
     fn what_is_counted_as_it_changes_is_what_a_walk_finds() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let store = Store::open(folder.path()).expect("it opens");

@@ -383,9 +383,8 @@ impl Batch<'_> {
     /// A run that changed without an event.
     pub fn put_run_row(&mut self, key: &RunKey, row: &RunRow) {
         self.put(RUNS, &key.bytes(self.store.partitioning), row);
-        if self.store.run_listener.get().is_some() {
-            self.runs.push((key.clone(), row.outline()));
-        }
+        // Whether anybody listens is asked when it is committed: who begins to meanwhile hears of it.
+        self.runs.push((key.clone(), row.outline()));
     }
 
     pub fn put_run_event(&mut self, key: &RunKey, seq: u64, row: &StepRow) {

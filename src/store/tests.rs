@@ -1,6 +1,8 @@
-//! What readers of the store pass over: as much as they are after, however much there is beside it. Counted, not timed.
+//! What readers of the store pass over: as much as they are after, however much there is beside it. Counted, not timed. And
+//! what who listens to commits hears.
 
 use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex};
 
 use rocksdb::perf::{PerfContext, PerfMetric, PerfStatsLevel, set_perf_stats};
 
@@ -189,6 +191,20 @@ fn who_joins_a_thread_passes_over_no_message_that_was_closed() {
     assert!(count <= 20, "{count}");
     let from = store.open_messages("acme", "t", 1_995).expect("it is read");
     assert_eq!(from.map(|message| message.expect("it is read").0).next(), Some(1_995));
+}
+
+#[test]
+fn who_begins_to_listen_hears_of_a_run_whose_commit_was_prepared_before() {
+    let (_folder, store) = store();
+    let mut rows = store.batch();
+    rows.put_run_row(&key("r"), &run(1));
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let hears = heard.clone();
+    store.listen_to_runs(move |changes| {
+        hears.lock().expect("nobody panics with it").extend(changes.into_iter().map(|(key, _)| key));
+    });
+    store.commit(rows).expect("the store takes it");
+    assert_eq!(*heard.lock().expect("nobody panics with it"), [key("r")]);
 }
 
 #[test]

@@ -304,7 +304,8 @@ impl Server {
         if let Some(body) = &body {
             request = request.body(body.to_string());
         }
-        let reply = request.send().await.unwrap();
+        let reply = request.send().await;
+        let reply = reply.unwrap_or_else(|error| panic!("{method} {path}: {error:?}\n{}", self.errors()));
         let status = reply.status().as_u16();
         let text = reply.text().await.unwrap();
         let answer = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{method} {path}: {status} {text:?}"));
