@@ -1,4 +1,4 @@
-//! An auth service: real HTTP on a port of its own, which answers, or fails to, as the test says.
+//! An auth service, or another one: real HTTP on a port of its own, which answers, or fails to, as the test says.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
@@ -28,6 +28,11 @@ pub enum Behaviour {
     /// The first, but each time after so many with the second.
     Every(usize, Box<Behaviour>, Box<Behaviour>),
     Redirect(String),
+    /// Server-Sent Events; the stream ends with them, or stays open.
+    Events {
+        text: String,
+        ends: bool,
+    },
     /// Takes the request and says nothing.
     Hang,
     /// An answer of so many bytes.
@@ -44,8 +49,9 @@ struct State {
     sessions: HashMap<String, Value>,
     asked: BTreeMap<String, usize>,
     connections: usize,
-    /// The newest `Authorization` header.
+    /// The newest `Authorization` header, and the newest body.
     authorization: String,
+    body: String,
     /// What `Cache-Control` says, in seconds.
     max_age: Option<u64>,
 }
@@ -122,6 +128,10 @@ impl AuthService {
         self.state.lock().unwrap().authorization.clone()
     }
 
+    pub fn body(&self) -> String {
+        self.state.lock().unwrap().body.clone()
+    }
+
     /// A session of a user of the tests' tenant, which is open from now on.
     pub fn log_in(&self, session: &str, user: &str) {
         self.log_in_with(session, user, json!({}));
@@ -175,6 +185,7 @@ async fn serve(mut stream: TcpStream, state: Arc<Mutex<State>>) {
             *asked += 1;
             let asked = *asked;
             state.authorization = header("authorization").unwrap_or_default();
+            state.body.clone_from(&body);
             match state.paths.get(&path).cloned().unwrap_or(Behaviour::Answer(404, "{}".to_owned())) {
                 Behaviour::Every(n, _, then) if asked.is_multiple_of(n) => *then,
                 Behaviour::Every(_, otherwise, _) => *otherwise,
@@ -201,6 +212,13 @@ async fn act(stream: &mut TcpStream, behaviour: Behaviour, body: &str, state: &M
             answer(stream, 200, &said.unwrap_or(json!({"active": false})).to_string(), "").await
         }
         Behaviour::Redirect(to) => answer(stream, 302, "", &format!("location: {to}\r\n")).await,
+        Behaviour::Events { text, ends } => {
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n";
+            if stream.write_all(format!("{head}{text}").as_bytes()).await.is_ok() && !ends {
+                std::future::pending::<()>().await;
+            }
+            false
+        }
         Behaviour::Giant(bytes) => answer(stream, 200, &"x".repeat(bytes), "").await,
         Behaviour::Hang => {
             std::future::pending::<()>().await;
