@@ -18,10 +18,7 @@ use weft::log::kafka::{ClientSettings, KafkaConfig, KafkaLog};
 use weft::log::{Append, AppendError, Entry, Grant, Log, LogError, Position, Positions, RULES, Reader, Record, Topic};
 use weft::memory::LogPlan;
 
-use crate::support::{kafka, weft};
-
-/// Long enough for the slowest machine, short enough to see that something hangs.
-const PATIENCE: Duration = Duration::from_secs(30);
+use crate::support::{PATIENCE, kafka, weft};
 
 /// Asks again and again, at growing intervals, until something holds: [`crate::support::eventually`] without a runtime.
 fn eventually(what: &str, mut holds: impl FnMut() -> bool) {

@@ -105,9 +105,14 @@ fn survives(break_it: fn(&Broker), mend_it: fn(&Broker)) {
     // The reader from before goes on by itself. Of what was answered `Unknown` it may see some, each once.
     let until = Instant::now() + PATIENCE;
     let mut found: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    let mut failed = None;
     while found.values().flatten().filter(|n| **n >= 200).count() < 100 {
-        assert!(Instant::now() < until, "{found:?}");
-        for entry in reader.next(100, Duration::from_millis(200)).unwrap_or_default() {
+        assert!(Instant::now() < until, "{found:?}, and last: {failed:?}");
+        let entries = reader.next(100, Duration::from_millis(200));
+        for entry in entries.unwrap_or_else(|error| {
+            failed = Some(error);
+            Vec::new()
+        }) {
             let value: serde_json::Value = serde_json::from_slice(&ours(&entry).value).expect("JSON");
             let n = value["n"].as_u64().expect("a number") as usize;
             found.entry(ours(&entry).key.clone()).or_default().push(n);
