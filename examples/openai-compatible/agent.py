@@ -132,7 +132,7 @@ def refuse(response: httpx.Response, text: str) -> None:
     raise Failed("model_refused", why)
 
 
-async def call(run: Run, name: str, arguments: str) -> None:
+async def call_tool(run: Run, name: str, arguments: str) -> None:
     """Calls a tool, and puts what came of it into the thread. The model is told of errors: it may know better then."""
     # The model's own id may be that of a call of an attempt before.
     call = f"{name[:64]}-{uuid.uuid4().hex}"
@@ -164,7 +164,7 @@ async def end_calls(run: Run, own: list[dict]) -> int:
 
 
 async def converse(run: Run, thread: Thread, model: httpx.AsyncClient, name: str) -> dict:
-    """Asks the model until it has answered without asking for a tool; gives the tokens that it has counted."""
+    """Asks the model until it has answered without asking for a tool; gives what the run ends with, the tokens of this attempt."""
     usage = {"input_tokens": 0, "output_tokens": 0}
     tools = [
         {"type": "function", "function": {"name": tool, "description": description, "parameters": parameters}}
@@ -172,7 +172,7 @@ async def converse(run: Run, thread: Thread, model: httpx.AsyncClient, name: str
     ]
     own = await thread.own()
     if own and own[-1]["data"].get("finish_reason", "tool_calls") != "tool_calls":
-        return usage  # an attempt before has answered
+        return {}  # an attempt before has answered, and what it used is not known
     steps = len(own) + await end_calls(run, own)
     for _ in range(MOST_ROUNDS):
         messages, reply = await thread.conversation(), Reply()
@@ -187,9 +187,9 @@ async def converse(run: Run, thread: Thread, model: httpx.AsyncClient, name: str
         if chars:
             await run.publish("agent_message", {"message": message, "finish_reason": finish_reason}, message)
         if not reply.calls:
-            return usage
+            return {"usage": usage}
         for _, asked in sorted(reply.calls.items()):
-            await call(run, asked["name"], asked["arguments"])
+            await call_tool(run, asked["name"], asked["arguments"])
         steps += 2 * len(reply.calls) + bool(chars)
     raise Failed("too_many_rounds", f"the model asked for tools {MOST_ROUNDS} times and gave no answer")
 
@@ -200,8 +200,8 @@ async def answer(run: Run, weft: httpx.AsyncClient, model: httpx.AsyncClient, na
     if started["duplicate"]:
         print(f"goes on with {run.name}", flush=True)
     try:
-        usage = await converse(run, Thread(weft, run), model, name)
-        await run.publish("agent_completed", {"usage": usage}, "completed")
+        ended = await converse(run, Thread(weft, run), model, name)
+        await run.publish("agent_completed", ended, "completed")
     except (httpx.TransportError, Later) as error:
         # The run stays open for the next attempt.
         raise Later(f"{type(error).__name__}: {error}") from error
