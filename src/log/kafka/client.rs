@@ -279,13 +279,7 @@ pub(super) fn offsets<'a>(
     edge: OffsetEdge,
     partitions: impl IntoIterator<Item = (&'a str, u32)>,
 ) -> Result<Vec<u64>, LogError> {
-    let mut wanted = TopicPartitionList::new();
-    // To Kafka the edges are two times, before and after all others.
-    let edge = if edge == OffsetEdge::Start { Offset::Beginning } else { Offset::End };
-    for (topic, partition) in partitions {
-        let added = wanted.add_partition_offset(topic, partition as i32, edge);
-        added.map_err(|error| connection.unavailable(&error))?;
-    }
+    let wanted = edges(edge, partitions).map_err(|error| connection.unavailable(&error))?;
     let until = Instant::now() + SETTLES_WITHIN;
     loop {
         let error = match client.offsets_for_times(wanted.clone(), ASK).and_then(|found| found_offsets(&found)) {
@@ -297,6 +291,30 @@ pub(super) fn offsets<'a>(
         }
         client.poll(TICK);
     }
+}
+
+/// The same, asked only once.
+pub(super) fn offsets_now<'a>(
+    client: &QueryClient,
+    edge: OffsetEdge,
+    partitions: impl IntoIterator<Item = (&'a str, u32)>,
+    within: Duration,
+) -> Result<Vec<u64>, KafkaError> {
+    found_offsets(&client.offsets_for_times(edges(edge, partitions)?, within)?)
+}
+
+/// The question for these partitions' offsets at one edge.
+fn edges<'a>(
+    edge: OffsetEdge,
+    partitions: impl IntoIterator<Item = (&'a str, u32)>,
+) -> Result<TopicPartitionList, KafkaError> {
+    // To Kafka the edges are two times, before and after all others.
+    let edge = if edge == OffsetEdge::Start { Offset::Beginning } else { Offset::End };
+    let mut wanted = TopicPartitionList::new();
+    for (topic, partition) in partitions {
+        wanted.add_partition_offset(topic, partition as i32, edge)?;
+    }
+    Ok(wanted)
 }
 
 fn found_offsets(found: &TopicPartitionList) -> Result<Vec<u64>, KafkaError> {

@@ -3,9 +3,13 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use super::client::{Connection, OffsetEdge, QueryClient, offsets};
+use arc_swap::{ArcSwap, Guard};
+
+use super::client::{Connection, OffsetEdge, QueryClient, offsets, offsets_now};
 use super::topics::Topics;
+use super::watch::Look;
 use crate::log::{Bounds, LogError, Position, Positions};
 
 pub(super) struct Cluster {
@@ -14,11 +18,14 @@ pub(super) struct Cluster {
     closed: AtomicBool,
     /// None once the monitor has ended.
     client: Mutex<Option<Arc<QueryClient>>>,
+    /// The monitor's last look at the ends.
+    look: ArcSwap<Look>,
 }
 
 impl Cluster {
     pub(super) fn new(connection: Connection, topics: Topics, client: QueryClient) -> Cluster {
-        Cluster { connection, topics, closed: AtomicBool::new(false), client: Mutex::new(Some(Arc::new(client))) }
+        let (closed, client) = (AtomicBool::new(false), Mutex::new(Some(Arc::new(client))));
+        Cluster { connection, topics, closed, client, look: ArcSwap::default() }
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -63,11 +70,26 @@ impl Cluster {
 
     /// Of partitions counted over all topics.
     fn offsets(&self, edge: OffsetEdge, partitions: Range<u32>) -> Result<Vec<u64>, LogError> {
-        let wanted = partitions.map(|partition| {
+        offsets(&self.connection, &*self.client()?, edge, self.names(partitions))
+    }
+
+    fn names(&self, partitions: Range<u32>) -> impl Iterator<Item = (&str, u32)> {
+        partitions.map(|partition| {
             let (topic, within) = self.topics.topic_of(partition);
             (self.topics.name(topic), within)
-        });
-        offsets(&self.connection, &*self.client()?, edge, wanted)
+        })
+    }
+
+    /// Asks the brokers where the log ends, for the readers to see whether they are left behind.
+    pub(super) fn look(&self, client: &QueryClient, within: Duration) {
+        match offsets_now(client, OffsetEdge::End, self.names(self.all()), within) {
+            Ok(ends) => self.look.store(Arc::new(Look { number: self.look.load().number + 1, ends })),
+            Err(error) => tracing::debug!(%error, "where the log ends is not known"),
+        }
+    }
+
+    pub(super) fn last_look(&self) -> Guard<Arc<Look>> {
+        self.look.load()
     }
 
     fn all(&self) -> Range<u32> {

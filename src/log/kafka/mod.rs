@@ -6,10 +6,10 @@
 //! they read from are ours, never the group's. One producer writes to all three topics, and one consumer reads them.
 //!
 //! Files, each using only those before it: [`settings`] (what is passed on to librdkafka), [`client`] (connections),
-//! [`admin`], [`topics`] (names and partitions), [`headers`] (a record as a message), [`cluster`] (bounds), [`producer`],
-//! [`marker`] (the log's identity), [`keeping`] (what the topics' settings mean), [`setup`] (topics are created and
-//! checked), [`reading`], [`monitor`]; [`examine`] for a
-//! log that no server has open.
+//! [`admin`], [`topics`] (names and partitions), [`headers`] (a record as a message), [`watch`] (a reader that is left
+//! behind), [`cluster`] (bounds), [`producer`], [`marker`] (the log's identity), [`keeping`] (what the topics' settings
+//! mean), [`setup`] (topics are created and checked), [`reading`], [`monitor`]; [`examine`] for a log that no server has
+//! open.
 
 mod admin;
 mod client;
@@ -24,6 +24,7 @@ mod reading;
 mod settings;
 mod setup;
 mod topics;
+mod watch;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::{self, JoinHandle};

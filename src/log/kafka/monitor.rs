@@ -1,7 +1,8 @@
 //! The monitor: a thread that asks the brokers how they are, and commits how far we have read, for Kafka's own tools.
 //!
 //! Every second it asks whether each partition has a leader and enough replicas in sync, and whether somebody has added
-//! partitions; less often, how the topics are set up and where they begin, which shows what was deleted.
+//! partitions; less often, where the log ends, which shows readers that they are left behind, how the topics are set up, and
+//! where they begin, which shows what was deleted.
 
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -20,6 +21,8 @@ use crate::log::{LogError, Topic};
 /// How long the monitor waits for an answer, and how long it leaves the brokers alone after one.
 const PROBE: Duration = Duration::from_secs(2);
 const PROBE_EVERY: Duration = Duration::from_secs(1);
+/// How often readers learn where the log ends.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
 /// How often the topics' settings are looked at.
 const CHECK_EVERY: Duration = Duration::from_secs(20);
 
@@ -43,13 +46,17 @@ impl Shared {
     /// Until closed: watches the brokers' health and commits how far we have read.
     pub(super) fn run_monitor(&self) {
         let Ok(client) = self.cluster.client() else { return };
-        let (mut asked, mut checked) = (None::<Instant>, Instant::now());
+        let (mut asked, mut looked, mut checked) = (None::<Instant>, Instant::now(), Instant::now());
         while !self.cluster.is_closed() {
             // An error here is often the first sign of an outage, so the brokers are asked at once.
             let alarmed = matches!(client.poll(Duration::from_millis(100)), Some(Err(_)));
             if alarmed || asked.is_none_or(|asked| asked.elapsed() >= PROBE_EVERY) {
                 self.probe(&client, &mut checked);
                 self.commit(&client);
+                if looked.elapsed() >= LOOK_EVERY && self.state.load().problems.is_empty() {
+                    self.cluster.look(&client, PROBE);
+                    looked = Instant::now();
+                }
                 asked = Some(Instant::now());
             }
         }

@@ -12,6 +12,7 @@ use super::cluster::Cluster;
 use super::headers;
 use super::marker::{self, Markers};
 use super::topics::{Topics, position};
+use super::watch::Watch;
 use crate::log::{
     Checkpoint, Entry, Foreign, Identity, LogError, MISPLACED, Position, Positions, READ_BYTES, Reader, Record, Topic,
 };
@@ -25,6 +26,7 @@ pub(super) struct KafkaReader {
     handles: TopicHandles,
     /// Why the consumer stopped where it was. It never continues by itself then, lest it continues elsewhere.
     lost: Option<KafkaError>,
+    watch: Watch,
     /// The epoch of a later generation. What follows it is not read.
     ended_by: Option<String>,
     /// A record that it does not get past, and the version of its rules.
@@ -38,7 +40,7 @@ impl Reader for KafkaReader {
         }
         self.check_newer()?;
         self.check_generation()?;
-        if self.lost.is_some() {
+        if self.lost.is_some() || self.is_left_behind() {
             self.resume()?;
         }
 
@@ -49,7 +51,10 @@ impl Reader for KafkaReader {
             let patience =
                 if entries.is_empty() { until.saturating_duration_since(Instant::now()) } else { Duration::ZERO };
             match self.consumer.poll(patience) {
-                None => break,
+                None => {
+                    self.watch.ran_dry();
+                    break;
+                }
                 Some(Ok(message)) => {
                     let topics = &self.cluster.topics;
                     let Some(topic) = self.handles.topic(topics, &message) else {
@@ -108,7 +113,8 @@ impl KafkaReader {
     pub(super) fn open(cluster: Arc<Cluster>, identity: Arc<Identity>, from: &[u64]) -> Result<KafkaReader, LogError> {
         let consumer = new_consumer(&cluster, from)?;
         let (at, handles) = (from.to_vec(), TopicHandles::default());
-        Ok(KafkaReader { cluster, consumer, identity, at, handles, lost: None, newer: None, ended_by: None })
+        let (lost, watch) = (None, Watch::default());
+        Ok(KafkaReader { cluster, consumer, identity, at, handles, lost, watch, newer: None, ended_by: None })
     }
 
     fn check_newer(&self) -> Result<(), LogError> {
@@ -140,6 +146,26 @@ impl KafkaReader {
                 *at = next.offset.max(*at);
             }
         }
+    }
+
+    /// Whether the consumer does not fetch any more what is there.
+    fn is_left_behind(&mut self) -> bool {
+        let cluster = self.cluster.clone();
+        let look = cluster.last_look();
+        if !self.watch.is_new(&look) {
+            return false;
+        }
+        self.step_over_holes();
+        let Some(at) = self.watch.left_behind(&look, &self.at) else { return false };
+        let (topic, partition) = cluster.topics.topic_of(at.partition);
+        let (topic, offset) = (cluster.topics.name(topic), at.offset);
+        tracing::warn!(
+            topic,
+            partition,
+            offset,
+            "Kafka's client does not read on, though there is more: beginning anew"
+        );
+        true
     }
 
     /// A new consumer at the old positions, if these still exist.
