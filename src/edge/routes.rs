@@ -21,8 +21,8 @@ use super::http::probes::Probes;
 use super::http::reply::{Reply, method_not_allowed, problem};
 use super::http::request::{AnonymousRequest, Request, refuse_head};
 use super::http::{
-    Api, batch, context, dead_letters, documents, events, groups, letter_acts, members, probes, readers, runs, search,
-    sessions, threads, tickets,
+    Api, batch, context, dead_letters, documents, events, groups, kinds, letter_acts, members, probes, readers, runs,
+    search, sessions, threads, tickets,
 };
 use super::listener;
 use super::matcher::{Found, Matcher};
@@ -96,6 +96,7 @@ const THREAD: &str = "/v1/threads/{thread}";
 const EVENTS: &str = "/v1/threads/{thread}/events";
 const MEMBER: &str = "/v1/threads/{thread}/members/{user}";
 const GROUP: &str = "/v1/groups/{group}";
+const KIND: &str = "/v1/kinds/{kind}";
 const METRICS: &str = "/metrics";
 
 /// The name of the route whose requests are not counted.
@@ -140,6 +141,11 @@ pub static ROUTES: &[Route] = &[
     user(POST, "/v1/groups/{group}/lease", "lease", Needs::Agent, |edge, it| answer(groups::lease(edge.api.clone(), it))),
     user(POST, "/v1/groups/{group}/settle", "settle", Needs::Agent, |edge, it| answer(groups::settle(edge.api.clone(), it))),
     user(DELETE, GROUP, "group", Needs::Admin, |edge, it| answer(groups::delete(edge.api.clone(), it))),
+
+    user(GET, "/v1/kinds", "kinds", Needs::Token, |edge, it| answer(kinds::list(edge.api.clone(), it))),
+    user(GET, KIND, "kind", Needs::Token, |edge, it| answer(kinds::read(edge.api.clone(), it))),
+    user(PUT, KIND, "kind", Needs::Admin, |edge, it| answer(kinds::put(edge.api.clone(), it))),
+    user(DELETE, KIND, "kind", Needs::Admin, |edge, it| answer(kinds::delete(edge.api.clone(), it))),
 
     user(GET, "/v1/dead-letters", "dead_letters", Needs::Admin, |edge, it| answer(dead_letters::list(edge.api.clone(), it))),
     user(GET, "/v1/dead-letters/counts", "dead_letter_counts", Needs::Admin, |edge, it| answer(dead_letters::counts(edge.api.clone(), it))),

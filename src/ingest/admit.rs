@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde_json::value::RawValue;
 
+use super::kinds::Kinds;
 use super::limits::RateLimits;
 use super::submit::Draft;
 use crate::auth::{Principal, Rights};
@@ -42,11 +43,13 @@ pub struct Admission {
     rights: Rights,
     limits: Arc<RateLimits>,
     store: Arc<Store>,
+    custom: Kinds,
 }
 
 impl Admission {
     pub fn new(rights: Rights, limits: Arc<RateLimits>, store: Arc<Store>) -> Admission {
-        Admission { rights, limits, store }
+        let custom = Kinds::new(store.clone());
+        Admission { rights, limits, store, custom }
     }
 
     /// Counts one command or request of the user's.
@@ -92,6 +95,10 @@ impl Admission {
         let grant = self.rights.to_publish(who, request.thread, class)?;
         kinds::check_place(class, request.run, request.parent)?;
         kinds::check_answer(request.kind, request.parent)?;
+        if class == KindClass::Custom {
+            // After the rights: whoever may not publish learns nothing of the schema, and costs nothing.
+            self.custom.check(&who.tenant, request.kind, request.data)?;
+        }
         self.check_room(who, request.kind)?;
 
         let event = LogEvent {

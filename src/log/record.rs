@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 
+use crate::protocol::custom::{self, KindRecord};
 use crate::protocol::dead_letters::{UNACKNOWLEDGED, UNREADABLE};
 use crate::protocol::records::{
     DeadLetterRecord, LetterActRecord, ReceiptRecord, TicketIssuedRecord, TicketUsedRecord,
@@ -18,12 +19,12 @@ use crate::protocol::{ids, json};
 /// log comes to the same whenever it is read, and by whichever later version of Weft. A rule that can change a verdict or
 /// a row never changes: it is succeeded by another one in a new version ([`crate::projector`]). A record of a newer version
 /// than this stops who reads it ([`super::LogError::NewerRules`]); one that was skipped would be missing in all that follows.
-pub const RULES: u16 = 6;
+pub const RULES: u16 = 7;
 
 /// What a record belongs to. Every topic has the same number of partitions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Topic {
-    /// All events of all threads, and what becomes of tickets, groups and their work.
+    /// All events of all threads, and what becomes of tickets, groups and their work, and of custom kinds.
     Events,
     /// Acks and settlements; on Kafka compacted, so that only the newest record of a key is sure to stay.
     Receipts,
@@ -62,7 +63,7 @@ impl Topic {
 pub struct Record {
     pub topic: Topic,
     /// `tenant/thread`; of a receipt, followed by its user and name, since compaction leaves each key its newest record; of
-    /// a ticket, that of all tickets of its user; of a group, that of all groups of its tenant.
+    /// a ticket, that of all tickets of its user; of a group or a custom kind, that of all of its tenant.
     /// Chooses the partition, so that a thread has one order.
     pub key: String,
     /// The record's kind (header `weft-kind`), for people who look at the log with other tools.
@@ -177,6 +178,12 @@ impl Record {
 impl From<&GroupRecord> for Record {
     fn from(group: &GroupRecord) -> Record {
         by_server(work::log_key(&group.tenant), group.kind.clone(), json::encode_bytes(group).into())
+    }
+}
+
+impl From<&KindRecord<'_>> for Record {
+    fn from(kind: &KindRecord<'_>) -> Record {
+        by_server(custom::log_key(&kind.tenant), kind.kind.to_string(), json::encode_bytes(kind).into())
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use super::dead_letters::DeadLetters;
 use super::groups::Groups;
 use super::keys::Keys;
+use super::kinds::Kinds;
 use super::messages::{ClosingMessage, MessageClosing, Messages};
 use super::receipts::Receipts;
 use super::runs::{HowWritten, Rejected, Runs};
@@ -29,6 +30,7 @@ pub(super) struct BatchState<'s> {
     pub(super) keys: Keys,
     pub(super) tickets: Tickets,
     pub(super) groups: Groups,
+    pub(super) kinds: Kinds,
     pub(super) works: Works,
     runs: Runs,
     messages: Messages,
@@ -54,6 +56,7 @@ impl<'s> BatchState<'s> {
             keys: Keys::default(),
             tickets: Tickets::default(),
             groups: Groups::default(),
+            kinds: Kinds::default(),
             works: Works::with(kept),
             runs: Runs::default(),
             messages: Messages::default(),

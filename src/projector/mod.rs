@@ -13,7 +13,7 @@
 //! [`opening`] says which store goes on, [`pump`] is the thread that reads and [`projectors`] are those beside it, [`rebuild`]
 //! makes the store anew, [`verify`] holds it against the log. Of one record, [`judge`] says what becomes of an event, with [`thread`], [`keys`] (by
 //! [`log_time`]), [`runs`] and [`messages`] for the parts; [`tickets`] judges who gets in with a ticket, [`work`] who works
-//! on what for a group, [`groups`] what a group is like; [`receipts`] and [`dead_letters`] apply the other topics,
+//! on what for a group, [`groups`] what a group is like, [`kinds`] which custom kinds have a schema; [`receipts`] and [`dead_letters`] apply the other topics,
 //! [`plain`] judges what other programs write. [`checkpoints`] compares this node with others.
 
 mod cached_threads;
@@ -25,6 +25,7 @@ mod driver;
 mod groups;
 mod judge;
 mod keys;
+mod kinds;
 pub mod letter_acts;
 pub mod level;
 mod log_time;
@@ -75,10 +76,11 @@ use self::transaction::{EventRecord, read_event};
 use self::wanted::SharedWanted;
 use self::work::KeptWorks;
 use crate::log::{Checkpoint, Entry, Foreign, Log, Positions, Record, Topic};
+use crate::protocol::custom::tenant_of_key as tenant_of_kinds;
 use crate::protocol::error::Error;
 use crate::protocol::letters::Effect;
 use crate::protocol::tickets::{TicketOwner, owner_of_key};
-use crate::protocol::work::tenant_of_key;
+use crate::protocol::work::tenant_of_key as tenant_of_groups;
 use crate::store::dead_letters::LetterState;
 use crate::store::{Progress, Store, StoreError};
 use crate::{panics, telemetry};
@@ -458,19 +460,27 @@ impl Projector {
         }
         let at = match record.topic {
             Topic::Events if work::is_work(record) => return self.apply_work(partition, record, state),
-            Topic::Events if record.rules >= rules::TICKETS_IN_THE_LOG => match owner_of_key(&record.key) {
-                Some(owner) => return self.apply_ticket(partition, owner, record, state),
-                None => match tenant_of_key(&record.key).filter(|_| record.rules >= rules::WORK_IN_THE_LOG) {
-                    Some(tenant) => return self.apply_group(partition, tenant, record, state),
-                    None => return self.apply_event(partition, record, state),
-                },
-            },
-            Topic::Events => return self.apply_event(partition, record, state),
+            Topic::Events => return self.apply_by_key(partition, record, state),
             Topic::Receipts => state.receipts.apply(&mut state.tx, record)?,
             Topic::DeadLetters => state.dead_letters.apply(&mut state.tx, record)?,
         };
         log_time::advance(&mut self.partitions[partition as usize].progress, at);
         Ok(())
+    }
+
+    /// A record that its key says what it is about: what has no such key is an event.
+    fn apply_by_key(&mut self, partition: u32, record: &Record, state: &mut BatchState<'_>) -> Result<(), RecordError> {
+        let (key, since) = (&record.key, |version| record.rules >= version);
+        if let Some(owner) = owner_of_key(key).filter(|_| since(rules::TICKETS_IN_THE_LOG)) {
+            return self.apply_ticket(partition, owner, record, state);
+        }
+        if let Some(tenant) = tenant_of_groups(key).filter(|_| since(rules::WORK_IN_THE_LOG)) {
+            return self.apply_group(partition, tenant, record, state);
+        }
+        if let Some(tenant) = tenant_of_kinds(key).filter(|_| since(rules::KINDS_HAVE_SCHEMAS)) {
+            return self.apply_kind(partition, tenant, record, state);
+        }
+        self.apply_event(partition, record, state)
     }
 
     /// Gives an event its seq, or refuses it.
@@ -592,6 +602,22 @@ impl Projector {
         let id = group.id;
         log_time::advance(&mut self.partitions[partition as usize].progress, group.at);
         let verdict = state.groups.judge(&mut state.tx, group)?;
+        self.conclude(partition, id, &record_hash(id), verdict, state);
+        Ok(())
+    }
+
+    /// Sets the schema of a custom kind, or deletes it.
+    fn apply_kind(
+        &mut self,
+        partition: u32,
+        tenant: &str,
+        record: &Record,
+        state: &mut BatchState<'_>,
+    ) -> Result<(), RecordError> {
+        let kind = kinds::read(tenant, record)?;
+        let id = kind.id;
+        log_time::advance(&mut self.partitions[partition as usize].progress, kind.at);
+        let verdict = state.kinds.judge(&mut state.tx, kind)?;
         self.conclude(partition, id, &record_hash(id), verdict, state);
         Ok(())
     }

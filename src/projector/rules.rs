@@ -32,6 +32,9 @@ pub(super) const WORK_IN_PARALLEL: u16 = 5;
 /// Version 6: a group says what priorities are worth. Before that settings that did were foreign.
 pub(super) const GROUPS_HAVE_BOOSTS: u16 = 6;
 
+/// Version 7: custom kinds have schemas, which are in the log. Before that a record with such a key was foreign.
+pub(super) const KINDS_HAVE_SCHEMAS: u16 = 7;
+
 /// Version 4: an event that another program's producer wrote without Weft's headers is held to what a client is held to. Before
 /// that a record without them was foreign.
 pub(super) const PLAIN_EVENTS: u16 = 4;

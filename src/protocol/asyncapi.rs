@@ -27,6 +27,7 @@ const TOPICS: &[(&str, &[&str])] = &[
             "log.ticket-used",
             "log.letter-act",
             "log.group",
+            "log.kind",
             "log.work-leased",
             "log.work-settled",
             "log.work-overflowed",

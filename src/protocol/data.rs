@@ -2,7 +2,8 @@
 //!
 //! Nothing is parsed into these types: `data` is carried as it came, and [`super::kinds::check_data`] checks what a publisher
 //! sends without building a value. Here is the same contract for machines. Further fields are kept as they are, so the
-//! schemas allow them. `data` of `agent_token` is [`super::kinds::DeltaData`]; that of `x.<name>` is any JSON.
+//! schemas allow them. `data` of `agent_token` is [`super::kinds::DeltaData`]; that of `x.<name>` is any JSON that
+//! fits the schema of the tenant's, if there is one.
 
 #![expect(dead_code, reason = "the shapes that schemas are generated from")]
 

@@ -57,6 +57,10 @@ pub const WORK_OVERFLOWED: &str = "work_overflowed";
 pub const WORK_PAUSED: &str = "work_paused";
 pub const WORK_RESUMED: &str = "work_resumed";
 
+/// Records about custom kinds, which are no events either.
+pub const KIND_SET: &str = "kind_set";
+pub const KIND_DELETED: &str = "kind_deleted";
+
 /// `data` of `agent_token`. Characters are Unicode scalar values.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -135,7 +139,7 @@ pub enum KindClass {
     Token,
     /// An agent event: needs `run` and scope `agent`, except the two that any member may write.
     Agent { member_may: bool, required: &'static [&'static str] },
-    /// `x.<name>`: kept as it is.
+    /// `x.<name>`: kept as it is, and held to its schema if the tenant has set one.
     Custom,
 }
 
@@ -160,7 +164,7 @@ pub fn classify(kind: &str) -> Result<KindClass, Error> {
         AGENT_CANCEL_REQUESTED => member(&[]),
         THREAD_CREATED | THREAD_UPDATED | MEMBER_ADDED | MEMBER_REMOVED | SESSIONS_REVOKED | TICKET_ISSUED
         | TICKET_USED | GROUP_SET | GROUP_PAUSED | GROUP_RESUMED | GROUP_DELETED | WORK_LEASED | WORK_SETTLED
-        | WORK_OVERFLOWED | WORK_PAUSED | WORK_RESUMED => {
+        | WORK_OVERFLOWED | WORK_PAUSED | WORK_RESUMED | KIND_SET | KIND_DELETED => {
             Err(Error::field("kind", format!("{kind} is written by the server alone")))
         }
         _ if kind.strip_prefix("x.").is_some_and(|name| !name.is_empty() && kind.len() <= 128) => Ok(KindClass::Custom),
@@ -277,6 +281,8 @@ mod tests {
             WORK_LEASED,
             WORK_SETTLED,
             WORK_PAUSED,
+            KIND_SET,
+            KIND_DELETED,
         ] {
             let refused = classify(kind).expect_err(kind);
             assert!(refused.message.contains("written by the server alone"), "{refused}");

@@ -5,6 +5,7 @@ use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 use super::agui::Timed;
 use super::batch::{BatchBody, BatchReply};
 use super::command::{Ack, Connect, Consume, Credit, Ping, Publish, Refresh, Settle, Signal, Subscribe, Unsubscribe};
+use super::custom::{KindDeleted, KindDetail, KindItem, KindList, KindRecord, KindSchema};
 use super::data;
 use super::event::{EventFrame, EventItem, LogEvent};
 use super::frame::ServerFrame;
@@ -100,6 +101,11 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.settle", of::<SettleBody<'_>>()),
         ("http.settled", of::<Settled>()),
         ("http.settled-list", of::<SettledList>()),
+        ("http.kind-schema", of::<KindSchema>()),
+        ("http.kind", of::<KindItem>()),
+        ("http.kind-detail", of::<KindDetail>()),
+        ("http.kind-list", of::<KindList>()),
+        ("http.kind-deleted", of::<KindDeleted<'_>>()),
         ("http.context", of::<Conversation>()),
         ("http.membership", of::<MembershipReply>()),
         ("http.revocation", of::<RevocationReply>()),
@@ -118,6 +124,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("log.ticket-issued", of::<TicketIssuedRecord>()),
         ("log.ticket-used", of::<TicketUsedRecord>()),
         ("log.group", of::<GroupRecord>()),
+        ("log.kind", of::<KindRecord<'_>>()),
         ("log.work-leased", of::<WorkLeasedRecord>()),
         ("log.work-settled", of::<WorkSettledRecord>()),
         ("log.work-overflowed", of::<WorkOverflowedRecord>()),

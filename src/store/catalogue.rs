@@ -34,6 +34,8 @@ pub const REVOCATIONS: &str = "revocations";
 pub const TICKETS: &str = "tickets";
 pub const TICKET_TIMES: &str = "ticket_times";
 pub const GROUPS: &str = "groups";
+pub const KINDS: &str = "kinds";
+pub const KIND_SCHEMAS: &str = "kind_schemas";
 pub const WORK: &str = "work";
 pub const WORKERS: &str = "workers";
 pub const PAUSED_THREADS: &str = "paused_threads";
@@ -90,6 +92,10 @@ const FAMILIES: &[(&str, Access)] = &[
     (TICKET_TIMES, Access::Range),
     // tenant 0 group → GroupRow
     (GROUPS, Access::RareLookup),
+    // tenant 0 kind → KindRow, of custom kinds that have a schema
+    (KINDS, Access::RareLookup),
+    // tenant 0 kind → KindSchemaRow, of the same kinds
+    (KIND_SCHEMAS, Access::RareLookup),
     // tenant 0 thread 0 group → WorkRow
     (WORK, Access::RareLookup),
     // tenant 0 thread 0 user 0 group → until when the last of the user's leases there lasts (u64), of those that are not settled

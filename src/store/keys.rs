@@ -2,7 +2,7 @@
 //! that order on disk is order in meaning, and the rows of each partition are ranges of their own.
 //!
 //! A row's partition is that of its thread, in which the thread's records are. What belongs to a user and to no thread is in
-//! the partition of the user's inbox, and tickets and groups in that of their records. Dead letters have none: what is done
+//! the partition of the user's inbox, and tickets, groups and custom kinds in that of their records. Dead letters have none: what is done
 //! about one may be a record of another partition than the letter.
 
 use crate::partitioning::MAX_PARTITIONS;

@@ -24,6 +24,7 @@ mod events;
 mod idempotency;
 mod key_filter;
 pub mod keys;
+mod kinds;
 mod known_members;
 mod members;
 mod merged;
@@ -58,6 +59,7 @@ pub use self::events::{EventRange, EventRow, StoredEvent};
 pub use self::idempotency::KeyRow;
 use self::key_filter::KeyFilter;
 pub use self::keys::{Partition, Place};
+pub use self::kinds::{KindRow, KindSchemaRow};
 use self::known_members::KnownMembers;
 pub use self::members::{JoinedThread, MemberRow};
 pub use self::origin::{Origin, Progress};
@@ -73,6 +75,7 @@ pub use self::work::{
 use crate::codec::{self, CodecError};
 use crate::disk;
 use crate::partitioning::{KeyHash, Partitioning};
+use crate::protocol::custom::log_key as kinds_key;
 use crate::protocol::error::{Code, Error};
 use crate::protocol::ids;
 use crate::protocol::tickets::{self as ticket, TicketOwner};
@@ -230,6 +233,11 @@ impl Store {
     /// The partition of the records about a tenant's groups.
     fn partition_of_groups(&self, tenant: &str) -> Partition {
         Partition::new(self.partitioning.of(groups_key(tenant).as_bytes()))
+    }
+
+    /// The partition of the records about a tenant's custom kinds.
+    fn partition_of_kinds(&self, tenant: &str) -> Partition {
+        Partition::new(self.partitioning.of(kinds_key(tenant).as_bytes()))
     }
 
     /// The partitions that keys begin with, in order.

@@ -184,6 +184,7 @@ fn in_path(name: &str) -> (Value, &'static str) {
         }
         "user" => (json!({"type": "string", "pattern": NAME}), "A user."),
         "group" => (json!({"type": "string", "pattern": NAME}), "A group."),
+        "kind" => (json!({"type": "string", "pattern": "^x\\..+$", "maxLength": 128}), "A custom kind, x.<name>."),
         "run" => (json!({"type": "string", "minLength": 1, "maxLength": 128}), "A run."),
         "id" => (json!({"type": "string", "format": "uuid"}), "A dead letter."),
         "name" => (json!({"type": "string", "minLength": 1}), "A schema's name, such as `http.publish`."),

@@ -54,6 +54,11 @@ pub static OPERATIONS: &[Operation] = &[
     of(POST, "/v1/groups/{group}/settle", "settleWork", "Says what became of work.", &[], Required("http.settle"), &[is(200, OneOf(&["http.settled", "http.settled-list"]))]),
     of(DELETE, "/v1/groups/{group}", "deleteGroup", "Deletes a group.", &[], None, &[is(200, Json("http.group-deleted"))]),
 
+    of(GET, "/v1/kinds", "listKinds", "The tenant's custom kinds that have a schema.", LIST, None, &[is(200, Json("http.kind-list"))]),
+    of(GET, "/v1/kinds/{kind}", "getKind", "The schema of a custom kind.", &[], None, &[is(200, Json("http.kind-detail"))]),
+    of(PUT, "/v1/kinds/{kind}", "putKind", "Sets (201) or replaces (200) the schema that data of a custom kind is held to.", &[], Required("http.kind-schema"), &[is(200, Json("http.kind")), is(201, Json("http.kind"))]),
+    of(DELETE, "/v1/kinds/{kind}", "deleteKind", "Deletes the schema of a custom kind, which takes any data from then on.", &[], None, &[is(200, Json("http.kind-deleted"))]),
+
     of(GET, "/v1/dead-letters", "listDeadLetters", "Open dead letters, newest first.", FILTERS, None, &[is(200, Json("http.dead-letter-list"))]),
     of(GET, "/v1/dead-letters/counts", "countDeadLetters", "How many are open, by reason and fingerprint.", &["group", "limit"], None, &[is(200, Json("http.dead-letter-counts"))]),
     of(GET, "/v1/dead-letters/{id}", "getDeadLetter", "One dead letter, with the events around it.", &[], None, &[is(200, Json("http.dead-letter"))]),

@@ -20,6 +20,8 @@ use crate::protocol::kinds::DeltaData;
 
 /// How many publishes are judged before others have their turn on the worker.
 const AT_ONCE: usize = 32;
+/// What one counts for whose kind may have a schema: to check its data takes longer than all else.
+const CUSTOM: usize = 8;
 /// About what one publish costs beside its text: what is known of it, and its answer.
 const ITEM_BYTES: usize = 1 << 10;
 
@@ -34,6 +36,10 @@ impl<'a> Addressed<'a> {
         let publish = BatchPublish::read(text)?;
         let address = ThreadAddress::resolve(&who.user, publish.thread.to_string());
         Ok(Addressed { publish, address })
+    }
+
+    fn weight(&self) -> usize {
+        if self.publish.kind.starts_with("x.") { CUSTOM } else { 1 }
     }
 
     fn request<'b>(&'b self, traceparent: Option<&'b str>) -> PublishRequest<'b> {
@@ -88,10 +94,12 @@ async fn judge_all<'a>(
     read: &'a [Result<Addressed<'a>, Error>],
     traceparent: Option<&'a str>,
 ) -> Result<Vec<Result<Admitted<'a>, Error>>, Error> {
-    let mut judged = Vec::with_capacity(read.len());
-    for (n, it) in read.iter().enumerate() {
-        if n % AT_ONCE == AT_ONCE - 1 {
+    let (mut judged, mut since) = (Vec::with_capacity(read.len()), 0);
+    for it in read {
+        since += it.as_ref().map_or(1, Addressed::weight);
+        if since >= AT_ONCE {
             yield_now().await;
+            since = 0;
         }
         judged.push(match it {
             Ok(it) => judge(api, who, it.request(traceparent)).await,
@@ -106,13 +114,15 @@ async fn judge_all<'a>(
     };
     if judged.iter().any(may_be_missing) {
         api.level.reach().await?;
-        for (n, (judged, it)) in judged.iter_mut().zip(read).enumerate() {
-            if n % AT_ONCE == AT_ONCE - 1 {
-                yield_now().await;
-            }
+        for (judged, it) in judged.iter_mut().zip(read) {
             if let Ok(it) = it
                 && may_be_missing(judged)
             {
+                since += it.weight();
+                if since >= AT_ONCE {
+                    yield_now().await;
+                    since = 0;
+                }
                 *judged = judge(api, who, it.request(traceparent)).await;
             }
         }

@@ -6,6 +6,7 @@ pub mod dead_letters;
 pub mod documents;
 pub mod events;
 pub mod groups;
+pub mod kinds;
 pub mod letter_acts;
 pub mod members;
 pub mod meter;

@@ -7,6 +7,7 @@ use weft::clock;
 use weft::ingest::admit::new_event;
 use weft::log::embedded::EmbeddedLog;
 use weft::log::{Grant, RULES, Record, Topic};
+use weft::protocol::custom::KindRecord;
 use weft::protocol::dead_letters::letter_of;
 use weft::protocol::event::LogEvent;
 use weft::protocol::ids::log_key;
@@ -35,6 +36,7 @@ async fn the_golden_log_of_this_version_is_written() {
     messages(&server).await;
     members(&server).await;
     reserved(&server).await;
+    kinds(&server).await;
     tickets(&server).await;
     runs(&server).await;
     deltas(&server).await;
@@ -107,6 +109,18 @@ async fn reserved(server: &Server) {
     assert_eq!(status, 200);
     let (status, _) = server.admin("DELETE", "/v1/users/cid/sessions").await;
     assert_eq!(status, 200);
+}
+
+/// A kind gets a schema, the same again and another; what breaks it does not get into the log.
+async fn kinds(server: &Server) {
+    let root = token("root", "admin");
+    for schema in [json!({"type": "object"}), json!({"type": "object"}), json!({"required": ["n"]})] {
+        let (status, answer) = server.http_with("PUT", "/v1/kinds/x.order", &root, Some(schema), &[]).await;
+        assert!(status < 300, "{answer}");
+    }
+    let mut ada = server.connect("ada").await;
+    ada.ask(publish("talk", "x.order", json!({"n": 1}))).await;
+    ada.ask(publish("talk", "x.order", json!({}))).await;
 }
 
 /// One is used twice, by two who know it before either has it; one is not used.
@@ -395,7 +409,45 @@ fn by_hand() -> Vec<Record> {
     .into_iter()
     .chain(work(now + 60 * HOUR))
     .chain(work_side_by_side(now + 60 * HOUR))
+    .chain(schemas(now + 60 * HOUR))
     .collect()
+}
+
+/// What version 7 of the rules brought: a schema that stays, one that goes again, and an event that breaks the first: it was
+/// written by who did not check it.
+fn schemas(now: u64) -> Vec<Record> {
+    let record = |kind: &'static str, name: &'static str, schema: Option<&'static str>| {
+        let schema = schema.map(|text| serde_json::from_str(text).unwrap());
+        Record::from(&KindRecord {
+            kind: kind.into(),
+            id: clock::event_id(),
+            tenant: TENANT.into(),
+            name: name.into(),
+            schema,
+            by: "root".into(),
+            at: clock::rfc3339(now).into(),
+        })
+    };
+    let unchecked = serde_json::value::to_raw_value(&json!([])).unwrap();
+    let event = new_event(TENANT, "ada", "talk", "x.kept", &unchecked);
+    let event = Record {
+        topic: Topic::Events,
+        key: log_key(TENANT, "talk"),
+        kind: "x.kept".to_owned(),
+        rules: RULES,
+        grant: Grant::Member,
+        traceparent: None,
+        value: serde_json::to_vec(&event).unwrap().into(),
+    };
+    vec![
+        record("kind_deleted", "x.none", None),
+        record("kind_set", "x.kept", Some(r#"{"type": "object"}"#)),
+        record("kind_set", "x.kept", Some(r#"{"type": "object"}"#)),
+        record("kind_set", "x.gone", Some(r#"{ "no such keyword": 1 }"#)),
+        record("kind_deleted", "x.gone", None),
+        record("kind_deleted", "x.gone", None),
+        event,
+    ]
 }
 
 /// Groups, and who works on what: each outcome, and what is refused.

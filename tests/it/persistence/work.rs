@@ -10,6 +10,7 @@ use weft::clock;
 use weft::log::embedded::EmbeddedLog;
 use weft::log::{Grant, Record};
 use weft::projector::{Projector, Update};
+use weft::protocol::custom::KindRecord;
 use weft::protocol::work::{GroupRecord, GroupSettings, Settlement, WorkLeasedRecord, WorkSettledRecord};
 use weft::store::dead_letters::DeadLetterFilter;
 use weft::store::{Store, StoreError};
@@ -317,7 +318,7 @@ fn a_lease_of_a_group_that_was_made_again_ends_what_a_holder_of_the_one_before_m
 }
 
 #[test]
-fn records_about_work_are_foreign_by_earlier_rules_and_where_they_say_what_cannot_be() {
+fn records_about_work_and_kinds_are_foreign_by_earlier_rules_and_where_they_say_what_cannot_be() {
     let folder = tempfile::tempdir().unwrap();
     let log = EmbeddedLog::open(&folder.path().join("log"), 1).unwrap();
     let lease = || leased(clock::event_id(), 0, 1, 0, 1, "wim", BEGIN);
@@ -333,6 +334,17 @@ fn records_about_work_are_foreign_by_earlier_rules_and_where_they_say_what_canno
             at: clock::rfc3339(BEGIN),
         })
     };
+    let kind = || {
+        Record::from(&KindRecord {
+            kind: "kind_deleted".into(),
+            id: clock::event_id(),
+            tenant: TENANT.into(),
+            name: "x.job".into(),
+            schema: None,
+            by: "ada".into(),
+            at: clock::rfc3339(BEGIN).into(),
+        })
+    };
     let as_event = record(BEGIN, "t", "ada", "work_leased", &json!({}), None);
     let foreign = vec![
         Record { rules: 3, ..lease() },
@@ -341,6 +353,9 @@ fn records_about_work_are_foreign_by_earlier_rules_and_where_they_say_what_canno
         Record { kind: "work_settled".into(), ..lease() },
         Record { key: "groups:other".into(), ..group() },
         Record { kind: "group_deleted".into(), ..group() },
+        Record { rules: 6, ..kind() },
+        Record { key: "kinds:other".into(), ..kind() },
+        Record { kind: "kind_set".into(), ..kind() },
         leased(clock::event_id(), 0, 1, 0, 0, "wim", BEGIN),
         Record { grant: Grant::Server, ..as_event },
     ];

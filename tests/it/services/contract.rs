@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use weft::edge::contract;
 use weft::edge::routes::ROUTES;
 use weft::protocol::batch::{BatchBody, BatchPublish};
+use weft::protocol::custom::KindRecord;
 use weft::protocol::event::LogEvent;
 use weft::protocol::groups::{LeaseBody, SettleBody};
 use weft::protocol::http::{PublishBody, ThreadBody};
@@ -147,7 +148,7 @@ fn the_documents_have_every_error_code_and_every_kind_and_nothing_else() {
     // Each constant of a kind is that of an event, with a schema of its data, or of a record in the log.
     let source = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/protocol/kinds.rs")).unwrap();
     let constants = source.lines().filter_map(|line| line.strip_prefix("pub const ")?.split('"').nth(1));
-    let records = ["ticket_", "letter_", "group_", "work_"];
+    let records = ["ticket_", "letter_", "group_", "work_", "kind_"];
     let events: BTreeSet<String> =
         constants.filter(|kind| !records.iter().any(|of| kind.starts_with(of))).map(str::to_owned).collect();
     let document = read("asyncapi.json");
@@ -245,6 +246,7 @@ fn server_reads(name: &str, text: &str) -> Option<bool> {
         "log.ticket-issued" => record::<TicketIssuedRecord>(text),
         "log.ticket-used" => record::<TicketUsedRecord>(text),
         "log.group" => record::<GroupRecord>(text),
+        "log.kind" => record::<KindRecord>(text),
         "log.work-leased" => record::<WorkLeasedRecord>(text),
         "log.work-settled" => record::<WorkSettledRecord>(text),
         _ => return None,
@@ -280,6 +282,7 @@ fn is_looser(name: &str, field: &str) -> bool {
         ("command.subscribe", "after" | "last" | "all" | "thread" | "confirm")
             | ("command.connect" | "command.refresh", "token")
             | ("http.settle", _)
+            | ("log.kind", "schema")
     )
 }
 
@@ -342,6 +345,7 @@ fn samples_of_what_the_server_writes_are_all_there_and_lack_nothing() {
                 "http.lease",
                 "http.settle",
                 "http.dead-letter-act",
+                "http.kind-schema",
             ];
             assert!(needed > 0 || optional.contains(&&**name), "{name}: {sample}");
         }

@@ -9,6 +9,7 @@ mod full;
 mod generated;
 mod groups;
 mod keys;
+mod kinds;
 mod replays;
 mod schemas;
 mod sessions;

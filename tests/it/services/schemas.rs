@@ -157,7 +157,8 @@ async fn an_event_on_a_page_is_what_its_schema_says_and_so_is_the_frame_that_it_
 /// The path of a route in the thread that [`everything_in_it`] has made.
 fn path_of(route: &Route, letter: &str) -> String {
     let path = route.path.replace("{thread}", "t").replace("{user}", "ben").replace("{run}", "r");
-    let path = path.replace("{id}", letter).replace("{group}", "g").replace("{name}", "http.publish");
+    let path =
+        path.replace("{id}", letter).replace("{group}", "g").replace("{kind}", "x.k").replace("{name}", "http.publish");
     let path = path.replace("/search", "/search?q=all&around=1");
     assert!(!path.contains('{'), "say what is to stand for the parameters of {}", route.path);
     path
@@ -187,6 +188,8 @@ async fn everything_in_it(server: &Server) -> String {
         accepted(&act(kind, data).await);
     }
     let made = server.http_with("PUT", "/v1/groups/g", &token("root", "admin"), Some(json!({})), &[]).await;
+    assert_eq!(made.0, 201, "{}", made.1);
+    let made = server.http_with("PUT", "/v1/kinds/x.k", &token("root", "admin"), Some(json!({})), &[]).await;
     assert_eq!(made.0, 201, "{}", made.1);
     let receipts = async || server.http("GET", "/v1/threads/t/receipts", "ada", None).await.1;
     eventually("the receipt is there", async || receipts().await["receipts"][0]["seq"] == 1).await;
@@ -230,6 +233,7 @@ async fn every_route_answers_what_its_schema_says() {
                 {"thread": "t", "kind": "x.a", "data": 1, "key": "k", "priority": "low"}, {"thread": "t", "kind": "x", "data": 1},
             ]})),
             ("PUT", "/v1/groups/{group}") => Some(json!({"kinds": ["x.a"], "from": "start", "attempts": 2})),
+            ("PUT", "/v1/kinds/{kind}") => Some(json!({"type": "object", "title": "Another"})),
             ("POST", "/v1/groups/{group}/lease") => Some(json!({"n": 1, "wait_ms": 30_000})),
             ("POST", "/v1/groups/{group}/settle") => {
                 Some(json!({"settlements": [{"delivery": "none", "outcome": "done"}]}))
