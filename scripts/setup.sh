@@ -98,7 +98,7 @@ if [ "$what" = test ]; then
     cp "$agui/package-lock.json" "$cache/agui/installed.json"
   fi
   sources=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  for wanted in tests/schemathesis examples/python-agent examples/openai-compatible; do
+  for wanted in tests/schemathesis examples/python-agent examples/openai-compatible examples/webhook-backend; do
     venv=$cache/tools/$(basename "$wanted")
     cmp -s "$sources/$wanted/requirements.txt" "$venv/installed.txt" && continue
     rm -rf "$venv"

@@ -39,7 +39,7 @@ use crate::log::embedded::read_only::ReadOnlyLog;
 use crate::log::kafka::{KafkaConfig, KafkaLog, Known};
 use crate::log::{Identity, IfUnnamed, Log, LogError, Reader};
 use crate::memory::{Budget, Plan};
-use crate::outbound::Outbound;
+use crate::outbound::{Outbound, Service};
 use crate::partitioning::NEW_LOG_PARTITIONS;
 use crate::projector::level::Level;
 use crate::projector::opening::{self, OpenError};
@@ -47,6 +47,7 @@ use crate::projector::{Projector, Pump, Status};
 use crate::reaper::Reaper;
 use crate::search::Search;
 use crate::store::{Origin, Progress, Store, StoreError, StoreMemory};
+use crate::webhook::Webhook;
 use crate::{panics, telemetry};
 
 /// How long sessions get to finish what was accepted, on the way down.
@@ -88,6 +89,7 @@ pub struct App {
     chores: Vec<JoinHandle<()>>,
     dispatcher: Arc<Dispatcher>,
     dispatching: [std::thread::JoinHandle<()>; 2],
+    webhook: Option<(Arc<Webhook>, JoinHandle<()>)>,
     searching: Searching,
     projecting: std::thread::JoinHandle<()>,
     stop_projecting: Arc<AtomicBool>,
@@ -202,7 +204,7 @@ impl App {
     /// Starts everything; returns once the server listens.
     pub async fn start(config: Config) -> Result<App, StartError> {
         let verifier = config.verifier()?;
-        let (issuers, sessions) = (config.issuers()?, config.sessions()?);
+        let (issuers, sessions, webhook) = (config.issuers()?, config.sessions()?, config.webhook()?);
         let metrics = telemetry::install();
         panics::report();
         let bind = |address| listener::bind(address).map_err(|source| StartError::Listen { address, source });
@@ -249,11 +251,15 @@ impl App {
         let outbound = Outbound::new(config.dns_server, config.service_hosts.clone()).map_err(ConfigError::new)?;
         let issuers = issuers.into_iter().map(|issuer| Issuer::new(issuer, outbound.clone()));
         let issuers: Vec<_> = issuers.collect::<Result<_, _>>().map_err(ConfigError::new)?;
-        let sessions = sessions.map(|sessions| Sessions::new(sessions, outbound)).transpose();
+        let sessions = sessions.map(|sessions| Sessions::new(sessions, outbound.clone())).transpose();
         let sessions = sessions.map_err(ConfigError::new)?;
         let (sessions, ended_sessions) = sessions.unzip();
         let keys = Keys { own: verifier, issuers: issuers.clone(), audience: config.jwt_audience.clone() };
         let auth = Arc::new(Authenticator::new(keys, sessions.clone(), store.clone()));
+        let webhook = webhook.map(|webhook| Webhook::new(webhook, outbound, store.clone(), dispatcher.clone()));
+        let webhook = webhook.transpose().map_err(ConfigError::new)?;
+        let services = auth.services().into_iter().chain(webhook.iter().map(|it| it.service().clone()));
+        let services = services.collect();
         let admission = Arc::new(Admission::new(rights.clone(), limits.clone(), store.clone()));
         let tickets = Tickets {
             store: store.clone(),
@@ -265,6 +271,7 @@ impl App {
 
         let edge = edge(Handles {
             auth,
+            services,
             tickets: Arc::new(tickets),
             admission,
             delivery: Arc::new(Delivery::new(Sources {
@@ -306,6 +313,7 @@ impl App {
             chores.push(chore("the check of sessions", sessions.keep_checking()));
             chores.push(chore("the end of sessions", end_sessions(ended, registry.clone())));
         }
+        let webhook = webhook.map(|it| (it.clone(), chore("the webhook", it.run())));
 
         Ok(App {
             address,
@@ -322,6 +330,7 @@ impl App {
             chores,
             dispatcher,
             dispatching,
+            webhook,
             searching,
             projecting,
             stop_projecting,
@@ -351,12 +360,18 @@ impl App {
         self.health.set_draining();
         self.stop_accepting.send_replace(true);
         self.registry.drain();
+        if let Some((webhook, _)) = &self.webhook {
+            webhook.stop();
+        }
         if tokio::time::timeout(DRAIN_WITHIN, self.registry.emptied()).await.is_err() {
             tracing::warn!("some sessions did not end in time; their clients will resume");
         }
 
         // Requests under way have the same verdicts to wait for as sessions had, and nothing longer.
         drop(tokio::time::timeout(Duration::from_secs(1), self.accepting).await);
+        if let Some((_, running)) = self.webhook {
+            drop(running.await);
+        }
         // What the workers that are gone held is given back to the log.
         self.dispatcher.stop();
         drop(tokio::task::spawn_blocking(|| self.dispatching.map(|thread| thread.join())).await);
@@ -419,6 +434,7 @@ struct Handles {
     rights: Rights,
     level: Arc<Level>,
     auth: Arc<Authenticator>,
+    services: Vec<Arc<Service>>,
     tickets: Arc<Tickets>,
     admission: Arc<Admission>,
     submit: Arc<Submit>,
@@ -441,6 +457,7 @@ fn edge(handles: Handles) -> Edge {
         rights,
         level,
         auth,
+        services,
         tickets,
         admission,
         submit,
@@ -488,14 +505,8 @@ fn edge(handles: Handles) -> Edge {
         limits: Limits::default(),
     };
     let frames = memory.frames.clone();
-    let probes = Probes {
-        auth: auth.clone(),
-        store: store.clone(),
-        registry: registry.clone(),
-        health: health.clone(),
-        memory,
-        metrics,
-    };
+    let probes =
+        Probes { services, store: store.clone(), registry: registry.clone(), health: health.clone(), memory, metrics };
     let sockets = Sockets {
         store,
         hub,

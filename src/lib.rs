@@ -8,8 +8,8 @@
 //! 6. [`edge`]: the reader's session writes it to its socket.
 //!
 //! Beside it: [`views`] are pure folds of events into what others speak, [`reaper`] ends runs that nobody ends,
-//! [`search`] finds events by their words, [`outbound`] calls other services, [`client`] and [`cli`] use the server from
-//! outside. [`app`] puts the parts together and is the only file that names
+//! [`search`] finds events by their words, [`webhook`] tells a backend of them, [`outbound`] calls other services,
+//! [`client`] and [`cli`] use the server from outside. [`app`] puts the parts together and is the only file that names
 //! them all. Folders are layers: each imports only from those further down this page's way, never back.
 
 pub mod app;
@@ -36,3 +36,4 @@ pub mod search;
 pub mod store;
 pub mod telemetry;
 pub mod views;
+pub mod webhook;

@@ -78,6 +78,8 @@ fn must_be(key: &str) -> &'static str {
         "listen" | "admin_listen" | "dns_server" => r#"an address such as "127.0.0.1:8080""#,
         "log" => r#""embedded" or "kafka""#,
         "jwks_url" => r#"a list such as ["https://auth.example/keys"]"#,
+        "webhook_kinds" => r#"a list such as ["user_message"]"#,
+        "webhook_secret" => r#"a list such as ["whsec_..."]"#,
         "private_hosts" => r#"a list such as ["auth", "*.svc.cluster.local"]"#,
         "allow_origin" => r#"a list such as ["https://app.example"]"#,
         "memory" => r#"a size such as "2GiB""#,
@@ -97,7 +99,9 @@ fn must_be(key: &str) -> &'static str {
 /// What the file has instead, if it is short and no secret.
 fn shown(key: &str, value: &toml::Value, source: &str) -> String {
     match value {
-        _ if matches!(key, "jwt_secret" | "introspect_client_secret" | "kafka_config") => String::new(),
+        _ if matches!(key, "jwt_secret" | "introspect_client_secret" | "webhook_secret" | "kafka_config") => {
+            String::new()
+        }
         toml::Value::Table(_) => ", not a table".to_owned(),
         _ if source.len() > SHOWN || source.contains('\n') => format!(", not this {}", value.type_str()),
         _ => format!(", not {source}"),
@@ -191,6 +195,9 @@ mod tests {
             introspect_url = "https://auth.example/introspect"
             introspect_client_id = "weft"
             introspect_client_secret = "s"
+            webhook_url = "https://app.example/weft"
+            webhook_kinds = ["agent_completed"]
+            webhook_secret = ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"]
             private_hosts = ["auth"]
             service_hosts = "services"
             dns_server = "127.0.0.1:53"

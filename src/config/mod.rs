@@ -2,6 +2,7 @@
 
 mod file;
 mod identity;
+mod webhook;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -17,7 +18,9 @@ use crate::ingest::limits::Rates;
 use crate::log::kafka::ClientSettings;
 use crate::memory::{self, Plan};
 use crate::partitioning::MAX_PARTITIONS;
+use crate::protocol::kinds::USER_MESSAGE;
 use crate::search::Stems;
+use crate::webhook::Secret;
 
 /// The budget of memory where the system does not say how much it has.
 const DEFAULT_MEMORY: u64 = 1 << 30;
@@ -130,6 +133,18 @@ pub struct ServeArgs {
     #[arg(long, env = "WEFT_INTROSPECT_CLIENT_SECRET", hide_env_values = true, value_name = "SECRET")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub introspect_client_secret: Option<String>,
+    /// The application's backend that is told of events
+    #[arg(long, env = "WEFT_WEBHOOK_URL", value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub webhook_url: Option<String>,
+    /// The kinds of events that it is told of, with commas between them [default: user_message]
+    #[arg(long, env = "WEFT_WEBHOOK_KINDS", value_delimiter = ',', value_name = "KIND")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub webhook_kinds: Option<Vec<String>>,
+    /// What its calls are signed with: whsec_ and base64; several with commas between them, to change it
+    #[arg(long, env = "WEFT_WEBHOOK_SECRET", hide_env_values = true, value_delimiter = ',', value_name = "SECRET")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub webhook_secret: Option<Vec<String>>,
     /// Hosts of services that may have private addresses, such as auth or *.svc.cluster.local, with commas between them
     #[arg(long, env = "WEFT_PRIVATE_HOSTS", value_delimiter = ',', value_name = "HOST")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -224,6 +239,10 @@ pub struct Config {
     pub introspect_client_id: Option<String>,
     #[serde(default)]
     pub introspect_client_secret: Option<String>,
+    #[serde(default)]
+    pub webhook_url: Option<String>,
+    pub webhook_kinds: Vec<String>,
+    pub webhook_secret: Vec<String>,
     pub private_hosts: Vec<String>,
     #[serde(default)]
     pub service_hosts: Option<PathBuf>,
@@ -316,6 +335,9 @@ impl Default for Config {
             introspect_url: None,
             introspect_client_id: None,
             introspect_client_secret: None,
+            webhook_url: None,
+            webhook_kinds: vec![USER_MESSAGE.into()],
+            webhook_secret: Vec::new(),
             private_hosts: Vec::new(),
             service_hosts: None,
             dns_server: None,
@@ -428,6 +450,9 @@ impl Config {
         if let Some(secret) = &self.jwt_secret {
             jwt::check_secret(secret).map_err(|why| ("jwt_secret", why))?;
         }
+        for secret in &self.webhook_secret {
+            Secret::parse(secret).map_err(|why| ("webhook_secret", why))?;
+        }
         for origin in &self.allow_origin {
             check_origin(origin).map_err(|why| ("allow_origin", why))?;
         }
@@ -443,7 +468,7 @@ impl Config {
             }
         }
         self.check_identity()?;
-        Ok(())
+        self.webhook().map(drop)
     }
 
     pub fn rates(&self) -> Rates {

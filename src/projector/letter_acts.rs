@@ -20,7 +20,9 @@ use super::transaction::EventRecord;
 use super::{Published, RequeuedNotice, Verdict};
 use crate::clock;
 use crate::log::{Foreign, Grant, RULES, Record, Topic};
-use crate::protocol::dead_letters::{ATTEMPTS, Fingerprint, OVERFLOW, REJECTED, SCHEMA, UNACKNOWLEDGED, UNREADABLE};
+use crate::protocol::dead_letters::{
+    ATTEMPTS, Fingerprint, OVERFLOW, REJECTED, SCHEMA, UNACKNOWLEDGED, UNREADABLE, WEBHOOK,
+};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::event::{LogEvent, Priority};
 use crate::protocol::kinds::{LETTER_DISCARDED, LETTER_REQUEUED, LETTER_SETTLED, LETTER_TRIED};
@@ -113,7 +115,7 @@ pub fn effect_of(row: &DeadLetterRow) -> Result<Effect, Error> {
             let why = "the subscription had no name and ended with its session: nobody takes over what it was sent";
             Err(Error::new(Code::Conflict, why).at("id"))
         }
-        ATTEMPTS | REJECTED | OVERFLOW => Ok(Effect::Work),
+        ATTEMPTS | REJECTED | WEBHOOK | OVERFLOW => Ok(Effect::Work),
         SCHEMA => {
             let why = "the event is not what its kind has to be, and never will be: whoever wrote it has to write another one";
             Err(Error::new(Code::Conflict, why).at("id"))

@@ -32,6 +32,10 @@ pub(super) const WORK_IN_PARALLEL: u16 = 5;
 /// Version 6: a group says what priorities are worth. Before that settings that did were foreign.
 pub(super) const GROUPS_HAVE_BOOSTS: u16 = 6;
 
+/// Version 7: what the group of the webhook gives up is a letter with a reason of its own. Before that it was one as of any
+/// group.
+pub(super) const WEBHOOKS: u16 = 7;
+
 /// Version 7: custom kinds have schemas, which are in the log. Before that a record with such a key was foreign.
 pub(super) const KINDS_HAVE_SCHEMAS: u16 = 7;
 

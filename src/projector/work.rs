@@ -28,12 +28,12 @@ use super::work_state::{self, Failed, NewLease, NewOverflow, NewPause, NewSettle
 use super::{Published, ThreadUpdate, Update, rules};
 use crate::clock;
 use crate::log::{Foreign, Record};
-use crate::protocol::dead_letters::letter_of;
+use crate::protocol::dead_letters::{OVERFLOW, WEBHOOK, letter_of};
 use crate::protocol::error::{Code, Error};
 use crate::protocol::kinds::{WORK_LEASED, WORK_OVERFLOWED, WORK_PAUSED, WORK_RESUMED, WORK_SETTLED};
 use crate::protocol::work::{
-    MAX_ATTEMPTS, Settlement, WorkLeasedRecord, WorkOverflowedRecord, WorkPausedRecord, WorkSettledRecord, check_group,
-    check_reason,
+    MAX_ATTEMPTS, Settlement, WEBHOOK_GROUP, WorkLeasedRecord, WorkOverflowedRecord, WorkPausedRecord,
+    WorkSettledRecord, check_group, check_reason,
 };
 use crate::protocol::{ids, json};
 use crate::store::{LeaseRow, Store, StoreError, WaitingRow, WorkRow};
@@ -62,6 +62,8 @@ pub(super) struct WorkAct {
     pub(super) at: u64,
     place: Place,
     act: Act,
+    /// The version of the rules that it is judged by.
+    rules: u16,
 }
 
 enum Act {
@@ -109,7 +111,7 @@ impl Works {
         head: u64,
         log_time: u64,
     ) -> Result<Result<Published, Error>, StoreError> {
-        let WorkAct { id, at, place, act } = record;
+        let WorkAct { id, at, place, act, rules } = record;
         let before = self.row(tx.store, &place)?;
         let mut row = before.clone();
         let judged = match act {
@@ -137,6 +139,8 @@ impl Works {
         put_workers(tx, &place, &before, &row);
         match failed {
             Some(Failed { reason, seq, kind, attempts, tries }) => {
+                let is_webhook = group == WEBHOOK_GROUP && rules >= rules::WEBHOOKS && reason != OVERFLOW;
+                let reason = if is_webhook { WEBHOOK } else { reason };
                 let letter = work_letter(&place, &row.group_id, seq);
                 let given_up = GivenUp { letter, tenant, thread, group, seq, kind, reason, attempts, at, tries };
                 dead_letters.put_given_up(tx, given_up)?;
@@ -263,7 +267,7 @@ fn read_lease(record: &Record) -> Result<WorkAct, String> {
         until,
     };
     let act = Act::Lease(NewLease { group_id: it.group_id.into_bytes(), parallel: it.parallel, lease });
-    Ok(WorkAct { id: it.id, at, place, act })
+    Ok(WorkAct { id: it.id, at, place, act, rules: record.rules })
 }
 
 fn read_settlement(record: &Record) -> Result<WorkAct, String> {
@@ -277,7 +281,7 @@ fn read_settlement(record: &Record) -> Result<WorkAct, String> {
     }
     let lease = it.lease.into_bytes();
     let settlement = NewSettlement { lease, outcome: it.outcome, by: it.by, reason: it.reason, until, at };
-    Ok(WorkAct { id: it.id, at, place, act: Act::Settle(settlement) })
+    Ok(WorkAct { id: it.id, at, place, act: Act::Settle(settlement), rules: record.rules })
 }
 
 fn read_overflow(record: &Record) -> Result<WorkAct, String> {
@@ -286,7 +290,7 @@ fn read_overflow(record: &Record) -> Result<WorkAct, String> {
     let at = read_time("at", &it.at)?;
     let (group_id, kind) = (it.group_id.into_bytes(), it.event_kind);
     let overflow = NewOverflow { group_id, seq: it.seq, after: it.after, kind, limit: it.limit, at };
-    Ok(WorkAct { id: it.id, at, place, act: Act::Overflow(overflow) })
+    Ok(WorkAct { id: it.id, at, place, act: Act::Overflow(overflow), rules: record.rules })
 }
 
 fn read_pause(record: &Record) -> Result<WorkAct, String> {
@@ -294,7 +298,7 @@ fn read_pause(record: &Record) -> Result<WorkAct, String> {
     let place = check_place(record, &it.kind, (it.tenant, it.thread, it.group), &it.by)?;
     let at = read_time("at", &it.at)?;
     let pause = NewPause { group_id: it.group_id.into_bytes(), paused: it.kind == WORK_PAUSED, at };
-    Ok(WorkAct { id: it.id, at, place, act: Act::Pause(pause) })
+    Ok(WorkAct { id: it.id, at, place, act: Act::Pause(pause), rules: record.rules })
 }
 
 fn check_place(record: &Record, kind: &str, place: Place, user: &str) -> Result<Place, String> {

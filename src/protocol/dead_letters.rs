@@ -11,6 +11,8 @@ pub const UNACKNOWLEDGED: &str = "unacknowledged";
 pub const ATTEMPTS: &str = "attempts";
 /// Work that a worker rejected.
 pub const REJECTED: &str = "rejected";
+/// Work of the group [`super::work::WEBHOOK_GROUP`] that the webhook did not take.
+pub const WEBHOOK: &str = "webhook";
 /// Work that a full group had no room for.
 pub const OVERFLOW: &str = "overflow";
 /// An event that broke the order of its run.
@@ -22,10 +24,10 @@ pub const SCHEMA: &str = "schema";
 
 /// Whether a letter of this reason is work of a group, which is its name.
 pub fn is_work(reason: &str) -> bool {
-    matches!(reason, ATTEMPTS | REJECTED | OVERFLOW)
+    matches!(reason, ATTEMPTS | REJECTED | WEBHOOK | OVERFLOW)
 }
 
-pub const REASONS: [&str; 7] = [UNACKNOWLEDGED, ATTEMPTS, REJECTED, OVERFLOW, RUN_ORDER, UNREADABLE, SCHEMA];
+pub const REASONS: [&str; 8] = [UNACKNOWLEDGED, ATTEMPTS, REJECTED, WEBHOOK, OVERFLOW, RUN_ORDER, UNREADABLE, SCHEMA];
 
 /// Of an error's text this much tells it from others.
 const COMPARED_CHARS: usize = 200;

@@ -145,6 +145,17 @@ pub struct WorkItem {
     pub event: Box<RawValue>,
 }
 
+/// What the webhook tells the application's backend: the body of its `POST`.
+#[derive(Serialize, JsonSchema)]
+pub struct WebhookMessage<'a> {
+    pub tenant: &'a str,
+    /// 1, 2, 3 …
+    pub attempt: u32,
+    /// As pages have it. The same event may be told more than once: its `event` is then the same.
+    #[schemars(with = "EventItem")]
+    pub event: &'a RawValue,
+}
+
 /// The answer to `POST /v1/groups/{g}/lease`; empty if nothing came in time.
 #[derive(Serialize, JsonSchema)]
 pub struct WorkList {

@@ -11,7 +11,7 @@ use super::event::{EventFrame, EventItem, LogEvent};
 use super::frame::ServerFrame;
 use super::groups::{
     GroupDeleted, GroupDetail, GroupItem, GroupList, LeaseBody, PauseBody, SettleBody, Settled, SettledList,
-    ThreadPaused, WorkList,
+    ThreadPaused, WebhookMessage, WorkList,
 };
 use super::http::{
     Alive, Conversation, EventPage, MembershipReply, Presence, Problem, PublishBody, PublishReply, Ready, ReceiptList,
@@ -98,6 +98,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("http.group-thread-paused", of::<ThreadPaused<'_>>()),
         ("http.lease", of::<LeaseBody>()),
         ("http.work-list", of::<WorkList>()),
+        ("http.webhook", of::<WebhookMessage<'_>>()),
         ("http.settle", of::<SettleBody<'_>>()),
         ("http.settled", of::<Settled>()),
         ("http.settled-list", of::<SettledList>()),

@@ -19,6 +19,8 @@ use super::kinds::USER_MESSAGE;
 
 /// How many kinds a group may choose.
 const MAX_KINDS: usize = 100;
+/// The group that the webhook works for.
+pub const WEBHOOK_GROUP: &str = "webhook";
 /// How many groups a tenant may have.
 pub const MAX_GROUPS: usize = 100;
 /// How many characters a settlement's reason may have.

@@ -33,6 +33,7 @@ mod origin;
 mod receipts;
 mod revocations;
 pub mod runs;
+pub mod tenants;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -66,6 +67,7 @@ pub use self::origin::{Origin, Progress};
 pub use self::receipts::{MAX_PARTS, ReceiptRow};
 pub use self::revocations::RevocationRow;
 use self::runs::{RunKey, RunListener, RunOutline};
+use self::tenants::Tenants;
 pub use self::threads::ThreadRow;
 pub use self::tickets::{OpenTicket, TicketsRow};
 use self::work::WorkListener;
@@ -124,6 +126,7 @@ pub struct Store {
     known_members: KnownMembers,
     run_listener: OnceLock<RunListener>,
     work_listener: OnceLock<WorkListener>,
+    tenants: OnceLock<Arc<Tenants>>,
     depths: Depths,
     damage: Damage,
     /// What was wrong with those that this one replaces.
@@ -191,6 +194,7 @@ impl Store {
             known_members: KnownMembers::new(),
             run_listener: OnceLock::new(),
             work_listener: OnceLock::new(),
+            tenants: OnceLock::new(),
             depths: Depths::default(),
             damage: Damage::default(),
             set_aside: None,
@@ -371,6 +375,10 @@ impl Store {
         }
         self.contacts.apply(&batch.memberships);
         self.activity.apply(&batch.memberships, &batch.threads);
+        if let Some(tenants) = self.tenants.get() {
+            tenants.note(&batch.threads);
+        }
+        // Asked only now: who begins to listen while a batch is prepared hears of it.
         if let Some(listener) = self.run_listener.get()
             && !batch.runs.is_empty()
         {

@@ -383,7 +383,6 @@ impl Batch<'_> {
     /// A run that changed without an event.
     pub fn put_run_row(&mut self, key: &RunKey, row: &RunRow) {
         self.put(RUNS, &key.bytes(self.store.partitioning), row);
-        // Whether anybody listens is asked when it is committed: who begins to meanwhile hears of it.
         self.runs.push((key.clone(), row.outline()));
     }
 

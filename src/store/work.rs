@@ -371,7 +371,7 @@ pub(super) fn split_waiting(rest: &[u8]) -> Option<(String, u64)> {
 impl Batch<'_> {
     pub fn put_group(&mut self, tenant: &str, group: &str, row: &GroupRow) {
         self.put(GROUPS, &keys::joined(self.store.partition_of_groups(tenant), &[tenant, group]), row);
-        self.note_work(WorkChange::Group { tenant: tenant.to_owned(), group: group.to_owned() });
+        self.work.push(WorkChange::Group { tenant: tenant.to_owned(), group: group.to_owned() });
     }
 
     /// Deletes a group, and what waits for it.
@@ -382,7 +382,7 @@ impl Batch<'_> {
             let prefix = keys::prefix(partition, &[tenant, group]);
             self.delete_range(WAITING, &prefix, &keys::after(prefix.clone()));
         }
-        self.note_work(WorkChange::Group { tenant: tenant.to_owned(), group: group.to_owned() });
+        self.work.push(WorkChange::Group { tenant: tenant.to_owned(), group: group.to_owned() });
     }
 
     /// Writes how far a group is with a thread, and what it was before; the group is done with `past` more events.
@@ -390,7 +390,7 @@ impl Batch<'_> {
         self.put(WORK, &keys::joined(self.store.partition(tenant, thread), &[tenant, thread, group]), row);
         let leases = |row: &WorkRow| row.leases.len() as i64;
         let before = if was.group_id == row.group_id { leases(was) } else { 0 };
-        self.note_work(WorkChange::Work {
+        self.work.push(WorkChange::Work {
             tenant: tenant.into(),
             group: group.into(),
             thread: thread.into(),
@@ -427,7 +427,7 @@ impl Batch<'_> {
 
     pub fn put_waiting(&mut self, tenant: &str, group: &str, thread: &str, seq: u64, row: &WaitingRow) {
         self.put_found_waiting(tenant, group, thread, seq, row);
-        self.note_work(WorkChange::Waiting { tenant: tenant.into(), group: group.into(), thread: thread.into() });
+        self.work.push(WorkChange::Waiting { tenant: tenant.into(), group: group.into(), thread: thread.into() });
     }
 
     /// An event from before the group was known.
@@ -445,10 +445,5 @@ impl Batch<'_> {
     pub fn put_waiting_complete(&mut self, tenant: &str, group: &str, revision: [u8; 16]) {
         let key = keys::joined(self.store.partition_of_groups(tenant), &[tenant, group]);
         self.put(WAITING, &key, &revision);
-    }
-
-    /// Whether anybody listens is asked when it is committed: who begins to meanwhile hears of it.
-    fn note_work(&mut self, change: WorkChange) {
-        self.work.push(change);
     }
 }

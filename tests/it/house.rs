@@ -14,6 +14,7 @@ const FLOORS: &[&[&str]] = &[
     &["auth", "projector", "search"],
     &["ingest"],
     &["delivery", "dispatch"],
+    &["webhook"],
     &["edge", "reaper", "config"],
     &["app"],
     &["cli"],

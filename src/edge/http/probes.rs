@@ -7,11 +7,10 @@ use warp::http::StatusCode;
 
 use super::reply::{Reply, json, with_type};
 use super::request::AnonymousRequest;
-use crate::auth::Authenticator;
 use crate::delivery::registry::Registry;
 use crate::edge::health::{Health, OtherParts, Purpose};
 use crate::memory::{Budget, CONNECTION};
-use crate::outbound::{InstanceStatus, ServiceStatus};
+use crate::outbound::{InstanceStatus, Service, ServiceStatus};
 use crate::protocol::error::Error;
 use crate::protocol::http::{DependencyHealth, InstanceHealth, WorkHealth};
 use crate::store::Store;
@@ -19,7 +18,8 @@ use crate::{clock, telemetry};
 
 /// What the probes look at.
 pub struct Probes {
-    pub auth: Arc<Authenticator>,
+    /// Other services that are relied on.
+    pub services: Vec<Arc<Service>>,
     pub store: Arc<Store>,
     pub registry: Arc<Registry>,
     pub health: Arc<Health>,
@@ -46,7 +46,7 @@ pub async fn ready(probes: Arc<Probes>, request: AnonymousRequest) -> Result<Rep
         None => probes.store.head("readyz", "readyz").map(drop).map_err(|error| error.to_string()),
     };
     let rebuilding = probes.store.replaces().map(str::to_owned);
-    let dependencies = probes.auth.services().iter().map(|service| dependency(service.status())).collect();
+    let dependencies = probes.services.iter().map(|service| dependency(service.status())).collect();
     let (_, overflowing) = probes.store.all_depths();
     let work = WorkHealth { overflowing };
     let ready = probes.health.ready(purpose, OtherParts { store, rebuilding, dependencies, work }).await;
@@ -75,7 +75,7 @@ fn instance(status: InstanceStatus) -> InstanceHealth {
 pub fn metrics(probes: &Probes) -> Reply {
     telemetry::outbox_bytes().set(probes.registry.outbox_bytes() as f64);
     measure_memory(probes);
-    probes.auth.services().iter().for_each(|service| service.measure());
+    probes.services.iter().for_each(|service| service.measure());
     with_type(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", telemetry::render(&probes.metrics))
 }
 

@@ -13,8 +13,8 @@ use weft::protocol::event::LogEvent;
 use weft::protocol::ids::log_key;
 use weft::protocol::records::LetterActRecord;
 use weft::protocol::work::{
-    Boost, GroupRecord, GroupSettings, Overflow, Settlement, WorkLeasedRecord, WorkOrder, WorkOverflowedRecord,
-    WorkPausedRecord, WorkSettledRecord,
+    Boost, GroupRecord, GroupSettings, Overflow, Settlement, WEBHOOK_GROUP, WorkLeasedRecord, WorkOrder,
+    WorkOverflowedRecord, WorkPausedRecord, WorkSettledRecord,
 };
 
 use super::{Line, NEWEST, PARTITIONS, append, files, outcome, read_all};
@@ -407,7 +407,8 @@ fn by_hand() -> Vec<Record> {
         note(now - 5 * HOUR, 10, Some("future")),
     ]
     .into_iter()
-    .chain(work(now + 60 * HOUR))
+    .chain(work("workers", 0, now + 60 * HOUR))
+    .chain(work(WEBHOOK_GROUP, 100, now + 60 * HOUR))
     .chain(work_side_by_side(now + 60 * HOUR))
     .chain(schemas(now + 60 * HOUR))
     .collect()
@@ -450,14 +451,14 @@ fn schemas(now: u64) -> Vec<Record> {
     ]
 }
 
-/// Groups, and who works on what: each outcome, and what is refused.
-fn work(now: u64) -> Vec<Record> {
+/// A group, and who works on what for it: each outcome, and what is refused. Its leases have the numbers after `first`.
+fn work(name: &str, first: u8, now: u64) -> Vec<Record> {
     let group = |kind: &str, settings: Option<GroupSettings>, if_absent| {
         Record::from(&GroupRecord {
             kind: kind.to_owned(),
             id: clock::event_id(),
             tenant: TENANT.to_owned(),
-            group: "workers".to_owned(),
+            group: name.to_owned(),
             settings,
             if_absent,
             by: "ada".to_owned(),
@@ -467,10 +468,10 @@ fn work(now: u64) -> Vec<Record> {
     let lease = |lease: u8, group_id: u8, seq: u64, after: u64, attempt: u32| {
         Record::from(&WorkLeasedRecord {
             kind: "work_leased".to_owned(),
-            id: Uuid::from_bytes([lease; 16]),
+            id: Uuid::from_bytes([first + lease; 16]),
             tenant: TENANT.to_owned(),
             thread: "talk".to_owned(),
-            group: "workers".to_owned(),
+            group: name.to_owned(),
             group_id: Uuid::from_bytes([group_id; 16]),
             seq,
             event_kind: "user_message".to_owned(),
@@ -489,8 +490,8 @@ fn work(now: u64) -> Vec<Record> {
             id: clock::event_id(),
             tenant: TENANT.to_owned(),
             thread: "talk".to_owned(),
-            group: "workers".to_owned(),
-            lease: Uuid::from_bytes([lease; 16]),
+            group: name.to_owned(),
+            lease: Uuid::from_bytes([first + lease; 16]),
             outcome,
             reason: Some("why".to_owned()),
             until: Some(clock::rfc3339(now + 60_000)),

@@ -10,7 +10,7 @@ use crate::support::auth_service::{AuthService, Behaviour};
 use crate::support::{LogKind, Server, Socket, token};
 
 /// Where `scripts/setup.sh test` installs what an example needs.
-fn python(example: &str) -> PathBuf {
+pub(super) fn python(example: &str) -> PathBuf {
     let or_home = || std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|home| home + "/.cache"));
     let cache = std::env::var("WEFT_CACHE").or_else(|_| or_home().map(|cache| cache + "/weft")).unwrap();
     PathBuf::from(cache).join("tools").join(example).join("bin/python")

@@ -13,6 +13,7 @@ mod kinds;
 mod replays;
 mod schemas;
 mod sessions;
+mod webhook;
 mod work;
 
 use std::collections::HashSet;

@@ -43,6 +43,25 @@ pub enum Behaviour {
     HangUp,
 }
 
+/// A request with a body.
+#[derive(Debug, Clone)]
+pub struct Told {
+    /// The request line and the headers.
+    pub head: String,
+    pub body: String,
+}
+
+impl Told {
+    pub fn header(&self, name: &str) -> String {
+        header(&self.head, name).unwrap_or_default()
+    }
+}
+
+fn header(head: &str, name: &str) -> Option<String> {
+    let line = head.lines().find(|line| line.to_lowercase().starts_with(&format!("{name}:")));
+    line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned())
+}
+
 #[derive(Default)]
 struct State {
     paths: HashMap<String, Behaviour>,
@@ -52,6 +71,8 @@ struct State {
     /// The newest `Authorization` header, and the newest body.
     authorization: String,
     body: String,
+    /// All requests with a body, as they came.
+    told: Vec<Told>,
     /// What `Cache-Control` says, in seconds.
     max_age: Option<u64>,
 }
@@ -132,6 +153,11 @@ impl AuthService {
         self.state.lock().unwrap().body.clone()
     }
 
+    /// All that it was told, in order.
+    pub fn told(&self) -> Vec<Told> {
+        self.state.lock().unwrap().told.clone()
+    }
+
     /// A session of a user of the tests' tenant, which is open from now on.
     pub fn log_in(&self, session: &str, user: &str) {
         self.log_in_with(session, user, json!({}));
@@ -163,11 +189,7 @@ async fn serve(mut stream: TcpStream, state: Arc<Mutex<State>>) {
             }
         };
         let text = String::from_utf8(read[..head].to_vec()).unwrap();
-        let header = |name: &str| {
-            let line = text.lines().find(|line| line.to_lowercase().starts_with(&format!("{name}:")));
-            line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned())
-        };
-        let length: usize = header("content-length").map_or(0, |it| it.parse().unwrap());
+        let length: usize = header(&text, "content-length").map_or(0, |it| it.parse().unwrap());
         while read.len() < head + length {
             let mut buffer = [0; 4096];
             match stream.read(&mut buffer).await {
@@ -184,8 +206,11 @@ async fn serve(mut stream: TcpStream, state: Arc<Mutex<State>>) {
             let asked = state.asked.entry(path.clone()).or_default();
             *asked += 1;
             let asked = *asked;
-            state.authorization = header("authorization").unwrap_or_default();
+            state.authorization = header(&text, "authorization").unwrap_or_default();
             state.body.clone_from(&body);
+            if !body.is_empty() {
+                state.told.push(Told { head: text.clone(), body: body.clone() });
+            }
             match state.paths.get(&path).cloned().unwrap_or(Behaviour::Answer(404, "{}".to_owned())) {
                 Behaviour::Every(n, _, then) if asked.is_multiple_of(n) => *then,
                 Behaviour::Every(_, otherwise, _) => *otherwise,

@@ -182,6 +182,12 @@ impl Server {
         assert!(self.try_up(), "the server did not start: {}", self.errors());
     }
 
+    /// The same with these arguments, in place of those from before.
+    pub fn up_with(&mut self, more: &[&str]) {
+        self.more = more.iter().map(|it| (*it).to_owned()).collect();
+        self.up();
+    }
+
     /// Starts the process, which refuses; gives what it says.
     pub fn refuses_to_start(&mut self) -> String {
         self.errors.lock().unwrap().clear();
