@@ -42,6 +42,8 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// Calls under way, and events held, in sum.
 const CALLS: usize = 64;
 const HELD: usize = 256;
+/// Of these, those that were not taken up yet. With more tenants than this some may be given back.
+const QUEUE: usize = 4_096;
 /// How long an event is leased: longer than a call, and prolonged while it waits for one.
 const LEASE: Duration = Duration::from_secs(30);
 /// How long what is held waits before it is looked again whether the backend works.
@@ -164,7 +166,7 @@ impl Webhook {
             }
             tokio::time::sleep(MAKE_AGAIN).await;
         };
-        let (sender, mut taken) = mpsc::unbounded_channel::<Taken>();
+        let (sender, mut taken) = mpsc::channel::<Taken>(QUEUE);
         let (mut each, mut due) = (0, Some(Instant::now()));
         let mut every = tokio::time::interval(LOOK_AGAIN);
         loop {
@@ -195,7 +197,7 @@ impl Webhook {
         tenants: &[Arc<str>],
         credit: u32,
         consumers: &mut HashMap<Arc<str>, Consumer>,
-        sender: &mpsc::UnboundedSender<Taken>,
+        sender: &mpsc::Sender<Taken>,
     ) -> bool {
         let mut all = true;
         for tenant in tenants.iter().filter(|tenant| !consumers.contains_key(*tenant)).collect::<Vec<_>>() {
@@ -206,7 +208,7 @@ impl Webhook {
                 continue;
             }
             let (sender, whose) = (sender.clone(), who.clone());
-            let sink = Box::new(move |work| sender.send((whose.clone(), work)).is_ok());
+            let sink = Box::new(move |work| sender.try_send((whose.clone(), work)).is_ok());
             let consumer = self.dispatcher.consume(&who, WEBHOOK_GROUP, wants(credit), sink);
             consumers.insert(tenant.clone(), consumer);
         }
