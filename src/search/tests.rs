@@ -425,7 +425,15 @@ fn who_takes_events_at_one_time_takes_each_of_them_once_in_the_order_of_its_part
     let mut begun = 0;
     std::thread::scope(|scope| {
         for _ in 0..4 {
-            scope.spawn(|| while !tail.take(7) || !is_over.load(Ordering::Acquire) {});
+            scope.spawn(|| {
+                loop {
+                    // Asked first: what came before the end is taken after this.
+                    let is_last = is_over.load(Ordering::Acquire);
+                    if tail.take(7) && is_last {
+                        break;
+                    }
+                }
+            });
         }
         for round in 0..40 {
             world.append(50);

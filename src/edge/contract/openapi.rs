@@ -11,6 +11,9 @@ use crate::protocol::components::Components;
 const DESCRIPTION: &str = "An event-sourced messaging backend for AI platforms. What holds beyond these shapes (rights, \
     sizes, the order of events) is in docs/PROTOCOL.md. Clients pass over fields that they do not know.";
 
+/// What a backend is told.
+pub(super) const WEBHOOK: &str = "http.webhook";
+
 /// OpenAPI 3.1.
 pub fn document() -> Value {
     let mut components = Components::default();
@@ -32,6 +35,7 @@ pub fn document() -> Value {
         },
         "servers": [{"url": "/"}],
         "paths": paths,
+        "webhooks": {"event": {"post": webhook(&mut components)}},
         "components": {
             "responses": {"problem": problem(&mut components)},
             "securitySchemes": {
@@ -46,6 +50,29 @@ pub fn document() -> Value {
                 },
             },
             "schemas": components.into_schemas(),
+        },
+    })
+}
+
+/// What Weft asks of a backend (`--webhook-url`).
+fn webhook(components: &mut Components) -> Value {
+    let header = |name: &str, what: &str| json!({"name": name, "in": "header", "required": true, "description": what, "schema": {"type": "string"}});
+    json!({
+        "operationId": "tellOfEvent",
+        "summary": "an event, told at least once, in the order of its thread",
+        "parameters": [
+            header("webhook-id", "The event's id: the same however often it is told."),
+            header("webhook-timestamp", "When it was sent, in seconds since the Unix epoch."),
+            header("webhook-signature", "As Standard Webhooks says: `v1,` and base64, of each secret, with spaces between."),
+        ],
+        "requestBody": {
+            "required": true,
+            "content": {"application/json": {"schema": components.of(WEBHOOK)}},
+        },
+        "responses": {
+            "2XX": {"description": "The event is done."},
+            "410": {"description": "The event is never wanted: it becomes a dead letter."},
+            "default": {"description": "The event is told again."},
         },
     })
 }
