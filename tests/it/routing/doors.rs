@@ -59,7 +59,7 @@ async fn secret(server: &Server) -> Socket {
 fn path_of(route: &Route) -> String {
     let path = route.path.replace("{thread}", THREAD).replace("{user}", "ada").replace("{run}", RUN);
     let path = path.replace("{id}", "6f1c2a52-5b0e-4e0a-9d7c-2a3c1f0e4b5d").replace("{group}", GROUP);
-    let path = path.replace("{name}", "http.publish");
+    let path = path.replace("{name}", "http.publish").replace("{kind}", "x.order");
     // Without words nobody finds anything.
     let path = if path == "/v1/search" { path + "?q=" + CONTENT } else { path };
     assert!(!path.contains('{'), "a parameter that this test does not know: {}", route.path);
@@ -77,9 +77,9 @@ pub(super) fn makes_threads(route: &Route) -> bool {
 /// The route that publishes many events, each in a thread of its own.
 const BATCH: &str = "/v1/events";
 
-/// The route that makes a group where there is none.
-fn makes_groups(route: &Route) -> bool {
-    (route.method.as_str(), route.path) == ("PUT", "/v1/groups/{group}")
+/// Routes that make something of a tenant's where there is none: for an admin that is what they do.
+fn makes_for_tenant(route: &Route) -> bool {
+    matches!((route.method.as_str(), route.path), ("PUT", "/v1/groups/{group}" | "/v1/kinds/{kind}"))
 }
 
 /// Routes that do something about all dead letters that match.
@@ -116,7 +116,7 @@ async fn who_has_no_right_is_refused_on_every_route_or_finds_nothing_there() {
     let server = Server::start(LogKind::embedded());
     let mut ada = secret(&server).await;
     for Caller { name, token, is_admin, works, is_foreign } in callers() {
-        let makes = |route: &Route| makes_threads(route) || makes_groups(route) || route.path == BATCH;
+        let makes = |route: &Route| makes_threads(route) || makes_for_tenant(route) || route.path == BATCH;
         for route in ROUTES.iter().filter(|route| !(is_foreign && makes(route))) {
             let what = format!("{name}: {} {}", route.method, route.path);
             let wanted = match (route.needs(), route.path) {
@@ -133,6 +133,7 @@ async fn who_has_no_right_is_refused_on_every_route_or_finds_nothing_there() {
                 (Needs::Agent, _) if !works => (403, Some("forbidden")),
                 // Of the caller's own tenant.
                 (Needs::Token, "/v1/tickets") => (201, None),
+                (Needs::Token, "/v1/kinds") => (200, None),
                 (Needs::Read, "/v1/threads" | "/v1/runs" | "/v1/search") => (200, None),
                 (Needs::Admin, "/v1/sessions" | "/v1/users/{user}/sessions") => (200, None),
                 (Needs::Agent, "/v1/groups") => (200, None),
