@@ -258,8 +258,6 @@ impl App {
         let auth = Arc::new(Authenticator::new(keys, sessions.clone(), store.clone()));
         let webhook = webhook.map(|webhook| Webhook::new(webhook, outbound, store.clone(), dispatcher.clone()));
         let webhook = webhook.transpose().map_err(ConfigError::new)?;
-        let services = auth.services().into_iter().chain(webhook.iter().map(|it| it.service().clone()));
-        let services = services.collect();
         let admission = Arc::new(Admission::new(rights.clone(), limits.clone(), store.clone()));
         let tickets = Tickets {
             store: store.clone(),
@@ -271,7 +269,7 @@ impl App {
 
         let edge = edge(Handles {
             auth,
-            services,
+            webhook: webhook.as_ref().map(|it| it.service().clone()),
             tickets: Arc::new(tickets),
             admission,
             delivery: Arc::new(Delivery::new(Sources {
@@ -434,7 +432,7 @@ struct Handles {
     rights: Rights,
     level: Arc<Level>,
     auth: Arc<Authenticator>,
-    services: Vec<Arc<Service>>,
+    webhook: Option<Arc<Service>>,
     tickets: Arc<Tickets>,
     admission: Arc<Admission>,
     submit: Arc<Submit>,
@@ -457,7 +455,7 @@ fn edge(handles: Handles) -> Edge {
         rights,
         level,
         auth,
-        services,
+        webhook,
         tickets,
         admission,
         submit,
@@ -505,8 +503,15 @@ fn edge(handles: Handles) -> Edge {
         limits: Limits::default(),
     };
     let frames = memory.frames.clone();
-    let probes =
-        Probes { services, store: store.clone(), registry: registry.clone(), health: health.clone(), memory, metrics };
+    let probes = Probes {
+        auth: auth.clone(),
+        webhook,
+        store: store.clone(),
+        registry: registry.clone(),
+        health: health.clone(),
+        memory,
+        metrics,
+    };
     let sockets = Sockets {
         store,
         hub,

@@ -7,6 +7,7 @@ use warp::http::StatusCode;
 
 use super::reply::{Reply, json, with_type};
 use super::request::AnonymousRequest;
+use crate::auth::Authenticator;
 use crate::delivery::registry::Registry;
 use crate::edge::health::{Health, OtherParts, Purpose};
 use crate::memory::{Budget, CONNECTION};
@@ -18,13 +19,21 @@ use crate::{clock, telemetry};
 
 /// What the probes look at.
 pub struct Probes {
-    /// Other services that are relied on.
-    pub services: Vec<Arc<Service>>,
+    pub auth: Arc<Authenticator>,
+    /// That of the webhook, if there is one.
+    pub webhook: Option<Arc<Service>>,
     pub store: Arc<Store>,
     pub registry: Arc<Registry>,
     pub health: Arc<Health>,
     pub memory: Arc<Budget>,
     pub metrics: PrometheusHandle,
+}
+
+impl Probes {
+    /// The services that this node calls: what an issuer says of itself may add one.
+    fn services(&self) -> Vec<Arc<Service>> {
+        self.auth.services().into_iter().chain(self.webhook.clone()).collect()
+    }
 }
 
 /// `GET /healthz`
@@ -46,7 +55,7 @@ pub async fn ready(probes: Arc<Probes>, request: AnonymousRequest) -> Result<Rep
         None => probes.store.head("readyz", "readyz").map(drop).map_err(|error| error.to_string()),
     };
     let rebuilding = probes.store.replaces().map(str::to_owned);
-    let dependencies = probes.services.iter().map(|service| dependency(service.status())).collect();
+    let dependencies = probes.services().iter().map(|service| dependency(service.status())).collect();
     let (_, overflowing) = probes.store.all_depths();
     let work = WorkHealth { overflowing };
     let ready = probes.health.ready(purpose, OtherParts { store, rebuilding, dependencies, work }).await;
@@ -75,7 +84,7 @@ fn instance(status: InstanceStatus) -> InstanceHealth {
 pub fn metrics(probes: &Probes) -> Reply {
     telemetry::outbox_bytes().set(probes.registry.outbox_bytes() as f64);
     measure_memory(probes);
-    probes.services.iter().for_each(|service| service.measure());
+    probes.services().iter().for_each(|service| service.measure());
     with_type(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", telemetry::render(&probes.metrics))
 }
 
